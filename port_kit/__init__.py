@@ -1,0 +1,35 @@
+"""port_kit: bring diffusion models with scattered checkpoints and custom code to vLLM-Omni, out of tree.
+
+Importing the package needs neither torch nor vLLM; the rooms that do say so when they are entered.
+"""
+
+from port_kit.errors import (
+    DownloadError,
+    InputError,
+    OptionalDependencyError,
+    ParallelError,
+    ParityError,
+    PortKitError,
+    PortNotFoundError,
+    RegistrationError,
+    RemapError,
+)
+from port_kit.port import Component, Port, find_port, list_ports
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Component",
+    "DownloadError",
+    "InputError",
+    "OptionalDependencyError",
+    "ParallelError",
+    "ParityError",
+    "Port",
+    "PortKitError",
+    "PortNotFoundError",
+    "RegistrationError",
+    "RemapError",
+    "find_port",
+    "list_ports",
+]

@@ -1,0 +1,59 @@
+"""The command line: ``port-kit COMMAND``. One file a command; each is imported only when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+
+import click
+
+#: command -> (module with a click command of that name, one line for the overview)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": ("port_kit.cli.convert", "Pickle checkpoint to safetensors, executing nothing."),
+    "coverage": ("port_kit.cli.coverage", "Check a rule set against a source and a target, from headers alone."),
+    "doctor": ("port_kit.cli.doctor", "Versions, plugin, token, disk, installed git code."),
+    "download": ("port_kit.cli.download", "Fetch, convert and assemble a port's model directory."),
+    "list": ("port_kit.cli.list", "The ports of this environment."),
+    "manifest": ("port_kit.cli.manifest", "Names, shapes and dtypes of a checkpoint or of a port's modules."),
+    "remove": ("port_kit.cli.remove", "Take away what a download put there."),
+    "rules": ("port_kit.cli.rules", "Check, explain, suggest, plan, invert and export rule sets."),
+    "show": ("port_kit.cli.show", "One port: components, licences, repositories, card."),
+    "uninstall": ("port_kit.cli.uninstall", "Take a port's git code out of this environment."),
+    "verify": ("port_kit.cli.verify", "Port against reference goldens; N ranks against one."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when it is called, and suggests the nearest name for a typo."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(COMMANDS[cmd_name][0]).command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            ctx.fail(f"no such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(COMMANDS.items())])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="port-kit")
+@click.option("-v", "--verbose", count=True, help="More log lines on stderr; twice for debug.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+def main(verbose: int, quiet: bool) -> None:
+    """Bring diffusion models with scattered checkpoints and custom code to vLLM-Omni, out of tree."""
+    level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")

@@ -1,0 +1,67 @@
+"""What commands print: data on stdout, everything else on stderr; one JSON envelope with ``--json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+import click
+
+from port_kit.errors import PortKitError
+
+SCHEMA = "port-kit/1"
+
+
+def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | None = None, ok: bool = True) -> None:
+    """Print a command's result and leave with exit code 1 where ``ok`` is false.
+
+    Args:
+        command: the command's words, ``verify parity``.
+        data: the result, JSON-serialisable.
+        as_json: print the envelope instead of ``text``.
+        text: what people read; nothing is printed where it is None.
+        ok: whether all checks held.
+    """
+    if as_json:
+        click.echo(json.dumps({"schema": SCHEMA, "ok": ok, "command": command, "data": data}, indent=1))
+    elif text is not None:
+        click.echo(text)
+    if not ok:
+        raise SystemExit(1)
+
+
+def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn :class:`PortKitError` into a message with its hint (or the JSON envelope) and exit code 1."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except PortKitError as error:
+                _print_error(command, error, as_json=bool(kwargs.get("as_json")))
+                raise SystemExit(1) from error
+            except KeyboardInterrupt as error:
+                click.echo("interrupted; run the same command again to go on", err=True)
+                raise SystemExit(130) from error
+
+        return run
+
+    return decorate
+
+
+def _print_error(command: str, error: PortKitError, *, as_json: bool) -> None:
+    if as_json:
+        body = {"code": error.code, "message": error.message, "hint": error.hint, "details": error.details}
+        click.echo(json.dumps({"schema": SCHEMA, "ok": False, "command": command, "error": body}, indent=1, default=str))
+        return
+    click.echo(f"error [{error.code}]: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"\nhint: {error.hint}", err=True)
+    sys.stderr.flush()
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON envelope on stdout.")

@@ -1,0 +1,170 @@
+"""What a port is, and where ports are found.
+
+A :class:`Port` holds strings and numbers only, so that listing ports, planning downloads and registering pipelines
+import neither torch nor vLLM. Whatever is heavy is named as ``"package.module:attribute"`` and resolved on use.
+
+Ports come from three places, in this order; a name found twice is an error:
+
+1. the entry-point group ``port_kit.ports`` (the shipped ports and any installed package),
+2. the folders named in ``PORT_KIT_PATH`` (``os.pathsep``-separated; each holds packages with a ``PORT``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from port_kit.errors import OptionalDependencyError, PortKitError, PortNotFoundError
+
+ENTRY_POINT_GROUP = "port_kit.ports"
+PATH_VARIABLE = "PORT_KIT_PATH"
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a model: a folder of weights in the model directory and the module that they fill.
+
+    Attributes:
+        name: also the folder in the model directory and the attribute of the pipeline (``transformer``).
+        build: ``"module:function"``; the function takes the component's configuration (a mapping, the content of
+            ``<name>/config.json``) and returns the ``nn.Module`` on the current default device and dtype.
+        rules: ``"module:attribute"`` of the :class:`~port_kit.remap.RuleSet` from original names to the module's.
+        config: ``"module:attribute"`` of the full-size configuration (a mapping), as the recipe writes it.
+    """
+
+    name: str
+    build: str
+    rules: str
+    config: str
+
+
+@dataclass(frozen=True)
+class Port:
+    """A model brought to vLLM-Omni.
+
+    Attributes:
+        name: the name on the command line (``dreamid_omni``).
+        title: one line for people.
+        class_name: ``_class_name`` in ``model_index.json``, the key under which the pipeline is registered.
+        pipeline: ``"module:Class"`` of the pipeline.
+        output_type: the stage's modality, ``video`` for video with or without sound.
+        post_process: name of the post-process factory in the pipeline's module, as vLLM-Omni's registry takes it.
+        recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
+        components: the weights, in loading order.
+        parity: ``"module:function"`` that lists the port's golden cases, or empty.
+        card: path of the port's card in the repository, for people.
+        licences: what the weights and the code may be used for, one line each: ``{part: licence}``.
+    """
+
+    name: str
+    title: str
+    class_name: str
+    pipeline: str
+    output_type: str
+    recipe: str
+    components: tuple[Component, ...]
+    post_process: str = ""
+    parity: str = ""
+    card: str = ""
+    licences: Mapping[str, str] = field(default_factory=dict)
+
+    def component(self, name: str) -> Component:
+        """Return the component called ``name``; raises :class:`PortKitError` with the names that exist."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        known = [component.name for component in self.components]
+        raise PortKitError(
+            f"port {self.name} has no component {name!r}",
+            code="port_invalid",
+            hint=f"use one of {', '.join(known)}",
+        )
+
+
+def resolve(reference: str) -> object:
+    """Import ``"package.module:attribute"`` and return the attribute.
+
+    Raises:
+        OptionalDependencyError: the module needs a package that is not installed.
+    """
+    module_name, _, attribute = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", module_name.partition(".")[0]):
+            raise
+        raise OptionalDependencyError(
+            f"{reference} needs the package {missing!r}, which is not installed",
+            hint="install the runtime: pip install 'port-kit[omni]' (on a machine without a GPU: 'port-kit[omni,cpu]')",
+        ) from error
+    return getattr(module, attribute)
+
+
+@cache
+def list_ports() -> dict[str, Port]:
+    """Return all ports that this environment offers, by name, sorted."""
+    found: dict[str, Port] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _add(found, entry.load(), f"entry point {entry.value}")
+    for folder in filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep)):
+        for package in _packages(Path(folder)):
+            port = getattr(_import_package(package), "PORT", None)
+            if port is not None:
+                _add(found, port, str(package))
+    return dict(sorted(found.items()))
+
+
+def find_port(name: str) -> Port:
+    """Return the port called ``name``.
+
+    Raises:
+        PortNotFoundError: with the nearest names that exist.
+    """
+    ports = list_ports()
+    if name in ports:
+        return ports[name]
+    near = difflib.get_close_matches(name, ports, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known ports: {', '.join(ports) or 'none'}"
+    raise PortNotFoundError(f"no port is called {name!r}", hint=hint, known=list(ports))
+
+
+def _add(found: dict[str, Port], port: object, origin: str) -> None:
+    if not isinstance(port, Port):
+        raise PortKitError(f"{origin} gives {type(port).__name__}, not a Port", code="port_invalid")
+    if found.get(port.name, port) != port:
+        raise PortKitError(
+            f"two ports are called {port.name!r}; the second is {origin}",
+            code="port_invalid",
+            hint=f"rename one of them, or take its folder out of {PATH_VARIABLE}",
+        )
+    found[port.name] = port
+
+
+def _packages(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise PortKitError(f"{PATH_VARIABLE} names {folder}, which is not a folder", code="port_invalid")
+    return sorted(path.parent for path in folder.glob("*/__init__.py"))
+
+
+def _import_package(package: Path) -> ModuleType:
+    """Import the package in this folder under its own name; the folder above it goes onto ``sys.path``."""
+    parent = str(package.parent.resolve())
+    if parent not in sys.path:
+        sys.path.append(parent)
+    module = importlib.import_module(package.name)
+    if module.__file__ is None or Path(module.__file__).resolve().parent != package.resolve():
+        raise PortKitError(
+            f"{package} is shadowed by {module.__file__}, which is importable under the same name",
+            code="port_invalid",
+            hint="rename the port's folder",
+        )
+    return module
