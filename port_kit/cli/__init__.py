@@ -11,7 +11,10 @@ import click
 #: command -> (module with a click command of that name, one line for the overview)
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("port_kit.cli.convert", "Pickle checkpoint to safetensors, executing nothing."),
-    "coverage": ("port_kit.cli.coverage", "Check a rule set against a source and a target, from headers alone."),
+    "coverage": (
+        "port_kit.cli.coverage",
+        "Check a rule set against a source and a target, from headers alone.",
+    ),
     "doctor": ("port_kit.cli.doctor", "Versions, plugin, token, disk, installed git code."),
     "download": ("port_kit.cli.download", "Fetch, convert and assemble a port's model directory."),
     "list": ("port_kit.cli.list", "The ports of this environment."),

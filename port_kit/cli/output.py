@@ -56,7 +56,9 @@ def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[...
 def _print_error(command: str, error: PortKitError, *, as_json: bool) -> None:
     if as_json:
         body = {"code": error.code, "message": error.message, "hint": error.hint, "details": error.details}
-        click.echo(json.dumps({"schema": SCHEMA, "ok": False, "command": command, "error": body}, indent=1, default=str))
+        click.echo(
+            json.dumps({"schema": SCHEMA, "ok": False, "command": command, "error": body}, indent=1, default=str)
+        )
         return
     click.echo(f"error [{error.code}]: {error.message}", err=True)
     if error.hint:

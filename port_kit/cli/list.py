@@ -1,0 +1,19 @@
+"""``port-kit list``: the ports of this environment."""
+
+from __future__ import annotations
+
+import click
+
+from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.port import list_ports
+
+
+@click.command("list", epilog="Examples:  port-kit list  |  port-kit list --json")
+@json_option
+@handles_errors("list")
+def command(as_json: bool) -> None:
+    """List the ports that are shipped, installed or found through PORT_KIT_PATH."""
+    ports = list_ports()
+    width = max((len(name) for name in ports), default=0)
+    text = "\n".join(f"{name:<{width}}  {port.title}" for name, port in ports.items())
+    emit("list", {name: port.title for name, port in ports.items()}, as_json=as_json, text=text or "no ports")

@@ -1,0 +1,56 @@
+"""``port-kit verify``: a port against its reference, and N ranks against one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.parity import CaseReport, run_parity
+from port_kit.port import find_port
+
+
+@click.group("verify")
+def command() -> None:
+    """Check that a port computes what its reference computes."""
+
+
+@command.command(
+    "parity",
+    epilog="Examples:  port-kit verify parity dreamid_omni --goldens tests/data/goldens  |  "
+    "port-kit verify parity dreamid_omni --goldens DIR --only 'fusion/*' --json",
+)
+@click.argument("port")
+@click.option(
+    "--goldens",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of recorded inputs and outputs (SET.json).",
+)
+@click.option("--only", default="*", show_default=True, help="Shell pattern over case names.")
+@json_option
+@handles_errors("verify parity")
+def parity(port: str, goldens: Path, only: str, as_json: bool) -> None:
+    """Run every golden case in a folder and compare with what the reference gave."""
+    reports = []
+    for report in run_parity(find_port(port), goldens, only=only):
+        reports.append(report)
+        click.echo(_line(report), err=as_json)
+    ok = all(report.ok for report in reports)
+    data = {
+        "port": port,
+        "goldens": str(goldens),
+        "ok": ok,
+        "failed": [report.name for report in reports if not report.ok],
+        "cases": [report.to_json() for report in reports],
+    }
+    text = f"{sum(report.ok for report in reports)} of {len(reports)} cases within their bounds"
+    emit("verify parity", data, as_json=as_json, text=text, ok=ok)
+
+
+def _line(report: CaseReport) -> str:
+    data = report.to_json()
+    verdict = "ok  " if report.ok else f"FAIL first at {report.first_divergence} "
+    figures = f"max abs {data['max_abs']:.2e}  max rel {data['max_rel']:.2e}  {report.seconds:.1f} s"
+    return f"{verdict}{report.name:<44} {figures}"
