@@ -1,0 +1,31 @@
+"""All golden cases of the DreamID-Omni and Ovi family in a goldens folder, in the order of the model's own work.
+
+Folder layout (``SET.json`` names every dimension; nothing here depends on particular numbers)::
+
+    SET.json  ckpts/  scheduler/  umt5/  wan_vae/  mmaudio/  fusion/<case>/  e2e_<model>/  e2e_media/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from port_kit.errors import ParityError
+from port_kit.models.wan_fusion import golden_components, golden_fusion
+from port_kit.parity import Case
+
+
+def family_cases(goldens: Path) -> Iterator[Case]:
+    """Yield the cases of everything that the ports share: components first, then the fusion transformer.
+
+    Raises:
+        ParityError: the folder has no ``SET.json``.
+    """
+    if not (goldens / "SET.json").is_file():
+        raise ParityError(
+            f"{goldens} has no SET.json",
+            code="goldens_invalid",
+            hint="give the folder that holds SET.json, ckpts/ and one folder a component",
+        )
+    yield from golden_components.cases(goldens)
+    yield from golden_fusion.cases(goldens)
