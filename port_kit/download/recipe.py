@@ -1,0 +1,265 @@
+"""What a model is made of, as data: which files of which repositories go where.
+
+A :class:`Recipe` is a frozen dataclass or a TOML file with the same fields::
+
+    name = "my_model"
+    model_index = { _class_name = "MyPipeline", _diffusers_version = "0.40.0" }
+    configs.transformer = { num_layers = 30 }
+
+    [[repositories]]
+    repo_id = "org/model"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    files = [
+        { pattern = "model.safetensors", folder = "transformer" },
+        { pattern = "vae.pth", folder = "vae", name = "model.safetensors", convert = true, wrapper = "generator" },
+    ]
+
+    [[code]]
+    name = "my_reference"
+    url = "https://github.com/org/model"
+    commit = "89abcdef0123456789abcdef0123456789abcdef"
+    packages = ["my_model"]
+
+A revision or commit that is left out is *unconfirmed*: it is resolved at the first run and written into ``port.lock``,
+and every later run uses what the lock says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from port_kit.errors import DownloadError
+
+FULL_HASH = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class FileRule:
+    """Which files of a repository are taken, and where in the model directory they go.
+
+    Attributes:
+        pattern: a path in the repository, or a shell pattern (``*`` crosses folders); it must match at least one file.
+        folder: the folder in the model directory, a component's name; empty for the root.
+        name: the file's name there. Empty keeps the path below the pattern's fixed folder, with the suffix
+            ``.safetensors`` for converted files. Only for a pattern that matches exactly one file.
+        convert: a pickle checkpoint that becomes a safetensors file: the same names, another container.
+        wrapper: the keys above the tensors in the pickle, dotted (``generator``, ``app.model``); needs ``convert``.
+        sha256: the hash that this file must have; empty where only the Hub's own statement is known.
+    """
+
+    pattern: str
+    folder: str = ""
+    name: str = ""
+    convert: bool = False
+    wrapper: str = ""
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.pattern), "a file rule needs a pattern")
+        _require(self.convert or not self.wrapper, f"{self.pattern}: wrapper {self.wrapper!r} needs convert = true")
+        _require(not self.sha256 or bool(_SHA256.fullmatch(self.sha256)), f"{self.pattern}: sha256 is 64 hex digits")
+
+    @property
+    def is_glob(self) -> bool:
+        """Whether the pattern can match more than one file."""
+        return any(character in self.pattern for character in "*?[")
+
+    def target(self, path: str) -> str:
+        """Return where the repository's file ``path`` goes, relative to the model directory, with ``/``."""
+        name = self.name or self._kept_name(path)
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def _kept_name(self, path: str) -> str:
+        fixed = re.split(r"[*?\[]", self.pattern, maxsplit=1)[0].rpartition("/")[0]
+        name = path[len(fixed) + 1 :] if fixed and self.is_glob else path
+        name = name if self.is_glob else name.rpartition("/")[2]
+        if self.convert:
+            stem, dot, _ = name.rpartition(".")
+            return f"{stem if dot else name}.safetensors"
+        return name
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One Hub repository of a recipe.
+
+    Attributes:
+        repo_id: ``organisation/name``.
+        files: what is taken from it.
+        revision: the full commit, 40 hex digits; None where it could not be confirmed yet (see the module's text).
+        branch: what an unconfirmed revision is resolved from.
+        licence: what its files may be used for, one line.
+        gated: whether its licence must be accepted on the Hub before its files can be had.
+    """
+
+    repo_id: str
+    files: tuple[FileRule, ...]
+    revision: str | None = None
+    branch: str = "main"
+    licence: str = ""
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(_REPO_ID.fullmatch(self.repo_id)), f"repository id {self.repo_id!r} is not organisation/name")
+        _require(bool(self.files), f"{self.repo_id} names no files")
+        _check_hash(self.revision, f"revision of {self.repo_id}")
+
+
+@dataclass(frozen=True)
+class GitCode:
+    """The original code of a model, for comparison; fetched with ``--with-reference`` only.
+
+    Attributes:
+        name: names its folder and its ``.pth`` file in site-packages.
+        url: ``https://``, ``ssh://`` or ``file://``.
+        commit: 40 hex digits; None where unconfirmed (then ``branch`` is resolved at the first run).
+        packages: the top-level modules or packages that become importable; no other name of the repository does.
+        path: the folder in the repository that holds them.
+        branch: what an unconfirmed commit is resolved from.
+        licence: what the code may be used for, one line.
+    """
+
+    name: str
+    url: str
+    packages: tuple[str, ...]
+    commit: str | None = None
+    path: str = ""
+    branch: str = "HEAD"
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(_NAME.fullmatch(self.name)), f"name of git code {self.name!r} is not a plain name")
+        _require(bool(self.packages), f"git code {self.name} names no packages")
+        for package in self.packages:
+            _require(package.isidentifier(), f"git code {self.name}: {package!r} is not a module's name")
+        _check_hash(self.commit, f"commit of {self.name}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a model directory is assembled from.
+
+    Attributes:
+        name: the port's name.
+        repositories: what comes from the Hub, in the order of the recipe.
+        model_index: the content of ``model_index.json``; needs ``_class_name`` and ``_diffusers_version``.
+        configs: ``{folder: content of folder/config.json}``.
+        code: the original code, for ``--with-reference``.
+    """
+
+    name: str
+    repositories: tuple[Repository, ...]
+    model_index: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    code: tuple[GitCode, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(bool(_NAME.fullmatch(self.name)), f"recipe name {self.name!r} is not a plain name")
+        _require(bool(self.repositories), f"recipe {self.name} names no repositories")
+        missing = [key for key in ("_class_name", "_diffusers_version") if key not in self.model_index]
+        _require(not missing, f"model_index of {self.name} lacks {' and '.join(missing)}, which vLLM-Omni looks for")
+        ids = [repository.repo_id for repository in self.repositories]
+        _require(len(set(ids)) == len(ids), f"recipe {self.name} names a repository twice")
+
+    def with_(
+        self,
+        *,
+        configs: Mapping[str, Mapping[str, Any]] | None = None,
+        model_index: Mapping[str, Any] | None = None,
+        revisions: Mapping[str, str | None] | None = None,
+        code: tuple[GitCode, ...] | None = None,
+    ) -> Recipe:
+        """Return this recipe for other content: another size of the model, a mirror, a test's repositories.
+
+        Args:
+            configs: contents that replace those of the same folders.
+            model_index: keys that replace or extend those of ``model_index.json``.
+            revisions: ``{repo_id: 40 hex digits, or None to resolve it}``; pinned file hashes of these
+                repositories are left behind with their revisions.
+            code: the git code instead of the recipe's.
+        """
+        revisions = revisions or {}
+        unknown = set(revisions) - {repository.repo_id for repository in self.repositories}
+        _require(not unknown, f"recipe {self.name} has no repository {', '.join(sorted(unknown))}")
+        return dataclasses.replace(
+            self,
+            repositories=tuple(
+                _at_revision(repository, revisions[repository.repo_id])
+                if repository.repo_id in revisions
+                else repository
+                for repository in self.repositories
+            ),
+            configs={**self.configs, **(configs or {})},
+            model_index={**self.model_index, **(model_index or {})},
+            code=self.code if code is None else code,
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash over all fields: a lock that was written for another recipe is recognised by it."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain data (parsed TOML or JSON); unknown and missing fields are errors."""
+        values = dict(data)
+        values["repositories"] = tuple(_repository(item) for item in values.get("repositories", ()))
+        values["code"] = tuple(_build(GitCode, item) for item in values.get("code", ()))
+        return _build(cls, values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a TOML file; errors name the file."""
+        try:
+            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise DownloadError(f"cannot read the recipe {path}: {error}", code="recipe_invalid") from error
+
+
+def _at_revision(repository: Repository, revision: str | None) -> Repository:
+    files = tuple(dataclasses.replace(rule, sha256="") for rule in repository.files)
+    return dataclasses.replace(repository, revision=revision, files=files)
+
+
+def _repository(data: Mapping[str, Any]) -> Repository:
+    files = tuple(_build(FileRule, rule) for rule in data.get("files", ()))
+    return _build(Repository, {**data, "files": files})
+
+
+def _build(cls: type[_T], data: Mapping[str, Any]) -> _T:
+    """Call a dataclass with fields from a file; lists become tuples, and errors name the field."""
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = set(data) - set(fields)
+    _require(not unknown, f"{cls.__name__} has no field {', '.join(sorted(unknown))}; it has {', '.join(fields)}")
+    needed = [
+        name
+        for name, item in fields.items()
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in needed if name not in data]
+    _require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def _check_hash(value: str | None, what: str) -> None:
+    valid = value is None or FULL_HASH.fullmatch(value) is not None
+    _require(valid, f"{what} is {value!r}; it must be 40 hex digits, or left out where it is not known yet")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise DownloadError(message, code="recipe_invalid", hint="correct the recipe")
