@@ -27,6 +27,10 @@ CODES: dict[str, str] = {
     "parity_no_cases": "a port has no golden cases, or none matches",
     "goldens_invalid": "a goldens folder is incomplete or unreadable",
     "parity_shape": "a port's tensor and the reference's have different shapes",
+    "attention_backend": "an attention backend was asked for that the CPU platform cannot run",
+    "port_unregistrable": "a port's pipeline cannot be handed to vLLM-Omni's registry",
+    "upstream_changed": "vLLM-Omni, torch or torchvision changed where a patch of the kit rests on it",
+    "vllm_omni_version": "the installed vLLM-Omni is not of the series that the kit was proven on",
 }
 
 

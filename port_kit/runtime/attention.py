@@ -1,0 +1,37 @@
+"""SDPA attention on the CPU platform.
+
+Tensors are [B, S, N, H]: batch, sequence, heads, head size; any floating dtype that CPU SDPA takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend, SDPAImpl
+
+from port_kit.runtime.patches import require
+
+require("sdpa_forward")
+
+
+class CpuSDPAImpl(SDPAImpl):
+    """vLLM-Omni's SDPA, entered without its switch over accelerators (which raises for other platforms)."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        """Attend: query [B, Sq, N, H], key and value [B, Sk, N or fewer, H]; returns [B, Sq, N, H]."""
+        return self._forward_impl(query, key, value, attn_metadata)
+
+
+class CpuSDPABackend(SDPABackend):
+    """The backend keeps its upstream name ``SDPA``: Ring attention chooses its SDPA kernels by that name."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CpuSDPAImpl]:
+        """Return the implementation class."""
+        return CpuSDPAImpl
