@@ -24,6 +24,7 @@ CODES: dict[str, str] = {
     "port_invalid": "a port's declaration cannot be read or is incomplete",
     "dependency_missing": "an optional part is not installed",
     "recipe_invalid": "a recipe lacks a field, has one too many, or a value that cannot be right",
+    "parallel_world": "a process of one rank was needed and this process belongs to a larger world",
     "parity_no_cases": "a port has no golden cases, or none matches",
     "goldens_invalid": "a goldens folder is incomplete or unreadable",
     "parity_shape": "a port's tensor and the reference's have different shapes",
