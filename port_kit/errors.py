@@ -6,8 +6,10 @@
       + PortNotFoundError             no port of that name
       + OptionalDependencyError       a part that is not installed (also an ImportError)
       + DownloadError                 recipe, plan, fetch, verify, convert, git code, assemble, lock
+      + CheckpointError               a checkpoint file that cannot be read, or that would execute code
       + RemapError                    rules, manifests, coverage, loading (also a ValueError)
       + ParallelError                 degrees, plans, equivalence (also a ValueError)
+      + ConfigError                   a component's configuration that no module can be built from (also a ValueError)
       + ParityError                   goldens that cannot be read or run
       + RegistrationError             vLLM-Omni did not take the plugin, or has changed under it
       + InputError                    a request that no port can serve (also a ValueError)
@@ -24,14 +26,58 @@ CODES: dict[str, str] = {
     "port_invalid": "a port's declaration cannot be read or is incomplete",
     "dependency_missing": "an optional part is not installed",
     "recipe_invalid": "a recipe lacks a field, has one too many, or a value that cannot be right",
+    "config_invalid": "a component's configuration is incomplete, contradictory or not supported",
+    "reference_length": "references do not fit into the sequence, or the model has none",
     "parallel_world": "a process of one rank was needed and this process belongs to a larger world",
+    "checkpoint_format": "a file is not a torch checkpoint (an error page, an LFS pointer, another format)",
+    "pickle_corrupt": "a torch checkpoint is cut short or damaged",
+    "pickle_unsafe": "a pickle asks for more than tensors; nothing was executed",
+    "pickle_unsupported": "a torch checkpoint holds something that has no plain form in safetensors",
+    "pickle_wrapper": "the tensors lie under other keys of the pickle than was said",
+    "manifest_invalid": "a manifest, or the checkpoint it is read from, cannot be read",
+    "remap_ambiguous": "two rules match one source tensor",
+    "remap_beyond_layers": "a rule sends a layer to a number that the module does not have",
+    "remap_collision": "two source tensors are sent to the same target",
+    "remap_dead_rule": "a rule matches nothing, or what it drops or keeps does not exist",
+    "remap_dtype": "a value would lose precision or kind on its way, and no rule says that it may",
+    "remap_failed": "several kinds of gaps at once: see the problems",
+    "remap_incomplete_group": "a fused tensor did not get all of its parts",
+    "remap_missing": "a target tensor is not written by any source",
+    "remap_mixed": "original and already converted names in one checkpoint",
+    "remap_op": "an op does not exist, has wrong arguments, or has no inverse",
+    "remap_overlap": "two writes touch the same elements",
+    "remap_pattern": "a source pattern is not a regular expression, or could take unbounded time",
+    "remap_rules": "a rule set cannot be read, or contradicts itself",
+    "remap_shape": "a source tensor does not fit its target",
+    "remap_size": "a size expression is malformed or names an unknown size",
+    "remap_slot": "a target has no such slot",
+    "remap_template": "a target template is malformed or names a group that its pattern lacks",
+    "remap_unexpected": "a source tensor has no rule, or its rule leads to no target",
+    "remap_unused": "part of a source tensor is neither used nor dropped with a reason",
     "parity_no_cases": "a port has no golden cases, or none matches",
     "goldens_invalid": "a goldens folder is incomplete or unreadable",
     "parity_shape": "a port's tensor and the reference's have different shapes",
+    "input_missing": "a request lacks its prompt, its reference pictures or its reference voices",
+    "input_count": "a request's reference pictures and voices do not pair up, or are too many",
+    "input_size": "a request's picture or video size cannot be made",
+    "input_value": "a request's parameter is out of range or misspelt",
+    "input_type": "a request's parameter has the wrong type",
+    "input_too_long": "a request's prompt is longer than the text encoder reads",
+    "input_too_short": "a reference voice is shorter than the part of it that is used",
+    "input_unreadable": "a reference picture or voice cannot be decoded",
+    "model_incomplete": "a model directory lacks a folder or file that the pipeline needs",
+    "media_write": "a video file could not be written or measured",
+    "sampling_invalid": "a solver, a number of steps or a shift that cannot be sampled with",
+    "component_config": "a component's config.json lacks a key or asks for what the component does not do",
+    "component_input": "a tensor handed to a component has a shape that it cannot take",
     "attention_backend": "an attention backend was asked for that the CPU platform cannot run",
     "port_unregistrable": "a port's pipeline cannot be handed to vLLM-Omni's registry",
     "upstream_changed": "vLLM-Omni, torch or torchvision changed where a patch of the kit rests on it",
     "vllm_omni_version": "the installed vLLM-Omni is not of the series that the kit was proven on",
+    "worker_died": "a forked test worker died before it had a result",
+    "worker_failed": "a forked test worker raised; its traceback is in the message",
+    "worker_fork": "test workers were to be forked from inside a torch.distributed world",
+    "worker_timeout": "forked test workers did not finish in time",
 }
 
 
@@ -85,12 +131,22 @@ class DownloadError(PortKitError):
     """Planning, fetching, verifying, converting or assembling a model directory failed."""
 
 
+class CheckpointError(PortKitError):
+    """A checkpoint file is damaged, of another format, or asks for more than tensors. Nothing of it was executed."""
+
+
 class RemapError(PortKitError, ValueError):
     """A rule set is invalid, or does not map a checkpoint completely onto its modules."""
 
 
 class ParallelError(PortKitError, ValueError):
     """A parallel layout is impossible, or N ranks do not compute what one rank computes."""
+
+
+class ConfigError(PortKitError, ValueError):
+    """A component's configuration is incomplete, contradicts itself, or asks for what the model does not have."""
+
+    default_code = "config_invalid"
 
 
 class ParityError(PortKitError):

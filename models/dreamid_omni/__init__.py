@@ -1,0 +1,25 @@
+"""DreamID-Omni: reference pictures, reference voices and a prompt to a video with sound."""
+
+from __future__ import annotations
+
+from port_kit.models.dreamid_omni.weights import COMPONENTS
+from port_kit.port import Port
+
+PORT = Port(
+    name="dreamid_omni",
+    title="DreamID-Omni: reference pictures, reference voices and a prompt to a 5 s video with sound",
+    class_name="DreamIDOmniPipeline",
+    pipeline="port_kit.models.dreamid_omni.pipeline:DreamIDOmniPipeline",
+    output_type="video",
+    recipe="port_kit.models.dreamid_omni.recipe:RECIPE",
+    components=COMPONENTS,
+    post_process="get_post_process_func",
+    parity="port_kit.models.wan_fusion.golden_pipeline:dreamid_cases",
+    card="docs/ports/dreamid_omni.md",
+    licences={
+        "transformer": "research use only (DreamID-Omni's README)",
+        "text_encoder, tokenizer, vae": "Apache-2.0 (Wan2.2)",
+        "audio_vae, vocoder": "CC-BY-NC-4.0 (MMAudio)",
+        "reference code": "Apache-2.0",
+    },
+)

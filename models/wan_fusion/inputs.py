@@ -1,0 +1,111 @@
+"""Checks on request values that the ports of the family share. Each raises InputError before any model runs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from port_kit.errors import InputError
+
+#: Longest text that is looked at, in characters; the tokenizer's own limit (in tokens) is checked after it.
+MAX_TEXT_CHARACTERS = 8000
+
+
+def check_text(name: str, value: object, *, required: bool = False) -> str:
+    """Return ``value`` as it is if it is text of an acceptable length.
+
+    Args:
+        name: what the value is called in the message.
+        required: whether blank text is an error.
+
+    Raises:
+        InputError: not a string, blank though required, or longer than :data:`MAX_TEXT_CHARACTERS`.
+    """
+    if not isinstance(value, str):
+        raise InputError(
+            f"{name} is {type(value).__name__}; text is required", code="input_type", hint=f"give {name} as a string"
+        )
+    if required and not value.strip():
+        raise InputError(f"{name} is empty", code="input_missing", hint=f"describe the scene in {name}")
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise InputError(
+            f"{name} has {len(value)} characters; at most {MAX_TEXT_CHARACTERS} are taken",
+            code="input_too_long",
+            hint="shorten it: whatever lies beyond the text encoder's tokens would never be seen by the model",
+        )
+    return value
+
+
+def check_integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
+    """Return ``value`` as an int within ``minimum``..``maximum``; raises InputError otherwise (booleans too)."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"{name} is {value!r}; a whole number is required", code="input_type") from error
+    if number < minimum or (maximum is not None and number > maximum):
+        wanted = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
+        raise InputError(f"{name} is {number}; {wanted} is required", code="input_value", hint=f"correct {name}")
+    return number
+
+
+def check_real(name: str, value: object, *, positive: bool = False) -> float:
+    """Return ``value`` as a finite float, greater than zero if ``positive``; raises InputError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} is {value!r}; a number is required", code="input_type")
+    if not math.isfinite(value):
+        raise InputError(f"{name} is {value}; a finite number is required", code="input_value", hint=f"correct {name}")
+    if positive and value <= 0:
+        raise InputError(f"{name} is {value}; more than zero is required", code="input_value", hint=f"correct {name}")
+    return float(value)
+
+
+def check_size(height: object, width: object, *, multiple: int, maximum: int) -> tuple[int, int]:
+    """Return ``(height, width)`` in pixels, each a positive multiple of ``multiple`` up to ``maximum``."""
+    sides = {}
+    for name, value in (("height", height), ("width", width)):
+        side = check_integer(name, value, minimum=multiple, maximum=maximum)
+        if side % multiple:
+            low = side - side % multiple
+            raise InputError(
+                f"{name} is {side}; a multiple of {multiple} is required",
+                code="input_size",
+                hint=f"use {low} or {low + multiple}",
+            )
+        sides[name] = side
+    return sides["height"], sides["width"]
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that is nearly, but not exactly, one of ``known``: a misspelt option would be ignored silently.
+
+    Names that resemble none are left alone: servers add options of their own.
+    """
+    known = list(known)
+    for name in given:
+        near = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if near:
+            raise InputError(
+                f"unknown option {name!r}", code="input_value", hint=f"did you mean {near[0]!r}?", option=name
+            )
+
+
+def as_list(value: object) -> list[Any]:
+    """Return one reference or several as a list; None is no reference."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) and not _is_waveform(value) else [value]
+
+
+def _is_waveform(value: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether this is one ``(samples, rate)`` pair and not two references."""
+    return len(value) == 2 and isinstance(value[1], (int, float)) and not isinstance(value[1], bool)
+
+
+def field(prompt: object, name: str) -> Any:
+    """Return a field of a prompt that may be a plain string or a mapping, None where it has none."""
+    return prompt.get(name) if isinstance(prompt, Mapping) else None

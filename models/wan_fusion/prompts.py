@@ -1,0 +1,43 @@
+"""Prompts: what is taken out of them, and how they become token ids."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from port_kit.errors import InputError
+from port_kit.models.wan_fusion.text_encoder import MAX_TOKENS, clean_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Blocks that go with all they hold, up to the next tag: annotations for people, never shown to the model.
+DROPPED_BLOCKS = ("SPEAKER_TIMESTAMPS", "AUDIO_DESCRIPTION")
+_TAG = r"\[[A-Z][A-Z0-9_]*\]"
+_BLOCK = re.compile(rf"\[(?:{'|'.join(DROPPED_BLOCKS)})\].*?(?={_TAG}|\Z)", re.DOTALL)
+_ANY_TAG = re.compile(_TAG)
+
+
+def strip_tags(prompt: str) -> str:
+    """Remove the :data:`DROPPED_BLOCKS` with their content, then the marker of every other ``[TAG]``.
+
+    Markers in angle brackets (``<img1>``, ``<sub1>``, ``<S>``) belong to the model's language and stay.
+    """
+    return _ANY_TAG.sub("", _BLOCK.sub("", prompt)).strip()
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, limit: int = MAX_TOKENS) -> list[int]:
+    """Return the ids of the cleaned text with the closing ``</s>``, without padding.
+
+    Raises:
+        InputError: the text takes more than ``limit`` tokens. The reference cuts it there without a word.
+    """
+    ids: list[int] = tokenizer(clean_prompt(text), add_special_tokens=True)["input_ids"]
+    if len(ids) > limit:
+        raise InputError(
+            f"the prompt takes {len(ids)} tokens; the text encoder reads {limit}",
+            code="input_too_long",
+            hint="shorten the prompt",
+            tokens=len(ids),
+        )
+    return ids

@@ -1,0 +1,202 @@
+"""Reference pictures and voices: from whatever a request holds to the tensors that the encoders take.
+
+Legend: C colour channels, H height, W width, S audio samples.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from port_kit.errors import InputError
+
+SAMPLE_RATE = 16_000  # Hz, of the audio VAE
+#: The part of a voice that is used, in seconds: the second second, which skips a clip's hesitant beginning.
+VOICE_START, VOICE_END = 1.0, 2.0
+_WHITE = (255, 255, 255)
+_MAX_PIXELS = 100_000_000  # a picture beyond this is a decompression bomb, not a reference
+_MAX_VOICE_SECONDS = 60  # what lies beyond is not decoded
+
+
+def load_image(source: object, *, name: str = "picture") -> Image.Image:
+    """Return a reference picture in RGB.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image, or a uint8 array (H, W, 3).
+        name: what it is called in messages.
+
+    Raises:
+        InputError: unreadable, corrupt, or of another type.
+    """
+    if isinstance(source, np.ndarray):
+        source = _image_of_array(source, name)
+    if isinstance(source, (str, Path, bytes)):
+        source = _decode_image(source, name)
+    if not isinstance(source, Image.Image):
+        raise InputError(
+            f"{name} is {type(source).__name__}; a path, bytes, PIL image or uint8 array (H, W, 3) is required",
+            code="input_type",
+        )
+    try:
+        return source.convert("RGB")  # a lazily opened file is decoded here
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _image_of_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        raise InputError(
+            f"{name} is an array {array.dtype} {array.shape}; uint8 (H, W, 3) is required", code="input_type"
+        )
+    return Image.fromarray(array)
+
+
+def _decode_image(source: str | Path | bytes, name: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(name, error) from error
+    if image.width * image.height > _MAX_PIXELS:
+        raise InputError(
+            f"{name} has {image.width}x{image.height} pixels; at most {_MAX_PIXELS} are read",
+            code="input_size",
+            hint="scale it down: references are fitted to the video's size anyway",
+        )
+    return image
+
+
+def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """Fit a picture inside ``height`` x ``width`` with its ratio kept, centred on white.
+
+    Returns:
+        float32 (C=3, H, W) in [-1, 1].
+    """
+    scale = min(height / image.height, width / image.width)
+    # Rounded down as the reference does; a sliver of a picture still keeps one pixel.
+    inner = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+    canvas = Image.new("RGB", (width, height), _WHITE)
+    resized = image.resize(inner, Image.Resampling.LANCZOS)
+    canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    pixels = torch.from_numpy(np.asarray(canvas, dtype=np.float32).copy())
+    return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def load_voice(source: object, *, name: str = "voice") -> np.ndarray:
+    """Return a reference voice as mono float32 samples (S,) at 16 kHz in [-1, 1].
+
+    Args:
+        source: a path or the bytes of a sound or video file, ``(samples, rate)``, or samples at 16 kHz;
+            samples are (S,) or (channels, S).
+        name: what it is called in messages.
+
+    Raises:
+        InputError: unreadable, without a sound track, not finite, or of another type.
+    """
+    if isinstance(source, (str, Path, bytes)):
+        return _decode_sound(source, name)
+    samples, rate = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, SAMPLE_RATE)
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().float().cpu().numpy()
+    if not _is_sound(samples):
+        raise InputError(
+            f"{name} is {type(source).__name__}; a path, bytes, (samples, rate) or samples at 16 kHz are required",
+            code="input_type",
+        )
+    return _mono_16k(_float_samples(samples, name), _check_rate(rate, name))
+
+
+def _is_sound(samples: object) -> bool:
+    return (
+        isinstance(samples, np.ndarray) and samples.ndim in (1, 2) and samples.size > 0 and samples.dtype.kind in "fi"
+    )
+
+
+def _check_rate(rate: object, name: str) -> int:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 1000 <= rate <= 768_000:
+        raise InputError(f"{name} has the sample rate {rate!r}; 1000 to 768000 Hz is required", code="input_value")
+    return int(rate)
+
+
+def _float_samples(samples: np.ndarray, name: str) -> np.ndarray:
+    """Return (channels, S) float32; integers are scaled by their type's range."""
+    scale = 1.0 / -float(np.iinfo(samples.dtype).min or -1) if np.issubdtype(samples.dtype, np.signedinteger) else 1.0
+    samples = np.atleast_2d(samples).astype(np.float32) * np.float32(scale)
+    if not np.isfinite(samples).all():
+        raise InputError(f"{name} holds samples that are not finite numbers", code="input_value")
+    return samples
+
+
+def _mono_16k(samples: np.ndarray, rate: int) -> np.ndarray:
+    mono = np.ascontiguousarray(samples.mean(axis=0, keepdims=True))
+    if rate == SAMPLE_RATE:
+        return mono[0]
+    frame = av.AudioFrame.from_ndarray(mono, format="fltp", layout="mono")
+    frame.sample_rate = rate
+    resampler = _resampler()
+    return _join([*resampler.resample(frame), *resampler.resample(None)])
+
+
+def _decode_sound(source: str | Path | bytes, name: str) -> np.ndarray:
+    """Decode the first sound track of any file that FFmpeg reads."""
+    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    try:
+        with av.open(opened) as container:
+            if not container.streams.audio:
+                raise InputError(f"{name} has no sound track", code="input_unreadable", hint="give a sound file")
+            return _resample_track(container)
+    except InputError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _resample_track(container: av.container.InputContainer) -> np.ndarray:
+    """Decode as much of the first sound track as a voice may need; only its second second is used."""
+    resampler = _resampler()
+    frames: list[av.AudioFrame] = []
+    seconds = 0.0
+    for frame in container.decode(container.streams.audio[0]):
+        frames += resampler.resample(frame)
+        seconds += frame.samples / frame.sample_rate
+        if seconds >= _MAX_VOICE_SECONDS:
+            break
+    return _join([*frames, *resampler.resample(None)])
+
+
+def _resampler() -> av.AudioResampler:
+    return av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+
+
+def _join(frames: list[av.AudioFrame]) -> np.ndarray:
+    parts = [frame.to_ndarray()[0] for frame in frames]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+def cut_voice(samples: np.ndarray, *, name: str = "voice") -> torch.Tensor:
+    """Return the part of a voice that is used (second 1 to 2), float32 (S=16000,).
+
+    Raises:
+        InputError: the voice ends before that.
+    """
+    start, end = int(VOICE_START * SAMPLE_RATE), int(VOICE_END * SAMPLE_RATE)
+    if len(samples) < end:
+        raise InputError(
+            f"{name} lasts {len(samples) / SAMPLE_RATE:.2f} s; at least {VOICE_END:g} s are required",
+            code="input_too_short",
+            hint=f"seconds {VOICE_START:g} to {VOICE_END:g} of it are used: give a longer clip",
+        )
+    return torch.from_numpy(np.ascontiguousarray(samples[start:end]))
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"{name} cannot be read: {str(error) or type(error).__name__}",
+        code="input_unreadable",
+        hint="check that the file exists and opens in a viewer or player",
+    )
