@@ -1,0 +1,350 @@
+"""Forked diffusion workers: a pipeline on N ranks in about a second, without an engine.
+
+``Omni`` takes some twenty seconds to start, most of it imports. Here the imports happen once in the calling process;
+each case forks one process a rank, and each runs vLLM-Omni's own ``DiffusionWorker``: the standard loader, the hooks,
+the parallel groups (gloo) and the model runner are those of the engine. What is left out is the engine's process
+plumbing and post-processing. ::
+
+    results = run_workers(model_dir, [Request("a cat", {"num_inference_steps": 2, "seed": 0})],
+                          config={"parallel_config": {"ulysses_degree": 2}},
+                          probe=lambda pipeline: pipeline.transformer.local_length)
+    results[0].outputs[0]     # what rank 0's pipeline returned
+    results[1].probe          # what rank 1's probe returned
+
+Linux only (``fork``). Outputs and probes cross by value, so they must be picklable.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from port_kit.errors import ParallelError, PortKitError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from torch import nn
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+#: Seconds that a rank gets to leave by itself once its result is in.
+_GRACE = 10.0
+
+#: The end of a traceback that a report carries, in characters.
+_TRACEBACK = 6000
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: the prompt as ``Omni.generate`` takes it, and fields of ``OmniDiffusionSamplingParams``."""
+
+    prompt: str | Mapping[str, Any]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank brought back.
+
+    Attributes:
+        rank: the global rank.
+        outputs: one entry a request: the pipeline's ``DiffusionOutput.output``; None where the request failed.
+        errors: one entry a request: None, or the exception (only with ``keep_going``).
+        probe: what ``probe`` returned on this rank; None without one.
+        load_seconds: building the worker and loading the weights.
+        run_seconds: all requests together.
+    """
+
+    rank: int
+    outputs: tuple[Any, ...]
+    errors: tuple[BaseException | None, ...]
+    probe: Any
+    load_seconds: float
+    run_seconds: float
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank sends instead of a result: the error's text and traceback, and the error if it can be pickled."""
+
+    rank: int
+    text: str
+    traceback: str
+    error: PortKitError | None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Everything a rank needs; crosses by fork, so functions may be closures."""
+
+    model: str
+    requests: Sequence[Request]
+    config: Mapping[str, Any]
+    setup: Callable[[], None] | None
+    probe: Callable[[nn.Module], Any] | None
+    keep_going: bool
+    port: int
+
+
+def run_workers(
+    model: str | os.PathLike[str],
+    requests: Sequence[Request],
+    *,
+    config: Mapping[str, Any] | None = None,
+    setup: Callable[[], None] | None = None,
+    probe: Callable[[nn.Module], Any] | None = None,
+    keep_going: bool = False,
+    timeout: float = 120.0,
+) -> list[RankResult]:
+    """Load a model on as many ranks as its parallel configuration asks for, run requests, and return all results.
+
+    Args:
+        model: a model directory.
+        requests: run one after the other on every rank.
+        config: fields of ``OmniDiffusionConfig``; ``parallel_config`` as a mapping. The dtype is float32 and
+            execution eager unless it says otherwise.
+        setup: called in every rank before the worker is built (register a pipeline, change the environment).
+        probe: called in every rank after the last request, with the pipeline.
+        keep_going: keep a request's exception in the result and run the next one, as the engine does.
+        timeout: seconds for everything; after it every rank is killed.
+
+    Raises:
+        ParallelError: a rank failed, died or did not finish in time. A :class:`PortKitError` of the rank is its
+            ``__cause__``; ``details`` has the rank and the traceback.
+    """
+    warm_up()
+    _refuse_inherited_world()
+    from vllm.utils.network_utils import get_open_port
+
+    case = _Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
+    world = _world_size(case.config)
+    processes, pipes = _start(case, world)
+    try:
+        results = _collect(processes, pipes, timeout)
+    except BaseException:
+        _stop(processes, grace=0.0)
+        raise
+    _stop(processes, grace=_GRACE)
+    return [results[rank] for rank in range(world)]
+
+
+@cache
+def warm_up() -> None:
+    """Import what every worker needs, once; called by :func:`run_workers`, takes some ten seconds the first time."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm_omni.platforms import current_omni_platform
+    from vllm_omni.plugins import load_omni_general_plugins
+
+    load_omni_general_plugins()
+    for path in (
+        current_omni_platform.get_diffusion_worker_cls(),
+        current_omni_platform.get_diffusion_model_runner_cls(),
+        "vllm_omni.inputs.data.OmniDiffusionSamplingParams",
+    ):
+        resolve_obj_by_qualname(path)
+    # Workers collect garbage about ten times each; without this every collection walks the imported modules.
+    gc.collect()
+    gc.freeze()
+
+
+def _refuse_inherited_world() -> None:
+    """A fork inherits an initialised process group and would take it for its own."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        raise ParallelError(
+            "workers cannot be forked from a process that is inside a torch.distributed world",
+            code="worker_fork",
+            hint="leave the world first (torch.distributed.destroy_process_group)",
+        )
+
+
+def _world_size(config: Mapping[str, Any]) -> int:
+    from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+    parallel = config.get("parallel_config", {})
+    if isinstance(parallel, Mapping):
+        parallel = DiffusionParallelConfig(**parallel)
+    return int(parallel.world_size)
+
+
+def _start(case: _Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    processes: list[BaseProcess] = []
+    pipes: list[Connection] = []
+    for rank in range(world):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(rank, case, sender), name=f"port-kit-rank-{rank}")
+        process.start()
+        sender.close()  # so that the receiver sees the end when the rank dies
+        processes.append(process)
+        pipes.append(receiver)
+    return processes, pipes
+
+
+def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection], timeout: float) -> dict[int, RankResult]:
+    """Wait for one message a rank. The first failure ends the wait: the others may hang on a collective."""
+    from multiprocessing.connection import wait
+
+    deadline = time.monotonic() + timeout
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    results: dict[int, RankResult] = {}
+    while open_pipes:
+        ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise _late(sorted(open_pipes.values()), timeout)
+        for pipe in ready:
+            rank = open_pipes.pop(pipe)  # type: ignore[call-overload]
+            results[rank] = _receive(pipe, rank, processes[rank])  # type: ignore[arg-type]
+    return results
+
+
+def _receive(pipe: Connection, rank: int, process: BaseProcess) -> RankResult:
+    try:
+        message = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        process.join(_GRACE)
+        raise ParallelError(
+            f"rank {rank} died with exit code {process.exitcode} before it had a result",
+            code="worker_died",
+            hint="a negative code is a signal: -9 is often a lack of memory",
+            rank=rank,
+        ) from None
+    finally:
+        pipe.close()
+    if isinstance(message, _Failure):
+        raise _failed(message) from message.error
+    return message
+
+
+def _failed(failure: _Failure) -> ParallelError:
+    return ParallelError(
+        f"rank {failure.rank} failed: {failure.text}\n{failure.traceback}",
+        code="worker_failed",
+        hint=failure.error.hint if failure.error else "the traceback above is the rank's",
+        rank=failure.rank,
+        traceback=failure.traceback,
+    )
+
+
+def _late(ranks: list[int], timeout: float) -> ParallelError:
+    return ParallelError(
+        f"ranks {', '.join(map(str, ranks))} had no result after {timeout:g} s",
+        code="worker_timeout",
+        hint="a rank that waits in a collective which the others never enter looks like this",
+        ranks=ranks,
+    )
+
+
+def _stop(processes: Sequence[BaseProcess], *, grace: float) -> None:
+    """End all ranks and reap them; none outlives this call."""
+    deadline = time.monotonic() + grace
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+        process.close()
+
+
+def _rank_main(rank: int, case: _Case, sender: Connection) -> None:
+    """The life of one rank: run the case, send one message, and leave without the parent's exit handlers."""
+    code = 0
+    try:
+        message: RankResult | _Failure = _run_rank(rank, case)
+        payload = pickle.dumps(message)
+    except BaseException as error:  # noqa: B036 - whatever it is, the parent must hear of it
+        code = 1
+        payload = _describe(rank, error)
+    sender.send_bytes(payload)
+    sender.close()
+    os._exit(code)
+
+
+def _describe(rank: int, error: BaseException) -> bytes:
+    text = "".join(traceback.format_exception_only(error)).strip()
+    trace = "".join(traceback.format_exception(error))[-_TRACEBACK:]
+    known = error if isinstance(error, PortKitError) else None
+    try:
+        return pickle.dumps(_Failure(rank, text, trace, known))
+    except (pickle.PicklingError, TypeError, AttributeError):  # an error whose details do not cross
+        return pickle.dumps(_Failure(rank, text, trace, None))
+
+
+def _run_rank(rank: int, case: _Case) -> RankResult:
+    import torch
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm_omni.engine.stage_init_utils import set_death_signal
+    from vllm_omni.platforms import current_omni_platform
+
+    set_death_signal(signal.SIGKILL)  # a test that is killed leaves no ranks behind
+    torch.set_num_threads(1)
+    if case.setup is not None:
+        case.setup()
+    config = _config(case)
+    started = time.perf_counter()
+    worker_class = resolve_obj_by_qualname(current_omni_platform.get_diffusion_worker_cls())
+    worker = worker_class(local_rank=rank, rank=rank, od_config=config)
+    loaded = time.perf_counter()
+    answers = [_answer(worker, config, index, request, case) for index, request in enumerate(case.requests)]
+    finished = time.perf_counter()
+    probe = case.probe(worker.model_runner.pipeline) if case.probe else None
+    result = RankResult(
+        rank=rank,
+        outputs=tuple(output for output, _ in answers),
+        errors=tuple(error for _, error in answers),
+        probe=probe,
+        load_seconds=loaded - started,
+        run_seconds=finished - loaded,
+    )
+    worker.shutdown()
+    return result
+
+
+def _config(case: _Case) -> OmniDiffusionConfig:
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+    fields = {"dtype": "float32", "enforce_eager": True, **case.config}
+    config = OmniDiffusionConfig.from_kwargs(model=case.model, **fields)
+    # The configuration looks for a free port of its own; the ranks have to agree on one.
+    config.master_port = case.port
+    config.enrich_config()
+    return config
+
+
+def _answer(
+    worker: Any, config: OmniDiffusionConfig, index: int, request: Request, case: _Case
+) -> tuple[Any, BaseException | None]:
+    """Run one request; returns (output, None), or (None, error) where the case keeps going."""
+    from vllm_omni.diffusion.request import OmniDiffusionRequest
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    message = OmniDiffusionRequest(
+        prompt=request.prompt,
+        sampling_params=OmniDiffusionSamplingParams(**request.sampling),
+        request_id=f"request-{index}",
+    )
+    try:
+        output = worker.execute_model(message, config)
+    except (PortKitError, ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+        if not case.keep_going:
+            raise
+        return None, error
+    if output.error:
+        error = RuntimeError(output.error)
+        if not case.keep_going:
+            raise error
+        return None, error
+    return output.output, None

@@ -1,0 +1,104 @@
+"""Forked workers: what they compute, what they prove about sharding, and how they fail."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from port_kit.errors import ParallelError, PortKitError
+from port_kit.runtime.plugin import register_pipelines
+from port_kit.testing.workers import RankResult, Request, run_workers
+
+REQUEST = Request("a cat", {"num_inference_steps": 2, "seed": 3})
+
+
+def local_lengths(pipeline: nn.Module) -> tuple[int, int]:
+    """How many video and audio tokens this rank's blocks saw."""
+    return pipeline.transformer.local_lengths
+
+
+@pytest.fixture(scope="module")
+def single(toy_model: Path) -> RankResult:
+    """One rank's result, the reference."""
+    return run_workers(toy_model, [REQUEST], setup=register_pipelines, probe=local_lengths)[0]
+
+
+def test_one_rank_runs_the_pipeline(single: RankResult) -> None:
+    video, sound = single.outputs[0]
+    assert video.shape == (5, 160, 160, 3)
+    assert sound.shape == (3333,)
+    assert torch.isfinite(video).all() and video.std() > 0.01
+    assert single.probe == (48, 16)
+
+
+@pytest.mark.parametrize(
+    ("layout", "lengths"),
+    [
+        ({"ulysses_degree": 2}, (24, 8)),
+        ({"ring_degree": 2}, (24, 8)),
+        ({"tensor_parallel_size": 2}, (48, 16)),
+        ({"cfg_parallel_size": 2}, (48, 16)),
+    ],
+    ids=["ulysses", "ring", "tp", "cfg"],
+)
+def test_two_ranks_agree_with_one(
+    layout: dict[str, int], lengths: tuple[int, int], single: RankResult, toy_model: Path
+) -> None:
+    results = run_workers(
+        toy_model, [REQUEST], config={"parallel_config": layout}, setup=register_pipelines, probe=local_lengths
+    )
+    assert [result.rank for result in results] == [0, 1]
+    assert [result.probe for result in results] == [lengths, lengths]
+    for result in results:
+        for mine, reference in zip(result.outputs[0], single.outputs[0], strict=True):
+            torch.testing.assert_close(mine, reference, rtol=0, atol=2e-5)
+
+
+def test_a_failing_request_names_rank_and_cause(toy_model: Path) -> None:
+    with pytest.raises(ParallelError, match="rank 0 failed: ValueError: this prompt fails") as caught:
+        run_workers(toy_model, [Request("fail")], setup=register_pipelines)
+    assert caught.value.code == "worker_failed"
+    assert "pipeline.py" in caught.value.details["traceback"]
+
+
+def test_keep_going_serves_the_next_request(toy_model: Path) -> None:
+    result = run_workers(toy_model, [Request("fail"), REQUEST], setup=register_pipelines, keep_going=True)[0]
+    assert [type(error) for error in result.errors] == [ValueError, type(None)]
+    assert result.outputs[0] is None and result.outputs[1] is not None
+
+
+def test_an_error_of_the_kit_arrives_whole(toy_model: Path) -> None:
+    def refuse() -> None:
+        raise PortKitError("no", code="port_invalid", hint="do this", name="x")
+
+    with pytest.raises(ParallelError) as caught:
+        run_workers(toy_model, [REQUEST], setup=refuse)
+    cause = caught.value.__cause__
+    assert isinstance(cause, PortKitError)
+    assert (cause.code, cause.hint, cause.details) == ("port_invalid", "do this", {"name": "x"})
+
+
+def test_a_dead_rank_is_reported_and_nothing_leaks(toy_model: Path) -> None:
+    with pytest.raises(ParallelError, match="died with exit code 3") as caught:
+        run_workers(toy_model, [REQUEST], setup=lambda: os._exit(3))
+    assert caught.value.code == "worker_died"
+    assert not _rank_processes()
+
+
+def test_a_rank_that_hangs_is_killed_in_time(toy_model: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ParallelError) as caught:
+        run_workers(toy_model, [REQUEST], setup=lambda: time.sleep(60), timeout=1.0)
+    assert caught.value.code == "worker_timeout"
+    assert time.monotonic() - started < 20
+    assert not _rank_processes()
+
+
+def _rank_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
