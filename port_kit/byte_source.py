@@ -1,0 +1,140 @@
+"""Reading a file by offset, wherever it lies: on disk, on the Hub, in a half-finished download."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import BinaryIO, Protocol, runtime_checkable
+
+_BLOCK = 1 << 16
+_CACHED_BLOCKS = 256
+
+
+@runtime_checkable
+class ByteSource(Protocol):
+    """Bytes that can be read by offset.
+
+    Attributes:
+        name: what messages call it.
+        size: how many bytes it has.
+    """
+
+    name: str
+    size: int
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes from ``offset``, fewer only where the source ends."""
+
+
+class FileSource:
+    """A local file as a :class:`ByteSource`; close it or use it as a context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.name = str(path)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`ByteSource`."""
+        pieces = []
+        while length > 0:
+            piece = os.pread(self._descriptor, min(length, 1 << 26), offset)
+            if not piece:
+                break
+            pieces.append(piece)
+            offset += len(piece)
+            length -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill ``buffer`` from ``offset``; return how many bytes were read."""
+        return os.preadv(self._descriptor, [buffer], offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> FileSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class StreamSource:
+    """An open, seekable binary file as a :class:`ByteSource`; its owner closes it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.name = str(getattr(stream, "name", "stream"))
+        self._stream = stream
+        self.size = stream.seek(0, os.SEEK_END)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`ByteSource`."""
+        self._stream.seek(offset)
+        return self._stream.read(length)
+
+
+class SourceFile(io.RawIOBase):
+    """A :class:`ByteSource` as a read-only file; small reads come from cached blocks, to spare requests."""
+
+    def __init__(self, source: ByteSource) -> None:
+        super().__init__()
+        self._source = source
+        self._position = 0
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._source.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"negative position {base + offset} in {self._source.name}")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        rest = max(0, self._source.size - self._position)
+        size = rest if size < 0 else min(size, rest)
+        if size == 0:
+            return b""
+        first, last = self._position // _BLOCK, (self._position + size - 1) // _BLOCK
+        if last - first >= _CACHED_BLOCKS:
+            data = self._source.read_at(self._position, size)
+        else:
+            self._load(first, last)
+            start = self._position - first * _BLOCK
+            data = b"".join(self._blocks[index] for index in range(first, last + 1))[start : start + size]
+        self._position += len(data)
+        return data
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """Read up to a newline; looks no further than one block, which is enough for text opcodes of pickles."""
+        limit = _BLOCK if size is None or size < 0 else min(size, _BLOCK)
+        start = self._position
+        line = self.read(limit).partition(b"\n")
+        found = line[0] + line[1]
+        self._position = start + len(found)
+        return found
+
+    def _load(self, first: int, last: int) -> None:
+        """Read the missing blocks of a range with one request, and forget the oldest ones."""
+        missing = [index for index in range(first, last + 1) if index not in self._blocks]
+        if missing:
+            start = missing[0] * _BLOCK
+            data = self._source.read_at(start, (missing[-1] + 1) * _BLOCK - start)
+            for index in range(missing[0], missing[-1] + 1):
+                self._blocks[index] = data[(index - missing[0]) * _BLOCK : (index - missing[0] + 1) * _BLOCK]
+        for index in range(first, last + 1):
+            self._blocks.move_to_end(index)
+        while len(self._blocks) > 2 * _CACHED_BLOCKS:
+            self._blocks.popitem(last=False)

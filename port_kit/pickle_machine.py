@@ -1,0 +1,330 @@
+"""A pickle interpreter that executes nothing.
+
+The opcodes are decoded by :mod:`pickletools`, which only reads. Here they build dicts, lists, tuples, numbers and
+strings; a global is a pair of names, never an imported object, and is refused unless it is on the allow list. Calling
+one of them builds a :class:`StorageRef` or a :class:`TensorRef`, which are records of offsets and shapes.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple
+
+from port_kit.errors import CheckpointError
+
+#: name of a dtype -> bytes per element
+ITEM_SIZES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+    "complex64": 8, "complex128": 16,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+}  # fmt: skip
+_TYPED_STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+}  # fmt: skip
+_UNTYPED = {("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage")}
+_LONGEST_PICKLE = 1 << 28
+_MOST_OPCODES = 50_000_000
+
+
+class Global(NamedTuple):
+    """A name that a pickle asks for; it stays a name."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class StorageRef(NamedTuple):
+    """A storage as the pickle declares it: ``numel`` elements of ``dtype``, bytes where ``dtype`` is None."""
+
+    key: str
+    dtype: str | None
+    numel: int
+
+
+class TensorRef(NamedTuple):
+    """A view of a storage; ``offset`` and ``strides`` count elements."""
+
+    storage: StorageRef
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Mark:
+    """Where a group of stack items begins."""
+
+
+_MARK = _Mark()
+
+
+def read_pickle(stream: BinaryIO, where: str) -> Any:
+    """Return what the pickle at the stream's position describes; afterwards the stream stands behind it.
+
+    Args:
+        stream: a seekable binary file.
+        where: what messages call it.
+
+    Raises:
+        CheckpointError: ``pickle_unsafe`` for a global or an action that is not on the allow list,
+            ``pickle_unsupported`` for tensors that have no plain form, ``pickle_corrupt`` for anything unreadable.
+    """
+    machine = _Machine(where)
+    start = stream.tell()
+    try:
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+            if count > _MOST_OPCODES or (position or 0) - start > _LONGEST_PICKLE:
+                raise CheckpointError(f"{where}: the pickle is longer than any checkpoint's", code="pickle_corrupt")
+            if opcode.name == "STOP":
+                return machine.pop()
+            machine.step(opcode.name, argument, position or 0)
+    except (ValueError, IndexError, KeyError, TypeError, EOFError, OverflowError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise CheckpointError(f"{where}: the pickle cannot be read ({reason})", code="pickle_corrupt") from error
+    raise CheckpointError(f"{where}: the pickle ends without STOP", code="pickle_corrupt")
+
+
+class _Machine:
+    """The stack, the memo and one method a group of opcodes."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any, position: int) -> None:
+        """Execute one opcode."""
+        action = _ACTIONS.get(name)
+        if action is None:
+            raise self._refused(f"the opcode {name} at byte {position}")
+        action(self, argument)
+
+    def pop(self) -> Any:
+        value = self._stack.pop()
+        if value is _MARK:
+            raise ValueError("a mark where a value is needed")
+        return value
+
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def pop_to_mark(self) -> list[Any]:
+        for index in range(len(self._stack) - 1, -1, -1):
+            if self._stack[index] is _MARK:
+                items = self._stack[index + 1 :]
+                del self._stack[index:]
+                return items
+        raise ValueError("a group without a mark")
+
+    def top(self, kind: type) -> Any:
+        if not isinstance(self._stack[-1], kind):
+            raise self._refused(f"an update of {_describe(self._stack[-1])}")
+        return self._stack[-1]
+
+    def put(self, index: int) -> None:
+        self._memo[index] = self._stack[-1]
+
+    def memoize(self, _: None) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def get(self, index: int) -> None:
+        self.push(self._memo[index])
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.top(dict)
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    def append_items(self, items: list[Any]) -> None:
+        self.top(list).extend(items)
+
+    def tuple_of(self, count: int) -> None:
+        items = [self.pop() for _ in range(count)]
+        self.push(tuple(reversed(items)))
+
+    def find_global(self, argument: str) -> None:
+        module, _, name = argument.partition(" ")
+        self._push_global(Global(module, name))
+
+    def find_stacked_global(self, _: None) -> None:
+        name, module = self.pop(), self.pop()
+        if not (isinstance(name, str) and isinstance(module, str)):
+            raise self._refused("a global whose name is not text")
+        self._push_global(Global(module, name))
+
+    def _push_global(self, found: Global) -> None:
+        if not _is_allowed(found):
+            raise self._refused(f"the global {found}", found)
+        self.push(found)
+
+    def persistent(self, _: None) -> None:
+        self.push(_storage(self.pop(), self._where))
+
+    def reduce(self, _: None) -> None:
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, Global) or function not in _CALLS or not isinstance(arguments, tuple):
+            raise self._refused(f"a call of {_describe(function)}")
+        self.push(_CALLS[function](arguments, self._where))
+
+    def build(self, _: None) -> None:
+        """State that torch keeps beside a dict (``_metadata``) carries no tensors; anything else has no state."""
+        self.pop()
+        self.top(dict)
+
+    def _refused(self, what: str, found: Global | None = None) -> CheckpointError:
+        hint = "do not load this file with torch.load either unless you trust where it comes from"
+        if found is not None and found.module.partition(".")[0] in _HARMLESS_LOOKING:
+            hint = "save only the tensors: torch.save(model.state_dict(), path), without other objects beside them"
+        return CheckpointError(
+            f"{self._where}: the pickle asks for {what}, which no plain checkpoint needs; nothing was executed",
+            code="pickle_unsafe",
+            hint=hint,
+            found=str(found or what),
+        )
+
+
+#: packages whose objects lie in training checkpoints without bad intent
+_HARMLESS_LOOKING = {"torch", "numpy", "argparse", "pathlib", "omegaconf", "collections", "transformers", "diffusers"}
+
+
+def _describe(value: Any) -> str:
+    return str(value) if isinstance(value, Global) else f"a {type(value).__name__}"
+
+
+def _is_allowed(found: Global) -> bool:
+    return found in _CALLS or found in _UNTYPED or _storage_dtype(found) is not None or _dtype(found) is not None
+
+
+def _storage_dtype(found: Global) -> str | None:
+    return _TYPED_STORAGES.get(found.name) if found.module in ("torch", "torch.cuda", "torch.storage") else None
+
+
+def _dtype(found: Global) -> str | None:
+    return found.name if found.module == "torch" and found.name in ITEM_SIZES else None
+
+
+def _storage(identity: Any, where: str) -> StorageRef:
+    """Read torch's persistent id ``("storage", type, key, location, numel)``; old files add a view, which is None."""
+    if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
+        raise CheckpointError(f"{where}: a persistent id that is not torch's", code="pickle_corrupt")
+    _, kind, key, _, numel = identity[:5]
+    if len(identity) == 6 and identity[5] is not None:
+        raise CheckpointError(f"{where}: storage {key} is a view of another storage", code="pickle_unsupported")
+    if not isinstance(kind, Global) or not isinstance(key, str) or not _is_count(numel):
+        raise CheckpointError(f"{where}: a storage without type, key or length", code="pickle_corrupt")
+    if kind in _UNTYPED:
+        return StorageRef(key, None, numel)
+    dtype = _storage_dtype(kind)
+    if dtype is None:
+        raise CheckpointError(f"{where}: storage {key} is of type {kind}", code="pickle_unsupported")
+    return StorageRef(key, dtype, numel)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _tensor(arguments: tuple[Any, ...], where: str) -> TensorRef:
+    """``torch._utils._rebuild_tensor`` and ``_v2``: (storage, offset, size, stride, grad, hooks[, metadata])."""
+    storage = arguments[0] if arguments else None
+    if not isinstance(storage, StorageRef) or storage.dtype is None:
+        raise CheckpointError(f"{where}: a tensor without a typed storage", code="pickle_corrupt")
+    return _view(storage, storage.dtype, arguments[1:4], arguments[6:7], where)
+
+
+def _tensor_v3(arguments: tuple[Any, ...], where: str) -> TensorRef:
+    """``torch._utils._rebuild_tensor_v3``: the storage has no type, the dtype comes seventh, metadata eighth."""
+    storage, dtype = arguments[0], _dtype(arguments[6]) if isinstance(arguments[6], Global) else None
+    if not isinstance(storage, StorageRef) or dtype is None:
+        raise CheckpointError(f"{where}: a tensor of unknown type {arguments[6]}", code="pickle_unsupported")
+    return _view(storage, dtype, arguments[1:4], arguments[7:8], where)
+
+
+def _view(
+    storage: StorageRef, dtype: str, geometry: tuple[Any, ...], metadata: tuple[Any, ...], where: str
+) -> TensorRef:
+    offset, shape, strides = geometry
+    whole = _is_count(offset) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not whole or len(shape) != len(strides) or not all(map(_is_count, (*shape, *strides))):
+        raise CheckpointError(f"{where}: a tensor whose shape or strides are not lengths", code="pickle_corrupt")
+    flags = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
+    lazy = [name for name in ("conj", "neg") if flags.get(name)]
+    if lazy:
+        raise CheckpointError(
+            f"{where}: a tensor of shape {shape} carries a lazy operation ({', '.join(lazy)})",
+            code="pickle_unsupported",
+            hint="save it after tensor.resolve_conj().resolve_neg()",
+        )
+    return TensorRef(storage, dtype, offset, shape, strides)
+
+
+def _parameter(arguments: tuple[Any, ...], where: str) -> TensorRef:
+    if not arguments or not isinstance(arguments[0], TensorRef):
+        raise CheckpointError(f"{where}: a parameter without a tensor", code="pickle_corrupt")
+    return arguments[0]
+
+
+def _ordered_dict(arguments: tuple[Any, ...], where: str) -> dict[Any, Any]:
+    return dict(*arguments)
+
+
+def _size(arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    return tuple(*arguments)
+
+
+_CALLS: dict[Global, Callable[[tuple[Any, ...], str], Any]] = {
+    Global("torch._utils", "_rebuild_tensor"): _tensor,
+    Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    Global("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    Global("torch._utils", "_rebuild_parameter"): _parameter,
+    Global("collections", "OrderedDict"): _ordered_dict,
+    Global("torch", "Size"): _size,
+}
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, value: None),
+    **dict.fromkeys(
+        (
+            *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+            *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+            *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+        ),
+        _Machine.push,
+    ),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "MARK": lambda machine, _: machine.push(_MARK),
+    "POP": lambda machine, _: machine._stack.pop(),
+    "POP_MARK": lambda machine, _: machine.pop_to_mark(),
+    "DUP": lambda machine, _: machine.push(machine._stack[-1]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "DICT": lambda machine, _: (items := machine.pop_to_mark(), machine.push({}), machine.set_items(items)),
+    "LIST": lambda machine, _: machine.push(machine.pop_to_mark()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "SETITEM": lambda machine, _: machine.set_items([machine.pop(), machine.pop()][::-1]),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
+    "APPEND": lambda machine, _: machine.append_items([machine.pop()]),
+    "APPENDS": lambda machine, _: machine.append_items(machine.pop_to_mark()),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "MEMOIZE": _Machine.memoize,
+    "GLOBAL": _Machine.find_global,
+    "STACK_GLOBAL": _Machine.find_stacked_global,
+    "BINPERSID": _Machine.persistent,
+    "REDUCE": _Machine.reduce,
+    "BUILD": _Machine.build,
+}

@@ -1,0 +1,390 @@
+"""What lies in a torch checkpoint and where, without torch and without executing anything.
+
+:func:`read_tables` reads the zip container (torch 1.6 and later) and the legacy one, local or remote, from its
+directory and its pickle alone: no tensor's bytes are touched. ``tables.tensors[name]`` is ``(shape, dtype, storage,
+offset, strides)``; ``tables.storages[key]`` says at which byte of the file a storage begins, so that its bytes can be
+copied by offset.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from zlib import crc32
+
+from port_kit.byte_source import ByteSource, FileSource, SourceFile, StreamSource
+from port_kit.errors import CheckpointError
+from port_kit.pickle_machine import ITEM_SIZES, StorageRef, TensorRef, read_pickle
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_ALIGNMENT = 64
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_MOST_NAMES = 1_000_000
+_DEEPEST = 32
+_HUGE = 0xFFFFFFFF
+
+
+class TensorEntry(NamedTuple):
+    """A tensor: a view of a storage. ``offset`` and ``strides`` count elements of ``dtype``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    storage: str
+    offset: int
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor when it is laid out contiguously."""
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after another in row order in its storage."""
+        expected = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length != 1 and stride != expected:
+                return prod(self.shape) == 0
+            expected *= length
+        return True
+
+
+class Storage(NamedTuple):
+    """Where a storage's bytes lie in the file; ``crc`` is the zip directory's CRC-32, None in legacy files."""
+
+    offset: int
+    nbytes: int
+    crc: int | None
+    header_offset: int = -1
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: by name, in the file's order.
+        storages: by the key that tensors name.
+        others: values beside the tensors that are not tensors, ``{name: kind}``.
+        container: ``zip`` or ``legacy``.
+        size: of the file, bytes.
+    """
+
+    tensors: Mapping[str, TensorEntry]
+    storages: Mapping[str, Storage]
+    others: Mapping[str, str]
+    container: str
+    size: int
+
+
+def read_tables(source: str | Path | BinaryIO | ByteSource, wrapper: str = "", *, exact_offsets: bool = True) -> Tables:
+    """Read what a ``.pth``, ``.pt`` or ``.bin`` file holds.
+
+    Args:
+        source: a path, an open binary file, or anything with ``name``, ``size`` and ``read_at``.
+        wrapper: the keys above the tensors, dotted (``generator``, ``app.model``); empty for a bare state dict.
+        exact_offsets: read each storage's local header. Without it the offsets follow from torch's alignment
+            rule, which saves a request a tensor on a remote file; check them with :func:`check_offsets`.
+
+    Raises:
+        CheckpointError: ``checkpoint_format`` for what is no torch file, ``pickle_unsafe`` for a pickle that asks for
+            more than tensors, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` where the tensors lie
+            under other keys.
+    """
+    with _open(source) as opened:
+        _check_first_bytes(opened)
+        stream = SourceFile(opened)
+        if opened.read_at(0, 4) == b"PK\x03\x04":
+            container, root, storages = "zip", *_read_zip(stream, opened, exact_offsets)
+        else:
+            container, root, storages = "legacy", *_read_legacy(stream, opened)
+        tensors, others = _flatten(_unwrap(root, wrapper, opened.name), wrapper, opened.name)
+        return Tables(_entries(tensors, storages, opened.name), storages, others, container, opened.size)
+
+
+def check_offsets(source: ByteSource, storages: Mapping[str, Storage]) -> list[str]:
+    """Return the keys of zip storages whose local header says another offset than assumed."""
+    return [
+        key
+        for key, storage in storages.items()
+        if storage.header_offset >= 0 and _local_offset(source, storage.header_offset) != storage.offset
+    ]
+
+
+def _open(source: str | Path | BinaryIO | ByteSource) -> AbstractContextManager[ByteSource]:
+    if isinstance(source, (str, Path)):
+        return FileSource(source)
+    return nullcontext(source if isinstance(source, ByteSource) else StreamSource(source))
+
+
+def _check_first_bytes(source: ByteSource) -> None:
+    """Name what is often saved as a ``.pth`` and is none: error pages, LFS pointers, archives of other kinds."""
+    head = source.read_at(0, 512)
+    text = head.lstrip()[:64].lower()
+    found = ""
+    if not head:
+        found = "is empty"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        found = "is an HTML page, probably a server's error message"
+    elif head.startswith(b"version https://git-lfs.github.com"):
+        found = "is a Git LFS pointer; the content was never fetched (git lfs pull)"
+    elif text.startswith(b"{"):
+        found = "is JSON text"
+    elif head[257:262] == b"ustar":
+        found = "is a tar archive, the format of torch 0.1"
+    elif head[:2] == b"\x1f\x8b":
+        found = "is gzip-compressed"
+    elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < source.size:
+        found = "is a safetensors file already"
+    elif head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":
+        found = f"begins with {head[:8]!r}"
+    if found:
+        raise CheckpointError(
+            f"{source.name} {found}; a torch checkpoint (zip or legacy pickle container) is required",
+            code="checkpoint_format",
+            hint="fetch the file again, or convert it with the program that wrote it",
+        )
+
+
+def _read_zip(stream: SourceFile, source: ByteSource, exact_offsets: bool) -> tuple[Any, dict[str, Storage]]:
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{source.name}: the zip directory cannot be read ({error})",
+            code="pickle_corrupt",
+            hint="the file is cut short or damaged: fetch it again",
+        ) from error
+    by_name = _unique_names(entries, source.name)
+    prefix = _prefix(by_name, source.name)
+    _check_members(by_name, prefix, source)
+    data = _member(source, by_name[f"{prefix}/data.pkl"])
+    root = _read_whole_pickle(data, f"{source.name}:{prefix}/data.pkl")
+    return root, _zip_storages(by_name, f"{prefix}/data/", source, exact_offsets)
+
+
+def _unique_names(entries: list[zipfile.ZipInfo], name: str) -> dict[str, zipfile.ZipInfo]:
+    by_name = {entry.orig_filename: entry for entry in entries}
+    if len(by_name) != len(entries):
+        raise CheckpointError(f"{name}: two zip entries have one name", code="pickle_unsafe")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise CheckpointError(
+                f"{name}: zip entry {entry.orig_filename!r} is compressed or encrypted; torch stores entries plainly",
+                code="pickle_unsupported",
+                hint="unpack the archive and save the checkpoint again with torch.save",
+            )
+    return by_name
+
+
+def _prefix(by_name: Mapping[str, zipfile.ZipInfo], name: str) -> str:
+    found = [entry.rpartition("/")[0] for entry in by_name if entry.rpartition("/")[2] == "data.pkl"]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{name} holds {len(found)} data.pkl entries; a torch checkpoint holds one",
+            code="pickle_unsafe" if found else "checkpoint_format",
+        )
+    return found[0]
+
+
+def _check_members(by_name: Mapping[str, zipfile.ZipInfo], prefix: str, source: ByteSource) -> None:
+    strangers = [entry for entry in by_name if not entry.startswith(f"{prefix}/")]
+    if strangers:
+        raise CheckpointError(f"{source.name}: zip entry {strangers[0]!r} lies outside {prefix}/", code="pickle_unsafe")
+    if f"{prefix}/constants.pkl" in by_name or any(entry.startswith(f"{prefix}/code/") for entry in by_name):
+        raise CheckpointError(
+            f"{source.name} is a TorchScript archive: it holds code, not only tensors",
+            code="pickle_unsupported",
+            hint="load it where you trust it and save its state_dict()",
+        )
+    order = by_name.get(f"{prefix}/byteorder")
+    if order is not None and _member(source, order).strip() != b"little":
+        raise CheckpointError(
+            f"{source.name} was written on a big-endian machine",
+            code="pickle_unsupported",
+            hint="load it with torch and save it on a little-endian machine",
+        )
+
+
+def _member(source: ByteSource, entry: zipfile.ZipInfo) -> bytes:
+    """Read one small entry and check its CRC-32."""
+    data = source.read_at(_local_offset(source, entry.header_offset), entry.file_size)
+    if len(data) != entry.file_size or crc32(data) != entry.CRC:
+        raise CheckpointError(f"{source.name}: zip entry {entry.filename!r} fails its CRC-32", code="pickle_corrupt")
+    return data
+
+
+def _local_offset(source: ByteSource, header_offset: int) -> int:
+    """Where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
+    header = source.read_at(header_offset, _LOCAL_HEADER.size)
+    if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{source.name}: no zip entry at byte {header_offset}", code="pickle_corrupt")
+    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    return header_offset + _LOCAL_HEADER.size + name_length + extra_length
+
+
+def _aligned_offset(entry: zipfile.ZipInfo) -> int:
+    """The same by torch's rule: the extra field pads so that every entry begins at a multiple of 64 bytes."""
+    start = entry.header_offset + _LOCAL_HEADER.size + len(entry.orig_filename.encode()) + 4
+    if entry.file_size >= _HUGE or entry.header_offset >= _HUGE:
+        start += 4 + 16 * (entry.file_size >= _HUGE) + 8 * (entry.header_offset >= _HUGE)
+    return -(-start // _ALIGNMENT) * _ALIGNMENT
+
+
+def _zip_storages(
+    by_name: Mapping[str, zipfile.ZipInfo], folder: str, source: ByteSource, exact_offsets: bool
+) -> dict[str, Storage]:
+    storages = {}
+    for name, entry in by_name.items():
+        if name.startswith(folder):
+            offset = _local_offset(source, entry.header_offset) if exact_offsets else _aligned_offset(entry)
+            key = name.removeprefix(folder)
+            storages[key] = Storage(offset, entry.file_size, entry.CRC, entry.header_offset, name)
+            if offset + entry.file_size > source.size:
+                raise CheckpointError(f"{source.name}: zip entry {name!r} ends behind the file", code="pickle_corrupt")
+    return storages
+
+
+def _read_whole_pickle(data: bytes, where: str) -> Any:
+    stream = io.BytesIO(data)
+    value = read_pickle(stream, where)
+    if stream.tell() != len(data):
+        raise CheckpointError(
+            f"{where}: {len(data) - stream.tell()} bytes lie behind the pickle's end", code="pickle_unsafe"
+        )
+    return value
+
+
+def _read_legacy(stream: SourceFile, source: ByteSource) -> tuple[Any, dict[str, Storage]]:
+    """Five pickles (magic, protocol, system, object, storage keys), then each storage with its length before it."""
+    header = [read_pickle(stream, source.name) for _ in range(3)]  # type: ignore[arg-type]
+    if header[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
+        raise CheckpointError(
+            f"{source.name} is a plain pickle, not a torch checkpoint",
+            code="checkpoint_format",
+            hint="save the tensors with torch.save",
+        )
+    if not isinstance(header[2], dict) or header[2].get("little_endian") is not True:
+        raise CheckpointError(f"{source.name} was written on a big-endian machine", code="pickle_unsupported")
+    root = read_pickle(stream, source.name)  # type: ignore[arg-type]
+    keys = read_pickle(stream, source.name)  # type: ignore[arg-type]
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise CheckpointError(f"{source.name}: the list of storages is not one", code="pickle_corrupt")
+    sizes = {ref.key: ref.numel * ITEM_SIZES[ref.dtype or "uint8"] for ref in _storage_refs(root, source.name)}
+    return root, _legacy_storages(keys, sizes, stream.tell(), source)
+
+
+def _legacy_storages(keys: list[str], sizes: Mapping[str, int], offset: int, source: ByteSource) -> dict[str, Storage]:
+    storages = {}
+    for key in keys:
+        if key not in sizes:
+            raise CheckpointError(f"{source.name}: storage {key} belongs to no tensor", code="pickle_unsupported")
+        storages[key] = Storage(offset + 8, sizes[key], None)
+        offset += 8 + sizes[key]
+    if offset > source.size:
+        raise CheckpointError(
+            f"{source.name} has {source.size} bytes, its storages need {offset}",
+            code="pickle_corrupt",
+            hint="the file is cut short: fetch it again",
+        )
+    return storages
+
+
+def _storage_refs(root: Any, name: str) -> Iterator[StorageRef]:
+    """All storages of a pickle, also of tensors that the wrapper leaves out: their bytes lie in between."""
+    stack, seen = [root], set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, TensorRef):
+            yield value.storage
+        elif isinstance(value, StorageRef):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(value.values() if isinstance(value, dict) else value)
+
+
+def _unwrap(root: Any, wrapper: str, name: str) -> Any:
+    for key in filter(None, wrapper.split(".")):
+        if not isinstance(root, dict) or key not in root:
+            known = ", ".join(map(str, list(root)[:8])) if isinstance(root, dict) else type(root).__name__
+            raise CheckpointError(
+                f"{name} has no key {key!r} of the wrapper {wrapper!r}; there is: {known}",
+                code="pickle_wrapper",
+                hint="name the keys above the tensors, dotted",
+            )
+        root = root[key]
+    if not isinstance(root, dict):
+        raise CheckpointError(f"{name} holds a {type(root).__name__}, not tensors by name", code="pickle_unsupported")
+    return root
+
+
+def _flatten(root: dict[Any, Any], wrapper: str, name: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """Split a state dict into tensors and other values; tensors in dicts below it need a wrapper."""
+    tensors: dict[str, TensorRef] = {}
+    others: dict[str, str] = {}
+    nested: list[str] = []
+    for key, value in root.items():
+        if not isinstance(key, str):
+            others[repr(key)[:80]] = type(value).__name__
+        elif isinstance(value, TensorRef):
+            tensors[key] = value
+        else:
+            others[key] = "dict" if isinstance(value, dict) else type(value).__name__
+            nested += _paths_to_tensors(value, key)
+    if nested and not tensors:
+        paths = [f"{wrapper}.{path}" if wrapper else path for path in nested]
+        raise CheckpointError(
+            f"{name}: the tensors lie under {', '.join(paths[:8])}",
+            code="pickle_wrapper",
+            hint=f"name the one that you want: --wrapper {paths[0]}",
+            wrappers=paths,
+        )
+    if len(tensors) > _MOST_NAMES:
+        raise CheckpointError(f"{name} names {len(tensors)} tensors", code="pickle_unsupported")
+    return tensors, others
+
+
+def _paths_to_tensors(value: Any, path: str) -> list[str]:
+    """Dotted paths of the dicts below ``value`` that hold tensors directly; shared dicts are walked once."""
+    found, stack, seen = [], [(value, path, 0)], set()
+    while stack:
+        item, here, depth = stack.pop()
+        if not isinstance(item, dict) or id(item) in seen or depth > _DEEPEST:
+            continue
+        seen.add(id(item))
+        if any(isinstance(child, TensorRef) for child in item.values()):
+            found.append(here)
+        stack += [(child, f"{here}.{key}", depth + 1) for key, child in item.items()]
+    return found
+
+
+def _entries(tensors: Mapping[str, TensorRef], storages: Mapping[str, Storage], name: str) -> dict[str, TensorEntry]:
+    entries = {}
+    for key, tensor in tensors.items():
+        storage = storages.get(tensor.storage.key)
+        if storage is None:
+            raise CheckpointError(
+                f"{name}: tensor {key} names storage {tensor.storage.key}, which the file lacks", code="pickle_corrupt"
+            )
+        declared = tensor.storage.numel * ITEM_SIZES[tensor.storage.dtype or "uint8"]
+        last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+        reach = (last + 1) * ITEM_SIZES[tensor.dtype] if prod(tensor.shape) else 0
+        if declared != storage.nbytes or reach > storage.nbytes:
+            raise CheckpointError(
+                f"{name}: tensor {key} of shape {tensor.shape} needs {max(reach, declared)} bytes of storage "
+                f"{tensor.storage.key}, which has {storage.nbytes}",
+                code="pickle_corrupt",
+            )
+        entries[key] = TensorEntry(tensor.shape, tensor.dtype, tensor.storage.key, tensor.offset, tensor.strides)
+    return entries
