@@ -1,0 +1,1 @@
+"""Propose a rule set from two manifests alone: names and shapes, nothing else."""

@@ -1,0 +1,85 @@
+"""A match spelled out: what every target tensor is made of, in the schema of the conversion oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from port_kit.remap.suggest.match import Match
+from port_kit.remap.suggest.shapes import squeezed
+from port_kit.remap.suggest.units import Index, Shape, Unit
+
+#: ``{"from": [names], "op": ..., "detail": {...}}``
+Entry = dict[str, Any]
+
+
+def entries_of(item: Match) -> Iterator[tuple[str, Entry]]:
+    """(target name, entry) of every tensor that a match explains."""
+    for index, origin in item.alignment.pairs.items():
+        for role in item.target.roles:
+            if item.target.kind == "concat":
+                yield from _splits(item, role, index, origin)
+            elif item.target.kind == "stack":
+                yield from _unstacks(item, role, index, origin)
+            else:
+                shape = item.target.shapes[role][index]
+                yield item.target.names[role][index], _entry(item.source, role, origin, shape)
+
+
+def _entry(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
+    if source.kind == "concat":
+        return _concat(source, role, index)
+    if source.kind == "stack":
+        return _stack(source, role, index, shape)
+    return _single(source.names[role][index], source.shapes[role][index], shape)
+
+
+def _single(name: str, given: Shape, shape: Shape) -> Entry:
+    if given == shape:
+        return {"from": [name], "op": "copy", "detail": {}}
+    if squeezed(given) != squeezed(shape) and sorted(given) == sorted(shape) and len(given) in (2, 3):
+        perm = [*range(len(given) - 2), len(given) - 1, len(given) - 2]
+        return {"from": [name], "op": "transpose", "detail": {"perm": perm}}
+    return {"from": [name], "op": "reshape", "detail": {"shape": list(shape)}}
+
+
+def _concat(source: Unit, role: str, index: Index) -> Entry:
+    names = [unit.names[role][index] for unit in source.members]
+    parts = [{"source": name, "start": None, "stop": None} for name in names]
+    return {"from": names, "op": "concat", "detail": {"dim": 0, "parts": parts}}
+
+
+def _stack(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
+    (member,) = source.members
+    axis = source.axis
+    inner = [
+        _entry(member, role, index[:axis] + (value,) + index[axis:], shape[1:]) for value in range(shape[0])
+    ]
+    names = [name for entry in inner for name in entry["from"]]
+    return {"from": names, "op": "stack", "detail": {"dim": 0, "parts": inner}}
+
+
+def _splits(item: Match, role: str, index: Index, origin: Index) -> Iterator[tuple[str, Entry]]:
+    name, given = item.source.names[role][origin], item.source.shapes[role][origin]
+    start = 0
+    for member in item.target.members:
+        shape = member.shapes[role][index]
+        detail: dict[str, Any] = {"dim": 0, "start": start, "stop": start + shape[0]}
+        if (shape[0], *given[1:]) != shape:
+            detail["reshape"] = list(shape)
+        yield member.names[role][index], {"from": [name], "op": "split", "detail": detail}
+        start += shape[0]
+
+
+def _unstacks(item: Match, role: str, index: Index, origin: Index) -> Iterator[tuple[str, Entry]]:
+    name = item.source.names[role][origin]
+    (member,) = item.target.members
+    axis = item.target.axis
+    for value in range(item.target.shapes[role][index][0]):
+        inner = index[:axis] + (value,) + index[axis:]
+        start = 0
+        for leaf in member.members or (member,):
+            shape = leaf.shapes[role][inner]
+            detail: dict[str, Any] = {"dim": 0, "start": value, "stop": value + 1, "reshape": list(shape)}
+            yield leaf.names[role][inner], {"from": [name], "op": "split", "detail": detail}
+            start += shape[0]

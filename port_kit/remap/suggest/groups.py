@@ -1,0 +1,180 @@
+"""Virtual units: fused projections and stacks of experts, on whichever side has the parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+
+from port_kit.remap.suggest.shapes import squeezed
+from port_kit.remap.suggest.units import Index, Shape, Unit
+
+#: Row orders of fused groups, by the roles of their members.
+FUSED: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("q", "k"), ("gate", "up"))
+_ROLES = frozenset({"q", "k", "v", "gate", "up"})
+_NEAR = 2  # components from the innermost one within which a role is looked for
+
+
+def virtual_units(parts: Sequence[Unit], wholes: Iterable[Unit]) -> list[Unit]:
+    """Groups of ``parts`` whose shape some unit of the other side has.
+
+    Args:
+        parts: plain units of the side that has the parts.
+        wholes: plain units of the other side.
+
+    Returns:
+        concat and stack units, each of which fits at least one of ``wholes``.
+    """
+    wanted = {_fingerprint(unit) for unit in wholes}
+    concats = _concats(parts)
+    found = [unit for unit in concats if _fingerprint(unit) in wanted]
+    found += [unit for unit in _with_extras(parts, concats) if _fingerprint(unit) in wanted]
+    for unit in [*parts, *concats]:
+        found += [stack for stack in _stacks(unit) if _stack_wanted(stack, wanted)]
+    return found
+
+
+def _fingerprint(unit: Unit) -> tuple[int, tuple[tuple[str, Shape], ...]]:
+    first = unit.instances[0]
+    return len(unit.instances), tuple((role, squeezed(unit.shapes[role][first])) for role in unit.roles)
+
+
+def _stack_wanted(stack: Unit, wanted: set[tuple[int, tuple[tuple[str, Shape], ...]]]) -> bool:
+    count, roles = _fingerprint(stack)
+    turned = tuple((role, (*shape[:1], *reversed(shape[1:]))) for role, shape in roles)
+    return (count, roles) in wanted or (len(roles[0][1]) == 3 and (count, turned) in wanted)
+
+
+def roles_of(unit: Unit) -> list[str]:
+    """The fused-group roles that a unit's innermost words name."""
+    return [word for word, distance in unit.tokens if word in _ROLES and distance < _NEAR]
+
+
+def _concats(parts: Sequence[Unit]) -> list[Unit]:
+    families: dict[object, dict[str, Unit]] = defaultdict(dict)
+    for unit in parts:
+        roles = roles_of(unit)
+        if len(set(roles)) != 1:
+            continue
+        rest = frozenset(
+            (word, distance)
+            for word, distance in unit.tokens
+            if not (word in _ROLES and distance < _NEAR) and not word.startswith("#")
+        )
+        families[(unit.parts[:-1], rest, unit.instances, unit.roles)][roles[0]] = unit
+        families[(unit.parts[:-2], rest, unit.instances, unit.roles)].setdefault(roles[0], unit)
+    return _distinct(
+        concat([members[role] for role in roles])
+        for members in families.values()
+        for roles in FUSED
+        if set(roles) <= set(members) and _same_columns([members[role] for role in roles])
+    )
+
+
+def _with_extras(parts: Sequence[Unit], concats: Sequence[Unit]) -> list[Unit]:
+    """Fused attention that carries the feed-forward's first projection too (parallel blocks)."""
+    found: list[Unit] = []
+    for group in concats:
+        if len(group.members) != 3:
+            continue
+        block = _block_of(group.members[0])
+        near = [
+            unit
+            for unit in parts
+            if unit not in group.members
+            and unit.instances == group.instances
+            and unit.roles == group.roles
+            and unit.parts[: len(block)] == block
+            and _same_columns([group.members[0], unit])
+        ]
+        for count in (1, 2):
+            for extras in combinations(near, count):
+                found.append(concat([*group.members, *sorted(extras, key=lambda unit: unit.order)]))
+    return found
+
+
+def _block_of(unit: Unit) -> tuple[str, ...]:
+    """The innermost repeated container of a unit."""
+    holes = [position for position, part in enumerate(unit.parts) if part == "{}"]
+    return unit.parts[: holes[-1] + 1] if holes else unit.parts[:-2]
+
+
+def _same_columns(units: Sequence[Unit]) -> bool:
+    return all(
+        squeezed(unit.shapes[role][index][1:]) == squeezed(units[0].shapes[role][index][1:])
+        and unit.shapes[role][index] != ()
+        for unit in units
+        for role in unit.roles
+        for index in unit.instances
+    )
+
+
+def concat(members: Sequence[Unit]) -> Unit:
+    """The unit whose rows are the members' rows, one member after another."""
+    first = members[0]
+    shapes = {
+        role: {
+            index: (
+                sum(unit.shapes[role][index][0] for unit in members),
+                *min((unit.shapes[role][index][1:] for unit in members), key=len),
+            )
+            for index in first.instances
+        }
+        for role in first.roles
+    }
+    shared = _shared_prefix([unit.parts for unit in members])
+    name = "+".join(".".join(unit.parts[len(shared) :]) for unit in members)
+    tokens = _joined_tokens(members)
+    order = min(unit.order for unit in members)
+    return Unit((*shared, name), {}, shapes, order, "concat", tuple(members), tokens=tokens)
+
+
+def _stacks(unit: Unit) -> list[Unit]:
+    """The unit with one of its indices turned into a leading dimension, for every index that allows it."""
+    arity = len(unit.instances[0])
+    return [stack for axis in range(arity) if (stack := _stack(unit, axis)) is not None]
+
+
+def _stack(unit: Unit, axis: int) -> Unit | None:
+    rows: dict[Index, list[int]] = defaultdict(list)
+    for index in unit.instances:
+        rows[index[:axis] + index[axis + 1 :]].append(index[axis])
+    counts = {tuple(values) for values in rows.values()}
+    values = next(iter(counts))
+    if len(counts) != 1 or values != tuple(range(len(values))) or len(values) < 2:
+        return None
+    shapes = {
+        role: {
+            outer: (len(values), *row[outer[:axis] + (0,) + outer[axis:]])
+            for outer in rows
+            if len({row[outer[:axis] + (value,) + outer[axis:]] for value in values}) == 1
+        }
+        for role, row in unit.shapes.items()
+    }
+    if any(len(row) != len(rows) for row in shapes.values()):
+        return None
+    holes = [position for position, part in enumerate(unit.parts) if part == "{}"]
+    parts = tuple(part for position, part in enumerate(unit.parts) if position != holes[axis])
+    return Unit(parts, {}, shapes, unit.order, "stack", (unit,), axis, unit.tokens)
+
+
+def _shared_prefix(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    shared: list[str] = []
+    for column in zip(*(name[:-1] for name in names), strict=False):
+        if len(set(column)) != 1:
+            break
+        shared.append(column[0])
+    return tuple(shared)
+
+
+def _joined_tokens(members: Sequence[Unit]) -> tuple[tuple[str, int], ...]:
+    nearest: dict[str, int] = {}
+    for unit in members:
+        for word, distance in unit.tokens:
+            if not word.startswith("#"):
+                nearest[word] = min(distance, nearest.get(word, distance))
+    return tuple(nearest.items())
+
+
+def _distinct(units: Iterable[Unit]) -> list[Unit]:
+    return list({tuple(map(id, unit.members)): unit for unit in units}.values())

@@ -1,0 +1,100 @@
+"""Which unit can become which: shapes, and the order in which layers correspond."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from port_kit.remap.suggest.units import Index, Shape, Unit
+
+#: How far a relation is from a plain copy; subtracted from a pair's score.
+PENALTY: dict[str, float] = {"copy": 0.0, "reshape": 0.03, "transpose": 0.15, "flatten": 0.2}
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the instances of a target unit correspond to those of a source unit.
+
+    Attributes:
+        pairs: target instance -> source instance.
+        relation: the worst relation of shapes over all instances and roles, a key of :data:`PENALTY`.
+        order: ``same`` index, ``sequence`` (n-th to n-th), ``reversed`` (outer index counts down) or ``subset``.
+    """
+
+    pairs: Mapping[Index, Index]
+    relation: str
+    order: str
+
+    @property
+    def penalty(self) -> float:
+        return PENALTY[self.relation] + (0.3 if self.order == "subset" else 0.0)
+
+
+def squeezed(shape: Shape) -> Shape:
+    """The shape without its dimensions of size one."""
+    return tuple(size for size in shape if size != 1)
+
+
+def relation(source: Shape, target: Shape) -> str | None:
+    """What turns one shape into the other: a key of :data:`PENALTY`, or None."""
+    if source == target:
+        return "copy"
+    if squeezed(source) == squeezed(target):
+        return "reshape"
+    if len(source) == len(target) == 2 and source == target[::-1]:
+        return "transpose"
+    if len(source) == len(target) == 3 and source == (target[0], target[2], target[1]):
+        return "transpose"
+    same_rows = bool(source and target) and source[0] == target[0] and source[0] > 1
+    if same_rows and len(source) != len(target) and math.prod(source) == math.prod(target):
+        return "flatten"
+    return None
+
+
+def alignments(source: Unit, target: Unit) -> Iterator[Alignment]:
+    """All orders of instances under which every tensor of the target fits its source, most natural first."""
+    if source.roles != target.roles:
+        return
+    for order, pairs in _orders(source.instances, target.instances):
+        worst = _worst_relation(source, target, pairs)
+        if worst is not None:
+            yield Alignment(pairs, worst, order)
+
+
+def align(source: Unit, target: Unit) -> Alignment | None:
+    """The most natural of :func:`alignments`; None where no order fits."""
+    return next(alignments(source, target), None)
+
+
+def _orders(source: tuple[Index, ...], target: tuple[Index, ...]) -> Iterator[tuple[str, dict[Index, Index]]]:
+    """Possible correspondences of instances, most natural first."""
+    if source == target:
+        yield "same", dict(zip(target, source, strict=True))
+    elif len(source) == len(target):
+        yield "sequence", dict(zip(target, source, strict=True))
+    elif set(target) < set(source):
+        yield "subset", {index: index for index in target}
+    if len(source) == len(target) and source and source[0] and len({index[0] for index in source}) > 1:
+        flipped = sorted(source, key=lambda index: (-index[0], *index[1:]))
+        yield "reversed", dict(zip(target, flipped, strict=True))
+
+
+def _worst_relation(source: Unit, target: Unit, pairs: Mapping[Index, Index]) -> str | None:
+    worst = "copy"
+    for role, row in target.shapes.items():
+        shapes = source.shapes[role]
+        for index, shape in row.items():
+            found = relation(shapes[pairs[index]], shape)
+            if found is None:
+                return None
+            worst = max(worst, found, key=PENALTY.__getitem__)
+    return worst
+
+
+def signature(unit: Unit) -> tuple[object, ...]:
+    """What two units share if one might become the other: count of instances and element counts by role."""
+    return (
+        len(unit.instances),
+        tuple((role, tuple(sorted(math.prod(s) for s in unit.shapes[role].values()))) for role in unit.roles),
+    )

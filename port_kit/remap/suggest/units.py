@@ -1,0 +1,218 @@
+"""The units that are matched: modules with their own parameters, one unit for all layers that repeat it.
+
+``blocks.0.attn.q.weight``, ``blocks.0.attn.q.bias``, ``blocks.1.attn.q.weight`` ... are one unit: parts
+``("blocks", "{}", "attn", "q")``, instances ``(0,), (1,) ...``, roles ``weight`` and ``bias``.
+A number that names a slot of a ``Sequential`` (``mlp.0.weight``) stays in the parts: its siblings are other things.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from port_kit.remap.suggest.vocabulary import LEAVES, natural_key, words
+
+Shape = tuple[int, ...]
+Index = tuple[int, ...]
+
+#: Role of a parameter that is a unit of its own (``scale_shift_table``, ``pos_embed``).
+OWN = "weight"
+HOLE = "{}"
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One module template (or a virtual one: a fused group, a stack of experts).
+
+    Attributes:
+        parts: components of the module's name, ``{}`` where an index stands.
+        names: role -> instance -> the tensor's full name (empty for a virtual unit).
+        shapes: role -> instance -> shape.
+        order: position among the units of its manifest.
+        kind: ``plain``, ``concat`` (members' rows one after another) or ``stack`` (one member's last index).
+        members: the plain units a virtual unit is made of, in row order.
+        axis: for a stack, which index of the members is stacked.
+    """
+
+    parts: tuple[str, ...]
+    names: Mapping[str, Mapping[Index, str]]
+    shapes: Mapping[str, Mapping[Index, Shape]]
+    order: float
+    kind: str = "plain"
+    members: tuple[Unit, ...] = ()
+    axis: int = -1
+    tokens: tuple[tuple[str, int], ...] = field(default=())
+
+    @property
+    def instances(self) -> tuple[Index, ...]:
+        """All instances, sorted by index."""
+        return tuple(sorted(next(iter(self.shapes.values()))))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(sorted(self.shapes))
+
+    @property
+    def words(self) -> frozenset[str]:
+        return frozenset(word for word, _ in self.tokens)
+
+    @property
+    def leaf_words(self) -> tuple[str, ...]:
+        """Words of the innermost named component (slots of a ``Sequential`` do not name anything)."""
+        for part in reversed(self.parts):
+            found = tuple(word for word in words(part) if not word.startswith("#"))
+            if found:
+                return found
+        return ()
+
+    @property
+    def leaves(self) -> tuple[Unit, ...]:
+        """The plain units under this one (itself where it is plain)."""
+        return (self,) if not self.members else tuple(leaf for part in self.members for leaf in part.leaves)
+
+    def __str__(self) -> str:
+        return ".".join(self.parts)
+
+
+class Ordinals:
+    """The rank of a numbered component among its numbered siblings.
+
+    ``norm1, norm2``, ``block_1, block_2`` and ``0, 2`` all become first and second: code bases disagree about where
+    to start and what to count, but seldom about the order.
+    """
+
+    def __init__(self, templates: Iterable[tuple[str, ...]]) -> None:
+        numbers: dict[tuple[tuple[str, ...], str], set[tuple[int, ...]]] = defaultdict(set)
+        for parts in templates:
+            for depth, part in enumerate(parts):
+                stem, digits = _stem(part)
+                if digits:
+                    numbers[parts[:depth], stem].add(digits)
+        self._ranks = {key: sorted(values) for key, values in numbers.items()}
+
+    def tokens(self, parts: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+        """Words of a template with their distance from the innermost component; a number is ``#rank``."""
+        found: list[tuple[str, int]] = []
+        distance = 0
+        for depth in range(len(parts) - 1, -1, -1):
+            if parts[depth] == HOLE:
+                continue
+            found.extend((word, distance) for word in words(parts[depth]) if not word.startswith("#"))
+            stem, digits = _stem(parts[depth])
+            if digits:
+                found.append((f"#{self._ranks[parts[:depth], stem].index(digits)}", distance))
+            distance += 1
+        return tuple(found)
+
+
+def _stem(part: str) -> tuple[str, tuple[int, ...]]:
+    return re.sub(r"\d+", "#", part), tuple(int(digits) for digits in re.findall(r"\d+", part))
+
+
+def split_leaf(name: str) -> tuple[list[str], str]:
+    """A tensor's name as (components of its module, role of the tensor in it)."""
+    parts = name.replace("parametrizations.weight.original0", "weight_g").replace(
+        "parametrizations.weight.original1", "weight_v"
+    )
+    components = parts.split(".")
+    leaf = components[-1]
+    if leaf in LEAVES and len(components) > 1:
+        return components[:-1], LEAVES[leaf]
+    for suffix in ("_weight", "_bias"):
+        if leaf.endswith(suffix):
+            return [*components[:-1], leaf.removesuffix(suffix)], suffix[1:]
+    return components, OWN
+
+
+def units_of(manifest: Mapping[str, Shape], *, literal: bool = False) -> list[Unit]:
+    """Group a manifest's tensors into units, in the manifest's order.
+
+    Args:
+        manifest: name -> shape.
+        literal: keep every number and every tensor apart: one unit a tensor, the last resort for odd layouts.
+    """
+    ranks = _ranks(manifest)
+    if literal:
+        units = [_literal_unit(name, shape, ranks[name]) for name, shape in manifest.items()]
+        return _with_tokens(units)
+    names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name in manifest:
+        components, role = split_leaf(name)
+        parts, index = _template(components)
+        if index in names[parts][role]:  # two spellings of one role in one module (weight and scale)
+            parts, index = (*parts, name.rpartition(".")[2]), index
+            role = OWN
+        names[parts][role][index] = name
+    units: list[Unit] = []
+    for parts, roles in names.items():
+        units.extend(_even_units(parts, roles, manifest, ranks))
+    return _with_tokens(sorted(units, key=lambda unit: unit.order))
+
+
+def _with_tokens(units: list[Unit]) -> list[Unit]:
+    ordinals = Ordinals(unit.parts for unit in units)
+    return [replace(unit, tokens=ordinals.tokens(unit.parts)) for unit in units]
+
+
+def has_own_order(manifest: Mapping[str, Shape]) -> bool:
+    """Whether the names come in an order of their own (a module's), not sorted."""
+    given = list(manifest)
+    return given not in (sorted(given), sorted(given, key=natural_key))
+
+
+def _ranks(manifest: Mapping[str, Shape]) -> dict[str, float]:
+    """Order of the names: the file's own where it has one, else natural order."""
+    given = list(manifest)
+    if given == sorted(given):
+        given.sort(key=natural_key)
+    return {name: float(rank) for rank, name in enumerate(given)}
+
+
+def _template(components: list[str]) -> tuple[tuple[str, ...], Index]:
+    """Replace the numbers of inner components by holes; the innermost one is a slot and stays."""
+    index: list[int] = []
+    parts: list[str] = []
+    for position, component in enumerate(components):
+        if component.isdigit() and position + 1 < len(components):
+            parts.append(HOLE)
+            index.append(int(component))
+        else:
+            parts.append(component)
+    return tuple(parts), tuple(index)
+
+
+def _literal_unit(name: str, shape: Shape, rank: float) -> Unit:
+    components, role = split_leaf(name)
+    parts = tuple(components)
+    return Unit(parts, {role: {(): name}}, {role: {(): shape}}, rank)
+
+
+def _even_units(
+    parts: tuple[str, ...],
+    roles: Mapping[str, Mapping[Index, str]],
+    manifest: Mapping[str, Shape],
+    ranks: Mapping[str, float],
+) -> list[Unit]:
+    """One unit for all instances that have the same roles: layers without a bias are a unit of their own."""
+    by_roles: dict[tuple[str, ...], list[Index]] = defaultdict(list)
+    for index in sorted({index for instances in roles.values() for index in instances}):
+        by_roles[tuple(role for role in sorted(roles) if index in roles[role])].append(index)
+    units = []
+    for present, indices in by_roles.items():
+        names = {role: {index: roles[role][index] for index in indices} for role in present}
+        shapes = {role: {index: manifest[name] for index, name in row.items()} for role, row in names.items()}
+        order = min(ranks[name] for row in names.values() for name in row.values())
+        units.append(Unit(parts, names, shapes, order))
+    return units
+
+
+def size_of(unit: Unit) -> dict[Index, int]:
+    """Elements of each instance."""
+    total: dict[Index, int] = defaultdict(int)
+    for row in unit.shapes.values():
+        for index, shape in row.items():
+            total[index] += math.prod(shape)
+    return dict(total)
