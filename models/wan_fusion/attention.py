@@ -1,0 +1,130 @@
+"""The two attention sub-layers of a fusion block: a stream to itself, and to its text and the other stream.
+
+Shape suffixes: B batch, S tokens of this stream, O tokens of the other stream, T text tokens, N heads of this rank,
+H head dim, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from port_kit.models.wan_fusion.layers import FullWidthRMSNorm, Modulation
+from port_kit.models.wan_fusion.rope import rotate
+from port_kit.parallel import linear
+from port_kit.parallel.sequence import LengthTrimmedAttention
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from port_kit.models.wan_fusion.config import FusionConfig
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a stream are.
+
+    Attributes:
+        rope: table of this rank's tokens, ``[1, S, H/2, 2]``.
+        length: tokens of the whole stream where it is padded for sharding, else None.
+    """
+
+    rope: Tensor
+    length: int | None = None
+
+
+class SelfAttention(nn.Module):
+    """Attention of a stream to itself with rotary positions: modulated, and added to its input."""
+
+    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.qkv = linear.qkv(dim, config.head_dim, config.num_heads, quant, f"{prefix}.qkv")
+        self.o = linear.row(dim, dim, quant, f"{prefix}.o")
+        self.norm_q = FullWidthRMSNorm(dim, config.eps)
+        self.norm_k = FullWidthRMSNorm(dim, config.eps)
+        self.heads = self.qkv.num_heads
+        self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self")
+
+    def forward(self, x_BSD: Tensor, modulation: Modulation, positions: Positions) -> Tensor:
+        """Return the residual stream ``[B, S, D]`` after this sub-layer."""
+        q, k, v = self.qkv(modulation.norm(x_BSD, self.eps)).chunk(3, -1)
+        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (self.heads, -1)) for t in (self.norm_q(q), self.norm_k(k), v))
+        q_BSNH, k_BSNH = rotate(q_BSNH, positions.rope), rotate(k_BSNH, positions.rope)
+        attended = self.attn(q_BSNH, k_BSNH, v_BSNH, positions.length)
+        return modulation.add(x_BSD, self.o(attended.flatten(2)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of a stream to its text and to the other stream: one query, two sets of keys, one output projection.
+
+    The query is rotated for the other stream, whose keys have positions, and not for the text, whose keys have none.
+    """
+
+    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm = nn.LayerNorm(dim, eps)
+        self.q = linear.column(dim, dim, quant, f"{prefix}.q")
+        self.kv = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv")
+        self.kv_fusion = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv_fusion")
+        self.o = linear.row(dim, dim, quant, f"{prefix}.o")
+        self.norm_q = FullWidthRMSNorm(dim, eps)
+        self.norm_k = FullWidthRMSNorm(dim, eps)
+        self.norm_k_fusion = FullWidthRMSNorm(dim, eps)
+        self.pre_attn_norm_fusion = nn.LayerNorm(dim, eps)
+        self.heads = self.q.output_size_per_partition // config.head_dim
+        # every rank holds the whole text: nothing to exchange
+        self.text_attn = _attention(
+            config, self.heads, f"{prefix}.text_attn", role="cross", skip_sequence_parallel=True
+        )
+        self.fusion_attn = _attention(config, self.heads, f"{prefix}.fusion_attn", role="cross")
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        text_kv: tuple[Tensor, Tensor],
+        positions: Positions,
+        other_BOD: Tensor,
+        other_positions: Positions,
+    ) -> Tensor:
+        """Return the residual stream ``[B, S, D]`` after this sub-layer; a stream of no tokens is not attended.
+
+        Args:
+            x_BSD: this stream's residual state.
+            text_kv: what :meth:`project_text` gave for this stream's text.
+            positions: of this stream.
+            other_BOD: the other stream's residual state.
+            other_positions: of the other stream.
+        """
+        q_BSNH = self.norm_q(self.q(self.norm(x_BSD))).unflatten(-1, (self.heads, -1))
+        attended = self.text_attn(q_BSNH, *text_kv)
+        if other_BOD.shape[1]:
+            k, v = self.kv_fusion(self.pre_attn_norm_fusion(other_BOD)).chunk(2, -1)
+            k_BONH, v_BONH = (t.unflatten(-1, (self.heads, -1)) for t in (self.norm_k_fusion(k), v))
+            q_BSNH, k_BONH = rotate(q_BSNH, positions.rope), rotate(k_BONH, other_positions.rope)
+            attended = attended + self.fusion_attn(q_BSNH, k_BONH, v_BONH, other_positions.length)
+        return x_BSD + self.o(attended.flatten(2))
+
+    def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values ``[B, T, N, H]`` of a text; they do not depend on the timestep."""
+        k, v = self.kv(text_BTD).chunk(2, -1)
+        return self.norm_k(k).unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+
+def _attention(
+    config: FusionConfig, heads: int, prefix: str, *, role: str, skip_sequence_parallel: bool = False
+) -> LengthTrimmedAttention:
+    return LengthTrimmedAttention(
+        num_heads=heads,
+        head_size=config.head_dim,
+        causal=False,
+        softmax_scale=config.head_dim**-0.5,
+        num_kv_heads=heads,
+        prefix=prefix,
+        role=role,
+        skip_sequence_parallel=skip_sequence_parallel,
+    )

@@ -1,0 +1,162 @@
+"""Rotary positions of the fusion transformer, as tables that any rank can take its own rows from.
+
+Shape suffixes: B batch, S tokens of a stream, N heads, H head dim, R = H/2 rotated pairs.
+
+A table holds ``(cos, sin)`` of every token and pair, ``[1, S, R, 2]`` in float32. Where a position does not turn a
+pair, its row is ``(1, 0)``: the audio stream rotates only the leading part of each head, and so needs neither a slice
+nor a copy of the rest. Tables depend on the geometry of a request alone; :class:`RopeTables` keeps the recent ones.
+
+What the checkpoints were trained with, and why the dtypes below are what they are:
+
+* a head splits into temporal, vertical and horizontal parts; audio uses the temporal part only;
+* Ovi computes all angles in float64. DreamID-Omni computes temporal angles in float32, where position 760 is off by
+  1e-5 already, so that is part of the model;
+* reference positions are absolute: picture j is at frame ``150 * (j + 1)``; sound j starts at ``offset * (j + 1)``
+  with the offset rounded by the dtype of the frequency scaling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from port_kit.errors import InputError
+from port_kit.models.wan_fusion.config import RopeConfig
+
+THETA = 10000.0
+#: Latent frames between the positions of consecutive references.
+REFERENCE_STRIDE = 150
+#: Geometries whose tables are kept on the device: the branches of a request share one video and one audio geometry.
+KEPT_TABLES = 8
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """Tables for one architecture.
+
+    Attributes:
+        config: family and frequency scaling.
+        head_dim: width H of a head.
+    """
+
+    config: RopeConfig
+    head_dim: int
+
+    def video(
+        self, grid: tuple[int, int, int], reference_frames: int = 0, device: torch.device | None = None
+    ) -> Tensor:
+        """Return the table of video tokens in (frame, row, column) order, ``[1, F*H*W, R, 2]``.
+
+        Args:
+            grid: token counts (frames, rows, columns), references included.
+            reference_frames: how many of the last frames are references.
+            device: where the table goes.
+
+        Raises:
+            InputError: more references than frames, or references in a family that has none.
+        """
+        frames = _video_positions(grid[0], reference_frames, self.config)
+        return _video_table(self, frames, grid[1:], device or torch.device("cpu"))
+
+    def audio(self, length: int, reference_lengths: Sequence[int] = (), device: torch.device | None = None) -> Tensor:
+        """Return the table of audio tokens, ``[1, length, R, 2]``.
+
+        Args:
+            length: tokens, references included.
+            reference_lengths: tokens of each reference; together they are the last tokens.
+            device: where the table goes.
+
+        Raises:
+            InputError: references longer than the sequence, or references in a family that has none.
+        """
+        positions = _audio_positions(length, tuple(reference_lengths), self.config)
+        return _audio_table(self, positions, device or torch.device("cpu"))
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Dimensions of a head that turn with (frame, row, column)."""
+        across = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * across, across, across
+
+
+def rotate(x_BSNH: Tensor, table: Tensor) -> Tensor:
+    """Rotate adjacent pairs of every head in float32; return the dtype of ``x``. ``table`` is ``[1, S, R, 2]``."""
+    cos, sin = table.unsqueeze(2).unbind(-1)
+    even, odd = x_BSNH.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x_BSNH.dtype)
+
+
+def reference_offset(config: RopeConfig) -> int:
+    """Return the audio position of the first reference, divided in the scaling's own dtype as the model was."""
+    return int(REFERENCE_STRIDE / _scaling(config))
+
+
+def _scaling(config: RopeConfig) -> Tensor:
+    return torch.tensor(config.freqs_scaling, dtype=getattr(torch, config.scaling_dtype), device="cpu")
+
+
+def _video_positions(frames: int, references: int, config: RopeConfig) -> tuple[int, ...]:
+    if not 0 <= references <= frames:
+        raise InputError(f"{references} reference frames do not fit into {frames} frames", code="reference_length")
+    _require_references(references, config)
+    return (*range(frames - references), *(REFERENCE_STRIDE * (j + 1) for j in range(references)))
+
+
+def _audio_positions(length: int, references: tuple[int, ...], config: RopeConfig) -> tuple[int, ...]:
+    own = length - sum(references)
+    if own < 0 or any(count < 0 for count in references):
+        raise InputError(f"references of {references} audio tokens do not fit into {length}", code="reference_length")
+    _require_references(len(references), config)
+    offset = reference_offset(config)
+    placed = (offset * (j + 1) + i for j, count in enumerate(references) for i in range(count))
+    return (*range(own), *placed)
+
+
+def _require_references(count: int, config: RopeConfig) -> None:
+    if count and config.family == "ovi":
+        raise InputError("an Ovi transformer has no positions for references", code="reference_length")
+
+
+@lru_cache(maxsize=KEPT_TABLES)
+def _video_table(rope: RopeTables, frames: tuple[int, ...], plane: tuple[int, int], device: torch.device) -> Tensor:
+    time, down, across = rope.parts
+    dtype = _temporal_dtype(rope.config)
+    angles = (
+        _angles(torch.tensor(frames, device="cpu"), _frequencies(time, dtype))[:, None, None],
+        _angles(torch.arange(plane[0], device="cpu"), _frequencies(down, torch.float64))[None, :, None],
+        _angles(torch.arange(plane[1], device="cpu"), _frequencies(across, torch.float64))[None, None],
+    )
+    shape = (len(frames), *plane, -1)
+    return _table(torch.cat([part.expand(shape) for part in angles], -1).flatten(0, 2), device)
+
+
+@lru_cache(maxsize=KEPT_TABLES)
+def _audio_table(rope: RopeTables, positions: tuple[int, ...], device: torch.device) -> Tensor:
+    time, *still = rope.parts
+    dtype = _temporal_dtype(rope.config)
+    frequencies = _frequencies(time, dtype) * _scaling(rope.config)
+    angles = _angles(torch.tensor(positions, device="cpu"), frequencies)
+    return _table(torch.cat((angles, angles.new_zeros(len(positions), sum(still) // 2)), -1), device)
+
+
+def _temporal_dtype(config: RopeConfig) -> torch.dtype:
+    return torch.float64 if config.family == "ovi" else torch.float32
+
+
+def _frequencies(dim: int, dtype: torch.dtype) -> Tensor:
+    """Return ``theta ** (-2i / dim)`` for each pair, computed in ``dtype`` on the host, where every rank agrees."""
+    exponents = torch.arange(0, dim, 2, dtype=dtype, device="cpu") / dim
+    return 1.0 / torch.pow(torch.tensor(THETA, dtype=dtype, device="cpu"), exponents)
+
+
+def _angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Multiply in the frequencies' dtype, then widen: the sine and cosine are exact for the rounded angle."""
+    return torch.outer(positions.to(frequencies.dtype), frequencies).double()
+
+
+def _table(angles_SR: Tensor, device: torch.device) -> Tensor:
+    return torch.stack((angles_SR.cos(), angles_SR.sin()), -1).float()[None].to(device)

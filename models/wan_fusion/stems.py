@@ -1,0 +1,135 @@
+"""Both ends of a stream: latents to tokens, timesteps and texts to what blocks take, tokens back to latents.
+
+Shape suffixes: B batch, C channels, F H W latent frames, rows, columns, V video tokens, A audio tokens, S either,
+T text tokens, D width, G distinct timesteps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from port_kit.errors import InputError
+from port_kit.models.wan_fusion.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, modulate, windows
+from port_kit.parallel import linear
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from port_kit.models.wan_fusion.config import FusionConfig
+
+
+class Text:
+    """A stream's text, and what has been computed from it so far.
+
+    Nothing here depends on the timestep. Give the transformer the same object in every step of a request and the
+    text is embedded once and projected to keys and values once a block; drop it when the request ends.
+
+    Args:
+        raw: states of the text encoder, ``[B, T, text_dim]``, without padding.
+    """
+
+    def __init__(self, raw: Tensor) -> None:
+        self.raw = raw
+        self.embedded: Tensor | None = None
+        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+class VideoPatches(nn.Module):
+    """Video latents to tokens: one linear over each patch."""
+
+    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.patch = config.patch_size
+        self.proj = linear.replicated(config.patch_dim, config.dim, quant, f"{prefix}.proj")
+
+    def forward(self, latents_BCFHW: Tensor) -> Tensor:
+        """Return ``[B, V, D]``, tokens in (frame, row, column) order."""
+        f, h, w = self.grid(latents_BCFHW)
+        patches = latents_BCFHW.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (f, -1))
+        return self.proj(patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3))
+
+    def grid(self, latents_BCFHW: Tensor) -> tuple[int, int, int]:
+        """Return the token counts (frames, rows, columns).
+
+        Raises:
+            InputError: the latents do not divide into patches.
+        """
+        sizes = latents_BCFHW.shape[2:]
+        if any(size % step for size, step in zip(sizes, self.patch, strict=True)):
+            raise InputError(
+                f"video latents of {tuple(sizes)} do not divide into patches of {self.patch}", code="latent_size"
+            )
+        f, h, w = (size // step for size, step in zip(sizes, self.patch, strict=True))
+        return f, h, w
+
+
+class AudioConvs(nn.Module):
+    """Audio latents to tokens: a convolution and a gated convolution along time."""
+
+    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.kernel = config.audio_kernel
+        self.proj = linear.replicated(config.audio_channels * self.kernel, config.dim, quant, f"{prefix}.proj")
+        self.gated = GatedConv(config.dim, config.gated_conv_dim, self.kernel, quant, f"{prefix}.gated")
+
+    def forward(self, latents_BAC: Tensor) -> Tensor:
+        """Return ``[B, A, D]``."""
+        return self.gated(F.silu(self.proj(windows(latents_BAC, self.kernel))))
+
+
+class Head(nn.Module):
+    """Tokens to latent values, modulated by the timestep's embedding."""
+
+    def __init__(self, config: FusionConfig, output: int, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
+        self.proj = linear.replicated(config.dim, output, quant, f"{prefix}.proj")
+
+    def forward(self, x_BSD: Tensor, time_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
+        """Return ``[B, S, output]``. ``runs`` tells how many tokens have each of the G timesteps."""
+        shift, scale = (self.modulation + time_GBD.unsqueeze(-2)).unsqueeze(-2).unbind(2)
+        return self.proj(modulate(F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=self.eps), shift, scale, runs))
+
+
+class Stem(nn.Module):
+    """Everything of one stream that is not in a block."""
+
+    def __init__(
+        self,
+        config: FusionConfig,
+        patch_embedding: nn.Module,
+        output: int,
+        quant: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        dim = config.dim
+        self.patch_embedding = patch_embedding
+        self.text_embedding = TextEmbedding(config.text_dim, dim, config.text_len, quant, f"{prefix}.text_embedding")
+        self.time_embedding = TimeEmbedding(config.freq_dim, dim, quant, f"{prefix}.time_embedding")
+        self.time_projection = TimeProjection(dim, quant, f"{prefix}.time_projection")
+        self.head = Head(config, output, quant, f"{prefix}.head")
+
+    def embed_text(self, text: Text) -> None:
+        """Embed a text that has not been embedded yet.
+
+        Raises:
+            InputError: the text has more tokens than the model was made for.
+        """
+        if text.embedded is not None:
+            return
+        length, limit = text.raw.shape[1], self.text_embedding.length
+        if length > limit:
+            raise InputError(f"a text of {length} tokens was given; at most {limit} fit", code="text_length")
+        text.embedded = self.text_embedding(text.raw)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """Return video latents ``[B, C, F, H, W]``; inside a token the channels vary fastest."""
+    parts = tokens.unflatten(1, grid).unflatten(-1, (*patch, -1))
+    return parts.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)

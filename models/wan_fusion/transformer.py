@@ -1,0 +1,246 @@
+"""The fusion transformer of DreamID-Omni and Ovi: a video and an audio stream that read each other in every block.
+
+Shape suffixes: B batch, C channels, F H W latent frames, rows, columns, V video tokens, A audio tokens, S either,
+T text tokens, D width, G distinct timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from cache_dit import ForwardPattern
+from torch import Tensor, nn
+from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
+
+from port_kit.errors import InputError
+from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention
+from port_kit.models.wan_fusion.config import FusionConfig
+from port_kit.models.wan_fusion.layers import FeedForward, Modulation
+from port_kit.models.wan_fusion.rope import RopeTables
+from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
+from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad_tokens, padded_length
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What one stream's half of a block needs besides tokens.
+
+    Attributes:
+        time: modulation vectors of the distinct timesteps, ``[G, B, 6, D]``.
+        runs: how many of this rank's tokens, in order, have each timestep.
+        positions: of this rank's tokens.
+        text: embedded text.
+    """
+
+    time: Tensor
+    runs: tuple[int, ...]
+    positions: Positions
+    text: Text
+
+
+class StreamBlock(nn.Module):
+    """One stream's half of a fusion block."""
+
+    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
+        self.self_attn = SelfAttention(config, quant, f"{prefix}.self_attn")
+        self.cross_attn = CrossAttention(config, quant, f"{prefix}.cross_attn")
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.eps, quant, f"{prefix}.ffn")
+
+    def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
+        """Return the modulation of self-attention and of the feed-forward."""
+        vectors = (self.modulation + conditions.time).unsqueeze(-2).unbind(2)
+        return Modulation(*vectors[:3], conditions.runs), Modulation(*vectors[3:], conditions.runs)
+
+    def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
+        """Return this layer's keys and values of the text, computed at the first call with this text."""
+        if layer not in text.keys_values:
+            text.keys_values[layer] = self.cross_attn.project_text(text.embedded)
+        return text.keys_values[layer]
+
+
+class FusionBlock(nn.Module):
+    """Layer ``index`` of both streams. Each reads the other as it is after self-attention, before anything else."""
+
+    def __init__(self, config: FusionConfig, index: int, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.index = index
+        self.video = StreamBlock(config, quant, f"{prefix}.video")
+        self.audio = StreamBlock(config, quant, f"{prefix}.audio")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        video: Conditions,
+        audio: Conditions,
+        skip_block: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the streams after this layer, video first.
+
+        The argument names are those of Cache-DiT's two-stream pattern.
+
+        Args:
+            hidden_states: video tokens ``[B, V, D]``.
+            encoder_hidden_states: audio tokens ``[B, A, D]``.
+            video: conditions of the video stream.
+            audio: conditions of the audio stream.
+            skip_block: layer that returns its input.
+        """
+        v, a = hidden_states, encoder_hidden_states
+        if skip_block == self.index:
+            return v, a
+        v_attention, v_ffn = self.video.modulations(video)
+        a_attention, a_ffn = self.audio.modulations(audio)
+        a = self._self_attend(self.audio, a, a_attention, audio)
+        v = self._self_attend(self.video, v, v_attention, video)
+        return (
+            self._fuse(self.video, v, a, v_ffn, video, audio),
+            self._fuse(self.audio, a, v, a_ffn, audio, video),
+        )
+
+    def _self_attend(self, half: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions) -> Tensor:
+        return half.self_attn(x, modulation, own.positions) if x.shape[1] else x
+
+    def _fuse(
+        self, half: StreamBlock, x: Tensor, other: Tensor, modulation: Modulation, own: Conditions, theirs: Conditions
+    ) -> Tensor:
+        if not x.shape[1]:
+            return x
+        text = half.text_keys_values(own.text, self.index)
+        x = half.cross_attn(x, text, own.positions, other, theirs.positions)
+        return half.ffn(x, modulation)
+
+
+class WanFusionTransformer(nn.Module):
+    """Predicts the flow of a video and an audio latent together.
+
+    Args:
+        config: architecture.
+        quant_config: quantization of the linears, None for none.
+        prefix: path of this module in the pipeline, for quantization and diagnostics.
+    """
+
+    _repeated_blocks: ClassVar = ["SelfAttention", "CrossAttention", "FeedForward"]
+    _layerwise_offload_blocks_attrs: ClassVar = ["blocks"]
+    _hsdp_shard_conditions: ClassVar = [lambda _name, module: isinstance(module, FusionBlock)]
+    _sp_plan: ClassVar = boundary_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})
+    _cache_dit_adapter_config: ClassVar = CacheDiTAdapterConfig(
+        block_forward_patterns={"blocks": ForwardPattern.Pattern_0}, has_separate_cfg=True, check_forward_pattern=False
+    )
+    packed_modules_mapping: ClassVar = {
+        "qkv": ["q", "k", "v"],
+        "kv": ["k", "v"],
+        "kv_fusion": ["k_fusion", "v_fusion"],
+        "gate_up": ["w1", "w3"],
+    }
+    stacked_params_mapping: ClassVar = [
+        (f".{packed}", f".{part}", part if packed == "qkv" else slot)
+        for packed, parts in packed_modules_mapping.items()
+        for slot, part in enumerate(parts)
+    ]
+
+    def __init__(
+        self, config: FusionConfig, *, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        path = f"{prefix}." if prefix else ""
+        self.config = config
+        self.rope = RopeTables(config.rope, config.head_dim)
+        patches = VideoPatches(config, quant_config, f"{path}video.patch_embedding")
+        convs = AudioConvs(config, quant_config, f"{path}audio.patch_embedding")
+        self.video = Stem(config, patches, config.patch_dim, quant_config, f"{path}video")
+        self.audio = Stem(config, convs, config.audio_channels, quant_config, f"{path}audio")
+        self.blocks = nn.ModuleList(
+            FusionBlock(config, i, quant_config, f"{path}blocks.{i}") for i in range(config.num_layers)
+        )
+        self.shard, self.gather = Boundary(), Boundary()
+
+    def forward(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        timestep: Tensor,
+        video_text: Tensor | Text,
+        audio_text: Tensor | Text,
+        *,
+        video_reference_frames: int = 0,
+        audio_reference_lengths: tuple[int, ...] = (),
+        first_frame_clean: bool = False,
+        skip_block: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict both flows. A stream of no frames or no tokens is left out, and the other runs alone.
+
+        Args:
+            video: latents ``[B, C, F, H, W]``; references are the last frames.
+            audio: latents ``[B, A, C]``; references are the last tokens.
+            timestep: ``[B]`` or 0-dim, in 0..1000; the same for both streams and for references.
+            video_text: states ``[B, T, text_dim]`` for the video, unpadded, or a :class:`Text` kept over the steps.
+            audio_text: the same for the audio.
+            video_reference_frames: how many of the last frames are references.
+            audio_reference_lengths: tokens of each audio reference.
+            first_frame_clean: the first frame is given, not noise: its tokens have timestep 0.
+            skip_block: layer to leave out (skip-layer guidance).
+
+        Returns:
+            The flows, shaped as ``video`` and ``audio``, references included.
+
+        Raises:
+            InputError: latents that do not divide into patches, references or texts that are too long.
+        """
+        grid = self.video.patch_embedding.grid(video)
+        frame = grid[1] * grid[2]
+        v_runs = (frame, grid[0] * frame - frame) if first_frame_clean and grid[0] else (grid[0] * frame,)
+        if skip_block is not None and not 0 <= skip_block < self.config.num_layers:
+            raise InputError(f"block {skip_block} is to be skipped of {self.config.num_layers}", code="block_index")
+
+        v, v_length, v_rope = self._tokens(
+            self.video, video, self.rope.video(grid, video_reference_frames, video.device)
+        )
+        a, a_length, a_rope = self._tokens(
+            self.audio, audio, self.rope.audio(audio.shape[1], audio_reference_lengths, audio.device)
+        )
+        v, a, v_rope, a_rope = self.shard(v, a, v_rope, a_rope)
+        v_time, v_conditions = self._conditions(self.video, timestep, v, v_runs, v_length, v_rope, video_text)
+        a_time, a_conditions = self._conditions(self.audio, timestep, a, (a_length,), a_length, a_rope, audio_text)
+        for block in self.blocks:
+            v, a = block(v, a, v_conditions, a_conditions, skip_block=skip_block)
+        v = self.video.head(v, v_time, v_conditions.runs)
+        a = self.audio.head(a, a_time, a_conditions.runs)
+        v, a = self.gather(v, a)
+        return unpatchify(v[:, :v_length], grid, self.config.patch_size), a[:, :a_length]
+
+    def _tokens(self, stem: Stem, latents: Tensor, rope: Tensor) -> tuple[Tensor, int, Tensor]:
+        """Return a stream's tokens, their number, and their rope table; both tensors ready to be sharded."""
+        tokens = stem.patch_embedding(latents)
+        return pad_tokens(tokens), tokens.shape[1], pad_tokens(rope)
+
+    def _conditions(
+        self,
+        stem: Stem,
+        timestep: Tensor,
+        tokens: Tensor,
+        runs: tuple[int, ...],
+        length: int,
+        rope: Tensor,
+        text: Tensor | Text,
+    ) -> tuple[Tensor, Conditions]:
+        """Return the time embedding ``[G, B, D]`` and the conditions of a stream whose ``tokens`` are sharded."""
+        text = text if isinstance(text, Text) else Text(text)
+        stem.embed_text(text)
+        times = torch.stack((torch.zeros_like(timestep), timestep)[-len(runs) :])
+        time = stem.time_embedding(times.view(len(runs), -1), tokens.dtype)
+        positions = Positions(rope, padded_length(length))
+        return time, Conditions(stem.time_projection(time), local_split(runs, tokens.shape[1]), positions, text)
+
+
+def build_transformer(config: Mapping[str, Any]) -> WanFusionTransformer:
+    """Build the transformer of a ``transformer/config.json`` on the current default device and dtype."""
+    return WanFusionTransformer(FusionConfig.from_dict(config))

@@ -1,0 +1,80 @@
+"""vLLM's parallel linears with what a port always wants of them.
+
+Each function builds one linear that returns its output alone (not an output and a bias), takes part in quantization
+under its ``prefix``, and keeps its weight where hooks can see it: on a CPU vLLM would otherwise pack the weight into
+a private buffer after loading and leave an empty parameter behind, so that HSDP would shard nothing and offload would
+move nothing. All widths are the full ones; the linears divide them by the tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+Layer = TypeVar("Layer", bound=LinearBase)
+
+
+def qkv(dim: int, head_dim: int, heads: int, quant: QuantizationConfig | None, prefix: str) -> QKVParallelLinear:
+    """Query, key and value of one attention in one matrix, split by heads."""
+    return _plain(QKVParallelLinear(dim, head_dim, heads, quant_config=quant, prefix=prefix, return_bias=False))
+
+
+def merged(
+    dim: int, outputs: list[int], quant: QuantizationConfig | None, prefix: str, *, bias: bool = True
+) -> MergedColumnParallelLinear:
+    """Several projections of the same input in one matrix; each is split by output."""
+    return _plain(
+        MergedColumnParallelLinear(dim, outputs, bias=bias, quant_config=quant, prefix=prefix, return_bias=False)
+    )
+
+
+def column(
+    dim: int, output: int, quant: QuantizationConfig | None, prefix: str, *, gather: bool = False
+) -> ColumnParallelLinear:
+    """Split by output; with ``gather`` every rank gets the whole output."""
+    return _plain(
+        ColumnParallelLinear(dim, output, gather_output=gather, quant_config=quant, prefix=prefix, return_bias=False)
+    )
+
+
+def row(
+    dim: int, output: int, quant: QuantizationConfig | None, prefix: str, *, bias: bool = True
+) -> RowParallelLinear:
+    """Split by input, which is already split; the outputs are summed over the ranks."""
+    return _plain(
+        RowParallelLinear(
+            dim,
+            output,
+            bias=bias,
+            input_is_parallel=True,
+            quant_config=quant,
+            prefix=prefix,
+            return_bias=False,
+        )
+    )
+
+
+def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: str) -> ReplicatedLinear:
+    """Whole on every rank: for matrices too small to be worth a collective."""
+    return _plain(ReplicatedLinear(dim, output, quant_config=quant, prefix=prefix, return_bias=False))
+
+
+def _plain(layer: Layer) -> Layer:
+    """Keep the weight a parameter on a CPU; an unquantized layer then also runs without a loader's last step."""
+    if current_platform.is_cpu():
+        layer.skip_weight_relayout = True
+        layer.cpu_linear = torch.nn.functional.linear
+    return layer
