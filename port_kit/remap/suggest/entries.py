@@ -52,9 +52,7 @@ def _concat(source: Unit, role: str, index: Index) -> Entry:
 def _stack(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
     (member,) = source.members
     axis = source.axis
-    inner = [
-        _entry(member, role, index[:axis] + (value,) + index[axis:], shape[1:]) for value in range(shape[0])
-    ]
+    inner = [_entry(member, role, index[:axis] + (value,) + index[axis:], shape[1:]) for value in range(shape[0])]
     names = [name for entry in inner for name in entry["from"]]
     return {"from": names, "op": "stack", "detail": {"dim": 0, "parts": inner}}
 

@@ -43,9 +43,7 @@ class Search:
         round_: int = 1,
     ) -> None:
         self.left = Side([*sources, *(leaf for match in around for leaf in match.source.leaves)], ordered=ordered[0])
-        self.right = Side(
-            [*targets, *(leaf for match in around for leaf in match.target.leaves)], ordered=ordered[1]
-        )
+        self.right = Side([*targets, *(leaf for match in around for leaf in match.target.leaves)], ordered=ordered[1])
         self.known = {match.target: match.source for match in around}
         self.round = round_
         self.sources = [*sources, *(virtual_units(sources, targets) if groups else ())]

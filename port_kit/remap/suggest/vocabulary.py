@@ -197,9 +197,7 @@ _ATTENTION_ROLES = frozenset({"q", "k", "v"})
 
 @lru_cache(maxsize=None)
 def words(component: str) -> tuple[str, ...]:
-    """The concepts in one component of a name: ``self_attn_qkv`` -> ``(self, attn, q, k, v)``.
-
-    """
+    """The concepts in one component of a name: ``self_attn_qkv`` -> ``(self, attn, q, k, v)``."""
     fixed = _COMPONENTS.get(component)
     if fixed is not None:
         return tuple(fixed.split())

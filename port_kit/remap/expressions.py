@@ -1,0 +1,140 @@
+"""Sizes as arithmetic over named sizes: parsed into a tree that knows four operations, never evaluated as Python."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from port_kit.errors import RemapError
+
+#: Longest expression that is read; real ones have a dozen characters.
+MAX_LENGTH = 200
+#: No tensor of any model has an extent near this; a bigger intermediate is a mistake.
+MAX_VALUE = 1 << 48
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+Size = int | str
+
+
+def evaluate(expression: Size, names: Mapping[str, int], where: str = "") -> int:
+    """Return the integer value of an expression such as ``"3*hidden + mlp"``.
+
+    Args:
+        expression: an integer, or text over ``+ - * // %``, brackets, integers and names.
+        names: the named sizes (and a rule's numeric groups).
+        where: what the expression belongs to, for the message.
+
+    Raises:
+        RemapError: ``remap_size`` for anything that is not such an expression or names an unknown size.
+    """
+    if isinstance(expression, int):
+        return expression
+    try:
+        return _value(parse(expression), names)
+    except KeyError as error:
+        known = ", ".join(sorted(names)) or "none"
+        raise RemapError(
+            f"size {expression!r}{_of(where)} names {error.args[0]!r}, which is not a known size",
+            code="remap_size",
+            hint=f"known sizes: {known}; give it in the rule set's sizes or to compile(sizes=...)",
+            expression=expression,
+            unknown=error.args[0],
+        ) from error
+    except (ZeroDivisionError, OverflowError) as error:
+        raise RemapError(
+            f"size {expression!r}{_of(where)} cannot be computed: {error}",
+            code="remap_size",
+            hint="check the named sizes that it uses",
+        ) from error
+
+
+def evaluate_sizes(sizes: Mapping[str, int | str], given: Mapping[str, int]) -> dict[str, int]:
+    """Resolve named sizes that are expressions over each other; ``given`` adds and overrides.
+
+    Raises:
+        RemapError: ``remap_size`` for an unknown name or sizes that define each other.
+    """
+    values: dict[str, int] = {**{k: v for k, v in sizes.items() if isinstance(v, int)}, **given}
+    waiting = {name: text for name, text in sizes.items() if name not in values and isinstance(text, str)}
+    while waiting:
+        ready = [name for name, text in waiting.items() if not names_in(text) & waiting.keys()]
+        if not ready:
+            raise RemapError(
+                f"the sizes {sorted(waiting)} define each other",
+                code="remap_size",
+                hint="give one of them as a number",
+            )
+        for name in ready:
+            values[name] = evaluate(waiting.pop(name), values, f"size {name}")
+    return values
+
+
+def names_in(expression: Size) -> frozenset[str]:
+    """Return the names that an expression uses."""
+    if isinstance(expression, int):
+        return frozenset()
+    return frozenset(node.id for node in ast.walk(parse(expression)) if isinstance(node, ast.Name))
+
+
+@lru_cache(maxsize=4096)
+def parse(expression: str) -> ast.expr:
+    """Parse an expression and refuse everything that is not plain integer arithmetic."""
+    if len(expression) > MAX_LENGTH:
+        raise _bad(f"{expression[:40]}...", f"is longer than {MAX_LENGTH} characters")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _bad(expression, "cannot be read") from error
+    for node in ast.walk(tree):
+        _check(node, expression)
+    return tree
+
+
+def _check(node: ast.AST, expression: str) -> None:
+    if isinstance(node, ast.BinOp) and type(node.op) not in _OPERATORS:
+        raise _bad(expression, f"uses {type(node.op).__name__}")
+    if isinstance(node, ast.UnaryOp) and not isinstance(node.op, ast.USub):
+        raise _bad(expression, f"uses {type(node.op).__name__}")
+    if isinstance(node, ast.Constant) and type(node.value) is not int:
+        raise _bad(expression, f"uses the constant {node.value!r}")
+    allowed = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.operator, ast.unaryop, ast.expr_context)
+    if not isinstance(node, allowed):
+        raise _bad(expression, f"uses {type(node).__name__}")
+
+
+def _value(node: ast.expr, names: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant):
+        result = node.value
+    elif isinstance(node, ast.Name):
+        result = names[node.id]
+    elif isinstance(node, ast.UnaryOp):
+        result = -_value(node.operand, names)
+    else:
+        assert isinstance(node, ast.BinOp)
+        result = _OPERATORS[type(node.op)](_value(node.left, names), _value(node.right, names))
+    assert isinstance(result, int)
+    if abs(result) > MAX_VALUE:
+        raise OverflowError("a value is larger than any tensor")
+    return result
+
+
+def _of(where: str) -> str:
+    return f" of {where}" if where else ""
+
+
+def _bad(expression: str, why: str) -> RemapError:
+    return RemapError(
+        f"size {expression!r} {why}",
+        code="remap_size",
+        hint="a size is integers, names, brackets and + - * // %, such as 3*hidden + mlp",
+        expression=expression,
+    )

@@ -1,0 +1,152 @@
+"""Named transforms: computations that no rearrangement can express, with their shape, their inverse and its exactness.
+
+A transform is registered once, where its port is imported, and named in rules like any op::
+
+    @transform("centre", shape=lambda parts, args: parts[""])
+    def centre(parts, args):            # {"": tensor} -> tensor
+        return parts[""] - parts[""].mean()
+
+A transform with ``roles`` joins several sources: a rule's ``shard`` says which role its source plays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from port_kit.errors import RemapError
+from port_kit.remap.boxes import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Args = Mapping[str, Any]
+Parts = Mapping[str, "Tensor"]
+Forward = Callable[[Parts, Args], "Tensor"]
+Inverse = Callable[["Tensor", Args, Mapping[str, Shape]], dict[str, "Tensor"]]
+ShapeOf = Callable[[Mapping[str, Shape], Args], Shape]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A registered transform.
+
+    Attributes:
+        name: how rules call it.
+        forward: ``(parts, args) -> tensor``; ``parts`` is ``{"": tensor}`` or ``{role: tensor}``.
+        shape: ``({role: shape}, args) -> shape`` of the result; runs without torch.
+        inverse: ``(tensor, args, {role: shape}) -> parts``, or None where there is no way back.
+        exact: whether ``inverse`` gives back the very bits.
+        roles: what the sources of a joining transform are called; empty for a transform of one tensor.
+        args: names of the arguments that rules may give.
+    """
+
+    name: str
+    forward: Forward
+    shape: ShapeOf
+    inverse: Inverse | None = None
+    exact: bool = False
+    roles: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+
+    def run(self, parts: Parts, args: Args, expected: Shape) -> Tensor:
+        """Run forward and check the declared shape."""
+        result = self.forward(parts, args)
+        if tuple(result.shape) != tuple(expected):
+            raise RemapError(
+                f"transform {self.name} declares shape {list(expected)} and gives {list(result.shape)}",
+                code="remap_op",
+                hint="correct the transform's shape function",
+            )
+        return result
+
+    def undo(self, tensor: Tensor, args: Args, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Run backwards.
+
+        Raises:
+            RemapError: ``remap_op`` where the transform declares no inverse.
+        """
+        if self.inverse is None:
+            raise RemapError(
+                f"transform {self.name} has no inverse",
+                code="remap_op",
+                hint="declare one where it is registered, or export without this tensor",
+            )
+        return self.inverse(tensor, args, shapes)
+
+
+_REGISTRY: dict[str, Transform] = {}
+
+
+def transform(
+    name: str,
+    *,
+    shape: ShapeOf,
+    inverse: Inverse | None = None,
+    exact: bool = False,
+    roles: tuple[str, ...] = (),
+    args: tuple[str, ...] = (),
+) -> Callable[[Forward], Forward]:
+    """Register a transform; see :class:`Transform` for the arguments.
+
+    Raises:
+        RemapError: ``remap_op`` where another function has the name already.
+    """
+
+    def register(forward: Forward) -> Forward:
+        known = _REGISTRY.get(name)
+        if known is not None and known.forward.__qualname__ != forward.__qualname__:
+            raise RemapError(f"two transforms are called {name!r}", code="remap_op", hint="rename one of them")
+        _REGISTRY[name] = Transform(name, forward, shape, inverse, exact, roles, args)
+        return forward
+
+    return register
+
+
+def find_transform(name: str) -> Transform:
+    """Return the transform called ``name``.
+
+    Raises:
+        RemapError: ``remap_op`` where none is registered.
+    """
+    if name not in _REGISTRY:
+        raise RemapError(
+            f"no op or transform is called {name!r}",
+            code="remap_op",
+            hint=f"registered transforms: {', '.join(sorted(_REGISTRY))}; a port registers its own when it is imported",
+            op=name,
+        )
+    return _REGISTRY[name]
+
+
+def _weight_norm_shape(parts: Mapping[str, Shape], args: Args) -> Shape:
+    dim = args.get("dim", 0)
+    direction, magnitude = parts["v"], parts["g"]
+    expected = tuple(extent if axis == dim else 1 for axis, extent in enumerate(direction))
+    if tuple(magnitude) != expected:
+        raise RemapError(
+            f"weight_norm magnitude has shape {list(magnitude)}, its direction {list(direction)} needs {list(expected)}",
+            code="remap_shape",
+            hint="check dim: the axis of the direction that keeps its extent in the magnitude",
+        )
+    return tuple(direction)
+
+
+def _weight_norm_parts(weight: Tensor, args: Args, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """One of the many ways back: the weight is its own direction, its norm the magnitude."""
+    return {"v": weight, "g": _norm(weight, args.get("dim", 0)).reshape(shapes["g"])}
+
+
+def _norm(weight: Tensor, dim: int) -> Tensor:
+    import torch
+
+    return torch.norm_except_dim(weight, 2, dim)
+
+
+@transform("weight_norm", shape=_weight_norm_shape, inverse=_weight_norm_parts, roles=("g", "v"), args=("dim",))
+def weight_norm(parts: Parts, args: Args) -> Tensor:
+    """Fold ``g * v / |v|`` with the very kernel that :func:`torch.nn.utils.weight_norm` runs."""
+    import torch
+
+    return torch._weight_norm(parts["v"], parts["g"], args.get("dim", 0))
