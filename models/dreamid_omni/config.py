@@ -15,7 +15,6 @@ from port_kit.models.wan_fusion.inputs import (
     check_size,
     check_text,
 )
-from port_kit.models.wan_fusion.inputs import field as prompt_field
 
 VIDEO_LATENT_LENGTH = 31  # latent frames: 1 + 30 * 4 = 121 frames
 AUDIO_LATENT_LENGTH = 157  # audio latents: 314 mel frames of 256 samples = 80,384 samples
@@ -36,9 +35,24 @@ MAX_REFERENCES = (1024 - AUDIO_LATENT_LENGTH) // VOICE_LATENT_LENGTH
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 704, 1280  # pixels
 DEFAULT_STEPS = 50
 DEFAULT_SHIFT = 5.0
+DEFAULT_SOLVER = "unipc"
+SOLVERS = ("unipc", "dpm++", "euler")
 DEFAULT_SEED = 100
 DEFAULT_VIDEO_NEGATIVE_PROMPT = "jitter, bad hands, blur, distortion"
 DEFAULT_AUDIO_NEGATIVE_PROMPT = "robotic, muffled, echo, distorted"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a clip is, in latents, without references."""
+
+    video: int
+    audio: int
+
+    @property
+    def frames(self) -> int:
+        """Frames that the video latents decode to."""
+        return 1 + (self.video - 1) * VIDEO_TIME_STRIDE
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class GenerationRequest:
         height: pixels, a multiple of :data:`SIZE_MULTIPLE`.
         width: the same.
         steps: denoising steps, four passes of the transformer each.
+        solver: one of :data:`SOLVERS`.
         shift: of the sigma schedule; larger spends more steps on coarse structure.
         seed: of both noise generators.
         video_noise, audio_noise: the initial latents in place of drawn ones, references' places included:
@@ -76,17 +91,27 @@ class GenerationRequest:
     height: int = DEFAULT_HEIGHT
     width: int = DEFAULT_WIDTH
     steps: int = DEFAULT_STEPS
+    solver: str = DEFAULT_SOLVER
     shift: float = DEFAULT_SHIFT
     seed: int = DEFAULT_SEED
     scales: GuidanceScales = field(default_factory=GuidanceScales)
     video_noise: Any = None
     audio_noise: Any = None
 
+    def noise_shapes(self, lengths: Lengths) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of both initial latents, the references' places at the end included."""
+        count, stride = len(self.images), VIDEO_SPATIAL_STRIDE
+        return (
+            (VIDEO_LATENT_CHANNELS, lengths.video + count, self.height // stride, self.width // stride),
+            (lengths.audio + count * VOICE_LATENT_LENGTH, AUDIO_LATENT_CHANNELS),
+        )
+
 
 #: What ``extra_args`` may hold, beside vLLM-Omni's own names.
 OPTIONS = (
     "video_negative_prompt",
     "audio_negative_prompt",
+    "solver_name",
     "shift",
     "flow_shift",
     "video_cfg_scale",
@@ -98,48 +123,55 @@ OPTIONS = (
 )
 
 
-def parse_request(prompt: Any, sampling: Any, *, frames: int) -> GenerationRequest:
+def parse_request(prompt: Any, sampling: Any, lengths: Lengths) -> GenerationRequest:
     """Check a request completely, references' contents aside.
 
     Args:
         prompt: ``{"prompt": text, "multi_modal_data": {"image": [...], "audio": [...]}}``, as vLLM-Omni takes it;
-            ``negative_prompt`` in it is the video's.
+            its ``video_negative_prompt`` (or ``negative_prompt``) and ``audio_negative_prompt`` are read too.
         sampling: ``OmniDiffusionSamplingParams``; :data:`OPTIONS` travel in its ``extra_args``.
-        frames: what the model makes; a request may name this number or none.
+        lengths: of the clip that the model makes; a request may name its number of frames or none.
 
     Raises:
         InputError: with what was given, what is required and what to do.
     """
     options: Mapping[str, Any] = sampling.extra_args or {}
     check_names(options, OPTIONS)
-    text = prompt if isinstance(prompt, str) else prompt_field(prompt, "prompt")
-    images, voices = _references(prompt_field(prompt, "multi_modal_data") or {})
+    fields = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+    images, voices = _references(fields.get("multi_modal_data") or {})
     height, width = check_size(
         DEFAULT_HEIGHT if sampling.height is None else sampling.height,
         DEFAULT_WIDTH if sampling.width is None else sampling.width,
         multiple=SIZE_MULTIPLE,
         maximum=MAX_SIDE,
     )
-    _check_counts(sampling, frames)
+    _check_counts(sampling, lengths.frames)
     steps = DEFAULT_STEPS if sampling.num_inference_steps is None else sampling.num_inference_steps
-    video_negative = options.get("video_negative_prompt", prompt_field(prompt, "negative_prompt"))
-    return GenerationRequest(
-        prompt=check_text("prompt", text, required=True),
+    request = GenerationRequest(
+        prompt=check_text("prompt", fields.get("prompt"), required=True),
         images=images,
         voices=voices,
-        video_negative_prompt=_text_or("video_negative_prompt", video_negative, DEFAULT_VIDEO_NEGATIVE_PROMPT),
-        audio_negative_prompt=_text_or(
-            "audio_negative_prompt", options.get("audio_negative_prompt"), DEFAULT_AUDIO_NEGATIVE_PROMPT
-        ),
+        video_negative_prompt=_negative("video", options, fields, DEFAULT_VIDEO_NEGATIVE_PROMPT),
+        audio_negative_prompt=_negative("audio", options, fields, DEFAULT_AUDIO_NEGATIVE_PROMPT),
         height=height,
         width=width,
         steps=check_integer("num_inference_steps", steps, minimum=1, maximum=1000),
+        solver=_solver(options.get("solver_name", DEFAULT_SOLVER)),
         shift=check_real("shift", options.get("shift", options.get("flow_shift", DEFAULT_SHIFT)), positive=True),
         seed=DEFAULT_SEED if sampling.seed is None else check_integer("seed", sampling.seed, minimum=0),
         scales=_scales(sampling, options),
         video_noise=options.get("video_noise"),
         audio_noise=options.get("audio_noise"),
     )
+    for name, shape in zip(("video_noise", "audio_noise"), request.noise_shapes(lengths), strict=True):
+        _check_noise(name, getattr(request, name), shape)
+    return request
+
+
+def _check_noise(name: str, noise: Any, shape: tuple[int, ...]) -> None:
+    if noise is not None and tuple(getattr(noise, "shape", ())) != shape:
+        found = tuple(getattr(noise, "shape", ())) or type(noise).__name__
+        raise InputError(f"{name} is {found}; a tensor of shape {shape} is required", code="input_size")
 
 
 def _references(data: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -177,8 +209,19 @@ def _check_counts(sampling: Any, frames: int) -> None:
         raise InputError(f"fps is {sampling.fps}; this model makes {FPS} frames a second", code="input_value")
 
 
-def _text_or(name: str, value: object, default: str) -> str:
-    return default if value is None else check_text(name, value)
+def _negative(modality: str, options: Mapping[str, Any], fields: Mapping[str, Any], default: str) -> str:
+    """Read a negative prompt from ``extra_args``, else from the prompt's own fields; empty text is allowed."""
+    name = f"{modality}_negative_prompt"
+    given = options.get(name, fields.get(name, fields.get("negative_prompt") if modality == "video" else None))
+    return default if given is None else check_text(name, given)
+
+
+def _solver(name: object) -> str:
+    if name not in SOLVERS:
+        raise InputError(
+            f"solver_name is {name!r}; one of {', '.join(SOLVERS)} is required", code="input_value", hint="use unipc"
+        )
+    return str(name)
 
 
 def _scales(sampling: Any, options: Mapping[str, Any]) -> GuidanceScales:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from port_kit.errors import InputError
@@ -104,8 +104,3 @@ def as_list(value: object) -> list[Any]:
 def _is_waveform(value: list[Any] | tuple[Any, ...]) -> bool:
     """Whether this is one ``(samples, rate)`` pair and not two references."""
     return len(value) == 2 and isinstance(value[1], (int, float)) and not isinstance(value[1], bool)
-
-
-def field(prompt: object, name: str) -> Any:
-    """Return a field of a prompt that may be a plain string or a mapping, None where it has none."""
-    return prompt.get(name) if isinstance(prompt, Mapping) else None

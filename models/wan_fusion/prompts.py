@@ -11,19 +11,25 @@ from port_kit.models.wan_fusion.text_encoder import MAX_TOKENS, clean_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Blocks that go with all they hold, up to the next tag: annotations for people, never shown to the model.
+#: Blocks that go with all they hold: annotations for people and captioners, never shown to the model.
 DROPPED_BLOCKS = ("SPEAKER_TIMESTAMPS", "AUDIO_DESCRIPTION")
+_NAMES = "|".join(DROPPED_BLOCKS)
 _TAG = r"\[[A-Z][A-Z0-9_]*\]"
-_BLOCK = re.compile(rf"\[(?:{'|'.join(DROPPED_BLOCKS)})\].*?(?={_TAG}|\Z)", re.DOTALL)
+_CLOSED_BLOCK = re.compile(rf"\[({_NAMES})_START\].*?\[\1_END\]", re.DOTALL)
+_OPEN_BLOCK = re.compile(rf"\[(?:{_NAMES})\].*?(?={_TAG}|\Z)", re.DOTALL)
 _ANY_TAG = re.compile(_TAG)
+_BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def strip_tags(prompt: str) -> str:
     """Remove the :data:`DROPPED_BLOCKS` with their content, then the marker of every other ``[TAG]``.
 
-    Markers in angle brackets (``<img1>``, ``<sub1>``, ``<S>``) belong to the model's language and stay.
+    A block is ``[NAME_START] .. [NAME_END]``, or ``[NAME] ..`` up to the next tag. Markers in angle brackets
+    (``<img1>``, ``<sub1>``, ``<S>``) belong to the model's language and stay.
     """
-    return _ANY_TAG.sub("", _BLOCK.sub("", prompt)).strip()
+    for pattern in (_CLOSED_BLOCK, _OPEN_BLOCK, _ANY_TAG):
+        prompt = pattern.sub("", prompt)
+    return _BLANK_LINES.sub("\n", prompt).strip()
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, limit: int = MAX_TOKENS) -> list[int]:

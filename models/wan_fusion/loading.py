@@ -1,0 +1,94 @@
+"""From a model directory to filled modules, through vLLM-Omni's standard loader and the port's rule sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+
+from port_kit.errors import PortKitError
+from port_kit.port import Component, resolve
+from port_kit.remap import RuleSet, load_weights
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+def read_json(model: str | Path, name: str) -> Mapping[str, Any]:
+    """Return a JSON file of the model directory.
+
+    Raises:
+        PortKitError: ``model_incomplete``, if it is not there or no JSON object.
+    """
+    path = Path(model) / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _incomplete(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise _incomplete(f"{path} holds {type(content).__name__}, not an object")
+    return content
+
+
+def build_components(model: str | Path, components: Sequence[Component]) -> dict[str, nn.Module]:
+    """Build every component empty, from its ``config.json``, on the current default device and dtype."""
+    built = {}
+    for component in components:
+        build: Any = resolve(component.build)
+        built[component.name] = build(read_json(model, f"{component.name}/config.json"))
+    return built
+
+
+def weights_sources(
+    model: str | Path, components: Sequence[Component]
+) -> list[DiffusersPipelineLoader.ComponentSource]:
+    """Name each component's folder to the standard loader; safetensors only, a pickle is never opened here."""
+    return [
+        DiffusersPipelineLoader.ComponentSource(
+            model_or_path=str(model),
+            subfolder=component.name,
+            revision=None,
+            prefix=f"{component.name}.",
+            fall_back_to_pt=False,
+            allow_patterns_overrides=["*.safetensors"],
+        )
+        for component in components
+    ]
+
+
+def load_component_weights(owner: nn.Module, components: Sequence[Component], weights: Weights) -> set[str]:
+    """Fill the components from the loader's stream; every tensor is accounted for by the component's rule set.
+
+    Args:
+        owner: the pipeline; a component is its attribute of the component's name.
+        components: those that the stream may hold.
+        weights: ``(component.original_name, tensor)``, one component after the other.
+
+    Returns:
+        Names of the filled parameters and buffers, with the component's name in front.
+
+    Raises:
+        RemapError: a missing, unexpected, misshapen or repeated tensor; names it, its file and the nearest name.
+    """
+    by_name = {component.name: component for component in components}
+    loaded: set[str] = set()
+    for name, stream in groupby(weights, key=lambda item: item[0].partition(".")[0]):
+        rules: Any = resolve(by_name[name].rules)
+        loaded |= _load_one(getattr(owner, name), name, rules, stream)
+    return loaded
+
+
+def _load_one(module: nn.Module, name: str, rules: RuleSet, stream: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+    bare = ((key.removeprefix(f"{name}."), tensor) for key, tensor in stream)
+    return load_weights(module, bare, rules, sizes=getattr(module, "sizes", {}), prefix=f"{name}.")
+
+
+def _incomplete(problem: str) -> PortKitError:
+    return PortKitError(
+        problem, code="model_incomplete", hint="assemble the directory again: port-kit download PORT --output-dir DIR"
+    )
