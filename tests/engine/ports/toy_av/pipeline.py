@@ -70,7 +70,8 @@ class ToyTransformer(nn.Module):
         self.local_lengths = (video.shape[1], audio.shape[1])
         for block in self.blocks:
             video, audio = block(video, audio)
-        return self.gather(video, audio)
+        video, audio = self.gather(video, audio)  # the hook gives a list, which CFG would not take apart
+        return video, audio
 
 
 def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[str, Any]]:

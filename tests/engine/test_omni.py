@@ -1,0 +1,60 @@
+"""The plugins through ``Omni`` itself, as a user's script would meet them: one rank, and two with Ring attention."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("run_omni.py")
+LAYOUTS = ("single", "ring_degree=2")
+
+
+@pytest.fixture(scope="module")
+def reports(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the script wrote for each layout; it is run once, in a process of its own."""
+    report = tmp_path_factory.mktemp("omni") / "report.jsonl"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(toy_model), str(report), *LAYOUTS],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    return {row["layout"]: row for row in rows}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_cpu_platform_is_active(layout: str, reports: dict[str, dict[str, Any]]) -> None:
+    assert reports[layout]["platform"] == "CpuOmniPlatform"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_port_with_sound_is_a_video_stage(layout: str, reports: dict[str, dict[str, Any]]) -> None:
+    report = reports[layout]
+    assert report["stage_types"] == ["video"]
+    assert report["final_output_type"] == "video"
+    assert report["video_shape"] == [5, 160, 160, 3]
+    assert report["sound_shape"] == [3333]
+    assert (report["fps"], report["audio_sample_rate"]) == (24, 16000)
+    assert report["video_std"] > 0.01
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_failed_request_is_told_and_the_next_is_served(layout: str, reports: dict[str, dict[str, Any]]) -> None:
+    report = reports[layout]
+    assert "this prompt fails" in report["failure"]
+    assert report["again"] == {name: report[name] for name in report["again"]}
+
+
+def test_two_ranks_agree_with_one(reports: dict[str, dict[str, Any]]) -> None:
+    one, two = (reports[layout] for layout in LAYOUTS)
+    assert two["video_sum"] == pytest.approx(one["video_sum"], rel=1e-6)
+    assert two["sound_sum"] == pytest.approx(one["sound_sum"], rel=1e-5)
