@@ -182,5 +182,7 @@ def windows(x_BSD: Tensor, kernel: int) -> Tensor:
 
     The taps of a channel lie together, as in a convolution's weight ``[out, in, kernel]`` flattened to a matrix.
     """
+    if not x_BSD.shape[1]:
+        return x_BSD.new_empty(x_BSD.shape[0], 0, x_BSD.shape[2] * kernel)
     margin = kernel // 2
     return F.pad(x_BSD, (0, 0, margin, margin)).unfold(1, kernel, 1).flatten(-2)

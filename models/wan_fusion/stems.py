@@ -49,7 +49,8 @@ class VideoPatches(nn.Module):
     def forward(self, latents_BCFHW: Tensor) -> Tensor:
         """Return ``[B, V, D]``, tokens in (frame, row, column) order."""
         f, h, w = self.grid(latents_BCFHW)
-        patches = latents_BCFHW.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (f, -1))
+        down, across = self.patch[1:]
+        patches = latents_BCFHW.unflatten(4, (w, across)).unflatten(3, (h, down)).unflatten(2, (f, self.patch[0]))
         return self.proj(patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3))
 
     def grid(self, latents_BCFHW: Tensor) -> tuple[int, int, int]:
@@ -129,7 +130,7 @@ class Stem(nn.Module):
         text.embedded = self.text_embedding(text.raw)
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+def unpatchify(tokens: Tensor, grid: tuple[int, int, int], config: FusionConfig) -> Tensor:
     """Return video latents ``[B, C, F, H, W]``; inside a token the channels vary fastest."""
-    parts = tokens.unflatten(1, grid).unflatten(-1, (*patch, -1))
+    parts = tokens.unflatten(1, grid).unflatten(-1, (*config.patch_size, config.video_channels))
     return parts.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)

@@ -215,7 +215,7 @@ class WanFusionTransformer(nn.Module):
         v = self.video.head(v, v_time, v_conditions.runs)
         a = self.audio.head(a, a_time, a_conditions.runs)
         v, a = self.gather(v, a)
-        return unpatchify(v[:, :v_length], grid, self.config.patch_size), a[:, :a_length]
+        return unpatchify(v[:, :v_length], grid, self.config), a[:, :a_length]
 
     def _tokens(self, stem: Stem, latents: Tensor, rope: Tensor) -> tuple[Tensor, int, Tensor]:
         """Return a stream's tokens, their number, and their rope table; both tensors ready to be sharded."""

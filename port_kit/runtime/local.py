@@ -12,6 +12,7 @@ are built and while they run. :func:`single_rank` provides all of them::
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,6 +75,7 @@ def _world_of_one() -> Iterator[None]:
         _require_one(torch.distributed.get_world_size())
         yield
         return
+    hook = sys.excepthook  # torch.distributed puts a rank in front of every traceback from here on
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
         state.init_distributed_environment(world_size=1, rank=0, local_rank=0, distributed_init_method=rendezvous)
@@ -84,6 +86,7 @@ def _world_of_one() -> Iterator[None]:
         finally:
             state.destroy_model_parallel()
             state.destroy_distributed_environment()
+            sys.excepthook = hook
 
 
 def _require_one(world_size: int) -> None:

@@ -1,0 +1,94 @@
+"""The intermediate values of the original's forward pass, found again in this transformer.
+
+Goldens record values under the original's names (``vid.block0.self_attn``). :func:`record` captures the same values
+here, so that a comparison can name the first module that diverges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from port_kit.models.wan_fusion.config import FusionConfig
+
+#: The original's names of the streams, and this transformer's.
+STREAMS = {"vid": "video", "audio": "audio"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One intermediate value.
+
+    Attributes:
+        name: the original's.
+        module: path of the module here whose output holds it.
+        read: takes the value, in the original's shape, from that output.
+    """
+
+    name: str
+    module: str
+    read: Callable[[Any], Tensor]
+
+
+def probes(config: FusionConfig) -> list[Probe]:
+    """Return the intermediate values of a transformer, in the order in which they are computed."""
+    found = []
+    for stream, name in STREAMS.items():
+        found += [
+            Probe(f"{stream}.tokens", f"{name}.patch_embedding", _as_is),
+            Probe(f"{stream}.context", f"{name}.text_embedding", _as_is),
+            Probe(f"{stream}.e_all", f"{name}.time_embedding", _first_and_last_token),
+            Probe(f"{stream}.e0_all", f"{name}.time_projection", _first_and_last_token),
+        ]
+    for index in range(config.num_layers):
+        found += _block_probes(index)
+    return found + [Probe(f"{stream}.head", f"{name}.head", _as_is) for stream, name in STREAMS.items()]
+
+
+def _block_probes(index: int) -> list[Probe]:
+    audio, video = f"blocks.{index}.audio", f"blocks.{index}.video"
+    ours = (f"audio.block{index}", audio), (f"vid.block{index}", video)
+    found = [Probe(f"{name}.self_attn", f"{path}.self_attn.o", _as_is) for name, path in ours]
+    for name, path in reversed(ours):
+        found.append(Probe(f"{name}.cross_attn", f"{path}.cross_attn.o", _as_is))
+        found.append(Probe(f"{name}.ffn", f"{path}.ffn.down", _as_is))
+    found.append(Probe(f"vid.block{index}.out", f"blocks.{index}", lambda output: output[0]))
+    found.append(Probe(f"audio.block{index}.out", f"blocks.{index}", lambda output: output[1]))
+    return found
+
+
+@contextmanager
+def record(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Capture the intermediate values of the forward passes inside the context; a later pass replaces an earlier one.
+
+    Yields:
+        A mapping that fills while the transformer runs, keyed by the original's names, in order of computation.
+    """
+    values: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for probe in probes(transformer.config):
+            handle = transformer.get_submodule(probe.module).register_forward_hook(_keeper(probe, values))
+            stack.callback(handle.remove)
+        yield values
+
+
+def _keeper(probe: Probe, values: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        values[probe.name] = probe.read(output).detach()
+
+    return keep
+
+
+def _as_is(output: Tensor) -> Tensor:
+    return output
+
+
+def _first_and_last_token(output: Tensor) -> Tensor:
+    """From one row a distinct timestep, ``[G, B, ...]``, to the rows of the first and the last token, ``[B, 2, ...]``."""
+    return torch.stack((output[0], output[-1]), 1).flatten(2)
