@@ -43,6 +43,10 @@ CODES: dict[str, str] = {
     "hub_revision_missing": "a repository has no such revision",
     "hub_token_invalid": "the Hub does not accept the token",
     "hub_token_missing": "a repository does not exist or needs a token, and none was sent",
+    "disk_full": "the disk has not enough space",
+    "output_dir": "the output directory cannot be used",
+    "path_unsafe": "a file's path could leave the model directory or cannot be stored",
+    "source_missing": "a file that was named does not exist",
     "checkpoint_format": "a file is not a torch checkpoint (an error page, an LFS pointer, another format)",
     "pickle_corrupt": "a torch checkpoint is cut short or damaged",
     "pickle_unsafe": "a pickle asks for more than tensors; nothing was executed",
@@ -92,6 +96,7 @@ CODES: dict[str, str] = {
     "worker_failed": "a forked test worker raised; its traceback is in the message",
     "worker_fork": "test workers were to be forked from inside a torch.distributed world",
     "worker_timeout": "forked test workers did not finish in time",
+    "outline_invalid": "an outline of a checkpoint names a tensor twice, or a tiny model lacks a part",
 }
 
 

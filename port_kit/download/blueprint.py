@@ -1,0 +1,270 @@
+"""The safetensors file that a torch checkpoint becomes: its header, and where every tensor's bytes go.
+
+Tensors keep their names. They are ordered by falling element size, so that all are aligned, then as in the checkpoint.
+A tensor that is a contiguous piece of a storage goes straight to its place (*direct*). Strided views, and tensors whose
+bytes another name already has (tied weights), are *gathered* afterwards: every name gets bytes of its own, as loaders
+expect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+from zlib import crc32
+
+from port_kit.byte_source import ByteSource
+from port_kit.download.layout import Layout, Span, write_all
+from port_kit.errors import CheckpointError
+from port_kit.pickle_machine import ITEM_SIZES
+from port_kit.pickles import Storage, Tables, TensorEntry
+
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+_ITEM_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_BATCH = 1 << 20
+_SOURCE_KEY = "port_kit_source"
+
+
+class Placement(NamedTuple):
+    """A tensor and the byte of the written file at which it begins."""
+
+    name: str
+    entry: TensorEntry
+    target: int
+    direct: bool
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """See the module's text. ``header`` is everything before the first tensor, ``size`` the whole file's."""
+
+    header: bytes
+    placements: tuple[Placement, ...]
+    size: int
+    tables: Tables
+
+    @property
+    def used_storages(self) -> dict[str, Storage]:
+        """The storages that any tensor views, in the order of the source file."""
+        keys = {placement.entry.storage for placement in self.placements}
+        used = [(key, storage) for key, storage in self.tables.storages.items() if key in keys]
+        return dict(sorted(used, key=lambda item: item[1].offset))
+
+    def layout(self) -> Layout:
+        """Return where the source's bytes land: direct tensors in their places, all else behind the end."""
+        spans, position, behind = [], 0, self.size
+        for start, length, target in sorted(self._direct_ranges()):
+            spans.append(Span(position, start - position, behind))
+            behind += start - position
+            spans.append(Span(start, length, target))
+            position = start + length
+        spans.append(Span(position, self.tables.size - position, behind))
+        return Layout(spans, self.tables.size)
+
+    def _direct_ranges(self) -> Iterator[tuple[int, int, int]]:
+        for placement in self.placements:
+            if placement.direct and placement.entry.nbytes:
+                yield (_source_offset(placement.entry, self.tables), placement.entry.nbytes, placement.target)
+
+    def complete(self, source: ByteSource, descriptor: int) -> None:
+        """Write what the layout does not bring: the header and the gathered tensors, read from ``source``."""
+        write_all(descriptor, memoryview(self.header), 0)
+        for placement in self.placements:
+            if not placement.direct:
+                target = placement.target
+                for batch in _gathered(placement.entry, self.tables, source):
+                    write_all(descriptor, memoryview(batch), target)
+                    target += len(batch)
+
+
+def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool = False) -> Blueprint:
+    """Lay out the safetensors file for a checkpoint.
+
+    Args:
+        tables: what the checkpoint holds.
+        name: what messages call it.
+        drop: names of values that are left out on purpose (``epoch``); anything else that is no tensor is an error.
+        remember: write the source's fingerprint into the header, for :func:`is_made_from`.
+
+    Raises:
+        CheckpointError: ``pickle_unsupported`` for values or dtypes that safetensors cannot hold.
+    """
+    _refuse_others(tables, name, drop)
+    kept = [(key, entry) for key, entry in tables.tensors.items() if key not in drop]
+    kept.sort(key=lambda item: -ITEM_SIZES[item[1].dtype])
+    metadata = {"format": "pt"}
+    if remember and (mark := fingerprint(tables)):
+        metadata[_SOURCE_KEY] = mark
+    header: dict[str, object] = {"__metadata__": metadata}
+    offsets, position = [], 0
+    for key, entry in kept:
+        header[key] = {
+            "dtype": _dtype(entry, key, name),
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.nbytes],
+        }
+        offsets.append(position)
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    direct = _direct_names(kept)
+    placements = tuple(
+        Placement(key, entry, start + offset, key in direct) for (key, entry), offset in zip(kept, offsets, strict=True)
+    )
+    return Blueprint(len(text).to_bytes(8, "little") + text, placements, start + position, tables)
+
+
+def fingerprint(tables: Tables) -> str:
+    """Return a hash of the content: names, shapes, and the CRC-32 of every storage. Legacy files have none: empty."""
+    if any(storage.crc is None for storage in tables.storages.values()):
+        return ""
+    content = [list(tables.tensors.items()), [(key, item.nbytes, item.crc) for key, item in tables.storages.items()]]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def is_made_from(path: str | os.PathLike[str], tables: Tables) -> bool:
+    """Whether the safetensors file at ``path`` is whole and was converted from this very content."""
+    mark = fingerprint(tables)
+    try:
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, 1 << 28)))
+            size = os.fstat(stream.fileno()).st_size
+    except (OSError, ValueError):
+        return False
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
+        return False
+    ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
+    return bool(mark) and header["__metadata__"].get(_SOURCE_KEY) == mark and size == 8 + length + max(ends, default=0)
+
+
+def check_crcs(blueprint: Blueprint, name: str, read: Callable[[memoryview, int], None]) -> None:
+    """Compare the used storages with the zip directory's CRC-32; ``read(buffer, offset)`` fills a buffer.
+
+    Raises:
+        CheckpointError: ``pickle_corrupt`` with the entry's name.
+    """
+    buffer = memoryview(bytearray(_BATCH))
+    for key, storage in blueprint.used_storages.items():
+        if storage.crc is None:
+            continue
+        value = 0
+        for offset in range(0, storage.nbytes, _BATCH):
+            view = buffer[: min(_BATCH, storage.nbytes - offset)]
+            read(view, storage.offset + offset)
+            value = crc32(view, value)
+        require_crc(storage, key, value, name)
+
+
+def require_crc(storage: Storage, key: str, value: int, name: str) -> None:
+    """Raise unless ``value`` is the CRC-32 that the zip directory states for a storage."""
+    if storage.crc is not None and value != storage.crc:
+        raise CheckpointError(
+            f"{name}: storage {key} has CRC-32 {value:08x}, the zip directory says {storage.crc:08x}",
+            code="pickle_corrupt",
+            hint="the file is damaged: fetch it again",
+        )
+
+
+def _refuse_others(tables: Tables, name: str, drop: Sequence[str]) -> None:
+    others = {key: kind for key, kind in tables.others.items() if key not in drop}
+    if others:
+        listed = ", ".join(f"{key} ({kind})" for key, kind in list(others.items())[:8])
+        raise CheckpointError(
+            f"{name} holds values beside its tensors: {listed}",
+            code="pickle_unsupported",
+            hint="name the key above the tensors (--wrapper), or leave these out on purpose (--drop NAME)",
+            others=others,
+        )
+    if not tables.tensors:
+        raise CheckpointError(f"{name} holds no tensors", code="pickle_unsupported")
+
+
+def _dtype(entry: TensorEntry, key: str, name: str) -> str:
+    if entry.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{name}: tensor {key} is {entry.dtype}, which safetensors cannot hold", code="pickle_unsupported"
+        )
+    return _DTYPES[entry.dtype]
+
+
+def _direct_names(tensors: Sequence[tuple[str, TensorEntry]]) -> set[str]:
+    """Contiguous tensors whose bytes no other direct tensor has claimed, by storage in the order of their bytes."""
+    claims = [
+        (entry.storage, entry.offset * ITEM_SIZES[entry.dtype], entry.nbytes, key)
+        for key, entry in tensors
+        if entry.is_contiguous
+    ]
+    direct, storage, end = set(), "", 0
+    for key_of_storage, start, length, key in sorted(claims, key=lambda claim: claim[:2]):
+        if key_of_storage != storage:
+            storage, end = key_of_storage, 0
+        if start >= end or not length:
+            direct.add(key)
+            end = max(end, start + length)
+    return direct
+
+
+def _source_offset(entry: TensorEntry, tables: Tables) -> int:
+    return tables.storages[entry.storage].offset + entry.offset * ITEM_SIZES[entry.dtype]
+
+
+def _gathered(entry: TensorEntry, tables: Tables, source: ByteSource) -> Iterator[bytes]:
+    """Yield a tensor's bytes in row order, in batches; only the storage's part that it views is held in memory."""
+    if entry.nbytes == 0:
+        return
+    item = ITEM_SIZES[entry.dtype]
+    start = _source_offset(entry, tables)
+    if entry.is_contiguous:
+        for offset in range(0, entry.nbytes, _BATCH):
+            yield source.read_at(start + offset, min(_BATCH, entry.nbytes - offset))
+        return
+    reach = 1 + sum((length - 1) * stride for length, stride in zip(entry.shape, entry.strides, strict=True))
+    items = memoryview(source.read_at(start, reach * item)).cast(_ITEM_FORMATS[item])
+    batch = bytearray()
+    for row in _rows(items, entry.shape, entry.strides):
+        batch += row
+        if len(batch) >= _BATCH:
+            yield bytes(batch)
+            batch.clear()
+    yield bytes(batch)
+
+
+def _rows(items: memoryview, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield the rows of a strided view; the innermost axis is cut out by the memory view itself."""
+    length, stride = shape[-1], strides[-1]
+    for index in itertools.product(*map(range, shape[:-1])):
+        first = sum(i * s for i, s in zip(index, strides[:-1], strict=True))
+        if stride == 0:
+            yield items[first : first + 1].tobytes() * length
+        else:
+            yield items[first : first + (length - 1) * stride + 1 : stride].tobytes()
+
+
+class DescriptorSource:
+    """A half-finished file, read through its layout as if it were the source file."""
+
+    def __init__(self, descriptor: int, layout: Layout, name: str) -> None:
+        self._descriptor, self._layout = descriptor, layout
+        self.name, self.size = name, layout.size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`~port_kit.byte_source.ByteSource`."""
+        buffer = bytearray(max(0, min(length, self.size - offset)))
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with source bytes from ``offset``."""
+        self._layout.read_into(self._descriptor, offset, buffer)

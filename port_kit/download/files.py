@@ -1,0 +1,170 @@
+"""What several parts of the downloader do with files: durable writes, hashes, safe names, the directory's lock."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from port_kit.errors import DownloadError
+
+STATE_FOLDER = ".port_kit"
+_PIECE = 1 << 20
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+_FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*\\]')
+
+
+def check_relative_path(path: str, origin: str) -> None:
+    """Refuse a path that could leave the model directory, or that some system cannot store.
+
+    Raises:
+        DownloadError: ``path_unsafe``.
+    """
+    parts = path.split("/")
+    bad = [
+        part
+        for part in parts
+        if part in ("", ".", "..") or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part[-1] in ". "
+    ]
+    if bad or parts[0] == STATE_FOLDER:
+        raise DownloadError(
+            f"{origin} names the path {path!r}, which cannot be stored safely under a model directory",
+            code="path_unsafe",
+            hint="take this file out of the recipe's patterns, and tell the repository's owner",
+        )
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file so that it is there completely or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained(path):
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        publish(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """:func:`write_atomically` for JSON."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content, or None where it is missing or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, durably."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a full disk or missing rights into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DownloadError(
+                f"no space left on the disk of {path}",
+                code="disk_full",
+                hint="free some space and run the same command again: what was fetched is kept",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DownloadError(
+                f"{path} may not be written", code="output_dir", hint="choose another --output-dir"
+            ) from error
+        raise
+
+
+def digests_of(path: Path, *, git: bool, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
+    """Return ``{"sha256": hex}`` of a file, with ``"git"`` (the blob hash) beside it on request."""
+    hashes = hashes_for(path.stat().st_size, git=git)
+    buffer = memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            for item in hashes.values():
+                item.update(buffer[:count])
+            advance(count)
+    return {name: item.hexdigest() for name, item in hashes.items()}
+
+
+def hashes_for(size: int, *, git: bool) -> dict[str, Any]:
+    """Return fresh hash objects by name for content of ``size`` bytes."""
+    hashes: dict[str, Any] = {"sha256": hashlib.sha256()}
+    if git:
+        hashes["git"] = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    return hashes
+
+
+@contextmanager
+def directory_lock(directory: Path, notice: Callable[[str], None]) -> Iterator[None]:
+    """Hold the model directory while it is worked on; a second process waits until the first has ended.
+
+    The system gives the lock back when its holder dies. Where locks do nothing (some network file systems), work is
+    done twice, but never wrongly: parts carry their owner's name and are published by rename.
+    """
+    folder = directory / STATE_FOLDER
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / "lock").open("a+")
+    with stream:
+        begun, told = time.monotonic(), False
+        while not _try_lock(stream.fileno()):
+            if not told and time.monotonic() - begun > 1.0:
+                stream.seek(0)
+                notice(f"waiting for another download into {directory} ({stream.read().strip() or 'unknown process'})")
+                told = True
+            time.sleep(0.1)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
+        stream.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return True  # no locks here; see the docstring of directory_lock
+        raise
+    return True

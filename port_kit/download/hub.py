@@ -1,0 +1,232 @@
+"""The Hub as this kit uses it: resolve a revision, list a tree, probe a gate, open a file.
+
+Endpoint, token, headers, URLs and error classes are huggingface_hub's. The exchanges are our own, because its client
+has no timeout on the API, no retry on most of it, and follows ``Link: next`` with the token to any host.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+from port_kit.download.http import RETRIED_STATUS, HttpClient, Response, TransportError
+from port_kit.errors import DownloadError
+
+_NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
+_SECURE_OR_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file as the Hub states it: ``sha256`` for LFS files, the git blob hash for the others."""
+
+    path: str
+    size: int
+    sha256: str | None
+    git_sha1: str
+
+    @property
+    def digest(self) -> str:
+        """``sha256:...`` or ``git:...``, whichever is the hash of the content."""
+        return f"sha256:{self.sha256}" if self.sha256 else f"git:{self.git_sha1}"
+
+
+class HubClient:
+    """Requests to one endpoint. The token goes to that endpoint's origin and nowhere else.
+
+    Args:
+        http: the connections.
+        endpoint: default ``HF_ENDPOINT``, then the public Hub.
+        token: a token; None takes the one that huggingface_hub finds (``HF_TOKEN``, login); False sends none.
+    """
+
+    def __init__(self, http: HttpClient, *, endpoint: str | None = None, token: str | bool | None = None) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers
+
+        self.http = http
+        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        self._origin = urlsplit(self.endpoint)[:2]
+        headers = build_hf_headers(token=token, library_name="port-kit")
+        self._authorization = headers.pop("authorization", headers.pop("Authorization", None))
+        self._headers = headers
+
+    @property
+    def has_token(self) -> bool:
+        """Whether requests carry a token."""
+        return self._authorization is not None
+
+    def headers_for(self, url: str) -> dict[str, str]:
+        """Headers of a request to ``url``: with the token for the endpoint's own origin only."""
+        if self._authorization and urlsplit(url)[:2] == self._origin:
+            return {**self._headers, "authorization": self._authorization}
+        return dict(self._headers)
+
+    def resolve(self, repo_id: str, revision: str) -> str:
+        """Return the commit (40 hex digits) that a branch, tag or commit stands for."""
+        url = f"{self.endpoint}/api/models/{repo_id}/revision/{quote(revision, safe='')}"
+        info, _ = self._json(url, f"revision {revision} of {repo_id}", repo_id, revision)
+        commit = info.get("sha") if isinstance(info, dict) else None
+        if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
+            raise self._not_a_hub(url, "no commit in the answer")
+        return commit
+
+    def tree(self, repo_id: str, commit: str) -> list[HubFile]:
+        """Return all files of a commit; follows the pages, within the endpoint only."""
+        url: str | None = f"{self.endpoint}/api/models/{repo_id}/tree/{commit}?recursive=true&expand=false"
+        files: list[HubFile] = []
+        while url:
+            entries, link = self._json(url, f"file list of {repo_id}", repo_id, commit)
+            if not isinstance(entries, list):
+                raise self._not_a_hub(url, "no list of files in the answer")
+            files += [_hub_file(entry, self) for entry in entries if entry.get("type") == "file"]
+            url = self._next_page(url, link)
+        return files
+
+    def _next_page(self, url: str, link: str | None) -> str | None:
+        found = _NEXT.search(link or "")
+        if found is None:
+            return None
+        following = urljoin(url, found[1])
+        if urlsplit(following)[:2] != self._origin:
+            raise DownloadError(
+                f"{self.endpoint} names {urlsplit(following).netloc} in its Link header for the next page of files; "
+                "the token is sent to the configured endpoint only",
+                code="hub_foreign_link",
+                hint="the mirror is set up wrongly: use another endpoint (HF_ENDPOINT)",
+            )
+        return following
+
+    def probe(self, repo_id: str, commit: str, path: str) -> None:
+        """Ask for the head of one file: tells before any large transfer whether the files can be had at all."""
+        url = self.url(repo_id, commit, path)
+
+        def ask() -> None:
+            with self.http.request("HEAD", url, self.headers_for, follow=False) as response:
+                self.check(response, repo_id, commit, path)
+                found = response.headers.get("X-Repo-Commit")
+            if found != commit:
+                said = f"X-Repo-Commit {found}" if found else "no X-Repo-Commit header"
+                raise self._not_a_hub(url, f"{said}, {commit} is required")
+
+        self.http.retrying(f"probing {repo_id}", ask)
+
+    def open(
+        self, repo_id: str, commit: str, path: str, headers: Mapping[str, str], location: str | None = None
+    ) -> Response:
+        """Ask for a file's bytes; ``location`` is where an earlier answer was redirected to.
+
+        Raises:
+            TransportError: worth another attempt.
+            DownloadError: not.
+        """
+        url = location or self.url(repo_id, commit, path)
+        response = self.http.request("GET", url, lambda hop: {**self.headers_for(hop), **headers})
+        self.check(response, repo_id, commit, path)
+        return response
+
+    def url(self, repo_id: str, commit: str, path: str) -> str:
+        """Return where a file is asked for."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(repo_id, path, revision=commit, endpoint=self.endpoint)
+
+    def _json(self, url: str, what: str, repo_id: str, revision: str) -> tuple[Any, str | None]:
+        def ask() -> tuple[Any, str | None]:
+            with self.http.request("GET", url, self.headers_for) as response:
+                self.check(response, repo_id, revision)
+                body, link = response.read_all(), response.headers.get("Link")
+            try:
+                return json.loads(body), link
+            except ValueError as error:
+                raise self._not_a_hub(url, f"{body[:20]!r}... instead of JSON") from error
+
+        return self.http.retrying(what, ask)
+
+    def check(self, response: Response, repo_id: str, revision: str, path: str = "") -> None:
+        """Raise what an answer's status means: :class:`TransportError` where waiting may help."""
+        if response.status < 400 or response.status == 416:
+            return
+        what = f"{repo_id}/{path}" if path else repo_id
+        if response.status in RETRIED_STATUS:
+            headers, status = response.headers, response.status
+            response.close()
+            self.http.wait_as_told(what, headers)
+            raise TransportError(f"HTTP {status}")
+        body = response.read_all(1 << 20) if response.length != 0 and response.status != 304 else b""
+        raise self._refusal(response, body, repo_id, revision, path)
+
+    def _refusal(self, response: Response, body: bytes, repo_id: str, revision: str, path: str) -> DownloadError:
+        """Ask huggingface_hub which of its errors this is, and say what to do about it."""
+        import httpx
+        from huggingface_hub import errors
+        from huggingface_hub.utils import hf_raise_for_status
+
+        request = httpx.Request("GET", response.url.partition("?")[0])
+        answer = httpx.Response(response.status, headers=dict(response.headers), content=body, request=request)
+        page = f"{self.endpoint}/{repo_id}"
+        try:
+            hf_raise_for_status(answer)
+        except errors.GatedRepoError:
+            return _gated(repo_id, page, self.has_token)
+        except errors.RevisionNotFoundError:
+            return _missing("revision", f"{repo_id} has no revision {revision}", "correct the recipe's revision")
+        except errors.EntryNotFoundError:
+            return _missing("file", f"{repo_id} has no file {path} at {revision}", "correct the recipe's pattern")
+        except errors.HfHubHTTPError as error:
+            return self._unnamed_refusal(error, answer.status_code, repo_id, page)
+        return self._not_a_hub(response.url, f"HTTP {response.status}")
+
+    def _unnamed_refusal(self, error: Exception, status: int, repo_id: str, page: str) -> DownloadError:
+        if "Invalid credentials" in str(error):
+            return DownloadError(
+                f"{self.endpoint} does not accept the token that was sent (asked for {repo_id})",
+                code="hub_token_invalid",
+                hint="log in again with `hf auth login`, or correct or unset HF_TOKEN",
+            )
+        if status in (401, 404) and self.has_token:
+            message = (
+                f"there is no repository {repo_id} at {self.endpoint}, or it is private and this token may not see it"
+            )
+            return _missing("repo", message, f"open {page} in a browser to see which")
+        if status == 401:
+            return DownloadError(
+                f"{repo_id} at {self.endpoint} does not exist, or is private; no token was sent",
+                code="hub_token_missing",
+                hint="check the name; for a private repository log in with `hf auth login` or set HF_TOKEN",
+            )
+        if status == 404:
+            return _missing("repo", f"there is no repository {repo_id} at {self.endpoint}", "correct the recipe")
+        return DownloadError(
+            f"{self.endpoint} refuses {repo_id} with HTTP {status}", code="hub_refused", hint=f"open {page}"
+        )
+
+    def _not_a_hub(self, url: str, found: str) -> DownloadError:
+        return DownloadError(
+            f"{self.endpoint} does not answer like a Hub: {found} at {urlsplit(url).path}",
+            code="hub_endpoint",
+            hint="check HF_ENDPOINT or --endpoint",
+        )
+
+
+def _gated(repo_id: str, page: str, has_token: bool) -> DownloadError:
+    said = "the token that was sent has not been granted access" if has_token else "no token was sent"
+    todo = f"accept its terms at {page}"
+    hint = todo if has_token else f"{todo}, then log in with `hf auth login` or set HF_TOKEN"
+    return DownloadError(f"{repo_id} is gated: {said}", code="hub_gated", hint=hint, repository=repo_id)
+
+
+def _missing(kind: str, message: str, hint: str) -> DownloadError:
+    return DownloadError(message, code=f"hub_{kind}_missing", hint=hint)
+
+
+def _hub_file(entry: Mapping[str, Any], hub: HubClient) -> HubFile:
+    lfs = entry.get("lfs") or {}
+    path, size = entry.get("path"), lfs.get("size", entry.get("size"))
+    if not isinstance(path, str) or not isinstance(size, int) or not isinstance(entry.get("oid"), str):
+        raise hub._not_a_hub(hub.endpoint, "a file without path, size or hash")
+    return HubFile(path, size, lfs.get("oid"), entry["oid"])

@@ -1,0 +1,85 @@
+"""Where the bytes of a source file land in the file that is written while it arrives.
+
+A plain download lands byte by byte. A pickle checkpoint that becomes a safetensors file is rearranged on the way: every
+tensor's bytes go to their final place, and all other bytes (zip headers, the pickle) go behind the end. Nothing is lost
+until the file is sealed, so that the source's hash can be computed, and a transfer resumed, in both cases alike.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """``length`` bytes from ``source`` in the source file lie at ``target`` in the written file."""
+
+    source: int
+    length: int
+    target: int
+
+
+class Layout:
+    """A one-to-one map of the source's bytes; the spans are ordered and cover ``[0, size)`` without gaps."""
+
+    def __init__(self, spans: Sequence[Span], size: int) -> None:
+        self.size = size
+        self._spans = [span for span in spans if span.length]
+        self._starts = [span.source for span in self._spans]
+        end = 0
+        for span in self._spans:
+            if span.source != end:
+                raise ValueError(f"the layout jumps from byte {end} to {span.source}")
+            end += span.length
+        if end != size:
+            raise ValueError(f"the layout ends at byte {end} of {size}")
+
+    @classmethod
+    def identity(cls, size: int) -> Layout:
+        """Return the layout of a plain download."""
+        return cls([Span(0, size, 0)], size)
+
+    @property
+    def extent(self) -> int:
+        """Size of the written file before it is sealed."""
+        return max((span.target + span.length for span in self._spans), default=0)
+
+    def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Yield ``(start within the piece, length, target offset)`` for ``length`` source bytes from ``offset``."""
+        index, done = bisect_right(self._starts, offset) - 1, 0
+        while done < length:
+            span = self._spans[index]
+            skipped = offset + done - span.source
+            count = min(length - done, span.length - skipped)
+            yield done, count, span.target + skipped
+            done += count
+            index += 1
+
+    def write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
+        """Write source bytes to their places."""
+        view = memoryview(data)
+        for start, length, target in self.pieces(offset, len(view)):
+            write_all(descriptor, view[start : start + length], target)
+
+    def read_into(self, descriptor: int, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with source bytes from ``offset``; they must have been written."""
+        for start, length, target in self.pieces(offset, len(buffer)):
+            read_exactly(descriptor, buffer[start : start + length], target)
+
+
+def write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    """``pwrite`` until everything is written."""
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def read_exactly(descriptor: int, view: memoryview, offset: int) -> None:
+    """``preadv`` until the view is full; a file that ends before that is an error."""
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise OSError(f"the file ends before byte {offset + len(view)}")
+        view, offset = view[count:], offset + count
