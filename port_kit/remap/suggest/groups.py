@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 from port_kit.remap.suggest.shapes import squeezed
-from port_kit.remap.suggest.units import Index, Shape, Unit
+from port_kit.remap.suggest.units import HOLE, Index, Shape, Unit
+from port_kit.remap.suggest.vocabulary import natural_key
 
 #: Row orders of fused groups, by the roles of their members.
 FUSED: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("q", "k"), ("gate", "up"))
 _ROLES = frozenset({"q", "k", "v", "gate", "up"})
+_MOST_NUMBERED = 4
 _NEAR = 2  # components from the innermost one within which a role is looked for
 
 
@@ -26,7 +28,7 @@ def virtual_units(parts: Sequence[Unit], wholes: Iterable[Unit]) -> list[Unit]:
         concat and stack units, each of which fits at least one of ``wholes``.
     """
     wanted = {_fingerprint(unit) for unit in wholes}
-    concats = _concats(parts)
+    concats = [*_concats(parts), *_numbered(parts)]
     found = [unit for unit in concats if _fingerprint(unit) in wanted]
     found += [unit for unit in _with_extras(parts, concats) if _fingerprint(unit) in wanted]
     for unit in [*parts, *concats]:
@@ -71,11 +73,25 @@ def _concats(parts: Sequence[Unit]) -> list[Unit]:
     )
 
 
+def _numbered(parts: Sequence[Unit]) -> list[Unit]:
+    """Siblings that only a number tells apart (``norm1.linear``, ``norm2.linear``), in the order of their numbers."""
+    families: dict[object, list[Unit]] = defaultdict(list)
+    for unit in parts:
+        rest = tuple(token for token in unit.tokens if not token[0].startswith("#"))
+        if len(rest) != len(unit.tokens):
+            families[(_block_of(unit), len(unit.parts), rest, unit.instances, unit.roles)].append(unit)
+    return [
+        concat(sorted(members, key=lambda unit: natural_key(str(unit))))
+        for members in families.values()
+        if 2 <= len(members) <= _MOST_NUMBERED and _same_columns(members)
+    ]
+
+
 def _with_extras(parts: Sequence[Unit], concats: Sequence[Unit]) -> list[Unit]:
     """Fused attention that carries the feed-forward's first projection too (parallel blocks)."""
     found: list[Unit] = []
     for group in concats:
-        if len(group.members) != 3:
+        if len(group.members) != 3 or not set(roles_of(group.members[0])) & {"q"}:
             continue
         block = _block_of(group.members[0])
         near = [
@@ -95,7 +111,7 @@ def _with_extras(parts: Sequence[Unit], concats: Sequence[Unit]) -> list[Unit]:
 
 def _block_of(unit: Unit) -> tuple[str, ...]:
     """The innermost repeated container of a unit."""
-    holes = [position for position, part in enumerate(unit.parts) if part == "{}"]
+    holes = [position for position, part in enumerate(unit.parts) if HOLE in part]
     return unit.parts[: holes[-1] + 1] if holes else unit.parts[:-2]
 
 
@@ -153,8 +169,12 @@ def _stack(unit: Unit, axis: int) -> Unit | None:
     }
     if any(len(row) != len(rows) for row in shapes.values()):
         return None
-    holes = [position for position, part in enumerate(unit.parts) if part == "{}"]
-    parts = tuple(part for position, part in enumerate(unit.parts) if position != holes[axis])
+    holes = [position for position, part in enumerate(unit.parts) if HOLE in part]
+    parts = tuple(
+        part.replace(HOLE, "") if position == holes[axis] else part
+        for position, part in enumerate(unit.parts)
+        if position != holes[axis] or part != HOLE
+    )
     return Unit(parts, {}, shapes, unit.order, "stack", (unit,), axis, unit.tokens)
 
 

@@ -53,4 +53,5 @@ def _outer_pairs(item: Match, choice: Alignment) -> Iterator[tuple[_Lists, tuple
 
 
 def _outer_list(unit: Unit) -> tuple[str, ...]:
-    return unit.parts[: unit.parts.index(HOLE)] if HOLE in unit.parts else unit.parts
+    depth = next((depth for depth, part in enumerate(unit.parts) if HOLE in part), len(unit.parts))
+    return unit.parts[: depth + 1]

@@ -24,7 +24,7 @@ from port_kit.remap.suggest.score import (
     name_score,
 )
 from port_kit.remap.suggest.shapes import Alignment, align, signature
-from port_kit.remap.suggest.units import Shape, Unit, has_own_order, units_of
+from port_kit.remap.suggest.units import GROUPINGS, Shape, Unit, has_own_order, units_of
 
 _ITERATIONS = 4
 
@@ -39,15 +39,14 @@ class Search:
         *,
         ordered: tuple[bool, bool],
         around: Sequence[Match] = (),
-        groups: bool = True,
         round_: int = 1,
     ) -> None:
         self.left = Side([*sources, *(leaf for match in around for leaf in match.source.leaves)], ordered=ordered[0])
         self.right = Side([*targets, *(leaf for match in around for leaf in match.target.leaves)], ordered=ordered[1])
         self.known = {match.target: match.source for match in around}
         self.round = round_
-        self.sources = [*sources, *(virtual_units(sources, targets) if groups else ())]
-        self.targets = [*targets, *(virtual_units(targets, sources) if groups else ())]
+        self.sources = [*sources, *virtual_units(sources, targets)]
+        self.targets = [*targets, *virtual_units(targets, sources)]
         self.candidates = self._candidates()
         self.static = {pair: self._static(*pair) for pair in self.candidates}
         self.scores: dict[tuple[Unit, Unit], float] = dict(self.static)
@@ -103,23 +102,28 @@ class Search:
 
     def _active_groups(self, scores: Mapping[tuple[Unit, Unit], float]) -> set[Unit]:
         """Virtual units that explain more than their members would on their own, best first, without overlap."""
-        plain: dict[Unit, float] = defaultdict(float)
         whole: list[tuple[float, Unit, Unit]] = []
+        plain: dict[tuple[Unit, Unit], float] = {}
         for (source, target), score in scores.items():
             if source.members:
                 whole.append((score, source, target))
             elif target.members:
                 whole.append((score, target, source))
             else:
-                plain[source] = max(plain[source], score)
-                plain[target] = max(plain[target], score)
+                plain[source, target] = score
+        if not whole:
+            return set()
+        alone: dict[Unit, float] = defaultdict(float)
+        for target, source in best_assignment(plain).items():
+            alone[source] = alone[target] = plain[source, target]
         active: set[Unit] = set()
         taken: set[Unit] = set()
         for score, group, partner in sorted(whole, key=lambda item: (-item[0], -len(item[1].leaves))):
-            alone = max(sum(plain[leaf] for leaf in group.leaves) / len(group.leaves), plain[partner])
-            if score > alone and not taken & {partner, *group.leaves}:
-                active.add(group)
-                taken |= {partner, *group.leaves}
+            members = group.leaves
+            if score * len(members) > sum(map(alone.__getitem__, members)) and score > alone[partner]:
+                if not taken & {partner, *members}:
+                    active.add(group)
+                    taken |= {partner, *members}
         return active
 
     def _match(self, source: Unit, target: Unit) -> Match:
@@ -138,17 +142,18 @@ def match(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> list[Matc
     """All pairs found between two manifests (name -> shape), in the order of the target."""
     ordered = (has_own_order(source), has_own_order(target))
     found = settle(Search(units_of(source), units_of(target), ordered=ordered).run())
-    left, right = _rest(source, found, "source"), _rest(target, found, "target")
-    if left and right:
+    for round_, grouping in enumerate(GROUPINGS[1:], start=2):
+        left, right = _rest(source, found, "source"), _rest(target, found, "target")
+        if not left or not right:
+            break
         rest = Search(
-            units_of(left, literal=True),
-            units_of(right, literal=True),
+            units_of(left, grouping),
+            units_of(right, grouping),
             ordered=ordered,
             around=found,
-            groups=False,
-            round_=2,
+            round_=round_,
         )
-        found = found + rest.run()
+        found = settle(found + rest.run())
     return sorted(found, key=lambda item: item.target.order)
 
 

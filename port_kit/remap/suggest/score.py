@@ -17,13 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from port_kit.remap.suggest.units import HOLE, Index, Unit, size_of
-from port_kit.remap.suggest.vocabulary import weight_of
+from port_kit.remap.suggest.vocabulary import position, weight_of
 
 NAME, ANCHOR, FLOOD, RANK = 1.0, 0.5, 0.7, 0.35
 _REACH = 4  # ancestors looked at, innermost first
 _ROOT = 0.9  # a module with more than this share of all units says nothing
 
-_FILE_ORDER, _SORTED_ORDER = 0.8, 0.2  # trust in the order of names that differ in words
+_FILE_ORDER, _SORTED_ORDER = 0.8, 0.4  # trust in the order of names that differ in words
+_AGREED = 0.2  # agreement from which two modules count as corresponding
 
 Path = tuple[str, ...]
 
@@ -63,6 +64,16 @@ class Side:
             return 1.0
         return _FILE_ORDER if self.ordered else _SORTED_ORDER
 
+    def rank_key(self, unit: Unit) -> tuple[float, ...]:
+        """Order among equals: the file's, or where that is sorted the order that the words give.
+
+        In a sorted file the unmarked name goes before the marked one (``to_k`` before ``add_k_proj``).
+        """
+        if self.ordered:
+            return (unit.order,)
+        near = [word for word, distance in unit.tokens if distance < 2]
+        return (position(near), len([word for word in unit.words if word[0] != "#"]), unit.order)
+
     @cached_property
     def profiles(self) -> dict[Path, tuple[int, ...]]:
         """Module -> sorted element counts of its instances (modules of one unit left out)."""
@@ -76,7 +87,7 @@ class Side:
 
     @staticmethod
     def _profile(path: Path, units: Iterable[Unit]) -> tuple[int, ...]:
-        holes = path.count(HOLE)
+        holes = sum(HOLE in part for part in path)
         totals: dict[Index, int] = defaultdict(int)
         for unit in units:
             for index, size in size_of(unit).items():
@@ -155,23 +166,25 @@ class Flood:
         """1 where both are the n-th of as many equals in modules that correspond, 0 where they are not, 0.5 unknown."""
         if source.members or target.members:
             return 0.5
-        pairs = [(self.agreement(a, b, 0.0), a, b) for a, b in self._pairs(source, target)]
-        agreed = [(value, a, b) for value, a, b in pairs if value > 0.2]
-        if not agreed:
-            return 0.5
-        _, a, b = max(agreed, key=lambda item: item[0])
-        mine = self._equals(self.left, a, source)
-        other = self._equals(self.right, b, target)
-        if len(mine) != len(other):
-            return 0.5
-        trust = min(self.left.trust(mine), self.right.trust(other))
-        return 0.5 + (trust if mine.index(source) == other.index(target) else -trust) / 2
+        total = weights = 0.0
+        for a, b in self._pairs(source, target):
+            weight = self.agreement(a, b, 0.0)
+            if weight < _AGREED:
+                continue
+            mine = self._equals(self.left, a, source)
+            other = self._equals(self.right, b, target)
+            if len(mine) != len(other) or len(mine) < 2:
+                continue
+            trust = min(self.left.trust(mine), self.right.trust(other))
+            weights += weight
+            total += weight * (trust if mine.index(source) == other.index(target) else -trust)
+        return 0.5 + total / weights / 2 if weights else 0.5
 
     def _equals(self, side: Side, path: Path, unit: Unit) -> list[Unit]:
         key = (id(side), path)
         if key not in self._order:
             classes: dict[tuple[object, ...], list[Unit]] = defaultdict(list)
-            for other in sorted(side.below[path], key=lambda item: item.order):
+            for other in sorted(side.below[path], key=side.rank_key):
                 classes[equality_class(other)].append(other)
             self._order[key] = classes
         return self._order[key][equality_class(unit)]

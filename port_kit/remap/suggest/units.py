@@ -21,6 +21,8 @@ Index = tuple[int, ...]
 #: Role of a parameter that is a unit of its own (``scale_shift_table``, ``pos_embed``).
 OWN = "weight"
 HOLE = "{}"
+_ITEM = re.compile(r"([A-Za-z_]+?)(\d+)")
+_LIST_LENGTH = 3  # fewer numbered words are different things: attn1 and attn2
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,21 +129,26 @@ def split_leaf(name: str) -> tuple[list[str], str]:
     return components, OWN
 
 
-def units_of(manifest: Mapping[str, Shape], *, literal: bool = False) -> list[Unit]:
+#: How much :func:`units_of` groups: all layers, all but the innermost list, nothing (one unit a tensor).
+GROUPINGS = ("layers", "outer", "tensors")
+
+
+def units_of(manifest: Mapping[str, Shape], grouping: str = "layers") -> list[Unit]:
     """Group a manifest's tensors into units, in the manifest's order.
 
     Args:
         manifest: name -> shape.
-        literal: keep every number and every tensor apart: one unit a tensor, the last resort for odd layouts.
+        grouping: one of :data:`GROUPINGS`.
     """
     ranks = _ranks(manifest)
-    if literal:
+    if grouping == "tensors":
         units = [_literal_unit(name, shape, ranks[name]) for name, shape in manifest.items()]
         return _with_tokens(units)
     names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
-    for name in manifest:
-        components, role = split_leaf(name)
-        parts, index = _template(components)
+    split = {name: split_leaf(name) for name in manifest}
+    lists = _numbered_lists(components for components, _ in split.values())
+    for name, (components, role) in split.items():
+        parts, index = _template(components, lists, outer=grouping == "outer")
         if index in names[parts][role]:  # two spellings of one role in one module (weight and scale)
             parts, index = (*parts, name.rpartition(".")[2]), index
             role = OWN
@@ -171,16 +178,37 @@ def _ranks(manifest: Mapping[str, Shape]) -> dict[str, float]:
     return {name: float(rank) for rank, name in enumerate(given)}
 
 
-def _template(components: list[str]) -> tuple[tuple[str, ...], Index]:
+def _numbered_lists(names: Iterable[list[str]]) -> set[tuple[tuple[str, ...], str]]:
+    """(parent, stem) of lists whose items carry their number in a word: ``layer_0``, ``layer_1``, ``layer_2``."""
+    numbers: dict[tuple[tuple[str, ...], str], set[str]] = defaultdict(set)
+    for components in names:
+        for depth, component in enumerate(components[:-1]):
+            found = _ITEM.fullmatch(component)
+            if found:
+                numbers[tuple(components[:depth]), found[1]].add(found[2])
+    return {key for key, values in numbers.items() if len(values) >= _LIST_LENGTH}
+
+
+def _template(
+    components: list[str], lists: set[tuple[tuple[str, ...], str]], *, outer: bool
+) -> tuple[tuple[str, ...], Index]:
     """Replace the numbers of inner components by holes; the innermost one is a slot and stays."""
     index: list[int] = []
     parts: list[str] = []
-    for position, component in enumerate(components):
-        if component.isdigit() and position + 1 < len(components):
+    for depth, component in enumerate(components[:-1]):
+        found = _ITEM.fullmatch(component)
+        if component.isdigit():
             parts.append(HOLE)
             index.append(int(component))
+        elif found and (tuple(components[:depth]), found[1]) in lists:
+            parts.append(found[1] + HOLE)
+            index.append(int(found[2]))
         else:
             parts.append(component)
+    parts.append(components[-1])
+    if outer and index:
+        depth = max(depth for depth, part in enumerate(parts) if HOLE in part)
+        parts[depth] = parts[depth].replace(HOLE, str(index.pop()))
     return tuple(parts), tuple(index)
 
 

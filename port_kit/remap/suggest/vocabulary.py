@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 
@@ -27,7 +27,6 @@ _COMPONENTS: dict[str, str] = {
     "tok_embeddings": "token embed",
     "token_embd": "token embed",
     "ln_f": "norm final",
-    "c_fc": "ff up",
     "dense_h_to_4h": "ff up",
     "dense_4h_to_h": "ff down",
     "wi_0": "gate",
@@ -41,7 +40,7 @@ _COMPONENTS: dict[str, str] = {
     "final_layer": "final",
     "norm_out": "norm final",
     "proj_out": "proj out final",
-    "attn1": "self attn",
+    "attn1": "attn",
     "attn2": "cross attn",
     "emb_layers": "time embed proj",
     "time_emb_proj": "time embed proj",
@@ -54,8 +53,35 @@ _COMPONENTS: dict[str, str] = {
     "ln_2": "norm post",
 }
 
+#: Phrases inside a component that another phrase says more plainly.
+_PHRASES: tuple[tuple[str, str], ...] = (
+    ("encoder_attn", "cross_attn"),
+    ("encdecattention", "cross_attn"),
+    ("c_fc", "fc"),
+    ("c_attn", "attn_qkv"),
+    ("c_proj", "proj"),
+)
+
+#: Where in a block a word puts its module: before or after, attention or feed-forward.
+_POSITIONS: dict[str, int] = {
+    "pre": 0,
+    "before": 0,
+    "in": 0,
+    "attn": 0,
+    "gate": 0,
+    "up": 1,
+    "cross": 2,
+    "post": 3,
+    "after": 3,
+    "out": 3,
+    "ff": 4,
+    "final": 5,
+}
+
 #: Words -> the concepts they stand for. An empty value: the word says nothing.
 _WORDS: dict[str, str] = {
+    "self": "",
+    "c": "ctx",
     "query": "q",
     "queries": "q",
     "wq": "q",
@@ -172,7 +198,6 @@ _WEAK: dict[str, float] = {
     "in": 0.5,
     "out": 0.7,
     "img": 0.6,
-    "self": 0.5,
     "conv": 0.7,
     "final": 0.8,
 }
@@ -192,15 +217,15 @@ LEAVES: dict[str, str] = {
     "weight_v": "weight_v",
 }
 
-_ATTENTION_ROLES = frozenset({"q", "k", "v"})
 
-
-@lru_cache(maxsize=None)
+@cache
 def words(component: str) -> tuple[str, ...]:
     """The concepts in one component of a name: ``self_attn_qkv`` -> ``(self, attn, q, k, v)``."""
     fixed = _COMPONENTS.get(component)
     if fixed is not None:
         return tuple(fixed.split())
+    for phrase, plain in _PHRASES:
+        component = component.replace(phrase, plain)
     found: list[str] = []
     for word in _WORD.findall(component):
         if not word.isdigit():
@@ -213,9 +238,9 @@ def weight_of(word: str) -> float:
     return 0.25 if word.startswith("#") else _WEAK.get(word, 1.0)
 
 
-def attention_role(found: Iterable[str]) -> frozenset[str]:
-    """Which of query, key and value a set of words names."""
-    return _ATTENTION_ROLES & frozenset(found)
+def position(found: Iterable[str]) -> int:
+    """Where words put a module among its siblings: 0 for the first, more for later ones."""
+    return max((_POSITIONS.get(word, 0) for word in found), default=0)
 
 
 def natural_key(text: str) -> tuple[tuple[int, str], ...]:
