@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from port_kit.models.wan_fusion.layers import FullWidthRMSNorm, Modulation
@@ -52,7 +53,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_BSD: Tensor, modulation: Modulation, positions: Positions) -> Tensor:
         """Return the residual stream ``[B, S, D]`` after this sub-layer."""
         q, k, v = self.qkv(modulation.norm(x_BSD, self.eps)).chunk(3, -1)
-        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (self.heads, -1)) for t in (self.norm_q(q), self.norm_k(k), v))
+        q_BSNH, k_BSNH, v_BSNH = (split_heads(t, self.heads) for t in (self.norm_q(q), self.norm_k(k), v))
         q_BSNH, k_BSNH = rotate(q_BSNH, positions.rope), rotate(k_BSNH, positions.rope)
         attended = self.attn(q_BSNH, k_BSNH, v_BSNH, positions.length)
         return modulation.add(x_BSD, self.o(attended.flatten(2)))
@@ -100,19 +101,24 @@ class CrossAttention(nn.Module):
             other_BOD: the other stream's residual state.
             other_positions: of the other stream.
         """
-        q_BSNH = self.norm_q(self.q(self.norm(x_BSD))).unflatten(-1, (self.heads, -1))
-        attended = self.text_attn(q_BSNH, *text_kv)
+        q_BSNH = split_heads(self.norm_q(self.q(self.norm(x_BSD))), self.heads)
+        attended = self.text_attn(q_BSNH, *(split_heads(t, self.heads) for t in text_kv))
         if other_BOD.shape[1]:
             k, v = self.kv_fusion(self.pre_attn_norm_fusion(other_BOD)).chunk(2, -1)
-            k_BONH, v_BONH = (t.unflatten(-1, (self.heads, -1)) for t in (self.norm_k_fusion(k), v))
+            k_BONH, v_BONH = (split_heads(t, self.heads) for t in (self.norm_k_fusion(k), v))
             q_BSNH, k_BONH = rotate(q_BSNH, positions.rope), rotate(k_BONH, other_positions.rope)
             attended = attended + self.fusion_attn(q_BSNH, k_BONH, v_BONH, other_positions.length)
         return x_BSD + self.o(attended.flatten(2))
 
     def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values ``[B, T, N, H]`` of a text; they do not depend on the timestep."""
+        """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; no timestep changes them."""
         k, v = self.kv(text_BTD).chunk(2, -1)
-        return self.norm_k(k).unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+        return self.norm_k(k), v
+
+
+def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
+    """Return a view ``[B, S, N, H]``; of a slice of a fused projection, too."""
+    return torch.unflatten(x_BSD, -1, (heads, -1))
 
 
 def _attention(

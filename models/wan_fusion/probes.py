@@ -90,5 +90,5 @@ def _as_is(output: Tensor) -> Tensor:
 
 
 def _first_and_last_token(output: Tensor) -> Tensor:
-    """From one row a distinct timestep, ``[G, B, ...]``, to the rows of the first and the last token, ``[B, 2, ...]``."""
+    """Return the rows of the first and last token ``[B, 2, ...]`` from one row a timestep ``[G, B, ...]``."""
     return torch.stack((output[0], output[-1]), 1).flatten(2)

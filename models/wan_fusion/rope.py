@@ -86,7 +86,7 @@ class RopeTables:
 def rotate(x_BSNH: Tensor, table: Tensor) -> Tensor:
     """Rotate adjacent pairs of every head in float32; return the dtype of ``x``. ``table`` is ``[1, S, R, 2]``."""
     cos, sin = table.unsqueeze(2).unbind(-1)
-    even, odd = x_BSNH.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x_BSNH.float(), -1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x_BSNH.dtype)
 
 

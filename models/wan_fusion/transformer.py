@@ -26,6 +26,10 @@ from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+#: Regional compilation compiles the sub-layers, the same graph for every layer. What stands between them is different
+#: in each (its index, its texts) and stays Python.
+_glue = torch.compiler.disable(recursive=False)
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -54,11 +58,13 @@ class StreamBlock(nn.Module):
         self.cross_attn = CrossAttention(config, quant, f"{prefix}.cross_attn")
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.eps, quant, f"{prefix}.ffn")
 
+    @_glue
     def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
         """Return the modulation of self-attention and of the feed-forward."""
         vectors = (self.modulation + conditions.time).unsqueeze(-2).unbind(2)
         return Modulation(*vectors[:3], conditions.runs), Modulation(*vectors[3:], conditions.runs)
 
+    @_glue
     def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
         """Return this layer's keys and values of the text, computed at the first call with this text."""
         if layer not in text.keys_values:
@@ -75,6 +81,7 @@ class FusionBlock(nn.Module):
         self.video = StreamBlock(config, quant, f"{prefix}.video")
         self.audio = StreamBlock(config, quant, f"{prefix}.audio")
 
+    @_glue
     def forward(
         self,
         hidden_states: Tensor,
@@ -106,9 +113,11 @@ class FusionBlock(nn.Module):
             self._fuse(self.audio, a, v, a_ffn, audio, video),
         )
 
+    @_glue
     def _self_attend(self, half: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions) -> Tensor:
         return half.self_attn(x, modulation, own.positions) if x.shape[1] else x
 
+    @_glue
     def _fuse(
         self, half: StreamBlock, x: Tensor, other: Tensor, modulation: Modulation, own: Conditions, theirs: Conditions
     ) -> Tensor:
