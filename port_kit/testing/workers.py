@@ -343,8 +343,8 @@ def _answer(
             raise
         return None, error
     if output.error:
-        error = RuntimeError(output.error)
+        failure = RuntimeError(output.error)
         if not case.keep_going:
-            raise error
-        return None, error
+            raise failure
+        return None, failure
     return output.output, None

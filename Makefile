@@ -1,0 +1,72 @@
+# Set-up, checks, tests and the demonstration. Everything lands in .venv and build/; both may be removed at any time.
+
+PYTHON ?= 3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.port-kit-set-up
+EXAMPLE := examples/offline_inference/dreamid_omni
+DEMO := build/demo
+
+# uv reads neither pip's certificates nor pip's wheel folders by itself.
+ifdef PIP_CERT
+export SSL_CERT_FILE := $(PIP_CERT)
+endif
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX := $(PIP_INDEX_URL)
+endif
+ifdef PIP_FIND_LINKS
+WHEELS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
+else
+WHEELS := --torch-backend=cpu
+endif
+export UV_HTTP_TIMEOUT ?= 180
+
+UV := $(shell command -v uv)
+ifeq ($(UV),)
+UV := build/uv/bin/uv
+endif
+
+# One thread a process: two pytest workers share the cores, and forked ranks multiply them.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help set-up demo test check clean
+
+help:
+	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4"
+	@echo "make test    set up, check, and run the tests"
+	@echo "make check   set up, lint, and check types"
+	@echo "make clean   remove build/ and .venv/"
+
+set-up: $(STAMP)
+
+build/uv/bin/uv:
+	python3 -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
+
+$(STAMP): setup.cfg setup.py pyproject.toml requirements/overrides.txt | $(filter build/%,$(UV))
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --python $(RUN) --overrides requirements/overrides.txt $(WHEELS) -e '.[cpu,omni,dev]'
+	@touch $@
+
+# The loopback Hub of --tiny must not be looked for behind a proxy.
+demo: export NO_PROXY := 127.0.0.1,localhost,$(NO_PROXY)
+demo: $(STAMP)
+	@mkdir -p $(DEMO)
+	$(RUN) $(EXAMPLE)/download_dreamid_omni.py --tiny --output-dir $(DEMO)/model
+	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4
+
+# models/ is imported as port_kit.models through package_dir, which mypy does not read: give it a tree that looks so.
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	@rm -rf build/types && mkdir -p build/types/port_kit
+	@ln -s $(addprefix ../../../,$(wildcard port_kit/*)) build/types/port_kit/
+	@ln -s ../../../models build/types/port_kit/models
+	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p port_kit
+
+test: check
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+clean:
+	rm -rf build $(VENV)
