@@ -172,8 +172,8 @@ class DreamIDOmniPipeline(
 
     def generate(self, job: Job) -> tuple[Tensor, Tensor]:
         """Run the model: references and texts in, video (1, 3, frames, H, W) in [-1, 1] and sound (samples,) out."""
-        conditions = self._conditions(job)
-        video, audio = self._noise(job)
+        conditions = self.conditions(job)
+        video, audio = self.noise(job)
         video, audio = self.diffuse(video, audio, conditions, job.request)
         return self._decode(
             video[:, :, : -conditions.pictures.shape[2]],
@@ -185,7 +185,7 @@ class DreamIDOmniPipeline(
         ids = torch.tensor([token_ids], device=self.device)
         return self.text_encoder(ids, torch.ones_like(ids)).to(self.dtype)
 
-    def _conditions(self, job: Job) -> Conditions:
+    def conditions(self, job: Job) -> Conditions:
         pictures = [self.vae.encode(picture[None, :, None].to(self.device)) for picture in job.pictures]
         voices = [self.audio_vae.encode(voice[None].to(self.device)).transpose(1, 2) for voice in job.voices]
         positive, video_negative, audio_negative = (self.encode_prompt(ids) for ids in job.tokens)
@@ -197,7 +197,7 @@ class DreamIDOmniPipeline(
             voice_lengths=tuple(voice.shape[1] for voice in voices),
         )
 
-    def _noise(self, job: Job) -> tuple[Tensor, Tensor]:
+    def noise(self, job: Job) -> tuple[Tensor, Tensor]:
         """Draw both latents, references' places included, each from its own generator with the same seed."""
         request = job.request
         video_shape, audio_shape = request.noise_shapes(job.lengths)

@@ -1,0 +1,122 @@
+"""What a DreamID-Omni request may say, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+from port_kit.errors import CODES, InputError
+from port_kit.models.dreamid_omni import config
+from port_kit.models.dreamid_omni.config import GenerationRequest, GuidanceScales, Lengths, parse_request
+
+LENGTHS = Lengths(31, 157)
+
+
+def parse(
+    prompt: Any = "a talk", *, image: Any = ("a.png",), audio: Any = ("a.wav",), **sampling: Any
+) -> GenerationRequest:
+    """Parse a request that is good apart from what is given."""
+    fields = {"prompt": prompt, "multi_modal_data": {"image": image, "audio": audio}}
+    return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS)
+
+
+def test_a_request_that_says_nothing_gets_the_original_defaults() -> None:
+    request = parse()
+    assert (request.height, request.width, request.steps, request.shift) == (704, 1280, 50, 5.0)
+    assert (request.solver, request.seed) == ("unipc", 100)
+    assert request.scales == GuidanceScales(3.0, 1.5, 4.0, 2.0)
+    assert request.video_negative_prompt == "jitter, bad hands, blur, distortion"
+    assert request.audio_negative_prompt == "robotic, muffled, echo, distorted"
+
+
+def test_the_clip_is_121_frames_and_its_noise_holds_the_references_places() -> None:
+    assert LENGTHS.frames == 121
+    request = parse(image=["a", "b"], audio=["c", "d"], height=64, width=96)
+    assert request.noise_shapes(LENGTHS) == ((48, 33, 4, 6), (219, 20))
+
+
+def test_options_travel_in_extra_args_and_negative_prompts_also_in_the_prompt() -> None:
+    request = parse(
+        extra_args={"video_cfg_scale": 2, "shift": 3.5, "solver_name": "euler", "audio_negative_prompt": "noise"},
+        num_inference_steps=8,
+        seed=7,
+    )
+    assert (request.scales.video_cfg_scale, request.shift, request.solver, request.steps) == (2.0, 3.5, "euler", 8)
+    assert (request.audio_negative_prompt, request.seed) == ("noise", 7)
+    fields = {"prompt": "p", "negative_prompt": "blur", "multi_modal_data": {"image": "a.png", "audio": "a.wav"}}
+    assert parse_request(fields, OmniDiffusionSamplingParams(), LENGTHS).video_negative_prompt == "blur"
+
+
+def test_guidance_scale_is_the_videos_only_where_a_request_sets_it() -> None:
+    assert parse(guidance_scale=1.0).scales.video_cfg_scale == 3.0
+    assert parse(guidance_scale=2.5, guidance_scale_provided=True).scales.video_cfg_scale == 2.5
+
+
+def test_one_reference_need_not_be_a_list_and_a_waveform_with_its_rate_is_one() -> None:
+    request = parse(image="a.png", audio=([0.0], 16000))
+    assert (request.images, request.voices) == (("a.png",), (([0.0], 16000),))
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"image": None}, "input_missing", "no reference picture"),
+        ({"image": []}, "input_missing", "no reference picture"),
+        ({"audio": None}, "input_missing", "no reference voice"),
+        ({"image": ["a", "b"]}, "input_count", "2 reference picture(s) and 1 voice(s)"),
+        ({"image": ["a"] * 28, "audio": ["b"] * 28}, "input_count", f"at most {config.MAX_REFERENCES}"),
+        ({"prompt": ""}, "input_missing", "prompt is empty"),
+        ({"prompt": " \n"}, "input_missing", "prompt is empty"),
+        ({"prompt": None}, "input_type", "prompt is NoneType"),
+        ({"prompt": ["a"]}, "input_type", "prompt is list"),
+        ({"prompt": "x" * 10_000}, "input_too_long", "prompt has 10000 characters"),
+        ({"height": 100}, "input_size", "height is 100; a multiple of 32"),
+        ({"width": 720}, "input_size", "use 704 or 736"),
+        ({"height": 0}, "input_value", "height is 0"),
+        ({"width": -64}, "input_value", "width is -64"),
+        ({"height": 1 << 20}, "input_value", "32 to 4096"),
+        ({"height": 64.0}, "input_type", "height is 64.0"),
+        ({"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),
+        ({"num_inference_steps": -3}, "input_value", "num_inference_steps is -3"),
+        ({"num_inference_steps": "many"}, "input_type", "'many'"),
+        ({"num_inference_steps": True}, "input_type", "True"),
+        ({"num_frames": 61}, "input_value", "121 frames"),
+        ({"fps": 30}, "input_value", "24 frames a second"),
+        ({"num_outputs_per_prompt": 2}, "input_value", "num_outputs_per_prompt is 2"),
+        ({"seed": "x"}, "input_type", "seed"),
+        ({"seed": -1}, "input_value", "seed is -1"),
+        ({"extra_args": {"shift": 0.0}}, "input_value", "shift is 0.0"),
+        ({"extra_args": {"shift": float("nan")}}, "input_value", "finite"),
+        ({"extra_args": {"video_cfg_scale": float("inf")}}, "input_value", "video_cfg_scale is inf"),
+        ({"extra_args": {"audio_ref_cfg_scale": "2"}}, "input_type", "audio_ref_cfg_scale"),
+        ({"extra_args": {"video_cfg_scal": 2.0}}, "input_value", "did you mean 'video_cfg_scale'"),
+        ({"extra_args": {"solver_name": "heun"}}, "input_value", "unipc, dpm++, euler"),
+        ({"extra_args": {"video_negative_prompt": 3}}, "input_type", "video_negative_prompt is int"),
+        ({"extra_args": {"audio_negative_prompt": "x" * 9000}}, "input_too_long", "audio_negative_prompt"),
+        ({"extra_args": {"video_noise": 1.0}}, "input_size", "video_noise is float"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value)[:30],
+)
+def test_each_mistake_is_named(change: dict[str, Any], code: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(**change)
+    assert caught.value.code == code
+    assert code in CODES
+    assert says in str(caught.value)
+
+
+def test_options_of_the_servers_own_are_left_alone() -> None:
+    parse(extra_args={"cfg_text_scale": 1.0, "cfg_img_scale": 1.0, "duration": 5.0, "aspect_ratio": "16:9"})
+
+
+@pytest.mark.parametrize("prompt", ["plain text", {"prompt": "p"}, {"prompt": "p", "multi_modal_data": None}])
+def test_a_prompt_without_references_is_refused(prompt: Any) -> None:
+    with pytest.raises(InputError, match="no reference picture"):
+        parse_request(prompt, OmniDiffusionSamplingParams(), LENGTHS)
+
+
+def test_references_must_be_in_a_mapping() -> None:
+    with pytest.raises(InputError, match="multi_modal_data is list"):
+        parse_request({"prompt": "p", "multi_modal_data": ["a"]}, OmniDiffusionSamplingParams(), LENGTHS)
