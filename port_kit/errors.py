@@ -55,6 +55,7 @@ CODES: dict[str, str] = {
     "offline_incomplete": "something is missing and the network may not be used",
     "model_incomplete": "a model directory is damaged or not whole",
     "interrupted": "a download was told to stop",
+    "convert_layout": "a remote checkpoint is laid out unusually and cannot be converted on the way",
     "checkpoint_format": "a file is not a torch checkpoint (an error page, an LFS pointer, another format)",
     "pickle_corrupt": "a torch checkpoint is cut short or damaged",
     "pickle_unsafe": "a pickle asks for more than tensors; nothing was executed",

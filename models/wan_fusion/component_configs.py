@@ -1,0 +1,177 @@
+"""Configurations of the components that DreamID-Omni and Ovi share, at full size and at any other.
+
+Each mapping is what the component's folder holds as ``config.json``. The full-size ones describe the published
+checkpoints (tensor shapes settle the widths; the rest is the reference code's constructor defaults):
+
+* ``text_encoder``: transformers' ``UMT5Config`` of ``models_t5_umt5-xxl-enc-bf16.pth``;
+* ``vae``: diffusers' ``AutoencoderKLWan`` of ``Wan2.2_VAE.pth``;
+* ``audio_vae``: MMAudio's 16 kHz mel autoencoder, ``v1-16.pth``;
+* ``vocoder``: NVIDIA's BigVGAN for 16 kHz, ``best_netG.pt`` (the model's keys of ``bigvgan_vocoder.yml``).
+
+The functions turn the reference code's own words for sizes, as a goldens folder records them, into these mappings.
+This module imports no torch: recipes write these mappings before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from port_kit.errors import ParityError
+
+#: Mean of each latent channel of Wan 2.2's VAE; the file does not hold them, the reference's wrapper class does.
+WAN_2_2_LATENT_MEAN: tuple[float, ...] = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
+    *(0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723),
+    *(-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+
+#: Standard deviation of each latent channel of Wan 2.2's VAE, from the same place.
+WAN_2_2_LATENT_STD: tuple[float, ...] = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
+    *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
+    *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
+
+#: umt5-xxl: 24 layers, 64 heads of 64, gated tanh-GELU; 256384 rows of vocabulary, more than the tokenizer uses.
+TEXT_ENCODER_CONFIG: Mapping[str, Any] = {
+    "model_type": "umt5",
+    "architectures": ["UMT5EncoderModel"],
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "is_encoder_decoder": False,
+}
+
+#: Wan 2.2's VAE: 16 x 16 pixels and 4 frames a latent; pixels are folded 2 x 2 into 12 channels before the encoder.
+VAE_CONFIG: Mapping[str, Any] = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+    "latents_mean": list(WAN_2_2_LATENT_MEAN),
+    "latents_std": list(WAN_2_2_LATENT_STD),
+}
+
+#: MMAudio 16 kHz: 80 mel bands in, 20 latent channels out.
+AUDIO_VAE_CONFIG: Mapping[str, Any] = {"data_dim": 80, "embed_dim": 20, "hidden_dim": 384}
+
+#: BigVGAN 16 kHz: 4*4*2*2*2*2 = 256 samples a mel frame.
+VOCODER_CONFIG: Mapping[str, Any] = {
+    "num_mels": 80,
+    "upsample_initial_channel": 1536,
+    "upsample_rates": [4, 4, 2, 2, 2, 2],
+    "upsample_kernel_sizes": [8, 8, 4, 4, 4, 4],
+    "resblock": "1",
+    "resblock_kernel_sizes": [3, 7, 11],
+    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+    "activation": "snakebeta",
+    "snake_logscale": True,
+}
+
+
+def text_encoder_config(dims: Mapping[str, Any], *, vocab_size: int | None = None) -> dict[str, Any]:
+    """Translate the reference's T5 sizes.
+
+    Args:
+        dims: ``dim``, ``dim_attn``, ``dim_ffn``, ``num_heads``, ``encoder_layers``, ``num_buckets`` and perhaps
+            ``vocab_size``, as in ``SET.json`` under ``t5`` or in a goldens folder's ``umt5/config.json``.
+        vocab_size: rows of the token embedding where ``dims`` does not tell.
+
+    Raises:
+        ParityError: a size is missing, or the layers share one relative bias (T5, not UMT5).
+    """
+    if dims.get("shared_pos", False):
+        raise ParityError(
+            "the sizes say shared_pos=true; UMT5 has one relative bias a layer",
+            code="goldens_invalid",
+            hint="use sizes of a UMT5 encoder",
+        )
+    vocabulary = dims.get("vocab_size", vocab_size)
+    if vocabulary is None:
+        raise _missing("vocab_size", dims)
+    heads = int(_need(dims, "num_heads"))
+    return {
+        **TEXT_ENCODER_CONFIG,
+        "vocab_size": int(vocabulary),
+        "d_model": _need(dims, "dim"),
+        "d_kv": int(_need(dims, "dim_attn")) // heads,
+        "d_ff": _need(dims, "dim_ffn"),
+        "num_layers": _need(dims, "encoder_layers"),
+        "num_heads": heads,
+        "relative_attention_num_buckets": dims.get("num_buckets", 32),
+    }
+
+
+def vae_config(dims: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate the reference's Wan VAE sizes (``SET.json`` under ``vae``: ``dim``, ``dec_dim``, ``z_dim`` ...).
+
+    Latent mean and standard deviation are the published ones, which is what the reference's wrapper uses at any
+    width: ``z_dim`` must be their length.
+
+    Raises:
+        ParityError: a size is missing, or ``z_dim`` is not 48.
+    """
+    z_dim = int(_need(dims, "z_dim"))
+    if z_dim != len(WAN_2_2_LATENT_MEAN):
+        raise ParityError(
+            f"z_dim is {z_dim}; the latent statistics of Wan 2.2 are {len(WAN_2_2_LATENT_MEAN)} numbers",
+            code="goldens_invalid",
+            hint="record the goldens with z_dim 48",
+        )
+    optional = ("dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
+    return {
+        **VAE_CONFIG,
+        "base_dim": _need(dims, "dim"),
+        "decoder_base_dim": dims.get("dec_dim", dims["dim"]),
+        "z_dim": z_dim,
+        **{key: dims[key] for key in optional if key in dims},
+    }
+
+
+def audio_vae_config(dims: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate MMAudio's sizes (``SET.json`` under ``mmvae``), which are already this component's own."""
+    return {key: _need(dims, key) for key in AUDIO_VAE_CONFIG}
+
+
+def vocoder_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what shapes the generator of a BigVGAN ``.yml`` (the rest trains it); absent keys keep full-size values."""
+    kept = (*VOCODER_CONFIG, "use_tanh_at_final", "use_bias_at_final")
+    return {**VOCODER_CONFIG, **{key: hyperparameters[key] for key in kept if key in hyperparameters}}
+
+
+def _need(dims: Mapping[str, Any], key: str) -> int:
+    if key not in dims:
+        raise _missing(key, dims)
+    return int(dims[key])
+
+
+def _missing(key: str, dims: Mapping[str, Any]) -> ParityError:
+    return ParityError(
+        f"the sizes lack {key!r}; there are {', '.join(dims) or 'none'}",
+        code="goldens_invalid",
+        hint="docs/goldens.md tells which sizes a goldens folder records",
+    )

@@ -1,0 +1,145 @@
+"""The samplers of DreamID-Omni and Ovi, as diffusers' schedulers.
+
+Both models predict the flow ``noise - data``; a step number ``i`` of ``n`` has the noise level (sigma)
+``shift * u / (1 + (shift - 1) * u)``, with ``u`` falling linearly. The three solvers of the reference code differ in
+where ``u`` starts, which is why none of diffusers' defaults gives its numbers:
+
+========  =============================  ==========================================  =================
+solver    diffusers' class               ``u`` of the first step                     timesteps
+========  =============================  ==========================================  =================
+unipc     UniPCMultistepScheduler        0.999 in float32, the training's last step  int64, truncated
+dpm++     DPMSolverMultistepScheduler    1                                           int64, truncated
+euler     FlowMatchEulerDiscrete...      1, ends at the shifted first training step  float32
+========  =============================  ==========================================  =================
+
+Truncation matters: the network is given the integer (999, 937, 833, 624 for four steps of unipc), the solver uses
+the exact sigma. A scheduler keeps the history of one tensor: video and sound take one object each.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from port_kit.errors import InputError
+
+#: Steps of the training schedule; a timestep is ``sigma`` times this.
+TRAINING_STEPS = 1000
+#: Largest noise level of the training schedule, in the float32 in which the reference keeps it.
+LARGEST_TRAINING_SIGMA = float(np.float32(1 - 1 / TRAINING_STEPS))
+SOLVERS = ("unipc", "dpm++", "euler")
+
+
+class Scheduler(Protocol):
+    """What a sampling loop needs of a scheduler.
+
+    Attributes:
+        timesteps: ``[steps]``, what the network is given at each step, falling.
+        sigmas: ``[steps + 1]`` float32, the noise levels; the last is 0.
+    """
+
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+
+    def step(
+        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the sample at the next noise level; calls must come in the order of ``timesteps``."""
+
+
+class _FlowDPMSolver(DPMSolverMultistepScheduler):
+    """DPM-Solver++ that accepts the noise levels to visit, as diffusers' UniPC does.
+
+    The first level may be 1, where the log signal-to-noise ratio is minus infinity: both orders of the solver have
+    a finite limit there, and torch's arithmetic reaches it.
+    """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+        *,
+        sigmas: np.ndarray | None = None,
+    ) -> None:
+        """Set the noise levels; with ``sigmas`` (before the shift, without the final 0) exactly those."""
+        if sigmas is None:
+            super().set_timesteps(num_inference_steps, device, mu, timesteps)
+            return
+        super().set_timesteps(len(sigmas), device)
+        levels = self.config.flow_shift * sigmas / (1 + (self.config.flow_shift - 1) * sigmas)
+        self.timesteps = torch.from_numpy(levels * TRAINING_STEPS).to(device=device, dtype=torch.int64)
+        self.sigmas = torch.from_numpy(np.append(levels, 0.0).astype(np.float32))
+
+
+def build_scheduler(
+    solver: str = "unipc", *, steps: int = 50, shift: float = 5.0, device: str | torch.device | None = None
+) -> Scheduler:
+    """Build a sampler with its steps set, ready for the first :meth:`Scheduler.step`.
+
+    Args:
+        solver: one of :data:`SOLVERS`.
+        steps: number of denoising steps, 1 to 1000.
+        shift: how far the steps lean towards high noise; 1 is linear. The reference builds its schedulers with
+            shift 1 and shifts when it sets the steps: the same as here, and not the same as diffusers' own shift.
+        device: where ``timesteps`` lie; ``sigmas`` stay on the CPU.
+
+    Raises:
+        InputError: an unknown solver, or steps or shift out of range.
+    """
+    _check(solver, steps, shift)
+    scheduler: Scheduler
+    if solver == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAINING_STEPS, shift=shift)
+        scheduler.set_timesteps(steps, device=device)
+    elif solver == "unipc":
+        scheduler = UniPCMultistepScheduler(**_flow_options(shift))
+        scheduler.set_timesteps(sigmas=_falling(LARGEST_TRAINING_SIGMA, steps), device=device)
+    else:
+        scheduler = _FlowDPMSolver(**_flow_options(shift))
+        scheduler.set_timesteps(sigmas=_falling(1.0, steps), device=device)
+    # Truncated timesteps can repeat from about 250 steps on; without this, diffusers would begin at the second.
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _falling(first: float, steps: int) -> np.ndarray:
+    return np.linspace(first, 0.0, steps + 1)[:-1]
+
+
+def _flow_options(shift: float) -> dict[str, object]:
+    return {
+        "num_train_timesteps": TRAINING_STEPS,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+    }
+
+
+def _check(solver: str, steps: int, shift: float) -> None:
+    if solver not in SOLVERS:
+        raise InputError(
+            f"solver is {solver!r}, not one of {', '.join(SOLVERS)}",
+            code="sampling_invalid",
+            hint="use unipc, the reference's default",
+        )
+    if not 1 <= steps <= TRAINING_STEPS:
+        raise InputError(
+            f"{steps} denoising steps were asked for, 1 to {TRAINING_STEPS} are possible",
+            code="sampling_invalid",
+            hint="use 50, the reference's default, or fewer for a draft",
+        )
+    if not (np.isfinite(shift) and shift > 0):
+        raise InputError(
+            f"shift is {shift}, it must be a positive number",
+            code="sampling_invalid",
+            hint="use 5.0, the reference's default",
+        )

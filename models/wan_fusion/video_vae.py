@@ -1,0 +1,149 @@
+"""Wan 2.2's video VAE: diffusers' ``AutoencoderKLWan`` in latent units that the fusion transformer works in.
+
+Shapes: B videos, F frames and f latent frames (F = 4 (f - 1) + 1; an image is one frame), H x W pixels and h x w
+latents (H = 16 h, W = 16 w), C = 48 latent channels.
+
+Precision: the reference's engine keeps weights, pixels and latents in bfloat16 and convolves in float32. So does this
+module, for any ``precision``: what comes in is rounded to it (weights when they are loaded), everything after that is
+float32. With float32 nothing is rounded; with bfloat16 the reference's numbers come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from port_kit.errors import InputError, PortKitError
+from port_kit.models.wan_fusion.precision import default_dtype
+
+
+class VideoVAE(nn.Module):
+    """Pixels in [-1, 1] to normalised latents and back, computed in float32.
+
+    Args:
+        config: keys of ``AutoencoderKLWan``, with ``latents_mean`` and ``latents_std``.
+        precision: dtype to which weights, pixels and latents are rounded on their way in.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, precision: torch.dtype) -> None:
+        super().__init__()
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        self.precision = precision
+        with default_dtype(torch.float32), no_init_weights():
+            self.model = AutoencoderKLWan(**arguments).eval()
+        self._latents_mean = tuple(arguments["latents_mean"])
+        self._latents_std = tuple(arguments["latents_std"])
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+            parameter.weight_loader = self._load_rounded  # the loader's hook, as in vLLM's own layers
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether encode and decode work on overlapping tiles (less memory, results differ at the seams)."""
+        return self.model.use_tiling
+
+    @use_tiling.setter
+    def use_tiling(self, value: bool) -> None:
+        self.model.use_tiling = value
+
+    @property
+    def use_slicing(self) -> bool:
+        """Whether a batch is worked through one video at a time (less memory, the same results)."""
+        return self.model.use_slicing
+
+    @use_slicing.setter
+    def use_slicing(self, value: bool) -> None:
+        self.model.use_slicing = value
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent, along height and along width."""
+        return self.model.config.scale_factor_spatial
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames a latent frame, after the first, which is one frame by itself."""
+        return self.model.config.scale_factor_temporal
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode videos to the mean of their posterior, normalised channel by channel.
+
+        Args:
+            pixels: ``[B, 3, F, H, W]`` in [-1, 1], any float dtype; F = 1 + a multiple of 4, H and W multiples of 16.
+
+        Returns:
+            float32 ``[B, C, f, h, w]``.
+
+        Raises:
+            InputError: another shape.
+        """
+        self._check_pixels(pixels)
+        mean = self.model.encode(self._rounded(pixels)).latent_dist.mode()
+        latents_mean, latents_std = self._statistics(mean.device)
+        return (mean - latents_mean) * (1.0 / latents_std)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode normalised latents ``[B, C, f, h, w]`` to float32 pixels ``[B, 3, F, H, W]``, clamped to [-1, 1].
+
+        Raises:
+            InputError: another number of dimensions or channels.
+        """
+        if latents.ndim != 5 or latents.shape[1] != len(self._latents_mean):
+            raise InputError(
+                f"latents have shape {tuple(latents.shape)}, required is [B, {len(self._latents_mean)}, f, h, w]",
+                code="component_input",
+            )
+        latents_mean, latents_std = self._statistics(latents.device)
+        raw = self._rounded(latents) / (1.0 / latents_std) + latents_mean
+        return self.model.decode(raw, return_dict=False)[0]
+
+    def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation as ``[1, C, 1, 1, 1]``; not buffers, since no checkpoint holds them."""
+        pair = torch.tensor((self._latents_mean, self._latents_std), dtype=torch.float32, device=device)
+        mean, std = pair.view(2, 1, -1, 1, 1, 1)
+        return mean, std
+
+    def _load_rounded(self, parameter: torch.Tensor, weight: torch.Tensor) -> None:
+        """Put a checkpoint's tensor into its parameter rounded to :attr:`precision`."""
+        parameter.data.copy_(self._rounded(weight))
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.precision).to(torch.float32)
+
+    def _check_pixels(self, pixels: torch.Tensor) -> None:
+        space, time = self.spatial_factor, self.temporal_factor
+        good = pixels.ndim == 5 and pixels.shape[1] == 3 and (pixels.shape[2] - 1) % time == 0
+        if not good or pixels.shape[3] % space or pixels.shape[4] % space or not pixels.numel():
+            raise InputError(
+                f"pixels have shape {tuple(pixels.shape)}, required is [B, 3, 1 + {time} n, {space} h, {space} w]",
+                code="component_input",
+                hint=f"crop the pictures to multiples of {space} and the clip to 1 + {time} n frames",
+            )
+
+
+def build_video_vae(config: Mapping[str, Any], *, precision: torch.dtype | None = None) -> VideoVAE:
+    """Build the VAE, without meaningful weights, on the current default device.
+
+    Args:
+        config: content of ``vae/config.json``.
+        precision: see :class:`VideoVAE`; the current default dtype where it is not given.
+
+    Raises:
+        PortKitError: the configuration has no latent statistics, or not one a channel.
+    """
+    statistics = [config.get(key, ()) for key in ("latents_mean", "latents_std")]
+    if any(len(values) != config.get("z_dim") for values in statistics):
+        raise PortKitError(
+            f"the video VAE has z_dim={config.get('z_dim')} and {len(statistics[0])} latent means, "
+            f"{len(statistics[1])} standard deviations; one of each a channel is required",
+            code="component_config",
+            hint="take vae/config.json as `port-kit download` writes it",
+        )
+    return VideoVAE(config, precision=precision or torch.getdefault_dtype())
