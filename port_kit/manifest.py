@@ -1,0 +1,380 @@
+"""Manifests: the names, shapes and dtypes of a checkpoint or of a module, without its numbers.
+
+A :class:`Manifest` comes from safetensors headers, from the tables of a pickle checkpoint, from a module (on the meta
+device too) or from JSON. The JSON form is ``{"name": [[shape...], "dtype"], ...}``; an entry may have a third item with
+what else is known: ``slots`` of a fused parameter, ``buffer``, ``file``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from port_kit.errors import RemapError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Slot = tuple[tuple[int, int], ...]
+
+#: dtype words of safetensors headers -> the words of manifests, which are torch's.
+SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "C128": "complex128",
+}
+#: Bytes of one element.
+ITEM_SIZES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+    "complex64": 8,
+    "complex128": 16,
+}
+#: Largest safetensors header that is read; the format's own limit.
+MAX_HEADER = 100_000_000
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of one tensor.
+
+    Attributes:
+        shape: its extents; of a sharded parameter those of the whole, as a checkpoint has them.
+        dtype: torch's word, ``bfloat16``.
+        file: where it stands, relative to the checkpoint; empty for modules.
+        slots: of a fused parameter, ``{slot: ((start, stop), ...)}`` with one pair an axis.
+        buffer: it is a buffer of a module, not a parameter.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str = ""
+    slots: Mapping[str, Slot] = field(default_factory=dict, hash=False)
+    buffer: bool = False
+
+    def to_json(self, *, with_file: bool = True) -> list[Any]:
+        """The entry in the JSON form."""
+        extra: dict[str, Any] = {}
+        if self.slots:
+            extra["slots"] = {slot: [list(pair) for pair in box] for slot, box in self.slots.items()}
+        if self.buffer:
+            extra["buffer"] = True
+        if self.file and with_file:
+            extra["file"] = self.file
+        return [list(self.shape), self.dtype, *([extra] if extra else [])]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.numel * ITEM_SIZES[self.dtype]
+
+
+class Manifest(Mapping[str, TensorSpec]):
+    """An immutable mapping of tensor names to :class:`TensorSpec`.
+
+    Args:
+        entries: ``{name: TensorSpec}`` or ``{name: (shape, dtype)}``.
+        origin: where it comes from, for messages.
+        aliases: further names of tensors that a module shares, ``{name: name in the manifest}``.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, TensorSpec | tuple[Iterable[int], str]],
+        *,
+        origin: str = "",
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        self._entries = {name: _spec(name, entry) for name, entry in entries.items()}
+        self.origin = origin
+        self.aliases = dict(aliases or {})
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        return f"Manifest({len(self)} tensors, {self.nbytes:,} bytes, {self.origin!r})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.values())
+
+    # -- JSON --------------------------------------------------------------------------------------------------
+
+    def to_json(self, *, with_files: bool = True) -> dict[str, list[Any]]:
+        """The JSON form."""
+        return {name: spec.to_json(with_file=with_files) for name, spec in self.items()}
+
+    @classmethod
+    def from_json(cls, data: object, *, origin: str = "JSON") -> Manifest:
+        """Read the JSON form, as an object, as text, or a file of it.
+
+        Raises:
+            RemapError: ``manifest_invalid`` with the entry that cannot be read.
+        """
+        if isinstance(data, Path):
+            origin, data = str(data), _read_text(data)
+        if isinstance(data, str):
+            try:
+                data = json.loads(data)
+            except json.JSONDecodeError as error:
+                raise _invalid(f"{origin} is not JSON: {error}") from error
+        if not isinstance(data, Mapping):
+            raise _invalid(f"{origin} is not an object of tensor names")
+        return cls({name: _from_json_entry(name, entry, origin) for name, entry in data.items()}, origin=origin)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, wrapper: str = "") -> Manifest:
+        """Read a file or folder: safetensors (single, several, with an index), else a pickle checkpoint, else JSON.
+
+        Args:
+            path: the file or folder.
+            wrapper: for a pickle checkpoint, the keys above its tensors.
+
+        Raises:
+            RemapError: ``manifest_invalid`` where nothing readable is there.
+        """
+        path = Path(path)
+        if path.suffix == ".json" and not path.name.endswith(".index.json"):
+            return cls.from_json(path)
+        if path.suffix in PICKLE_SUFFIXES:
+            return cls.from_pickle(path, wrapper)
+        if path.is_dir() and not any(path.glob("*.safetensors*")):
+            pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+            if pickles:
+                return _joined([(file.name, cls.from_pickle(file, wrapper)) for file in pickles], str(path))
+        return cls.from_safetensors(path)
+
+    @classmethod
+    def from_safetensors(cls, path: str | Path) -> Manifest:
+        """Read the headers of a file, of a folder of files, or of what an index names; nothing else is read.
+
+        Raises:
+            RemapError: ``manifest_invalid`` for a missing file, a broken header, a name in two files, or an index that
+                disagrees with its files.
+        """
+        path = Path(path)
+        index = _index_of(path)
+        if index is not None:
+            return _from_index(index)
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise _invalid(f"{path} holds no safetensors file", "name a file, a folder of them, or an index")
+        return _joined([(file.name, _from_header(file)) for file in files], str(path))
+
+    @classmethod
+    def from_pickle(cls, path: str | Path, wrapper: str = "") -> Manifest:
+        """Read the tables of a ``.pth``, ``.pt`` or ``.bin`` without running anything in it; no tensor is read.
+
+        Args:
+            path: the file.
+            wrapper: the keys above the tensors, dotted (``generator``, ``app.model``).
+
+        Raises:
+            CheckpointError: from :func:`port_kit.pickles.read_tables`.
+        """
+        from port_kit.pickles import read_tables
+
+        tensors = read_tables(Path(path), wrapper).tensors
+        file = Path(path).name
+        return cls(
+            {name: TensorSpec(tuple(entry.shape), entry.dtype, file) for name, entry in tensors.items()},
+            origin=str(path),
+        )
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], *, file: str = "", origin: str = "") -> Manifest:
+        """Read a parsed safetensors header."""
+        entries = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            try:
+                dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+                shape = tuple(int(extent) for extent in entry["shape"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise _invalid(f"{origin or file}: header entry {name!r} cannot be read: {entry!r}") from error
+            entries[name] = TensorSpec(shape, dtype, file=file)
+        return cls(entries, origin=origin or file)
+
+    # -- modules -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_module(cls, module: nn.Module, *, prefix: str = "") -> Manifest:
+        """Read a module's parameters and persistent buffers; it may stand on the meta device.
+
+        vLLM's parallel linears are known by what they have (``output_sizes``, ``total_num_kv_heads``): shapes are those
+        of the whole parameter, whatever the tensor-parallel size, and fused ones have their slots.
+        """
+        from port_kit.remap.targets import read_targets
+
+        found = read_targets(module)
+        return cls(
+            {prefix + name: target.spec for name, target in found.targets.items()},
+            origin=type(module).__name__,
+            aliases={prefix + name: prefix + other for name, other in found.aliases.items()},
+        )
+
+    def under(self, prefix: str) -> Manifest:
+        """This manifest with all names under a prefix."""
+        return Manifest(
+            {prefix + name: spec for name, spec in self.items()},
+            origin=self.origin,
+            aliases={prefix + name: prefix + other for name, other in self.aliases.items()},
+        )
+
+
+def _spec(name: str, entry: TensorSpec | tuple[Iterable[int], str]) -> TensorSpec:
+    if isinstance(entry, TensorSpec):
+        return entry
+    shape, dtype = entry
+    return _checked(name, TensorSpec(tuple(shape), dtype), "manifest")
+
+
+def _checked(name: str, spec: TensorSpec, origin: str) -> TensorSpec:
+    if spec.dtype not in ITEM_SIZES:
+        raise _invalid(f"{origin}: {name!r} has the dtype {spec.dtype!r}", f"dtypes: {', '.join(ITEM_SIZES)}")
+    if any(type(extent) is not int or extent < 0 for extent in spec.shape):
+        raise _invalid(f"{origin}: {name!r} has the shape {spec.shape!r}", "extents are integers from 0 up")
+    return spec
+
+
+def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
+    wrong = f"{origin}: {name!r} is {json.dumps(entry)[:80]}"
+    if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3) or not isinstance(entry[0], (list, tuple)):
+        raise _invalid(wrong, 'an entry is [[extents], "dtype"] or has a third item with slots, buffer or file')
+    extra = entry[2] if len(entry) == 3 else {}
+    try:
+        slots = {str(slot): tuple((int(a), int(b)) for a, b in box) for slot, box in extra.get("slots", {}).items()}
+        buffer, file = bool(extra.get("buffer", False)), str(extra.get("file", ""))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _invalid(wrong, "slots are {slot: [[start, stop], ...]}") from error
+    return _checked(name, TensorSpec(tuple(entry[0]), entry[1], file, slots, buffer), origin)
+
+
+def _index_of(path: Path) -> Path | None:
+    if path.name.endswith(".index.json"):
+        return path
+    found = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
+    if len(found) > 1:
+        raise _invalid(
+            f"{path} holds {len(found)} indexes: {', '.join(file.name for file in found)}", "name one of them"
+        )
+    return found[0] if found else None
+
+
+def _from_index(index: Path) -> Manifest:
+    try:
+        weight_map = dict(json.loads(_read_text(index))["weight_map"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise _invalid(f"{index} has no weight_map", "it must be a safetensors index") from error
+    files = sorted(set(weight_map.values()))
+    manifest = _joined([(file, _from_header(index.parent / file)) for file in files], str(index))
+    for name, file in weight_map.items():
+        actual = manifest[name].file if name in manifest else "no file"
+        if actual != file:
+            raise _invalid(f"{index.name} places {name!r} in {file}; it is in {actual}", "download both again")
+    return manifest
+
+
+def _joined(parts: list[tuple[str, Manifest]], origin: str) -> Manifest:
+    entries: dict[str, TensorSpec] = {}
+    for file, part in parts:
+        for name, spec in part.items():
+            if name in entries:
+                raise _invalid(f"{name!r} stands in {entries[name].file} and in {file}", "remove one of the files")
+            entries[name] = spec
+    return Manifest(entries, origin=origin)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return a safetensors file's parsed header and the offset of its data.
+
+    Raises:
+        RemapError: ``manifest_invalid`` for a missing or broken file.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            raw = stream.read(size) if 2 <= size <= MAX_HEADER else b""
+        header = json.loads(raw) if raw and len(raw) == size else None
+    except OSError as error:
+        raise _invalid(f"{path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _invalid(f"{path} has a broken safetensors header") from error
+    if not isinstance(header, dict):
+        raise _invalid(f"{path} is not a whole safetensors file", "download it again")
+    return header, 8 + size
+
+
+def _from_header(path: Path) -> Manifest:
+    header, start = read_header(path)
+    data = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    size = path.stat().st_size
+    if size != start + max(data, default=0):
+        raise _invalid(f"{path} has {size} bytes; its header needs {start + max(data, default=0)}", "download it again")
+    return Manifest.from_header(header, file=path.name, origin=str(path))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _invalid(f"{path} cannot be read: {error}") from error
+
+
+def _invalid(message: str, hint: str = "check the file and how it was made") -> RemapError:
+    return RemapError(message, code="manifest_invalid", hint=hint)

@@ -1,0 +1,135 @@
+"""What is wrong with a rule set, a checkpoint and a module together: one record a gap, one error for all of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from port_kit.errors import RemapError
+
+#: Problems of one error that are written out, and for which the nearest name is looked up.
+SHOWN = 12
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One gap.
+
+    Attributes:
+        code: a ``remap_...`` code.
+        message: what was found and what is required.
+        rule: the pattern of the rule, where one is involved.
+        source: the source tensor.
+        file: where the source tensor stands.
+        target: the target tensor.
+        near: the nearest name that exists, where a name does not.
+    """
+
+    code: str
+    message: str
+    rule: str = ""
+    source: str = ""
+    file: str = ""
+    target: str = ""
+    near: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """The fields that are set."""
+        return {key: value for key, value in asdict(self).items() if value}
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.file:
+            parts.append(f"(in {self.file})")
+        if self.rule and self.rule not in self.message:
+            parts.append(f"[rule {self.rule}]")
+        if self.near:
+            parts.append(f"- did you mean {self.near}?")
+        return " ".join(parts)
+
+
+HINTS = {
+    "remap_ambiguous": "narrow one of the patterns, or give each rule the part that it takes",
+    "remap_beyond_layers": "the checkpoint has more layers than the module: check the configuration",
+    "remap_collision": "two rules must not write the same elements: correct a target or a shard",
+    "remap_dead_rule": "correct the pattern, remove the rule, or mark it optional",
+    "remap_dtype": "add a cast, set narrow on the rule set, or build the module in the checkpoint's dtype",
+    "remap_failed": "see the problems one by one",
+    "remap_incomplete_group": "the checkpoint lacks a part, or no rule sends it here",
+    "remap_missing": "add a rule for it, or keep it with a reason",
+    "remap_mixed": "load either the original or the converted checkpoint",
+    "remap_op": "correct the op",
+    "remap_overlap": "check take, into and the sizes of split and concat",
+    "remap_shape": "compare the rule with both shapes; the configuration may not be the checkpoint's",
+    "remap_slot": "use a slot that the target has, or concat for a plain parameter",
+    "remap_unexpected": "add a rule for it, or drop it with a reason",
+    "remap_unused": "use the rest of the source, or drop it with a reason (drop with take)",
+}
+
+
+def template_of(name: str) -> str:
+    """The name with its layer numbers taken out: ``blocks.#.attn.q.weight``."""
+    return _NUMBER.sub("#", name)
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """The most similar name that exists; empty where none is similar.
+
+    Names are compared by layer template first: among thousands of names only a few dozen templates differ.
+    """
+    templates: dict[str, str] = {}
+    for candidate in names:
+        templates.setdefault(template_of(candidate), candidate)
+    found = difflib.get_close_matches(template_of(name), templates, n=1, cutoff=0.6)
+    if not found:
+        return ""
+    numbers = iter(_NUMBER.findall(name))
+    guess = re.sub("#", lambda match: next(numbers, "0"), found[0])
+    return guess if guess in names else templates[found[0]]
+
+
+def with_nearest(problems: Iterable[Problem], sources: Collection[str], targets: Collection[str]) -> list[Problem]:
+    """Add the nearest name to the first problems that miss one."""
+    result = list(problems)
+    looked = 0
+    for at, problem in enumerate(result):
+        if looked >= SHOWN:
+            break
+        if problem.code == "remap_unexpected":
+            result[at] = replace(problem, near=nearest(problem.target or problem.source, targets))
+        elif problem.code == "remap_missing":
+            result[at] = replace(problem, near=nearest(problem.target, sources))
+        else:
+            continue
+        looked += 1
+    return result
+
+
+def raise_problems(problems: Sequence[Problem], subject: str) -> None:
+    """Raise one error for all problems; does nothing where there are none.
+
+    Raises:
+        RemapError: with the one code of all problems, or ``remap_failed`` and the problems in ``details``.
+    """
+    if not problems:
+        return
+    codes = sorted({problem.code for problem in problems})
+    code = codes[0] if len(codes) == 1 else "remap_failed"
+    shown = [f"  {problem.code.removeprefix('remap_')}: {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        shown.append(f"  ... and {len(problems) - SHOWN} more")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise RemapError(
+        "\n".join([f"{subject}: {count}", *shown]),
+        code=code,
+        hint=HINTS.get(problems[0].code, "see the problems one by one"),
+        problems=[problem.to_json() for problem in problems],
+    )
+
+
+def problem_from(error: RemapError, **facts: str) -> Problem:
+    """A gap that an op or size reported while it was lowered."""
+    return Problem(error.code, error.message, **facts)

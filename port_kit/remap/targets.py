@@ -1,0 +1,249 @@
+"""The tensors of a module that a checkpoint has to fill: whole shapes, fused slots, and this rank's part of each.
+
+vLLM's parallel linears are recognised by what they have, not by their class, so that this needs no vLLM and works for
+classes derived from them. A parameter that is sharded in a way of its own may say its whole shape in ``full_shape``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from port_kit.manifest import TensorSpec
+from port_kit.remap.boxes import Box, Shape, extents, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Loader = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One slot of a parameter (the whole of it, slot ``""``, where it is not fused).
+
+    Attributes:
+        box: the slot in the whole parameter.
+        held: the part of the whole parameter that this rank holds of the slot.
+        local: where that part stands in this rank's tensor.
+    """
+
+    slot: str
+    box: Box
+    held: Box
+    local: Box
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter or buffer of a module.
+
+    Attributes:
+        tensor: the parameter or buffer itself; never read, only written.
+        spec: whole shape, dtype and slots.
+        shards: the slots with this rank's part of each; empty where only the parameter's own loader knows them.
+        loader: the parameter's ``weight_loader``, or None.
+    """
+
+    name: str
+    tensor: Tensor
+    spec: TensorSpec
+    shards: tuple[Shard, ...]
+    loader: Loader | None
+
+    def load(self, slot: str, piece: Tensor) -> None:
+        """Give one whole slot to the parameter's loader."""
+        assert self.loader is not None
+        if not slot:
+            self.loader(self.tensor, piece)
+        elif "." in slot:
+            expert, _, part = slot.partition(".")
+            self.loader(self.tensor, piece, self.name, shard_id=part, expert_id=int(expert))
+        else:
+            self.loader(self.tensor, piece, int(slot) if slot.isdigit() else slot)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All targets of a module by name, and the second names of tensors that it shares."""
+
+    targets: dict[str, Target]
+    aliases: dict[str, str]
+
+
+def read_targets(module: nn.Module) -> Targets:
+    """List a module's parameters and persistent buffers."""
+    targets: dict[str, Target] = {}
+    aliases: dict[str, str] = {}
+    known: dict[int, str] = {}
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for leaf, tensor, buffer in _own_tensors(owner):
+            name = prefix + leaf
+            first = known.setdefault(id(tensor), name)
+            if first == name:
+                targets[name] = read_target(name, owner, tensor, buffer=buffer)
+            else:
+                aliases[name] = first
+    return Targets(targets, aliases)
+
+
+def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    for leaf, parameter in owner._parameters.items():
+        if parameter is not None:
+            yield leaf, parameter, False
+    for leaf, buffer in owner._buffers.items():
+        if buffer is not None and leaf not in owner._non_persistent_buffers_set:
+            yield leaf, buffer, True
+
+
+def read_target(name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False) -> Target:
+    """Describe one tensor of the module that owns it."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    loader = None if buffer else getattr(tensor, "weight_loader", None)
+    shape, shards = _layout(owner, tensor, tuple(tensor.shape))
+    slots = {shard.slot: shard.box for shard in shards if shard.slot}
+    return Target(name, tensor, TensorSpec(shape, dtype, slots=slots, buffer=buffer), shards, loader)
+
+
+def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
+    """The whole shape and the shards of a parameter."""
+    full = getattr(tensor, "full_shape", None)
+    if full is not None:
+        return tuple(full), ()
+    if hasattr(owner, "org_vocab_size") and hasattr(owner, "shard_indices") and len(local) > 1:
+        return _vocabulary(owner, local)
+    if getattr(owner, "moe_config", None) is not None and len(local) == 3:
+        experts = _experts(owner, tensor, local)
+        if experts is not None:
+            return experts
+    slots = _fused_slots(owner, tensor, local)
+    if slots is not None:
+        return slots
+    return _linear(owner, tensor, local)
+
+
+def _linear(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
+    """A column- or row-parallel linear: one axis is this rank's share of the whole.
+
+    Anything else that brings its own loader gets no shards: only that loader knows what it does.
+    """
+    known = hasattr(owner, "output_size") and (hasattr(tensor, "output_dim") or hasattr(tensor, "input_dim"))
+    if not known and hasattr(tensor, "weight_loader"):
+        return local, ()
+    full, held = list(local), list(whole(local))
+    rank = getattr(owner, "tp_rank", 0)
+    for axis_name, side in (("output_dim", "output_size"), ("input_dim", "input_size")):
+        axis, total = getattr(tensor, axis_name, None), getattr(owner, side, None)
+        part = getattr(owner, f"{side}_per_partition", total)
+        if axis is None or not isinstance(total, int) or not isinstance(part, int) or not part:
+            continue
+        count = total // part
+        full[axis] = local[axis] * count
+        if count > 1:
+            held[axis] = (rank * local[axis], (rank + 1) * local[axis])
+    shape = tuple(full)
+    return shape, (Shard("", whole(shape), tuple(held), whole(local)),)
+
+
+def _fused_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
+    """A fused column-parallel linear: one slot a projection, each split over the ranks on its own."""
+    axis = getattr(tensor, "output_dim", None)
+    parts = _fused_parts(owner)
+    if axis is None or parts is None:
+        return None
+    local_total = sum(part.local for part in parts)
+    if not local_total or local[axis] % local_total and local_total % local[axis]:
+        return None
+    # a packed parameter (several values an element) has its slots in proportion
+    scale = local[axis] / local_total
+    full_total = sum(part.full for part in parts)
+    shape = (*local[:axis], round(full_total * scale), *local[axis + 1 :])
+    shards, at, local_at = [], 0, 0
+    for part in parts:
+        size, mine = round(part.full * scale), round(part.local * scale)
+        start = at + part.index * mine
+        shards.append(
+            Shard(
+                part.slot,
+                _span(shape, axis, at, at + size),
+                _span(shape, axis, start, start + mine),
+                _span(local, axis, local_at, local_at + mine),
+            )
+        )
+        at, local_at = at + size, local_at + mine
+    return shape, tuple(shards)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One projection of a fused linear: extents in values, and which of its parts this rank holds."""
+
+    slot: str
+    full: int
+    local: int
+    index: int
+
+
+def _fused_parts(owner: Any) -> list[_Part] | None:
+    rank, size = getattr(owner, "tp_rank", 0), getattr(owner, "tp_size", 1)
+    if hasattr(owner, "total_num_kv_heads") and hasattr(owner, "num_kv_head_replicas"):
+        value_size = getattr(owner, "v_head_size", owner.head_size)
+        kv_rank = rank // owner.num_kv_head_replicas
+        return [
+            _Part("q", owner.total_num_heads * owner.head_size, owner.num_heads * owner.head_size, rank),
+            _Part("k", owner.total_num_kv_heads * owner.head_size, owner.num_kv_heads * owner.head_size, kv_rank),
+            _Part("v", owner.total_num_kv_heads * value_size, owner.num_kv_heads * value_size, kv_rank),
+        ]
+    sizes = getattr(owner, "output_sizes", None)
+    if isinstance(sizes, (list, tuple)) and len(sizes) > 1:
+        if not hasattr(owner, "output_size_per_partition"):
+            size = 1
+        return [_Part(str(slot), full, full // size, rank) for slot, full in enumerate(sizes)]
+    return None
+
+
+def _vocabulary(owner: Any, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
+    """A vocabulary split over the ranks and padded: the checkpoint has the words alone."""
+    shape = (owner.org_vocab_size, *local[1:])
+    start, stop = owner.shard_indices.org_vocab_start_index, owner.shard_indices.org_vocab_end_index
+    held = ((start, stop), *whole(local[1:]))
+    return shape, (Shard("", whole(shape), held, ((0, stop - start), *whole(local[1:]))),)
+
+
+def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
+    """vLLM's fused experts: slots ``expert.w1``, ``expert.w3`` (halves of ``w13``) and ``expert.w2``."""
+    names = {id(parameter): leaf for leaf, parameter in owner._parameters.items()}
+    leaf = names.get(id(tensor), "")
+    total, ranks = getattr(owner, "global_num_experts", local[0]), getattr(owner, "tp_size", 1)
+    if leaf == "w13_weight":
+        shape = (total, local[1] * ranks, local[2])
+        halves = ("w1", "w3")
+    elif leaf == "w2_weight":
+        shape = (total, local[1], local[2] * ranks)
+        halves = ("w2",)
+    else:
+        return None
+    rows = shape[1] // len(halves)
+    shards = []
+    for expert in range(total):
+        for number, half in enumerate(halves):
+            box = ((expert, expert + 1), (number * rows, (number + 1) * rows), (0, shape[2]))
+            shards.append(Shard(f"{expert}.{half}", box, box, box))
+    return shape, tuple(shards)
+
+
+def _span(shape: Shape, axis: int, start: int, stop: int) -> Box:
+    return (*whole(shape[:axis]), (start, stop), *whole(shape[axis + 1 :]))
+
+
+def slot_shape(target: Target, slot: str) -> Shape:
+    """The shape of one slot in a checkpoint."""
+    return extents(target.spec.slots[slot]) if slot else target.spec.shape
+
+
+def is_elastic(target: Target) -> bool:
+    """Whether only the parameter's own loader knows how its whole shape relates to this rank's tensor."""
+    return target.loader is not None and not target.shards and math.prod(target.spec.shape) > 0
