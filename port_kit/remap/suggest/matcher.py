@@ -1,15 +1,18 @@
 """The search: pairs of units that explain each other best, in rounds.
 
-Round one matches module templates (all layers at once), with fused groups and stacks as further candidates.
-Round two matches what is left tensor by tensor, led by what round one found around it.
+The first round matches module templates (all layers at once), with fused groups and stacks as further candidates. What
+is left is matched again with the innermost lists taken apart, and at last tensor by tensor, each round led by what
+the earlier ones found around it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from port_kit.remap.suggest.assign import best_assignment
+from port_kit.remap.suggest.entries import entries_of
 from port_kit.remap.suggest.groups import virtual_units
 from port_kit.remap.suggest.layers import settle
 from port_kit.remap.suggest.match import Match
@@ -29,21 +32,36 @@ from port_kit.remap.suggest.units import GROUPINGS, Shape, Unit, has_own_order, 
 _ITERATIONS = 4
 
 
+@dataclass(frozen=True)
+class _Half:
+    """One manifest in one round: the units still to be matched, and those that earlier rounds have used."""
+
+    free: list[Unit]
+    done: list[Unit]
+    ordered: bool
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Shape], used: Container[str], grouping: str) -> _Half:
+        """Group the used and the unused tensors of a manifest, each by themselves."""
+        free = {name: shape for name, shape in manifest.items() if name not in used}
+        done = {name: shape for name, shape in manifest.items() if name in used}
+        return cls(units_of(free, grouping), units_of(done, grouping), has_own_order(manifest))
+
+
 class Search:
     """One round over the units of both sides."""
 
     def __init__(
         self,
-        sources: Sequence[Unit],
-        targets: Sequence[Unit],
-        *,
-        ordered: tuple[bool, bool],
-        around: Sequence[Match] = (),
+        left: _Half,
+        right: _Half,
+        known: Sequence[tuple[Unit, Unit, float]] = (),
         round_: int = 1,
     ) -> None:
-        self.left = Side([*sources, *(leaf for match in around for leaf in match.source.leaves)], ordered=ordered[0])
-        self.right = Side([*targets, *(leaf for match in around for leaf in match.target.leaves)], ordered=ordered[1])
-        self.known = {match.target: match.source for match in around}
+        sources, targets = left.free, right.free
+        self.left = Side([*sources, *left.done], ordered=left.ordered)
+        self.right = Side([*targets, *right.done], ordered=right.ordered)
+        self.known = known
         self.round = round_
         self.sources = [*sources, *virtual_units(sources, targets)]
         self.targets = [*targets, *virtual_units(targets, sources)]
@@ -55,7 +73,7 @@ class Search:
         """The assignment after the evidence has flowed between neighbours."""
         assigned = self._assign(self.static)
         for _ in range(_ITERATIONS):
-            flood = Flood({**self.known, **assigned}, self.left, self.right)
+            flood = Flood(assigned, self.known, self.left, self.right)
             self.scores = {
                 pair: value + FLOOD * flood.score(*pair) + RANK * flood.rank(*pair)
                 for pair, value in self.static.items()
@@ -140,32 +158,27 @@ class Search:
 
 def match(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> list[Match]:
     """All pairs found between two manifests (name -> shape), in the order of the target."""
-    ordered = (has_own_order(source), has_own_order(target))
-    found = settle(Search(units_of(source), units_of(target), ordered=ordered).run())
-    for round_, grouping in enumerate(GROUPINGS[1:], start=2):
-        left, right = _rest(source, found, "source"), _rest(target, found, "target")
-        if not left or not right:
+    found: list[Match] = []
+    for round_, grouping in enumerate(GROUPINGS, start=1):
+        links = [(name, entry["from"]) for item in found for name, entry in entries_of(item)]
+        used = {name for _, names in links for name in names}, {name for name, _ in links}
+        left, right = _Half.of(source, used[0], grouping), _Half.of(target, used[1], grouping)
+        if not left.free or not right.free:
             break
-        rest = Search(
-            units_of(left, grouping),
-            units_of(right, grouping),
-            ordered=ordered,
-            around=found,
-            round_=round_,
-        )
-        found = settle(found + rest.run())
+        search = Search(left, right, _known(links, left.done, right.done), round_)
+        found = settle([*found, *search.run()])
     return sorted(found, key=lambda item: item.target.order)
 
 
-def _rest(manifest: Mapping[str, Shape], found: Sequence[Match], side: str) -> dict[str, Shape]:
-    used: set[str] = set()
-    for item in found:
-        unit: Unit = getattr(item, side)
-        pairs = item.alignment.pairs
-        for leaf in unit.leaves:
-            for row in leaf.names.values():
-                if side == "source" and not unit.members:
-                    used.update(row[index] for index in pairs.values())
-                else:
-                    used.update(row.values())
-    return {name: shape for name, shape in manifest.items() if name not in used}
+def _known(
+    links: Iterable[tuple[str, Sequence[str]]], sources: Sequence[Unit], targets: Sequence[Unit]
+) -> list[tuple[Unit, Unit, float]]:
+    """What earlier rounds found, in the units of this one: (source, target, share)."""
+    owner = {name: unit for unit in [*sources, *targets] for row in unit.names.values() for name in row.values()}
+    votes: dict[tuple[Unit, Unit], int] = defaultdict(int)
+    total: dict[Unit, int] = defaultdict(int)
+    for name, origins in links:
+        for origin in origins:
+            votes[owner[origin], owner[name]] += 1
+            total[owner[name]] += 1
+    return [(source, target, count / total[target]) for (source, target), count in votes.items()]

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from port_kit.remap.suggest.units import HOLE, Index, Unit, size_of
-from port_kit.remap.suggest.vocabulary import position, weight_of
+from port_kit.remap.suggest.vocabulary import markedness, position, weight_of
 
 NAME, ANCHOR, FLOOD, RANK = 1.0, 0.5, 0.7, 0.35
 _REACH = 4  # ancestors looked at, innermost first
@@ -72,7 +72,7 @@ class Side:
         if self.ordered:
             return (unit.order,)
         near = [word for word, distance in unit.tokens if distance < 2]
-        return (position(near), len([word for word in unit.words if word[0] != "#"]), unit.order)
+        return (position(near), sum(map(markedness, unit.words)), unit.order)
 
     @cached_property
     def profiles(self) -> dict[Path, tuple[int, ...]]:
@@ -129,7 +129,13 @@ def anchor_score(source: Unit, target: Unit, left: Side, right: Side) -> float:
 class Flood:
     """What an assignment says about pairs of modules."""
 
-    def __init__(self, assigned: Mapping[Unit, Unit], left: Side, right: Side) -> None:
+    def __init__(
+        self,
+        assigned: Mapping[Unit, Unit],
+        known: Iterable[tuple[Unit, Unit, float]],
+        left: Side,
+        right: Side,
+    ) -> None:
         self.left, self.right = left, right
         self.assigned = {leaf: source for target, source in assigned.items() for leaf in target.leaves}
         self.mass: dict[tuple[Path, Path], float] = defaultdict(float)
@@ -139,6 +145,9 @@ class Flood:
                     share = 1 / max(len(source.leaves), len(target.leaves))
                     for pair in self._pairs(s_leaf, t_leaf):
                         self.mass[pair] += share
+        for source, target, share in known:
+            for pair in self._pairs(source, target):
+                self.mass[pair] += share
         self._order: dict[tuple[int, Path], dict[tuple[object, ...], list[Unit]]] = {}
 
     def _pairs(self, source: Unit, target: Unit) -> list[tuple[Path, Path]]:

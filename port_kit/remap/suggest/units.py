@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +23,7 @@ OWN = "weight"
 HOLE = "{}"
 _ITEM = re.compile(r"([A-Za-z_]+?)(\d+)")
 _LIST_LENGTH = 3  # fewer numbered words are different things: attn1 and attn2
+_BLOCK_SIZE = 5  # and so are small modules: norm1, norm2 and norm3
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +148,7 @@ def units_of(manifest: Mapping[str, Shape], grouping: str = "layers") -> list[Un
     names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
     split = {name: split_leaf(name) for name in manifest}
     lists = _numbered_lists(components for components, _ in split.values())
+    lists |= _even_lists(split, manifest)
     for name, (components, role) in split.items():
         parts, index = _template(components, lists, outer=grouping == "outer")
         if index in names[parts][role]:  # two spellings of one role in one module (weight and scale)
@@ -179,14 +181,31 @@ def _ranks(manifest: Mapping[str, Shape]) -> dict[str, float]:
 
 
 def _numbered_lists(names: Iterable[list[str]]) -> set[tuple[tuple[str, ...], str]]:
-    """(parent, stem) of lists whose items carry their number in a word: ``layer_0``, ``layer_1``, ``layer_2``."""
-    numbers: dict[tuple[tuple[str, ...], str], set[str]] = defaultdict(set)
+    """(parent, stem) of lists of blocks whose items carry their number in a word: ``layer_0, layer_1, layer_2``."""
+    sizes: dict[tuple[tuple[str, ...], str], Counter[str]] = defaultdict(Counter)
     for components in names:
         for depth, component in enumerate(components[:-1]):
             found = _ITEM.fullmatch(component)
             if found:
-                numbers[tuple(components[:depth]), found[1]].add(found[2])
-    return {key for key, values in numbers.items() if len(values) >= _LIST_LENGTH}
+                sizes[tuple(components[:depth]), found[1]][found[2]] += 1
+    return {key for key, items in sizes.items() if len(items) >= _LIST_LENGTH and min(items.values()) >= _BLOCK_SIZE}
+
+
+def _even_lists(
+    split: Mapping[str, tuple[list[str], str]], manifest: Mapping[str, Shape]
+) -> set[tuple[tuple[str, ...], str]]:
+    """Lists of bare modules (numbers right before the parameter) that are all alike."""
+    items: dict[tuple[str, ...], dict[str, set[tuple[str, Shape]]]] = defaultdict(lambda: defaultdict(set))
+    for name, (components, role) in split.items():
+        if components[-1].isdigit():
+            items[tuple(components[:-1])][components[-1]].add((role, manifest[name]))
+    return {
+        (parent, "")
+        for parent, found in items.items()
+        if len(found) >= _LIST_LENGTH
+        and {int(number) for number in found} == set(range(len(found)))
+        and len({frozenset(roles) for roles in found.values()}) == 1
+    }
 
 
 def _template(
@@ -205,7 +224,11 @@ def _template(
             index.append(int(found[2]))
         else:
             parts.append(component)
-    parts.append(components[-1])
+    if components[-1].isdigit() and (tuple(components[:-1]), "") in lists:
+        parts.append(HOLE)
+        index.append(int(components[-1]))
+    else:
+        parts.append(components[-1])
     if outer and index:
         depth = max(depth for depth, part in enumerate(parts) if HOLE in part)
         parts[depth] = parts[depth].replace(HOLE, str(index.pop()))

@@ -243,6 +243,11 @@ def position(found: Iterable[str]) -> int:
     return max((_POSITIONS.get(word, 0) for word in found), default=0)
 
 
+def markedness(word: str) -> int:
+    """How much a word marks its module as the special one among siblings: the second stream most, numbers not."""
+    return 0 if word.startswith("#") else 3 if word == "ctx" else 1
+
+
 def natural_key(text: str) -> tuple[tuple[int, str], ...]:
     """Sort key under which ``norm10`` follows ``norm9``."""
     pieces = re.findall(r"\d+|\D+", text)
