@@ -1,0 +1,63 @@
+"""The four passes of a step on 1, 2 and 4 ranks: the same video and sound, and each rank ran its share only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from port_kit.testing.workers import RankResult, Request, run_workers
+
+STEPS = 2
+
+
+def talk() -> Request:
+    """A small request with one picture and one voice."""
+    voice = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
+    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [voice]}
+    prompt = {"prompt": "one person sings", "multi_modal_data": media}
+    return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": STEPS, "seed": 11})
+
+
+def run(model: Path, ranks: int) -> list[RankResult]:
+    """Serve the request with ``cfg_parallel_size=ranks``; the probe is how often each rank ran its transformer."""
+    return run_workers(model, [talk()], config={"parallel_config": {"cfg_parallel_size": ranks}}, probe=passes)
+
+
+def passes(pipeline: nn.Module) -> int:
+    """Serve a second request and count the transformer's passes in it."""
+    from vllm_omni.diffusion.request import OmniDiffusionRequest
+    from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    counted: list[Any] = []
+    handle = pipeline.transformer.register_forward_hook(lambda *arguments: counted.append(None))
+    request = talk()
+    sampling = OmniDiffusionSamplingParams(**request.sampling)
+    with torch.inference_mode():
+        pipeline.forward(DiffusionRequestBatch([OmniDiffusionRequest(request.prompt, sampling, "second")]))
+    handle.remove()
+    return len(counted)
+
+
+@pytest.fixture(scope="module")
+def alone(dreamid_model: Path) -> RankResult:
+    """What one rank computes."""
+    return run(dreamid_model, 1)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_passes_are_shared_out_and_the_result_is_the_same(
+    dreamid_model: Path, alone: RankResult, ranks: int
+) -> None:
+    assert alone.probe == 4 * STEPS
+    for result in run(dreamid_model, ranks):
+        assert result.probe == 4 * STEPS // ranks
+        difference = result.outputs[0]["video"].int() - alone.outputs[0]["video"].int()
+        assert difference.abs().max() <= 1  # of 255: a rounding of the last place may fall the other way
+        assert (result.outputs[0]["audio"] - alone.outputs[0]["audio"]).abs().max() < 1e-5
