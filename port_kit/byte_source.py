@@ -138,3 +138,16 @@ class SourceFile(io.RawIOBase):
             self._blocks.move_to_end(index)
         while len(self._blocks) > 2 * _CACHED_BLOCKS:
             self._blocks.popitem(last=False)
+
+
+class CachedSource:
+    """A remote :class:`ByteSource` behind cached blocks: many small reads become few requests."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.name, self.size = source.name, source.size
+        self._file = SourceFile(source)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`ByteSource`."""
+        self._file.seek(offset)
+        return self._file.read(length)

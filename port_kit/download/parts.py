@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,16 @@ class Part:
             self.descriptor = os.open(folder / "data", flags, 0o644)
             self._progress = os.open(folder / "progress", flags, 0o644)
         self.segments = [
-            Segment(index, start, min(start + size, identity.size), start + self._count(index))
+            Segment(
+                index,
+                start,
+                min(start + size, identity.size),
+                min(start + self._counted(index), start + size, identity.size),
+            )
             for index, start in enumerate(range(0, max(identity.size, 1), size))
         ]
         self.layout = Layout.identity(identity.size)
+        self._segment_size, self._first_open, self._lock = size, 0, threading.Lock()
         self.resumed_bytes = self.written
 
     @property
@@ -88,9 +95,11 @@ class Part:
     @property
     def frontier(self) -> int:
         """All source bytes before this one have been written."""
-        for segment in self.segments:
+        while self._first_open < len(self.segments):
+            segment = self.segments[self._first_open]
             if not segment.is_complete:
                 return segment.position
+            self._first_open += 1
         return self.identity.size
 
     @property
@@ -98,14 +107,28 @@ class Part:
         """Size and sha256 of the finished file, where it is finished."""
         return self.meta.get("sealed")
 
-    def write(self, segment: Segment, offset: int, data: bytes) -> None:
-        """Write source bytes and count them; bytes before the segment's position change nothing."""
+    def write(self, offset: int, data: bytes | memoryview) -> int:
+        """Write source bytes from ``offset`` and count them in their segments; return how many are new.
+
+        Several threads may bring the same bytes (a server that ignores ranges sends them all to everybody).
+        """
         with explained(self.folder):
             self.layout.write(self.descriptor, offset, data)
-            if offset <= segment.position < offset + len(data):
-                segment.position = min(segment.end, offset + len(data))
-                count = _COUNT.pack(segment.position - segment.start)
-                os.pwrite(self._progress, count, segment.index * _COUNT.size)
+            with self._lock:
+                return self._count(offset, offset + len(data))
+
+    def _count(self, start: int, end: int) -> int:
+        new = 0
+        for index in range(start // self._segment_size, len(self.segments)):
+            segment = self.segments[index]
+            if segment.start >= end:
+                break
+            if max(start, segment.start) <= segment.position < end:
+                reached = min(end, segment.end)
+                new += reached - segment.position
+                segment.position = reached
+                os.pwrite(self._progress, _COUNT.pack(reached - segment.start), index * _COUNT.size)
+        return new
 
     def save(self, **meta: object) -> None:
         """Remember facts about the part for the process that may have to go on with it."""
@@ -114,10 +137,14 @@ class Part:
             write_json(self.folder / "meta.json", self.meta)
 
     def seal(self, size: int, sha256: str) -> None:
-        """Make the content durable, note that it is finished, and cut off what is no part of it."""
+        """Make the content durable and note that it is finished."""
         with explained(self.folder):
             os.fsync(self.descriptor)
             self.save(sealed={"size": size, "sha256": sha256})
+
+    def truncate(self, size: int) -> None:
+        """Cut off what lies behind the finished file; only after it was sealed."""
+        if os.fstat(self.descriptor).st_size != size:
             os.ftruncate(self.descriptor, size)
             os.fsync(self.descriptor)
 
@@ -138,7 +165,7 @@ class Part:
                 os.close(descriptor)
         self.descriptor = self._progress = -1
 
-    def _count(self, index: int) -> int:
+    def _counted(self, index: int) -> int:
         data = os.pread(self._progress, _COUNT.size, index * _COUNT.size)
         return _COUNT.unpack(data)[0] if len(data) == _COUNT.size else 0
 

@@ -1,0 +1,123 @@
+"""``port-kit download PORT``: a recipe becomes a whole model directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import cast
+
+import click
+
+from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.download import Recipe, Report, download
+from port_kit.download.progress import choose_progress, human
+from port_kit.errors import DownloadError
+from port_kit.port import find_port, resolve
+
+
+@click.command(
+    "download",
+    epilog="Examples:  port-kit download dreamid_omni --dry-run  |  "
+    "port-kit download dreamid_omni --output-dir /models/dreamid_omni",
+)
+@click.argument("port")
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    help="The model directory.  [default: ./PORT]",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
+@click.option("--revision", multiple=True, metavar="[REPO=]COMMIT", help="Another revision than the recipe's.")
+@click.option("--update", is_flag=True, help="Resolve revisions that the recipe does not pin anew.")
+@click.option(
+    "--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Use no network; fail where something is missing."
+)
+@click.option("--verify", is_flag=True, help="Hash every file; fetch what is damaged again.")
+@click.option("--prune", is_flag=True, help="Delete files in the directory that are not part of the model.")
+@click.option("--with-reference", is_flag=True, help="Also install the original code, for comparison.")
+@click.option("--keep-original", is_flag=True, help="Keep pickle checkpoints beside what they are converted to.")
+@click.option("--no-cache", is_flag=True, help="Do not look into the Hub cache.")
+@click.option("--endpoint", help="A mirror of the Hub.  [default: HF_ENDPOINT]")
+@click.option("--connections", default=8, show_default=True, type=click.IntRange(1, 64), help="Requests at a time.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@json_option
+@handles_errors("download")
+def command(
+    port: str,
+    output_dir: Path | None,
+    dry_run: bool,
+    revision: tuple[str, ...],
+    update: bool,
+    offline: bool,
+    verify: bool,
+    prune: bool,
+    with_reference: bool,
+    keep_original: bool,
+    no_cache: bool,
+    endpoint: str | None,
+    connections: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Fetch, convert and assemble the model directory of PORT (a port's name, or a recipe in TOML).
+
+    Run it again after any interruption: it goes on where it was. HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured.
+    """
+    recipe = load_recipe(port)
+    report = download(
+        at_revisions(recipe, revision),
+        output_dir or Path(recipe.name),
+        dry_run=dry_run,
+        offline=offline,
+        verify=verify,
+        update=update,
+        prune=prune,
+        with_reference=with_reference,
+        keep_original=keep_original,
+        use_cache=not no_cache,
+        endpoint=endpoint,
+        connections=connections,
+        progress=choose_progress(quiet=quiet or as_json),
+    )
+    emit("download", report.to_json(), as_json=as_json, text=None if quiet and not dry_run else _describe(report))
+
+
+def main(port: str) -> None:
+    """Run the command for one port; what ``download_<name>.py`` scripts call. Options come from the command line."""
+    command.main(args=[port, *sys.argv[1:]], prog_name=Path(sys.argv[0]).name)
+
+
+def load_recipe(port: str) -> Recipe:
+    """Return the recipe of a port, or the one in a TOML file."""
+    if port.endswith(".toml"):
+        return Recipe.from_toml(port)
+    return cast(Recipe, resolve(find_port(port).recipe))
+
+
+def at_revisions(recipe: Recipe, revisions: tuple[str, ...]) -> Recipe:
+    """Apply ``--revision`` values: ``REPO=COMMIT``, or a bare commit where the recipe has one repository."""
+    chosen: dict[str, str | None] = {}
+    for value in revisions:
+        repo_id, equals, commit = value.rpartition("=")
+        if not equals and len(recipe.repositories) != 1:
+            names = ", ".join(repository.repo_id for repository in recipe.repositories)
+            raise DownloadError(
+                f"--revision {value} does not say which repository it is for",
+                code="recipe_invalid",
+                hint=f"write REPO=COMMIT with one of {names}",
+            )
+        chosen[repo_id or recipe.repositories[0].repo_id] = commit
+    return recipe.with_(revisions=chosen) if chosen else recipe
+
+
+def _describe(report: Report) -> str:
+    if report.plan is not None and not report.complete:
+        return report.plan.describe()
+    lines = [f"removed {target}" for target in report.removed]
+    lines += [f"repaired {target} ({problem})" for target, problem in report.repaired.items()]
+    lines += [f"installed {name} in {folder}" for name, folder in report.code.items()]
+    if report.strangers:
+        lines.append(f"not part of the model: {', '.join(report.strangers[:8])} (--prune deletes them)")
+    moved = f"{len(report.fetched)} files, {human(report.network_bytes)} fetched" if report.fetched else "nothing to do"
+    lines.append(f"{report.directory} is complete: {moved}, {report.seconds:.1f} s")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""``port.lock``: what a model directory was made from, to the byte; and the journal that becomes it.
+
+The lock is written when the plan is made (``complete: false``): from then on unconfirmed revisions are fixed. Each
+finished file adds a line to ``.port_kit/journal`` before it gets its name. At the end the journal goes into the lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from port_kit.download.files import STATE_FOLDER, explained, read_json, write_json
+from port_kit.download.parts import Identity
+from port_kit.errors import DownloadError
+
+LOCK_NAME = "port.lock"
+SCHEMA = "port-kit-lock/1"
+
+
+@dataclass(frozen=True)
+class LockedFile:
+    """A file of the model directory; ``size`` and ``sha256`` are None until it is finished."""
+
+    identity: Identity
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass
+class Lock:
+    """The content of ``port.lock``.
+
+    Attributes:
+        recipe: the port's name.
+        fingerprint: of the recipe that the plan was made for.
+        revisions: ``{repo_id: commit}`` as used.
+        unconfirmed: those of them that the recipe does not pin.
+        files: by target.
+        written: ``{target: {"size", "sha256"}}`` of the files that the recipe contains itself (configurations).
+        code: ``{name: {"url", "commit"}}`` of the git code as used.
+        complete: whether the directory was whole when this was written.
+    """
+
+    recipe: str
+    fingerprint: str
+    revisions: dict[str, str]
+    unconfirmed: list[str] = field(default_factory=list)
+    files: dict[str, LockedFile] = field(default_factory=dict)
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    code: dict[str, dict[str, str]] = field(default_factory=dict)
+    complete: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain form."""
+        files = {
+            target: {**_without_target(item.identity), "final_size": item.size, "final_sha256": item.sha256}
+            for target, item in sorted(self.files.items())
+        }
+        return {"schema": SCHEMA, **dataclasses.asdict(self), "files": files}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Lock:
+        """Build a lock from its plain form."""
+        files = {}
+        for target, item in data["files"].items():
+            item = dict(item)
+            size, sha256 = item.pop("final_size"), item.pop("final_sha256")
+            files[target] = LockedFile(Identity(target=target, **item), size, sha256)
+        fields = {key: value for key, value in data.items() if key not in ("schema", "files")}
+        return cls(files=files, **fields)
+
+    def save(self, directory: Path) -> None:
+        """Write it, durably."""
+        write_json(directory / LOCK_NAME, self.to_json())
+
+
+def _without_target(identity: Identity) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(identity).items() if key != "target"}
+
+
+def read_lock(directory: Path) -> Lock | None:
+    """Return the directory's lock with what its journal adds; None where there is none.
+
+    Raises:
+        DownloadError: ``lock_invalid``.
+    """
+    path = directory / LOCK_NAME
+    data = read_json(path)
+    if data is None and not path.exists():
+        return None
+    try:
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']}, {SCHEMA} is required")
+        lock = Lock.from_json(data)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise DownloadError(
+            f"{path} cannot be read ({type(error).__name__}: {error})",
+            code="lock_invalid",
+            hint="delete it; the files beside it are recognised by their hashes, converted ones are made again",
+        ) from error
+    for target, size, sha256 in _journal(directory):
+        item = lock.files.get(target)
+        if item is not None and item.sha256 is None:
+            lock.files[target] = dataclasses.replace(item, size=size, sha256=sha256)
+    return lock
+
+
+def append_journal(directory: Path, target: str, size: int, sha256: str) -> None:
+    """Note, durably, that a file is finished and about to get its name."""
+    path = directory / STATE_FOLDER / "journal"
+    line = json.dumps([target, size, sha256]) + "\n"
+    with explained(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, f"\n{line}".encode())  # a torn line before it must not swallow this one
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def drop_journal(directory: Path) -> None:
+    """Forget the journal, once the lock has its content."""
+    (directory / STATE_FOLDER / "journal").unlink(missing_ok=True)
+
+
+def _journal(directory: Path) -> list[tuple[str, int, str]]:
+    try:
+        lines = (directory / STATE_FOLDER / "journal").read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    entries = []
+    for line in filter(None, lines):
+        try:
+            target, size, sha256 = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill; its file has not been renamed yet
+        entries.append((target, size, sha256))
+    return entries

@@ -1,0 +1,316 @@
+"""One run: plan, fetch, convert, git code, assemble; or find that everything is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from port_kit.download import verify as checks
+from port_kit.download.assemble import assemble, check_owned, take_down
+from port_kit.download.files import STATE_FOLDER, directory_lock, explained
+from port_kit.download.lock import Lock, read_lock
+from port_kit.download.parts import Identity, sweep
+from port_kit.download.plan import Plan, make_plan, original_of
+from port_kit.download.progress import Progress
+from port_kit.download.recipe import Recipe
+from port_kit.errors import DownloadError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run behaves; see :func:`download` for the meaning of each."""
+
+    dry_run: bool = False
+    offline: bool = False
+    verify: bool = False
+    update: bool = False
+    prune: bool = False
+    with_reference: bool = False
+    keep_original: bool = False
+    use_cache: bool = True
+    endpoint: str | None = None
+    token: str | bool | None = None
+    connections: int = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found and did.
+
+    Attributes:
+        directory: the model directory.
+        plan: what was to do; None where nothing was, and no request was made.
+        fetched: targets that were brought or repaired.
+        repaired: ``{target: what was wrong}`` of files that were whole once.
+        network_bytes, local_bytes: source bytes by where they came from.
+        removed: files of an earlier recipe or revision, and with ``prune`` strangers, that were deleted.
+        strangers: files in the directory that nobody recorded.
+        code: ``{name: folder}`` of the git code that was installed.
+        seconds: wall time.
+        complete: whether the directory is whole now.
+    """
+
+    directory: Path
+    plan: Plan | None = None
+    fetched: tuple[str, ...] = ()
+    repaired: dict[str, str] = dataclasses.field(default_factory=dict)
+    network_bytes: int = 0
+    local_bytes: int = 0
+    removed: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    complete: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain form."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        plan = self.plan.to_json() if self.plan else None
+        return {**fields, "directory": str(self.directory), "plan": plan, "seconds": round(self.seconds, 3)}
+
+
+def download(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    dry_run: bool = False,
+    offline: bool = False,
+    verify: bool = False,
+    update: bool = False,
+    prune: bool = False,
+    with_reference: bool = False,
+    keep_original: bool = False,
+    use_cache: bool = True,
+    endpoint: str | None = None,
+    token: str | bool | None = None,
+    connections: int = 8,
+    progress: Progress | None = None,
+) -> Report:
+    """Make ``output_dir`` the model directory that the recipe describes. Run it again after any interruption.
+
+    Args:
+        recipe: what is wanted.
+        output_dir: the model directory; created where it is missing.
+        dry_run: only plan; nothing is written.
+        offline: use no network; an error where something is missing.
+        verify: hash every file; what is damaged is fetched again (with ``offline``: an error).
+        update: resolve unconfirmed revisions anew.
+        prune: delete files in the directory that are not part of the model.
+        with_reference: also install the original code.
+        keep_original: keep pickle checkpoints under ``original/`` beside what they are converted to.
+        use_cache: take files from the user's Hub cache where their hash is right.
+        endpoint: a mirror instead of ``HF_ENDPOINT``.
+        token: None for the one that huggingface_hub finds, False for none.
+        connections: requests at a time.
+        progress: told of everything; default: nothing is printed.
+
+    Raises:
+        DownloadError, CheckpointError: with a code and a hint; the directory has no ``model_index.json`` then, unless
+            it was whole and stayed so.
+    """
+    settings = Settings(
+        dry_run, offline, verify, update, prune, with_reference, keep_original, use_cache, endpoint, token, connections
+    )
+    return Run(recipe, Path(output_dir), settings, progress or Progress()).execute()
+
+
+class Run:
+    """The state of one call of :func:`download`."""
+
+    def __init__(self, recipe: Recipe, directory: Path, settings: Settings, progress: Progress) -> None:
+        self.recipe, self.settings, self.progress = recipe, settings, progress
+        self.directory = directory.absolute()
+        self._begun = time.monotonic()
+
+    def execute(self) -> Report:
+        """Do everything; see :func:`download`."""
+        _check_directory(self.directory)
+        if self.settings.dry_run:
+            return self._report(plan=self._plan(read_lock(self.directory)), complete=False)
+        if self.settings.offline and not self.directory.is_dir():
+            raise self._incomplete(["everything"])
+        with explained(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        with directory_lock(self.directory, self.progress.note):
+            return self._locked()
+
+    def _locked(self) -> Report:
+        known = read_lock(self.directory)
+        repaired = self._examine(known) if self.settings.verify and known else {}
+        if not repaired and self._nothing_to_do(known):
+            return self._finish(known, code=self._install(known), strangers=self._strangers(known))
+        if self.settings.offline:
+            return self._finish_offline(known, repaired)
+        return self._bring(known, repaired)
+
+    def _nothing_to_do(self, known: Lock | None) -> bool:
+        if known is None or self.settings.update:
+            return False
+        if self.settings.keep_original and not _has_originals(known):
+            return False
+        return checks.is_whole(self.directory, known, self.recipe.fingerprint())
+
+    def _examine(self, known: Lock) -> dict[str, str]:
+        """Hash what the lock vouches for, and delete what is damaged, so that it is fetched again."""
+        total = sum(max(size, 0) for _, size, sha256 in checks.expected_files(known) if sha256)
+        self.progress.begin("hashing", total)
+        damaged = checks.damaged_files(self.directory, known, self.progress.advance)
+        self.progress.end()
+        for target, problem in damaged.items():
+            self.progress.note(f"{target}: {problem}")
+            if not self.settings.offline:
+                take_down(self.directory)
+                (self.directory / target).unlink(missing_ok=True)
+        return damaged
+
+    def _finish_offline(self, known: Lock | None, damaged: dict[str, str]) -> Report:
+        """Without the network only the last step can be missing."""
+        if known is None or known.fingerprint != self.recipe.fingerprint():
+            raise self._incomplete(["a port.lock for this recipe"])
+        absent = [
+            target
+            for target, item in known.files.items()
+            if item.sha256 is None or target in damaged or not self._has_size(target, item.size)
+        ]
+        if absent:
+            raise self._incomplete(absent)
+        assemble(self.directory, self.recipe, known)
+        return self._finish(known, code=self._install(known))
+
+    def _has_size(self, target: str, size: int | None) -> bool:
+        path = self.directory / target
+        return path.is_file() and path.stat().st_size == size
+
+    def _incomplete(self, absent: list[str]) -> DownloadError:
+        return DownloadError(
+            f"{self.directory} lacks {', '.join(absent[:8])}, and the network may not be used",
+            code="offline_incomplete",
+            hint="run it once with the network",
+            missing=absent,
+        )
+
+    def _plan(self, known: Lock | None) -> Plan:
+        from port_kit.download.http import HttpClient, Policy
+        from port_kit.download.hub import HubClient
+
+        if self.settings.offline:
+            raise self._incomplete(["a plan, which is made with the network"])
+        settings = self.settings
+        self._hub = HubClient(HttpClient(Policy()), endpoint=settings.endpoint, token=settings.token)
+        check_owned(self.directory, self.recipe, known)
+        return make_plan(
+            self.recipe,
+            self.directory,
+            self._hub,
+            known,
+            update=settings.update,
+            keep_original=settings.keep_original,
+        )
+
+    def _bring(self, known: Lock | None, repaired: dict[str, str]) -> Report:
+        plan = self._plan(known)
+        for note in plan.notes:
+            self.progress.note(note)
+        take_down(self.directory)
+        removed = self._clear(plan, known)
+        lock = plan.lock
+        lock.complete = False
+        lock.save(self.directory)
+        fetched = self._fetch(plan)
+        for target, (size, sha256) in fetched.files.items():
+            lock.files[target] = dataclasses.replace(lock.files[target], size=size, sha256=sha256)
+        sweep(self.directory, set())
+        code = self._install(lock)
+        assemble(self.directory, self.recipe, lock)
+        return self._finish(
+            lock,
+            plan=plan,
+            fetched=tuple(sorted(fetched.files)),
+            repaired=repaired,
+            network_bytes=fetched.network_bytes,
+            local_bytes=fetched.local_bytes,
+            removed=tuple(removed),
+            code=code,
+            strangers=self._strangers(lock),
+        )
+
+    def _clear(self, plan: Plan, known: Lock | None) -> list[str]:
+        """Delete our own files that are to be replaced or are not part of the model any more."""
+        replaced = {identity.target for identity in plan.fetch}
+        stale = [target for target in (known.files if known else {}) if target not in plan.lock.files]
+        for target in (*replaced, *stale):
+            (self.directory / target).unlink(missing_ok=True)
+        sweep(self.directory, replaced)
+        return stale
+
+    def _fetch(self, plan: Plan) -> Any:
+        from port_kit.download.fetch import Fetcher
+
+        total = sum(identity.size for identity in plan.fetch)
+        self.progress.begin("fetching", total, plan.resumed)
+        fetcher = Fetcher(
+            self.directory,
+            self._hub,
+            self.progress,
+            connections=self.settings.connections,
+            find_local=self._find_local,
+        )
+        originals = {original_of(identity).target for identity in plan.fetch if identity.convert}
+        late = [item for item in plan.fetch if item.convert and original_of(item).target in plan.lock.files]
+        try:
+            fetcher.run([identity for identity in plan.fetch if identity not in late])
+            return fetcher.run(late) if late and originals else fetcher.result
+        finally:
+            self.progress.end()
+
+    def _find_local(self, identity: Identity) -> Path | None:
+        """A kept original, or the user's Hub cache; the content is hashed like anything that arrives."""
+        candidates = [self.directory / original_of(identity).target] if identity.convert else []
+        if self.settings.use_cache:
+            from huggingface_hub import try_to_load_from_cache
+
+            cached = try_to_load_from_cache(identity.repo_id, identity.path, revision=identity.commit)
+            candidates += [Path(cached)] if isinstance(cached, str) else []
+        return next((path for path in candidates if path.is_file() and path.stat().st_size == identity.size), None)
+
+    def _install(self, lock: Lock | None) -> dict[str, str]:
+        return {}
+
+    def _strangers(self, lock: Lock | None) -> tuple[str, ...]:
+        known = {*(lock.files if lock else ()), *(lock.written if lock else ()), "port.lock", "model_index.json"}
+        return tuple(target for target in files_below(self.directory) if target not in known)
+
+    def _finish(self, lock: Lock | None, **facts: Any) -> Report:
+        strangers = facts.pop("strangers", ())
+        if self.settings.prune and strangers:
+            for target in strangers:
+                (self.directory / target).unlink()
+            facts["removed"] = (*facts.get("removed", ()), *strangers)
+            strangers = ()
+        return self._report(strangers=strangers, **facts)
+
+    def _report(self, **facts: Any) -> Report:
+        return Report(self.directory, seconds=time.monotonic() - self._begun, **facts)
+
+
+def files_below(directory: Path) -> Iterable[str]:
+    """Yield the files of a directory with ``/``, without the kit's own state."""
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory).as_posix()
+        if relative.partition("/")[0] != STATE_FOLDER and (path.is_file() or path.is_symlink()):
+            yield relative
+
+
+def _has_originals(lock: Lock) -> bool:
+    return any(original_of(item.identity).target in lock.files for item in lock.files.values() if item.identity.convert)
+
+
+def _check_directory(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise DownloadError(
+            f"{directory} is a file; a folder is required", code="output_dir", hint="choose another --output-dir"
+        )
