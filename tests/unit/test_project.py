@@ -1,0 +1,205 @@
+"""Promises of the project as a whole: light imports, complete lists, registered errors, short files, a whole wheel."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from port_kit.errors import CODES
+
+ROOT = Path(__file__).parents[2]
+CODE = ("port_kit", "models", "examples", "benchmarks")
+HEAVY_ROOMS = ("models", "runtime", "parallel")
+
+
+def _files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def _run(code: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "tests",
+        timeout=120,
+    )
+
+
+def _modules() -> list[str]:
+    """Every module of the kit outside the rooms that may be heavy."""
+    paths = (path.relative_to(ROOT).with_suffix("") for path in _files("port_kit"))
+    names = (".".join(path.parts).removesuffix(".__init__") for path in paths)
+    light = (name for name in names if not name.startswith(tuple(f"port_kit.{room}" for room in HEAVY_ROOMS)))
+    return [name for name in light if name != "port_kit.__main__"]
+
+
+def test_importing_the_kit_imports_no_torch() -> None:
+    code = (
+        f"import importlib, sys\nfor name in {_modules()!r}: importlib.import_module(name)\n"
+        "from port_kit.port import list_ports; list_ports()\n"
+        "print(sorted({'torch', 'vllm', 'vllm_omni', 'transformers', 'diffusers', 'numpy'} & set(sys.modules)))"
+    )
+    done = _run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_starting_python_imports_neither_kit_nor_torch() -> None:
+    done = _run("import sys; print(sorted({'torch', 'port_kit', 'typing', 'port_kit_startup'} & set(sys.modules)))")
+    assert done.stdout.strip() == "['port_kit_startup']"
+
+
+@pytest.mark.parametrize("path", _files("port_kit", "models"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_all_is_sorted_and_complete(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    declared = _declared_all(tree)
+    if declared is None:
+        return
+    assert declared == sorted(declared)
+    if path.name == "__init__.py":
+        imported = {name for name in _imported(tree) if not name.startswith("_")}
+        assert imported <= set(declared), f"{path} imports {sorted(imported - set(declared))} and does not list them"
+
+
+def _declared_all(tree: ast.Module) -> list[str] | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("port_kit"):
+            yield from (alias.asname or alias.name for alias in node.names)
+
+
+def test_every_package_is_listed() -> None:
+    options = configparser.ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    listed = set(options["options"]["packages"].split())
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in _files("port_kit") if path.name == "__init__.py"}
+    ports = {path.parent.relative_to(ROOT).parts for path in _files("models") if path.name == "__init__.py"}
+    found |= {".".join(("port_kit", *parts)) for parts in ports}
+    assert listed == found | {"port_kit_startup"}
+
+
+def test_no_file_is_too_long() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in _files(*CODE, "tests")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 600
+    }
+    assert not long
+
+
+def _constants(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def _codes(path: Path) -> Iterator[str]:
+    """Literal ``code=`` arguments of calls that make an error, and the classes' default codes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                if keyword.arg == "code" and isinstance(keyword.value, ast.Constant):
+                    if isinstance(keyword.value.value, str):
+                        yield keyword.value.value
+
+
+def test_every_raised_code_is_registered() -> None:
+    unknown = {code: str(path) for path in _files("port_kit", "models") for code in _codes(path) if code not in CODES}
+    assert not unknown
+
+
+def test_every_registered_code_is_used() -> None:
+    errors = ROOT / "port_kit" / "errors.py"
+    used = {text for path in _files("port_kit", "models") if path != errors for text in _constants(path)}
+    # errors.py holds the list itself: only what stands there a second time, as a class's default, counts.
+    own = list(_constants(errors))
+    used |= {text for text in CODES if own.count(text) > 1}
+    assert set(CODES) <= used, f"never used: {sorted(set(CODES) - used)}"
+
+
+def test_a_missing_runtime_names_the_command_that_installs_it() -> None:
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("vllm", "vllm_omni", "torch"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from port_kit import OptionalDependencyError, find_port
+from port_kit.port import resolve
+try:
+    resolve(find_port("dreamid_omni").pipeline)
+except OptionalDependencyError as error:
+    print(error.code, isinstance(error, ImportError), error.hint)
+"""
+    done = _run(code)
+    assert done.stdout.startswith("dependency_missing True"), done.stdout + done.stderr
+    assert "pip install 'port-kit[omni" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter of a fresh environment with the kit's wheel; dependencies are borrowed from this one."""
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    source.mkdir()
+    for name in ("port_kit", "models", "setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(work)], cwd=source, check=True, capture_output=True)
+    venv = work / "venv"
+    uv = [sys.executable, "-m", "uv", "--quiet", "--offline"]
+    subprocess.run([*uv, "venv", "--python", sys.executable, str(venv)], check=True)
+    python = venv / "bin" / "python"
+    (wheel,) = work.glob("*.whl")
+    subprocess.run([*uv, "pip", "install", "--python", str(python), "--no-deps", str(wheel)], check=True)
+    # A path line adds the folder but does not run the .pth files in it: the editable install stays out.
+    packages = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    )
+    (Path(packages.strip()) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def _in_wheel(python: Path, *arguments: str) -> str:
+    done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=python.parent, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_has_the_kit_and_its_ports(wheel_python: Path) -> None:
+    code = "import port_kit, port_kit.models as m; print(port_kit.__file__); print(m.__file__)"
+    for line in _in_wheel(wheel_python, "-c", code).split():
+        assert Path(line).is_relative_to(wheel_python.parents[1])
+    assert "dreamid_omni" in _in_wheel(wheel_python, "-m", "port_kit", "list")
+
+
+def test_the_wheel_has_its_data(wheel_python: Path) -> None:
+    code = (
+        "from importlib.resources import files; import port_kit.runtime, port_kit.testing\n"
+        "print((files('port_kit.runtime') / 'patches.md').is_file())\n"
+        "print(len(list((files('port_kit.testing') / 'outlines').iterdir())))"
+    )
+    assert _in_wheel(wheel_python, "-c", code).split() == ["True", "5"]
+
+
+def test_the_wheel_starts_the_hook(wheel_python: Path) -> None:
+    code = "import sys; print([type(finder).__name__ for finder in sys.meta_path][0])"
+    assert _in_wheel(wheel_python, "-c", code).strip() == "TorchvisionFinder"
