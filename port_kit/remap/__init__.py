@@ -1,7 +1,7 @@
 r"""Remap: bring the tensors of a checkpoint into a module, with every element accounted for.
 
-A :class:`RuleSet` is data. Compiled against a source and a target manifest it gives a :class:`~port_kit.remap.plan.Plan`
-of writes; loading, coverage, export and explanations all read those writes.
+A :class:`RuleSet` is data. Compiled against a source and a target manifest it gives a
+:class:`~port_kit.remap.plan.Plan` of writes; loading, coverage, export and explanations all read those writes.
 
 The language, one field of :class:`Rule` a line::
 
@@ -27,10 +27,11 @@ The language, one field of :class:`Rule` a line::
     fallback  tried only on names that no other rule matches
     variant   "choice:spelling": exactly one spelling of a choice is in the checkpoint, e.g. weight_norm:g_v
 
-Sizes are integers or arithmetic (+ - * // %, brackets) over the rule set's ``sizes``, the ``sizes=`` given to compile or
-load, and a rule's numeric groups (``\1`` or by name). A source that matches two rules is an error, unless each of them
-has ``take``. ``RuleSet.under(source, target)`` puts a set under prefixes, ``|`` joins, ``extend`` adds, ``override``
-inherits and replaces, ``to_toml``/``from_toml`` and ``to_python`` write and read it.
+Sizes are integers or arithmetic (+ - * // %, brackets) over the rule set's ``sizes``, the ``sizes=`` given to compile
+or load, the source's own extents (``in0``, ``in1`` ...), and a rule's numeric groups (``\1`` or by name). A source that
+matches two rules is an error, unless each of them has ``take``. ``RuleSet.under(source, target)`` puts a set under
+prefixes, ``|`` joins, ``extend`` adds, ``override`` inherits and replaces, ``to_toml``/``from_toml`` and ``to_python``
+write and read it.
 
 A checkpoint that already has the target's names passes through unchanged.
 """
@@ -71,7 +72,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the room offers
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

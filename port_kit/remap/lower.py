@@ -6,7 +6,7 @@ Compiling, loading, exporting and explaining all lower rules here, so that none 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from port_kit.errors import RemapError
@@ -77,6 +77,8 @@ class Lowering:
         sizes: named sizes on top of the rule set's own.
         narrow: allow floating-point values to be rounded to the target's dtype.
         aliases: second names of targets.
+        elastic: targets whose own loader alone knows their whole shape, and the tensor-parallel size: such a target
+            takes a source that is that many times its size on one axis.
     """
 
     def __init__(
@@ -87,9 +89,11 @@ class Lowering:
         *,
         narrow: bool = False,
         aliases: Mapping[str, str] | None = None,
+        elastic: tuple[Set[str], int] = (frozenset(), 1),
     ) -> None:
         self.rules = rules.rules
-        self.target = target
+        self.target = dict(target)
+        self.elastic = elastic
         self.sizes = evaluate_sizes(rules.sizes, sizes)
         self.narrow = narrow or rules.narrow
         self.matcher = Matcher(self.rules)
@@ -147,6 +151,8 @@ class Lowering:
         problems = [self._no_target(rule, name, spec, target) for target in names if target not in self.target]
         if problems:
             return Lowered(problems=tuple(problems))
+        for target in names:
+            self._stretch(rule, target, spec)
         places = [self._place(rule, target, shard, joins) for target, shard in zip(names, shards, strict=True)]
         key = self._key(number, match, spec, places)
         lowered = self._steps.get(key) if key is not None else None
@@ -192,6 +198,16 @@ class Lowering:
                 hint="use a slot that the target has, or concat for a plain tensor",
             )
         return _Place(target, shard, "", spec.slots[shard], spec.shape)
+
+    def _stretch(self, rule: Rule, target: str, spec: TensorSpec) -> None:
+        """Take the whole shape of an elastic target from the first source that is sent to it."""
+        elastic, ranks = self.elastic
+        if ranks < 2 or target not in elastic or rule.op or rule.take or rule.into:
+            return
+        local = self.target[target]
+        pairs = [pair for pair in zip(spec.shape, local.shape, strict=False) if pair[0] != pair[1]]
+        if len(spec.shape) == len(local.shape) and len(pairs) == 1 and pairs[0][0] == pairs[0][1] * ranks:
+            self.target[target] = replace(local, shape=spec.shape)
 
     def _lower_steps(self, rule: Rule, spec: TensorSpec, scope: Scope, places: list[_Place]) -> list[Branch]:
         """For each target: the steps, the region, and the shape that comes out of the steps."""

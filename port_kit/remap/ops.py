@@ -1,7 +1,7 @@
 """The ops of the rule language: their arguments, and the steps that they become once shapes and sizes are known.
 
-``split``, ``concat``, ``stack`` and joining transforms decide which source and target a part goes to; they are lowered in
-:mod:`port_kit.remap.lower`. The ops here map one tensor to one tensor.
+``split``, ``concat``, ``stack`` and joining transforms decide which source and target a part goes to; they are lowered
+in :mod:`port_kit.remap.lower`. The ops here map one tensor to one tensor.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _check_arguments(op: Op, rule: Rule) -> None:
             parse(normalise(value))
 
 
-def _leaves(value: Any) -> list[Any]:  # noqa: ANN401 - nested tuples of plain values
+def _leaves(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in _leaves(item)]
     return [value]

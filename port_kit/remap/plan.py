@@ -7,11 +7,11 @@ dropped with a reason. All that is wrong is found in one pass and reported toget
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
-from port_kit.manifest import Manifest
-from port_kit.remap.boxes import Box, first_overlap, gaps, volume, whole
+from port_kit.manifest import Manifest, TensorSpec
+from port_kit.remap.boxes import Box, first_overlap, gaps, intersection, volume, whole
 from port_kit.remap.joins import check_transform, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
 from port_kit.remap.patterns import compile_pattern
@@ -80,7 +80,7 @@ def compile_plan(
         narrow: allow floating-point values to be rounded to the target's dtype.
 
     Raises:
-        RemapError: with every gap in ``details["problems"]``; the code is theirs, or ``remap_failed`` for several kinds.
+        RemapError: with every gap in ``details["problems"]``; the code is theirs, or ``remap_failed`` for several.
     """
     plan = check(rules, source, target, sizes, narrow=narrow)
     raise_problems(plan.problems, f"{rules.name} does not map {source.origin or 'the source'} completely")
@@ -88,10 +88,19 @@ def compile_plan(
 
 
 def check(
-    rules: RuleSet, source: Manifest, target: Manifest, sizes: Mapping[str, int] | None = None, *, narrow: bool = False
+    rules: RuleSet,
+    source: Manifest,
+    target: Manifest,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    narrow: bool = False,
+    elastic: tuple[Set[str], int] = (frozenset(), 1),
 ) -> Plan:
-    """Compile without raising: the plan of what works, and the problems of what does not."""
-    lowering = Lowering(rules, target, sizes or {}, narrow=narrow, aliases=target.aliases)
+    """Compile without raising: the plan of what works, and the problems of what does not.
+
+    ``elastic`` is explained at :class:`~port_kit.remap.lower.Lowering`.
+    """
+    lowering = Lowering(rules, target, sizes or {}, narrow=narrow, aliases=target.aliases, elastic=elastic)
     if is_converted(lowering, source, target):
         lowering = Lowering(IDENTITY, target, sizes or {}, narrow=narrow or rules.narrow)
         return _Compiler(lowering, rules, source, target, converted=True).run()
@@ -222,7 +231,7 @@ class _Compiler:
         by_target: dict[str, list[Write]] = defaultdict(list)
         for write in self.writes:
             by_target[write.target].append(write)
-        for name, spec in self.target.items():
+        for name, spec in self.lowering.target.items():
             writes = by_target.get(name, [])
             if name in self.kept and not writes:
                 continue
@@ -231,10 +240,12 @@ class _Compiler:
                     message = f"{name} {list(spec.shape)} is not written by any source"
                     self.problems.append(Problem("remap_missing", message, target=name))
                 continue
-            self.problems += target_problems(name, self.target, writes, blamed=name in incomplete)
+            self.problems += target_problems(name, self.lowering.target, writes, blamed=name in incomplete)
 
 
-def target_problems(name: str, target: Manifest, writes: list[Write], *, blamed: bool = False) -> list[Problem]:
+def target_problems(
+    name: str, target: Mapping[str, TensorSpec], writes: list[Write], *, blamed: bool = False
+) -> list[Problem]:
     """Collisions, overlaps and missing parts of one target.
 
     Args:
@@ -269,8 +280,6 @@ def target_problems(name: str, target: Manifest, writes: list[Write], *, blamed:
 
 
 def _covers(box: Box, regions: list[tuple[Box, Write]]) -> bool:
-    from port_kit.remap.boxes import intersection
-
     found = [intersection(box, region) for region, _ in regions]
     return sum(volume(common) for common in found if common) == volume(box)
 

@@ -40,7 +40,7 @@ class Op:
         """Make an op from keyword arguments."""
         return cls(name, tuple(sorted((key, _frozen(value)) for key, value in args.items())))
 
-    def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - arguments are of any plain type
+    def get(self, key: str, default: Any = None) -> Any:
         """Return the argument called ``key``."""
         return dict(self.args).get(key, default)
 

@@ -126,7 +126,7 @@ def _weight_norm_shape(parts: Mapping[str, Shape], args: Args) -> Shape:
     expected = tuple(extent if axis == dim else 1 for axis, extent in enumerate(direction))
     if tuple(magnitude) != expected:
         raise RemapError(
-            f"weight_norm magnitude has shape {list(magnitude)}, its direction {list(direction)} needs {list(expected)}",
+            f"weight_norm magnitude of shape {list(magnitude)} for direction {list(direction)}: needs {list(expected)}",
             code="remap_shape",
             hint="check dim: the axis of the direction that keeps its extent in the magnitude",
         )
