@@ -23,7 +23,17 @@ def entries_of(item: Match) -> Iterator[tuple[str, Entry]]:
                 yield from _unstacks(item, role, index, origin)
             else:
                 shape = item.target.shapes[role][index]
-                yield item.target.names[role][index], _entry(item.source, role, origin, shape)
+                entry = _entry(item.source, role, origin, shape)
+                yield item.target.names[role][index], _changed(entry, item.change, shape)
+
+
+def _changed(entry: Entry, change: str, shape: Shape) -> Entry:
+    if change == "swap":
+        half = shape[0] // 2
+        return entry | {"op": "reorder", "detail": {"dim": 0, "runs": [[half, shape[0]], [0, half]]}}
+    if change == "transpose" and len(shape) == 2:
+        return entry | {"op": "transpose", "detail": {"perm": [1, 0]}}
+    return entry
 
 
 def _entry(source: Unit, role: str, index: Index, shape: Shape) -> Entry:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 from port_kit.remap.suggest.shapes import Alignment
-from port_kit.remap.suggest.units import Unit
+from port_kit.remap.suggest.units import Index, Unit
+
+#: Margin of a pair where neither unit fits anything else.
+NO_RIVAL = 4.0
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,9 @@ class Match:
         score: evidence for the pair.
         margin: by how much the score exceeds that of the best other use of either unit (4.0: there is none).
         name: the part of the evidence that comes from names, in [0, 1].
-        round: 1 for templates, 2 for single tensors.
+        name_margin: by how much that part exceeds the best other use of either unit (4.0: there is none).
+        round: 1 for templates, 3 for single tensors.
+        change: what a convention adds that shapes cannot show: ``swap`` (two halves) or ``transpose`` (a square).
     """
 
     source: Unit
@@ -27,4 +33,18 @@ class Match:
     score: float
     margin: float
     name: float
+    name_margin: float
     round: int
+    change: str = ""
+
+    def tensor_pairs(self, role: str) -> list[tuple[str, str]]:
+        """(source name, target name) of every instance of one role, for two plain units."""
+        return [
+            (self.source.names[role][origin], self.target.names[role][index])
+            for index, origin in self.alignment.pairs.items()
+        ]
+
+    def only(self, instances: Container[Index], change: str = "") -> Match:
+        """The match of some target instances."""
+        pairs = {index: origin for index, origin in self.alignment.pairs.items() if index in instances}
+        return replace(self, alignment=replace(self.alignment, pairs=pairs), change=change)

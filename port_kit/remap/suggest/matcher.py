@@ -15,7 +15,7 @@ from port_kit.remap.suggest.assign import best_assignment
 from port_kit.remap.suggest.entries import entries_of
 from port_kit.remap.suggest.groups import virtual_units
 from port_kit.remap.suggest.layers import settle
-from port_kit.remap.suggest.match import Match
+from port_kit.remap.suggest.match import NO_RIVAL, Match
 from port_kit.remap.suggest.score import (
     ANCHOR,
     FLOOD,
@@ -59,8 +59,9 @@ class Search:
         round_: int = 1,
     ) -> None:
         sources, targets = left.free, right.free
-        self.left = Side([*sources, *left.done], ordered=left.ordered)
-        self.right = Side([*targets, *right.done], ordered=right.ordered)
+        ordered = left.ordered and right.ordered  # an order is compared with an order of the same kind
+        self.left = Side([*sources, *left.done], ordered=ordered)
+        self.right = Side([*targets, *right.done], ordered=ordered)
         self.known = known
         self.round = round_
         self.sources = [*sources, *virtual_units(sources, targets)]
@@ -145,15 +146,22 @@ class Search:
         return active
 
     def _match(self, source: Unit, target: Unit) -> Match:
-        score = self.scores[source, target]
-        rivals = [
-            value
-            for (other_source, other_target), value in self.scores.items()
-            if (other_source is source) != (other_target is target)
-        ]
-        margin = score - max(rivals) if rivals else 4.0
-        name = name_score(source, target, self.left, self.right)
-        return Match(source, target, self.candidates[source, target], score, margin, name, self.round)
+        pair = (source, target)
+        rivals = [other for other in self.scores if (other[0] is source) != (other[1] is target)]
+        score, name = self.scores[pair], self._name(pair)
+        return Match(
+            source,
+            target,
+            self.candidates[pair],
+            score,
+            score - max(self.scores[other] for other in rivals) if rivals else NO_RIVAL,
+            name,
+            name - max(map(self._name, rivals)) if rivals else NO_RIVAL,
+            self.round,
+        )
+
+    def _name(self, pair: tuple[Unit, Unit]) -> float:
+        return name_score(*pair, self.left, self.right, numbers=False)
 
 
 def match(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> list[Match]:

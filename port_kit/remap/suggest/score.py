@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from port_kit.remap.suggest.units import HOLE, Index, Unit, size_of
-from port_kit.remap.suggest.vocabulary import markedness, position, weight_of
+from port_kit.remap.suggest.vocabulary import markedness, natural_key, position, weight_of
 
 NAME, ANCHOR, FLOOD, RANK = 1.0, 0.5, 0.7, 0.35
 _REACH = 4  # ancestors looked at, innermost first
@@ -64,7 +64,7 @@ class Side:
             return 1.0
         return _FILE_ORDER if self.ordered else _SORTED_ORDER
 
-    def rank_key(self, unit: Unit) -> tuple[float, ...]:
+    def rank_key(self, unit: Unit) -> tuple[object, ...]:
         """Order among equals: the file's, or where that is sorted the order that the words give.
 
         In a sorted file the unmarked name goes before the marked one (``to_k`` before ``add_k_proj``).
@@ -72,7 +72,7 @@ class Side:
         if self.ordered:
             return (unit.order,)
         near = [word for word, distance in unit.tokens if distance < 2]
-        return (position(near), sum(map(markedness, unit.words)), unit.order)
+        return (position(near), sum(map(markedness, unit.words)), natural_key(str(unit)))
 
     @cached_property
     def profiles(self) -> dict[Path, tuple[int, ...]]:
@@ -95,9 +95,11 @@ class Side:
         return tuple(sorted(totals.values()))
 
 
-def name_score(source: Unit, target: Unit, left: Side, right: Side) -> float:
+def name_score(source: Unit, target: Unit, left: Side, right: Side, *, numbers: bool = True) -> float:
     """Dice similarity of the two names' words, weighted by rarity, meaning and nearness to the leaf."""
     mine, other = _weights(source, left), _weights(target, right)
+    if not numbers:
+        mine, other = ({word: mine[word] for word in mine if word[0] != "#"} for mine in (mine, other))
     total = sum(mine.values()) + sum(other.values())
     shared = sum(min(weight, other[word]) for word, weight in mine.items() if word in other)
     return 2 * shared / total if total else 0.0

@@ -23,6 +23,7 @@ OWN = "weight"
 HOLE = "{}"
 _ITEM = re.compile(r"([A-Za-z_]+?)(\d+)")
 _LIST_LENGTH = 3  # fewer numbered words are different things: attn1 and attn2
+_SCATTERED = 1.3  # runs of names of one module, over modules, above which a file has no order
 _BLOCK_SIZE = 5  # and so are small modules: norm1, norm2 and norm3
 
 
@@ -167,16 +168,18 @@ def _with_tokens(units: list[Unit]) -> list[Unit]:
 
 
 def has_own_order(manifest: Mapping[str, Shape]) -> bool:
-    """Whether the names come in an order of their own (a module's), not sorted."""
+    """Whether the names come in an order of their own (a module's): not sorted, and modules not scattered."""
     given = list(manifest)
-    return given not in (sorted(given), sorted(given, key=natural_key))
+    if given in (sorted(given), sorted(given, key=natural_key)):
+        return False
+    modules = [name.rpartition(".")[0] for name in given]
+    runs = 1 + sum(one != two for one, two in zip(modules, modules[1:], strict=False))
+    return runs <= _SCATTERED * len(set(modules))
 
 
 def _ranks(manifest: Mapping[str, Shape]) -> dict[str, float]:
     """Order of the names: the file's own where it has one, else natural order."""
-    given = list(manifest)
-    if given == sorted(given):
-        given.sort(key=natural_key)
+    given = list(manifest) if has_own_order(manifest) else sorted(manifest, key=natural_key)
     return {name: float(rank) for rank, name in enumerate(given)}
 
 

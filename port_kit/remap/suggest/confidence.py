@@ -1,0 +1,139 @@
+"""How sure a match is, and why not surer.
+
+``certain`` is said only where the names leave one reading and nothing that shapes cannot show could have happened:
+rows that a code base interleaves, rotates or swaps look the same from outside. Everything else that has evidence is
+``likely``; what has none is left out and reported.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from port_kit.remap.suggest.match import Match
+from port_kit.remap.suggest.shapes import alignments
+from port_kit.remap.suggest.units import Unit
+
+CERTAIN, LIKELY, GUESS = "certain", "likely", "guess"
+
+_NAME = 0.3  # names share this much of their words
+_NAME_MARGIN = 0.08  # and this much more than any rival's
+_MARGIN = 0.2  # all evidence together exceeds any rival's by this much
+_SAME_CONVENTION = 0.7  # share of a block's names that both sides have, from which they are the same code
+_MODULATION = {"modulation", "shift", "table"}
+_GUESS = 0.3  # below: no evidence at all
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``level`` is certain, likely or guess; ``doubts`` say what keeps it from being certain."""
+
+    level: str
+    doubts: tuple[str, ...] = ()
+
+
+class Judge:
+    """Verdicts on the matches of one search; some look at the other matches around."""
+
+    def __init__(self, found: Sequence[Match]) -> None:
+        self._kept: dict[tuple[str, ...], list[bool]] = defaultdict(list)
+        self._columns: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        for item in found:
+            self._kept[_block(item.target)].append(_same_name(item))
+            self._columns[item.target.parts[:-2]] |= set(_sizes(item.target, 1))
+
+    def verdict(self, item: Match) -> Verdict:
+        """Judge one match."""
+        if item.name == 0.0 and item.score < _GUESS and item.margin < _MARGIN:
+            return Verdict(GUESS, ("neither names nor surroundings speak for it",))
+        doubts = [
+            *_doubts_of_kind(item),
+            *_doubts_of_order(item),
+            *self._hidden_changes(item),
+            *self._doubts_of_names(item),
+        ]
+        return Verdict(LIKELY if doubts else CERTAIN, tuple(doubts))
+
+    def _hidden_changes(self, item: Match) -> Iterator[str]:
+        """What a conversion may have done to rows without changing a shape."""
+        if _leaf_name(item.source) == _leaf_name(item.target):
+            return
+        leaf = set(item.source.leaf_words) | set(item.target.leaf_words)
+        near = leaf | {word for unit in (item.source, item.target) for word, far in unit.tokens if far < 2}
+        if {"q", "k", "v"} <= near:
+            yield "rows of a fused projection may be interleaved by head"
+        elif near & {"q", "k"}:
+            yield "rows of query and key may be permuted for another rotary convention"
+        if near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source):
+            yield "chunks of a modulation (shift, scale, gate) may have another order"
+        if {"gate", "up"} <= near or self._gated(item.target):
+            yield "halves of a gated projection may have changed places"
+
+    def _gated(self, unit: Unit) -> bool:
+        """Whether a projection is twice as wide as what its sibling takes."""
+        columns = self._columns[unit.parts[:-2]] | self._columns[unit.parts[:-1]]
+        return "ff" in unit.words and any(rows % 2 == 0 and rows // 2 in columns for rows in _sizes(unit, 0))
+
+    def _doubts_of_names(self, item: Match) -> Iterator[str]:
+        kept = self._kept[_block(item.target)]
+        if _same_name(item) and sum(kept) >= _SAME_CONVENTION * len(kept):
+            return
+        if item.name < _NAME:
+            yield "the names have little in common"
+        if item.name_margin < _NAME_MARGIN:
+            yield "only order and surroundings tell it from others of its shape"
+        if item.margin < _MARGIN:
+            yield "others of its shape fit nearly as well"
+
+
+def _doubts_of_kind(item: Match) -> Iterator[str]:
+    if item.change == "swap":
+        yield "the halves change places by convention (shift, scale to scale, shift); shapes cannot show it"
+    elif item.change:
+        yield "transposed as the other linears of the model are; a square shape cannot show it"
+    elif item.alignment.relation in ("transpose", "flatten"):
+        yield f"the shapes fit by {item.alignment.relation} only"
+    kinds = {unit.kind for unit in (item.source, item.target, *item.source.members, *item.target.members)}
+    if "concat" in kinds:
+        yield "the parts are taken to lie one after another, not interleaved, in this order"
+
+
+def _doubts_of_order(item: Match) -> Iterator[str]:
+    if len(item.alignment.pairs) < 2 or item.alignment.order == "same":
+        return
+    if item.alignment.order == "subset":
+        yield "the source has more layers than the target"
+    elif item.alignment.order == "sequence":
+        yield "layers are matched by their order, not by their number"
+    elif len(list(alignments(item.source, item.target))) > 1:
+        yield "the layers count backwards as their neighbours do; shapes allow both"
+
+
+def _block(unit: Unit) -> tuple[str, ...]:
+    """The innermost repeated container of a unit, or the model."""
+    depths = [depth for depth, part in enumerate(unit.parts[:-1]) if "{}" in part]
+    return unit.parts[: depths[0] + 1] if depths else ()
+
+
+def _same_name(item: Match) -> bool:
+    """Whether one name is the end of the other."""
+    one, two = sorted((item.source.parts, item.target.parts), key=len)
+    return bool(one) and two[-len(one) :] == one
+
+
+def _leaf_name(unit: Unit) -> tuple[str, ...]:
+    """The innermost component that is not a bare number, and what follows it."""
+    for depth in range(len(unit.parts) - 1, -1, -1):
+        if not unit.parts[depth].isdigit() and unit.parts[depth] != "{}":
+            return unit.parts[depth:]
+    return unit.parts
+
+
+def _norm_projection(unit: Unit) -> bool:
+    return len(unit.parts) > 1 and unit.parts[-1].startswith("linear") and "norm" in unit.parts[-2]
+
+
+def _sizes(unit: Unit, axis: int) -> list[int]:
+    shapes = unit.shapes.get("weight", {}).values()
+    return [shape[axis] for shape in shapes if len(shape) == 2]
