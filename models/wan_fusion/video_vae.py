@@ -146,4 +146,4 @@ def build_video_vae(config: Mapping[str, Any], *, precision: torch.dtype | None 
             code="component_config",
             hint="take vae/config.json as `port-kit download` writes it",
         )
-    return VideoVAE(config, precision=precision or torch.getdefault_dtype())
+    return VideoVAE(config, precision=precision or torch.get_default_dtype())
