@@ -142,7 +142,7 @@ class Run:
         known = read_lock(self.directory)
         repaired = self._examine(known) if self.settings.verify and known else {}
         if not repaired and self._nothing_to_do(known):
-            return self._finish(known, code=self._install(known), strangers=self._strangers(known))
+            return self._finish(known, strangers=self._strangers(known))
         if self.settings.offline:
             return self._finish_offline(known, repaired)
         return self._bring(known, repaired)
@@ -152,7 +152,7 @@ class Run:
             return False
         if self.settings.keep_original and not _has_originals(known):
             return False
-        return checks.is_whole(self.directory, known, self.recipe.fingerprint())
+        return checks.is_whole(self.directory, known, self.recipe.fingerprint()) and not self._code_is_missing(known)
 
     def _examine(self, known: Lock) -> dict[str, str]:
         """Hash what the lock vouches for, and delete what is damaged, so that it is fetched again."""
@@ -176,10 +176,11 @@ class Run:
             for target, item in known.files.items()
             if item.sha256 is None or target in damaged or not self._has_size(target, item.size)
         ]
+        absent += ["the git code"] if self._code_is_missing(known) else []
         if absent:
             raise self._incomplete(absent)
         assemble(self.directory, self.recipe, known)
-        return self._finish(known, code=self._install(known))
+        return self._finish(known)
 
     def _has_size(self, target: str, size: int | None) -> bool:
         path = self.directory / target
@@ -202,7 +203,7 @@ class Run:
         settings = self.settings
         self._hub = HubClient(HttpClient(Policy()), endpoint=settings.endpoint, token=settings.token)
         check_owned(self.directory, self.recipe, known)
-        return make_plan(
+        plan = make_plan(
             self.recipe,
             self.directory,
             self._hub,
@@ -210,6 +211,8 @@ class Run:
             update=settings.update,
             keep_original=settings.keep_original,
         )
+        self._plan_code(plan.lock, known)
+        return plan
 
     def _bring(self, known: Lock | None, repaired: dict[str, str]) -> Report:
         plan = self._plan(known)
@@ -277,8 +280,42 @@ class Run:
             candidates += [Path(cached)] if isinstance(cached, str) else []
         return next((path for path in candidates if path.is_file() and path.stat().st_size == identity.size), None)
 
-    def _install(self, lock: Lock | None) -> dict[str, str]:
-        return {}
+    def _plan_code(self, lock: Lock, known: Lock | None) -> None:
+        """Fix the commits of the git code in the lock, and find out now what would hinder its installation later."""
+        lock.code = dict(known.code) if known else {}
+        if not self.settings.with_reference:
+            return
+        from port_kit.download.gitcode import resolve_commit
+        from port_kit.download.install import check_target, is_installed
+
+        for code in self.recipe.code:
+            fixed = code.commit or (None if self.settings.update else lock.code.get(code.name, {}).get("commit"))
+            if fixed is None or not is_installed(code, fixed):
+                check_target(code)
+                found = resolve_commit(code)
+                fixed = fixed or found
+            lock.code[code.name] = {"url": code.url, "commit": fixed}
+
+    def _install(self, lock: Lock) -> dict[str, str]:
+        if not self.settings.with_reference:
+            return {}
+        from port_kit.download.gitcode import fetch_code
+        from port_kit.download.install import install_code
+
+        folders = {}
+        for code in self.recipe.code:
+            commit = lock.code[code.name]["commit"]
+            fetch_code(code, commit)
+            folders[code.name] = str(install_code(code, commit))
+        return folders
+
+    def _code_is_missing(self, known: Lock) -> bool:
+        from port_kit.download.install import is_installed
+
+        wanted = self.recipe.code if self.settings.with_reference else ()
+        return not all(
+            code.name in known.code and is_installed(code, known.code[code.name]["commit"]) for code in wanted
+        )
 
     def _strangers(self, lock: Lock | None) -> tuple[str, ...]:
         known = {*(lock.files if lock else ()), *(lock.written if lock else ()), "port.lock", "model_index.json"}

@@ -1,0 +1,195 @@
+"""Make git code importable in this environment, and take it out again.
+
+One ``port_kit_<name>.pth`` file in site-packages, with one line: the folder that links to the declared packages. Python
+adds it at the end of ``sys.path``, so that nothing that is importable already is hidden.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from port_kit.download.files import explained, read_json, write_atomically, write_json
+from port_kit.download.gitcode import code_folder, code_home
+from port_kit.download.recipe import GitCode
+from port_kit.errors import DownloadError, OptionalDependencyError
+
+_FIND = """
+import importlib.util, json, sys
+found = {}
+for name in sys.argv[1:]:
+    spec = importlib.util.find_spec(name)
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    found[name] = next((place for place in places if place), None)
+print(json.dumps(found))
+"""
+
+
+def site_packages() -> Path:
+    """Return the folder of this environment in which ``.pth`` files are read."""
+    return Path(sysconfig.get_path("purelib"))
+
+
+def pth_file(name: str) -> Path:
+    """Return the file that makes the git code called ``name`` importable."""
+    return site_packages() / f"port_kit_{name}.pth"
+
+
+def check_target(code: GitCode) -> None:
+    """Say before a long download what would hinder the installation after it.
+
+    Raises:
+        DownloadError: ``install_target`` or ``code_clash``.
+    """
+    place = site_packages()
+    if not os.access(place, os.W_OK):
+        raise DownloadError(
+            f"{place} may not be written, so {code.name} cannot be made importable",
+            code="install_target",
+            hint="use a virtual environment of your own, or leave out --with-reference",
+        )
+    # A .pth file is decoded with the locale's encoding: under LC_ALL=C any other path stops every start of Python.
+    path = str(code_home())
+    if not path.isascii() or any(character in path for character in "\r\n") or path.startswith(("import ", "#")):
+        raise DownloadError(
+            f"{path!r} cannot stand in a .pth file, which holds one ASCII path a line",
+            code="install_target",
+            hint="choose another folder: set PORT_KIT_HOME",
+        )
+    _check_clash(code)
+
+
+def _check_clash(code: GitCode) -> None:
+    for package, origin in _find(code.packages).items():
+        if origin is not None and not _is_ours(code, origin):
+            raise DownloadError(
+                f"{package} of git code {code.name} is importable already, from {origin}",
+                code="code_clash",
+                hint="uninstall that, or use another virtual environment",
+            )
+
+
+def _is_ours(code: GitCode, origin: str) -> bool:
+    return Path(os.path.abspath(origin)).is_relative_to(code_home() / code.name)
+
+
+def install_code(code: GitCode, commit: str) -> Path:
+    """Make a fetched commit importable, and prove it with a fresh interpreter; return its folder.
+
+    Raises:
+        DownloadError: see :func:`check_target`; ``code_broken`` where the proof fails.
+    """
+    check_target(code)
+    folder = code_folder(code.name, commit)
+    line = f"{folder / 'path'}\n"
+    target = pth_file(code.name)
+    if not target.is_file() or target.read_text(encoding="ascii", errors="replace") != line:
+        with explained(target):
+            write_atomically(target, line)
+    _remember_user(folder, target)
+    found = _find(code.packages)
+    strange = {name: origin for name, origin in found.items() if not origin or not _is_ours(code, origin)}
+    if strange:
+        raise DownloadError(
+            f"git code {code.name} was installed, but a fresh interpreter finds {strange}",
+            code="code_broken",
+            hint="check that this environment reads .pth files (no `python -S`)",
+        )
+    return folder
+
+
+def is_installed(code: GitCode, commit: str) -> bool:
+    """Whether this environment has this commit; looks at files only."""
+    target = pth_file(code.name)
+    return target.is_file() and target.read_text(encoding="ascii", errors="replace") == (
+        f"{code_folder(code.name, commit) / 'path'}\n"
+    )
+
+
+def uninstall_code(name: str) -> list[str]:
+    """Take git code out of this environment; its checkout goes too where no other environment uses it.
+
+    Returns:
+        The paths that were removed.
+
+    Raises:
+        DownloadError: ``code_broken`` where nothing of that name is installed.
+    """
+    removed = []
+    target = pth_file(name)
+    if target.is_file():
+        target.unlink()
+        removed.append(str(target))
+    for folder in sorted(path for path in (code_home() / name).glob("*") if path.is_dir()):
+        if not _forget_user(folder, target):
+            shutil.rmtree(folder)
+            removed.append(str(folder))
+    for empty in (code_home() / name, code_home()):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
+    if not removed:
+        raise DownloadError(
+            f"no git code called {name} is installed in this environment",
+            code="code_broken",
+            hint=f"installed: {', '.join(installed_names()) or 'none'}",
+        )
+    return removed
+
+
+def installed_names() -> list[str]:
+    """Return the names of the git code in this environment."""
+    return sorted(path.stem.removeprefix("port_kit_") for path in site_packages().glob("port_kit_*.pth"))
+
+
+def import_reference(module: str, port: str) -> ModuleType:
+    """Import a module of a port's original code.
+
+    Raises:
+        OptionalDependencyError: with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise OptionalDependencyError(
+            f"{module}, the original code of {port}, is not installed",
+            hint=f"install it: port-kit download {port} --with-reference",
+        ) from error
+
+
+def _remember_user(folder: Path, target: Path) -> None:
+    users = set(read_json(folder / "users.json") or [])
+    if str(target) not in users:
+        write_json(folder / "users.json", sorted({*users, str(target)}))
+
+
+def _forget_user(folder: Path, target: Path) -> list[str]:
+    """Return the other environments that still use a checkout."""
+    users = [user for user in read_json(folder / "users.json") or [] if user != str(target) and Path(user).is_file()]
+    if users:
+        write_json(folder / "users.json", users)
+    return users
+
+
+def _find(packages: Sequence[str]) -> dict[str, str | None]:
+    """Ask a fresh interpreter, in the plainest locale, where names come from."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-I", "-c", _FIND, *packages]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise DownloadError(
+            f"a fresh interpreter fails: {done.stderr.strip().splitlines()[-1:]}",
+            code="code_broken",
+            hint="repair this Python environment",
+        )
+    return json.loads(done.stdout)

@@ -1,0 +1,62 @@
+"""Take away what a download put there, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from port_kit.download.assemble import take_down
+from port_kit.download.files import STATE_FOLDER, directory_lock, explained
+from port_kit.download.lock import LOCK_NAME, read_lock
+from port_kit.download.plan import MODEL_INDEX
+from port_kit.errors import DownloadError
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What was removed and what was left, relative to the directory; ``gone`` where the folder itself went too."""
+
+    directory: Path
+    removed: tuple[str, ...]
+    left: tuple[str, ...]
+    gone: bool
+
+
+def remove(directory: str | Path) -> Removal:
+    """Delete the files that ``port.lock`` names, the kit's state, and folders that are empty then.
+
+    Raises:
+        DownloadError: ``model_incomplete`` where the directory has no ``port.lock``.
+    """
+    directory = Path(directory).absolute()
+    lock = read_lock(directory)
+    if lock is None:
+        raise DownloadError(
+            f"{directory} has no {LOCK_NAME}: it is not known what was put there",
+            code="model_incomplete",
+            hint="check the path",
+        )
+    ours = [*lock.files, *lock.written, LOCK_NAME, MODEL_INDEX]
+    present = tuple(dict.fromkeys(target for target in ours if (directory / target).is_file()))
+    with directory_lock(directory, lambda text: None), explained(directory):
+        take_down(directory)
+        for target in present:
+            (directory / target).unlink(missing_ok=True)
+        _remove_empty_folders(directory, {Path(target).parent for target in present})
+        shutil.rmtree(directory / STATE_FOLDER)
+    left = tuple(path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir())
+    if not any(directory.iterdir()) and not directory.is_symlink():
+        directory.rmdir()
+    return Removal(directory, present, left, gone=not directory.exists())
+
+
+def _remove_empty_folders(directory: Path, folders: set[Path]) -> None:
+    """Only folders that held our files, from the deepest up."""
+    for folder in sorted(folders, key=lambda item: len(item.parts), reverse=True):
+        while folder != Path():
+            path = directory / folder
+            if not path.is_dir() or any(path.iterdir()):
+                break
+            path.rmdir()
+            folder = folder.parent
