@@ -23,7 +23,7 @@ OWN = "weight"
 HOLE = "{}"
 _ITEM = re.compile(r"([A-Za-z_]+?)(\d+)")
 _LIST_LENGTH = 3  # fewer numbered words are different things: attn1 and attn2
-_SCATTERED = 1.3  # runs of names of one module, over modules, above which a file has no order
+_SCATTERED = 1.3  # runs of names under one module, over modules, above which a file has no order
 _BLOCK_SIZE = 5  # and so are small modules: norm1, norm2 and norm3
 
 
@@ -172,7 +172,7 @@ def has_own_order(manifest: Mapping[str, Shape]) -> bool:
     given = list(manifest)
     if given in (sorted(given), sorted(given, key=natural_key)):
         return False
-    modules = [name.rpartition(".")[0] for name in given]
+    modules = [name.rsplit(".", 2)[0] for name in given]
     runs = 1 + sum(one != two for one, two in zip(modules, modules[1:], strict=False))
     return runs <= _SCATTERED * len(set(modules))
 
