@@ -133,7 +133,7 @@ class DreamIDOmniPipeline(
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill all components; see :func:`~port_kit.models.wan_fusion.loading.load_component_weights`."""
-        return load_component_weights(self, COMPONENTS, weights)
+        return load_component_weights(self, COMPONENTS, weights, self.od_config.model)
 
     def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
         """Serve one request. A request that cannot be served comes back as a client's error, not as a failure.

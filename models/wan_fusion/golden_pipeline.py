@@ -26,8 +26,8 @@ from port_kit.models.wan_fusion.component_configs import (
     audio_vae_config,
     text_encoder_config,
     vae_config,
-    vocoder_config,
 )
+from port_kit.models.wan_fusion.golden_components import read_vocoder_config
 from port_kit.parity import Bound, Case, Pair
 from port_kit.runtime.local import single_rank
 
@@ -126,7 +126,7 @@ def _configs(goldens: Path, target: Path, record: Mapping[str, Any]) -> dict[str
         "text_encoder": text_encoder_config(dims["t5"], vocab_size=_vocabulary(target)),
         "vae": vae_config(dims["vae"]),
         "audio_vae": audio_vae_config(dims["mmvae"]),
-        "vocoder": vocoder_config(dims["bigvgan"]),
+        "vocoder": read_vocoder_config(goldens),
     }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineL
 
 from port_kit.errors import PortKitError
 from port_kit.port import Component, resolve
-from port_kit.remap import RuleSet, load_weights
-
-Weights = Iterable[tuple[str, torch.Tensor]]
+from port_kit.remap import load_components
 
 
 def read_json(model: str | Path, name: str) -> Mapping[str, Any]:
@@ -61,13 +58,16 @@ def weights_sources(
     ]
 
 
-def load_component_weights(owner: nn.Module, components: Sequence[Component], weights: Weights) -> set[str]:
-    """Fill the components from the loader's stream; every tensor is accounted for by the component's rule set.
+def load_component_weights(
+    owner: nn.Module, components: Sequence[Component], weights: Iterable[tuple[str, torch.Tensor]], model: str | Path
+) -> set[str]:
+    """Fill the components from the loader's stream; every tensor is accounted for by its component's rule set.
 
     Args:
         owner: the pipeline; a component is its attribute of the component's name.
-        components: those that the stream may hold.
-        weights: ``(component.original_name, tensor)``, one component after the other.
+        components: all of them must be in the stream.
+        weights: ``(component.original_name, tensor)``.
+        model: the directory that the stream comes from: its headers are checked first, and errors name its files.
 
     Returns:
         Names of the filled parameters and buffers, with the component's name in front.
@@ -75,17 +75,10 @@ def load_component_weights(owner: nn.Module, components: Sequence[Component], we
     Raises:
         RemapError: a missing, unexpected, misshapen or repeated tensor; names it, its file and the nearest name.
     """
-    by_name = {component.name: component for component in components}
-    loaded: set[str] = set()
-    for name, stream in groupby(weights, key=lambda item: item[0].partition(".")[0]):
-        rules: Any = resolve(by_name[name].rules)
-        loaded |= _load_one(getattr(owner, name), name, rules, stream)
-    return loaded
-
-
-def _load_one(module: nn.Module, name: str, rules: RuleSet, stream: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-    bare = ((key.removeprefix(f"{name}."), tensor) for key, tensor in stream)
-    return load_weights(module, bare, rules, sizes=getattr(module, "sizes", {}), prefix=f"{name}.")
+    parts: dict[str, Any] = {
+        component.name: (getattr(owner, component.name), resolve(component.rules)) for component in components
+    }
+    return load_components(parts, weights, model=model)
 
 
 def _incomplete(problem: str) -> PortKitError:
