@@ -131,7 +131,7 @@ class WeightLoader:
         self.prefix = prefix
         self.folder = Path(folder) if folder is not None else None
         elastic = {name for name, target in found.targets.items() if is_elastic(target)}
-        ranks = max((getattr(part, "tp_size", 1) for part in module.modules()), default=1)
+        ranks = max((getattr(part, "tp_size", None) or 1 for part in module.modules()), default=1)
         specs = {name: target.spec for name, target in found.targets.items()}
         self.manifest = Manifest(specs, origin=type(module).__name__, aliases=found.aliases)
         self.lowering = Lowering(
