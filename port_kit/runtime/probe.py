@@ -1,0 +1,69 @@
+"""What the plugins do in a fresh process: ``python -m port_kit.runtime.probe REPORT`` writes it to REPORT as JSON.
+
+``port-kit doctor`` runs this in a child, because loading vLLM-Omni takes many seconds, changes the process, and is
+exactly what may fail. The report goes to a file: vLLM logs to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from port_kit.errors import PortKitError, RegistrationError
+from port_kit.port import list_ports
+
+
+def probe() -> dict[str, Any]:
+    """Load vLLM-Omni with all plugins, as an engine does, and describe what came of it.
+
+    Returns:
+        ``platform`` (class path), ``output_types`` (by port, as a stage resolves them), ``registered`` (by port),
+        ``patches`` (by name: ``ok``, or why its guard fires).
+    """
+    from vllm_omni.diffusion.model_metadata import get_diffusion_model_metadata
+    from vllm_omni.platforms import current_omni_platform
+    from vllm_omni.plugins import load_omni_general_plugins
+
+    ports = list_ports()
+    platform = type(current_omni_platform)
+    # Read before general plugins are loaded: that is when a stage resolves its modality.
+    types = {name: get_diffusion_model_metadata(port.class_name).final_output_type for name, port in ports.items()}
+    load_omni_general_plugins()
+    from vllm_omni.diffusion.registry import DiffusionModelRegistry
+
+    registered = set(DiffusionModelRegistry.get_supported_archs())
+    return {
+        "platform": f"{platform.__module__}.{platform.__qualname__}",
+        "output_types": types,
+        "registered": {name: port.class_name in registered for name, port in ports.items()},
+        "patches": _patches(),
+    }
+
+
+def _patches() -> dict[str, str]:
+    """Try every guard."""
+    from port_kit.runtime.patches import PATCHES, require
+
+    states: dict[str, str] = {}
+    for name in PATCHES:
+        try:
+            require(name)
+            states[name] = "ok"
+        except RegistrationError as error:
+            states[name] = error.message
+    return states
+
+
+def main(report: str) -> None:
+    """Write the report, or the error of the kit that prevented it."""
+    try:
+        result = probe()
+    except PortKitError as error:
+        result = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+    Path(report).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,94 @@
+"""``port-kit doctor``: what it finds here, what it says of what is wrong, and what it never prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from port_kit.cli import main
+from port_kit.runtime import diagnose as module
+from port_kit.runtime.diagnose import Check, diagnose
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """The whole command, with the child, as a user runs it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "port_kit", "doctor", "--json"], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_it_finds_platform_plugins_and_output_types(report: dict[str, Any]) -> None:
+    assert (report["schema"], report["ok"], report["command"]) == ("port-kit/1", True, "doctor")
+    details = {check["name"]: check["detail"] for check in report["data"]["checks"]}
+    assert details["platform"] == "port_kit.runtime.platform.CpuOmniPlatform"
+    assert details["plugins"] == "all ports registered"
+    assert details["output of dreamid_omni"] == "video (declared: video)"
+    assert all(check["ok"] for check in report["data"]["checks"])
+
+
+def test_it_tells_the_versions(report: dict[str, Any]) -> None:
+    versions = report["data"]["versions"]
+    assert versions["vllm-omni"].startswith("0.30.")
+    assert versions["torch"] is not None and versions["port-kit"] is not None
+
+
+def test_a_token_is_seen_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_never_show_this")
+    for flags in ([], ["--json"]):
+        result = CliRunner().invoke(main, ["doctor", "--no-engine", *flags])
+        assert "present, from HF_TOKEN" in result.output
+        assert "never_show" not in result.output + result.stderr
+
+
+def test_without_the_engine_no_child_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    _, checks = diagnose(engine=False)
+    assert {"python", "runtime", "torchvision", "ports", "token", "disk"} <= {check.name for check in checks}
+
+
+def test_a_check_that_does_not_hold_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Check("disk", False, "0.1 GiB free", "make room")
+    monkeypatch.setattr("port_kit.cli.doctor.diagnose", lambda engine: ({"torch": None}, [bad]))
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert "FAIL  0.1 GiB free" in result.output and "hint: make room" in result.output
+    assert "not installed" in result.output
+
+
+def test_a_missing_hook_beside_mixed_builds_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("port_kit.runtime.startup.is_cuda_build", lambda folder: True)
+    monkeypatch.setattr(module, "_torch_is_cpu_build", lambda: True)
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "TorchvisionFinder"])
+    check = module._torchvision()
+    assert not check.ok and "port_kit_startup.pth is missing" in check.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "words"),
+    [
+        ({"registered": {"dreamid_omni": False}}, "plugins", "not registered: dreamid_omni"),
+        ({"platform": "vllm_omni.platforms.interface.UnspecifiedOmniPlatform"}, "platform", "Unspecified"),
+        ({"output_types": {"dreamid_omni": None}}, "output of dreamid_omni", "None (declared: video)"),
+        ({"patches": {"sdpa_forward": "was written against another"}}, "patch sdpa_forward", "another"),
+        ({"error": {"code": "x", "message": "broken", "hint": "mend"}}, "plugins", "[x] broken"),
+    ],
+)
+def test_what_the_child_reports_becomes_a_failed_check(change: dict[str, Any], name: str, words: str) -> None:
+    good = {
+        "platform": "a.B",
+        "registered": {"dreamid_omni": True},
+        "output_types": {"dreamid_omni": "video"},
+        "patches": {"sdpa_forward": "ok"},
+    }
+    assert all(check.ok for check in module._reported(good))
+    (failed,) = [check for check in module._reported({**good, **change}) if not check.ok]
+    assert failed.name == name and words in failed.detail and failed.hint
