@@ -1,1 +1,94 @@
-"""Propose a rule set from two manifests alone: names and shapes, nothing else."""
+"""Propose a rule set from two manifests alone: names and shapes, nothing else.
+
+The modules of both sides are matched as templates over layers (:mod:`.units`), with fused projections and stacks of
+experts as further candidates (:mod:`.groups`), by what their names mean (:mod:`.vocabulary`), by the sizes of the
+modules around them, by their neighbours and by their order (:mod:`.score`). The assignment is global (:mod:`.assign`).
+Each pair becomes rules (:mod:`.emit`) and gets a verdict (:mod:`.confidence`): ``certain`` only where nothing else is
+possible, ``likely`` with the doubts in words. What nothing speaks for is left out and listed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from port_kit.remap.suggest.confidence import GUESS, LIKELY, Judge
+from port_kit.remap.suggest.conventions import apply_conventions
+from port_kit.remap.suggest.emit import drop_rules, rules_of
+from port_kit.remap.suggest.entries import entries_of
+from port_kit.remap.suggest.match import Match
+from port_kit.remap.suggest.matcher import match
+from port_kit.remap.suggest.shapes import squeezed
+from port_kit.remap.suggest.suggestion import Proposal, Suggestion
+from port_kit.remap.suggest.units import Shape, units_of
+
+if TYPE_CHECKING:
+    from port_kit.manifest import Manifest
+
+__all__ = ["Proposal", "Suggestion", "suggest", "suggested_map"]
+
+_NO_USE = "nothing in the target has a place for it"
+
+
+def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Suggestion:
+    """Propose rules that map one manifest onto another.
+
+    Args:
+        source: names and shapes of the checkpoint.
+        target: names and shapes of the module.
+        name: name of the proposed rule set.
+
+    Returns:
+        The proposal; its rules compile wherever nothing is missing.
+    """
+    given, wanted = _shapes(source), _shapes(target)
+    found, judge = _matches(given, wanted)
+    proposals: list[Proposal] = []
+    for item in found:
+        verdict = judge.verdict(item)
+        if verdict.level != GUESS:
+            entries = dict(entries_of(item))
+            sources = tuple(dict.fromkeys(origin for entry in entries.values() for origin in entry["from"]))
+            rules = tuple(rules_of(item, given))
+            what = f"{item.source} -> {item.target}"
+            proposals.append(Proposal(rules, verdict.level, what, tuple(entries), sources, verdict.doubts))
+    explained = {tensor for proposal in proposals for tensor in proposal.targets}
+    used = {tensor for proposal in proposals for tensor in proposal.sources}
+    unused = {tensor: shape for tensor, shape in given.items() if tensor not in used}
+    missing = _missing({tensor: shape for tensor, shape in wanted.items() if tensor not in explained}, unused)
+    if not missing:
+        proposals += _drops(unused, given)
+    return Suggestion(name, tuple(proposals), missing)
+
+
+def suggested_map(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> dict[str, dict[str, Any]]:
+    """What :func:`suggest` proposes, in the schema of the conversion oracles: target -> {from, op, detail}."""
+    found, judge = _matches(source, target)
+    kept = (item for item in found if judge.verdict(item).level != GUESS)
+    return {name: entry for item in kept for name, entry in entries_of(item)}
+
+
+def _matches(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> tuple[list[Match], Judge]:
+    found = apply_conventions(match(source, target))
+    return found, Judge(found)
+
+
+def _shapes(manifest: Manifest) -> dict[str, Shape]:
+    return {name: tuple(spec.shape) for name, spec in manifest.items()}
+
+
+def _missing(targets: Mapping[str, Shape], unused: Mapping[str, Shape]) -> dict[str, tuple[str, ...]]:
+    fitting: dict[Shape, list[str]] = defaultdict(list)
+    for name, shape in unused.items():
+        fitting[squeezed(shape)].append(name)
+    return {name: tuple(fitting[squeezed(shape)]) for name, shape in targets.items()}
+
+
+def _drops(unused: Mapping[str, Shape], names: Mapping[str, Shape]) -> list[Proposal]:
+    """Rules for the sources that no target takes; likely, because a missing target would look the same."""
+    drops: Sequence[tuple[Any, list[str]]] = drop_rules(units_of(unused), _NO_USE, names)
+    return [
+        Proposal((rule,), LIKELY, f"{rule.source} is dropped", (), tuple(dropped), ("every target is explained",))
+        for rule, dropped in drops
+    ]

@@ -7,12 +7,12 @@ rows that a code base interleaves, rotates or swaps look the same from outside. 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.shapes import alignments
+from port_kit.remap.suggest.shapes import alignments, signature
 from port_kit.remap.suggest.units import Unit
 
 CERTAIN, LIKELY, GUESS = "certain", "likely", "guess"
@@ -39,13 +39,14 @@ class Judge:
     def __init__(self, found: Sequence[Match]) -> None:
         self._kept: dict[tuple[str, ...], list[bool]] = defaultdict(list)
         self._columns: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        self._weak = Counter(signature(item.target) for item in found if _weak(item))
         for item in found:
             self._kept[_block(item.target)].append(_same_name(item))
             self._columns[item.target.parts[:-2]] |= set(_sizes(item.target, 1))
 
     def verdict(self, item: Match) -> Verdict:
         """Judge one match."""
-        if item.name == 0.0 and item.score < _GUESS and item.margin < _MARGIN:
+        if _weak(item) and self._weak[signature(item.target)] > 1:
             return Verdict(GUESS, ("neither names nor surroundings speak for it",))
         doubts = [
             *_doubts_of_kind(item),
@@ -85,6 +86,11 @@ class Judge:
             yield "only order and surroundings tell it from others of its shape"
         if item.margin < _MARGIN:
             yield "others of its shape fit nearly as well"
+
+
+def _weak(item: Match) -> bool:
+    """Whether next to nothing speaks for a match; a single one of its size is still right by elimination."""
+    return item.name == 0.0 and item.score < _GUESS and item.margin < _MARGIN
 
 
 def _doubts_of_kind(item: Match) -> Iterator[str]:

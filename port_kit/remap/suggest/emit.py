@@ -1,0 +1,273 @@
+"""Matches written as rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from port_kit.remap.rules import Op, Rule
+from port_kit.remap.suggest.groups import roles_of
+from port_kit.remap.suggest.indices import index_expressions
+from port_kit.remap.suggest.match import Match
+from port_kit.remap.suggest.shapes import relation
+from port_kit.remap.suggest.units import HOLE, Index, Shape, Unit
+
+_SWAP = Op.of("reorder", dim=0, parts=2, order=(1, 0))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One rule to be: which tensors of a source unit go, by which fields, to which target units.
+
+    Attributes:
+        source: a plain unit.
+        targets: plain units; several for a split.
+        role: the parameter of the modules.
+        pairs: (target instance, source instance), the source's with all of its numbers.
+        fields: the rule's other fields; ``{axis}`` in ``shard``, ``into`` and ``take`` is the stacked number.
+        axis: which number of the source is stacked, or -1.
+    """
+
+    source: Unit
+    targets: tuple[Unit, ...]
+    role: str
+    pairs: tuple[tuple[Index, Index], ...]
+    op: tuple[Op, ...] = ()
+    shard: str = ""
+    into: str = ""
+    take: str = ""
+    axis: int = -1
+
+
+def rules_of(item: Match, names: Collection[str]) -> list[Rule]:
+    """The rules of one match.
+
+    Args:
+        item: the match.
+        names: all source names: a rule must not match more of them than the match explains.
+    """
+    pieces = [piece for role in item.target.roles for piece in _pieces(item, role)]
+    rules: list[Rule] = []
+    for group in _alike(pieces):
+        rules.extend(_rules_of_pieces(group, names))
+    return rules
+
+
+def drop_rules(unused: Sequence[Unit], reason: str, names: Collection[str]) -> list[tuple[Rule, list[str]]]:
+    """Rules that leave sources out, each with the names that it leaves out."""
+    found: list[tuple[Rule, list[str]]] = []
+    for unit in unused:
+        roles = unit.roles
+        dropped = [unit.names[role][index] for role in roles for index in unit.instances]
+        pattern = _pattern(unit, roles, _columns(unit.instances), dropped, names)
+        if pattern is not None:
+            found.append((Rule(pattern, drop=reason), dropped))
+        else:
+            found.extend((Rule(re.escape(name), drop=reason), [name]) for name in dropped)
+    return found
+
+
+# -- what a match consists of ------------------------------------------------------------------------------------------
+
+
+def _pieces(item: Match, role: str) -> Iterator[Piece]:
+    pairs = tuple(item.alignment.pairs.items())
+    if item.target.kind == "concat":
+        given, first = _example(item, role)
+        later = () if (first[0], *given[1:]) == first else (Op("reshape"),)
+        yield Piece(item.source, item.target.members, role, pairs, (Op.of("split", dim=0), *later))
+    elif item.target.kind == "stack":
+        yield from _unstacked(item, role, pairs)
+    elif item.source.kind == "concat":
+        yield from _joined(item, role, pairs)
+    elif item.source.kind == "stack":
+        yield from _stacked(item, role, pairs)
+    else:
+        yield Piece(item.source, (item.target,), role, pairs, _plain_op(item, role))
+
+
+def _example(item: Match, role: str) -> tuple[Shape, Shape]:
+    """Shapes of one instance: the source's, and the (first member of the) target's."""
+    index, origin = next(iter(item.alignment.pairs.items()))
+    return item.source.shapes[role][origin], item.target.leaves[0].shapes[role][index]
+
+
+def _plain_op(item: Match, role: str) -> tuple[Op, ...]:
+    if item.change == "swap":
+        return (_SWAP,)
+    shapes = [
+        (item.source.shapes[role][origin], item.target.shapes[role][index])
+        for index, origin in item.alignment.pairs.items()
+    ]
+    if item.change == "transpose":
+        return (Op("transpose"),) if len(shapes[0][1]) == 2 else ()
+    kinds = {relation(*pair) for pair in shapes}
+    if kinds == {"copy"}:
+        return ()
+    return (Op("transpose"),) if kinds <= {"transpose"} else (Op("reshape"),)
+
+
+def _joined(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+    parts = part_names(item.source.members)
+    op = Op.of("concat", dim=0, parts=parts)
+    for part, member in zip(parts, item.source.members, strict=True):
+        yield Piece(member, (item.target,), role, pairs, (op,), shard=part)
+
+
+def part_names(members: Sequence[Unit]) -> tuple[str, ...]:
+    """What the parts of a fused tensor are called: q, k, v or gate, up where the names say so, else numbers."""
+    roles = [roles_of(member)[:1] for member in members]
+    named = tuple(role[0] for role in roles if role)
+    return named if len(set(named)) == len(members) else tuple(str(at) for at in range(len(members)))
+
+
+def _stacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+    (member,) = item.source.members
+    axis = item.source.axis
+    spread = tuple(
+        (index, (*origin[:axis], value, *origin[axis:]))
+        for index, origin in pairs
+        for value in range(item.source.shapes[role][origin][0])
+    )
+    index = pairs[0][0]
+    inner = item.target.shapes[role][index][1:]
+    start = 0
+    for leaf in member.leaves:
+        shape = leaf.shapes[role][spread[0][1]]
+        turn = () if _fits_upright(member, role, spread[0][1], inner) else (Op("transpose"),)
+        if member.members:
+            rows = f"[{{axis}}, {start}:{start + shape[0]}]"
+            yield Piece(leaf, (item.target,), role, spread, turn, into=rows, axis=axis)
+        else:
+            yield Piece(leaf, (item.target,), role, spread, (*turn, Op.of("stack", dim=0)), shard="{axis}", axis=axis)
+        start += shape[0]
+
+
+def _fits_upright(member: Unit, role: str, index: Index, inner: Shape) -> bool:
+    return relation(member.shapes[role][index], inner) in ("copy", "reshape")
+
+
+def _unstacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+    (member,) = item.target.members
+    axis = item.target.axis
+    for value in range(item.target.shapes[role][pairs[0][0]][0]):
+        placed = tuple(((*index[:axis], value, *index[axis:]), origin) for index, origin in pairs)
+        start = 0
+        for leaf in member.leaves:
+            rows = leaf.shapes[role][placed[0][0]][0]
+            cut = f"[{value}, {start}:{start + rows}]" if member.members else f"[{value}]"
+            start += rows
+            yield Piece(item.source, (leaf,), role, placed, take=cut)
+
+
+# -- pieces to rules ---------------------------------------------------------------------------------------------------
+
+
+def _alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces of one module that differ in the parameter only (weight, bias) and keep its name."""
+    groups: dict[object, list[Piece]] = {}
+    for piece in pieces:
+        kept = all(_leaf(piece.source, piece.role) == _leaf(unit, piece.role) for unit in piece.targets)
+        alone = piece.role if not kept else ""
+        key = (piece.source, piece.targets, piece.pairs, piece.op, piece.shard, piece.into, piece.take, alone)
+        groups.setdefault(key, []).append(piece)
+    return list(groups.values())
+
+
+def _rules_of_pieces(pieces: Sequence[Piece], names: Collection[str]) -> list[Rule]:
+    first = pieces[0]
+    roles = tuple(piece.role for piece in pieces)
+    columns = _columns([origin for _, origin in first.pairs])
+    groups = _groups(columns)
+    expressions = index_expressions(first.pairs, groups)
+    wanted = {first.source.names[role][origin] for role in roles for _, origin in first.pairs}
+    pattern = _pattern(first.source, roles, columns, wanted, names)
+    if pattern is not None and expressions is not None:
+        axis = rf"\{groups[first.axis]}" if first.axis >= 0 else ""
+        return [_rule(pieces, pattern, expressions, axis, 1 + max(groups.values(), default=0))]
+    return [_literal_rule(pieces, pair) for pair in first.pairs]
+
+
+def _literal_rule(pieces: Sequence[Piece], pair: tuple[Index, Index]) -> Rule:
+    """A rule for one instance, its numbers written out."""
+    first, (index, origin) = pieces[0], pair
+    pattern = _source_pattern(first.source, [piece.role for piece in pieces], list(map(str, origin)))
+    axis = str(origin[first.axis]) if first.axis >= 0 else ""
+    return _rule(pieces, pattern, list(map(str, index)), axis, 1)
+
+
+def _columns(instances: Sequence[Index]) -> list[list[int]]:
+    """The values of each number."""
+    return [sorted(set(column)) for column in zip(*instances, strict=True)]
+
+
+def _groups(columns: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Which group of the pattern holds which number; numbers with one value are written out."""
+    varying = [axis for axis, values in enumerate(columns) if len(values) > 1]
+    return {axis: group for group, axis in enumerate(varying, start=1)}
+
+
+def _pattern(
+    unit: Unit, roles: Sequence[str], columns: Sequence[Sequence[int]], wanted: Collection[str], names: Collection[str]
+) -> str | None:
+    """A pattern that matches the wanted names and no others, or None."""
+    for any_number in (True, False):
+        holes = [
+            str(values[0]) if len(values) == 1 else r"(\d+)" if any_number else f"({'|'.join(map(str, values))})"
+            for values in columns
+        ]
+        pattern = _source_pattern(unit, roles, holes)
+        if {name for name in names if re.fullmatch(pattern, name)} == set(wanted):
+            return pattern
+    return None
+
+
+def _leaf(unit: Unit, role: str) -> str:
+    """The tensor's own name in its module."""
+    return next(iter(unit.names[role].values())).rpartition(".")[2]
+
+
+def _components(unit: Unit, role: str) -> list[str]:
+    """A name of the unit with holes where its numbers stand."""
+    components = next(iter(unit.names[role].values())).split(".")
+    for depth, part in enumerate(unit.parts[: len(components)]):
+        if HOLE in part:
+            components[depth] = part
+    return components
+
+
+def _source_pattern(unit: Unit, roles: Sequence[str], holes: Sequence[str]) -> str:
+    components = _components(unit, roles[0])
+    if len(roles) > 1:
+        components[-1] = ""
+    remaining = iter(holes)
+    texts = [
+        re.escape(part).replace(r"\{\}", next(remaining)) if HOLE in part else re.escape(part) for part in components
+    ]
+    if len(roles) > 1:
+        texts[-1] = f"({'|'.join(re.escape(_leaf(unit, role)) for role in roles)})"
+    return r"\.".join(texts)
+
+
+def _rule(pieces: Sequence[Piece], pattern: str, expressions: Sequence[str], axis: str, last: int) -> Rule:
+    """The rule of pieces that differ in the parameter; ``last`` is the group that holds its name."""
+    first = pieces[0]
+    leaf = rf"\{last}" if len(pieces) > 1 else ""
+    targets = tuple(_target(unit, first.role, expressions, leaf) for unit in first.targets)
+    return Rule(
+        pattern,
+        targets if len(targets) > 1 else targets[0],
+        shard=first.shard.replace("{axis}", axis),
+        into=first.into.replace("{axis}", axis),
+        take=first.take,
+        op=first.op,
+    )
+
+
+def _target(unit: Unit, role: str, expressions: Sequence[str], leaf: str) -> str:
+    components = _components(unit, role)
+    if leaf:
+        components[-1] = leaf
+    remaining = iter(expressions)
+    return ".".join(part.replace(HOLE, next(remaining)) if HOLE in part else part for part in components)
