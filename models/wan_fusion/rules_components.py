@@ -137,7 +137,7 @@ def unit_filters(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> Tensor
     return weight / (norm / root + _RMS_GUARD) / root
 
 
-_UNIT = Op.of("unit_filters")
+_UNIT = (Op.of("unit_filters"),)
 _HALF = r"(encoder|decoder)"
 
 AUDIO_VAE = RuleSet(
@@ -186,7 +186,7 @@ _WEIGHT_NORM_SPELLINGS = {
 
 def _convolution_rules() -> Iterator[Rule]:
     """Biases as they are (the last convolution may have none); weights folded from either spelling."""
-    fold = Op.of("weight_norm", dim=0)
+    fold = (Op.of("weight_norm", dim=0),)
     for source, target in _VOCODER_CONVS:
         yield Rule(rf"{source}\.bias", f"{target}.bias", optional=target == "output")
         for spelling, names in _WEIGHT_NORM_SPELLINGS.items():

@@ -214,7 +214,7 @@ def _mean_of(blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     return total / len(blocks)
 
 
-def _frozen(value: object) -> object:
+def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
 
 
