@@ -1,0 +1,80 @@
+"""``port-kit coverage``: does a rule set bring a checkpoint completely into a module? From headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.port import Port, find_port, resolve
+from port_kit.remap.coverage import Coverage, coverage
+from port_kit.remap.sources import read_rules, read_sizes, read_source
+
+
+@click.command(
+    "coverage",
+    epilog="Examples:  port-kit coverage --source transformer/ --port dreamid_omni --component transformer  |  "
+    "port-kit coverage --source S.json --target T.json --rules rules.toml --json",
+)
+@click.option("--source", required=True, help="A manifest, a checkpoint, or a Hub repository OWNER/NAME[@REV][:PATH].")
+@click.option("--target", help="A manifest or checkpoint with the names to be filled.")
+@click.option("--rules", help="A .toml or .json file of rules, or module:ATTRIBUTE.")
+@click.option("--port", help="Take target and rules of this port.")
+@click.option("--component", help="The port's component; without it SOURCE is a model directory with one folder each.")
+@click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules.")
+@click.option("--wrapper", default="", help="Keys above the tensors of a pickle checkpoint, such as 'generator'.")
+@click.option("--narrow", is_flag=True, help="Allow rounding to a narrower floating-point dtype.")
+@click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
+@json_option
+@handles_errors("coverage")
+def command(
+    source: str,
+    target: str | None,
+    rules: str | None,
+    port: str | None,
+    component: str | None,
+    sizes: tuple[str, ...],
+    wrapper: str,
+    narrow: bool,
+    build: bool,
+    as_json: bool,
+) -> None:
+    """Account for every element of SOURCE and of the target; exit code 1 on any gap."""
+    numbers = read_sizes(sizes)
+    if port is None:
+        if target is None or rules is None:
+            raise click.UsageError("give --target and --rules, or --port")
+        report = coverage(
+            read_rules(rules), read_source(source, wrapper=wrapper), read_source(target), numbers, narrow=narrow
+        )
+        emit("coverage", report.to_json(), as_json=as_json, text=report.to_text(), ok=report.ok)
+        return
+    if target is not None:
+        raise click.UsageError("--target and --port exclude each other")
+    found = find_port(port)
+    names = [component] if component else [part.name for part in found.components]
+    sources = {name: source if component else str(Path(source) / name) for name in names}
+    reports = {name: _of_component(found, name, sources[name], rules, numbers, narrow, build) for name in names}
+    if component:
+        report = reports[component]
+        emit("coverage", report.to_json(), as_json=as_json, text=report.to_text(), ok=report.ok)
+        return
+    data = {"ok": all(report.ok for report in reports.values())}
+    parts = {name: report.to_json() for name, report in reports.items()}
+    text = "\n\n".join(f"== {name}\n{report.to_text()}" for name, report in reports.items())
+    emit("coverage", {**data, "components": parts}, as_json=as_json, text=text, ok=data["ok"])
+
+
+def _of_component(
+    port: Port, name: str, source: str, rules: str | None, sizes: dict[str, int], narrow: bool, build: bool
+) -> Coverage:
+    from port_kit.remap.recorded import component_target
+
+    component = port.component(name)
+    known = component_target(port, name, build=build)
+    component_rules: Any = read_rules(rules) if rules is not None else resolve(component.rules)
+    return coverage(
+        component_rules, read_source(source), known.manifest, sizes, narrow=narrow, target_from=known.origin
+    )

@@ -1,0 +1,81 @@
+"""``port-kit manifest``: names, shapes and dtypes of a checkpoint or of a port's modules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.manifest import Manifest
+from port_kit.port import find_port
+
+
+@click.command(
+    "manifest",
+    epilog="Examples:  port-kit manifest transformer/ -o transformer.json  |  "
+    "port-kit manifest --port dreamid_omni --component vae --json",
+)
+@click.argument("source", required=False)
+@click.option("--port", help="A port's modules instead of a checkpoint, at full size.")
+@click.option("--component", help="One component of the port.  [default: all]")
+@click.option("--wrapper", default="", help="Keys above the tensors of a pickle checkpoint, such as 'generator'.")
+@click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
+@click.option("--record", is_flag=True, help="Build, and write the recording in the port's folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the manifest here.")
+@json_option
+@handles_errors("manifest")
+def command(
+    source: str | None,
+    port: str | None,
+    component: str | None,
+    wrapper: str,
+    build: bool,
+    record: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Read the manifest of SOURCE (a file, folder or Hub repository) or of a port's modules.
+
+    SOURCE may be OWNER/NAME[@REVISION][:PATH]; only headers are read.
+    """
+    if (source is None) == (port is None):
+        raise click.UsageError("name a SOURCE or a --port")
+    if record and port is not None:
+        _record(port, component, as_json)
+        return
+    if port is not None:
+        manifest, origin = _of_port(port, component, build)
+    else:
+        from port_kit.remap.sources import read_source
+
+        manifest, origin = read_source(source or "", wrapper=wrapper), "headers"
+    if output is not None:
+        output.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+    summary = {"origin": manifest.origin, "from": origin, "tensors": len(manifest), "bytes": manifest.nbytes}
+    text = "\n".join(f"{name}\t{list(spec.shape)}\t{spec.dtype}" for name, spec in manifest.items())
+    text += f"\n{len(manifest)} tensors, {manifest.nbytes:,} bytes ({origin})"
+    data = summary if output is not None else {**summary, "manifest": manifest.to_json()}
+    emit("manifest", data, as_json=as_json, text=f"{output}: {len(manifest)} tensors" if output else text)
+
+
+def _of_port(name: str, component: str | None, build: bool) -> tuple[Manifest, str]:
+    from port_kit.remap.recorded import component_target
+
+    port = find_port(name)
+    if component is not None:
+        known = component_target(port, component, build=build)
+        return known.manifest, known.origin
+    parts = {part.name: component_target(port, part.name, build=build) for part in port.components}
+    entries = {full: spec for part, known in parts.items() for full, spec in known.manifest.under(f"{part}.").items()}
+    return Manifest(entries, origin=name), "+".join(sorted({known.origin for known in parts.values()}))
+
+
+def _record(name: str, component: str | None, as_json: bool) -> None:
+    from port_kit.remap.recorded import record
+
+    port = find_port(name)
+    names = [component] if component else [part.name for part in port.components]
+    paths = {part: str(record(port, part)) for part in names}
+    emit("manifest", {"recorded": paths}, as_json=as_json, text="\n".join(paths.values()))

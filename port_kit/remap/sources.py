@@ -1,0 +1,69 @@
+"""What a command line names: a checkpoint, a manifest, a remote repository, a rule set, a size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from port_kit.errors import RemapError
+from port_kit.manifest import Manifest
+from port_kit.port import resolve
+from port_kit.remap.rules import RuleSet
+
+
+def read_source(text: str, *, wrapper: str = "") -> Manifest:
+    """Read what stands at a path, or remotely at ``owner/name[@revision][:path]``.
+
+    Args:
+        text: a manifest (``.json``), a checkpoint's file or folder, or a Hub repository with a folder or file in it.
+        wrapper: for a pickle checkpoint, the keys above its tensors.
+
+    Raises:
+        RemapError: ``manifest_invalid`` where nothing is there.
+    """
+    path = Path(text)
+    if path.exists():
+        return Manifest.from_checkpoint(path, wrapper)
+    from port_kit.remap.remote import looks_remote, read_remote
+
+    if looks_remote(text):
+        return read_remote(text, wrapper=wrapper)
+    raise RemapError(
+        f"{text} does not exist",
+        code="manifest_invalid",
+        hint="name a manifest, a checkpoint, or a Hub repository as owner/name[@revision][:path]",
+    )
+
+
+def read_rules(text: str) -> RuleSet:
+    """Read a rule set from a ``.toml`` or ``.json`` file, or from ``module:ATTRIBUTE``.
+
+    Raises:
+        RemapError: ``remap_rules`` where it is none.
+    """
+    path = Path(text)
+    if path.suffix in (".toml", ".json") or path.exists():
+        return RuleSet.from_file(path)
+    if ":" not in text:
+        raise RemapError(
+            f"{text} is no file of rules", code="remap_rules", hint="name a .toml or .json file, or module:ATTRIBUTE"
+        )
+    found: Any = resolve(text)
+    if not isinstance(found, RuleSet):
+        raise RemapError(f"{text} is a {type(found).__name__}, not a RuleSet", code="remap_rules")
+    return found
+
+
+def read_sizes(items: tuple[str, ...]) -> dict[str, int]:
+    """Read ``name=number`` options.
+
+    Raises:
+        RemapError: ``remap_size`` for anything else.
+    """
+    sizes: dict[str, int] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not value.strip().isdecimal():
+            raise RemapError(f"size {item!r} is not name=number", code="remap_size", hint="such as --size hidden=3072")
+        sizes[name.strip()] = int(value)
+    return sizes
