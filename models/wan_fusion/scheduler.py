@@ -18,7 +18,7 @@ the exact sigma. A scheduler keeps the history of one tensor: video and sound ta
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def build_scheduler(
         InputError: an unknown solver, or steps or shift out of range.
     """
     _check(solver, steps, shift)
-    scheduler: Scheduler
+    scheduler: Any
     if solver == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAINING_STEPS, shift=shift)
         scheduler.set_timesteps(steps, device=device)
