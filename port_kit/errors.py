@@ -12,6 +12,7 @@
       + ConfigError                   a component's configuration that no module can be built from (also a ValueError)
       + ParityError                   goldens that cannot be read or run
       + RegistrationError             vLLM-Omni did not take the plugin, or has changed under it
+      + InspectError                  what is to be inspected is no model
       + InputError                    a request that no port can serve (also a ValueError)
 
 A message says what was given and what is required; ``hint`` says what to do. ``code`` is one of :data:`CODES`,
@@ -62,6 +63,9 @@ CODES: dict[str, str] = {
     "code_url": "a git URL is not one that is fetched from",
     "install_target": "this environment's site-packages cannot be written",
     "checkpoint_format": "a file is not a torch checkpoint (an error page, an LFS pointer, another format)",
+    "checkpoint_corrupt": "a safetensors or GGUF file is cut short, damaged, or contradicts its header",
+    "inspect_target": "what was to be inspected is neither a folder nor a repository",
+    "inspect_empty": "what was to be inspected holds no weights and no configuration of a model",
     "pickle_corrupt": "a torch checkpoint is cut short or damaged",
     "pickle_unsafe": "a pickle asks for more than tensors; nothing was executed",
     "pickle_unsupported": "a torch checkpoint holds something that has no plain form in safetensors",
@@ -188,6 +192,12 @@ class ParityError(PortKitError):
 
 class RegistrationError(PortKitError):
     """vLLM-Omni did not take the kit's registration, or changed what the kit relies on."""
+
+
+class InspectError(PortKitError):
+    """What is to be inspected is neither a folder nor a repository, or holds no model."""
+
+    default_code = "inspect_target"
 
 
 class InputError(PortKitError, ValueError):

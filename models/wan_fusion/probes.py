@@ -38,10 +38,9 @@ class Probe:
 
 def probes(config: FusionConfig) -> list[Probe]:
     """Return the intermediate values of a transformer, in the order in which they are computed."""
-    found = []
+    found = [Probe(f"{stream}.tokens", f"{name}.patch_embedding", _as_is) for stream, name in STREAMS.items()]
     for stream, name in STREAMS.items():
         found += [
-            Probe(f"{stream}.tokens", f"{name}.patch_embedding", _as_is),
             Probe(f"{stream}.context", f"{name}.text_embedding", _as_is),
             Probe(f"{stream}.e_all", f"{name}.time_embedding", _first_and_last_token),
             Probe(f"{stream}.e0_all", f"{name}.time_projection", _first_and_last_token),

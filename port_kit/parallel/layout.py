@@ -1,0 +1,117 @@
+"""How the ranks of a world are used: degrees of each kind of parallelism, by vLLM-Omni's names.
+
+Written as ``tp2``, ``ulysses2xring2``, ``hsdp2xcfg2``; ``single`` is one rank. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from port_kit.errors import ParallelError
+
+#: Fields of :class:`Layout` and what ``DiffusionParallelConfig`` calls them.
+CONFIG_NAMES = {
+    "tp": "tensor_parallel_size",
+    "ulysses": "ulysses_degree",
+    "ring": "ring_degree",
+    "allgather": "allgather_degree",
+    "cfg": "cfg_parallel_size",
+    "hsdp": "hsdp_shard_size",
+}
+_DEGREE = re.compile(r"([a-z]+)(\d+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism; 1 means that a kind is not used.
+
+    Attributes:
+        tp: ranks that share each matrix.
+        ulysses: ranks that share a sequence and exchange heads.
+        ring: ranks that share a sequence and pass keys around.
+        allgather: ranks that share a sequence and gather all keys.
+        cfg: ranks that share the guidance branches.
+        hsdp: ranks that share the parameters of each block; laid over the others.
+    """
+
+    tp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    allgather: int = 1
+    cfg: int = 1
+    hsdp: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            degree = getattr(self, field.name)
+            if not isinstance(degree, int) or degree < 1:
+                raise _invalid(f"{field.name} is {degree!r}; a degree is a whole number from 1")
+        if self.allgather > 1 and self.ulysses * self.ring > 1:
+            raise _invalid("allgather cannot be combined with ulysses or ring", "use one of them")
+        if self.hsdp > 1 and self.tp > 1:
+            raise _invalid("hsdp cannot be combined with tp", "use hsdp with ulysses, ring, allgather or cfg")
+        if self.hsdp > 1 and self._others > 1 and self._others % self.hsdp:
+            raise _invalid(
+                f"hsdp {self.hsdp} does not divide the {self._others} ranks of the other kinds",
+                f"use hsdp {' or '.join(str(d) for d in divisors(self._others) if d > 1)}",
+            )
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ulysses * self.ring * self.allgather
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self._others if self._others > 1 else self.hsdp
+
+    @property
+    def _others(self) -> int:
+        return self.tp * self.sequence * self.cfg
+
+    @property
+    def parallel_config(self) -> dict[str, Any]:
+        """What ``Omni(parallel_config=...)`` takes."""
+        config: dict[str, Any] = {CONFIG_NAMES[kind]: degree for kind, degree in self.degrees.items()}
+        if self.hsdp > 1:
+            config |= {"use_hsdp": True, "hsdp_replicate_size": self.world // self.hsdp}
+        return config
+
+    @property
+    def degrees(self) -> Mapping[str, int]:
+        """Kinds that are used, with their degree."""
+        return {field.name: degree for field in fields(self) if (degree := getattr(self, field.name)) > 1}
+
+    def __str__(self) -> str:
+        return "x".join(f"{kind}{degree}" for kind, degree in self.degrees.items()) or "single"
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Read ``tp2xulysses2``.
+
+        Raises:
+            ParallelError: an unknown kind, a kind twice, or a combination that vLLM-Omni does not have.
+        """
+        degrees: dict[str, int] = {}
+        for part in text.split("x") if text != "single" else ():
+            match = _DEGREE.fullmatch(part.strip())
+            if not match or match[1] not in CONFIG_NAMES or match[1] in degrees:
+                raise _invalid(
+                    f"{part!r} in {text!r} is no degree, or is given twice",
+                    f"write kinds and degrees as in tp2xulysses2; kinds: {', '.join(CONFIG_NAMES)}",
+                )
+            degrees[match[1]] = int(match[2])
+        return cls(**degrees)
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _invalid(message: str, hint: str = "") -> ParallelError:
+    return ParallelError(message, code="parallel_degree", hint=hint)

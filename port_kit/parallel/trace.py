@@ -1,0 +1,218 @@
+"""What a rank really did: its attention, its collectives, its parameters and its branches, measured while it ran.
+
+Equal results prove nothing about sharding: a model whose plan does not match computes everything on every rank, and
+rightly. :func:`install` watches a process from before its model is built; :func:`collect` says what was seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Calls of each attention that are kept: enough for all branches of one step.
+KEPT_CALLS = 8
+#: Calls of the transformer whose inputs are kept, and the tensors of which all modules' outputs are kept.
+KEPT_BRANCHES = 16
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of one attention layer on this rank.
+
+    Attributes:
+        query: tokens of the query that the layer was given.
+        key: tokens of the keys that the layer was given.
+        seen: keys that the kernel attended to, of all ranks together.
+        exchanged: the layer took part in sequence parallelism.
+    """
+
+    query: int
+    key: int
+    seen: int
+    exchanged: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank did.
+
+    Attributes:
+        places: this rank's place in each group: ``tp``, ``sequence``, ``cfg``.
+        attention: calls by the layer's path.
+        collectives: ``{operator: (calls, bytes)}``.
+        parameters: ``{path: (local shape, local bytes)}`` of the transformers.
+        branches: a fingerprint of the inputs of each call of a transformer, in order.
+        outputs: outputs of all modules in the first calls of a transformer, ``(path, call, tensor)`` in order of
+            computation; empty unless asked for.
+    """
+
+    places: Mapping[str, int]
+    attention: Mapping[str, list[AttentionCall]]
+    collectives: Mapping[str, tuple[int, int]]
+    parameters: Mapping[str, tuple[tuple[int, ...], int]]
+    branches: list[tuple[float, ...]]
+    outputs: list[tuple[str, int, Tensor]] = field(default_factory=list)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of transformer parameters on this rank."""
+        return sum(size for _, size in self.parameters.values())
+
+
+class _Recorder:
+    """What is being seen; one a process, because the hooks are."""
+
+    def __init__(self, keep_outputs: bool) -> None:
+        self.keep_outputs = keep_outputs
+        self.calls: dict[int, list[AttentionCall]] = defaultdict(list)
+        self.open: list[tuple[int, int, int]] = []  # id, query and key tokens of the attention that is running
+        self.seen: int | None = None
+        self.collectives: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.branches: list[tuple[float, ...]] = []
+        self.outputs: list[tuple[int, int, Tensor]] = []
+
+
+_recorder: _Recorder | None = None
+
+
+def install(*, keep_outputs: bool = False) -> None:
+    """Watch this process from now on. Call it in a rank before its model is built, and once."""
+    global _recorder
+    _recorder = _Recorder(keep_outputs)
+    register_module_forward_pre_hook(_before)
+    register_module_forward_hook(_after, with_kwargs=True)
+    _watch_kernels()
+    _Collectives().__enter__()  # for the life of the process
+
+
+def collect(pipeline: nn.Module) -> Trace:
+    """Return what has been seen, under the pipeline's module paths.
+
+    Raises:
+        RuntimeError: nothing was installed.
+    """
+    if _recorder is None:
+        raise RuntimeError("install() was not called before the model ran")
+    paths = {id(module): path for path, module in pipeline.named_modules()}
+    return Trace(
+        places=_places(),
+        attention={paths[key]: calls for key, calls in _recorder.calls.items() if key in paths},
+        collectives={op: (count, _recorder.bytes[op]) for op, count in sorted(_recorder.collectives.items())},
+        parameters=_parameters(pipeline),
+        branches=_recorder.branches,
+        outputs=[(paths[key], call, value) for key, call, value in _recorder.outputs if key in paths],
+    )
+
+
+def is_transformer(module: nn.Module) -> bool:
+    """Whether this is a diffusion transformer: it declares how vLLM-Omni may shard it."""
+    return hasattr(type(module), "_hsdp_shard_conditions") or hasattr(type(module), "_sp_plan")
+
+
+def _before(module: nn.Module, args: tuple[Any, ...]) -> None:
+    from vllm_omni.diffusion.attention.layer import Attention
+
+    if isinstance(module, Attention):
+        _recorder.open.append((id(module), args[0].shape[1], args[1].shape[1]))
+        _recorder.seen = None
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    from vllm_omni.diffusion.attention.layer import Attention
+
+    if isinstance(module, Attention):
+        key, query, keys = _recorder.open.pop()
+        strategy = module._get_active_parallel_strategy()
+        call = AttentionCall(query, keys, _recorder.seen or keys, strategy is not module._no_parallel_strategy)
+        if len(_recorder.calls[key]) < KEPT_CALLS:
+            _recorder.calls[key].append(call)
+    if is_transformer(module) and len(_recorder.branches) < KEPT_BRANCHES:
+        _recorder.branches.append(_fingerprint((*args, *kwargs.values())))
+    _keep_output(module, output)
+
+
+def _keep_output(module: nn.Module, output: Any) -> None:
+    call = len(_recorder.branches)
+    if not _recorder.keep_outputs or call >= KEPT_BRANCHES:
+        return
+    for value in output if isinstance(output, tuple) else (output,):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            _recorder.outputs.append((id(module), call, value.detach().float().cpu().clone()))
+
+
+def _fingerprint(args: tuple[Any, ...]) -> tuple[float, ...]:
+    """Reduce the tensors among the arguments to one number each; equal inputs give equal numbers."""
+    tensors = [getattr(arg, "raw", arg) for arg in args]
+    return tuple(float(_weighted_sum(tensor)) for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def _weighted_sum(tensor: Tensor) -> float:
+    flat = tensor.detach().double().flatten()
+    weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device) / max(flat.numel(), 1)
+    return (flat * weights).mean().item() if flat.numel() else 0.0
+
+
+def _watch_kernels() -> None:
+    """Note how many keys the kernel is given, after all exchange and trimming."""
+    from vllm_omni.diffusion.attention.layer import Attention
+    from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
+
+    local, ring = Attention._run_local_attention, RingParallelAttention.run_attention
+
+    def run_local(self: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any) -> Tensor:
+        _recorder.seen = key.shape[1]
+        return local(self, query, key, value, metadata)
+
+    def run_ring(self: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, **options: Any) -> Tensor:
+        whole = key.shape[1] * self._sp_group.ring_world_size
+        valid = metadata.extra.get("valid_kv_length") if metadata is not None else None
+        _recorder.seen = whole if valid is None else min(whole, valid)
+        return ring(self, query, key, value, metadata, **options)
+
+    Attention._run_local_attention = run_local
+    RingParallelAttention.run_attention = run_ring
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts the operators that talk to other ranks, and the bytes of the tensors they are given."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith(("c10d::", "_c10d_functional::")) or "shm_all" in name or "shm_gather" in name:
+            short = name.partition("::")[2].rstrip("_")
+            _recorder.collectives[short] += 1
+            _recorder.bytes[short] += _bytes_of(args)
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes_of(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _parameters(pipeline: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+    found = {}
+    for path, module in pipeline.named_modules():
+        if is_transformer(module):
+            for name, parameter in module.named_parameters():
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                found[f"{path}.{name}"] = (tuple(local.shape), local.numel() * local.element_size())
+    return found
+
+
+def _places() -> dict[str, int]:
+    """This rank's place in each group, from the groups themselves."""
+    from vllm.distributed import get_tp_group
+    from vllm_omni.diffusion.distributed.parallel_state import get_cfg_group, get_sp_group
+
+    groups = {"tp": get_tp_group(), "sequence": get_sp_group(), "cfg": get_cfg_group()}
+    return {kind: group.rank_in_group for kind, group in groups.items()}

@@ -1,0 +1,168 @@
+"""The fusion transformer against the original's recorded passes, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from port_kit.errors import ConfigError, InputError
+from port_kit.models.wan_fusion import probes
+from port_kit.models.wan_fusion.config import OVI_TRANSFORMER_CONFIG, TRANSFORMER_CONFIG, FusionConfig
+from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+from port_kit.runtime.local import single_rank
+from tests.models.fusion_cases import FusionCase, fusion_cases
+
+CASES = (
+    "dreamid_no_refs",
+    "dreamid_one_ref_odd",
+    "dreamid_padded",
+    "dreamid_two_refs",
+    "ovi_audio_only",
+    "ovi_batch2_padded",
+    "ovi_i2v_first_frame_clean",
+    "ovi_slg",
+    "ovi_t2v",
+    "ovi_video_only",
+)
+
+
+@pytest.fixture(scope="session")
+def cases(goldens: Path) -> dict[str, FusionCase]:
+    return fusion_cases(goldens)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def test_every_recorded_case_is_listed(cases: dict[str, FusionCase]) -> None:
+    assert sorted(cases) == sorted(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_is_the_original(name: str, cases: dict[str, FusionCase]) -> None:
+    case = cases[name]
+    expected = case.outputs("fp32")
+    compared = 0
+    with single_rank(torch.float32):
+        for _, key, flow in case.run(case.build(), torch.float32):
+            if key in expected:
+                assert flow.dtype == torch.float32
+                torch.testing.assert_close(flow, expected[key], rtol=0, atol=2e-5)
+                compared += 1
+    assert compared >= 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_as_near_as_the_original(name: str, cases: dict[str, FusionCase]) -> None:
+    case = cases[name]
+    exact, rounded = case.outputs("fp32"), case.outputs("bf16")
+    with single_rank(torch.bfloat16):
+        for _, key, flow in case.run(case.build(), torch.bfloat16):
+            if key in exact:
+                assert flow.dtype == torch.bfloat16
+                gap = relative(rounded[key], exact[key])
+                assert relative(flow, exact[key]) <= 1.2 * gap
+                assert relative(flow, rounded[key]) <= 1.5 * gap
+
+
+def test_every_intermediate_value_is_the_originals(cases: dict[str, FusionCase]) -> None:
+    case = cases["dreamid_two_refs"]
+    expected = load_file(case.folder / "intermediates_fp32.safetensors")
+    with single_rank(torch.float32):
+        model = case.build()
+        with probes.record(model) as values:
+            list(case.run(model, torch.float32))
+    assert list(values) == [probe.name for probe in probes.probes(model.config)]
+    for key in expected:
+        torch.testing.assert_close(values[key], expected[key], rtol=0, atol=2e-5, msg=lambda t, key=key: f"{key}: {t}")
+
+
+def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, FusionCase]) -> None:
+    case = cases["ovi_t2v"]
+    with single_rank(torch.float32), torch.inference_mode():
+        model = case.build()
+        video, audio = torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 20)
+        raw = torch.randn(2, 1, 6, model.config.text_dim)
+        kept = Text(raw[0]), Text(raw[1])
+        for step in (900, 500):
+            time = torch.tensor(step)
+            fresh = model(video, audio, time, raw[0], raw[1])
+            with probes.record(model) as values:
+                again = model(video, audio, time, *kept)
+            assert ("vid.context" in values) == (step == 900)
+            assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))
+    assert len(kept[0].keys_values) == model.config.num_layers
+
+
+def test_samples_of_a_batch_do_not_mix(cases: dict[str, FusionCase]) -> None:
+    with single_rank(torch.float32), torch.inference_mode():
+        model = cases["dreamid_two_refs"].build()
+        video, audio = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 9, 20)
+        text = torch.randn(2, 2, 6, model.config.text_dim)
+        options = {"video_reference_frames": 1, "audio_reference_lengths": (3,), "first_frame_clean": True}
+        both = model(video, audio, torch.tensor([999, 300]), *text, **options)
+        for i, step in enumerate((999, 300)):
+            inputs = (video[i : i + 1], audio[i : i + 1], torch.tensor([step]), text[0, i : i + 1], text[1, i : i + 1])
+            for together, alone in zip(both, model(*inputs, **options), strict=True):
+                torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dim", "heads", "layers"), [(32, 2, 1), (96, 4, 2), (256, 2, 1)])
+def test_other_widths_run(dim: int, heads: int, layers: int) -> None:
+    config = FusionConfig(dim=dim, num_heads=heads, num_layers=layers, ffn_dim=2 * dim, text_dim=24, text_len=8)
+    with single_rank(torch.float32), torch.inference_mode():
+        model = WanFusionTransformer(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        video, audio = torch.randn(1, 48, 2, 2, 4), torch.randn(1, 3, 20)
+        flows = model(video, audio, torch.tensor([5]), torch.randn(1, 8, 24), torch.randn(1, 1, 24))
+    assert [flow.shape for flow in flows] == [video.shape, audio.shape]
+    assert all(flow.isfinite().all() for flow in flows)
+
+
+def test_full_size_config_is_the_published_model() -> None:
+    with single_rank(torch.bfloat16), torch.device("meta"):
+        model = WanFusionTransformer(FusionConfig.from_dict(TRANSFORMER_CONFIG))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_660_753_108
+    ovi = FusionConfig.from_dict(OVI_TRANSFORMER_CONFIG)
+    assert (ovi.rope.family, ovi.rope.freqs_scaling, ovi.gated_conv_dim) == ("ovi", 0.19676, 8192)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope": {"family": "other"}}, "needs freqs_scaling"),
+        ({"rope": {"family": "dreamid_omni"}}, "needs freqs_scaling"),
+        ({"audio": TRANSFORMER_CONFIG["audio"] | {"dim": 1536}}, "dim is 3072 in the video tower and 1536"),
+        ({"video": TRANSFORMER_CONFIG["video"] | {"qk_norm": False}}, "video.qk_norm is False"),
+        ({"video": {}}, "the video tower's config has no 'dim'"),
+    ],
+)
+def test_a_wrong_config_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FusionConfig.from_dict(TRANSFORMER_CONFIG | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video": torch.zeros(1, 48, 2, 3, 4)}, "do not divide into patches"),
+        ({"video_text": torch.zeros(1, 25, 64)}, "a text of 25 tokens was given; at most 24 fit"),
+        ({"video_reference_frames": 3}, "3 reference frames do not fit into 2"),
+        ({"audio_reference_lengths": (3, 3)}, "do not fit into 5"),
+        ({"skip_block": 3}, "block 3 is to be skipped of 3"),
+    ],
+)
+def test_a_wrong_input_is_refused(change: dict[str, object], message: str, cases: dict[str, FusionCase]) -> None:
+    inputs = {"video": torch.zeros(1, 48, 2, 4, 4), "audio": torch.zeros(1, 5, 20), "timestep": torch.tensor(1)}
+    inputs |= {"video_text": torch.zeros(1, 1, 64), "audio_text": torch.zeros(1, 1, 64)}
+    with single_rank(torch.float32), torch.inference_mode():
+        model = cases["dreamid_two_refs"].build()
+        with pytest.raises(InputError, match=message):
+            model(**inputs | change)

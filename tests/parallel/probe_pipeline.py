@@ -1,0 +1,95 @@
+"""A small pipeline around the fusion transformer alone: seeded latents, two steps, four guidance branches.
+
+``extra_args`` of a request: ``grid`` (frames, rows, columns of latents), ``sounds`` (audio latents), ``pictures``
+(reference frames among them), ``voices`` (lengths of audio references among them), ``family``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+
+from port_kit.models.wan_fusion.loading import read_json
+from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
+from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.remap import load_weights
+
+Pair = tuple[Tensor, Tensor]
+
+
+class ProbePipeline(nn.Module, CFGParallelMixin):
+    """Everything that vLLM-Omni needs of a pipeline, and nothing else."""
+
+    _dit_modules: ClassVar = ["transformer"]
+    _encoder_modules: ClassVar = []
+    _vae_modules: ClassVar = []
+    _resident_modules: ClassVar = []
+    dummy_run_num_frames = 0
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.transformer = build_transformer(read_json(od_config.model, "transformer/config.json"))
+        self.weights_sources = [
+            DiffusersPipelineLoader.ComponentSource(
+                model_or_path=od_config.model,
+                subfolder="transformer",
+                revision=None,
+                prefix="transformer.",
+                fall_back_to_pt=False,
+            )
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the transformer through its rules."""
+        bare = ((name.removeprefix("transformer."), tensor) for name, tensor in weights)
+        return load_weights(self.transformer, bare, TRANSFORMER, prefix="transformer.")
+
+    def predict_noise(self, **inputs: Any) -> Pair:
+        """Run one branch."""
+        return self.transformer(**inputs)
+
+    def combine_multi_branch_cfg_noise(
+        self, predictions: list[Pair], true_cfg_scale: float | dict[str, float], cfg_normalize: bool = False
+    ) -> Pair:
+        """Weigh the four branches unequally, so that a swap shows."""
+        video, audio = (torch.stack(streams) for streams in zip(*predictions, strict=True))
+        weights = torch.tensor([1.0, -0.5, 0.3, 0.2]).to(video)
+        return torch.tensordot(weights, video, 1), torch.tensordot(weights, audio, 1)
+
+    def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
+        """Two steps of four branches."""
+        given = req.sampling_params.extra_args
+        random = torch.Generator().manual_seed(req.sampling_params.seed or 0)
+        config = self.transformer.config
+        video = torch.randn(1, config.video_channels, *given["grid"], generator=random)
+        audio = torch.randn(1, given["sounds"], config.audio_channels, generator=random)
+        texts = torch.randn(4, 2, 1, min(9, config.text_len), config.text_dim, generator=random)
+        options = {
+            "video_reference_frames": given.get("pictures", 0),
+            "audio_reference_lengths": tuple(given.get("voices", ())),
+            "first_frame_clean": given.get("first_frame_clean", False),
+        }
+        for time in (999, 700):
+            branches = [
+                {"video": video, "audio": audio, "timestep": torch.tensor([time]), "video_text": v, "audio_text": a}
+                for v, a in texts
+            ]
+            flow = self.predict_noise_with_multi_branch_cfg(True, 1.0, [branch | options for branch in branches])
+            video, audio = video - 0.1 * flow[0], audio - 0.1 * flow[1]
+        return DiffusionOutput(output=(video, audio, *flow))
+
+
+def register() -> None:
+    """Register the pipeline in this process."""
+    from vllm_omni.diffusion.registry import register_diffusion_model
+
+    register_diffusion_model(
+        model_arch="ProbePipeline", module_name="tests.parallel.probe_pipeline", class_name="ProbePipeline"
+    )
