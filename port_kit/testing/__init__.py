@@ -1,0 +1,31 @@
+"""What a port is tested with, for the kit's own tests and for yours.
+
+* tiny checkpoints in the original formats (:mod:`~port_kit.testing.tiny`, and of the fusion ports
+  :mod:`~port_kit.testing.tiny_fusion`),
+* a loopback Hub with faults on demand (:mod:`~port_kit.testing.hub`),
+* a pipeline on N forked ranks in about a second (:mod:`~port_kit.testing.workers`).
+
+Importing this package needs neither torch nor vLLM.
+"""
+
+from port_kit.testing.hub import Fault, Hub
+from port_kit.testing.tiny import TinyComponent, TinyModel, expand, fill, scale, tiny_repositories, write_checkpoint
+from port_kit.testing.tokenizer import write_tokenizer
+from port_kit.testing.workers import RankResult, Request, run_workers, warm_up
+
+__all__ = [
+    "Fault",
+    "Hub",
+    "RankResult",
+    "Request",
+    "TinyComponent",
+    "TinyModel",
+    "expand",
+    "fill",
+    "run_workers",
+    "scale",
+    "tiny_repositories",
+    "warm_up",
+    "write_checkpoint",
+    "write_tokenizer",
+]
