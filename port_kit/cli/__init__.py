@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 
 import click
 
@@ -60,3 +61,6 @@ def main(verbose: int, quiet: bool) -> None:
     """Bring diffusion models with scattered checkpoints and custom code to vLLM-Omni, out of tree."""
     level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    # vLLM logs to stdout unless told otherwise, and stdout is for data.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", logging.getLevelName(level))

@@ -1,0 +1,175 @@
+"""Golden cases of the fusion transformer: recorded forward passes of the original, and its rotations alone.
+
+A case names its checkpoint, lengths, references and frequency scaling in ``inputs.json``; the samples of a recorded
+batch have different lengths, so each is run alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from port_kit.models.wan_fusion import probes
+from port_kit.models.wan_fusion.config import FusionConfig, RopeConfig
+from port_kit.models.wan_fusion.rope import RopeTables, rotate
+from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
+from port_kit.models.wan_fusion.transformer import WanFusionTransformer, build_transformer
+from port_kit.parity import Bound, Case, Pair
+from port_kit.remap import load_weights
+from port_kit.runtime.local import single_rank
+
+FP32 = Bound(max_abs=5e-5, why="the same mathematics in another order of summation")
+ROPE = Bound(max_abs=1e-6, why="nothing is reordered")
+#: Two independent roundings of the same size lie about 1.41 times that size apart.
+BF16_FACTOR = 1.5
+#: The engine's latent lengths of a 5 s clip, video over audio; the rope goldens are recorded with it.
+DREAMID_SCALING = 31 / 157
+
+
+@dataclass(frozen=True)
+class FusionGolden:
+    """One recorded forward pass, or batch of them."""
+
+    folder: Path
+    meta: Mapping[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The transformer's config: the recorded towers, and the rope that the case was run with."""
+        towers = json.loads((self.folder / self.meta["config"]).read_text(encoding="utf-8"))
+        rope = {key: self.meta[key] for key in ("family", "freqs_scaling") if key in self.meta}
+        return {**towers, "rope": rope}
+
+    @property
+    def samples(self) -> range:
+        """Samples that can be compared.
+
+        The original places the audio references of every sample after the first of a batch wrongly (it divides the
+        offset once more each time); its engine runs single samples only, and the port does not copy it.
+        """
+        misplaced = self.meta["family"] == "dreamid_omni" and self.meta.get("ref_audio_lengths")
+        return range(1 if misplaced else self.meta["batch"])
+
+    def build(self) -> WanFusionTransformer:
+        """Build the model on the current default dtype and load the recorded checkpoint."""
+        model = build_transformer(self.config)
+        load_weights(model, load_file(self.folder / self.meta["state"]).items(), TRANSFORMER)
+        return model
+
+    def recorded(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of ``<name>.safetensors``, or none where the case does not have it."""
+        path = self.folder / f"{name}.safetensors"
+        return load_file(path) if path.is_file() else {}
+
+    def run(self, model: WanFusionTransformer, sample: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Run one sample; return its flows under the names of the recorded outputs."""
+        config, inputs = model.config, self.recorded("inputs")
+        nothing = {
+            "vid": torch.empty(config.video_channels, 0, 2, 2),
+            "audio": torch.empty(0, config.audio_channels),
+            "vid_context": torch.empty(0, config.text_dim),
+            "audio_context": torch.empty(0, config.text_dim),
+        }
+        video, audio, video_text, audio_text = (
+            inputs.get(f"{name}.{sample}", default)[None].to(dtype) for name, default in nothing.items()
+        )
+        with torch.inference_mode():
+            flows = model(
+                video,
+                audio,
+                inputs["t"][sample],
+                video_text,
+                audio_text,
+                video_reference_frames=sum(self._references("ref_ip_lengths", sample)),
+                audio_reference_lengths=self._references("ref_audio_lengths", sample),
+                first_frame_clean=self.meta.get("first_frame_is_clean", False),
+                skip_block=self._skip_block,
+            )
+        return {f"{name}.{sample}": flow[0] for name, flow in zip(("vid", "audio"), flows, strict=True)}
+
+    @property
+    def _skip_block(self) -> int | None:
+        """Index of the block that is left out; DreamID-Omni takes the argument and ignores it."""
+        layer = self.meta.get("slg_layer") or 0
+        return layer if layer > 0 and self.meta["family"] == "ovi" else None
+
+    def _references(self, key: str, sample: int) -> tuple[int, ...]:
+        lengths = self.meta.get(key)
+        return tuple(lengths[sample]) if lengths else ()
+
+
+def cases(goldens: Path) -> Iterator[Case]:
+    """Yield the cases below ``fusion/``: rotations first, then every forward pass in both dtypes that are recorded."""
+    if (goldens / "fusion" / "rope" / "rope.json").is_file():
+        yield Case("fusion/rope fp32", lambda: list(_rope_pairs(goldens / "fusion" / "rope")))
+    for path in sorted(goldens.glob("fusion/*/inputs.json")):
+        golden = FusionGolden(path.parent, json.loads(path.read_text(encoding="utf-8")))
+        yield Case(f"fusion/{path.parent.name} fp32", lambda golden=golden: list(_fp32_pairs(golden)))
+        if golden.recorded("outputs_bf16"):
+            yield Case(f"fusion/{path.parent.name} bf16", lambda golden=golden: list(_bf16_pairs(golden)))
+
+
+def _fp32_pairs(golden: FusionGolden) -> Iterator[Pair]:
+    expected, intermediates = golden.recorded("outputs_fp32"), golden.recorded("intermediates_fp32")
+    with single_rank(torch.float32):
+        model = golden.build()
+        for sample in golden.samples:
+            with probes.record(model) as values:
+                flows = golden.run(model, sample, torch.float32)
+            # Intermediate values are recorded for single samples only.
+            yield from (
+                Pair(name, value, intermediates[name], FP32) for name, value in values.items() if name in intermediates
+            )
+            yield from (Pair(name, flow, expected[name], FP32) for name, flow in flows.items() if name in expected)
+
+
+def _bf16_pairs(golden: FusionGolden) -> Iterator[Pair]:
+    exact, rounded = golden.recorded("outputs_fp32"), golden.recorded("outputs_bf16")
+    with single_rank(torch.bfloat16):
+        model = golden.build()
+        for sample in golden.samples:
+            for name, flow in golden.run(model, sample, torch.bfloat16).items():
+                if name not in exact:
+                    continue
+                gap = (rounded[name].double() - exact[name].double()).norm() / exact[name].double().norm()
+                bound = Bound(rel_l2=BF16_FACTOR * gap.item(), why=f"the original's own gap is {gap.item():.2e}")
+                yield Pair(f"{name} to fp32", flow, exact[name], bound)
+                yield Pair(f"{name} to bf16", flow, rounded[name], bound)
+
+
+def _rope_pairs(folder: Path) -> Iterator[Pair]:
+    """Compare rotations: ``<family>.<stream>.in`` against ``<family>.<stream>.out[.<dtype of the scaling>fs]``."""
+    meta = json.loads((folder / "rope.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "rope_fp32.safetensors")
+    for name, expected in tensors.items():
+        family, stream, kind, *scaling = name.split(".")
+        if kind == "out":
+            given = tensors[f"{family}.{stream}.in"]
+            rope = RopeTables(_rope_config(folder, family, scaling), meta["head_dim"])
+            table = _recorded_table(rope, stream, meta)
+            length = table.shape[1]
+            # Tokens beyond the grid are padding, and pass through.
+            turned = torch.cat((rotate(given[:, :length], table), given[:, length:]), 1)
+            yield Pair(name, turned, expected, ROPE)
+
+
+def _rope_config(folder: Path, family: str, scaling: list[str]) -> RopeConfig:
+    if family == "ovi":
+        towers = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))
+        return FusionConfig.from_dict({**towers, "rope": {"family": family}}).rope
+    dtype = "float32" if scaling == ["fp32fs"] else "bfloat16"
+    return RopeConfig(family, DREAMID_SCALING, dtype)
+
+
+def _recorded_table(rope: RopeTables, stream: str, meta: Mapping[str, Any]) -> Tensor:
+    referenced = rope.config.family == "dreamid_omni"
+    if stream == "vid":
+        return rope.video(tuple(meta["vid_grid"]), sum(meta["vid_ref"][0]) if referenced else 0)
+    return rope.audio(meta["audio_grid"][0], meta["audio_ref"][0] if referenced else ())
