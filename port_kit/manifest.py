@@ -2,7 +2,7 @@
 
 A :class:`Manifest` comes from safetensors headers, from the tables of a pickle checkpoint, from a module (on the meta
 device too) or from JSON. The JSON form is ``{"name": [[shape...], "dtype"], ...}``; an entry may have a third item with
-what else is known: ``slots`` of a fused parameter, ``buffer``, ``file``.
+what else is known: ``slots`` of a fused parameter, ``buffer``, ``file``. A bare ``[shape...]`` is read as float32.
 """
 
 from __future__ import annotations
@@ -293,6 +293,8 @@ def _checked(name: str, spec: TensorSpec, origin: str) -> TensorSpec:
 
 def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
     wrong = f"{origin}: {name!r} is {json.dumps(entry)[:80]}"
+    if isinstance(entry, (list, tuple)) and all(type(extent) is int for extent in entry):
+        entry = (entry, "float32")  # names and shapes alone, as tables of other tools have them
     if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3) or not isinstance(entry[0], (list, tuple)):
         raise _invalid(wrong, 'an entry is [[extents], "dtype"] or has a third item with slots, buffer or file')
     extra = entry[2] if len(entry) == 3 else {}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from port_kit.manifest import Manifest
     from port_kit.remap.plan import Plan
 
+_TEXT_FIELDS = ("source", "target", "shard", "take", "into", "drop", "keep", "variant", "confidence", "note")
 _SIZE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -67,6 +68,8 @@ class Rule:
         optional: the rule may match nothing.
         fallback: the rule is tried only on names that no other rule matches (``Rule(r"(.*)", r"\1", fallback=True)``).
         variant: ``choice:spelling``; of the rules of one choice exactly one spelling must be in the checkpoint.
+        confidence: of a suggested rule, ``certain`` or ``likely``; decides nothing.
+        note: words for people; decides nothing.
     """
 
     source: str = ""
@@ -80,6 +83,8 @@ class Rule:
     optional: bool = False
     fallback: bool = False
     variant: str = ""
+    confidence: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", _ops(self.op))
@@ -110,7 +115,7 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """The form in TOML and JSON: only the fields that are set."""
         data: dict[str, Any] = {}
-        for name in ("source", "target", "shard", "take", "into", "drop", "keep", "variant"):
+        for name in _TEXT_FIELDS:
             value = getattr(self, name)
             if value:
                 data[name] = list(value) if isinstance(value, tuple) else value

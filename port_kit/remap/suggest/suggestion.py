@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from port_kit.remap.rules import Rule, RuleSet
@@ -31,6 +30,13 @@ class Proposal:
     sources: tuple[str, ...]
     doubts: tuple[str, ...] = ()
 
+    def annotated(self) -> Iterator[Rule]:
+        """The rules with their confidence and, as a note, what they explain and what is in doubt."""
+        count = len(self.targets) or len(self.sources)
+        note = "; ".join([f"{self.what} ({count} tensors)", *self.doubts])
+        for rule in self.rules:
+            yield replace(rule, confidence=self.confidence, note=note)
+
     def to_json(self) -> dict[str, Any]:
         """The record in ``--json``."""
         return {
@@ -39,7 +45,7 @@ class Proposal:
             "explains": list(self.targets),
             "uses": list(self.sources),
             "doubts": list(self.doubts),
-            "rules": [rule.to_dict() for rule in self.rules],
+            "rules": [rule.to_dict() for rule in self.annotated()],
         }
 
 
@@ -59,13 +65,12 @@ class Suggestion:
 
     @property
     def rules(self) -> RuleSet:
-        """All proposed rules as one set."""
-        return RuleSet(self.name, tuple(rule for proposal in self.proposals for rule in proposal.rules))
+        """All proposed rules as one set; each carries its confidence and a note."""
+        return RuleSet(self.name, tuple(rule for proposal in self.proposals for rule in proposal.annotated()))
 
     def only(self, confidence: str) -> RuleSet:
         """The rules of one confidence."""
-        chosen = (proposal for proposal in self.proposals if proposal.confidence == confidence)
-        return RuleSet(self.name, tuple(rule for proposal in chosen for rule in proposal.rules))
+        return RuleSet(self.name, tuple(rule for rule in self.rules if rule.confidence == confidence))
 
     def explained(self) -> Counter[str]:
         """Confidence -> number of target tensors."""
@@ -75,12 +80,9 @@ class Suggestion:
         return counts
 
     def to_toml(self) -> str:
-        """The rule set as TOML; comments give confidence, what each rule explains, and what was left out."""
+        """The rule set as TOML; rules carry their confidence and note, comments say what was left out."""
         head = [f"# {line}" for line in self.report().splitlines()]
-        blocks = [f"name = {json.dumps(self.name)}"]
-        for proposal in self.proposals:
-            blocks.append(_commented(proposal))
-        return "\n".join(head) + "\n" + "\n\n".join(blocks) + "\n"
+        return "\n".join([*head, "", self.rules.to_toml()])
 
     def to_json(self) -> dict[str, Any]:
         """The whole suggestion for ``--json``."""
@@ -110,12 +112,3 @@ def _fitting(names: Iterable[str]) -> str:
         return " (no unused source has its size)"
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     return f" (would fit: {', '.join(shown[:3])}{more})"
-
-
-def _commented(proposal: Proposal) -> str:
-    count = len(proposal.targets) or len(proposal.sources)
-    lines = [f"# {proposal.confidence}: {proposal.what} ({count} tensors)"]
-    lines += [f"#   {doubt}" for doubt in proposal.doubts]
-    body = RuleSet("rules", proposal.rules).to_toml()
-    start = body.index("[[rule]]")
-    return "\n".join([*lines, body[start:].rstrip()])
