@@ -2,12 +2,14 @@
 
 * tiny checkpoints in the original formats (:mod:`~port_kit.testing.tiny`, and of the fusion ports
   :mod:`~port_kit.testing.tiny_fusion`),
-* a loopback Hub with faults on demand (:mod:`~port_kit.testing.hub`),
+* a loopback Hub with faults on demand (:mod:`~port_kit.testing.hub`) and a loopback git server
+  (:mod:`~port_kit.testing.gitserver`),
 * a pipeline on N forked ranks in about a second (:mod:`~port_kit.testing.workers`).
 
 Importing this package needs neither torch nor vLLM.
 """
 
+from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
 from port_kit.testing.tiny import TinyComponent, TinyModel, expand, fill, scale, tiny_repositories, write_checkpoint
 from port_kit.testing.tokenizer import write_tokenizer
@@ -15,6 +17,8 @@ from port_kit.testing.workers import RankResult, Request, run_workers, warm_up
 
 __all__ = [
     "Fault",
+    "GitRemote",
+    "GitServer",
     "Hub",
     "RankResult",
     "Request",
