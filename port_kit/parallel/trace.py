@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: Calls of each attention that are kept: enough for all branches of one step.
-KEPT_CALLS = 8
+#: Calls of each attention that are kept.
+KEPT_CALLS = 4096
 #: Calls of the transformer whose inputs are kept, and the tensors of which all modules' outputs are kept.
 KEPT_BRANCHES = 16
 
@@ -48,7 +48,8 @@ class Trace:
         attention: calls by the layer's path.
         collectives: ``{operator: (calls, bytes)}``.
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
-        branches: a fingerprint of the inputs of each call of a transformer, in order.
+        calls: how often a transformer was called.
+        branches: a fingerprint of the inputs of the first calls, in order.
         outputs: outputs of all modules in the first calls of a transformer, ``(path, call, tensor)`` in order of
             computation; empty unless asked for.
     """
@@ -57,6 +58,7 @@ class Trace:
     attention: Mapping[str, list[AttentionCall]]
     collectives: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, tuple[tuple[int, ...], int]]
+    calls: int
     branches: list[tuple[float, ...]]
     outputs: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
@@ -76,6 +78,7 @@ class _Recorder:
         self.seen: int | None = None
         self.collectives: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.transformer_calls = 0
         self.branches: list[tuple[float, ...]] = []
         self.outputs: list[tuple[int, int, Tensor]] = []
 
@@ -107,6 +110,7 @@ def collect(pipeline: nn.Module) -> Trace:
         attention={paths[key]: calls for key, calls in _recorder.calls.items() if key in paths},
         collectives={op: (count, _recorder.bytes[op]) for op, count in sorted(_recorder.collectives.items())},
         parameters=_parameters(pipeline),
+        calls=_recorder.transformer_calls,
         branches=_recorder.branches,
         outputs=[(paths[key], call, value) for key, call, value in _recorder.outputs if key in paths],
     )
@@ -134,14 +138,21 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         call = AttentionCall(query, keys, _recorder.seen or keys, strategy is not module._no_parallel_strategy)
         if len(_recorder.calls[key]) < KEPT_CALLS:
             _recorder.calls[key].append(call)
-    if is_transformer(module) and len(_recorder.branches) < KEPT_BRANCHES:
-        _recorder.branches.append(_fingerprint((*args, *kwargs.values())))
     _keep_output(module, output)
+    if is_transformer(module):
+        _recorder.transformer_calls += 1
+        if len(_recorder.branches) < KEPT_BRANCHES:
+            _recorder.branches.append(_fingerprint((*args, *kwargs.values())))
 
 
 def _keep_output(module: nn.Module, output: Any) -> None:
-    call = len(_recorder.branches)
+    """Keep what a module gave; but not of fused projections, whose parts interleave over the ranks."""
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+
+    call = _recorder.transformer_calls
     if not _recorder.keep_outputs or call >= KEPT_BRANCHES:
+        return
+    if isinstance(module, (MergedColumnParallelLinear, QKVParallelLinear)):
         return
     for value in output if isinstance(output, tuple) else (output,):
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -1,0 +1,49 @@
+"""The goldens' fusion checkpoint as a model directory of the probe pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from port_kit.parallel.layout import Layout
+from port_kit.parallel.verify import Subject
+from port_kit.testing.workers import RankResult, Request
+from tests.parallel import probe_pipeline
+
+#: Video and audio tokens of each: shorter than the ranks, odd, and with references, as in the goldens.
+INPUTS = (
+    {"grid": (31, 2, 2), "sounds": 7},
+    {"grid": (7, 2, 2), "sounds": 31},
+    {"grid": (31, 2, 2), "sounds": 2},
+    {"grid": (6, 4, 6), "sounds": 33, "pictures": 2, "voices": (7, 5)},
+    {"grid": (4, 6, 10), "sounds": 25, "first_frame_clean": True},
+)
+
+
+@pytest.fixture(scope="session")
+def probe_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "probe"
+    (folder / "transformer").mkdir(parents=True)
+    towers = json.loads((goldens / "SET.json").read_text())["fusion"]
+    rope = {"family": "dreamid_omni", "freqs_scaling": {"num": 31, "den": 157, "dtype": "float32"}}
+    (folder / "transformer/config.json").write_text(json.dumps({**towers, "rope": rope}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "ProbePipeline", "_diffusers_version": "0.40.0"})
+    )
+    shutil.copy(next((goldens / "ckpts/DreamID_Omni").glob("*.safetensors")), folder / "transformer/model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def subject(probe_model: Path) -> Subject:
+    requests = [Request("probe", {"num_inference_steps": 2, "seed": 1, "extra_args": extra}) for extra in INPUTS]
+    return Subject(probe_model, requests, setup=lambda _world: probe_pipeline.register())
+
+
+@pytest.fixture(scope="session")
+def single(subject: Subject) -> RankResult:
+    """The run on one rank that all others are compared with."""
+    return subject.run(Layout())[0]
