@@ -1,0 +1,224 @@
+"""``port-kit rules``: rule sets as data: valid? why this name? what does the plan do? and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.manifest import Manifest
+from port_kit.port import find_port, resolve
+from port_kit.remap.rules import RuleSet
+from port_kit.remap.sources import read_rules, read_sizes, read_source
+
+_OPTIONS = (
+    click.option("--rules", help="A .toml or .json file of rules, or module:ATTRIBUTE."),
+    click.option("--source", help="A manifest, a checkpoint, or a Hub repository OWNER/NAME[@REV][:PATH]."),
+    click.option("--target", help="A manifest or checkpoint with the names to be filled."),
+    click.option("--port", help="Take target and rules of this port."),
+    click.option("--component", help="The port's component."),
+    click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules."),
+)
+
+
+def _rule_options(function: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+class Given:
+    """Rules and manifests as the options name them."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        self.sizes = read_sizes(options["sizes"])
+        if bool(options["port"]) != bool(options["component"]):
+            raise click.UsageError("--port and --component go together")
+
+    def rules(self) -> RuleSet:
+        """The rule set of --rules or of the port's component."""
+        if self.options["rules"]:
+            return read_rules(self.options["rules"])
+        if not self.options["port"]:
+            raise click.UsageError("give --rules, or --port and --component")
+        found: Any = resolve(find_port(self.options["port"]).component(self.options["component"]).rules)
+        return found
+
+    def source(self) -> Manifest:
+        """The manifest of --source."""
+        if not self.options["source"]:
+            raise click.UsageError("give --source")
+        return read_source(self.options["source"])
+
+    def target(self) -> Manifest:
+        """The manifest of --target or of the port's component."""
+        if self.options["target"]:
+            return read_source(self.options["target"])
+        if not self.options["port"]:
+            raise click.UsageError("give --target, or --port and --component")
+        from port_kit.remap.recorded import component_target
+
+        return component_target(find_port(self.options["port"]), self.options["component"]).manifest
+
+    @property
+    def has_both_sides(self) -> bool:
+        """Whether a source and a target are named."""
+        return bool(self.options["source"]) and bool(self.options["target"] or self.options["port"])
+
+
+@click.group("rules")
+def command() -> None:
+    """Work with rule sets: the data that maps a checkpoint onto a module."""
+
+
+@command.command(
+    "check",
+    epilog="Examples:  port-kit rules check --rules rules.toml  |  "
+    "port-kit rules check --rules rules.toml --source S.json --target T.json",
+)
+@_rule_options
+@json_option
+@handles_errors("rules check")
+def check_command(as_json: bool, **options: Any) -> None:
+    """Is the rule set valid? With a source and a target: is it complete, too?"""
+    given = Given(options)
+    rules = given.rules()
+    data: dict[str, Any] = {"name": rules.name, "rules": len(rules), "sizes": dict(rules.sizes)}
+    if not given.has_both_sides:
+        emit("rules check", data, as_json=as_json, text=f"{rules.name}: {len(rules)} rules, all valid")
+        return
+    from port_kit.remap.coverage import coverage
+
+    report = coverage(rules, given.source(), given.target(), given.sizes)
+    data["coverage"] = report.to_json()
+    emit("rules check", data, as_json=as_json, text=report.to_text(), ok=report.ok)
+
+
+@command.command(
+    "explain",
+    epilog="Examples:  port-kit rules explain encoder.conv1.weight --port dreamid_omni --component vae  |  "
+    "port-kit rules explain blocks.0.attn.qkv.weight --rules rules.toml --source S.json --target T.json",
+)
+@click.argument("name")
+@_rule_options
+@json_option
+@handles_errors("rules explain")
+def explain_command(name: str, as_json: bool, **options: Any) -> None:
+    """Which rules speak of NAME (a source or a target), and what they do with it."""
+    from port_kit.remap.explain import explain
+
+    given = Given(options)
+    source = given.source() if options["source"] else None
+    target = given.target() if options["target"] or options["port"] else None
+    told = explain(name, given.rules(), source, target, given.sizes)
+    emit("rules explain", told.to_json(), as_json=as_json, text=told.to_text(), ok=told.found)
+
+
+@command.command(
+    "plan",
+    epilog="Examples:  port-kit rules plan --source S.json --target T.json --rules rules.toml --json  |  "
+    "port-kit rules plan --source S.json --port dreamid_omni --component vae --json",
+)
+@_rule_options
+@json_option
+@handles_errors("rules plan")
+def plan_command(as_json: bool, **options: Any) -> None:
+    """Print what every target element is made of; exit code 1 where the plan is incomplete."""
+    from port_kit.remap.plan import check
+    from port_kit.remap.planmap import plan_map
+
+    given = Given(options)
+    plan = check(given.rules(), given.source(), given.target(), given.sizes)
+    entries = plan_map(plan)
+    data = {
+        "source": {name: list(spec.shape) for name, spec in plan.source.items()},
+        "target": {name: list(spec.shape) for name, spec in plan.target.items()},
+        "map": entries,
+        "dropped": list(plan.dropped),
+        "kept": dict(plan.kept),
+        "converted": plan.converted,
+        "problems": [problem.to_json() for problem in plan.problems],
+    }
+    lines = [f"{target} <- {', '.join(entry['from'])} [{entry['op']}]" for target, entry in entries.items()]
+    lines += [f"problem: {problem}" for problem in plan.problems]
+    emit("rules plan", data, as_json=as_json, text="\n".join(lines), ok=plan.ok)
+
+
+@command.command(
+    "suggest",
+    epilog="Examples:  port-kit rules suggest --source S.json --target T.json -o rules.toml  |  "
+    "port-kit rules suggest --source owner/name --target T.json --json",
+)
+@click.option("--source", required=True, help="A manifest, a checkpoint, or a Hub repository OWNER/NAME[@REV][:PATH].")
+@click.option("--target", required=True, help="A manifest or checkpoint with the names to be filled.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the rules here, as TOML.")
+@json_option
+@handles_errors("rules suggest")
+def suggest_command(source: str, target: str, output: Path | None, as_json: bool) -> None:
+    """Propose a rule set from two manifests alone, each rule with its confidence."""
+    from port_kit.remap.suggest import suggest
+
+    suggestion = suggest(read_source(source), read_source(target))
+    if output is not None:
+        output.write_text(suggestion.to_toml(), encoding="utf-8")
+    emit("rules suggest", suggestion.to_json(), as_json=as_json, text=suggestion.to_text())
+
+
+@command.command(
+    "invert",
+    epilog="Examples:  port-kit rules invert --rules rules.toml --source S.json --target T.json -o back.toml  |  "
+    "port-kit rules invert --port dreamid_omni --component transformer --source transformer/ -o back.toml",
+)
+@_rule_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the rules here, as TOML.")
+@json_option
+@handles_errors("rules invert")
+def invert_command(output: Path | None, as_json: bool, **options: Any) -> None:
+    """Work out the rules that lead back from the target's names to the source's."""
+    from port_kit.remap.invert import invert
+
+    given = Given(options)
+    back = invert(given.rules().compile(given.source(), given.target(), given.sizes))
+    text = back.to_toml()
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+    data = {"rules": back.to_dict(), "output": str(output) if output else None}
+    emit("rules invert", data, as_json=as_json, text=f"{output}: {len(back)} rules" if output else text.rstrip())
+
+
+@command.command(
+    "export",
+    epilog="Examples:  port-kit rules export converted/ -o original.safetensors --rules rules.toml --source S.json  |  "
+    "port-kit rules export original/ -o converted.safetensors --forward --rules rules.toml --target T.json",
+)
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@_rule_options
+@click.option("--forward", is_flag=True, help="CHECKPOINT has the original names: write it with the target's.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
+@json_option
+@handles_errors("rules export")
+def export_command(checkpoint: Path, forward: bool, output: Path, as_json: bool, **options: Any) -> None:
+    """Write CHECKPOINT, which has the target's names, with the original names; bit for bit.
+
+    The manifest of the other side is --source (with --forward: --target, or a port's component).
+    """
+    from port_kit.remap.export import checkpoint_reader, convert_file, export_file, inexact
+
+    given = Given(options)
+    manifest = Manifest.from_safetensors(checkpoint)
+    if forward:
+        plan = given.rules().compile(manifest, given.target(), given.sizes, narrow=True)
+        convert_file(plan, checkpoint_reader(checkpoint, manifest), output)
+        lost: dict[str, str] = {}
+    else:
+        plan = given.rules().compile(given.source(), manifest, given.sizes, narrow=True)
+        lost = inexact(plan)
+        export_file(plan, checkpoint_reader(checkpoint, manifest), output)
+    written = Manifest.from_safetensors(output)
+    data = {"output": str(output), "tensors": len(written), "bytes": written.nbytes, "inexact": lost}
+    text = f"{output}: {len(written)} tensors, {written.nbytes:,} bytes"
+    emit("rules export", data, as_json=as_json, text="\n".join([text, *(f"{n}: {why}" for n, why in lost.items())]))
