@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "doctor": ("port_kit.cli.doctor", "Versions, plugin, token, disk, installed git code."),
     "download": ("port_kit.cli.download", "Fetch, convert and assemble a port's model directory."),
+    "inspect": ("port_kit.cli.inspect", "Which path a repository or folder is on, why, and the next step."),
     "list": ("port_kit.cli.list", "The ports of this environment."),
     "manifest": ("port_kit.cli.manifest", "Names, shapes and dtypes of a checkpoint or of a port's modules."),
     "remove": ("port_kit.cli.remove", "Take away what a download put there."),

@@ -1,0 +1,14 @@
+"""What a repository or a folder is to vLLM-Omni, from listings and headers alone.
+
+>>> from port_kit.inspect import inspect
+>>> inspect("org/model").path                                                     # doctest: +SKIP
+'diffusers'
+"""
+
+from __future__ import annotations
+
+from port_kit.inspect.inspection import inspect
+from port_kit.inspect.render import describe
+from port_kit.inspect.report import Card, Component, Finding, Inspection, Memory, WeightFile
+
+__all__ = ["Card", "Component", "Finding", "Inspection", "Memory", "WeightFile", "describe", "inspect"]

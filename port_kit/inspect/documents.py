@@ -1,0 +1,57 @@
+"""The small text files of what is inspected, read once; those that cannot be read are remembered as findings."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from port_kit.inspect.report import Finding
+from port_kit.inspect.trees import Tree
+
+_LONGEST = 1 << 26  # an index of a hundred thousand tensors has ten megabytes
+
+
+class Documents:
+    """Reads text and JSON of a tree.
+
+    Attributes:
+        problems: what is there and cannot be read, in the order of reading.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.problems: list[Finding] = []
+        self._objects: dict[str, dict[str, Any]] = {}
+
+    def content(self, path: str) -> bytes:
+        """Return a file's bytes; empty where it is not there, too large for what it is, or behind a gate."""
+        size = self.tree.files.get(path, 0)
+        if size > _LONGEST:
+            self.problems.append(Finding(path, f"has {size} bytes, too many for a text"))
+        if not size or size > _LONGEST or self.tree.gate:
+            return b""
+        with self.tree.open(path) as source:
+            return source.read_at(0, size)
+
+    def text(self, path: str) -> str:
+        """Return a file's text; bytes that are no UTF-8 are replaced, as these texts are for people."""
+        return self.content(path).decode("utf-8", "replace")
+
+    def object(self, path: str) -> dict[str, Any]:
+        """Return a JSON object; empty where the file is not there or is none."""
+        if path not in self._objects:
+            self._objects[path] = self._read(path)
+        return self._objects[path]
+
+    def _read(self, path: str) -> dict[str, Any]:
+        if path not in self.tree.files or self.tree.gate:
+            return {}
+        try:
+            value = json.loads(self.content(path))
+        except ValueError as error:  # both what is no UTF-8 and what is no JSON
+            self.problems.append(Finding(path, f"is no JSON: {error}"))
+            return {}
+        if not isinstance(value, dict):
+            self.problems.append(Finding(path, f"holds a {type(value).__name__}, not an object"))
+            return {}
+        return value

@@ -1,0 +1,107 @@
+"""What vLLM-Omni needs and does not find."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from port_kit.inspect.components import has_weights, index_path, named_by_index
+from port_kit.inspect.documents import Documents
+from port_kit.inspect.report import Component, Finding, WeightFile
+from port_kit.inspect.sets import Index, gaps, group, read_index
+from port_kit.inspect.verdict import Verdict
+
+_TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+}
+#: Words in names of text encoders; a folder or file of that name needs a tokenizer beside it.
+_TEXT_ENCODER = re.compile(r"(?:^|[/_.-])(?:text_encoder|u?m?t5|clip|llama|qwen|gemma|mistral)", re.IGNORECASE)
+#: Suffixes of the files that vLLM-Omni's standard loader reads.
+_LOADED = (".safetensors", ".bin", ".pt")
+
+
+def missing(
+    documents: Documents, verdict: Verdict, components: list[Component], files: dict[str, WeightFile]
+) -> list[Finding]:
+    """List what has to be there, or whole, before vLLM-Omni can load the model."""
+    found = [*_index_needs(documents, verdict), *_transformer_config(documents, verdict)]
+    found += [Finding(link, "is a link that leads nowhere") for link in documents.tree.broken]
+    if not documents.tree.gate:
+        found += [*_component_needs(documents, components), *_tokenizer(documents, components)]
+        found += _readable(components, files)
+        found += index_gaps(documents, files)
+    return [*found, *documents.problems]
+
+
+def _index_needs(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+    path = index_path(documents)
+    if not path and verdict.path != "supported":
+        yield Finding("model_index.json", "is not there; vLLM-Omni reads the pipeline's class from it")
+    if not path or documents.tree.gate:
+        return
+    index = documents.object(path)
+    if not index.get("_class_name"):
+        yield Finding(path, "lacks _class_name, the key of vLLM-Omni's registry")
+    if not index.get("_diffusers_version"):
+        yield Finding(path, "lacks _diffusers_version, by which vLLM-Omni knows a diffusion model")
+
+
+def _transformer_config(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+    """Only where somebody has to write it: a served pipeline says itself what it needs."""
+    there = any(path in documents.tree.files for path in ("transformer/config.json", "unet/config.json"))
+    if verdict.path != "supported" and not there:
+        yield Finding("transformer/config.json", "is not there; vLLM-Omni gives it to the pipeline")
+
+
+def _component_needs(documents: Documents, components: list[Component]) -> Iterator[Finding]:
+    path = index_path(documents)
+    named = named_by_index(path, documents.object(path))
+    folders = {name.partition("/")[0] for name in documents.tree.files if "/" in name}
+    for part in components:
+        if part.name in named and named[part.name].elsewhere not in ("", documents.tree.name):
+            continue
+        if part.name in named and part.name not in folders:
+            yield Finding(path, f"names {part.name}, and there is no such folder")
+        elif part.class_name and has_weights(part.class_name) and not part.weights:
+            yield Finding(part.source, f"{part.name}: {part.class_name} has no weights beside it")
+
+
+def _tokenizer(documents: Documents, components: list[Component]) -> Iterator[Finding]:
+    names = {path.rpartition("/")[2] for path in documents.tree.files}
+    encoders = [part.name for part in components if part.weights and _TEXT_ENCODER.search(part.name)]
+    if encoders and not names & _TOKENIZER_FILES:
+        yield Finding("tokenizer/", f"is not there; the text encoder {encoders[0]} needs one")
+
+
+def _readable(components: list[Component], files: dict[str, WeightFile]) -> Iterator[Finding]:
+    """Files that cannot be read, and those that can but not by the standard loader."""
+    for file in files.values():
+        if file.problem:
+            yield Finding(file.path, file.problem)
+    for file in (file for part in components for file in part.weights):
+        if not file.problem and file.wrapper:
+            yield Finding(
+                file.path, f"has its tensors under {file.wrapper!r}: needs port-kit convert --wrapper"
+            )
+        elif not file.problem and not file.path.lower().endswith(_LOADED):
+            what = "port-kit convert" if file.format.startswith("torch") else "a conversion"
+            yield Finding(file.path, f"is {file.format}, which the standard loader does not read: needs {what}")
+
+
+def index_gaps(documents: Documents, files: dict[str, WeightFile]) -> Iterator[Finding]:
+    """Shards that are missing, indexes that disagree with their files."""
+    indexes = []
+    for path in documents.tree.files:
+        if path.endswith(".json") and ".index." in path.rpartition("/")[2]:
+            index = read_index(path, documents.content(path))
+            if isinstance(index, Index):
+                indexes.append(index)
+            else:
+                yield index
+    yield from gaps(group(files.values()), indexes, files)

@@ -1,0 +1,96 @@
+"""An inspection as text: what it is and why, the parts, what is missing, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from port_kit.download.progress import human
+from port_kit.inspect.report import TITLES, Component, Finding, Inspection, Memory
+
+_GIB = 1 << 30
+
+
+def describe(inspection: Inspection) -> str:
+    """Return the report for people; it carries its meaning without colour."""
+    where = f" at {inspection.commit}" if inspection.commit else ""
+    blocks = [
+        [f"{inspection.target}{where}: {TITLES[inspection.path]}"],
+        _findings("evidence", inspection.evidence),
+        ["components", *_table(inspection.components)] if inspection.components else [],
+        _findings("missing", inspection.missing),
+        _findings("traps", inspection.traps),
+        list(_facts(inspection)),
+        [f"next: {inspection.next}"],
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _findings(title: str, findings: Sequence[Finding]) -> list[str]:
+    rows = [(finding.file, finding.fact) for finding in findings]
+    return [title, *_columns(rows)] if rows else []
+
+
+def _table(components: Iterable[Component]) -> list[str]:
+    head = ("name", "class", "size", "tensors", "parameters", "dtype", "format")
+    return _columns([head, *(_row(part) for part in components)])
+
+
+def _row(part: Component) -> tuple[str, ...]:
+    class_name = part.class_name + ("" if part.known or not part.class_name else " (unknown)")
+    if not part.weights:
+        return part.name, class_name or "-", "-", "-", "-", "-", "-"
+    return (
+        part.name,
+        class_name or "-",
+        human(part.size),
+        f"{part.tensors:,}",
+        _count(part.parameters),
+        ", ".join(part.dtypes) or "-",
+        _format(part),
+    )
+
+
+def _format(part: Component) -> str:
+    files = f", {len(part.weights)} files" if len(part.weights) > 1 else ""
+    wrappers = dict.fromkeys(file.wrapper for file in part.weights if file.wrapper)
+    return ", ".join(part.formats) + files + "".join(f", under {wrapper}" for wrapper in wrappers)
+
+
+def _count(parameters: int) -> str:
+    """``14.3 B``, ``8.1 M``."""
+    for limit, unit in ((10**9, "B"), (10**6, "M")):
+        if parameters >= limit:
+            return f"{parameters / limit:.1f} {unit}"
+    return f"{parameters:,}"
+
+
+def _facts(inspection: Inspection) -> Iterator[str]:
+    card = inspection.card
+    rows = [("files", f"{inspection.files} files, {human(inspection.size)}")]
+    if inspection.memory:
+        rows += [("memory", line) for line in _memory(inspection.memory)]
+    rows.append(("gate", inspection.gate or "none: the files can be read"))
+    link = f" ({card.licence_link})" if card.licence_link else ""
+    rows.append(("licence", f"{card.licence}{link}" if card.licence else "README.md does not say"))
+    rows += [("card", card.problem)] if card.problem else []
+    rows += [("task", card.task)] if card.task else []
+    rows += [("base model", ", ".join(card.base_models))] if card.base_models else []
+    rows += [("code", address) for address in card.code]
+    rows += [("mentions", repo_id) for repo_id in card.repositories if repo_id != inspection.target]
+    yield from _columns(rows, indent="")
+
+
+def _memory(memory: Memory) -> Iterator[str]:
+    yield f"weights of all components: {_gib(memory.stored)} as stored, {_gib(memory.bfloat16)} in bfloat16"
+    ranks = ", ".join(f"{_gib(size)} on {count}" for count, size in memory.per_rank.items() if count > 1)
+    yield f"on each of several GPUs with {memory.largest} sharded: {ranks}; activations come on top"
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:.1f} GiB"
+
+
+def _columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [f"{indent}{line}".rstrip() for line in lines]

@@ -1,0 +1,252 @@
+"""What an inspection gives: plain frozen data, and its JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from port_kit.manifest import ITEM_SIZES, Manifest
+
+#: supported: vLLM-Omni or a port serves it as it is; diffusers: all classes are in diffusers and transformers; hybrid:
+#: some are; custom: none are; unknown: the files that decide cannot be read (a gate).
+Path = Literal["supported", "diffusers", "hybrid", "custom", "unknown"]
+TITLES: dict[str, str] = {
+    "supported": "already supported",
+    "diffusers": "diffusers-based",
+    "hybrid": "hybrid (some components are diffusers', the rest is the model's own)",
+    "custom": "custom (its own layout and its own code)",
+    "unknown": "not decided (the files that tell cannot be read)",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fact and the file that it was read from; ``file`` may also be a place (``README.md``, ``folder name``)."""
+
+    file: str
+    fact: str
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of tensors.
+
+    Attributes:
+        path: in the repository or folder, with ``/``.
+        size: bytes.
+        format: ``safetensors``, ``torch zip``, ``torch legacy``, ``gguf`` ..., or the suffix where it cannot be read.
+        entries: ``{tensor name: (shape, dtype)}``; empty where it cannot be read.
+        wrapper: of a pickle, the keys above the tensors, dotted.
+        problem: why it cannot be read, or could not be loaded; empty where it can.
+        details: what else its header says (GGUF architecture, values beside the tensors).
+    """
+
+    path: str
+    size: int
+    format: str
+    entries: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict, repr=False)
+    wrapper: str = ""
+    problem: str = ""
+    details: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(self.dtypes.values())
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Number of elements by dtype, the largest first."""
+        counts: dict[str, int] = {}
+        for shape, dtype in self.entries.values():
+            counts[dtype] = counts.get(dtype, 0) + _product(shape)
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form; tensors are counted, not listed."""
+        return {
+            "path": self.path,
+            "size": self.size,
+            "format": self.format,
+            "tensors": len(self.entries),
+            "parameters": self.parameters,
+            "dtypes": self.dtypes,
+            "wrapper": self.wrapper,
+            "problem": self.problem,
+            "details": dict(self.details),
+        }
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of the model.
+
+    Attributes:
+        name: its folder, its key in ``model_index.json``, or the path of its weights without suffix.
+        library: ``diffusers``, ``transformers``, a word of ``model_index.json``, or empty.
+        class_name: as ``model_index.json`` or its ``config.json`` says; empty where neither does.
+        known: whether the installed library has that class.
+        source: the file that names the class; empty where none does.
+        weights: the files that a loader takes.
+        spare: further weight files of it that are not counted (other variants and formats of the same tensors).
+    """
+
+    name: str
+    library: str = ""
+    class_name: str = ""
+    known: bool = False
+    source: str = ""
+    weights: tuple[WeightFile, ...] = ()
+    spare: tuple[WeightFile, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights that are taken."""
+        return sum(file.size for file in self.weights)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of the weights that are taken."""
+        return sum(file.parameters for file in self.weights)
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors of the weights that are taken."""
+        return sum(len(file.entries) for file in self.weights)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats of the weights that are taken, each once."""
+        return tuple(dict.fromkeys(file.format for file in self.weights))
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Dtypes of the weights that are taken, each once."""
+        return tuple(dict.fromkeys(dtype for file in self.weights for dtype in file.dtypes))
+
+    @property
+    def manifest(self) -> Manifest:
+        """The names, shapes and dtypes of its tensors; those of a dtype that torch lacks (GGUF's) are left out."""
+        entries = {name: entry for file in self.weights for name, entry in file.entries.items()}
+        return Manifest({name: entry for name, entry in entries.items() if entry[1] in ITEM_SIZES}, origin=self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form."""
+        return {
+            "name": self.name,
+            "library": self.library,
+            "class_name": self.class_name,
+            "known": self.known,
+            "source": self.source,
+            "size": self.size,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "formats": list(self.formats),
+            "dtypes": list(self.dtypes),
+            "weights": [file.to_dict() for file in self.weights],
+            "spare": [file.path for file in self.spare],
+        }
+
+
+@dataclass(frozen=True)
+class Card:
+    """What README.md says.
+
+    Attributes:
+        licence: the metadata's ``license``; ``license_name`` where that is ``other``; empty where it says nothing.
+        licence_link: where its text is.
+        base_models: models that this one was made from.
+        task: the metadata's ``pipeline_tag``.
+        code: git repositories that it names, in the order of the text.
+        repositories: Hub repositories that it names.
+        problem: why the metadata cannot be read; empty where it can.
+    """
+
+    licence: str = ""
+    licence_link: str = ""
+    base_models: tuple[str, ...] = ()
+    task: str = ""
+    code: tuple[str, ...] = ()
+    repositories: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the weights need; activations come on top.
+
+    Attributes:
+        stored: as the files have them.
+        bfloat16: with every parameter in two bytes, vLLM-Omni's default.
+        per_rank: in bfloat16 on each of N GPUs, the largest component sharded over them and the rest whole.
+        largest: the component that is sharded.
+    """
+
+    stored: int
+    bfloat16: int
+    per_rank: Mapping[int, int]
+    largest: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that can be said of a repository or folder from its listing and headers.
+
+    Attributes:
+        target: the repository id or the folder, as given.
+        commit: of a repository, 40 hex digits; None for a folder.
+        path: see :data:`Path`.
+        evidence: why, in the order of the decision.
+        files: number of files.
+        size: bytes of all files.
+        class_name: the pipeline's class, where something names one.
+        components: the parts, in the order of ``model_index.json``, then by name.
+        gate: what keeps the files from being read; empty where they can be.
+        card: what README.md says.
+        missing: what vLLM-Omni needs and does not find.
+        traps: what would go wrong without a word.
+        memory: of the weights; None where no tensor could be read.
+        next: the command to run now, or the thing to do.
+    """
+
+    target: str
+    commit: str | None
+    path: Path
+    evidence: tuple[Finding, ...]
+    files: int
+    size: int
+    class_name: str
+    components: tuple[Component, ...]
+    gate: str
+    card: Card
+    missing: tuple[Finding, ...]
+    traps: tuple[Finding, ...]
+    memory: Memory | None
+    next: str
+
+    def component(self, name: str) -> Component | None:
+        """Return the component called ``name``, or None."""
+        return next((part for part in self.components if part.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form, as ``--json`` prints it."""
+        plain = {name: getattr(self, name) for name in ("target", "commit", "path", "files", "size", "class_name")}
+        plain |= {name: [dataclasses.asdict(item) for item in getattr(self, name)] for name in ("evidence", "missing")}
+        return {
+            **plain,
+            "traps": [dataclasses.asdict(item) for item in self.traps],
+            "components": [part.to_dict() for part in self.components],
+            "gate": self.gate,
+            "card": dataclasses.asdict(self.card),
+            "memory": None if self.memory is None else dataclasses.asdict(self.memory),
+            "next": self.next,
+        }
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count

@@ -1,0 +1,88 @@
+"""What would go wrong without a word: vLLM-Omni would take another pipeline, other files, or somebody's code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from port_kit.inspect.catalogue import omni
+from port_kit.inspect.components import CONFIGS, index_path
+from port_kit.inspect.documents import Documents
+from port_kit.inspect.report import Component, Finding, WeightFile
+from port_kit.inspect.sets import WeightSet, group, twice
+from port_kit.inspect.verdict import Verdict
+
+_SAFETENSORS_INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
+
+
+def traps(
+    documents: Documents, verdict: Verdict, components: list[Component], files: dict[str, WeightFile]
+) -> list[Finding]:
+    """List the traps that this model lays."""
+    found = [*_folder_name(documents, verdict), *_model_type(documents, verdict), *_other_class(documents, components)]
+    return [*found, *_loaded_twice(documents, files), *_own_code(documents)]
+
+
+def _folder_name(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+    """vLLM-Omni looks for its keys in the folder's name where nothing else has selected a multi-stage pipeline."""
+    if verdict.stage:
+        return
+    name = _basename(documents)
+    keys = [key for key in omni().stages if _plain(key) in _plain(name)]
+    if keys:
+        key = max(keys, key=len)
+        yield Finding(
+            f"name {name}", f"contains {key!r}: vLLM-Omni would serve its own {key} pipeline; use another folder name"
+        )
+
+
+def _basename(documents: Documents) -> str:
+    name = documents.tree.name
+    return name.rpartition("/")[2] if documents.tree.commit else Path(name).resolve().name
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _model_type(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+    """A root config.json beside an index goes first."""
+    if verdict.stage and index_path(documents):
+        yield Finding(
+            "config.json", f"model_type {verdict.stage!r} selects vLLM-Omni's own pipeline, whatever the index says"
+        )
+
+
+def _other_class(documents: Documents, components: list[Component]) -> Iterator[Finding]:
+    for part in components:
+        for file, ((key, _), *_) in CONFIGS.items():
+            path = f"{part.name}/{file}"
+            said = documents.object(path).get(key)
+            if key == "_class_name" and part.source != path and said and part.class_name and said != part.class_name:
+                yield Finding(path, f"says {said}, {part.source} says {part.class_name}")
+
+
+def _loaded_twice(documents: Documents, files: dict[str, WeightFile]) -> Iterator[Finding]:
+    """Without an index vLLM-Omni loads every safetensors file of a component's folder, variants included."""
+    by_folder: dict[str, list[WeightSet]] = {}
+    for item in group(files.values()):
+        if item.suffix == ".safetensors":
+            by_folder.setdefault(item.folder, []).append(item)
+    for folder, sets in by_folder.items():
+        indexes = [name for name in _SAFETENSORS_INDEXES if _in(folder, name) in documents.tree.files]
+        if len(indexes) > 1:
+            yield Finding(_in(folder, indexes[0]), f"lies beside {indexes[1]}: vLLM-Omni refuses two indexes")
+        if not indexes:
+            yield from twice(sets)
+
+
+def _own_code(documents: Documents) -> Iterator[Finding]:
+    """Code that comes with the weights runs only where it is trusted explicitly."""
+    code = [path for path in documents.tree.files if path.endswith(".py")]
+    if code:
+        more = f" and {len(code) - 1} more" if len(code) > 1 else ""
+        yield Finding(code[0] + more, "is code that comes with the weights; nothing of it was executed")
+
+
+def _in(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

@@ -1,0 +1,145 @@
+"""What is inspected: a local folder or a repository of the Hub, as a listing and bytes by offset."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+from port_kit.byte_source import ByteSource, FileSource
+from port_kit.download.http import HttpClient, Policy
+from port_kit.download.hub import HubClient, HubFile
+from port_kit.download.parts import Identity
+from port_kit.download.remote import RangeSource
+from port_kit.errors import DownloadError, InspectError
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_MOST_FILES = 100_000
+_SKIPPED = {"__pycache__", "node_modules"}
+_EITHER = "name an existing folder, or a repository of the Hub as organisation/name"
+_HINTS = {
+    "hub_repo_missing": "check the name, or log in with `hf auth login` where it is private",
+    "hub_revision_missing": "name a branch, tag or commit that exists with --revision",
+}
+
+
+class Tree(Protocol):
+    """Attributes: ``name`` for messages; ``commit`` of a repository; ``files``: sizes by path; ``gate``: what keeps
+    the files from being read, or empty; ``broken``: links that lead nowhere."""
+
+    name: str
+    commit: str | None
+    files: Mapping[str, int]
+    gate: str
+    broken: tuple[str, ...]
+
+    def open(self, path: str) -> AbstractContextManager[ByteSource]:
+        """Open a file for reading by offset."""
+
+
+class LocalTree:
+    """A folder. Hidden folders (``.git``, ``.cache``) are not looked into.
+
+    Raises:
+        InspectError: it holds more files than a model does.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.name, self.commit, self.gate = root, str(root), None, ""
+        paths = {path.relative_to(root).as_posix(): path for path in _walk(root)}
+        self.broken = tuple(sorted(name for name, path in paths.items() if not path.exists()))
+        self.files = {name: paths[name].stat().st_size for name in sorted(set(paths) - set(self.broken))}
+
+    def open(self, path: str) -> AbstractContextManager[ByteSource]:
+        """See :class:`Tree`."""
+        return FileSource(self.root / path)
+
+
+class HubTree:
+    """A repository at one commit; no file of it is read before it is opened.
+
+    Args:
+        hub: the client.
+        repo_id: ``organisation/name``.
+        revision: a branch, tag or commit.
+
+    Raises:
+        DownloadError: it does not exist, may not be seen, or the Hub cannot be reached.
+    """
+
+    def __init__(self, hub: HubClient, repo_id: str, revision: str) -> None:
+        self.name, self.broken = repo_id, ()
+        self._hub = hub
+        with _told_for_inspection():
+            self.commit: str | None = hub.resolve(repo_id, revision)
+            self._listed = {file.path: file for file in hub.tree(repo_id, str(self.commit))}
+        self.files = {path: file.size for path, file in sorted(self._listed.items())}
+        self.gate = self._ask_gate()
+
+    def open(self, path: str) -> AbstractContextManager[ByteSource]:
+        """See :class:`Tree`; each read is one ranged request."""
+        file: HubFile = self._listed[path]
+        identity = Identity(path, self.name, str(self.commit), path, file.size, file.digest)
+        return nullcontext(RangeSource(self._hub, identity))
+
+    def _ask_gate(self) -> str:
+        """A gated repository shows its listing to everybody: only asking for a file tells."""
+        try:
+            for path in list(self.files)[:1]:
+                self._hub.probe(self.name, str(self.commit), path)
+        except DownloadError as error:
+            if error.code != "hub_gated":
+                raise
+            return f"{error.message}: {error.hint}"
+        return ""
+
+
+@contextmanager
+def open_tree(target: str, revision: str | None, endpoint: str | None, token: str | bool | None) -> Iterator[Tree]:
+    """Open a folder where there is one of that name, else the repository.
+
+    Raises:
+        InspectError: ``inspect_target`` for what is neither.
+        DownloadError: see :class:`HubTree`.
+    """
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InspectError(
+                f"{target} is a folder here; --revision {revision} belongs to a repository", hint=_EITHER
+            )
+        yield LocalTree(folder)
+        return
+    if folder.is_file():
+        raise InspectError(f"{target} is a file", hint=f"name its folder: {folder.parent}")
+    if not _REPO_ID.fullmatch(target):
+        raise InspectError(f"{target} is no folder and no repository id", hint=_EITHER)
+    http = HttpClient(Policy())
+    try:
+        yield HubTree(HubClient(http, endpoint=endpoint, token=token), target, revision or "main")
+    finally:
+        http.stop()
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    count = 0
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in _SKIPPED)
+        count += len(files)
+        if count > _MOST_FILES:
+            raise InspectError(f"{root} holds more than {_MOST_FILES} files", hint="name the model's own folder")
+        yield from (Path(folder, name) for name in files)
+
+
+@contextmanager
+def _told_for_inspection() -> Iterator[None]:
+    """The client's hints speak of recipes; here somebody typed a name."""
+    try:
+        yield
+    except DownloadError as error:
+        if error.code not in _HINTS:
+            raise
+        raise DownloadError(error.message, code=error.code, hint=_HINTS[error.code], **error.details) from error

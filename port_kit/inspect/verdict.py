@@ -1,0 +1,150 @@
+"""Which of the four paths a model is on, and why: every sentence names the file that it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from port_kit.download.recipe import Recipe
+from port_kit.inspect.catalogue import diffusers_names, library_version, omni
+from port_kit.inspect.components import CONFIGS, INDEXES, has_weights, index_path
+from port_kit.inspect.documents import Documents
+from port_kit.inspect.report import Component, Finding, Path
+from port_kit.port import Port, list_ports, resolve
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The path, why, and what follows from it.
+
+    Attributes:
+        path: see :data:`~port_kit.inspect.report.Path`.
+        class_name: the pipeline's class, or empty.
+        evidence: in the order of the decision.
+        stage: the key of a multi-stage pipeline that serves it, or empty.
+        port: the port that takes files of this repository, or empty.
+    """
+
+    path: Path
+    class_name: str
+    evidence: tuple[Finding, ...]
+    stage: str = ""
+    port: str = ""
+
+
+def judge(documents: Documents, components: list[Component]) -> Verdict:
+    """Decide: what the registries know, then what the index and the components' classes say."""
+    evidence: list[Finding] = []
+    taking = list(_ports_that_take(documents.tree.name, list(documents.tree.files)))
+    evidence += [finding for _, finding in taking]
+    port = taking[0][0] if taking else ""
+    hidden = _hidden(documents)
+    if hidden:
+        return Verdict("unknown", "", (*evidence, Finding(hidden, "tells, and is behind the gate")), port=port)
+    class_name, source = _pipeline_class(documents, evidence)
+    stage = _stage(documents)
+    if stage:
+        evidence.append(Finding("config.json", f"model_type {stage} is a multi-stage pipeline of {_omni()}"))
+    served = [Finding(source, by) for by in _served_by(class_name)]
+    if served or stage:
+        return Verdict("supported", class_name, (*evidence, *served), stage, port)
+    if class_name:
+        evidence.append(Finding(source, f"{class_name} is neither in {_omni()}'s registry nor a port's pipeline"))
+        word = "is" if class_name in diffusers_names() else "is not"
+        evidence.append(Finding(source, f"{class_name} {word} in {library_version('diffusers')}"))
+    evidence += _classes(components)
+    return Verdict(_path(documents, class_name, components), class_name, tuple(evidence), port=port)
+
+
+def _hidden(documents: Documents) -> str:
+    """The first file that would tell and that the gate keeps; without any, the listing says all there is to say."""
+    if not documents.tree.gate:
+        return ""
+    return next((path for path in documents.tree.files if path.rpartition("/")[2] in (*INDEXES, *CONFIGS)), "")
+
+
+def _pipeline_class(documents: Documents, evidence: list[Finding]) -> tuple[str, str]:
+    """Return the pipeline's class and the file that says so, as vLLM-Omni looks for it: the index, then config.json."""
+    path = index_path(documents)
+    if path:
+        name = documents.object(path).get("_class_name")
+        if isinstance(name, str) and name:
+            return name, path
+        evidence.append(Finding(path, "names no _class_name"))
+        return "", path
+    evidence.append(Finding("model_index.json", "is not there"))
+    return _class_of_root_config(documents.object("config.json")), "config.json"
+
+
+def _class_of_root_config(config: dict[str, Any]) -> str:
+    """What vLLM-Omni makes of a root ``config.json``; a diffusers component there is no pipeline."""
+    architectures = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    by_type = omni().by_model_type.get(str(config.get("model_type"))) if config else None
+    by_architecture = [omni().by_architecture[name] for name in architectures if name in omni().by_architecture]
+    served = [name for name in architectures if len(architectures) == 1 and name in omni().pipelines]
+    return next(iter([*filter(None, [by_type]), *by_architecture, *served]), "")
+
+
+def _stage(documents: Documents) -> str:
+    """The multi-stage pipeline that the root's ``model_type`` selects."""
+    model_type = documents.object("config.json").get("model_type")
+    return model_type if isinstance(model_type, str) and model_type in omni().stages else ""
+
+
+def _served_by(class_name: str) -> Iterator[str]:
+    if class_name and class_name in omni().pipelines:
+        yield f"{class_name} is in {_omni()}'s registry ({omni().pipelines[class_name]})"
+    for port in list_ports().values():
+        if class_name == port.class_name:
+            yield f"{class_name} is the pipeline of the port {port.name}"
+
+
+def _ports_that_take(repo_id: str, files: list[str]) -> Iterator[tuple[str, Finding]]:
+    """Yield the ports whose recipe takes their transformer from this repository, with what they take."""
+    for port in list_ports().values():
+        for repository in _recipe(port).repositories:
+            rules = [rule for rule in repository.files if rule.folder == "transformer"]
+            if repository.repo_id == repo_id and rules:
+                taken = ", ".join(rule.pattern for rule in rules)
+                yield port.name, Finding(taken, f"becomes the transformer of the port {port.name}")
+
+
+def _recipe(port: Port) -> Recipe:
+    recipe = resolve(port.recipe)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"{port.recipe} of port {port.name} is a {type(recipe).__name__}, not a Recipe")
+    return recipe
+
+
+def _classes(components: list[Component]) -> Iterator[Finding]:
+    for part in components:
+        if not part.class_name:
+            yield Finding(_place(part), f"{part.name}: nothing names its class")
+        else:
+            yield Finding(part.source, f"{part.name}: {part.class_name} {_origin(part)}")
+
+
+def _origin(part: Component) -> str:
+    if part.library in ("diffusers", "transformers"):
+        return f"{'is' if part.known else 'is not'} in {library_version(part.library)}"
+    if part.known:
+        return f"is in {library_version('diffusers')} (pipelines/{part.library})"
+    return f"comes from {part.library!r}, the model's own code"
+
+
+def _place(part: Component) -> str:
+    return part.weights[0].path if part.weights else f"{part.name}/"
+
+
+def _path(documents: Documents, class_name: str, components: list[Component]) -> Path:
+    """Decide between the three paths of what nobody serves yet."""
+    own = [part for part in components if has_weights(part.class_name) and not part.known]
+    of_diffusers = [part for part in components if part.known and part.library != "transformers"]
+    if index_path(documents) and class_name in diffusers_names() and components and not own:
+        return "diffusers"
+    return "hybrid" if of_diffusers else "custom"
+
+
+def _omni() -> str:
+    return f"vLLM-Omni {omni().version}"

@@ -1,0 +1,120 @@
+"""One file of tensors: which format it really has, and which tensors its header names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from port_kit.byte_source import ByteSource
+from port_kit.errors import CheckpointError
+from port_kit.inspect.gguf import read_gguf
+from port_kit.inspect.report import WeightFile
+from port_kit.inspect.trees import Tree
+from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES, SAFETENSORS_DTYPES
+from port_kit.pickles import read_tables
+
+#: What files of these suffixes are called before they are read, and for good where nothing here reads them.
+FORMATS = {
+    ".safetensors": "safetensors",
+    ".sft": "safetensors",
+    **dict.fromkeys(PICKLE_SUFFIXES, "torch"),
+    ".gguf": "gguf",
+    ".onnx": "onnx",
+    ".msgpack": "flax msgpack",
+    ".h5": "keras h5",
+    ".npz": "numpy npz",
+    ".tflite": "tflite",
+}
+#: What trainers leave beside weights: state that no pipeline loads.
+LEFTOVERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler")
+_FIRST_READ = 1 << 16
+_LFS = b"version https://git-lfs.github.com"
+
+
+def is_weights(path: str) -> bool:
+    """Whether a path is one of a file of tensors, by its name."""
+    stem, suffix = split_suffix(path)
+    return suffix in FORMATS and not stem.rpartition("/")[2].startswith(LEFTOVERS)
+
+
+def split_suffix(path: str) -> tuple[str, str]:
+    """``a/b.fp16.safetensors`` -> ``a/b.fp16``, ``.safetensors`` (in lower case)."""
+    stem, dot, suffix = path.rpartition(".")
+    return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (path, "")
+
+
+def read_weights(tree: Tree, path: str) -> WeightFile:
+    """Read a file's header. What cannot be read is no error here but a ``problem`` of the file."""
+    size, expected = tree.files[path], FORMATS[split_suffix(path)[1]]
+    if tree.gate:
+        return WeightFile(path, size, expected, problem="not read: the repository is gated")
+    with tree.open(path) as source:
+        reader = _READERS.get(expected)
+        if source.read_at(0, len(_LFS)) == _LFS:
+            return WeightFile(path, size, "lfs pointer", problem="a Git LFS pointer: its content was never fetched")
+        if reader is None:
+            return WeightFile(path, size, expected, problem=f"tensors of {expected} files are not read")
+        try:
+            return reader(source, path)
+        except CheckpointError as error:
+            return WeightFile(path, size, expected, problem=_told(error, source, path))
+
+
+def _told(error: CheckpointError, source: ByteSource, path: str) -> str:
+    """A reader's message, without the file's full name: the report says it in the line's beginning."""
+    message = error.message.removeprefix(source.name).lstrip(": ")
+    return f"{message.replace(source.name, path.rpartition('/')[2])} [{error.code}]"
+
+
+def _read_safetensors(source: ByteSource, path: str) -> WeightFile:
+    start = source.read_at(0, _FIRST_READ)
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, source.size - 8) or start[8:9] != b"{":
+        raise CheckpointError(f"{source.name} has no safetensors header", code="checkpoint_format")
+    raw = start[8 : 8 + length] + source.read_at(len(start), max(0, 8 + length - len(start)))
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        entries = {name: (tuple(map(int, entry["shape"])), _dtype(entry)) for name, entry in header.items()}
+        details = {str(key): str(value) for key, value in metadata.items() if len(str(value)) <= 80}
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{source.name} has a broken header", code="checkpoint_corrupt") from error
+    if 8 + length + end != source.size:
+        message = f"{source.name} has {source.size} bytes, its header needs {8 + length + end}"
+        raise CheckpointError(message, code="checkpoint_corrupt")
+    return WeightFile(path, source.size, "safetensors", entries, details=details)
+
+
+def _dtype(entry: dict[str, str]) -> str:
+    """Torch's word; of a dtype that is newer than this list, the header's own."""
+    return SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"].lower())
+
+
+def _read_torch(source: ByteSource, path: str) -> WeightFile:
+    """Read a pickle's tables; where the tensors lie under other keys, those of the largest such dict."""
+    wrapper = ""
+    try:
+        tables = read_tables(source, exact_offsets=False)
+    except CheckpointError as error:
+        wrappers = error.details.get("wrappers")
+        if error.code != "pickle_wrapper" or not isinstance(wrappers, list):
+            raise
+        found = {key: read_tables(source, key, exact_offsets=False) for key in wrappers}
+        wrapper = max(found, key=lambda key: sum(entry.nbytes for entry in found[key].tensors.values()))
+        tables = found[wrapper]
+    entries = {name: (tuple(entry.shape), entry.dtype) for name, entry in tables.tensors.items()}
+    return WeightFile(path, source.size, f"torch {tables.container}", entries, wrapper, details=dict(tables.others))
+
+
+def _read_gguf(source: ByteSource, path: str) -> WeightFile:
+    header = read_gguf(source)
+    kept = {key: value for key, value in header.metadata.items() if key.startswith("general.") and len(value) <= 80}
+    return WeightFile(path, source.size, "gguf", header.entries, details=kept)
+
+
+_READERS: dict[str, Callable[[ByteSource, str], WeightFile]] = {
+    "safetensors": _read_safetensors,
+    "torch": _read_torch,
+    "gguf": _read_gguf,
+}
