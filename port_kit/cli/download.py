@@ -10,6 +10,7 @@ import click
 
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.download import Recipe, Report, download
+from port_kit.download.http import Policy
 from port_kit.download.progress import choose_progress, human
 from port_kit.errors import DownloadError
 from port_kit.port import find_port, resolve
@@ -76,7 +77,7 @@ def command(
         keep_original=keep_original,
         use_cache=not no_cache,
         endpoint=endpoint,
-        connections=connections,
+        policy=Policy(connections=connections),
         progress=choose_progress(quiet=quiet or as_json),
     )
     emit("download", report.to_json(), as_json=as_json, text=None if quiet and not dry_run else _describe(report))

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from port_kit.download.convert import Conversion, convert_file
+from port_kit.download.http import Policy
 from port_kit.download.recipe import FileRule, GitCode, Recipe, Repository
 from port_kit.download.run import Report, download
 
-__all__ = ["Conversion", "FileRule", "GitCode", "Recipe", "Report", "Repository", "convert_file", "download"]
+__all__ = ["Conversion", "FileRule", "GitCode", "Policy", "Recipe", "Report", "Repository", "convert_file", "download"]

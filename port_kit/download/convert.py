@@ -12,7 +12,7 @@ from zlib import crc32
 
 from port_kit.byte_source import FileSource
 from port_kit.download.blueprint import Blueprint, draw, is_made_from, require_crc
-from port_kit.download.files import explained, publish
+from port_kit.download.files import explained, publish, sweep_temporaries, temporary_for
 from port_kit.download.layout import Layout, write_all
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.pickles import Storage, read_tables
@@ -71,7 +71,7 @@ def convert_file(
 
 
 def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Callable[[int], None]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(target)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(target)
@@ -85,14 +85,6 @@ def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Call
         finally:
             os.close(descriptor)
             temporary.unlink(missing_ok=True)
-
-
-def sweep_temporaries(target: Path) -> None:
-    """Delete what killed conversions to the same target left beside it."""
-    for path in target.parent.glob(f".{target.name}.*.tmp"):
-        number = path.name.rpartition(".tmp")[0].rpartition(".")[2]
-        if number.isdigit() and not Path(f"/proc/{number}").exists():
-            path.unlink(missing_ok=True)
 
 
 def _copy_storages(blueprint: Blueprint, source: FileSource, descriptor: int, advance: Callable[[int], None]) -> None:

@@ -20,7 +20,7 @@ from port_kit.download.http import Interrupted
 from port_kit.download.hub import HubClient
 from port_kit.download.landing import Damaged, Landing, copy_segments
 from port_kit.download.lock import append_journal
-from port_kit.download.parts import SEGMENT, Identity, Part, Segment, take_part
+from port_kit.download.parts import Identity, Part, Segment, take_part
 from port_kit.download.progress import Progress
 from port_kit.download.remote import RangeSource, fetch_segment
 from port_kit.errors import DownloadError
@@ -45,9 +45,6 @@ class Fetcher:
         directory: the model directory; its lock is held by the caller.
         hub: where files come from.
         progress: told of every byte.
-        connections: segments at a time.
-        files_at_once: files at a time.
-        segment_size: source bytes a segment.
         find_local: returns a file that may hold the source's bytes already (they are hashed), or None.
     """
 
@@ -57,15 +54,11 @@ class Fetcher:
         hub: HubClient,
         progress: Progress,
         *,
-        connections: int = 8,
-        files_at_once: int = 4,
-        segment_size: int = SEGMENT,
         find_local: Callable[[Identity], Path | None] = lambda identity: None,
     ) -> None:
         self.directory, self.hub, self.progress = directory, hub, progress
         self.result = Fetched()
-        self._connections, self._files_at_once = connections, files_at_once
-        self._segment_size, self._find_local = segment_size, find_local
+        self._policy, self._find_local = hub.http.policy, find_local
         self._files: Queue[Identity] = Queue()
         self._segments: Queue[tuple[Landing, Segment]] = Queue()
         self._lock = threading.Lock()
@@ -82,8 +75,8 @@ class Fetcher:
         for identity in identities:
             self._files.put(identity)
         self._ended.clear()
-        owners = self._start(self._own_files, min(self._files_at_once, len(identities)))
-        self._start(self._bring_segments, self._connections)
+        owners = self._start(self._own_files, min(self._policy.files_at_once, len(identities)))
+        self._start(self._bring_segments, self._policy.connections)
         try:
             for thread in owners:
                 while thread.is_alive():
@@ -165,7 +158,7 @@ class Fetcher:
                 ) from second
 
     def _bring_once(self, identity: Identity, local: Path | None) -> None:
-        part = take_part(self.directory, identity, self._segment_size)
+        part = take_part(self.directory, identity, self._policy.segment_size)
         try:
             if part.sealed is None:
                 self._fill(part, local)

@@ -44,13 +44,27 @@ def check_relative_path(path: str, origin: str) -> None:
 def write_atomically(path: Path, content: str) -> None:
     """Write a text file so that it is there completely or not at all, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep_temporaries(path)
+    temporary = temporary_for(path)
     with explained(path):
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         publish(temporary, path)
+
+
+def temporary_for(path: Path) -> Path:
+    """Return where this process writes what is to become ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sweep_temporaries(path: Path) -> None:
+    """Delete what killed processes left of their attempts to write ``path``."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        number = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if number.isdigit() and not Path(f"/proc/{number}").exists():
+            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -101,6 +115,17 @@ def explained(path: Path) -> Iterator[None]:
                 f"{path} may not be written", code="output_dir", hint="choose another --output-dir"
             ) from error
         raise
+
+
+def remove_empty_folders(directory: Path, folders: set[Path]) -> None:
+    """Only folders that held our files, from the deepest up."""
+    for folder in sorted(folders, key=lambda item: len(item.parts), reverse=True):
+        while folder != Path():
+            path = directory / folder
+            if not path.is_dir() or any(path.iterdir()):
+                break
+            path.rmdir()
+            folder = folder.parent
 
 
 def digests_of(path: Path, *, git: bool, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:

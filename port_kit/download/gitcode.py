@@ -96,9 +96,7 @@ def resolve_commit(code: GitCode) -> str:
     from git import Git
 
     def ask() -> str:
-        command = Git()
-        command.update_environment(**environment())
-        return command.ls_remote("--", code.url, kill_after_timeout=60)
+        return Git().ls_remote("--", code.url, kill_after_timeout=60)
 
     answer = _told(code, "asking for its branches", ask)
     if code.commit is not None:
@@ -145,7 +143,6 @@ def check_code(code: GitCode, commit: str) -> None:
 
     def examine() -> tuple[str, list[str]]:
         with Repo(repository) as repo:
-            repo.git.update_environment(**environment())
             lines = repo.git.status("--porcelain", "--untracked-files=all").splitlines()
             return repo.head.commit.hexsha, [line for line in lines if not _is_bytecode(line)]
 
@@ -169,8 +166,7 @@ def _check_out(code: GitCode, commit: str, target: Path) -> None:
     target.mkdir(parents=True)
 
     def fetch() -> None:
-        with Repo.init(target, template="") as repo:
-            repo.git.update_environment(**environment())
+        with Repo.init(target) as repo:
             remote = repo.create_remote("origin", code.url)
             remote.fetch(commit, depth=1, no_tags=True, kill_after_timeout=_LONGEST)
             repo.git.checkout("--quiet", "--detach", "FETCH_HEAD")
@@ -217,13 +213,17 @@ def _sweep(parent: Path) -> None:
 
 
 @contextmanager
-def _without_git_variables() -> Iterator[None]:
-    """GitPython adds to this process's environment and cannot take away: GIT_DIR of a hook must not reach git."""
-    hidden = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("GIT_")}
+def _hardened() -> Iterator[None]:
+    """Give git :func:`environment`; GitPython adds to the process's variables and cannot take any away."""
+    before = dict(os.environ)
+    for key in [key for key in before if key.startswith("GIT_") and key != "GIT_SSL_CAINFO"]:
+        del os.environ[key]
+    os.environ.update(environment())
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _told(code: GitCode, what: str, action: Callable[[], _T]) -> _T:
@@ -233,7 +233,7 @@ def _told(code: GitCode, what: str, action: Callable[[], _T]) -> _T:
     except ImportError as error:  # GitPython looks for git when it is imported
         raise DownloadError("git is not installed", code="code_broken", hint="install git") from error
     try:
-        with _without_git_variables():
+        with _hardened():
             return action()
     except GitCommandNotFound as error:
         raise DownloadError("git is not installed", code="code_broken", hint="install git") from error

@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Policy:
-    """How long to wait and how often to try.
+    """How to talk to a server: how long to wait, how often to try, how much at a time.
 
     Attributes:
         connect_timeout: seconds for a connection.
@@ -49,6 +49,9 @@ class Policy:
         attempts: tries in a row without any progress.
         base: seconds before the second try; doubled each time, with jitter, up to ``longest``.
         longest: seconds of one wait at most; a server that asks for more ends the download.
+        connections: requests at a time.
+        files_at_once: files at a time.
+        segment_size: bytes that one request asks for.
     """
 
     connect_timeout: float = 10.0
@@ -56,6 +59,9 @@ class Policy:
     attempts: int = 6
     base: float = 0.5
     longest: float = 120.0
+    connections: int = 8
+    files_at_once: int = 4
+    segment_size: int = 64 << 20
 
     def pause(self, attempt: int) -> float:
         """Seconds before try number ``attempt`` + 1 (``attempt`` counts from 1)."""
@@ -72,7 +78,7 @@ class Response:
         chunked = "chunked" in (raw.getheader("Transfer-Encoding") or "")
         known = length is not None and length.isdigit() and not chunked
         self.length: int | None = int(length or 0) if known else None
-        self._rest = self.length
+        self._rest = 0 if raw.length == 0 else self.length  # an answer to HEAD has a length, but no body
 
     def read_piece(self, most: int = _PIECE) -> bytes:
         """Return what has arrived, at least one byte; nothing at the body's end.

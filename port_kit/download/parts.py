@@ -21,7 +21,6 @@ from pathlib import Path
 from port_kit.download.files import STATE_FOLDER, explained, publish, read_json, sync_folder, write_json
 from port_kit.download.layout import Layout
 
-SEGMENT = 64 << 20
 _COUNT = struct.Struct("<Q")
 
 
@@ -170,7 +169,7 @@ class Part:
         return _COUNT.unpack(data)[0] if len(data) == _COUNT.size else 0
 
 
-def take_part(directory: Path, identity: Identity, segment_size: int = SEGMENT) -> Part:
+def take_part(directory: Path, identity: Identity, segment_size: int) -> Part:
     """Go on with the part that an ended process left, or begin a new one; worthless ones are deleted."""
     folder = directory / STATE_FOLDER / "parts"
     with explained(folder):

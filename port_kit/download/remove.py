@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from port_kit.download.assemble import take_down
-from port_kit.download.files import STATE_FOLDER, directory_lock, explained
+from port_kit.download.files import STATE_FOLDER, directory_lock, explained, remove_empty_folders
 from port_kit.download.lock import LOCK_NAME, read_lock
 from port_kit.download.plan import MODEL_INDEX
 from port_kit.errors import DownloadError
@@ -43,20 +43,9 @@ def remove(directory: str | Path) -> Removal:
         take_down(directory)
         for target in present:
             (directory / target).unlink(missing_ok=True)
-        _remove_empty_folders(directory, {Path(target).parent for target in present})
+        remove_empty_folders(directory, {Path(target).parent for target in present})
         shutil.rmtree(directory / STATE_FOLDER)
     left = tuple(path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir())
     if not any(directory.iterdir()) and not directory.is_symlink():
         directory.rmdir()
     return Removal(directory, present, left, gone=not directory.exists())
-
-
-def _remove_empty_folders(directory: Path, folders: set[Path]) -> None:
-    """Only folders that held our files, from the deepest up."""
-    for folder in sorted(folders, key=lambda item: len(item.parts), reverse=True):
-        while folder != Path():
-            path = directory / folder
-            if not path.is_dir() or any(path.iterdir()):
-                break
-            path.rmdir()
-            folder = folder.parent

@@ -11,7 +11,8 @@ from typing import Any
 
 from port_kit.download import verify as checks
 from port_kit.download.assemble import assemble, check_owned, take_down
-from port_kit.download.files import STATE_FOLDER, directory_lock, explained
+from port_kit.download.files import STATE_FOLDER, directory_lock, explained, remove_empty_folders
+from port_kit.download.http import Policy
 from port_kit.download.lock import Lock, read_lock
 from port_kit.download.parts import Identity, sweep
 from port_kit.download.plan import Plan, make_plan, original_of
@@ -34,7 +35,7 @@ class Settings:
     use_cache: bool = True
     endpoint: str | None = None
     token: str | bool | None = None
-    connections: int = 8
+    policy: Policy = Policy()
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def download(
     use_cache: bool = True,
     endpoint: str | None = None,
     token: str | bool | None = None,
-    connections: int = 8,
+    policy: Policy | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Make ``output_dir`` the model directory that the recipe describes. Run it again after any interruption.
@@ -105,7 +106,7 @@ def download(
         use_cache: take files from the user's Hub cache where their hash is right.
         endpoint: a mirror instead of ``HF_ENDPOINT``.
         token: None for the one that huggingface_hub finds, False for none.
-        connections: requests at a time.
+        policy: timeouts, retries, connections.
         progress: told of everything; default: nothing is printed.
 
     Raises:
@@ -113,7 +114,17 @@ def download(
             it was whole and stayed so.
     """
     settings = Settings(
-        dry_run, offline, verify, update, prune, with_reference, keep_original, use_cache, endpoint, token, connections
+        dry_run,
+        offline,
+        verify,
+        update,
+        prune,
+        with_reference,
+        keep_original,
+        use_cache,
+        endpoint,
+        token,
+        policy or Policy(),
     )
     return Run(recipe, Path(output_dir), settings, progress or Progress()).execute()
 
@@ -195,13 +206,13 @@ class Run:
         )
 
     def _plan(self, known: Lock | None) -> Plan:
-        from port_kit.download.http import HttpClient, Policy
+        from port_kit.download.http import HttpClient
         from port_kit.download.hub import HubClient
 
         if self.settings.offline:
             raise self._incomplete(["a plan, which is made with the network"])
         settings = self.settings
-        self._hub = HubClient(HttpClient(Policy()), endpoint=settings.endpoint, token=settings.token)
+        self._hub = HubClient(HttpClient(settings.policy), endpoint=settings.endpoint, token=settings.token)
         check_owned(self.directory, self.recipe, known)
         plan = make_plan(
             self.recipe,
@@ -247,6 +258,7 @@ class Run:
         stale = [target for target in (known.files if known else {}) if target not in plan.lock.files]
         for target in (*replaced, *stale):
             (self.directory / target).unlink(missing_ok=True)
+        remove_empty_folders(self.directory, {Path(target).parent for target in stale})
         sweep(self.directory, replaced)
         return stale
 
@@ -259,7 +271,6 @@ class Run:
             self.directory,
             self._hub,
             self.progress,
-            connections=self.settings.connections,
             find_local=self._find_local,
         )
         originals = {original_of(identity).target for identity in plan.fetch if identity.convert}

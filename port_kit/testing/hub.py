@@ -48,6 +48,8 @@ class Fault:
         ignore_range: answer 200 with the whole file.
         shift_range: serve this many bytes further than ``Content-Range`` should say, and say so.
         no_length: send no Content-Length; the body ends with the connection.
+        host: only requests to this host, ``hub`` or ``cdn``.
+        skip: so many matching requests go well before.
     """
 
     kind: str
@@ -64,11 +66,16 @@ class Fault:
     ignore_range: bool = False
     shift_range: int = 0
     no_length: bool = False
+    host: str = ""
+    skip: int = 0
 
 
 @dataclass
 class Request:
-    """One request as the server saw it; ``sent`` counts the body's bytes, ``host`` is ``hub`` or ``cdn``."""
+    """One request as the server saw it.
+
+    ``sent`` counts the body's bytes, ``host`` is ``hub`` or ``cdn``, names of headers are in title case.
+    """
 
     method: str
     path: str
@@ -205,11 +212,15 @@ class Hub:
         """Whether there is such a repository."""
         return any(repo_id == known for known, _ in self._branches)
 
-    def take_fault(self, kind: str, path: str) -> Fault | None:
+    def take_fault(self, kind: str, path: str, host: str = "hub") -> Fault | None:
         """Return the first fault that matches and count it down."""
         with self._lock:
             for fault in self.faults:
-                if fault.kind == kind and fnmatch.fnmatch(path, fault.path) and fault.times != 0:
+                meant = fault.kind == kind and fault.host in ("", host)
+                if meant and fnmatch.fnmatch(path, fault.path) and fault.times != 0:
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     fault.times -= fault.times > 0
                     return fault
         return None
@@ -264,7 +275,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, url = self.server.hub, urlsplit(self.path)
         self._hub, parts = hub, unquote(url.path).strip("/").split("/")
         cdn = self.headers.get("Host", "").startswith("localhost")
-        self._log = Request(self.command, unquote(url.path), "other", dict(self.headers), "cdn" if cdn else "hub")
+        headers = {name.title(): value for name, value in self.headers.items()}
+        self._log = Request(self.command, unquote(url.path), "other", headers, "cdn" if cdn else "hub")
         hub.requests.append(self._log)
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._answer_api("/".join(parts[2:4]), parts[4:], parse_qs(url.query))
@@ -305,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer_file(self, repo_id: str, revision: str, path: str) -> None:
         self._log.kind = self.command.lower()
-        fault = self._hub.take_fault(self._log.kind, path)
+        fault = self._hub.take_fault(self._log.kind, path, self._log.host)
         if self._is_faulty(fault):
             return
         is_cdn = self._log.host == "cdn"

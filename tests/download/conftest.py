@@ -1,0 +1,90 @@
+"""What the download tests share: a Hub with a small model, its recipe, and impatience."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from port_kit.download import FileRule, Policy, Recipe, Report, Repository, download
+from port_kit.testing.hub import Hub
+
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
+os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+
+IMPATIENT = Policy(connect_timeout=2, read_timeout=0.6, attempts=4, base=0.02, longest=5, segment_size=1 << 20)
+WEIGHTS, VAE, VOCAB = "org/model", "org/vae", "org/words"
+MODEL_INDEX = {"_class_name": "TestPipeline", "_diffusers_version": "0.40.0"}
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    """Bytes that do not repeat."""
+    return random.Random(seed).randbytes(size)
+
+
+FILES = {
+    WEIGHTS: {"big.safetensors": noise(5 << 20, 1), "README.md": b"read me"},
+    VAE: {"vae.safetensors": noise(300_000, 2)},
+    VOCAB: {"words/spiece.model": noise(5000, 3), "words/tokenizer.json": b"{}", "words/empty.txt": b""},
+}
+EXPECTED = {
+    "transformer/big.safetensors": FILES[WEIGHTS]["big.safetensors"],
+    "vae/vae.safetensors": FILES[VAE]["vae.safetensors"],
+    "tokenizer/spiece.model": FILES[VOCAB]["words/spiece.model"],
+    "tokenizer/tokenizer.json": b"{}",
+    "tokenizer/empty.txt": b"",
+}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A Hub with three repositories."""
+    with Hub(FILES) as running:
+        yield running
+
+
+@pytest.fixture
+def recipe(hub: Hub) -> Recipe:
+    """A recipe that takes all but the README, pinned."""
+    return Recipe(
+        "small",
+        (
+            Repository(WEIGHTS, (FileRule("big.safetensors", "transformer"),), hub.commit(WEIGHTS)),
+            Repository(VAE, (FileRule("*.safetensors", "vae"),), hub.commit(VAE)),
+            Repository(VOCAB, (FileRule("words/*", "tokenizer"),), hub.commit(VOCAB)),
+        ),
+        MODEL_INDEX,
+        {"transformer": {"layers": 2}, "vae": {}},
+    )
+
+
+def bring(recipe: Recipe, directory: Path, hub: Hub, **options: object) -> Report:
+    """Download impatiently, without token and cache."""
+    defaults = {"endpoint": hub.endpoint, "policy": IMPATIENT, "use_cache": False, "token": False}
+    return download(recipe, directory, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def assert_whole(directory: Path, expected: dict[str, bytes] = EXPECTED) -> None:
+    """All files are there with the right content, and nothing that should not be."""
+    for target, content in expected.items():
+        assert (directory / target).read_bytes() == content, target
+    assert (directory / "model_index.json").is_file()
+    assert orphans(directory) == []
+
+
+def orphans(directory: Path) -> list[str]:
+    """What a finished download must not leave: parts, journals, temporary files."""
+    found = [path for path in directory.rglob("*") if path.is_file() and path.suffix == ".tmp"]
+    found += [path for path in (directory / ".port_kit").rglob("*") if path.name != "lock"]
+    return [str(path.relative_to(directory)) for path in found]
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """sha256 of every file of a model directory."""
+    files = [path for path in directory.rglob("*") if path.is_file() and ".port_kit" not in path.parts]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,161 @@
+"""Real kills at every step and moment, several processes, locks that hold and locks that do not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import EXPECTED, MODEL_INDEX, WEIGHTS, assert_whole, bring, hashes, noise, orphans
+
+from port_kit.download import FileRule, Policy, Recipe, Repository
+from port_kit.errors import DownloadError
+from port_kit.testing.hub import Fault, Hub
+from port_kit.testing.killing import Zygote
+
+BIG = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """The process that forks the runs to be killed."""
+    with Zygote() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def big_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 MiB."""
+    path = tmp_path_factory.mktemp("big") / "big.safetensors"
+    path.write_bytes(noise(BIG, 7))
+    return path
+
+
+def big_recipe() -> Recipe:
+    """A recipe of the big file alone."""
+    return Recipe("big", (Repository(WEIGHTS, (FileRule("big.safetensors"),)),), MODEL_INDEX)
+
+
+def wait_for(hub: Hub, sent: int) -> None:
+    """Until the server has sent so many bytes of files."""
+    while sum(request.sent for request in hub.gets()) < sent:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
+def test_killed_at_sixty_percent_a_rerun_fetches_the_rest(
+    zygote: Zygote, big_file: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=100 << 20) as hub:
+        one = Policy(connections=1, segment_size=256 << 20)
+        child = zygote.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False, policy=one)
+        wait_for(hub, BIG * 6 // 10)
+        child.kill(number)
+        begun = time.monotonic()
+        assert child.wait() == status
+        assert time.monotonic() - begun < 2
+        assert not (tmp_path / "m/model_index.json").exists()
+        hub.requests.clear()
+        bring(big_recipe(), tmp_path / "m", hub, policy=one)
+        (get,) = hub.gets()
+        assert int(get.headers["Range"].removeprefix("bytes=").partition("-")[0]) >= BIG // 2
+        assert (tmp_path / "m/big.safetensors").read_bytes() == big_file.read_bytes()
+        assert orphans(tmp_path / "m") == []
+
+
+def steps_of(zygote: Zygote, recipe: Recipe, hub: Hub, tmp_path: Path) -> int:
+    """How many disk operations a whole run takes."""
+    log = tmp_path / "steps"
+    child = zygote.start(recipe, tmp_path / "whole", endpoint=hub.endpoint, token=False, log=log)
+    assert child.wait() == 0
+    return int(log.read_text())
+
+
+def killed_at_each_step(zygote: Zygote, recipe: Recipe, hub: Hub, tmp_path: Path, stride: int) -> None:
+    """Kill a run before each ``stride``-th disk operation; after a rerun everything must be as it should."""
+    count = steps_of(zygote, recipe, hub, tmp_path)
+    whole = hashes(tmp_path / "whole")
+    for step in range(0, count, stride):
+        directory = tmp_path / f"killed{step}"
+        child = zygote.start(recipe, directory, endpoint=hub.endpoint, token=False, kill_at=step)
+        if child.wait() == 0:
+            continue  # threads run in another order each time, and this run took fewer steps
+        index = directory / "model_index.json"
+        assert not index.exists() or hashes(directory) == whole, f"step {step}"
+        assert bring(recipe, directory, hub).complete
+        assert hashes(directory) == whole, f"step {step}"
+        assert orphans(directory) == [], f"step {step}"
+
+
+def test_killed_at_every_eleventh_step_a_rerun_completes(
+    zygote: Zygote, hub: Hub, recipe: Recipe, tmp_path: Path
+) -> None:
+    killed_at_each_step(zygote, recipe, hub, tmp_path, stride=11)
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_a_rerun_completes(zygote: Zygote, hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    killed_at_each_step(zygote, recipe, hub, tmp_path, stride=1)
+
+
+def run_processes(count: int, hub: Hub, directory: Path, prelude: str = "") -> list[subprocess.Popen[bytes]]:
+    """Start downloads of the big file in fresh interpreters, into one directory."""
+    script = f"""
+{prelude}
+from port_kit.download import *
+recipe = Recipe("big", (Repository({WEIGHTS!r}, (FileRule("big.safetensors"),)),), {MODEL_INDEX!r})
+download(recipe, {str(directory)!r}, endpoint={hub.endpoint!r}, token=False, use_cache=False)
+"""
+    environment = {**os.environ, **hub.environment}
+    return [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_processes_fetch_a_file_once(big_file: Path, tmp_path: Path, count: int) -> None:
+    with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=60 << 20) as hub:
+        assert [process.wait() for process in run_processes(count, hub, tmp_path / "m")] == [0] * count
+        assert len(hub.gets()) == 1 and hub.gets()[0].sent == BIG
+        assert (tmp_path / "m/big.safetensors").read_bytes() == big_file.read_bytes()
+
+
+def test_locks_that_do_nothing_cost_time_but_no_bytes(big_file: Path, tmp_path: Path) -> None:
+    without = "import fcntl\nfcntl.flock = lambda *arguments: None"
+    with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=60 << 20) as hub:
+        first, second = run_processes(2, hub, tmp_path / "m", without)
+        assert 0 in (first.wait(), second.wait())
+        bring(big_recipe(), tmp_path / "m", hub)
+        assert (tmp_path / "m/big.safetensors").read_bytes() == big_file.read_bytes()
+        assert bring(big_recipe(), tmp_path / "m", hub, verify=True).repaired == {}
+        assert orphans(tmp_path / "m") == []
+
+
+def test_a_holder_that_was_killed_holds_nobody_up(zygote: Zygote, big_file: Path, tmp_path: Path) -> None:
+    with Hub({WEIGHTS: {"big.safetensors": big_file}}) as hub:
+        hub.inject(Fault("get", stall=60))
+        child = zygote.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False)
+        while not hub.gets():
+            time.sleep(0.01)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        begun = time.monotonic()
+        bring(big_recipe(), tmp_path / "m", hub)
+        assert time.monotonic() - begun < 5
+
+
+def test_a_failed_run_keeps_what_it_has(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    hub.inject(Fault("get", "big.safetensors", times=-1, cut=300_000))
+    once = Policy(attempts=1, connections=1, segment_size=1 << 20)
+    for _ in range(3):
+        with pytest.raises(DownloadError):
+            bring(recipe, tmp_path / "m", hub, policy=once)
+    hub.faults.clear()
+    hub.requests.clear()
+    bring(recipe, tmp_path / "m", hub)
+    assert_whole(tmp_path / "m")
+    sent = sum(request.sent for request in hub.gets("big.safetensors"))
+    assert sent < len(EXPECTED["transformer/big.safetensors"]) - 800_000

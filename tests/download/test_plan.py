@@ -1,0 +1,224 @@
+"""What must be known before the first large byte, and be said clearly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import EXPECTED, FILES, VAE, VOCAB, WEIGHTS, bring, hashes, noise
+
+from port_kit.download import FileRule, Policy, Recipe, Repository
+from port_kit.errors import DownloadError
+from port_kit.testing.hub import Fault, Hub
+
+
+def only(*rules: FileRule, repo_id: str = WEIGHTS, revision: str | None = None) -> Recipe:
+    """A recipe of one repository."""
+    index = {"_class_name": "T", "_diffusers_version": "1"}
+    return Recipe("one", (Repository(repo_id, rules, revision),), index)
+
+
+def refused(recipe: Recipe, directory: Path, hub: Hub, **options: object) -> DownloadError:
+    """Return the error of a run that must fail, before any GET of a file."""
+    hub.requests.clear()
+    with pytest.raises(DownloadError) as caught:
+        bring(recipe, directory, hub, **options)
+    assert hub.gets() == []
+    assert not (directory / "model_index.json").exists()
+    return caught.value
+
+
+def test_a_dry_run_writes_nothing_and_counts_right(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    plan = bring(recipe, tmp_path / "m", hub, dry_run=True).plan
+    assert plan is not None and not (tmp_path / "m").exists() and hub.gets() == []
+    assert plan.bytes_to_fetch == sum(map(len, EXPECTED.values()))
+    assert bring(recipe, tmp_path / "m", hub).network_bytes == plan.bytes_to_fetch
+    listed = plan.to_json()
+    assert {item["target"] for item in listed["files"]} == set(EXPECTED)
+    assert listed["revisions"][WEIGHTS] == hub.commit(WEIGHTS)
+    assert all(target in plan.describe() for target in EXPECTED)
+    before = hashes(tmp_path / "m")
+    again = bring(recipe, tmp_path / "m", hub, dry_run=True).plan
+    assert again is not None and again.bytes_to_fetch == 0 and hashes(tmp_path / "m") == before
+
+
+def test_a_pattern_that_matches_nothing_names_near_files(hub: Hub, tmp_path: Path) -> None:
+    error = refused(only(FileRule("bigg.safetensors")), tmp_path / "m", hub)
+    assert error.code == "pattern_empty" and "big.safetensors" in error.hint
+
+
+def test_all_pages_of_a_long_tree_are_read(tmp_path: Path) -> None:
+    files = {f"many/{number:04}.txt": b"%d" % number for number in range(2500)}
+    with Hub({WEIGHTS: files}) as hub:
+        plan = bring(only(FileRule("many/*", "many")), tmp_path / "m", hub, dry_run=True).plan
+        assert plan is not None and len(plan.fetch) == 2500
+        assert [request.kind for request in hub.requests].count("tree2") == 2
+
+
+def test_the_next_page_on_another_host_is_refused(tmp_path: Path) -> None:
+    with Hub({WEIGHTS: {"a": b"1", "b": b"2"}}, page_size=1, token="secret") as hub, Hub({}) as other:
+        link = f'<{other.endpoint}/api/models/{WEIGHTS}/tree/x?cursor=1>; rel="next"'
+        hub.inject(Fault("tree", headers={"Link": link}))
+        error = refused(only(FileRule("*")), tmp_path / "m", hub, token="secret")
+        assert error.code == "hub_foreign_link" and other.requests == []
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "C:/x", "a\\b", "a/CON", "nul.txt", ".port_kit/lock", "a/b. "])
+def test_dangerous_paths_in_a_tree_are_refused(tmp_path: Path, path: str) -> None:
+    with Hub({WEIGHTS: {path: b"1"}}) as hub:
+        assert refused(only(FileRule("*", "c")), tmp_path / "m", hub).code == "path_unsafe"
+
+
+@pytest.mark.parametrize("folder", ["/etc", "..", "a/../..", "c:"])
+def test_dangerous_folders_in_a_recipe_are_refused(hub: Hub, tmp_path: Path, folder: str) -> None:
+    assert refused(only(FileRule("big.safetensors", folder)), tmp_path / "m", hub).code == "path_unsafe"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (FileRule("big.safetensors", "c", "x"), FileRule("README.md", "c", "x")),
+        (FileRule("big.safetensors", "c", "x"), FileRule("README.md", "c", "X")),
+        (FileRule("big.safetensors", "c", "x"), FileRule("README.md", "c/x", "y")),
+        (FileRule("big.safetensors", "", "model_index.json"), FileRule("README.md", "c")),
+        (FileRule("*", "c", "one-name"), FileRule("README.md", "d")),
+    ],
+)
+def test_two_files_in_one_place_are_refused(hub: Hub, tmp_path: Path, first: FileRule, second: FileRule) -> None:
+    assert refused(only(first, second), tmp_path / "m", hub).code == "target_collision"
+
+
+def test_two_repositories_in_one_place_are_refused(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    rules = (FileRule("vae.safetensors", "transformer", "big.safetensors"),)
+    both = Recipe("two", (recipe.repositories[0], Repository(VAE, rules)), recipe.model_index)
+    error = refused(both, tmp_path / "m", hub)
+    assert error.code == "target_collision" and WEIGHTS in error.message and VAE in error.message
+
+
+def test_six_refusals_of_the_hub_are_six_messages(tmp_path: Path) -> None:
+    files = {"f.safetensors": b"1"}
+    rule = FileRule("f.safetensors")
+    repositories = {WEIGHTS: files, VAE: files, VOCAB: files}
+    with Hub(repositories, token="good", gated=(VAE,), private=(VOCAB,), granted=False) as hub:
+        found = {
+            "no repository": refused(only(rule, repo_id="no/such"), tmp_path / "m", hub, token="good"),
+            "no revision": refused(only(rule, revision="0" * 40), tmp_path / "m", hub),
+            "no file": refused(only(FileRule("nothing")), tmp_path / "m", hub),
+            "no token": refused(only(rule, repo_id=VOCAB), tmp_path / "m", hub),
+            "bad token": refused(only(rule), tmp_path / "m", hub, token="bad"),
+            "gated, no token": refused(only(rule, repo_id=VAE), tmp_path / "m", hub),
+            "gated, not granted": refused(only(rule, repo_id=VAE), tmp_path / "m", hub, token="good"),
+        }
+    codes = {name: error.code for name, error in found.items()}
+    assert codes == {
+        "no repository": "hub_repo_missing",
+        "no revision": "hub_revision_missing",
+        "no file": "pattern_empty",
+        "no token": "hub_token_missing",
+        "bad token": "hub_token_invalid",
+        "gated, no token": "hub_gated",
+        "gated, not granted": "hub_gated",
+    }
+    assert len({error.message for error in found.values()}) == len(found)
+    assert all(error.hint and "good" not in str(error) for error in found.values())
+
+
+def test_a_file_that_vanished_from_a_commit_is_named(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit(WEIGHTS)}
+    hub.inject(Fault("head", "big.safetensors", status=404, headers=missing))
+    error = refused(recipe, tmp_path / "m", hub)
+    assert error.code == "hub_file_missing" and "big.safetensors" in error.message
+
+
+def test_a_gate_is_found_before_any_large_get(recipe: Recipe, tmp_path: Path) -> None:
+    with Hub(FILES, gated=(VOCAB,)) as hub:
+        unpinned = recipe.with_(revisions=dict.fromkeys([WEIGHTS, VAE, VOCAB]))
+        assert refused(unpinned, tmp_path / "m", hub).code == "hub_gated"
+
+
+def test_a_place_that_is_no_hub_is_named(tmp_path: Path) -> None:
+    with Hub({WEIGHTS: {"f": b"1"}}) as hub:
+        hub.inject(Fault("revision", status=200, body=b"<html>Welcome</html>"))
+        error = refused(only(FileRule("f")), tmp_path / "m", hub)
+        assert error.code == "hub_endpoint" and hub.endpoint in error.message and "<html>" in error.message
+        hub.inject(Fault("head", headers={"X-Repo-Commit": ""}))
+        error = refused(only(FileRule("f")), tmp_path / "m", hub)
+        assert error.code == "hub_endpoint" and "X-Repo-Commit" in error.message
+
+
+def test_a_pinned_hash_that_the_hub_does_not_state_is_refused(hub: Hub, tmp_path: Path) -> None:
+    rule = FileRule("big.safetensors", sha256="0" * 64)
+    assert refused(only(rule), tmp_path / "m", hub).code == "hash_mismatch"
+
+
+def test_a_moved_branch_is_reported_and_a_pin_is_kept(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    free = recipe.with_(revisions={VAE: None})
+    bring(free, tmp_path / "m", hub)
+    old, new = hub.commit(VAE), hub.push(VAE, {"vae.safetensors": noise(10, 5)})
+    assert bring(free, tmp_path / "m", hub).plan is None
+    plan = bring(free, tmp_path / "m", hub, update=True, dry_run=True).plan
+    assert plan is not None and old in plan.notes[0] and new in plan.notes[0]
+    bring(free, tmp_path / "m", hub, update=True)
+    assert (tmp_path / "m/vae/vae.safetensors").read_bytes() == noise(10, 5)
+    assert bring(recipe.with_(revisions={VAE: old}), tmp_path / "n", hub).complete
+    assert (tmp_path / "n/vae/vae.safetensors").read_bytes() == FILES[VAE]["vae.safetensors"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_small_disk_is_noticed_before_the_first_byte(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount here")
+    try:
+        error = refused(recipe, place / "m", hub)
+        assert error.code == "disk_full" and error.details["needed"] > error.details["free"]
+        _fills_up_midway(hub, place)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def _fills_up_midway(hub: Hub, place: Path) -> None:
+    """The plan fits, then somebody else takes the space: the error says so, and the part is kept."""
+    recipe = only(FileRule("README.md"), revision=hub.push(WEIGHTS, {"README.md": noise(2 << 20)}))
+    (place / "n").mkdir()
+    hub.inject(Fault("get", stall=0.5))
+    import threading
+
+    threading.Timer(0.3, lambda: (place / "hog").write_bytes(b"x" * (3 << 20))).start()
+    with pytest.raises(DownloadError) as caught:
+        bring(recipe, place / "n", hub, policy=Policy())
+    assert caught.value.code == "disk_full"
+    (place / "hog").unlink()
+    hub.requests.clear()
+    bring(recipe, place / "n", hub)
+    assert 0 < hub.gets()[0].sent < 2 << 20
+
+
+@pytest.mark.parametrize("name", ["ünïcode ordner", "with blank", "x" * 200])
+def test_unusual_directories(hub: Hub, recipe: Recipe, tmp_path: Path, name: str) -> None:
+    assert bring(recipe, tmp_path / name / "m", hub).complete
+
+
+def test_a_directory_behind_a_link(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    bring(recipe, tmp_path / "link", hub)
+    assert (tmp_path / "real/model_index.json").is_file() and (tmp_path / "link").is_symlink()
+
+
+def test_a_file_in_the_place_of_the_directory(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("x")
+    with pytest.raises(DownloadError) as caught:
+        bring(recipe, tmp_path / "m", hub)
+    assert caught.value.code == "output_dir" and hub.requests == []
+
+
+def test_a_read_only_directory() -> None:
+    """Root may write everywhere except where the system itself refuses: /proc stands for a read-only disk."""
+    with Hub(FILES) as hub, pytest.raises((DownloadError, FileNotFoundError)) as caught:
+        bring(only(FileRule("big.safetensors")), Path("/sys/kernel/port_kit_test"), hub)
+    assert isinstance(caught.value, DownloadError) and caught.value.code == "output_dir"
