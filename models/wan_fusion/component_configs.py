@@ -143,12 +143,18 @@ def vae_config(dims: Mapping[str, Any]) -> dict[str, Any]:
             hint="record the goldens with z_dim 48",
         )
     optional = ("dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
-    return {
+    config = {
         **VAE_CONFIG,
         "base_dim": _need(dims, "dim"),
         "decoder_base_dim": dims.get("dec_dim", dims["dim"]),
         "z_dim": z_dim,
         **{key: dims[key] for key in optional if key in dims},
+    }
+    halvings = len(config["dim_mult"]) - 1  # in space, after the folding of pixels into channels
+    return {
+        **config,
+        "scale_factor_spatial": config["patch_size"] * 2**halvings,
+        "scale_factor_temporal": 2 ** sum(config["temperal_downsample"]),
     }
 
 

@@ -29,13 +29,13 @@ _Shapes = Mapping[str, tuple[int, ...]]
 # -- umt5-xxl --------------------------------------------------------------------------------------------------------
 
 _T5_LAYER = r"blocks\.(\d+)"
-_HF_LAYER = r"model.encoder.block.\1.layer"
+_HF_LAYER = r"encoder.block.\1.layer"
 
 TEXT_ENCODER = RuleSet(
     name="umt5_encoder",
     rules=(
         # transformers knows this table by two names, `shared` and `encoder.embed_tokens`: one tensor, written once.
-        Rule(r"token_embedding\.weight", "model.shared.weight"),
+        Rule(r"token_embedding\.weight", "shared.weight"),
         Rule(rf"{_T5_LAYER}\.attn\.(q|k|v|o)\.weight", rf"{_HF_LAYER}.0.SelfAttention.\2.weight"),
         # UMT5 has relative positions of its own in every layer, where T5 shares those of the first.
         Rule(
@@ -47,7 +47,7 @@ TEXT_ENCODER = RuleSet(
         Rule(rf"{_T5_LAYER}\.ffn\.gate\.0\.weight", rf"{_HF_LAYER}.1.DenseReluDense.wi_0.weight"),
         Rule(rf"{_T5_LAYER}\.ffn\.fc1\.weight", rf"{_HF_LAYER}.1.DenseReluDense.wi_1.weight"),
         Rule(rf"{_T5_LAYER}\.ffn\.fc2\.weight", rf"{_HF_LAYER}.1.DenseReluDense.wo.weight"),
-        Rule(r"norm\.weight", "model.encoder.final_layer_norm.weight"),
+        Rule(r"norm\.weight", "encoder.final_layer_norm.weight"),
     ),
 )
 
@@ -55,9 +55,9 @@ TEXT_ENCODER = RuleSet(
 
 #: Where residual blocks stand: ``(source, target)``, each with two groups.
 _RESIDUAL_BLOCKS = (
-    (r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)", r"model.encoder.down_blocks.\1.resnets.\2"),
-    (r"decoder\.upsamples\.(\d+)\.upsamples\.(\d+)", r"model.decoder.up_blocks.\1.resnets.\2"),
-    (r"(encoder|decoder)\.middle\.(0|2)", r"model.\1.mid_block.resnets.{\2 // 2}"),
+    (r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)", r"encoder.down_blocks.\1.resnets.\2"),
+    (r"decoder\.upsamples\.(\d+)\.upsamples\.(\d+)", r"decoder.up_blocks.\1.resnets.\2"),
+    (r"(encoder|decoder)\.middle\.(0|2)", r"\1.mid_block.resnets.{\2 // 2}"),
 )
 #: The layers of a residual block; the original counts them in a ``Sequential`` with SiLU and dropout between.
 _RESIDUAL_LAYERS = (
@@ -84,21 +84,21 @@ VAE = RuleSet(
         *_residual_rules(),
         Rule(
             r"encoder\.downsamples\.(\d+)\.downsamples\.\d+\.(resample\.1|time_conv)\.(weight|bias)",
-            r"model.encoder.down_blocks.\1.downsampler.\2.\3",
+            r"encoder.down_blocks.\1.downsampler.\2.\3",
         ),
         Rule(
             r"decoder\.upsamples\.(\d+)\.upsamples\.\d+\.(resample\.1|time_conv)\.(weight|bias)",
-            r"model.decoder.up_blocks.\1.upsampler.\2.\3",
+            r"decoder.up_blocks.\1.upsampler.\2.\3",
         ),
         Rule(
             r"(encoder|decoder)\.middle\.1\.(norm|to_qkv|proj)\.(gamma|weight|bias)",
-            r"model.\1.mid_block.attentions.0.\2.\3",
+            r"\1.mid_block.attentions.0.\2.\3",
         ),
-        Rule(r"(encoder|decoder)\.conv1\.(weight|bias)", r"model.\1.conv_in.\2"),
-        Rule(r"(encoder|decoder)\.head\.0\.gamma", r"model.\1.norm_out.gamma"),
-        Rule(r"(encoder|decoder)\.head\.2\.(weight|bias)", r"model.\1.conv_out.\2"),
-        Rule(r"conv1\.(weight|bias)", r"model.quant_conv.\1"),
-        Rule(r"conv2\.(weight|bias)", r"model.post_quant_conv.\1"),
+        Rule(r"(encoder|decoder)\.conv1\.(weight|bias)", r"\1.conv_in.\2"),
+        Rule(r"(encoder|decoder)\.head\.0\.gamma", r"\1.norm_out.gamma"),
+        Rule(r"(encoder|decoder)\.head\.2\.(weight|bias)", r"\1.conv_out.\2"),
+        Rule(r"conv1\.(weight|bias)", r"quant_conv.\1"),
+        Rule(r"conv2\.(weight|bias)", r"post_quant_conv.\1"),
     ),
 )
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 from transformers.initialization import no_init_weights
 
@@ -29,26 +28,15 @@ MAX_TOKENS = 512
 _WHITESPACE = re.compile(r"\s+")
 
 
-class TextEncoder(nn.Module):
-    """UMT5's encoder, from token ids to hidden states."""
+class TextEncoder(UMT5EncoderModel):
+    """UMT5's encoder, from token ids to plain hidden states."""
 
     def __init__(self, config: UMT5Config) -> None:
-        super().__init__()
         with no_init_weights():  # a checkpoint fills every weight; drawing 5.7 billion numbers first takes minutes
-            self.model = UMT5EncoderModel(config)
+            super().__init__(config)
         # Initialisation is also where transformers ties these two names of one table.
-        self.model.encoder.embed_tokens.weight = self.model.shared.weight
-        self.model.eval().requires_grad_(False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights, and of what :meth:`forward` returns."""
-        return self.model.shared.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie and where token ids are expected."""
-        return self.model.shared.weight.device
+        self.encoder.embed_tokens.weight = self.shared.weight
+        self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -59,9 +47,9 @@ class TextEncoder(nn.Module):
             attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, which no token attends to.
 
         Returns:
-            ``[B, T, D]`` in :attr:`dtype`; rows at padding mean nothing.
+            ``[B, T, D]`` in the dtype of the weights; rows at padding mean nothing.
         """
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> TextEncoder:

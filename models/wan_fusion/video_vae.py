@@ -1,4 +1,4 @@
-"""Wan 2.2's video VAE: diffusers' ``AutoencoderKLWan`` in latent units that the fusion transformer works in.
+"""Wan 2.2's video VAE: diffusers' ``AutoencoderKLWan``, in the units of latents that the fusion transformer works in.
 
 Shapes: B videos, F frames and f latent frames (F = 4 (f - 1) + 1; an image is one frame), H x W pixels and h x w
 latents (H = 16 h, W = 16 w), C = 48 latent channels.
@@ -15,60 +15,41 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import nn
 from transformers.initialization import no_init_weights
 
 from port_kit.errors import InputError, PortKitError
 from port_kit.models.wan_fusion.precision import default_dtype
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(AutoencoderKLWan):
     """Pixels in [-1, 1] to normalised latents and back, computed in float32.
 
+    It is an ``AutoencoderKLWan`` because vLLM-Omni knows that class: its tiling and slicing switches, its decoder
+    fast path on CUDA and checkpoints in diffusers' names work as for any other Wan model. Unlike the parent's,
+    :meth:`encode` and :meth:`decode` take and give plain tensors in the units of the fusion transformer.
+
     Args:
-        config: keys of ``AutoencoderKLWan``, with ``latents_mean`` and ``latents_std``.
         precision: dtype to which weights, pixels and latents are rounded on their way in.
+        config: keys of ``AutoencoderKLWan``, with ``latents_mean`` and ``latents_std``.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, precision: torch.dtype) -> None:
-        super().__init__()
-        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-        self.precision = precision
+    def __init__(self, *, precision: torch.dtype, **config: Any) -> None:
         with default_dtype(torch.float32), no_init_weights():
-            self.model = AutoencoderKLWan(**arguments).eval()
-        self._latents_mean = tuple(arguments["latents_mean"])
-        self._latents_std = tuple(arguments["latents_std"])
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
+            super().__init__(**config)
+        self.precision = precision
+        self.eval().requires_grad_(False)
+        for parameter in self.parameters():
             parameter.weight_loader = self._load_rounded  # the loader's hook, as in vLLM's own layers
-
-    @property
-    def use_tiling(self) -> bool:
-        """Whether encode and decode work on overlapping tiles (less memory, results differ at the seams)."""
-        return self.model.use_tiling
-
-    @use_tiling.setter
-    def use_tiling(self, value: bool) -> None:
-        self.model.use_tiling = value
-
-    @property
-    def use_slicing(self) -> bool:
-        """Whether a batch is worked through one video at a time (less memory, the same results)."""
-        return self.model.use_slicing
-
-    @use_slicing.setter
-    def use_slicing(self, value: bool) -> None:
-        self.model.use_slicing = value
 
     @property
     def spatial_factor(self) -> int:
         """Pixels a latent, along height and along width."""
-        return self.model.config.scale_factor_spatial
+        return self.config.scale_factor_spatial
 
     @property
     def temporal_factor(self) -> int:
         """Frames a latent frame, after the first, which is one frame by itself."""
-        return self.model.config.scale_factor_temporal
+        return self.config.scale_factor_temporal
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -84,7 +65,7 @@ class VideoVAE(nn.Module):
             InputError: another shape.
         """
         self._check_pixels(pixels)
-        mean = self.model.encode(self._rounded(pixels)).latent_dist.mode()
+        mean = super().encode(self._rounded(pixels)).latent_dist.mode()
         latents_mean, latents_std = self._statistics(mean.device)
         return (mean - latents_mean) * (1.0 / latents_std)
 
@@ -95,18 +76,18 @@ class VideoVAE(nn.Module):
         Raises:
             InputError: another number of dimensions or channels.
         """
-        if latents.ndim != 5 or latents.shape[1] != len(self._latents_mean):
+        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise InputError(
-                f"latents have shape {tuple(latents.shape)}, required is [B, {len(self._latents_mean)}, f, h, w]",
+                f"latents have shape {tuple(latents.shape)}, required is [B, {self.config.z_dim}, f, h, w]",
                 code="component_input",
             )
         latents_mean, latents_std = self._statistics(latents.device)
         raw = self._rounded(latents) / (1.0 / latents_std) + latents_mean
-        return self.model.decode(raw, return_dict=False)[0]
+        return super().decode(raw, return_dict=False)[0]
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation as ``[1, C, 1, 1, 1]``; not buffers, since no checkpoint holds them."""
-        pair = torch.tensor((self._latents_mean, self._latents_std), dtype=torch.float32, device=device)
+        pair = torch.tensor((self.config.latents_mean, self.config.latents_std), dtype=torch.float32, device=device)
         mean, std = pair.view(2, 1, -1, 1, 1, 1)
         return mean, std
 
@@ -146,4 +127,5 @@ def build_video_vae(config: Mapping[str, Any], *, precision: torch.dtype | None 
             code="component_config",
             hint="take vae/config.json as `port-kit download` writes it",
         )
-    return VideoVAE(config, precision=precision or torch.get_default_dtype())
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    return VideoVAE(precision=precision or torch.get_default_dtype(), **arguments)

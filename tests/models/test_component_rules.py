@@ -95,6 +95,14 @@ def test_loaded_names_are_all_parameters_and_buffers(goldens: Path) -> None:
     assert loaded == {f"audio_vae.{name}" for name in module.state_dict()}
 
 
+@pytest.mark.parametrize("name", ["umt5_xxl_encoder", "wan2_2_vae"])
+def test_checkpoints_in_the_names_of_diffusers_and_transformers_pass_through(name: str) -> None:
+    build, config, rule_set = FULL_SIZE[name]
+    target = on_meta(build, config)
+    plan = rule_set.compile(Manifest({key: (spec.shape, spec.dtype) for key, spec in target.items()}), target)
+    assert {write.source: write.target for write in plan.writes} == {key: key for key in target}
+
+
 def test_unit_filters_have_unit_norm_and_a_way_back() -> None:
     raw = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 6)[:, None, None]
     transform = find_transform("unit_filters")

@@ -41,7 +41,7 @@ def test_every_layer_has_relative_positions_of_its_own() -> None:
         encoder = build_text_encoder(TEXT_ENCODER_CONFIG)
     biases = [name for name, _ in encoder.named_parameters() if "relative_attention_bias" in name]
     assert len(biases) == 24
-    assert encoder.model.encoder.embed_tokens.weight is encoder.model.shared.weight
+    assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
 
 
 def test_sizes_of_the_reference_become_a_configuration() -> None:

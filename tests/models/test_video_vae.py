@@ -52,7 +52,7 @@ def test_slicing_changes_nothing_and_tiling_only_seams(vae: VideoVAE) -> None:
     vae.use_slicing = True
     torch.testing.assert_close(vae.decode(latents), whole, atol=1e-5, rtol=0)
     vae.use_slicing, vae.use_tiling = False, True
-    vae.model.enable_tiling(32, 32, 16, 16)
+    vae.enable_tiling(32, 32, 16, 16)
     tiled = vae.decode(latents)
     vae.use_tiling = False
     assert tiled.shape == whole.shape
