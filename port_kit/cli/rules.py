@@ -141,10 +141,10 @@ def plan_command(as_json: bool, **options: Any) -> None:
         "dropped": list(plan.dropped),
         "kept": dict(plan.kept),
         "converted": plan.converted,
-        "problems": [problem.to_json() for problem in plan.problems],
+        "problems": [problem.to_json() for problem in plan.explained()],
     }
     lines = [f"{target} <- {', '.join(entry['from'])} [{entry['op']}]" for target, entry in entries.items()]
-    lines += [f"problem: {problem}" for problem in plan.problems]
+    lines += [f"problem: {problem}" for problem in plan.explained()]
     emit("rules plan", data, as_json=as_json, text="\n".join(lines), ok=plan.ok)
 
 

@@ -70,7 +70,7 @@ class Coverage:
     def problems(self) -> list[dict[str, Any]]:
         """Problems, those of one layer template joined: ``names`` lists sources and targets as templates."""
         groups: dict[tuple[str, str, str, str], list[Problem]] = defaultdict(list)
-        for problem in self.plan.problems:
+        for problem in self.plan.explained():
             key = (split_numbers(problem.source)[0], split_numbers(problem.target)[0], problem.code, problem.rule)
             groups[key].append(problem)
         joined = []

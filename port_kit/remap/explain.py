@@ -118,4 +118,6 @@ def _planned(told: Explanation, rules: RuleSet, source: Manifest, target: Manife
             told.found = True
     if plan.converted:
         told.notes.append("the source is already converted: rules are not applied")
-    told.notes += [f"problem: {problem}" for problem in plan.problems if told.name in (problem.source, problem.target)]
+    told.notes += [
+        f"problem: {problem}" for problem in plan.explained() if told.name in (problem.source, problem.target)
+    ]

@@ -66,7 +66,7 @@ def _placed(ordered: Sequence[Write], sizes: dict[str, int]) -> list[Write]:
     assert first.join is not None
     whole = extents(first.region)
     axis = first.join.get("dim") % max(len(whole), 1)
-    scope = Scope(sizes, f"rule {first.rule.label!r} into {first.target}")
+    scope = Scope(sizes, first.rule.label, first.target, None, first.shape)
     given = first.join.get("sizes")
     if given is None:
         widths = [write.shape[axis] if axis < len(write.shape) else -1 for write in ordered]
@@ -133,7 +133,7 @@ def known_place(write: Write, sizes: dict[str, int]) -> Write | None:
             return None
         widths = [write.shape[axis]] * len(parts)
     else:
-        scope = Scope(sizes, f"rule {write.rule.label!r} into {write.target}")
+        scope = Scope(sizes, write.rule.label, write.target, None, write.shape)
         widths = [scope.size(size) for size in write.join.get("sizes")]
     stand_ins = [
         replace(write, part=part, shape=(*write.shape[:axis], width, *write.shape[axis + 1 :]))

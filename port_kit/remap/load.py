@@ -156,7 +156,7 @@ class WeightLoader:
         assert self.folder is not None
         source = Manifest.from_checkpoint(self.folder)
         plan = check(self.rules, source, self.manifest, sizes, narrow=narrow, elastic=self.lowering.elastic)
-        raise_problems(plan.problems, f"{self.rules.name} does not map {self.folder} completely")
+        raise_problems(plan.explained(), f"{self.rules.name} does not map {self.folder} completely")
         self._converted = plan.converted
 
     # -- feeding -----------------------------------------------------------------------------------------------

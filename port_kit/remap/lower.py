@@ -136,13 +136,13 @@ class Lowering:
                 steps = lower_take(rule.take, spec.shape, self._scope(rule, match, name, spec.shape))
                 box = steps[0].box if steps and isinstance(steps[0], Take) else whole(spec.shape)
                 return Lowered(dropped=((box, rule),), rules=found)
-            return replace(self._map(number, match, name, spec), rules=found)
+            return self._map(number, match, name, spec, found)
         except RemapError as error:
             return Lowered(problems=(problem_from(error, rule=rule.label, source=name, file=spec.file),), rules=found)
 
     # -- rules with targets ------------------------------------------------------------------------------------
 
-    def _map(self, number: int, match: re.Match[str], name: str, spec: TensorSpec) -> Lowered:
+    def _map(self, number: int, match: re.Match[str], name: str, spec: TensorSpec, found: tuple[int, ...]) -> Lowered:
         rule = self.rules[number]
         scope = self._scope(rule, match, name, spec.shape)
         names = [self._canonical(expand(text, match, scope)) for text in rule.targets]
@@ -150,7 +150,7 @@ class Lowering:
         joins = rule.op[-1] if rule.op and (rule.op[-1].name in JOINING or is_joining(rule.op[-1].name)) else None
         problems = [self._no_target(rule, name, spec, target) for target in names if target not in self.target]
         if problems:
-            return Lowered(problems=tuple(problems))
+            return Lowered(problems=tuple(problems), rules=found)
         for target in names:
             self._stretch(rule, target, spec)
         places = [self._place(rule, target, shard, joins) for target, shard in zip(names, shards, strict=True)]
@@ -166,7 +166,7 @@ class Lowering:
             write = Write(name, steps, place.target, region, rule, place.slot, join, place.part if join else "", shape)
             writes.append(write)
             problems += self._check_dtype(write, spec)
-        return Lowered(tuple(writes), problems=tuple(problems))
+        return Lowered(tuple(writes), problems=tuple(problems), rules=found)
 
     def _key(self, number: int, match: re.Match[str], spec: TensorSpec, places: list[_Place]) -> object:
         groups = match.groups() if self._uses_groups[number] else ()
@@ -174,13 +174,7 @@ class Lowering:
         return (number, spec.shape, groups, shapes)
 
     def _scope(self, rule: Rule, match: re.Match[str], name: str, shape: Shape) -> Scope:
-        names = dict(self.sizes)
-        names.update({f"in{axis}": extent for axis, extent in enumerate(shape)})
-        for number, text in enumerate(match.groups(), 1):
-            if text is not None and text.isdecimal():
-                names[f"_{number}"] = int(text)
-        names.update({key: int(text) for key, text in match.groupdict().items() if text and text.isdecimal()})
-        return Scope(names, f"rule {rule.label!r} on {name}")
+        return Scope(self.sizes, rule.label, name, match, shape)
 
     def _canonical(self, target: str) -> str:
         return self._aliases.get(target, target)

@@ -94,11 +94,32 @@ def _leaves(value: Any) -> list[Any]:
 
 
 class Scope:
-    """The names that a rule's expressions may use for one source tensor, and how messages call the place."""
+    """The names that a rule's expressions may use for one source tensor, and how messages call the place.
 
-    def __init__(self, names: Mapping[str, int], where: str) -> None:
-        self.names = names
-        self.where = where
+    Names and place are worked out when the first expression or message asks: most rules have neither.
+    """
+
+    def __init__(
+        self, sizes: Mapping[str, int], rule: str, name: str, match: re.Match[str] | None, shape: Shape
+    ) -> None:
+        self._sizes, self._rule, self._name, self._match, self._shape = sizes, rule, name, match, shape
+        self._names: dict[str, int] | None = None
+
+    @property
+    def where(self) -> str:
+        """The place, for messages."""
+        return f"rule {self._rule!r} on {self._name}"
+
+    @property
+    def names(self) -> Mapping[str, int]:
+        """Sizes, the source's extents (``in0`` ...), and the numeric groups (``_1`` ... and by name)."""
+        if self._names is None:
+            self._names = {**self._sizes, **{f"in{axis}": extent for axis, extent in enumerate(self._shape)}}
+            if self._match is not None:
+                groups = {f"_{number}": text for number, text in enumerate(self._match.groups(), 1)}
+                groups.update(self._match.groupdict())
+                self._names.update({key: int(text) for key, text in groups.items() if text and text.isdecimal()})
+        return self._names
 
     def size(self, expression: int | str) -> int:
         """Evaluate a size; raises ``remap_size``."""

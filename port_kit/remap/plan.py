@@ -52,6 +52,10 @@ class Plan:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def explained(self) -> list[Problem]:
+        """The problems, the first of them with the nearest name that exists."""
+        return with_nearest(self.problems, list(self.source), list(self.target))
+
     def by_target(self) -> dict[str, list[Write]]:
         """The writes of each target."""
         found: dict[str, list[Write]] = defaultdict(list)
@@ -83,7 +87,7 @@ def compile_plan(
         RemapError: with every gap in ``details["problems"]``; the code is theirs, or ``remap_failed`` for several.
     """
     plan = check(rules, source, target, sizes, narrow=narrow)
-    raise_problems(plan.problems, f"{rules.name} does not map {source.origin or 'the source'} completely")
+    raise_problems(plan.explained(), f"{rules.name} does not map {source.origin or 'the source'} completely")
     return plan
 
 
@@ -95,12 +99,13 @@ def check(
     *,
     narrow: bool = False,
     elastic: tuple[Set[str], int] = (frozenset(), 1),
+    lowering: Lowering | None = None,
 ) -> Plan:
     """Compile without raising: the plan of what works, and the problems of what does not.
 
-    ``elastic`` is explained at :class:`~port_kit.remap.lower.Lowering`.
+    ``elastic`` is explained at :class:`~port_kit.remap.lower.Lowering`; one that is given is used again.
     """
-    lowering = Lowering(rules, target, sizes or {}, narrow=narrow, aliases=target.aliases, elastic=elastic)
+    lowering = lowering or Lowering(rules, target, sizes or {}, narrow=narrow, aliases=target.aliases, elastic=elastic)
     if is_converted(lowering, source, target):
         lowering = Lowering(IDENTITY, target, sizes or {}, narrow=narrow or rules.narrow)
         return _Compiler(lowering, rules, source, target, converted=True).run()
@@ -150,7 +155,6 @@ class _Compiler:
             self.problems += dead_rules(self.rules, self.used, self.kept)
         order = {name: at for at, name in enumerate(self.source)}
         self.writes.sort(key=lambda write: order[write.source])
-        problems = with_nearest(self.problems, list(self.source), list(self.target))
         return Plan(
             self.rules,
             self.source,
@@ -159,7 +163,7 @@ class _Compiler:
             self.dropped,
             self.kept,
             self.converted,
-            tuple(problems),
+            tuple(self.problems),
             dict(self.used),
             self.lowering.sizes,
         )

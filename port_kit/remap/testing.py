@@ -1,0 +1,137 @@
+"""Helpers for the tests of a port's rules: complete, reversible, and blind to nothing; from manifests alone.
+
+::
+
+    plan = assert_covers(RULES, Manifest.from_json(path), Manifest.from_module(module_on_meta))
+    assert_round_trip(plan)
+    assert_mutations_caught(plan)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from port_kit.manifest import Manifest, TensorSpec
+from port_kit.remap.coverage import Coverage
+from port_kit.remap.lower import Lowered, Lowering
+from port_kit.remap.plan import Plan, check
+from port_kit.remap.rules import RuleSet
+from port_kit.remap.steps import Call, Reshape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def assert_covers(
+    rules: RuleSet,
+    source: Manifest,
+    target: Manifest,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    narrow: bool = False,
+) -> Plan:
+    """Assert that every element of both sides is accounted for; returns the plan.
+
+    Raises:
+        AssertionError: with the report of all gaps.
+    """
+    plan = check(rules, source, target, sizes, narrow=narrow)
+    assert plan.ok, Coverage(plan).to_text()
+    return plan
+
+
+def values(manifest: Manifest) -> dict[str, Tensor]:
+    """A tensor for every name, different in every tensor and the same in every run."""
+    import torch
+
+    tensors = {}
+    for name, spec in manifest.items():
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+        generator = torch.Generator().manual_seed(seed)
+        tensor = torch.randint(0, 256, spec.shape, generator=generator, dtype=torch.int64)
+        tensors[name] = tensor.to(getattr(torch, spec.dtype))
+    return tensors
+
+
+def assert_round_trip(plan: Plan) -> None:
+    """Assert that converting random values and going back by the plan gives the same bits.
+
+    Sources that an inexact transform or a rounding touches are left out; see :func:`port_kit.remap.export.inexact`.
+    """
+    import torch
+
+    from port_kit.remap.export import convert, export, inexact
+
+    sources = values(plan.source)
+    targets = dict(convert(plan, sources))
+    lossy = inexact(plan)
+    returned = dict(export(plan, targets))
+    expected = {write.source for write in plan.writes}
+    assert set(returned) == expected, sorted(set(returned) ^ expected)
+    for name, tensor in returned.items():
+        if name not in lossy:
+            assert torch.equal(tensor, sources[name]), f"{name} does not come back as it was"
+
+
+def mutations(plan: Plan) -> Iterator[tuple[str, Manifest]]:
+    """Every source of a plan dropped, renamed, reshaped, duplicated and retyped in turn.
+
+    Sources that rules drop are left alone: what is not used may be missing or different.
+    A tensor that a rule reshapes keeps its number of axes: its other shapes may mean the same elements.
+
+    Yields:
+        ``(what was done, the source manifest with it)``.
+    """
+    source = dict(plan.source)
+    used = plan.by_source()
+    for name, writes in used.items():
+        spec = source[name]
+        reshaped = any(isinstance(step, (Reshape, Call)) for write in writes for step in write.steps)
+        yield f"drop {name}", Manifest({key: value for key, value in source.items() if key != name})
+        renamed = {f"{key}_renamed" if key == name else key: value for key, value in source.items()}
+        yield f"rename {name}", Manifest(renamed)
+        yield f"duplicate {name}", Manifest({**source, f"copy_of.{name}": spec})
+        for what, shape in _other_shapes(spec, flatten=not reshaped):
+            yield f"{what} {name}", Manifest({**source, name: replace(spec, shape=shape)})
+        if spec.dtype != "complex64":
+            yield f"retype {name}", Manifest({**source, name: replace(spec, dtype="complex64")})
+
+
+def _other_shapes(spec: TensorSpec, *, flatten: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    shape = spec.shape
+    for axis, extent in enumerate(shape):
+        yield f"grow axis {axis} of", (*shape[:axis], extent + 1, *shape[axis + 1 :])
+    if flatten:
+        yield "add an axis to", (1, *shape)
+        if len(shape) > 1:
+            yield "flatten", (spec.numel,)
+
+
+def uncaught_mutations(plan: Plan) -> list[str]:
+    """The mutations of a plan's source that its rules accept."""
+    memory = _Memory(plan.rules, plan.target, plan.sizes, narrow=plan.rules.narrow, aliases=plan.target.aliases)
+    return [
+        what
+        for what, source in mutations(plan)
+        if check(plan.rules, source, plan.target, plan.sizes, lowering=memory).ok
+    ]
+
+
+class _Memory(Lowering):
+    """A lowering that remembers what it made of a tensor: a mutation changes one of hundreds."""
+
+    def lower(self, name: str, spec: TensorSpec) -> Lowered:
+        known: dict[object, Lowered] = self.__dict__.setdefault("known", {})
+        key = (name, spec.shape, spec.dtype)
+        if key not in known:
+            known[key] = super().lower(name, spec)
+        return known[key]
+
+
+def assert_mutations_caught(plan: Plan) -> None:
+    """Assert that no mutation of the source is accepted."""
+    uncaught = uncaught_mutations(plan)
+    assert not uncaught, f"{len(uncaught)} mutations are accepted, such as {', '.join(uncaught[:5])}"
