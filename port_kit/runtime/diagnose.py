@@ -87,7 +87,7 @@ def _runtime(versions: dict[str, str | None]) -> Check:
     omni = versions["vllm-omni"]
     if omni is None:
         return Check("runtime", False, "vLLM-Omni is not installed; downloads and checks work, models do not", _INSTALL)
-    from port_kit.runtime.patches import SERIES
+    from port_kit.runtime.ledger import SERIES
 
     proven = omni.startswith(f"{SERIES}.")
     return Check(

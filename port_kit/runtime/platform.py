@@ -12,7 +12,8 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 from port_kit.errors import RegistrationError
-from port_kit.runtime.patches import check_version, install_worker_fixes, require
+from port_kit.runtime.guards import check_version, require
+from port_kit.runtime.patches import install_worker_fixes
 
 #: How many ranks may be asked for. A process is a device, so this only has to be more than anyone runs.
 MAX_RANKS = 64

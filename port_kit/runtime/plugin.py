@@ -97,7 +97,7 @@ def register_pipelines() -> None:
     Raises:
         RegistrationError: vLLM-Omni has a version that the kit was not proven on, or did not take a port.
     """
-    from port_kit.runtime.patches import check_version
+    from port_kit.runtime.guards import check_version
 
     check_version()
     register_metadata()

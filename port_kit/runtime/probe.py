@@ -44,7 +44,8 @@ def probe() -> dict[str, Any]:
 
 def _patches() -> dict[str, str]:
     """Try every guard."""
-    from port_kit.runtime.patches import PATCHES, require
+    from port_kit.runtime.guards import require
+    from port_kit.runtime.ledger import PATCHES
 
     states: dict[str, str] = {}
     for name in PATCHES:

@@ -1,6 +1,6 @@
 """What diffusion workers need on a CPU: host-side output packing, and the kernel that Ring attention calls.
 
-Both replace or add to upstream code; :mod:`port_kit.runtime.patches` guards them and ``patches.md`` explains them.
+Both replace or add to upstream code: :mod:`port_kit.runtime.patches` puts them in place, ``patches.md`` tells why.
 """
 
 from __future__ import annotations

@@ -19,80 +19,24 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import signal
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from port_kit.errors import ParallelError, PortKitError
+from port_kit.errors import ParallelError
+from port_kit.testing.rank import Case, Failure, RankResult, Request, rank_main
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
     from torch import nn
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 #: Seconds that a rank gets to leave by itself once its result is in.
 _GRACE = 10.0
 
-#: The end of a traceback that a report carries, in characters.
-_TRACEBACK = 6000
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request: the prompt as ``Omni.generate`` takes it, and fields of ``OmniDiffusionSamplingParams``."""
-
-    prompt: str | Mapping[str, Any]
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RankResult:
-    """What one rank brought back.
-
-    Attributes:
-        rank: the global rank.
-        outputs: one entry a request: the pipeline's ``DiffusionOutput.output``; None where the request failed.
-        errors: one entry a request: None, or the exception (only with ``keep_going``).
-        probe: what ``probe`` returned on this rank; None without one.
-        load_seconds: building the worker and loading the weights.
-        run_seconds: all requests together.
-    """
-
-    rank: int
-    outputs: tuple[Any, ...]
-    errors: tuple[BaseException | None, ...]
-    probe: Any
-    load_seconds: float
-    run_seconds: float
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What a rank sends instead of a result: the error's text and traceback, and the error if it can be pickled."""
-
-    rank: int
-    text: str
-    traceback: str
-    error: PortKitError | None
-
-
-@dataclass(frozen=True)
-class _Case:
-    """Everything a rank needs; crosses by fork, so functions may be closures."""
-
-    model: str
-    requests: Sequence[Request]
-    config: Mapping[str, Any]
-    setup: Callable[[], None] | None
-    probe: Callable[[nn.Module], Any] | None
-    keep_going: bool
-    port: int
+__all__ = ["RankResult", "Request", "run_workers", "warm_up"]
 
 
 def run_workers(
@@ -125,7 +69,7 @@ def run_workers(
     _refuse_inherited_world()
     from vllm.utils.network_utils import get_open_port
 
-    case = _Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
+    case = Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
     world = _world_size(case.config)
     processes, pipes = _start(case, world)
     try:
@@ -177,7 +121,7 @@ def _world_size(config: Mapping[str, Any]) -> int:
     return int(parallel.world_size)
 
 
-def _start(case: _Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
+def _start(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
@@ -185,7 +129,7 @@ def _start(case: _Case, world: int) -> tuple[list[BaseProcess], list[Connection]
     pipes: list[Connection] = []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(rank, case, sender), name=f"port-kit-rank-{rank}")
+        process = context.Process(target=rank_main, args=(rank, case, sender), name=f"port-kit-rank-{rank}")
         process.start()
         sender.close()  # so that the receiver sees the end when the rank dies
         processes.append(process)
@@ -223,12 +167,12 @@ def _receive(pipe: Connection, rank: int, process: BaseProcess) -> RankResult:
         ) from None
     finally:
         pipe.close()
-    if isinstance(message, _Failure):
+    if isinstance(message, Failure):
         raise _failed(message) from message.error
     return message
 
 
-def _failed(failure: _Failure) -> ParallelError:
+def _failed(failure: Failure) -> ParallelError:
     return ParallelError(
         f"rank {failure.rank} failed: {failure.text}\n{failure.traceback}",
         code="worker_failed",
@@ -257,94 +201,3 @@ def _stop(processes: Sequence[BaseProcess], *, grace: float) -> None:
             process.kill()
         process.join()
         process.close()
-
-
-def _rank_main(rank: int, case: _Case, sender: Connection) -> None:
-    """The life of one rank: run the case, send one message, and leave without the parent's exit handlers."""
-    code = 0
-    try:
-        message: RankResult | _Failure = _run_rank(rank, case)
-        payload = pickle.dumps(message)
-    except BaseException as error:  # noqa: B036 - whatever it is, the parent must hear of it
-        code = 1
-        payload = _describe(rank, error)
-    sender.send_bytes(payload)
-    sender.close()
-    os._exit(code)
-
-
-def _describe(rank: int, error: BaseException) -> bytes:
-    text = "".join(traceback.format_exception_only(error)).strip()
-    trace = "".join(traceback.format_exception(error))[-_TRACEBACK:]
-    known = error if isinstance(error, PortKitError) else None
-    try:
-        return pickle.dumps(_Failure(rank, text, trace, known))
-    except (pickle.PicklingError, TypeError, AttributeError):  # an error whose details do not cross
-        return pickle.dumps(_Failure(rank, text, trace, None))
-
-
-def _run_rank(rank: int, case: _Case) -> RankResult:
-    import torch
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-    from vllm_omni.engine.stage_init_utils import set_death_signal
-    from vllm_omni.platforms import current_omni_platform
-
-    set_death_signal(signal.SIGKILL)  # a test that is killed leaves no ranks behind
-    torch.set_num_threads(1)
-    if case.setup is not None:
-        case.setup()
-    config = _config(case)
-    started = time.perf_counter()
-    worker_class = resolve_obj_by_qualname(current_omni_platform.get_diffusion_worker_cls())
-    worker = worker_class(local_rank=rank, rank=rank, od_config=config)
-    loaded = time.perf_counter()
-    answers = [_answer(worker, config, index, request, case) for index, request in enumerate(case.requests)]
-    finished = time.perf_counter()
-    probe = case.probe(worker.model_runner.pipeline) if case.probe else None
-    result = RankResult(
-        rank=rank,
-        outputs=tuple(output for output, _ in answers),
-        errors=tuple(error for _, error in answers),
-        probe=probe,
-        load_seconds=loaded - started,
-        run_seconds=finished - loaded,
-    )
-    worker.shutdown()
-    return result
-
-
-def _config(case: _Case) -> OmniDiffusionConfig:
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
-
-    fields = {"dtype": "float32", "enforce_eager": True, **case.config}
-    config = OmniDiffusionConfig.from_kwargs(model=case.model, **fields)
-    # The configuration looks for a free port of its own; the ranks have to agree on one.
-    config.master_port = case.port
-    config.enrich_config()
-    return config
-
-
-def _answer(
-    worker: Any, config: OmniDiffusionConfig, index: int, request: Request, case: _Case
-) -> tuple[Any, BaseException | None]:
-    """Run one request; returns (output, None), or (None, error) where the case keeps going."""
-    from vllm_omni.diffusion.request import OmniDiffusionRequest
-    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-
-    message = OmniDiffusionRequest(
-        prompt=request.prompt,
-        sampling_params=OmniDiffusionSamplingParams(**request.sampling),
-        request_id=f"request-{index}",
-    )
-    try:
-        output = worker.execute_model(message, config)
-    except (PortKitError, ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
-        if not case.keep_going:
-            raise
-        return None, error
-    if output.error:
-        failure = RuntimeError(output.error)
-        if not case.keep_going:
-            raise failure
-        return None, failure
-    return output.output, None

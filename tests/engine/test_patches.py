@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from port_kit.errors import RegistrationError
-from port_kit.runtime import patches
-from port_kit.runtime.patches import PATCHES
+from port_kit.runtime import guards, patches
+from port_kit.runtime.ledger import PATCHES
 
 RUNTIME = Path(patches.__file__).parent
 PARTS = ("Why", "How", "Upstream", "Guard", "Goes when")
@@ -55,7 +55,7 @@ def _guards(call: ast.Call) -> set[str]:
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_every_guard_accepts_what_is_installed(name: str) -> None:
-    patches.require(name)
+    guards.require(name)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_every_guard_fires_where_upstream_is_another(name: str, index: int, monk
     needs[index] = replace(needs[index], expected=("what an older release had",))
     monkeypatch.setitem(PATCHES, name, replace(patch, needs=tuple(needs)))
     with pytest.raises(RegistrationError, match="what an older release had") as caught:
-        patches.require(name)
+        guards.require(name)
     assert caught.value.code == "upstream_changed"
     assert caught.value.details == {"patch": name, "target": needs[index].target}
 
@@ -97,10 +97,10 @@ def test_only_the_proven_series_is_accepted(version: str, accepted: bool, monkey
 
     monkeypatch.setattr(vllm_omni.version, "__version__", version)
     if accepted:
-        patches.check_version()
+        guards.check_version()
         return
     with pytest.raises(RegistrationError, match=re.escape(version)) as caught:
-        patches.check_version()
+        guards.check_version()
     assert caught.value.code == "vllm_omni_version"
 
 

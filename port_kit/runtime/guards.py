@@ -1,0 +1,122 @@
+"""Guards: a patch that meets an upstream it was not written against fails with its name, not silently."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable
+
+from port_kit.errors import RegistrationError
+from port_kit.runtime.ledger import PATCHES, SERIES, Need
+
+#: Operators whose CPU kernel is the kit's own by now.
+OWN_KERNELS: set[str] = set()
+
+
+def check_version() -> None:
+    """Raise where the installed vLLM-Omni is not of the series that the kit was proven on."""
+    from vllm_omni.version import __version__
+
+    if __version__ != SERIES and not __version__.startswith(f"{SERIES}."):
+        raise RegistrationError(
+            f"vLLM-Omni {__version__} is installed; this port-kit was proven on {SERIES}.x",
+            code="vllm_omni_version",
+            hint=f"install 'vllm-omni>={SERIES},<0.31', or a port-kit made for {__version__}",
+            found=__version__,
+        )
+
+
+def require(name: str) -> None:
+    """Check all that the patch ``name`` rests on.
+
+    Raises:
+        RegistrationError: upstream has changed; names the patch, the target, what was expected and what was found.
+    """
+    for need in PATCHES[name].needs:
+        found = _read(need)
+        if found not in need.expected:
+            raise RegistrationError(
+                f"patch {name} was written against another {need.target}: its {need.kind} is {found!r},"
+                f" expected {' or '.join(map(repr, need.expected))}",
+                code="upstream_changed",
+                hint=f"read the section {name} in port_kit/runtime/patches.md and adapt the patch or drop it",
+                patch=name,
+                target=need.target,
+            )
+
+
+def _read(need: Need) -> str:
+    """Read one fact; an attribute, module or operator that is gone reads as ``missing``."""
+    try:
+        return READERS[need.kind](need.target)
+    except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError) as error:
+        return f"missing ({type(error).__name__}: {error})"
+
+
+def _object(target: str) -> object:
+    module, _, path = target.partition(":")
+    found: object = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _parameters(target: str) -> str:
+    function = _object(target)
+    if not callable(function):
+        raise TypeError(f"{target} cannot be called")
+    return ", ".join(inspect.signature(function).parameters)
+
+
+def _source(target: str) -> str:
+    function = _object(target)
+    if not inspect.isfunction(function):
+        raise TypeError(f"{target} is not a Python function")
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+def _annotation(target: str) -> str:
+    owner, _, field = target.rpartition(".")
+    annotation = inspect.get_annotations(_class(owner))[field]
+    return annotation if isinstance(annotation, str) else str(annotation)
+
+
+def _class(target: str) -> type:
+    found = _object(target)
+    if not isinstance(found, type):
+        raise TypeError(f"{target} is not a class")
+    return found
+
+
+def _schema(operator: str) -> str:
+    import torch
+
+    namespace, _, name = operator.partition("::")
+    schema = getattr(getattr(torch.ops, namespace), name).default._schema
+    return str(schema).removeprefix(operator)
+
+
+def _cpu_kernel(operator: str) -> str:
+    import torch
+
+    if operator in OWN_KERNELS:
+        return "none"
+    return "registered" if torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU") else "none"
+
+
+def _fakes(package: str) -> str:
+    from port_kit.runtime.startup import unbacked_operators
+
+    return ", ".join(unbacked_operators()) or "absent"
+
+
+READERS: dict[str, Callable[[str], str]] = {
+    "annotation": _annotation,
+    "cpu_kernel": _cpu_kernel,
+    "fakes": _fakes,
+    "parameters": _parameters,
+    "schema": _schema,
+    "source": _source,
+    "type": lambda target: type(_object(target)).__name__,
+}

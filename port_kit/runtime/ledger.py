@@ -1,0 +1,123 @@
+"""The ledger: every place where the kit changes upstream behaviour or leans on upstream's private parts.
+
+``patches.md`` is the same ledger for people: one section an entry of :data:`PATCHES`, under the same name. An entry
+lists what it rests on; :mod:`port_kit.runtime.guards` compares that with what is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: The vLLM-Omni series that the patches were proven on.
+SERIES = "0.30"
+
+
+@dataclass(frozen=True)
+class Need:
+    """One fact about upstream that a patch rests on.
+
+    Attributes:
+        kind: how the fact is read, a key of :data:`port_kit.runtime.guards.READERS`.
+        target: what is read: ``"module:attribute.path"``, or an operator's name.
+        expected: the values under which the patch is right.
+    """
+
+    kind: str
+    target: str
+    expected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One entry of the ledger: its name there, one line, and what it rests on."""
+
+    name: str
+    summary: str
+    needs: tuple[Need, ...]
+
+
+PATCHES: dict[str, Patch] = {
+    patch.name: patch
+    for patch in (
+        Patch(
+            "cpu_platform",
+            "a platform for CPUs through the platform interface",
+            (
+                Need("parameters", "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_worker_cls", ("",)),
+                Need(
+                    "parameters",
+                    "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_attn_backend_cls",
+                    ("selected_backend, head_size, allow_trtllm_default",),
+                ),
+            ),
+        ),
+        Patch(
+            "sdpa_forward",
+            "SDPA entered past the switch over accelerators",
+            (
+                Need(
+                    "parameters",
+                    "vllm_omni.diffusion.attention.backends.sdpa:SDPAImpl._forward_impl",
+                    ("self, query, key, value, attn_metadata, mask_mode",),
+                ),
+            ),
+        ),
+        Patch(
+            "async_output_loop",
+            "outputs packed without a device stream",
+            (
+                Need(
+                    "source",
+                    "vllm_omni.diffusion.worker.diffusion_worker:WorkerProc._async_output_loop",
+                    ("a8b089e936400760",),
+                ),
+                Need(
+                    "parameters",
+                    "vllm_omni.diffusion.ipc:pack_diffusion_output_shm",
+                    ("output, d2h_stream",),
+                ),
+            ),
+        ),
+        Patch(
+            "ring_attention_kernel",
+            "a CPU kernel for the operator that Ring attention calls",
+            (
+                Need(
+                    "schema",
+                    "aten::_scaled_dot_product_efficient_attention",
+                    (
+                        "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp,"
+                        " float dropout_p=0., bool is_causal=False, *, float? scale=None) -> (Tensor output,"
+                        " Tensor log_sumexp, Tensor philox_seed, Tensor philox_offset)",
+                    ),
+                ),
+                Need(
+                    "schema",
+                    "aten::_scaled_dot_product_flash_attention_for_cpu",
+                    (
+                        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False,"
+                        " *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)",
+                    ),
+                ),
+                Need("cpu_kernel", "aten::_scaled_dot_product_efficient_attention", ("none",)),
+            ),
+        ),
+        Patch(
+            "output_type",
+            "a port's modality declared where vLLM-Omni keeps those of its own models",
+            (
+                Need("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
+                Need(
+                    "annotation",
+                    "vllm_omni.diffusion.model_metadata:DiffusionModelMetadata.final_output_type",
+                    ("str | None",),
+                ),
+            ),
+        ),
+        Patch(
+            "torchvision_schemas",
+            "a CUDA-built torchvision importable beside a CPU-built torch",
+            (Need("fakes", "torchvision", ("nms, qnms", "absent")),),
+        ),
+    )
+}
