@@ -81,7 +81,7 @@ class Suggestion:
 
     def to_toml(self) -> str:
         """The rule set as TOML; rules carry their confidence and note, comments say what was left out."""
-        head = [f"# {line}" for line in self.report().splitlines()]
+        head = [f"# {line}" for line in self.to_text().splitlines()]
         return "\n".join([*head, "", self.rules.to_toml()])
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Suggestion:
             "targets_explained": dict(self.explained()),
         }
 
-    def report(self) -> str:
+    def to_text(self) -> str:
         """A summary for people."""
         counts = self.explained()
         dropped = sum(len(proposal.sources) for proposal in self.proposals if not proposal.targets)

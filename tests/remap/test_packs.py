@@ -1,0 +1,98 @@
+"""The rule packs: exactly the true conversion, there and back, and blind to no mutation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from port_kit.manifest import Manifest
+from port_kit.remap import Rule, RuleSet
+from port_kit.remap.export import convert
+from port_kit.remap.invert import invert
+from port_kit.remap.lower import Write
+from port_kit.remap.names import split_numbers
+from port_kit.remap.plan import Plan, check
+from port_kit.remap.planmap import plan_map
+from port_kit.remap.testing import assert_covers, assert_mutations_caught, assert_round_trip, values
+from tests.remap.oracles import FAMILIES, oracle, pack
+
+
+def plan_of(family: str) -> Plan:
+    truth = oracle(family)
+    return assert_covers(pack(family), truth.source, truth.target)
+
+
+def test_there_is_a_pack_for_each_of_twelve_families() -> None:
+    assert len(FAMILIES) == 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pack_is_the_true_conversion(family: str) -> None:
+    plan, truth = plan_of(family), oracle(family)
+    assert plan_map(plan) == truth.map
+    assert set(plan.dropped) == set(truth.dropped)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pack_leads_back_bit_for_bit(family: str) -> None:
+    assert_round_trip(plan_of(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inverse_rules_restore_the_source(family: str) -> None:
+    plan, truth = plan_of(family), oracle(family)
+    back = invert(plan).compile(truth.target, truth.source)
+    given = values(truth.source)
+    restored = dict(convert(back, dict(convert(plan, given))))
+    assert set(restored) == set(truth.source) - set(truth.dropped)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in restored.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pack_survives_toml(family: str) -> None:
+    assert RuleSet.from_toml(pack(family).to_toml()) == pack(family)
+
+
+def one_of_each_kind(plan: Plan) -> Plan:
+    """The plan of one layer of each list: for every rule and template the first source, and what shares its targets."""
+    first: dict[tuple[Rule, str], Write] = {}
+    for write in plan.writes:
+        first.setdefault((write.rule, split_numbers(write.source)[0]), write)
+    targets = {write.target for write in first.values()}
+    while True:  # a split source brings its other targets, a fused target its other sources
+        sources = {write.source for write in plan.writes if write.target in targets}
+        more = {write.target for write in plan.writes if write.source in sources}
+        if more == targets:
+            break
+        targets = more
+    source = Manifest({name: spec for name, spec in plan.source.items() if name in sources | set(plan.dropped)})
+    return assert_covers(plan.rules, source, Manifest({name: plan.target[name] for name in targets}))
+
+
+def target_mutations(plan: Plan) -> Iterator[tuple[str, Manifest]]:
+    """Targets dropped, renamed, grown and added in turn."""
+    target = dict(plan.target)
+    for name, spec in target.items():
+        yield f"drop {name}", Manifest({key: value for key, value in target.items() if key != name})
+        yield f"rename {name}", Manifest({key + "_" * (key == name): value for key, value in target.items()})
+        yield f"add {name}_", Manifest({**target, f"{name}_": spec})
+        if spec.shape:
+            grown = replace(spec, shape=(spec.shape[0] + 1, *spec.shape[1:]))
+            yield f"grow {name}", Manifest({**target, name: grown})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mutation_of_a_layer_is_accepted(family: str) -> None:
+    plan = one_of_each_kind(plan_of(family))
+    assert_mutations_caught(plan)
+    for what, target in target_mutations(plan):
+        assert not check(plan.rules, plan.source, target).ok, f"{family}: {what} of the target is accepted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_single_mutation_is_accepted(family: str) -> None:
+    assert_mutations_caught(plan_of(family))
