@@ -129,7 +129,7 @@ class DreamIDOmniPipeline(
         self.tokenizer = load_tokenizer(f"{od_config.model}/tokenizer")
         self.weights_sources = weights_sources(od_config.model, COMPONENTS)
         self.on_step: Callable[[Step], None] | None = None
-        self.eval()
+        self.eval().requires_grad_(False)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill all components; see :func:`~port_kit.models.wan_fusion.loading.load_component_weights`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -143,6 +144,8 @@ def hum(pitch: float, seconds: float = 2.5, rate: int = 16_000) -> np.ndarray:
 def main() -> int:
     """Generate one video and say what is in the file."""
     arguments = parse_arguments()
+    # An engine that runs in this process puts its name before every line on stdout: keep a way around it.
+    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
 
     from port_kit.models.wan_fusion.media import measure_mp4, write_mp4
@@ -151,8 +154,8 @@ def main() -> int:
     omni = Omni(**engine_options(arguments))
     try:
         started = time.perf_counter()
-        # As a generator: a request that is refused then leaves the engine open and is reported in one line.
-        result = next(omni.generate(prompt, sampling, py_generator=True))
+        # As a generator: a refused request is then one error of its own and not the end of the engine.
+        (result,) = omni.generate(prompt, sampling, py_generator=True)
         seconds = time.perf_counter() - started
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -162,7 +165,7 @@ def main() -> int:
     extra = result.multimodal_output
     rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
     path = write_mp4(arguments.output, result.images[0], np.asarray(extra["audio"]), fps=fps, sample_rate=rate)
-    print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s")
+    print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
     return 0
 
 
