@@ -148,6 +148,7 @@ class WeightLoader:
         self._slots: dict[tuple[str, str], tuple[Tensor, int]] = {}
         self._accounted: dict[object, int] = {}
         self._seen: set[str] = set()
+        self._blamed: set[str] = set()
         if self.folder is not None:
             self._check_headers(dict(sizes or {}), narrow)
 
@@ -196,6 +197,7 @@ class WeightLoader:
     def _put(self, name: str, tensor: Tensor, spec: TensorSpec) -> None:
         lowered = self._lower(name, spec)
         self._problems += lowered.problems
+        self._blamed.update(lowered.blamed)
         if lowered.problems:
             return
         self._account(name, spec, lowered)
@@ -337,7 +339,7 @@ class WeightLoader:
         for group in self._waiting.values():
             self._problems += incomplete([write for write, _ in group])
         kept = self._kept()
-        blamed = {problem.target for problem in self._problems if problem.target}
+        blamed = self._blamed | {problem.target for problem in self._problems if problem.target}
         loaded = set(kept)
         for name in self.targets:
             problems = self._target_problems(name, name in kept, name in blamed)

@@ -60,12 +60,16 @@ class Write:
 
 @dataclass(frozen=True)
 class Lowered:
-    """What rules make of one source: its writes, the parts that are dropped, and what is wrong."""
+    """What rules make of one source: its writes, the parts that are dropped, and what is wrong.
+
+    ``blamed`` are the targets that a source with problems does not reach: they miss nothing else.
+    """
 
     writes: tuple[Write, ...] = ()
     dropped: tuple[tuple[Box, Rule], ...] = ()
     problems: tuple[Problem, ...] = ()
     rules: tuple[int, ...] = ()
+    blamed: tuple[str, ...] = ()
 
 
 class Lowering:
@@ -126,6 +130,7 @@ class Lowering:
             tuple(drop for part in parts for drop in part.dropped),
             tuple(problem for part in parts for problem in part.problems),
             found,
+            tuple(target for part in parts for target in part.blamed),
         )
 
     def _one(self, number: int, name: str, spec: TensorSpec, found: tuple[int, ...]) -> Lowered:
@@ -147,19 +152,17 @@ class Lowering:
         scope = self._scope(rule, match, name, spec.shape)
         names = [self._canonical(expand(text, match, scope)) for text in rule.targets]
         shards = [expand(text, match, scope) for text in rule.shards]
-        joins = rule.op[-1] if rule.op and (rule.op[-1].name in JOINING or is_joining(rule.op[-1].name)) else None
         problems = [self._no_target(rule, name, spec, target) for target in names if target not in self.target]
         if problems:
             return Lowered(problems=tuple(problems), rules=found)
-        for target in names:
-            self._stretch(rule, target, spec)
-        places = [self._place(rule, target, shard, joins) for target, shard in zip(names, shards, strict=True)]
-        key = self._key(number, match, spec, places)
-        lowered = self._steps.get(key) if key is not None else None
-        if lowered is None:
-            lowered = self._lower_steps(rule, spec, scope, places)
-            if key is not None:
-                self._steps[key] = lowered
+        try:
+            places, lowered = self._lower_places(
+                rule, number, match, spec, scope, list(zip(names, shards, strict=True))
+            )
+        except RemapError as error:
+            problem = problem_from(error, rule=rule.label, source=name, file=spec.file, target=names[0])
+            return Lowered(problems=(problem,), rules=found, blamed=tuple(names))
+        joins = _join_of(rule)
         writes, problems = [], []
         for place, (steps, region, shape) in zip(places, lowered, strict=True):
             join = joins if joins is not None and joins.name != "stack" else None
@@ -167,6 +170,25 @@ class Lowering:
             writes.append(write)
             problems += self._check_dtype(write, spec)
         return Lowered(tuple(writes), problems=tuple(problems), rules=found)
+
+    def _lower_places(
+        self,
+        rule: Rule,
+        number: int,
+        match: re.Match[str],
+        spec: TensorSpec,
+        scope: Scope,
+        targets: list[tuple[str, str]],
+    ) -> tuple[list[_Place], list[Branch]]:
+        """Find the places that a rule leads to, and the steps to them; worked out once for tensors that are alike."""
+        for target, _ in targets:
+            self._stretch(rule, target, spec)
+        joins = _join_of(rule)
+        places = [self._place(rule, target, shard, joins) for target, shard in targets]
+        key = self._key(number, match, spec, places)
+        if key not in self._steps:
+            self._steps[key] = self._lower_steps(rule, spec, scope, places)
+        return places, self._steps[key]
 
     def _key(self, number: int, match: re.Match[str], spec: TensorSpec, places: list[_Place]) -> object:
         groups = match.groups() if self._uses_groups[number] else ()
@@ -293,6 +315,12 @@ class _Place:
     part: str
     base: Box
     shape: Shape
+
+
+def _join_of(rule: Rule) -> Op | None:
+    """The op that joins several sources, where the rule has one."""
+    last = rule.op[-1] if rule.op else None
+    return last if last is not None and (last.name in JOINING or is_joining(last.name)) else None
 
 
 def expand(text: str, match: re.Match[str], scope: Scope) -> str:

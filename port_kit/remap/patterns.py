@@ -20,7 +20,7 @@ from port_kit.errors import RemapError
 
 MAX_PATTERN_LENGTH = 600
 #: Longest tensor name that is matched: together with MAX_OVERLAPPING it bounds the matching time.
-MAX_NAME_LENGTH = 512
+MAX_NAME_LENGTH = 256
 #: Unbounded repeats that may follow each other without a character between them that ends the first.
 MAX_OVERLAPPING = 3
 #: Largest counted repeat, ``{m,n}``.

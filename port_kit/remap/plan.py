@@ -144,6 +144,7 @@ class _Compiler:
         self.used: dict[int, int] = defaultdict(int)
         self.dropped: dict[str, str] = {}
         self.kept: dict[str, str] = {}
+        self.blamed: set[str] = set()
 
     def run(self) -> Plan:
         lowered = {name: self._lower(name) for name in self.source}
@@ -173,6 +174,7 @@ class _Compiler:
         for number in found.rules:
             self.used[number] += 1
         self.problems += found.problems
+        self.blamed.update(found.blamed)
         return found
 
     def _place_joins(self, writes: Iterable[Write]) -> None:
@@ -231,7 +233,7 @@ class _Compiler:
 
     def _account_targets(self) -> None:
         """Every target element is written once, or kept with a reason."""
-        incomplete = {problem.target for problem in self.problems if problem.target}
+        incomplete = self.blamed | {problem.target for problem in self.problems if problem.target}
         by_target: dict[str, list[Write]] = defaultdict(list)
         for write in self.writes:
             by_target[write.target].append(write)

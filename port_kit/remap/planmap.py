@@ -1,7 +1,7 @@
 """A plan as a map: what every target tensor is made of, in a schema that other tools and other conversions share.
 
 Each entry is ``{"from": [sources], "op": ..., "detail": {...}}``. Ops: ``copy``; ``reshape {shape}``;
-``transpose {perm}``; ``split {dim, start, stop[, reshape]}``, a slice of one source; ``reorder {dim, runs[, reshape]}``,
+``transpose {perm}``; ``split {dim, start, stop[, reshape]}``, one slice; ``reorder {dim, runs[, reshape]}``,
 slices of one source in a new order; ``concat {dim, parts}`` with ``{source, start, stop}`` a part, both None for a
 whole source; ``stack {dim, parts}`` with an entry a part. What has no name there is ``computed {steps}``.
 """
