@@ -178,6 +178,10 @@ def _unique_names(entries: list[zipfile.ZipInfo], name: str) -> dict[str, zipfil
     if len(by_name) != len(entries):
         raise CheckpointError(f"{name}: two zip entries have one name", code="pickle_unsafe")
     for entry in entries:
+        if entry.header_offset < 0:
+            raise CheckpointError(
+                f"{name}: zip entry {entry.orig_filename!r} begins before the file", code="pickle_corrupt"
+            )
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise CheckpointError(
                 f"{name}: zip entry {entry.orig_filename!r} is compressed or encrypted; torch stores entries plainly",

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
@@ -93,10 +94,10 @@ def check_url(code: GitCode) -> None:
 def resolve_commit(code: GitCode) -> str:
     """Return the commit to use: the recipe's, or what the branch points to now. Asks the remote in both cases."""
     check_url(code)
-    from git import Git
+    git = _import_git()
 
     def ask() -> str:
-        return Git().ls_remote("--", code.url, kill_after_timeout=60)
+        return git.Git().ls_remote("--", code.url, kill_after_timeout=60)
 
     answer = _told(code, "asking for its branches", ask)
     if code.commit is not None:
@@ -139,10 +140,10 @@ def check_code(code: GitCode, commit: str) -> None:
         DownloadError: ``code_broken`` where HEAD or a file is another.
     """
     repository = code_folder(code.name, commit) / "repo"
-    from git import Repo
+    git = _import_git()
 
     def examine() -> tuple[str, list[str]]:
-        with Repo(repository) as repo:
+        with git.Repo(repository) as repo:
             lines = repo.git.status("--porcelain", "--untracked-files=all").splitlines()
             return repo.head.commit.hexsha, [line for line in lines if not _is_bytecode(line)]
 
@@ -161,12 +162,11 @@ def _is_bytecode(line: str) -> bool:
 
 
 def _check_out(code: GitCode, commit: str, target: Path) -> None:
-    from git import Repo
-
+    git = _import_git()
     target.mkdir(parents=True)
 
     def fetch() -> None:
-        with Repo.init(target) as repo:
+        with git.Repo.init(target) as repo:
             remote = repo.create_remote("origin", code.url)
             remote.fetch(commit, depth=1, no_tags=True, kill_after_timeout=_LONGEST)
             repo.git.checkout("--quiet", "--detach", "FETCH_HEAD")
@@ -212,6 +212,15 @@ def _sweep(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _import_git() -> ModuleType:
+    """GitPython looks for git when it is imported, which is why that happens late."""
+    try:
+        import git
+    except ImportError as error:
+        raise DownloadError("git is not installed", code="code_broken", hint="install git") from error
+    return git
+
+
 @contextmanager
 def _hardened() -> Iterator[None]:
     """Give git :func:`environment`; GitPython adds to the process's variables and cannot take any away."""
@@ -228,15 +237,11 @@ def _hardened() -> Iterator[None]:
 
 def _told(code: GitCode, what: str, action: Callable[[], _T]) -> _T:
     """Run git; its last line of complaint becomes the error's message."""
-    try:
-        from git.exc import GitCommandError, GitCommandNotFound, InvalidGitRepositoryError, NoSuchPathError
-    except ImportError as error:  # GitPython looks for git when it is imported
-        raise DownloadError("git is not installed", code="code_broken", hint="install git") from error
+    from git.exc import GitCommandError, InvalidGitRepositoryError, NoSuchPathError
+
     try:
         with _hardened():
             return action()
-    except GitCommandNotFound as error:
-        raise DownloadError("git is not installed", code="code_broken", hint="install git") from error
     except (InvalidGitRepositoryError, NoSuchPathError) as error:
         raise DownloadError(f"git code {code.name}: no repository in {error}", code="code_broken") from error
     except (GitCommandError, ValueError) as error:

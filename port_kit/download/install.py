@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -50,12 +51,15 @@ def check_target(code: GitCode) -> None:
         DownloadError: ``install_target`` or ``code_clash``.
     """
     place = site_packages()
-    if not os.access(place, os.W_OK):
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
         raise DownloadError(
-            f"{place} may not be written, so {code.name} cannot be made importable",
+            f"{place} may not be written, so {code.name} cannot be made importable ({error.strerror})",
             code="install_target",
             hint="use a virtual environment of your own, or leave out --with-reference",
-        )
+        ) from error
     # A .pth file is decoded with the locale's encoding: under LC_ALL=C any other path stops every start of Python.
     path = str(code_home())
     if not path.isascii() or any(character in path for character in "\r\n") or path.startswith(("import ", "#")):

@@ -1,0 +1,302 @@
+"""Torch checkpoints to safetensors: the same tensors, flat memory, damage noticed; on disk and on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL_INDEX, VAE, bring, hashes, orphans
+from safetensors.torch import load_file
+
+from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file
+from port_kit.errors import CheckpointError, DownloadError
+from port_kit.testing.hub import Fault, Hub
+from port_kit.testing.killing import Zygote
+
+LEGACY = {"_use_new_zipfile_serialization": False}
+
+
+def difficult() -> dict[str, torch.Tensor]:
+    """Every kind of tensor that has a plain form."""
+    base = torch.randn(6, 5, 4)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    return {
+        "plain": base,
+        "permuted": base.permute(2, 0, 1),
+        "slice": base[1:3, :, 1],
+        "view": base[2],
+        "expanded": torch.randn(3).expand(2, 3),
+        "every other": torch.arange(9, dtype=torch.int8)[::2],
+        "parameter": parameter,
+        "tied": parameter,
+        "scalar": torch.tensor(3),
+        "empty": torch.empty(0, 4),
+        "bool": torch.tensor([True, False]),
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+        "float8 e5m2": torch.ones(3).to(torch.float8_e5m2),
+        "uint16": torch.tensor([1, 2, 65535], dtype=torch.uint16),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "transposed bfloat16": torch.randn(7, 3).bfloat16().t(),
+        "double": torch.randn(4, dtype=torch.float64),
+        "half": torch.randn(2, 2).half(),
+        "overlapping": torch.arange(8.0).as_strided((3, 4), (2, 1)),
+    }
+
+
+def assert_equal(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Bit for bit, with shapes and dtypes."""
+    found = load_file(path)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        same = found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        left, right = found[name].reshape(-1), tensor.detach().contiguous().reshape(-1)
+        assert same and torch.equal(left.view(torch.uint8), right.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY])
+def test_every_kind_of_tensor(tmp_path: Path, options: dict[str, bool]) -> None:
+    value = difficult()  # torch itself cannot load all of these from its legacy container
+    torch.save(value, tmp_path / "x.pth", **options)
+    done = convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors")
+    assert done.tensors == len(value) and done.size == (tmp_path / "x.safetensors").stat().st_size
+    assert_equal(tmp_path / "x.safetensors", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"a": torch.ones(2, dtype=torch.complex64).conj()}, "lazy"),
+        ({"a": torch.ones(2, dtype=torch.complex64).conj().imag}, "lazy"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "sparse"),
+        ({"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "qtensor"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, "complex128"),
+        ({"a": torch.ones(2), "epoch": 3}, "epoch"),
+        ({"epoch": 3}, "epoch"),
+        ({}, "no tensors"),
+        ([torch.ones(2)], "list"),
+    ],
+)
+def test_what_has_no_plain_form_is_refused_by_name(tmp_path: Path, value: object, words: str) -> None:
+    torch.save(value, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=words):
+        convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.pth"]
+
+
+def test_values_can_be_left_out_on_purpose(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.ones(3), "epoch": 3}, tmp_path / "x.pth")
+    convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors", drop=["epoch", "b"])
+    assert_equal(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+
+
+def test_a_wrapper_leaves_the_rest_behind(tmp_path: Path) -> None:
+    state = {"w": torch.randn(5)}
+    torch.save({"generator": state, "optimizer": {"w": torch.ones(9)}}, tmp_path / "x.pth", **LEGACY)
+    convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors", wrapper="generator")
+    assert_equal(tmp_path / "x.safetensors", state)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1000), "b": torch.randn(3)}, tmp_path / "x.pth")
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[content.index(bytes(2000)) + 1000] ^= 1
+    (tmp_path / "x.pth").write_bytes(content)
+    assert torch.load(tmp_path / "x.pth")["a"].any()
+    with pytest.raises(CheckpointError, match="CRC-32"):
+        convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_unchanged_sources_cost_nothing_and_changed_ones_are_noticed(tmp_path: Path) -> None:
+    source, target = tmp_path / "x.pth", tmp_path / "x.safetensors"
+    torch.save({"a": torch.zeros(1000)}, source)
+    assert not convert_file(source, target).unchanged
+    before = target.stat()
+    assert convert_file(source, target).unchanged and target.stat() == before
+    torch.save({"a": torch.ones(1000)}, source)
+    assert not convert_file(source, target).unchanged
+    assert_equal(target, {"a": torch.ones(1000)})
+    target.write_bytes(target.read_bytes()[:-1])
+    assert not convert_file(source, target).unchanged
+
+
+def test_places_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="no file"):
+        convert_file(tmp_path / "none.pth", tmp_path / "x.safetensors")
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
+    with pytest.raises(DownloadError, match="source itself"):
+        convert_file(tmp_path / "x.pth", tmp_path / "x.pth")
+
+
+def big_checkpoint(path: Path, megabytes: int) -> Path:
+    """A checkpoint of several tensors, saved without holding it twice."""
+    tensors = {f"layer.{n}.weight": torch.randn(1024, 1024) for n in range(megabytes // 4)}
+    torch.save(tensors, path)
+    return path
+
+
+def run_limited(code: str, data_limit: int) -> subprocess.CompletedProcess[str]:
+    """Run Python under ``ulimit -d``; the last word of stdout is the peak of resident memory in kB."""
+    peak = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+
+    command = [sys.executable, "-c", code + peak]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+
+
+def check_memory(tmp_path: Path, megabytes: int) -> None:
+    """Our conversion fits where torch's does not."""
+    source, target = big_checkpoint(tmp_path / "x.pth", megabytes), tmp_path / "x.safetensors"
+    limit = 100 << 20
+    code = f"from port_kit.download import convert_file\nconvert_file({str(source)!r}, {str(target)!r})"
+    done = run_limited(code, limit)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 64 << 10
+    assert_equal(target, torch.load(source, mmap=True))
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    check_memory(tmp_path, 256)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_at_two_gigabytes(tmp_path: Path) -> None:
+    check_memory(tmp_path, 2048)
+
+
+def test_killed_while_converting_leaves_no_file(tmp_path: Path) -> None:
+    source, target = big_checkpoint(tmp_path / "x.pth", 128), tmp_path / "x.safetensors"
+    code = f"from port_kit.download import convert_file\nconvert_file({str(source)!r}, {str(target)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not list(tmp_path.glob(".x.safetensors.*.tmp")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    convert_file(source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.pth", "x.safetensors"]
+    assert_equal(target, torch.load(source, mmap=True))
+
+
+# --- on the way from the Hub ---------------------------------------------------------------------------------------
+
+
+def on_the_way(wrapper: str = "") -> Recipe:
+    """A recipe of one checkpoint that is converted."""
+    rule = FileRule("x.pth", "vae", "model.safetensors", convert=True, wrapper=wrapper)
+    return Recipe("r", (Repository(VAE, (rule,)),), MODEL_INDEX)
+
+
+SMALL = Policy(segment_size=30_000, read_timeout=0.6, attempts=4, base=0.02, longest=5)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Difficult tensors under a key, with some bulk and an optimizer beside them."""
+    bulk = {f"bulk.{n}": torch.randn(50, 100) for n in range(20)}
+    value = {"generator": {**difficult(), **bulk}, "optimizer": {"m": torch.randn(10_000)}}
+    torch.save(value, tmp_path / "x.pth")
+    return tmp_path / "x.pth"
+
+
+@pytest.fixture
+def vae_hub(checkpoint: Path) -> Iterator[Hub]:
+    """A Hub with the checkpoint."""
+    with Hub({VAE: {"x.pth": checkpoint}}) as hub:
+        yield hub
+
+
+def assert_converted(directory: Path, checkpoint: Path) -> None:
+    """The safetensors file is right, and the checkpoint itself never became a file."""
+    assert_equal(directory / "vae/model.safetensors", torch.load(checkpoint)["generator"])
+    assert not list(directory.rglob("*.pth")) and orphans(directory) == []
+
+
+def test_a_remote_checkpoint_becomes_safetensors_on_the_way(vae_hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    report = bring(on_the_way("generator"), tmp_path / "m", vae_hub, policy=SMALL)
+    assert_converted(tmp_path / "m", checkpoint)
+    assert report.network_bytes == checkpoint.stat().st_size
+    assert bring(on_the_way("generator"), tmp_path / "m", vae_hub, verify=True).repaired == {}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("get", cut=10_000, times=8, skip=6),
+        Fault("get", flip=500_000),
+        Fault("get", flip=300_000, skip=8),
+        Fault("get", ignore_range=True, skip=5),
+        Fault("get", status=503, times=2, skip=3),
+    ],
+)
+def test_faults_on_the_way(vae_hub: Hub, checkpoint: Path, tmp_path: Path, fault: Fault) -> None:
+    vae_hub.inject(fault)
+    bring(on_the_way("generator"), tmp_path / "m", vae_hub, policy=SMALL)
+    assert_converted(tmp_path / "m", checkpoint)
+
+
+def test_original_kept_gives_the_same_file(vae_hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    bring(on_the_way("generator"), tmp_path / "m", vae_hub)
+    vae_hub.requests.clear()
+    report = bring(on_the_way("generator"), tmp_path / "n", vae_hub, keep_original=True)
+    assert sum(request.sent for request in vae_hub.gets()) == checkpoint.stat().st_size
+    assert report.local_bytes == checkpoint.stat().st_size
+    assert (tmp_path / f"n/original/{VAE}/x.pth").read_bytes() == checkpoint.read_bytes()
+    name = "vae/model.safetensors"
+    assert hashes(tmp_path / "n")[name] == hashes(tmp_path / "m")[name]
+
+
+def test_a_legacy_checkpoint_on_the_way(tmp_path: Path) -> None:
+    value = difficult()
+    torch.save({"generator": value, "rest": {"x": torch.ones(99)}}, tmp_path / "x.pth", **LEGACY)
+    with Hub({VAE: {"x.pth": tmp_path / "x.pth"}}) as hub:
+        bring(on_the_way("generator"), tmp_path / "m", hub)
+    assert_equal(tmp_path / "m/vae/model.safetensors", value)
+
+
+def test_an_evil_checkpoint_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+    from test_pickles import Call
+
+    marker = tmp_path / "marker"
+    torch.save({"a": torch.randn(500_000), "b": Call(os.system, f"touch {marker}")}, tmp_path / "x.pth")
+    with Hub({VAE: {"x.pth": tmp_path / "x.pth"}}) as hub:
+        with pytest.raises(CheckpointError, match="system"):
+            bring(on_the_way(), tmp_path / "m", hub)
+        assert sum(request.sent for request in hub.gets()) < 500_000
+    assert not marker.exists() and not (tmp_path / "m/model_index.json").exists()
+
+
+def test_an_unaligned_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    from test_pickles import rezip
+
+    torch.save({"generator": {f"t{n}": torch.randn(n + 1) for n in range(9)}}, tmp_path / "x.pth")
+    rezip(tmp_path / "x.pth", lambda entries: entries)
+    with Hub({VAE: {"x.pth": tmp_path / "x.pth"}}) as hub:
+        with pytest.raises(DownloadError, match="does not lie") as caught:
+            bring(on_the_way("generator"), tmp_path / "m", hub)
+        assert caught.value.code == "convert_layout" and "--keep-original" in caught.value.hint
+        bring(on_the_way("generator"), tmp_path / "m", hub, keep_original=True)
+    assert_equal(tmp_path / "m/vae/model.safetensors", torch.load(tmp_path / "x.pth")["generator"])
+
+
+def test_killed_at_random_steps_on_the_way(vae_hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    source = random.Random(3)
+    with Zygote() as zygote:
+        for trial in range(6):
+            directory = tmp_path / f"m{trial}"
+            step = source.randrange(10, 150)
+            options = {"endpoint": vae_hub.endpoint, "token": False}
+            zygote.start(on_the_way("generator"), directory, kill_at=step, policy=SMALL, **options).wait()
+            bring(on_the_way("generator"), directory, vae_hub, policy=SMALL)
+            assert_converted(directory, checkpoint)
