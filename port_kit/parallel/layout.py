@@ -30,19 +30,19 @@ class Layout:
 
     Attributes:
         tp: ranks that share each matrix.
+        hsdp: ranks that share the parameters of each block; laid over the others.
         ulysses: ranks that share a sequence and exchange heads.
         ring: ranks that share a sequence and pass keys around.
         allgather: ranks that share a sequence and gather all keys.
         cfg: ranks that share the guidance branches.
-        hsdp: ranks that share the parameters of each block; laid over the others.
     """
 
     tp: int = 1
+    hsdp: int = 1
     ulysses: int = 1
     ring: int = 1
     allgather: int = 1
     cfg: int = 1
-    hsdp: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -1,0 +1,221 @@
+"""Before anything is loaded: can a model run in this layout, what else is possible, and what each rank will hold.
+
+:func:`survey` reads the facts from a model that was built on the meta device, so no weight is read or allocated::
+
+    with single_rank(torch.bfloat16), torch.device("meta"):
+        facts = survey(build_transformer(config), branches=4)
+    plan = preflight(Layout.parse("tp2xulysses2"), facts, ranks=4)
+    plan.weight_bytes           # of the transformer, on the fullest rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from port_kit.errors import ParallelError
+from port_kit.parallel.layout import Layout, divisors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Blocks whose parameters are whole at the same time under HSDP: the one that runs and the one that is fetched.
+WHOLE_BLOCKS = 2
+#: Kinds that shard a sequence; any degree is possible for those that do not exchange heads.
+SEQUENCE_KINDS = ("ulysses", "ring", "allgather")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides which layouts a transformer can have.
+
+    Attributes:
+        heads: attention heads, all layers' greatest common divisor.
+        widths: greatest common divisor of all widths that tensor parallelism divides.
+        branches: guidance branches in a step, 1 for none.
+        split_bytes: bytes of parameters that tensor parallelism divides.
+        whole_bytes: bytes of parameters that it leaves whole.
+        block_bytes: bytes of the largest block that HSDP shards; 0 where it has no conditions that match.
+        sharded: whether an ``_sp_plan`` is declared.
+    """
+
+    heads: int
+    widths: int
+    branches: int
+    split_bytes: int
+    whole_bytes: int
+    block_bytes: int
+    sharded: bool
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the transformer's parameters."""
+        return self.split_bytes + self.whole_bytes
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A layout that is possible.
+
+    Attributes:
+        layout: the layout.
+        weight_bytes: of the transformer, on the fullest rank.
+        peak_weight_bytes: the same while a block runs; more than ``weight_bytes`` under HSDP only.
+        idle: ranks that a step leaves without a guidance branch of their own.
+    """
+
+    layout: Layout
+    weight_bytes: int
+    peak_weight_bytes: int
+    idle: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON-serialisable values."""
+        return {
+            "layout": str(self.layout),
+            "ranks": self.layout.world,
+            "parallel_config": self.layout.parallel_config,
+            "weight_bytes": self.weight_bytes,
+            "peak_weight_bytes": self.peak_weight_bytes,
+            "idle": self.idle,
+        }
+
+
+def survey(transformer: nn.Module, *, branches: int = 1) -> Facts:
+    """Read the facts from a transformer that was built for one rank; the meta device will do.
+
+    Args:
+        transformer: built of vLLM's linears and vLLM-Omni's ``Attention``.
+        branches: guidance branches in a step.
+    """
+    from vllm_omni.diffusion.attention.layer import Attention
+
+    heads = [module.num_heads for module in transformer.modules() if isinstance(module, Attention)]
+    widths = list(_split_widths(transformer))
+    split = sum(_bytes(parameter) for parameter in _split_parameters(transformer))
+    return Facts(
+        heads=math.gcd(*heads),
+        widths=math.gcd(*widths) if widths else 1,
+        branches=branches,
+        split_bytes=split,
+        whole_bytes=sum(map(_bytes, transformer.parameters())) - split,
+        block_bytes=_largest_block(transformer),
+        sharded=bool(getattr(transformer, "_sp_plan", None)),
+    )
+
+
+def preflight(layout: Layout, facts: Facts, *, ranks: int | None = None) -> Preflight:
+    """Check a layout against a model and the ranks that there are.
+
+    Raises:
+        ParallelError: with every problem, and for each the degrees that are possible; ``details["possible"]`` lists
+            the layouts of one kind that fit.
+    """
+    problems = list(_problems(layout, facts))
+    if ranks is not None and layout.world > ranks:
+        problems.append(f"{layout} needs {layout.world} ranks and there are {ranks}")
+    if problems:
+        possible = possible_degrees(facts, ranks)
+        raise ParallelError(
+            "; ".join(problems),
+            code="parallel_degree",
+            hint="possible: " + ", ".join(f"{kind} {_listed(degrees)}" for kind, degrees in possible.items()),
+            problems=problems,
+            possible={kind: list(degrees) for kind, degrees in possible.items()},
+        )
+    held = weight_bytes(layout, facts)
+    peak = held + min(WHOLE_BLOCKS * facts.block_bytes, facts.weight_bytes) if layout.hsdp > 1 else held
+    return Preflight(layout, held, peak, max(0, layout.cfg - facts.branches))
+
+
+def weight_bytes(layout: Layout, facts: Facts) -> int:
+    """Return the bytes of transformer parameters that the fullest rank holds between steps."""
+    split = -(-facts.split_bytes // layout.tp)
+    return -(-(split + facts.whole_bytes) // layout.hsdp)
+
+
+def possible_degrees(facts: Facts, ranks: int | None = None) -> Mapping[str, list[int]]:
+    """Return, for each kind of parallelism alone, the degrees from 2 that this model can have."""
+    limit = ranks or 64
+    free = list(range(2, min(limit, 8) + 1))
+    shardable = free if facts.sharded else []
+    degrees = {
+        "tp": _from_two(_tensor_degrees(facts), limit),
+        "ulysses": _from_two(divisors(facts.heads), limit) if facts.sharded else [],
+        "ring": shardable,
+        "allgather": shardable,
+        "cfg": _from_two(divisors(facts.branches), limit),
+        "hsdp": free if facts.block_bytes else [],
+    }
+    return {kind: found for kind, found in degrees.items() if found}
+
+
+def _problems(layout: Layout, facts: Facts) -> Iterator[str]:
+    if layout.tp not in _tensor_degrees(facts):
+        yield (
+            f"tp {layout.tp} does not divide {facts.heads} heads and widths of {facts.widths}: "
+            f"use {_listed(_tensor_degrees(facts))}"
+        )
+    elif (facts.heads // layout.tp) % layout.ulysses:
+        here = facts.heads // layout.tp
+        yield f"ulysses {layout.ulysses} does not divide the {here} heads of a rank: use {_listed(divisors(here))}"
+    if layout.sequence > 1 and not facts.sharded:
+        kinds = [kind for kind in SEQUENCE_KINDS if kind in layout.degrees]
+        yield f"{' and '.join(kinds)} would shard nothing: the transformer declares no _sp_plan"
+    if layout.cfg > facts.branches:
+        use = _listed(divisors(facts.branches))
+        yield f"cfg {layout.cfg} has more ranks than the {facts.branches} branches: use {use}"
+    if layout.hsdp > 1 and not facts.block_bytes:
+        yield "hsdp would shard nothing: no module matches _hsdp_shard_conditions"
+
+
+def _tensor_degrees(facts: Facts) -> list[int]:
+    return divisors(math.gcd(facts.heads, facts.widths))
+
+
+def _from_two(degrees: list[int], limit: int) -> list[int]:
+    return [degree for degree in degrees if 2 <= degree <= limit]
+
+
+def _listed(degrees: list[int]) -> str:
+    return ", ".join(map(str, degrees[:-1])) + f" or {degrees[-1]}" if len(degrees) > 1 else str(degrees[0])
+
+
+def _split_widths(transformer: nn.Module) -> Iterator[int]:
+    """Yield the widths that tensor parallelism divides: outputs of column linears, inputs of row linears."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+
+    for module in transformer.modules():
+        if isinstance(module, RowParallelLinear):
+            yield module.input_size
+        elif isinstance(module, MergedColumnParallelLinear):
+            yield from module.output_sizes
+        elif isinstance(module, ColumnParallelLinear):
+            yield module.output_size
+
+
+def _split_parameters(transformer: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that tensor parallelism divides: those of column linears, and weights of row linears."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+    for module in transformer.modules():
+        if isinstance(module, ColumnParallelLinear):
+            yield from module.parameters(recurse=False)
+        elif isinstance(module, RowParallelLinear):
+            yield module.weight
+
+
+def _largest_block(transformer: nn.Module) -> int:
+    conditions = getattr(transformer, "_hsdp_shard_conditions", None) or ()
+    blocks = (
+        module
+        for name, module in transformer.named_modules()
+        if any(condition(name, module) for condition in conditions)
+    )
+    return max((sum(map(_bytes, block.parameters())) for block in blocks), default=0)
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()

@@ -1,0 +1,116 @@
+"""Layouts are checked before anything is loaded, and the answer to a wrong one is the list of right ones."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from port_kit.errors import ParallelError
+from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
+from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.parallel.layout import Layout
+from port_kit.parallel.preflight import Facts, possible_degrees, preflight, survey
+from port_kit.parallel.verify import MATRIX
+from port_kit.runtime.local import single_rank
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    with single_rank(torch.bfloat16), torch.device("meta"):
+        return survey(build_transformer(TRANSFORMER_CONFIG), branches=4)
+
+
+def test_the_full_size_model_is_surveyed_without_weights(facts: Facts) -> None:
+    assert facts.heads == 24
+    assert facts.weight_bytes == 2 * 11_660_753_108
+    assert facts.split_bytes / facts.weight_bytes > 0.999
+    assert facts.sharded
+    assert facts.block_bytes > facts.weight_bytes / 35
+
+
+@pytest.mark.parametrize(
+    ("layout", "gibibytes"),
+    [("single", 21.72), ("ulysses2", 21.72), ("tp2", 10.87), ("tp4xulysses2", 5.44), ("hsdp2", 10.86)],
+)
+def test_memory_a_rank(layout: str, gibibytes: float, facts: Facts) -> None:
+    plan = preflight(Layout.parse(layout), facts, ranks=8)
+    assert plan.weight_bytes / GIB == pytest.approx(gibibytes, abs=0.02)
+    assert (plan.peak_weight_bytes > plan.weight_bytes) == ("hsdp" in layout)
+
+
+@pytest.mark.parametrize("layout", MATRIX)
+def test_the_matrix_is_possible(layout: str, facts: Facts) -> None:
+    assert preflight(Layout.parse(layout), facts).to_json()["layout"] == layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("tp5", "tp 5 does not divide 24 heads and widths of 1024: use 1, 2, 4 or 8"),
+        ("ulysses5", "ulysses 5 does not divide the 24 heads of a rank: use 1, 2, 3, 4, 6, 8, 12 or 24"),
+        ("tp8xulysses2", "ulysses 2 does not divide the 3 heads of a rank: use 1 or 3"),
+        ("cfg8", "cfg 8 has more ranks than the 4 branches: use 1, 2 or 4"),
+        ("ring4xcfg4", "ring4xcfg4 needs 16 ranks and there are 8"),
+    ],
+)
+def test_an_impossible_layout_is_answered_with_possible_ones(layout: str, message: str, facts: Facts) -> None:
+    with pytest.raises(ParallelError) as caught:
+        preflight(Layout.parse(layout), facts, ranks=8)
+    assert message in caught.value.message
+    assert caught.value.hint.startswith("possible: tp 2, 4 or 8, ulysses 2, 3, 4, 6 or 8, ring 2")
+    assert caught.value.details["possible"]["cfg"] == [2, 4]
+    assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
+
+
+def test_all_problems_are_told_at_once(facts: Facts) -> None:
+    with pytest.raises(ParallelError) as caught:
+        preflight(Layout(tp=5, cfg=3, ring=2), replace(facts, branches=2, sharded=False), ranks=2)
+    assert len(caught.value.details["problems"]) == 4
+
+
+def test_a_model_that_declares_nothing_has_no_sharding(facts: Facts) -> None:
+    bare = replace(facts, sharded=False, block_bytes=0, branches=1)
+    assert possible_degrees(bare, 8) == {"tp": [2, 4, 8]}
+    with pytest.raises(ParallelError, match="declares no _sp_plan"):
+        preflight(Layout(ulysses=2), bare)
+    with pytest.raises(ParallelError, match="no module matches _hsdp_shard_conditions"):
+        preflight(Layout(hsdp=2), bare)
+
+
+@pytest.mark.parametrize(
+    ("text", "world"), [("single", 1), ("tp2xulysses2xcfg2", 8), ("hsdp4", 4), ("hsdp2xcfg4", 4), ("ulysses3xring2", 6)]
+)
+def test_a_layout_reads_what_it_writes(text: str, world: int) -> None:
+    layout = Layout.parse(text)
+    assert (str(layout), layout.world) == (text, world)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tp0", "tp is 0; a degree is a whole number from 1"),
+        ("tp2xtp2", "'tp2' in 'tp2xtp2' is no degree, or is given twice"),
+        ("pp2", "'pp2' in 'pp2' is no degree"),
+        ("", "'' in '' is no degree"),
+        ("allgather2xring2", "allgather cannot be combined with ulysses or ring"),
+        ("tp2xhsdp2", "hsdp cannot be combined with tp"),
+        ("hsdp3xcfg4", "hsdp 3 does not divide the 4 ranks of the other kinds"),
+    ],
+)
+def test_a_layout_that_does_not_exist_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ParallelError) as caught:
+        Layout.parse(text)
+    assert message in caught.value.message
+
+
+def test_the_engine_accepts_what_a_layout_gives() -> None:
+    from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+    for text in (*MATRIX, "single", "hsdp2xcfg4"):
+        layout = Layout.parse(text)
+        assert DiffusionParallelConfig(**layout.parallel_config).world_size == layout.world
