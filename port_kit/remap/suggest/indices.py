@@ -50,7 +50,7 @@ def _fitting(values: Sequence[int], wanted: Sequence[int], group: int) -> Iterat
 def _periodic(values: Sequence[int], wanted: Sequence[int], group: int) -> Iterator[str]:
     """A flat list cut into pieces of one length: quotient or remainder of the number."""
     for period in range(2, _LARGEST_PERIOD + 1):
-        for shift in range(-period, period + 1):
+        for shift in sorted(range(-period, period + 1), key=abs):
             base = rf"\{group}" if not shift else rf"(\{group} {_signed(shift)})"
             if all(b == (a + shift) // period for a, b in zip(values, wanted, strict=True)):
                 yield f"{{{base} // {period}}}"

@@ -21,7 +21,8 @@ Index = tuple[int, ...]
 #: Role of a parameter that is a unit of its own (``scale_shift_table``, ``pos_embed``).
 OWN = "weight"
 HOLE = "{}"
-_ITEM = re.compile(r"([A-Za-z_]+?)(\d+)")
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
+_ITEM = re.compile(r"([A-Za-z_]+?)(0|[1-9][0-9]*)")
 _LIST_LENGTH = 3  # fewer numbered words are different things: attn1 and attn2
 _SCATTERED = 1.3  # runs of names under one module, over modules, above which a file has no order
 _BLOCK_SIZE = 5  # and so are small modules: norm1, norm2 and norm3
@@ -200,7 +201,7 @@ def _even_lists(
     """Lists of bare modules (numbers right before the parameter) that are all alike."""
     items: dict[tuple[str, ...], dict[str, set[tuple[str, Shape]]]] = defaultdict(lambda: defaultdict(set))
     for name, (components, role) in split.items():
-        if components[-1].isdigit():
+        if _NUMBER.fullmatch(components[-1]):
             items[tuple(components[:-1])][components[-1]].add((role, manifest[name]))
     return {
         (parent, "")
@@ -219,7 +220,7 @@ def _template(
     parts: list[str] = []
     for depth, component in enumerate(components[:-1]):
         found = _ITEM.fullmatch(component)
-        if component.isdigit():
+        if _NUMBER.fullmatch(component):
             parts.append(HOLE)
             index.append(int(component))
         elif found and (tuple(components[:depth]), found[1]) in lists:
@@ -227,7 +228,7 @@ def _template(
             index.append(int(found[2]))
         else:
             parts.append(component)
-    if components[-1].isdigit() and (tuple(components[:-1]), "") in lists:
+    if _NUMBER.fullmatch(components[-1]) and (tuple(components[:-1]), "") in lists:
         parts.append(HOLE)
         index.append(int(components[-1]))
     else:

@@ -1,0 +1,251 @@
+"""Suggestions: right on true conversions, honest where names and shapes cannot tell."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from port_kit.manifest import Manifest
+from port_kit.remap import RuleSet
+from port_kit.remap.plan import check
+from port_kit.remap.planmap import plan_map
+from port_kit.remap.suggest import Suggestion, suggest
+from port_kit.remap.suggest.assign import best_assignment
+from port_kit.remap.suggest.indices import index_expressions
+from port_kit.remap.suggest.units import has_own_order, units_of
+from port_kit.remap.suggest.vocabulary import words
+from tests.remap.oracles import FAMILIES, oracle
+
+
+def as_given(manifest: Manifest) -> Manifest:
+    return manifest
+
+
+def as_sorted(manifest: Manifest) -> Manifest:
+    return Manifest(dict(sorted(manifest.items())))
+
+
+def as_shuffled(manifest: Manifest) -> Manifest:
+    items = list(manifest.items())
+    random.Random(7).shuffle(items)
+    return Manifest(dict(items))
+
+
+def shapes(**entries: list[int]) -> Manifest:
+    return Manifest.from_json({name.replace("__", "."): shape for name, shape in entries.items()})
+
+
+def proposed(suggestion: Suggestion, source: Manifest, target: Manifest) -> dict[str, dict[str, Any]]:
+    """What the proposed rules do, by their plan."""
+    return plan_map(check(suggestion.rules, source, target))
+
+
+def wrong(found: Mapping[str, Any], truth: Mapping[str, Any]) -> list[str]:
+    return [name for name, entry in found.items() if entry != truth.get(name)]
+
+
+@pytest.mark.parametrize("order", [as_given, as_sorted, as_shuffled])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_suggestion_is_the_true_conversion(family: str, order: Callable[[Manifest], Manifest]) -> None:
+    truth = oracle(family)
+    source, target = order(truth.source), order(truth.target)
+    suggestion = suggest(source, target)
+    plan = check(suggestion.rules, source, target)
+    assert plan.ok, [str(problem) for problem in plan.problems]
+    assert wrong(plan_map(plan), truth.map) == []
+    assert set(plan.dropped) == set(truth.dropped)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_certain_rules_alone_are_right(family: str) -> None:
+    truth = oracle(family)
+    certain = suggest(truth.source, truth.target).only("certain")
+    found = plan_map(check(certain, truth.source, truth.target))
+    assert found and wrong(found, truth.map) == []
+
+
+def test_each_rule_says_what_it_explains() -> None:
+    truth = oracle("flux1")
+    suggestion = suggest(truth.source, truth.target, "flux1")
+    explained = [name for proposal in suggestion.proposals for name in proposal.targets]
+    assert sorted(explained) == sorted(truth.target)
+    assert RuleSet.from_toml(suggestion.to_toml()) == suggestion.rules
+    assert {rule.confidence for rule in suggestion.rules} == {"certain", "likely"}
+    assert all(rule.note for rule in suggestion.rules)
+    assert sum(suggestion.explained().values()) == len(truth.target)
+    assert {"name", "proposals", "missing", "targets_explained"} == set(suggestion.to_json())
+
+
+def test_what_shapes_cannot_show_is_not_certain() -> None:
+    truth = oracle("sd3")
+    doubted = {
+        name: proposal.doubts
+        for proposal in suggest(truth.source, truth.target).proposals
+        for name in proposal.targets
+        if proposal.confidence == "likely"
+    }
+    assert "halves change places" in " ".join(doubted["norm_out.linear.weight"])
+    assert "interleaved" in " ".join(doubted["transformer_blocks.0.attn.to_q.weight"])
+    assert set(name for name, entry in truth.map.items() if entry["op"] != "copy") <= set(doubted)
+
+
+def test_renamed_query_and_key_may_be_permuted() -> None:
+    source = shapes(layers__0__wq__weight=[8, 8], layers__0__wo__weight=[8, 4])
+    target = shapes(layers__0__q_proj__weight=[8, 8], layers__0__o_proj__weight=[8, 4])
+    verdicts = {proposal.targets[0]: proposal for proposal in suggest(source, target).proposals}
+    assert verdicts["layers.0.q_proj.weight"].confidence == "likely"
+    assert "rotary" in verdicts["layers.0.q_proj.weight"].doubts[0]
+
+
+def test_equal_strangers_are_left_out_and_reported() -> None:
+    source = shapes(foo__weight=[4, 4], bar__weight=[4, 4], txt_in__weight=[8, 4])
+    target = shapes(quux__weight=[4, 4], zork__weight=[4, 4], context_embedder__weight=[8, 4])
+    suggestion = suggest(source, target)
+    assert set(suggestion.missing) == {"quux.weight", "zork.weight"}
+    assert set(suggestion.missing["zork.weight"]) == {"foo.weight", "bar.weight"}
+    assert "not explained: zork.weight" in suggestion.to_text()
+    assert set(proposed(suggestion, source, target)) == {"context_embedder.weight"}
+
+
+def test_a_target_without_any_source_is_reported() -> None:
+    suggestion = suggest(shapes(a__weight=[4, 4]), shapes(a__weight=[4, 4], b__weight=[3, 9]))
+    assert suggestion.missing == {"b.weight": ()}
+    assert "no unused source has its size" in suggestion.to_text()
+
+
+def test_unused_sources_are_dropped_only_when_nothing_is_missing() -> None:
+    source = shapes(a__q__weight=[4, 4], vae__conv__weight=[3, 3])
+    complete = suggest(source, shapes(a__q__weight=[4, 4]))
+    assert [rule.drop != "" for rule in complete.rules] == [False, True]
+    assert complete.proposals[-1].confidence == "likely"
+    gap = suggest(source, shapes(a__q__weight=[4, 4], b__weight=[5, 7]))
+    assert not any(rule.drop for rule in gap.rules)
+
+
+def test_stacked_experts_both_ways() -> None:
+    apart = {f"layers.{layer}.experts.{at}.w2.weight": [4, 6] for layer in range(2) for at in range(3)}
+    stacked = {f"layers.{layer}.experts.w2.weight": [3, 4, 6] for layer in range(2)}
+    one, other = Manifest.from_json(apart), Manifest.from_json(stacked)
+    assert {entry["op"] for entry in proposed(suggest(one, other), one, other).values()} == {"stack"}
+    back = proposed(suggest(other, one), other, one)
+    assert back["layers.1.experts.2.w2.weight"]["detail"] == {"dim": 0, "start": 2, "stop": 3, "reshape": [4, 6]}
+
+
+def test_transposed_linears_take_square_ones_along() -> None:
+    source = shapes(h__0__fc__weight=[4, 8], h__0__fc__bias=[8], h__0__proj__weight=[4, 4], h__0__proj__bias=[4])
+    target = shapes(h__0__fc__weight=[8, 4], h__0__fc__bias=[8], h__0__proj__weight=[4, 4], h__0__proj__bias=[4])
+    found = proposed(suggest(source, target), source, target)
+    assert {name: entry["op"] for name, entry in found.items()} == {
+        "h.0.fc.weight": "transpose",
+        "h.0.fc.bias": "copy",
+        "h.0.proj.weight": "transpose",
+        "h.0.proj.bias": "copy",
+    }
+
+
+@pytest.mark.parametrize("family", ["litgpt_llama", "wan_t2v", "z_image"])
+def test_a_prefix_changes_nothing(family: str) -> None:
+    truth = oracle(family)
+    source = truth.source.under("model.inner.")
+    found = proposed(suggest(source, truth.target), source, truth.target)
+    names = {name: [origin.removeprefix("model.inner.") for origin in entry["from"]] for name, entry in found.items()}
+    assert names == {name: entry["from"] for name, entry in truth.map.items()}
+
+
+@pytest.mark.parametrize("family", ["flux1", "hf_mixtral"])
+def test_the_same_manifest_maps_onto_itself(family: str) -> None:
+    target = oracle(family).target
+    found = proposed(suggest(target, target), target, target)
+    assert all(entry["op"] == "copy" and entry["from"] == [name] for name, entry in found.items())
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_words_of_different_code_bases_meet() -> None:
+    assert words("to_q") == words("query") == ("q",)
+    assert set(words("img_attn_qkv")) == {"img", "attn", "q", "k", "v"}
+    assert words("encoder_attn") == ("cross", "attn")
+    assert words("adaLN_modulation") == ("modulation", "norm", "modulation")
+    assert words("0") == ()
+
+
+def test_units_keep_slots_and_abstract_layers() -> None:
+    names = {
+        f"blocks.{layer}.mlp.{slot}.{leaf}": (4,)
+        for layer in range(3)
+        for slot in (0, 2)
+        for leaf in ("weight", "bias")
+    }
+    units = {str(unit): unit for unit in units_of(names)}
+    assert set(units) == {"blocks.{}.mlp.0", "blocks.{}.mlp.2"}
+    assert units["blocks.{}.mlp.2"].instances == ((0,), (1,), (2,))
+    assert units["blocks.{}.mlp.2"].roles == ("bias", "weight")
+    assert len(units_of(names, "tensors")) == len(names)
+
+
+def test_a_sorted_or_scattered_file_has_no_order_of_its_own() -> None:
+    names = ["z.0.weight", "z.0.bias", "a.0.weight", "a.0.bias", "m.weight"]
+    assert has_own_order(dict.fromkeys(names, (1,)))
+    assert not has_own_order(dict.fromkeys(sorted(names), (1,)))
+    scattered = [f"{module}.{at}.weight" for at in range(6) for module in ("z", "a", "m")]
+    assert not has_own_order(dict.fromkeys(scattered, (1,)))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([((at,), (at,)) for at in range(3)], [r"\1"]),
+        ([((at,), (at + 1,)) for at in range(3)], [r"{\1 - 1}"]),
+        ([((3 - at,), (at,)) for at in range(4)], [r"{3 - \1}"]),
+        ([((at // 4, at % 4), (at,)) for at in range(12)], [r"{\1 // 4}", r"{\1 % 4}"]),
+        ([(((at - 1) // 3, (at - 1) % 3), (at,)) for at in range(1, 10)], [r"{(\1 - 1) // 3}", r"{(\1 - 1) % 3}"]),
+        ([((0, at), (at,)) for at in range(3)], ["0", r"\1"]),
+        ([((0,), (0,)), ((7,), (1,)), ((9,), (2,))], None),
+    ],
+)
+def test_layer_numbers_as_expressions(pairs: list[Any], expected: list[str] | None) -> None:
+    assert index_expressions(pairs, {0: 1}) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_assignment_is_the_best_there_is(rows: int, columns: int, data: st.DataObject) -> None:
+    values = st.one_of(st.none(), st.integers(1, 30))
+    scores = {
+        (f"s{row}", f"t{column}"): float(value)
+        for row in range(rows)
+        for column in range(columns)
+        if (value := data.draw(values)) is not None
+    }
+    found = best_assignment(scores)
+    assert len(set(found.values())) == len(found)
+    total = sum(scores[source, target] for target, source in found.items())
+    assert total == best_by_trying(scores, rows, columns)
+
+
+def best_by_trying(scores: Mapping[tuple[str, str], float], rows: int, columns: int) -> float:
+    """The best sum over all assignments, pairs that cannot meet counting nothing."""
+    size = max(rows, columns)
+    return max(
+        sum(scores.get((f"s{row}", f"t{column}"), 0.0) for row, column in enumerate(order))
+        for order in itertools.permutations(range(size))
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(st.text("ab01._", min_size=1, max_size=9), st.lists(st.integers(0, 4), max_size=3), max_size=12))
+def test_any_names_give_rules_that_do_what_they_say(entries: dict[str, list[int]]) -> None:
+    source = Manifest.from_json(entries)
+    target = Manifest.from_json({f"x.{name}": shape for name, shape in entries.items()})
+    suggestion = suggest(source, target)
+    found = proposed(suggestion, source, target)
+    explained = {name for proposal in suggestion.proposals for name in proposal.targets}
+    assert explained == set(found)
+    assert explained | set(suggestion.missing) == set(target)
