@@ -27,6 +27,7 @@ MAX_SIDE = 4096  # pixels
 FPS = 24  # frames a second
 AUDIO_SAMPLE_RATE = 16_000  # Hz
 MAX_TEXT_TOKENS = 512
+GUIDANCE_PASSES = 4  # of the transformer, a step: full, without text, without pictures, without voices
 #: Latents that one voice reference takes: 1 s = 16,000 samples = 62 mel frames = 31 latents.
 VOICE_LATENT_LENGTH = 31
 #: The audio tower reads at most 1024 tokens, references included.

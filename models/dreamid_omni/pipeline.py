@@ -29,6 +29,7 @@ from vllm_omni.errors import OmniClientError
 from port_kit.errors import InputError
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.weights import COMPONENTS
+from port_kit.models.wan_fusion.caching import arrange_cache
 from port_kit.models.wan_fusion.loading import build_components, load_component_weights, read_json, weights_sources
 from port_kit.models.wan_fusion.media import envelope, to_frames
 from port_kit.models.wan_fusion.prompts import strip_tags, tokenize
@@ -126,6 +127,7 @@ class DreamIDOmniPipeline(
         self.lengths = config.Lengths(index["video_latent_length"], index["audio_latent_length"])
         for name, module in build_components(od_config.model, COMPONENTS).items():
             self.add_module(name, module)
+        arrange_cache(self.transformer, od_config, passes=config.GUIDANCE_PASSES)
         self.tokenizer = load_tokenizer(f"{od_config.model}/tokenizer")
         self.weights_sources = weights_sources(od_config.model, COMPONENTS)
         self.on_step: Callable[[Step], None] | None = None
@@ -175,10 +177,7 @@ class DreamIDOmniPipeline(
         conditions = self.conditions(job)
         video, audio = self.noise(job)
         video, audio = self.diffuse(video, audio, conditions, job.request)
-        return self._decode(
-            video[:, :, : -conditions.pictures.shape[2]],
-            audio[:, : -conditions.voices.shape[1]],
-        )
+        return self._decode(video[:, :, : job.lengths.video], audio[:, : job.lengths.audio])
 
     def encode_prompt(self, token_ids: list[int]) -> Tensor:
         """Return the text encoder's states (1, T, D). vLLM-Omni's prompt cache wraps this method."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import av
 import numpy as np
@@ -111,7 +111,7 @@ def load_voice(source: object, *, name: str = "voice") -> np.ndarray:
     return _mono_16k(_float_samples(samples, name), _check_rate(rate, name))
 
 
-def _is_sound(samples: object) -> bool:
+def _is_sound(samples: object) -> TypeGuard[np.ndarray]:
     return (
         isinstance(samples, np.ndarray) and samples.ndim in (1, 2) and samples.size > 0 and samples.dtype.kind in "fi"
     )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from port_kit.errors import ParallelError
 from port_kit.testing.workers import RankResult, Request, run_workers
 
 STEPS = 2
@@ -60,4 +61,20 @@ def test_the_passes_are_shared_out_and_the_result_is_the_same(
         assert result.probe == 4 * STEPS // ranks
         difference = result.outputs[0]["video"].int() - alone.outputs[0]["video"].int()
         assert difference.abs().max() <= 1  # of 255: a rounding of the last place may fall the other way
+        assert (result.outputs[0]["audio"] - alone.outputs[0]["audio"]).abs().max() < 1e-5
+
+
+def test_a_cache_that_cannot_keep_the_passes_apart_is_refused(dreamid_model: Path) -> None:
+    with pytest.raises(ParallelError, match="cache_dit with 4 guidance passes on one rank"):
+        run_workers(dreamid_model, [talk()], config={"cache_backend": "cache_dit"})
+
+
+def test_a_cache_of_two_passes_a_rank_that_never_reuses_changes_nothing(dreamid_model: Path, alone: RankResult) -> None:
+    """With a threshold of zero every residual is computed: a mix-up of the two passes would show."""
+    config = {
+        "parallel_config": {"cfg_parallel_size": 2},
+        "cache_backend": "cache_dit",
+        "cache_config": {"residual_diff_threshold": 0.0, "max_warmup_steps": 0},
+    }
+    for result in run_workers(dreamid_model, [talk()], config=config):
         assert (result.outputs[0]["audio"] - alone.outputs[0]["audio"]).abs().max() < 1e-5
