@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -110,10 +111,14 @@ def test_no_file_is_too_long() -> None:
 
 
 def _constants(path: Path) -> Iterator[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    """String literals, and of f-strings with a code's beginning the codes that they can become."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
+        if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            parts = [part.value if isinstance(part, ast.Constant) else r"\w+" for part in node.values]
+            if re.fullmatch(r"[a-z]+_", parts[0]):
+                yield from (code for code in CODES if re.fullmatch("".join(parts), code))
 
 
 def _codes(path: Path) -> Iterator[str]:
