@@ -185,6 +185,7 @@ class DreamIDOmniPipeline(
         return self.text_encoder(ids, torch.ones_like(ids)).to(self.dtype)
 
     def conditions(self, job: Job) -> Conditions:
+        """Encode references and texts, once a request."""
         pictures = [self.vae.encode(picture[None, :, None].to(self.device)) for picture in job.pictures]
         voices = [self.audio_vae.encode(voice[None].to(self.device)).transpose(1, 2) for voice in job.voices]
         positive, video_negative, audio_negative = (self.encode_prompt(ids) for ids in job.tokens)
