@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from port_kit.errors import InspectError
 from port_kit.inspect.card import read_card
@@ -17,6 +19,7 @@ from port_kit.inspect.trees import Tree, open_tree
 from port_kit.inspect.verdict import Verdict, judge
 from port_kit.inspect.weights import is_weights, read_weights
 
+_T = TypeVar("_T")
 _CONNECTIONS = 8
 _RANKS = (1, 2, 4, 8)
 
@@ -42,6 +45,7 @@ def inspect(
     with open_tree(target, revision, endpoint, token) as tree:
         _require_model(tree)
         documents = Documents(tree)
+        _each(tree, documents.object, [path for path in tree.files if _is_config(path)])
         files = _read_all(tree)
         components = find_components(documents, files)
         verdict = judge(documents, components)
@@ -64,7 +68,7 @@ def inspect(
 
 
 def _require_model(tree: Tree) -> None:
-    if not any(is_weights(path) or path.rpartition("/")[2] in (*INDEXES, *CONFIGS) for path in tree.files):
+    if not any(is_weights(path) or _is_config(path) for path in tree.files):
         raise InspectError(
             f"{tree.name} holds {len(tree.files)} files, none of them weights or a model's configuration",
             code="inspect_empty",
@@ -73,11 +77,19 @@ def _require_model(tree: Tree) -> None:
         )
 
 
+def _is_config(path: str) -> bool:
+    return path.rpartition("/")[2] in (*INDEXES, *CONFIGS)
+
+
 def _read_all(tree: Tree) -> dict[str, WeightFile]:
-    """Read all headers; a repository's over several connections, as each costs a round trip."""
     paths = [path for path in tree.files if is_weights(path)]
+    return dict(zip(paths, _each(tree, lambda path: read_weights(tree, path), paths), strict=True))
+
+
+def _each(tree: Tree, read: Callable[[str], _T], paths: list[str]) -> list[_T]:
+    """Read files of a repository over several connections, as each costs a round trip; those of a folder in turn."""
     with ThreadPoolExecutor(_CONNECTIONS if tree.commit else 1) as pool:
-        return dict(zip(paths, pool.map(lambda path: read_weights(tree, path), paths), strict=True))
+        return list(pool.map(read, paths))
 
 
 def _memory(components: list[Component]) -> Memory | None:

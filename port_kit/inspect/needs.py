@@ -36,7 +36,7 @@ def missing(
         found += [*_component_needs(documents, components), *_tokenizer(documents, components)]
         found += _readable(components, files)
         found += index_gaps(documents, files)
-    return [*found, *documents.problems]
+    return [*found, *sorted(documents.problems, key=lambda finding: finding.file)]
 
 
 def _index_needs(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
@@ -86,9 +86,7 @@ def _readable(components: list[Component], files: dict[str, WeightFile]) -> Iter
             yield Finding(file.path, file.problem)
     for file in (file for part in components for file in part.weights):
         if not file.problem and file.wrapper:
-            yield Finding(
-                file.path, f"has its tensors under {file.wrapper!r}: needs port-kit convert --wrapper"
-            )
+            yield Finding(file.path, f"has its tensors under {file.wrapper!r}: needs port-kit convert --wrapper")
         elif not file.problem and not file.path.lower().endswith(_LOADED):
             what = "port-kit convert" if file.format.startswith("torch") else "a conversion"
             yield Finding(file.path, f"is {file.format}, which the standard loader does not read: needs {what}")

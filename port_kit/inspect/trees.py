@@ -16,12 +16,15 @@ from port_kit.download.parts import Identity
 from port_kit.download.remote import RangeSource
 from port_kit.errors import DownloadError, InspectError
 
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+#: Somebody waits for the answer: fewer tries than a download makes.
+POLICY = Policy(attempts=4)
 _MOST_FILES = 100_000
 _SKIPPED = {"__pycache__", "node_modules"}
 _EITHER = "name an existing folder, or a repository of the Hub as organisation/name"
 _HINTS = {
-    "hub_repo_missing": "check the name, or log in with `hf auth login` where it is private",
+    "hub_repo_missing": "check the name (there is no folder of that name here either); for a private repository log in "
+    "with `hf auth login`",
     "hub_revision_missing": "name a branch, tag or commit that exists with --revision",
 }
 
@@ -48,10 +51,13 @@ class LocalTree:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.name, self.commit, self.gate = root, str(root), None, ""
+        self.root, self.name, self.gate = root, str(root), ""
+        self.commit: str | None = None
         paths = {path.relative_to(root).as_posix(): path for path in _walk(root)}
         self.broken = tuple(sorted(name for name, path in paths.items() if not path.exists()))
-        self.files = {name: paths[name].stat().st_size for name in sorted(set(paths) - set(self.broken))}
+        self.files: Mapping[str, int] = {
+            name: paths[name].stat().st_size for name in sorted(set(paths) - set(self.broken))
+        }
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
         """See :class:`Tree`."""
@@ -71,12 +77,12 @@ class HubTree:
     """
 
     def __init__(self, hub: HubClient, repo_id: str, revision: str) -> None:
-        self.name, self.broken = repo_id, ()
-        self._hub = hub
+        self.name, self._hub = repo_id, hub
+        self.broken: tuple[str, ...] = ()
         with _told_for_inspection():
             self.commit: str | None = hub.resolve(repo_id, revision)
             self._listed = {file.path: file for file in hub.tree(repo_id, str(self.commit))}
-        self.files = {path: file.size for path, file in sorted(self._listed.items())}
+        self.files: Mapping[str, int] = {path: file.size for path, file in sorted(self._listed.items())}
         self.gate = self._ask_gate()
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
@@ -117,7 +123,7 @@ def open_tree(target: str, revision: str | None, endpoint: str | None, token: st
         raise InspectError(f"{target} is a file", hint=f"name its folder: {folder.parent}")
     if not _REPO_ID.fullmatch(target):
         raise InspectError(f"{target} is no folder and no repository id", hint=_EITHER)
-    http = HttpClient(Policy())
+    http = HttpClient(POLICY)
     try:
         yield HubTree(HubClient(http, endpoint=endpoint, token=token), target, revision or "main")
     finally:
