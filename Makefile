@@ -63,7 +63,7 @@ check: $(STAMP)
 	@rm -rf build/types && mkdir -p build/types/port_kit
 	@ln -s $(addprefix ../../../,$(wildcard port_kit/*)) build/types/port_kit/
 	@ln -s ../../../models build/types/port_kit/models
-	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p port_kit
+	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --no-incremental -p port_kit
 
 test: check
 	$(RUN) -m pytest -n 2 --dist loadfile
