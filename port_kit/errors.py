@@ -33,6 +33,7 @@ CODES: dict[str, str] = {
     "block_index": "a layer is named that the model does not have",
     "reference_length": "references do not fit into the sequence, or the model has none",
     "parallel_degree": "a degree of parallelism is impossible for this model, or in this combination",
+    "parallel_subject": "a port has nothing small that could be run on several ranks",
     "parallel_world": "a process of one rank was needed and this process belongs to a larger world",
     "network": "a request failed as often as it may",
     "server_busy": "the server asks for a longer wait than is granted",

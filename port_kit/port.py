@@ -60,6 +60,8 @@ class Port:
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
         components: the weights, in loading order.
         parity: ``"module:function"`` that lists the port's golden cases, or empty.
+        parallel: ``"module:function"`` that takes a scratch folder and returns the tiny
+            :class:`~port_kit.parallel.verify.Subject` that ``verify parallel`` runs, or empty.
         card: path of the port's card in the repository, for people.
         licences: what the weights and the code may be used for, one line each: ``{part: licence}``.
     """
@@ -73,6 +75,7 @@ class Port:
     components: tuple[Component, ...]
     post_process: str = ""
     parity: str = ""
+    parallel: str = ""
     card: str = ""
     licences: Mapping[str, str] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ PORT = Port(
     components=COMPONENTS,
     post_process="get_post_process_func",
     parity="port_kit.models.wan_fusion.golden_pipeline:dreamid_cases",
+    parallel="port_kit.models.dreamid_omni.parallel_subject:tiny_subject",
     card="docs/ports/dreamid_omni.md",
     licences={
         "transformer": "research use only (DreamID-Omni's README)",

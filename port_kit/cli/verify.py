@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -54,3 +55,33 @@ def _line(report: CaseReport) -> str:
     verdict = "ok  " if report.ok else f"FAIL first at {report.first_divergence} "
     figures = f"max abs {data['max_abs']:.2e}  max rel {data['max_rel']:.2e}  {report.seconds:.1f} s"
     return f"{verdict}{report.name:<44} {figures}"
+
+
+@command.command(
+    "parallel",
+    epilog="Examples:  port-kit verify parallel dreamid_omni  |  "
+    "port-kit verify parallel my_port --model tiny_model --layout ulysses2 --layout tp2xcfg2 --json",
+)
+@click.argument("port")
+@click.option(
+    "--layout", "layouts", multiple=True, metavar="LAYOUT", help="tp2, ulysses2xring2, ...; default: a matrix."
+)
+@click.option("--model", type=click.Path(path_type=Path, exists=True), help="A small model directory to run.")
+@click.option("--prompt", default="a cat", show_default=True, help="The prompt for --model.")
+@json_option
+@handles_errors("verify parallel")
+def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: str, as_json: bool) -> None:
+    """Run a port on several ranks of this machine, compare with one rank, and prove that the work was divided."""
+    from port_kit.parallel.verify import MATRIX, port_subject, verify_parallel
+
+    reports = []
+    with TemporaryDirectory(prefix="port-kit-") as scratch:
+        subject = port_subject(find_port(port), Path(scratch), model, prompt)
+        for report in verify_parallel(subject, layouts or MATRIX):
+            reports.append(report)
+            click.echo(report.describe(), err=as_json)
+    ok = all(report.ok for report in reports)
+    failed = [report.layout for report in reports if not report.ok]
+    data = {"port": port, "ok": ok, "failed": failed, "layouts": [report.to_json() for report in reports]}
+    text = f"{len(reports) - len(failed)} of {len(reports)} layouts compute what one rank computes, and divide the work"
+    emit("verify parallel", data, as_json=as_json, text=text, ok=ok)

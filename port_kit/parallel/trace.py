@@ -50,6 +50,7 @@ class Trace:
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
         calls: how often a transformer was called.
         branches: a fingerprint of the inputs of the first calls, in order.
+        flows: what the transformer gave in these calls.
         outputs: outputs of all modules in the first calls of a transformer, ``(path, call, tensor)`` in order of
             computation; empty unless asked for.
     """
@@ -60,6 +61,7 @@ class Trace:
     parameters: Mapping[str, tuple[tuple[int, ...], int]]
     calls: int
     branches: list[tuple[float, ...]]
+    flows: list[tuple[Tensor, ...]]
     outputs: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
     @property
@@ -80,6 +82,7 @@ class _Recorder:
         self.bytes: Counter[str] = Counter()
         self.transformer_calls = 0
         self.branches: list[tuple[float, ...]] = []
+        self.flows: list[tuple[Tensor, ...]] = []
         self.outputs: list[tuple[int, int, Tensor]] = []
 
 
@@ -112,6 +115,7 @@ def collect(pipeline: nn.Module) -> Trace:
         parameters=_parameters(pipeline),
         calls=_recorder.transformer_calls,
         branches=_recorder.branches,
+        flows=_recorder.flows,
         outputs=[(paths[key], call, value) for key, call, value in _recorder.outputs if key in paths],
     )
 
@@ -143,6 +147,7 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         _recorder.transformer_calls += 1
         if len(_recorder.branches) < KEPT_BRANCHES:
             _recorder.branches.append(_fingerprint((*args, *kwargs.values())))
+            _recorder.flows.append(tuple(map(_copy, _tensors(output))))
 
 
 def _keep_output(module: nn.Module, output: Any) -> None:
@@ -154,9 +159,16 @@ def _keep_output(module: nn.Module, output: Any) -> None:
         return
     if isinstance(module, (MergedColumnParallelLinear, QKVParallelLinear)):
         return
-    for value in output if isinstance(output, tuple) else (output,):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            _recorder.outputs.append((id(module), call, value.detach().float().cpu().clone()))
+    _recorder.outputs += [(id(module), call, _copy(value)) for value in _tensors(output)]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    values = output if isinstance(output, (tuple, list)) else (output,)
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone()
 
 
 def _fingerprint(args: tuple[Any, ...]) -> tuple[float, ...]:

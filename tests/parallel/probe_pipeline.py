@@ -1,4 +1,4 @@
-"""A small pipeline around the fusion transformer alone: seeded latents, two steps, four guidance branches.
+"""A small pipeline around the fusion transformer alone: seeded latents, one step of four guidance branches.
 
 ``extra_args`` of a request: ``grid`` (frames, rows, columns of latents), ``sounds`` (audio latents), ``pictures``
 (reference frames among them), ``voices`` (lengths of audio references among them), ``family``.
@@ -64,7 +64,7 @@ class ProbePipeline(nn.Module, CFGParallelMixin):
         return torch.tensordot(weights, video, 1), torch.tensordot(weights, audio, 1)
 
     def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
-        """Two steps of four branches."""
+        """One step of four branches."""
         given = req.sampling_params.extra_args
         random = torch.Generator().manual_seed(req.sampling_params.seed or 0)
         config = self.transformer.config
@@ -76,14 +76,10 @@ class ProbePipeline(nn.Module, CFGParallelMixin):
             "audio_reference_lengths": tuple(given.get("voices", ())),
             "first_frame_clean": given.get("first_frame_clean", False),
         }
-        for time in (999, 700):
-            branches = [
-                {"video": video, "audio": audio, "timestep": torch.tensor([time]), "video_text": v, "audio_text": a}
-                for v, a in texts
-            ]
-            flow = self.predict_noise_with_multi_branch_cfg(True, 1.0, [branch | options for branch in branches])
-            video, audio = video - 0.1 * flow[0], audio - 0.1 * flow[1]
-        return DiffusionOutput(output=(video, audio, *flow))
+        inputs = {"video": video, "audio": audio, "timestep": torch.tensor([937]), **options}
+        branches = [inputs | {"video_text": v, "audio_text": a} for v, a in texts]
+        flow = self.predict_noise_with_multi_branch_cfg(True, 1.0, branches)
+        return DiffusionOutput(output=flow)
 
 
 def register() -> None:

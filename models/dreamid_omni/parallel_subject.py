@@ -1,0 +1,36 @@
+"""What ``port-kit verify parallel dreamid_omni`` runs: the tiny checkpoint, one picture, one voice, two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from port_kit.download import download
+from port_kit.models.dreamid_omni.recipe import RECIPE
+from port_kit.parallel.verify import Subject
+from port_kit.testing.hub import Hub
+from port_kit.testing.tiny_fusion import tiny_fusion_model
+from port_kit.testing.workers import Request
+
+#: Samples of 16 kHz: two seconds and a little, of which the model hears the second one.
+VOICE_SAMPLES = 33_000
+#: The decoders enlarge what the transformer's rounding leaves.
+OUTPUT_TOLERANCE = 1e-4
+
+
+def tiny_subject(scratch: Path) -> Subject:
+    """Download the tiny model from a loopback Hub into ``scratch``, and return it with a request."""
+    tiny = tiny_fusion_model(RECIPE, scratch / "hub")
+    with Hub(tiny.repositories) as hub:
+        recipe = RECIPE.with_(configs=tiny.configs)
+        report = download(recipe, scratch / "tiny", endpoint=hub.endpoint, token=False, use_cache=False)
+    return Subject(Path(report.directory), [_request()], output_tolerance=OUTPUT_TOLERANCE)
+
+
+def _request() -> Request:
+    voice = (0.1 * np.random.default_rng(1).standard_normal(VOICE_SAMPLES)).astype(np.float32)
+    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [voice]}
+    prompt = {"prompt": "one person sings", "multi_modal_data": media}
+    return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 11})
