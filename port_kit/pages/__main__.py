@@ -1,0 +1,21 @@
+"""``python -m port_kit.pages [DOCS]``: write the generated pages into a folder, by default that of this repository."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from port_kit.pages.commands import cli_page
+from port_kit.pages.errors import troubleshooting_page
+
+PAGES = {"cli.md": cli_page, "troubleshooting.md": troubleshooting_page}
+
+
+def main(folder: Path) -> None:
+    """Write all pages."""
+    for name, build in PAGES.items():
+        (folder / name).write_text(build(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "docs")
