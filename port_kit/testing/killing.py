@@ -9,6 +9,7 @@ One process imports everything and forks for each run, so that a run costs milli
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,8 +36,9 @@ class Child:
         self._zygote = zygote
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal."""
-        os.kill(self.pid, number)
+        """Send a signal; a process that has ended already stays ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def wait(self) -> int:
         """Return the exit status, or minus the signal that ended it; 1 for a failed download."""

@@ -1,0 +1,152 @@
+"""Feed damaged and hostile checkpoints to the reader: it must answer or refuse, never crash, hang or execute.
+
+Seeds are real checkpoints of both containers and hand-made pickles. Each round mutates one, in the container or in
+the pickle itself (whose zip entry then gets a right CRC, so that the interpreter sees it). Anything but a result or an
+error of the kit is a finding: it is written to --findings and ends the run with exit code 1. An audit hook notes what a
+pickle could have made Python do (exec, import, subprocess).
+
+    python benchmarks/fuzz_checkpoints.py --seconds 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from port_kit.errors import PortKitError
+from port_kit.pickles import read_tables
+
+_WATCHED = ("exec", "compile", "subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "import")
+
+
+def plain_seeds() -> list[bytes]:
+    """Pickles with many opcodes and protocols, good and evil."""
+    values = [{"a": [1, 2.5, None, True, b"x" * 300, "y" * 300, (1, 2, 3, 4), {"n": ()}]}, 1 << 200, list(range(300))]
+    good = [pickle.dumps(value, protocol) for value in values for protocol in range(6)]
+    evil = [
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
+        b"\x80\x02}r\xff\xff\xff\x7f.",
+    ]
+    return good + evil
+
+
+def torch_seeds() -> tuple[list[bytes], list[bytes]]:
+    """Real checkpoints, and the pickles inside the zip ones."""
+    import torch
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    state = {"a": torch.ones(3, 2).t(), "b": torch.ones(4, dtype=torch.uint16), "c": parameter, "tied": parameter}
+    files, pickles = [], []
+    for value in (state, {"generator": state, "epoch": 3}, torch.nn.Linear(2, 2).state_dict()):
+        for options in ({}, {"_use_new_zipfile_serialization": False}):
+            stream = io.BytesIO()
+            torch.save(value, stream, **options)
+            files.append(stream.getvalue())
+        with zipfile.ZipFile(io.BytesIO(files[-2])) as archive:
+            pickles.append(archive.read("archive/data.pkl"))
+    return files, pickles
+
+
+def mutate(data: bytes, source: random.Random) -> bytes:
+    """A few small changes: bytes set, cut out, doubled, put in, lengths made huge."""
+    changed = bytearray(data)
+    for _ in range(source.choice((1, 1, 2, 3, 8))):
+        place = source.randrange(len(changed) + 1)
+        action = source.randrange(6)
+        if action == 0 and place < len(changed):
+            changed[place] = source.randrange(256)
+        elif action == 1:
+            del changed[place : place + source.randint(1, 16)]
+        elif action == 2:
+            changed[place:place] = changed[place : place + source.randint(1, 32)]
+        elif action == 3:
+            changed[place:place] = source.randbytes(source.randint(1, 6))
+        elif action == 4:
+            changed[place : place + 4] = source.choice((b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", bytes(4)))
+        else:
+            changed[place:place] = bytes([source.choice(b"}](0.120RbQhjqrtu\x81\x85\x86\x87\x88\x8c\x8d\x93\x94\x95")])
+    return bytes(changed) or b"\x80"
+
+
+def in_archive(data: bytes) -> bytes:
+    """A zip container around a pickle, with right checksums."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("x/data.pkl", data)
+        archive.writestr("x/byteorder", b"little")
+        archive.writestr("x/data/0", bytes(48))
+    return stream.getvalue()
+
+
+def fuzz(seconds: float, seed: int, findings: Path) -> dict[str, object]:
+    """Run for so many seconds of processor time."""
+    files, pickles = torch_seeds()
+    pickles += plain_seeds()
+    source, outcomes, rounds, slowest = random.Random(seed), {}, 0, 0.0
+    watching, seen = False, []
+    "".encode("cp437")  # the codec of old zip names is imported when it is first needed
+    sys.addaudithook(
+        lambda event, arguments: seen.append(f"{event} {arguments[:1]}") if watching and event in _WATCHED else None
+    )
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    for file in files:
+        read_tables(io.BytesIO(file), "generator" if b"generator" in file else "")  # imports what is imported late
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        if source.random() < 0.4:
+            data = mutate(source.choice(files), source)
+        else:
+            data = in_archive(mutate(source.choice(pickles), source))
+        begun = time.process_time()
+        watching = True
+        try:
+            read_tables(io.BytesIO(data))
+            outcome = "read"
+        except PortKitError as error:
+            outcome = error.code
+        except BaseException as error:  # noqa: B036 - any other end is what is looked for
+            outcome = f"FINDING {type(error).__name__}"
+            (findings / f"{rounds}.pth").write_bytes(data)
+        watching = False
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        slowest = max(slowest, time.process_time() - begun)
+        rounds += 1
+    return {
+        "rounds": rounds,
+        "cpu_seconds": seconds,
+        "outcomes": dict(sorted(outcomes.items())),
+        "audited_events": sorted(set(seen)),
+        "slowest_seconds": round(slowest, 3),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def main() -> None:
+    """Fuzz and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--findings", type=Path, default=Path("fuzz_findings"))
+    arguments = parser.parse_args()
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    arguments.findings.mkdir(exist_ok=True)
+    result = fuzz(arguments.seconds, arguments.seed, arguments.findings)
+    print(json.dumps(result, indent=1))
+    if any(outcome.startswith("FINDING") for outcome in result["outcomes"]):  # type: ignore[attr-defined]
+        sys.exit(1)
+    if not any(arguments.findings.iterdir()):
+        arguments.findings.rmdir()
+
+
+if __name__ == "__main__":
+    main()
