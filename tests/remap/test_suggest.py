@@ -128,6 +128,16 @@ def test_unused_sources_are_dropped_only_when_nothing_is_missing() -> None:
     assert not any(rule.drop for rule in gap.rules)
 
 
+def test_parametrized_weights_keep_their_long_names() -> None:
+    leaves = {"bias": [4], "parametrizations.weight.original0": [4, 1], "parametrizations.weight.original1": [4, 3]}
+    source = Manifest.from_json({f"pos_conv.0.{leaf}": shape for leaf, shape in leaves.items()})
+    target = Manifest.from_json({f"pos_conv.conv.{leaf}": shape for leaf, shape in leaves.items()})
+    found = proposed(suggest(source, target), source, target)
+    assert {name: entry["from"] for name, entry in found.items()} == {
+        f"pos_conv.conv.{leaf}": [f"pos_conv.0.{leaf}"] for leaf in leaves
+    }
+
+
 def test_stacked_experts_both_ways() -> None:
     apart = {f"layers.{layer}.experts.{at}.w2.weight": [4, 6] for layer in range(2) for at in range(3)}
     stacked = {f"layers.{layer}.experts.w2.weight": [3, 4, 6] for layer in range(2)}

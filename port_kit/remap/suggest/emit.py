@@ -168,8 +168,9 @@ def _alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Pieces of one module that differ in the parameter only (weight, bias) and keep its name."""
     groups: dict[object, list[Piece]] = {}
     for piece in pieces:
-        kept = all(_leaf(piece.source, piece.role) == _leaf(unit, piece.role) for unit in piece.targets)
-        alone = piece.role if not kept else ""
+        units = (piece.source, *piece.targets)
+        kept = len({_leaf(unit, piece.role) for unit in units}) == 1
+        alone = piece.role if not kept else tuple(_stem(unit, piece.role) for unit in units)
         key = (piece.source, piece.targets, piece.pairs, piece.op, piece.shard, piece.into, piece.take, alone)
         groups.setdefault(key, []).append(piece)
     return list(groups.values())
@@ -226,6 +227,11 @@ def _pattern(
 def _leaf(unit: Unit, role: str) -> str:
     """The tensor's own name in its module."""
     return next(iter(unit.names[role].values())).rpartition(".")[2]
+
+
+def _stem(unit: Unit, role: str) -> str:
+    """The rest of the tensor's name."""
+    return next(iter(unit.names[role].values())).rpartition(".")[0]
 
 
 def _components(unit: Unit, role: str) -> list[str]:
