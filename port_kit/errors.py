@@ -102,7 +102,6 @@ CODES: dict[str, str] = {
     "input_too_long": "a request's prompt is longer than the text encoder reads",
     "input_too_short": "a reference voice is shorter than the part of it that is used",
     "input_unreadable": "a reference picture or voice cannot be decoded",
-    "model_incomplete": "a model directory lacks a folder or file that the pipeline needs",
     "cache_passes": "cache_dit cannot keep so many guidance passes of one rank apart",
     "media_write": "a video file could not be written or measured",
     "sampling_invalid": "a solver, a number of steps or a shift that cannot be sampled with",
