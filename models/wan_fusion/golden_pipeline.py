@@ -10,7 +10,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,10 @@ CHECKOUTS = {
     "Wan-AI/Wan2.2-TI2V-5B": "Wan2.2-TI2V-5B",
     "hkchengrex/MMAudio": "MMAudio",
 }
-BOUND = Bound(max_abs=1e-4, why="errors of the steps add up")
+EXACT = Bound(max_abs=1e-4, why="errors of the steps add up")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Two independent roundings of size g lie about 1.41 g apart.
+GAPS = 1.5
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,23 @@ class Recording:
         record: arguments, constants and shapes.
         tensors: noise, latents after every step, some decoded frames, the sound.
         folder: paths among the arguments are relative to it.
+        bounds: of a tensor's difference; :data:`EXACT` where it has none.
     """
 
     record: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     folder: Path
+    bounds: Mapping[str, Bound] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> Recording:
-        """Read ``record_fp32.json`` and ``trajectory_fp32.safetensors``."""
-        record = json.loads((folder / "record_fp32.json").read_text(encoding="utf-8"))
-        return cls(record, load_file(folder / "trajectory_fp32.safetensors"), folder)
+    def read(cls, folder: Path, precision: str = "fp32") -> Recording:
+        """Read ``record_<precision>.json`` and ``trajectory_<precision>.safetensors``."""
+        record = json.loads((folder / f"record_{precision}.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / f"trajectory_{precision}.safetensors")
+        if precision == "fp32":
+            return cls(record, tensors, folder)
+        exact = load_file(folder / "trajectory_fp32.safetensors")
+        return cls(record, tensors, folder, {name: _gap(value, exact[name]) for name, value in tensors.items()})
 
     def media(self, kind: str) -> list[str]:
         """Return the paths of the reference ``image`` or ``audio`` files, in order."""
@@ -75,17 +85,24 @@ def dreamid_cases(goldens: Path) -> Iterator[Case]:
     from port_kit.models.wan_fusion.goldens import family_cases
 
     yield from family_cases(goldens)
-    if (goldens / "e2e_dreamid" / "trajectory_fp32.safetensors").is_file():
-        yield Case("e2e_dreamid fp32", lambda: run_e2e(goldens))
+    for precision in PRECISIONS:
+        if (goldens / "e2e_dreamid" / f"trajectory_{precision}.safetensors").is_file():
+            yield Case(f"e2e_dreamid {precision}", partial(run_e2e, goldens, precision))
 
 
-def run_e2e(goldens: Path) -> list[Pair]:
+def run_e2e(goldens: Path, precision: str = "fp32") -> list[Pair]:
     """Run the pipeline as the reference engine was run; compare whatever is recorded, in the order of the run."""
-    recording = Recording.read(goldens / "e2e_dreamid")
+    recording = Recording.read(goldens / "e2e_dreamid", precision)
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         model = assemble(goldens, Path(folder), recording.record)
-        with single_rank(torch.float32):
+        with single_rank(PRECISIONS[precision]):
             return list(_compare(load_pipeline(model), recording))
+
+
+def _gap(rounded: torch.Tensor, exact: torch.Tensor) -> Bound:
+    """Bound a difference by what rounding costs the reference itself."""
+    gap = (rounded.double() - exact.double()).norm() / exact.double().norm()
+    return Bound(rel_l2=GAPS * gap.item(), why=f"{GAPS} times the reference's own distance from float32")
 
 
 def assemble(goldens: Path, target: Path, record: Mapping[str, Any]) -> Path:
@@ -201,4 +218,4 @@ def _compare(pipeline: DreamIDOmniPipeline, recording: Recording) -> Iterable[Pa
     seen["audio.wave"] = audio
     for name, value in seen.items():
         if name in recording.tensors:
-            yield Pair(name, value, recording.tensors[name], BOUND)
+            yield Pair(name, value, recording.tensors[name], recording.bounds.get(name, EXACT))

@@ -144,6 +144,7 @@ def hum(pitch: float, seconds: float = 2.5, rate: int = 16_000) -> np.ndarray:
 def main() -> int:
     """Generate one video and say what is in the file."""
     arguments = parse_arguments()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # An engine that runs in this process puts its name before every line on stdout: keep a way around it.
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni

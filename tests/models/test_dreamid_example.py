@@ -1,0 +1,69 @@
+"""The example scripts: the tiny download gives a directory that the pipeline loads; options reach the engine by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from port_kit.models.dreamid_omni import PORT
+from port_kit.models.wan_fusion.golden_pipeline import load_pipeline
+from port_kit.runtime.local import single_rank
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "dreamid_omni"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """The generate script as a module."""
+    spec = importlib.util.spec_from_file_location("generate_dreamid_omni", EXAMPLE / "generate_dreamid_omni.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tiny_download_loads_completely(tmp_path: Path) -> None:
+    script = EXAMPLE / "download_dreamid_omni.py"
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1,localhost"}
+    command = [sys.executable, str(script), "--tiny", "--output-dir", str(tmp_path / "dreamid_omni")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "dreamid_omni is complete: 8 files" in done.stdout
+    index = json.loads((tmp_path / "dreamid_omni" / "model_index.json").read_text())
+    assert (index["_class_name"], index["video_latent_length"]) == (PORT.class_name, 31)
+    with single_rank(torch.bfloat16):
+        pipeline = load_pipeline(tmp_path / "dreamid_omni")
+    dtypes = {name: {p.dtype for p in getattr(pipeline, name).parameters()} for name in ("transformer", "vae")}
+    # The video VAE computes in float32 whatever the engine's dtype.
+    assert dtypes == {"transformer": {torch.bfloat16}, "vae": {torch.float32}}
+
+
+def test_engine_options_keep_vllm_omnis_names(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        "generate --model M --cfg-parallel-size 2 --ulysses-degree 2 --enforce-eager --cache-backend cache_dit".split(),
+    )
+    options = generate.engine_options(generate.parse_arguments())
+    parallel = options.pop("parallel_config")
+    assert (parallel.cfg_parallel_size, parallel.ulysses_degree, parallel.world_size) == (2, 2, 4)
+    assert options == {"model": "M", "dtype": "bfloat16", "enforce_eager": True, "cache_backend": "cache_dit"}
+
+
+def test_a_request_says_only_what_was_given(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", "generate --model M --tiny --shift 3 --num-inference-steps 2".split())
+    prompt, sampling = generate.request_of(generate.parse_arguments())
+    assert (sampling.height, sampling.width, sampling.num_inference_steps, sampling.seed) == (64, 96, 2, 100)
+    assert sampling.extra_args == {"shift": 3.0}
+    media = prompt["multi_modal_data"]
+    assert [image.size for image in media["image"]] == [(192, 256)] * 2
+    assert all(len(samples) >= 2 * rate and np.abs(samples).max() < 1 for samples, rate in media["audio"])
