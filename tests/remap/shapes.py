@@ -30,5 +30,3 @@ def module_of(shapes: Mapping[str, Sequence[int]], *, buffers: Sequence[str] = (
 
 def manifest_of(shapes: Mapping[str, Sequence[int]], dtype: str = "float32") -> Manifest:
     return Manifest({name: (shape, dtype) for name, shape in shapes.items()}, origin="shapes")
-
-

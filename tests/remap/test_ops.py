@@ -150,9 +150,7 @@ def test_take_lets_rules_share_a_source() -> None:
 
 
 def test_index_arithmetic_in_targets() -> None:
-    rules = RuleSet(
-        "blocks", (Rule(r"up\.(\d+)\.w", r"up_blocks.{n - 1 - \1}.res.{\1 % 2}.w"),), {"n": 3}
-    )
+    rules = RuleSet("blocks", (Rule(r"up\.(\d+)\.w", r"up_blocks.{n - 1 - \1}.res.{\1 % 2}.w"),), {"n": 3})
     got = check_many(
         rules,
         {f"up.{n}.w": (2,) for n in range(3)},

@@ -1,0 +1,133 @@
+"""Tensor parallelism: whole slots through the parameters' loaders, or no more than this rank's part from the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from port_kit.errors import RemapError
+from port_kit.manifest import Manifest
+from port_kit.remap import Op, Rule, RuleSet, load_weights
+from port_kit.remap.local import load_local
+from tests.remap.linears import Linear
+
+RULES = RuleSet(
+    "tp",
+    (
+        Rule(r"b\.(q|k|v)\.weight", "qkv.weight", shard=r"\1"),
+        Rule(r"b\.gate_up\.weight", ("gu.weight", "gu.weight"), shard=("1", "0"), op=Op.of("split", dim=0)),
+        Rule(r"b\.o\.weight", "o.weight"),
+        Rule(r"b\.up\.weight", "up.weight", op="transpose"),
+        Rule(r"b\.conv\.weight", "conv.weight", op=Op.of("rearrange", pattern="o i k -> o (i k)")),
+        Rule(r"b\.norm\.weight", "norm.weight"),
+        Rule(r"b\.swap\.weight", "swap.weight", op=Op.of("reorder", dim=0)),
+    ),
+)
+TENSORS = {
+    "b.q.weight": (8, 6),
+    "b.k.weight": (2, 6),
+    "b.v.weight": (2, 6),
+    "b.gate_up.weight": (8, 6),
+    "b.o.weight": (6, 8),
+    "b.up.weight": (6, 8),
+    "b.conv.weight": (4, 3, 2),
+    "b.norm.weight": (8,),
+    "b.swap.weight": (4, 6),
+}
+
+
+class Norm(nn.Module):
+    """A norm whose weight only its own loader knows how to split."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.tp_rank, self.tp_size = rank, size
+        self.weight = nn.Parameter(torch.full((8 // size,), float("nan")), requires_grad=False)
+        self.weight.weight_loader = self.load
+
+    def load(self, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+        count = parameter.shape[0]
+        parameter.data.copy_(tensor[self.tp_rank * count : (self.tp_rank + 1) * count])
+
+
+def module(rank: int, size: int) -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "qkv": Linear("qkv", 6, [8, 2, 2], rank, size, kv=2),
+            "gu": Linear("merged", 6, [4, 4], rank, size),
+            "o": Linear("row", 8, [6], rank, size),
+            "up": Linear("column", 6, [8], rank, size),
+            "conv": Linear("column", 6, [4], rank, size),
+            "swap": Linear("column", 6, [4], rank, size),
+            "norm": Norm(rank, size),
+        }
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    tensors = {name: torch.randn(shape) for name, shape in TENSORS.items()}
+    half = len(tensors) // 2
+    for part, names in enumerate((list(tensors)[:half], list(tensors)[half:])):
+        save_file({name: tensors[name] for name in names}, tmp_path / f"model-{part}.safetensors")
+    return tmp_path, tensors
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_hold_the_whole_and_read_only_their_part(checkpoint, size: int) -> None:  # noqa: ANN001
+    folder, tensors = checkpoint
+    one = module(0, 1)
+    load_weights(one, tensors.items(), RULES)
+    assert torch.equal(one["qkv"].weight, torch.cat([tensors[f"b.{p}.weight"] for p in "qkv"]))
+    assert torch.equal(one["gu"].weight, torch.cat([tensors["b.gate_up.weight"][4:], tensors["b.gate_up.weight"][:4]]))
+    read = 0
+    for rank in range(size):
+        streamed, local = module(rank, size), module(rank, size)
+        names = load_weights(streamed, tensors.items(), RULES)
+        done = load_local(local, folder, RULES)
+        assert done.loaded == names
+        for name, parameter in streamed.named_parameters():
+            assert torch.equal(parameter, local.get_parameter(name)), name
+        read += done.bytes_read
+        assert set(done.read_whole) <= {"b.norm.weight", "b.swap.weight"}
+    extra = 0 if size == 1 else (size - 1) * 4 * (8 + 24)  # read whole by every rank: the norm and the reorder
+    replicated = {4: 2 * 2 * 6 * 2 * 4 // 2}.get(size, 0)  # each of 2 key heads on 2 ranks
+    assert read == sum(tensor.nbytes for tensor in tensors.values()) + extra + replicated
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_manifests_of_sharded_modules_have_whole_shapes(size: int) -> None:
+    manifest = Manifest.from_module(module(size - 1, size))
+    assert manifest["qkv.weight"].shape == (12, 6)
+    assert manifest["qkv.weight"].slots == {
+        "q": ((0, 8), (0, 6)),
+        "k": ((8, 10), (0, 6)),
+        "v": ((10, 12), (0, 6)),
+    }
+    assert manifest["o.weight"].shape == (6, 8) and manifest["up.weight"].shape == (8, 6)
+
+
+def test_a_gap_is_found_before_anything_is_read(checkpoint) -> None:  # noqa: ANN001
+    folder, _ = checkpoint
+    with pytest.raises(RemapError, match="matches no rule"):
+        load_local(module(0, 2), folder, RULES.without(r"b\.o\.weight"))
+
+
+def test_an_own_loader_is_stretched_by_its_ranks_only(checkpoint) -> None:  # noqa: ANN001
+    _, tensors = checkpoint
+    tensors["b.norm.weight"] = torch.zeros(16)
+    with pytest.raises(RemapError) as caught:
+        load_weights(module(0, 2), tensors.items(), RULES)
+    assert caught.value.code == "remap_shape"
+
+
+def test_a_missing_slot_is_never_loaded(checkpoint) -> None:  # noqa: ANN001
+    _, tensors = checkpoint
+    del tensors["b.k.weight"]
+    with pytest.raises(RemapError, match="qkv.weight lacks slots k") as caught:
+        load_weights(module(0, 1), tensors.items(), RULES)
+    assert caught.value.code == "remap_incomplete_group"
