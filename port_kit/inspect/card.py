@@ -39,7 +39,7 @@ def _parse(block: str) -> tuple[Mapping[str, Any], str]:
 
     try:
         metadata = yaml.safe_load(block)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that cannot be; brackets without end
         return {}, f"its metadata is no YAML: {str(error).splitlines()[0]}"
     if metadata is None or isinstance(metadata, dict):
         return metadata or {}, ""

@@ -48,7 +48,7 @@ class Documents:
             return {}
         try:
             value = json.loads(self.content(path))
-        except ValueError as error:  # both what is no UTF-8 and what is no JSON
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, brackets without end
             self.problems.append(Finding(path, f"is no JSON: {error}"))
             return {}
         if not isinstance(value, dict):

@@ -93,16 +93,18 @@ def _each(tree: Tree, read: Callable[[str], _T], paths: list[str]) -> list[_T]:
 
 
 def _memory(components: list[Component]) -> Memory | None:
-    """Weights alone; the largest component is what tensor parallelism or HSDP shards."""
+    """Weights alone; of a model in one piece the largest component stands for the transformer."""
     if not any(part.parameters for part in components):
         return None
-    largest = max(components, key=lambda part: part.parameters)
-    rest = 2 * sum(part.parameters for part in components if part is not largest)
+    named = [part for part in components if part.name.startswith(("transformer", "unet"))]
+    sharded = named or [max(components, key=lambda part: part.parameters)]
+    divided = 2 * sum(part.parameters for part in sharded)
+    total = 2 * sum(part.parameters for part in components)
     return Memory(
         stored=sum(part.size for part in components),
-        bfloat16=2 * largest.parameters + rest,
-        per_rank={ranks: -(-2 * largest.parameters // ranks) + rest for ranks in _RANKS},
-        largest=largest.name,
+        bfloat16=total,
+        per_rank={ranks: -(-divided // ranks) + total - divided for ranks in _RANKS},
+        sharded=tuple(part.name for part in sharded),
     )
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from port_kit.download.progress import human
 from port_kit.inspect.report import TITLES, Component, Finding, Inspection, Memory
 
-_GIB = 1 << 30
-
 
 def describe(inspection: Inspection) -> str:
     """Return the report for people; it carries its meaning without colour."""
@@ -81,13 +79,18 @@ def _facts(inspection: Inspection) -> Iterator[str]:
 
 
 def _memory(memory: Memory) -> Iterator[str]:
-    yield f"weights of all components: {_gib(memory.stored)} as stored, {_gib(memory.bfloat16)} in bfloat16"
-    ranks = ", ".join(f"{_gib(size)} on {count}" for count, size in memory.per_rank.items() if count > 1)
-    yield f"on each of several GPUs with {memory.largest} sharded: {ranks}; activations come on top"
+    yield f"weights of all components: {_binary(memory.stored)} as stored, {_binary(memory.bfloat16)} in bfloat16"
+    ranks = ", ".join(f"{_binary(size)} on {count}" for count, size in memory.per_rank.items() if count > 1)
+    yield f"on each of several GPUs with {' and '.join(memory.sharded)} sharded: {ranks}; activations come on top"
 
 
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.1f} GiB"
+def _binary(count: float) -> str:
+    """Memory is counted in powers of two: ``21.4 GiB``."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def _columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:

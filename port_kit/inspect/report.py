@@ -180,14 +180,14 @@ class Memory:
     Attributes:
         stored: as the files have them.
         bfloat16: with every parameter in two bytes, vLLM-Omni's default.
-        per_rank: in bfloat16 on each of N GPUs, the largest component sharded over them and the rest whole.
-        largest: the component that is sharded.
+        per_rank: in bfloat16 on each of N GPUs, what is sharded divided among them and the rest whole.
+        sharded: the components that tensor parallelism or HSDP divides: the transformers, else the largest component.
     """
 
     stored: int
     bfloat16: int
     per_rank: Mapping[int, int]
-    largest: str
+    sharded: tuple[str, ...]
 
 
 @dataclass(frozen=True)

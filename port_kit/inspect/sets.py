@@ -101,8 +101,8 @@ def read_index(path: str, content: bytes) -> Index | Finding:
     folder = path.rpartition("/")[0]
     try:
         weight_map = json.loads(content)["weight_map"]
-        return Index(path, {str(name): _beside(folder, file) for name, file in weight_map.items()})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return Index(path, {str(name): _beside(folder, str(file)) for name, file in weight_map.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Finding(path, "is no index: it has no weight_map of tensor names to files")
 
 

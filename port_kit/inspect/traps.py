@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from port_kit.inspect.catalogue import omni
-from port_kit.inspect.components import CONFIGS, index_path
+from port_kit.inspect.components import CONFIGS, INDEXES, index_path
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.report import Component, Finding, WeightFile
 from port_kit.inspect.sets import WeightSet, group, twice
@@ -20,7 +20,7 @@ def traps(
 ) -> list[Finding]:
     """List the traps that this model lays."""
     found = [*_folder_name(documents, verdict), *_model_type(documents, verdict), *_other_class(documents, components)]
-    return [*found, *_loaded_twice(documents, files), *_own_code(documents)]
+    return [*found, *_loaded_twice(documents, files), *_own_code(documents), *_further_models(documents)]
 
 
 def _folder_name(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
@@ -82,6 +82,14 @@ def _own_code(documents: Documents) -> Iterator[Finding]:
     if code:
         more = f" and {len(code) - 1} more" if len(code) > 1 else ""
         yield Finding(code[0] + more, "is code that comes with the weights; nothing of it was executed")
+
+
+def _further_models(documents: Documents) -> Iterator[Finding]:
+    """A repository of several models: each folder with an index is a model directory of its own."""
+    for path in documents.tree.files:
+        folder, _, name = path.rpartition("/")
+        if folder and name in INDEXES:
+            yield Finding(path, f"makes {folder}/ a model directory of its own: fetch and inspect that folder")
 
 
 def _in(folder: str, name: str) -> str:

@@ -13,6 +13,8 @@ from port_kit.inspect.documents import Documents
 from port_kit.inspect.report import Component, Finding, Path
 from port_kit.port import Port, list_ports, resolve
 
+_ADAPTER = "DiffusersAdapterPipeline"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -54,7 +56,18 @@ def judge(documents: Documents, components: list[Component]) -> Verdict:
         word = "is" if class_name in diffusers_names() else "is not"
         evidence.append(Finding(source, f"{class_name} {word} in {library_version('diffusers')}"))
     evidence += _classes(components)
-    return Verdict(_path(documents, class_name, components), class_name, tuple(evidence), port=port)
+    path = _path(documents, class_name, components)
+    return Verdict(path, class_name, (*evidence, *_adapter(path)), port=port)
+
+
+def _adapter(path: Path) -> Iterator[Finding]:
+    """What can be had today, without a port."""
+    if path == "diffusers" and _ADAPTER in omni().pipelines:
+        yield Finding(
+            _omni(),
+            "its diffusers adapter runs the pipeline unchanged (diffusion_load_format='diffusers'), without tensor, "
+            "sequence and guidance parallelism, caches and offload",
+        )
 
 
 def _hidden(documents: Documents) -> str:
@@ -79,7 +92,8 @@ def _pipeline_class(documents: Documents, evidence: list[Finding]) -> tuple[str,
 
 def _class_of_root_config(config: dict[str, Any]) -> str:
     """What vLLM-Omni makes of a root ``config.json``; a diffusers component there is no pipeline."""
-    architectures = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    listed = config.get("architectures")
+    architectures = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     by_type = omni().by_model_type.get(str(config.get("model_type"))) if config else None
     by_architecture = [omni().by_architecture[name] for name in architectures if name in omni().by_architecture]
     served = [name for name in architectures if len(architectures) == 1 and name in omni().pipelines]

@@ -76,14 +76,20 @@ def _read_safetensors(source: ByteSource, path: str) -> WeightFile:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        entries = {name: (tuple(map(int, entry["shape"])), _dtype(entry)) for name, entry in header.items()}
+        entries = {name: (_shape(entry["shape"]), _dtype(entry)) for name, entry in header.items()}
         details = {str(key): str(value) for key, value in metadata.items() if len(str(value)) <= 80}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{source.name} has a broken header", code="checkpoint_corrupt") from error
     if 8 + length + end != source.size:
         message = f"{source.name} has {source.size} bytes, its header needs {8 + length + end}"
         raise CheckpointError(message, code="checkpoint_corrupt")
     return WeightFile(path, source.size, "safetensors", entries, details=details)
+
+
+def _shape(extents: list[int]) -> tuple[int, ...]:
+    if any(type(extent) is not int or extent < 0 for extent in extents):
+        raise ValueError(f"{extents} is no shape")
+    return tuple(extents)
 
 
 def _dtype(entry: dict[str, str]) -> str:

@@ -136,18 +136,23 @@ def _literal(node: ast.expr | None) -> str:
 def _filled(node: ast.expr) -> str:
     """``{self.endpoint}`` is ``<endpoint>``, ``{len(files)}`` is ``<files>``: the last word says what it is."""
     value = node.value if isinstance(node, ast.FormattedValue) else node
-    words = [part.attr if isinstance(part, ast.Attribute) else part.id for part in ast.walk(value) if _is_word(part)]
-    words = [word for word in words if word not in ("self", "len", "sorted", "str", "join", "type", "max", "min")]
+    words = [
+        word
+        for part in ast.walk(value)
+        if (word := _word(part)) and word not in ("self", "len", "sorted", "str", "join", "type", "max", "min")
+    ]
     return f"<{words[0].replace('_', ' ').strip()}>" if words else "<...>"
 
 
-def _is_word(node: ast.AST) -> bool:
-    return isinstance(node, (ast.Attribute, ast.Name))
+def _word(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _section(name: str, cls: type[PortKitError], places: list[Raised]) -> str:
     mine = sorted({place.code for place in places if place.exception == name and place.code in CODES})
-    summary = " ".join(inspect.getdoc(cls).split("\n\n")[0].split()) if inspect.getdoc(cls) else ""
+    summary = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
     parts = [_code(code, [place for place in places if (place.exception, place.code) == (name, code)]) for code in mine]
     return "\n".join([f"## {name}\n", f"{summary}\n", *parts]) if mine else ""
 

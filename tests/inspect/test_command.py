@@ -24,7 +24,7 @@ def test_json_envelope(folder: Folder) -> None:
     assert result.exit_code == 0 and envelope["ok"] and envelope["command"] == "inspect"
     data = envelope["data"]
     assert data["path"] == "hybrid" and data["components"][0]["weights"][0]["tensors"] == 1
-    assert data["memory"]["largest"] == "transformer"
+    assert data["memory"]["sharded"] == ["transformer"]
 
 
 def test_text_goes_to_stdout(folder: Folder) -> None:

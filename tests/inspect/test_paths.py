@@ -55,7 +55,7 @@ def test_diffusers_components_are_found_with_sizes_and_dtypes(remote: Remote) ->
 
 def test_memory_is_of_the_weights_with_the_largest_sharded(remote: Remote) -> None:
     memory = remote(forge.diffusers_model()).memory
-    assert memory is not None and memory.largest == "transformer"
+    assert memory is not None and memory.sharded == ("transformer",)
     assert memory.bfloat16 == 2 * (136 + 16 + 64)
     assert memory.per_rank == {1: 432, 2: 296, 4: 228, 8: 194}
 
