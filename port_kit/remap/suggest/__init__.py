@@ -13,6 +13,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from port_kit.remap.plan import check
+from port_kit.remap.planmap import plan_map
+from port_kit.remap.rules import RuleSet
 from port_kit.remap.suggest.confidence import GUESS, LIKELY, Judge
 from port_kit.remap.suggest.conventions import apply_conventions
 from port_kit.remap.suggest.emit import drop_rules, rules_of
@@ -26,7 +29,7 @@ from port_kit.remap.suggest.units import Shape, units_of
 if TYPE_CHECKING:
     from port_kit.manifest import Manifest
 
-__all__ = ["Proposal", "Suggestion", "suggest", "suggested_map"]
+__all__ = ["Proposal", "Suggestion", "suggest"]
 
 _NO_USE = "nothing in the target has a place for it"
 
@@ -44,15 +47,7 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
     """
     given, wanted = _shapes(source), _shapes(target)
     found, judge = _matches(given, wanted)
-    proposals: list[Proposal] = []
-    for item in found:
-        verdict = judge.verdict(item)
-        if verdict.level != GUESS:
-            entries = dict(entries_of(item))
-            sources = tuple(dict.fromkeys(origin for entry in entries.values() for origin in entry["from"]))
-            rules = tuple(rules_of(item, given))
-            what = f"{item.source} -> {item.target}"
-            proposals.append(Proposal(rules, verdict.level, what, tuple(entries), sources, verdict.doubts))
+    proposals = _kept([_proposal(item, judge, given) for item in found], found, source, target)
     explained = {tensor for proposal in proposals for tensor in proposal.targets}
     used = {tensor for proposal in proposals for tensor in proposal.sources}
     unused = {tensor: shape for tensor, shape in given.items() if tensor not in used}
@@ -62,11 +57,23 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
     return Suggestion(name, tuple(proposals), missing)
 
 
-def suggested_map(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> dict[str, dict[str, Any]]:
-    """What :func:`suggest` proposes, in the schema of the conversion oracles: target -> {from, op, detail}."""
-    found, judge = _matches(source, target)
-    kept = (item for item in found if judge.verdict(item).level != GUESS)
-    return {name: entry for item in kept for name, entry in entries_of(item)}
+def _proposal(item: Match, judge: Judge, names: Mapping[str, Shape]) -> Proposal:
+    verdict = judge.verdict(item)
+    entries = dict(entries_of(item))
+    sources = tuple(dict.fromkeys(origin for entry in entries.values() for origin in entry["from"]))
+    rules = () if verdict.level == GUESS else tuple(rules_of(item, names))
+    return Proposal(rules, verdict.level, f"{item.source} -> {item.target}", tuple(entries), sources, verdict.doubts)
+
+
+def _kept(proposals: Sequence[Proposal], found: Sequence[Match], source: Manifest, target: Manifest) -> list[Proposal]:
+    """The proposals that are more than a guess and whose rules, compiled, do what the match says."""
+    rules = RuleSet("suggested", tuple(rule for proposal in proposals for rule in proposal.rules))
+    compiled = plan_map(check(rules, source, target, narrow=True))
+    return [
+        proposal
+        for proposal, item in zip(proposals, found, strict=True)
+        if proposal.rules and all(compiled.get(name) == entry for name, entry in entries_of(item))
+    ]
 
 
 def _matches(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> tuple[list[Match], Judge]:

@@ -18,12 +18,12 @@ from port_kit.remap.suggest.units import Index, Unit
 
 def apply_conventions(found: Sequence[Match]) -> list[Match]:
     """The same matches, those split or changed that a convention speaks about."""
-    targets = {item.target.parts for item in found}
-    return _transposed([part for item in found for part in _swapped(item, targets)])
+    modules = {unit.parts for item in found for unit in (item.source, item.target)}
+    return _transposed([part for item in found for part in _swapped(item, modules)])
 
 
-def _swapped(item: Match, targets: set[tuple[str, ...]]) -> Iterator[Match]:
-    chosen = set() if item.source.members or item.target.members else _continuous_norms(item, targets)
+def _swapped(item: Match, modules: set[tuple[str, ...]]) -> Iterator[Match]:
+    chosen = set() if item.source.members or item.target.members else _continuous_norms(item, modules)
     rest = set(item.alignment.pairs) - chosen
     if not chosen:
         yield item
@@ -33,18 +33,18 @@ def _swapped(item: Match, targets: set[tuple[str, ...]]) -> Iterator[Match]:
         yield item.only(rest)
 
 
-def _continuous_norms(item: Match, targets: set[tuple[str, ...]]) -> set[Index]:
+def _continuous_norms(item: Match, modules: set[tuple[str, ...]]) -> set[Index]:
     """Instances of the target that are the projection of a continuous adaptive norm on one side only."""
     ours, theirs = _norm_linear(item.target), _norm_linear(item.source)
     if ours == theirs:
         return set()
     named = item.target if ours else item.source
-    doubled = {index for index in item.alignment.pairs if _rows_per_column(item.target, index) == 2}
     if named.parts[-2] == "norm_out" and not any("{}" in part for part in named.parts):
-        has_own_norm = (*item.target.parts[:-1], "norm") in targets
-        return set() if has_own_norm else doubled
-    rows = {_rows_per_column(item.target, index) for index in item.alignment.pairs}
-    return doubled if len(rows) > 1 else set()
+        has_own_norm = (*named.parts[:-1], "norm") in modules
+        return set() if has_own_norm or not _even_rows(item.target) else set(item.alignment.pairs)
+    chunks = {index: _rows_per_column(item.target, index) for index in item.alignment.pairs}
+    doubled = {index for index, count in chunks.items() if count == 2}
+    return doubled if len(set(chunks.values())) > 1 else set()
 
 
 def _norm_linear(unit: Unit) -> bool:
@@ -54,6 +54,10 @@ def _norm_linear(unit: Unit) -> bool:
 def _rows_per_column(unit: Unit, index: Index) -> float:
     shape = unit.shapes["weight"].get(index, ()) if "weight" in unit.shapes else ()
     return shape[0] / shape[1] if len(shape) == 2 and shape[1] else 0.0
+
+
+def _even_rows(unit: Unit) -> bool:
+    return all(shape and shape[0] % 2 == 0 for row in unit.shapes.values() for shape in row.values())
 
 
 def _transposed(found: Sequence[Match]) -> list[Match]:
