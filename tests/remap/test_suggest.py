@@ -138,6 +138,13 @@ def test_parametrized_weights_keep_their_long_names() -> None:
     }
 
 
+def test_sides_of_different_dtypes_give_rules_that_may_round() -> None:
+    source, target = Manifest({"a.q.weight": ([4, 4], "float32")}), Manifest({"b.q.weight": ([4, 4], "bfloat16")})
+    assert suggest(source, target).rules.narrow
+    assert check(suggest(source, target).rules, source, target).ok
+    assert not suggest(source, source).rules.narrow
+
+
 def test_stacked_experts_both_ways() -> None:
     apart = {f"layers.{layer}.experts.{at}.w2.weight": [4, 6] for layer in range(2) for at in range(3)}
     stacked = {f"layers.{layer}.experts.w2.weight": [3, 4, 6] for layer in range(2)}

@@ -54,7 +54,8 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
     missing = _missing({tensor: shape for tensor, shape in wanted.items() if tensor not in explained}, unused)
     if not missing:
         proposals += _drops(unused, given)
-    return Suggestion(name, tuple(proposals), missing)
+    narrow = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
+    return Suggestion(name, tuple(proposals), missing, narrow)
 
 
 def _proposal(item: Match, judge: Judge, names: Mapping[str, Shape]) -> Proposal:

@@ -57,20 +57,24 @@ class Suggestion:
         name: name of the rule set.
         proposals: the proposed rules, in the order of the target.
         missing: target tensors that nothing explains, with the sources that would fit by shape.
+        narrow: the sides differ in dtypes, so values may have to be rounded.
     """
 
     name: str
     proposals: tuple[Proposal, ...]
     missing: Mapping[str, tuple[str, ...]]
+    narrow: bool = False
 
     @property
     def rules(self) -> RuleSet:
         """All proposed rules as one set; each carries its confidence and a note."""
-        return RuleSet(self.name, tuple(rule for proposal in self.proposals for rule in proposal.annotated()))
+        rules = tuple(rule for proposal in self.proposals for rule in proposal.annotated())
+        return RuleSet(self.name, rules, narrow=self.narrow)
 
     def only(self, confidence: str) -> RuleSet:
         """The rules of one confidence."""
-        return RuleSet(self.name, tuple(rule for rule in self.rules if rule.confidence == confidence))
+        chosen = tuple(rule for rule in self.rules if rule.confidence == confidence)
+        return RuleSet(self.name, chosen, narrow=self.narrow)
 
     def explained(self) -> Counter[str]:
         """Confidence -> number of target tensors."""
