@@ -30,6 +30,7 @@ def read_card(text: str) -> Card:
         task=_word(metadata.get("pipeline_tag")),
         code=tuple(dict.fromkeys(_git_repositories(text))),
         repositories=tuple(dict.fromkeys(_hub_repositories(text))),
+        asks_terms=any(str(key).startswith("extra_gated_") for key in metadata),
         problem=problem,
     )
 

@@ -33,6 +33,7 @@ class Omni:
         version: of the installed package.
         pipelines: ``{_class_name: "folder.module"}`` of diffusion pipelines.
         stages: keys of multi-stage pipelines (``bagel``), matched with ``model_type`` and with folder names.
+        stage_classes: ``{_class_name: key}`` of multi-stage pipelines that are known by a diffusers class.
         by_model_type: ``{model_type of the root config.json: pipeline class}``.
         by_architecture: ``{entry of architectures in the root config.json: pipeline class}``.
     """
@@ -40,6 +41,7 @@ class Omni:
     version: str
     pipelines: Mapping[str, str]
     stages: tuple[str, ...]
+    stage_classes: Mapping[str, str]
     by_model_type: Mapping[str, str]
     by_architecture: Mapping[str, str]
 
@@ -59,6 +61,7 @@ def omni() -> Omni:
         version=_version("vllm-omni"),
         pipelines={_text(key): ".".join(_strings(value)[:2]) for key, value in models},
         stages=tuple(_text(key) for key, _ in stages),
+        stage_classes=dict(_stage_classes()),
         by_model_type=by_model_type,
         by_architecture=by_architecture,
     )
@@ -144,6 +147,19 @@ def _is_structure_item(node: ast.expr) -> bool:
 
 def _part(node: ast.expr) -> str:
     return _text(node.slice) if isinstance(node, ast.Subscript) else ""
+
+
+def _stage_classes() -> Iterator[tuple[str, str]]:
+    """Read which diffusers classes multi-stage pipelines are known by, from the keywords of their declarations."""
+    for file in sorted((_root("vllm_omni") / "model_executor" / "models").glob("*/pipeline.py")):
+        source = file.read_bytes()
+        if b"diffusers_class_name=" not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call):
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                names = [given[word] for word in ("diffusers_class_name", "diffusers_class_aliases") if word in given]
+                yield from ((name, _text(given.get("model_type"))) for value in names for name in _strings(value))
 
 
 def _root_config_rules(tree: ast.Module) -> tuple[dict[str, str], dict[str, str]]:

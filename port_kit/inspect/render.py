@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from port_kit.download.progress import human
-from port_kit.inspect.report import TITLES, Component, Finding, Inspection, Memory
+from port_kit.inspect.report import TITLES, Card, Component, Finding, Inspection, Memory
 
 
 def describe(inspection: Inspection) -> str:
@@ -67,7 +67,7 @@ def _facts(inspection: Inspection) -> Iterator[str]:
     rows = [("files", f"{inspection.files} files, {human(inspection.size)}")]
     if inspection.memory:
         rows += [("memory", line) for line in _memory(inspection.memory)]
-    rows.append(("gate", inspection.gate or "none: the files can be read"))
+    rows.append(("gate", inspection.gate or _open_gate(card)))
     link = f" ({card.licence_link})" if card.licence_link else ""
     rows.append(("licence", f"{card.licence}{link}" if card.licence else "README.md does not say"))
     rows += [("card", card.problem)] if card.problem else []
@@ -76,6 +76,10 @@ def _facts(inspection: Inspection) -> Iterator[str]:
     rows += [("code", address) for address in card.code]
     rows += [("mentions", repo_id) for repo_id in card.repositories if repo_id != inspection.target]
     yield from _columns(rows, indent="")
+
+
+def _open_gate(card: Card) -> str:
+    return "open to you; README.md asks for terms to be accepted" if card.asks_terms else "none: the files can be read"
 
 
 def _memory(memory: Memory) -> Iterator[str]:

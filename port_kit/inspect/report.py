@@ -161,6 +161,7 @@ class Card:
         task: the metadata's ``pipeline_tag``.
         code: git repositories that it names, in the order of the text.
         repositories: Hub repositories that it names.
+        asks_terms: whether its metadata describes a gate, open to this reader or not.
         problem: why the metadata cannot be read; empty where it can.
     """
 
@@ -170,6 +171,7 @@ class Card:
     task: str = ""
     code: tuple[str, ...] = ()
     repositories: tuple[str, ...] = ()
+    asks_terms: bool = False
     problem: str = ""
 
 

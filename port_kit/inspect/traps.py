@@ -25,7 +25,8 @@ def traps(
 
 def _folder_name(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
     """vLLM-Omni looks for its keys in the folder's name where nothing else has selected a multi-stage pipeline."""
-    if verdict.stage:
+    config = documents.object("config.json")
+    if verdict.stage or config.get("model_type") or config.get("architecture"):
         return
     name = _basename(documents)
     keys = [key for key in omni().stages if _plain(key) in _plain(name)]
@@ -47,7 +48,7 @@ def _plain(name: str) -> str:
 
 def _model_type(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
     """A root config.json beside an index goes first."""
-    if verdict.stage and index_path(documents):
+    if verdict.stage and verdict.stage == documents.object("config.json").get("model_type") and index_path(documents):
         yield Finding(
             "config.json", f"model_type {verdict.stage!r} selects vLLM-Omni's own pipeline, whatever the index says"
         )

@@ -48,6 +48,9 @@ def judge(documents: Documents, components: list[Component]) -> Verdict:
     stage = _stage(documents)
     if stage:
         evidence.append(Finding("config.json", f"model_type {stage} is a multi-stage pipeline of {_omni()}"))
+    elif class_name in omni().stage_classes:
+        stage = omni().stage_classes[class_name]
+        evidence.append(Finding(source, f"{class_name} is the multi-stage pipeline {stage} of {_omni()}"))
     served = [Finding(source, by) for by in _served_by(class_name)]
     if served or stage:
         return Verdict("supported", class_name, (*evidence, *served), stage, port)

@@ -127,6 +127,12 @@ def test_multi_stage_pipeline_by_model_type(folder: Folder) -> None:
     assert any("model_type bagel is a multi-stage pipeline" in finding.fact for finding in report.evidence)
 
 
+def test_multi_stage_pipeline_by_an_alias_of_its_class(folder: Folder) -> None:
+    report = inspect(str(folder(forge.diffusers_model(pipeline="MingImageLayeredDiffusionPipeline"))))
+    assert report.path == "supported"
+    assert "is the multi-stage pipeline ming_image of" in report.evidence[0].fact
+
+
 def test_a_port_serves_its_own_class(folder: Folder) -> None:
     files = forge.diffusers_model(pipeline="DreamIDOmniPipeline")
     report = inspect(str(folder(files)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from port_kit.errors import DownloadError, InspectError
-from port_kit.inspect import Inspection, inspect
+from port_kit.inspect import Inspection, describe, inspect
 from port_kit.testing.hub import Fault, Hub
 from tests.inspect import forge
 from tests.inspect.conftest import Folder, Remote
@@ -41,8 +41,10 @@ def test_gated_custom_repository_is_decided_by_its_listing(remote: Remote) -> No
 
 
 def test_gated_repository_opens_with_a_granted_token(remote: Remote) -> None:
-    report = remote(forge.diffusers_model(), gated=("org/some_model",), token="hf_x", asked={"token": "hf_x"})
-    assert report.path == "diffusers" and not report.gate
+    files = forge.diffusers_model() | {"README.md": forge.card("license: other\nextra_gated_prompt: Accept this.")}
+    report = remote(files, gated=("org/some_model",), token="hf_x", asked={"token": "hf_x"})
+    assert report.path == "diffusers" and not report.gate and report.card.asks_terms
+    assert "gate     open to you; README.md asks for terms to be accepted" in describe(report)
 
 
 def test_missing_and_private_repositories_are_told_apart_by_the_token(remote: Remote) -> None:
@@ -216,6 +218,12 @@ def test_a_folder_name_that_selects_a_built_in_pipeline(tmp_path: Path) -> None:
 def test_a_root_model_type_that_goes_before_the_index(folder: Folder) -> None:
     files = forge.diffusers_model() | {"config.json": forge.as_json({"model_type": "bagel"})}
     assert "whatever the index says" in facts(inspect(str(folder(files))), "traps")["config.json"][0]
+
+
+def test_a_repository_of_several_models(folder: Folder) -> None:
+    files = {f"small/{path}": content for path, content in forge.diffusers_model().items()}
+    traps = facts(inspect(str(folder(files))), "traps")
+    assert "a model directory of its own" in traps["small/model_index.json"][0]
 
 
 def test_variants_that_would_be_loaded_twice(folder: Folder) -> None:
