@@ -3,6 +3,7 @@
 Every contender fetches the same bytes from the same server process into an empty directory, in turns; the smallest of
 the rounds counts. The kit hashes everything; `hf download` and `curl` hash nothing. With --limit the server holds each
 connection to a rate. Times are wall times of whole commands, interpreter start included; `inner` leaves it out.
+Processor seconds are those of the command, which says more than wall time where other work shares the machine.
 
     python benchmarks/download_speed.py --megabytes 2000 --rounds 3
     python benchmarks/download_speed.py --megabytes 500 --rounds 1 --limit 50
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,12 @@ def timed(action: Callable[[], object]) -> float:
     begun = time.perf_counter()
     action()
     return time.perf_counter() - begun
+
+
+def children_cpu() -> float:
+    """Processor seconds of all child processes that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def contenders(folder: Path, endpoint: str, commit: str) -> dict[str, Callable[[Path], float]]:
@@ -115,21 +123,25 @@ def contenders(folder: Path, endpoint: str, commit: str) -> dict[str, Callable[[
 def measure(folder: Path, endpoint: str, commit: str, rounds: int, ask: Callable[[], int]) -> dict[str, object]:
     """All contenders in turns, and a second run with everything present."""
     times: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, fetch in contenders(folder, endpoint, commit).items():
             target = folder / "out"
+            before = children_cpu()
             times.setdefault(name, []).append(round(fetch(target), 3))
+            cpu.setdefault(name, []).append(round(children_cpu() - before, 3))
             if name == "port-kit, 8 connections":
-                before = ask()
+                asked = ask()
                 times.setdefault("port-kit, everything present", []).append(
                     round(contenders(folder, endpoint, commit)[name](target), 3)
                 )
-                requests = ask() - before
+                requests = ask() - asked
             shutil.rmtree(target)
     best = {name: min(values) for name, values in times.items()}
     ours = best["port-kit, 1 connection"]
     return {
         "seconds": best,
+        "processor_seconds": {name: min(values) for name, values in cpu.items()},
         "all_rounds": times,
         "requests_of_a_rerun": requests,
         "ratio_to_curl": round(ours / best["curl"], 2),
