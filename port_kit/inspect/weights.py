@@ -48,8 +48,8 @@ def read_weights(tree: Tree, path: str) -> WeightFile:
     size, expected = tree.files[path], FORMATS[split_suffix(path)[1]]
     if tree.gate:
         return WeightFile(path, size, expected, problem="not read: the repository is gated")
-    with tree.open(path) as source:
-        reader = _READERS.get(expected)
+    with tree.open(path) as opened:
+        source, reader = _Headed(opened), _READERS.get(expected)
         if source.read_at(0, len(_LFS)) == _LFS:
             return WeightFile(path, size, "lfs pointer", problem="a Git LFS pointer: its content was never fetched")
         if reader is None:
@@ -58,6 +58,20 @@ def read_weights(tree: Tree, path: str) -> WeightFile:
             return reader(source, path)
         except CheckpointError as error:
             return WeightFile(path, size, expected, problem=_told(error, source, path))
+
+
+class _Headed:
+    """A source whose first bytes are read once: what a file is and what its header says mostly stand there together."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.name, self.size = source.name, source.size
+        self._source, self._head = source, source.read_at(0, min(_FIRST_READ, source.size))
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`~port_kit.byte_source.ByteSource`."""
+        if min(offset + length, self.size) <= len(self._head):
+            return self._head[offset : offset + length]
+        return self._source.read_at(offset, length)
 
 
 def _told(error: CheckpointError, source: ByteSource, path: str) -> str:

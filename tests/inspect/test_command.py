@@ -64,6 +64,8 @@ def test_only_headers_travel_and_torch_stays_out() -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["data"]["path"] == "diffusers"
     assert sent < 200_000 < len(big)
+    kinds = [request.kind for request in hub.requests if request.host == "hub"]
+    assert kinds.count("get") == len(files) - 1 and len(kinds) == len(files) - 1 + 3, "each once; tokenizer.json never"
 
 
 def test_catalogue_has_what_is_known_to_exist() -> None:
