@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vllm_omni.quantization.component_config import safe_quant_config
 
 from port_kit.errors import InputError
 from port_kit.models.wan_fusion.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, modulate, windows
@@ -110,11 +111,12 @@ class Stem(nn.Module):
     ) -> None:
         super().__init__()
         dim = config.dim
+        precise = safe_quant_config(quant)  # modulation decides scales everywhere: not rounded to eight bits
         self.patch_embedding = patch_embedding
         self.text_embedding = TextEmbedding(config.text_dim, dim, config.text_len, quant, f"{prefix}.text_embedding")
-        self.time_embedding = TimeEmbedding(config.freq_dim, dim, quant, f"{prefix}.time_embedding")
-        self.time_projection = TimeProjection(dim, quant, f"{prefix}.time_projection")
-        self.head = Head(config, output, quant, f"{prefix}.head")
+        self.time_embedding = TimeEmbedding(config.freq_dim, dim, precise, f"{prefix}.time_embedding")
+        self.time_projection = TimeProjection(dim, precise, f"{prefix}.time_projection")
+        self.head = Head(config, output, precise, f"{prefix}.head")
 
     def embed_text(self, text: Text) -> None:
         """Embed a text that has not been embedded yet.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from cache_dit import ForwardPattern
 from torch import Tensor, nn
 from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
+from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import InputError
 from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention
@@ -25,6 +26,9 @@ from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+#: The two streams, as the transformer's modules are called.
+Stream = Literal["video", "audio"]
 
 #: Regional compilation compiles the sub-layers, the same graph for every layer. What stands between them is different
 #: in each (its index, its texts) and stays Python.
@@ -78,6 +82,7 @@ class FusionBlock(nn.Module):
     def __init__(self, config: FusionConfig, index: int, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.index = index
+        self.is_last = index == config.num_layers - 1
         self.video = StreamBlock(config, quant, f"{prefix}.video")
         self.audio = StreamBlock(config, quant, f"{prefix}.audio")
 
@@ -89,6 +94,7 @@ class FusionBlock(nn.Module):
         video: Conditions,
         audio: Conditions,
         skip_block: int | None = None,
+        unused: Stream | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the streams after this layer, video first.
 
@@ -100,6 +106,7 @@ class FusionBlock(nn.Module):
             video: conditions of the video stream.
             audio: conditions of the audio stream.
             skip_block: layer that returns its input.
+            unused: stream that nobody reads after the last layer, which then leaves it where the other has read it.
         """
         v, a = hidden_states, encoder_hidden_states
         if skip_block == self.index:
@@ -108,9 +115,10 @@ class FusionBlock(nn.Module):
         a_attention, a_ffn = self.audio.modulations(audio)
         a = self._self_attend(self.audio, a, a_attention, audio)
         v = self._self_attend(self.video, v, v_attention, video)
+        unread = unused if self.is_last else None
         return (
-            self._fuse(self.video, v, a, v_ffn, video, audio),
-            self._fuse(self.audio, a, v, a_ffn, audio, video),
+            v if unread == "video" else self._fuse(self.video, v, a, v_ffn, video, audio),
+            a if unread == "audio" else self._fuse(self.audio, a, v, a_ffn, audio, video),
         )
 
     @_glue
@@ -184,6 +192,7 @@ class WanFusionTransformer(nn.Module):
         audio_reference_lengths: tuple[int, ...] = (),
         first_frame_clean: bool = False,
         skip_block: int | None = None,
+        unused: Stream | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict both flows. A stream of no frames or no tokens is left out, and the other runs alone.
 
@@ -197,6 +206,7 @@ class WanFusionTransformer(nn.Module):
             audio_reference_lengths: tokens of each audio reference.
             first_frame_clean: the first frame is given, not noise: its tokens have timestep 0.
             skip_block: layer to leave out (skip-layer guidance).
+            unused: stream whose flow is not needed; it is returned as zeros, and what only it needs is left out.
 
         Returns:
             The flows, shaped as ``video`` and ``audio``, references included.
@@ -220,11 +230,18 @@ class WanFusionTransformer(nn.Module):
         v_time, v_conditions = self._conditions(self.video, timestep, v, v_runs, v_length, v_rope, video_text)
         a_time, a_conditions = self._conditions(self.audio, timestep, a, (a_length,), a_length, a_rope, audio_text)
         for block in self.blocks:
-            v, a = block(v, a, v_conditions, a_conditions, skip_block=skip_block)
-        v = self.video.head(v, v_time, v_conditions.runs)
-        a = self.audio.head(a, a_time, a_conditions.runs)
+            v, a = block(v, a, v_conditions, a_conditions, skip_block=skip_block, unused=unused)
+        v = self._flow(self.video, v, v_time, v_conditions, is_used=unused != "video")
+        a = self._flow(self.audio, a, a_time, a_conditions, is_used=unused != "audio")
         v, a = self.gather(v, a)
-        return unpatchify(v[:, :v_length], grid, self.config), a[:, :a_length]
+        v_flow = unpatchify(v[:, :v_length], grid, self.config) if unused != "video" else torch.zeros_like(video)
+        return v_flow, a[:, :a_length] if unused != "audio" else torch.zeros_like(audio)
+
+    def _flow(self, stem: Stem, tokens: Tensor, time: Tensor, conditions: Conditions, *, is_used: bool) -> Tensor:
+        """Return this rank's part of a flow, in tokens; of a stream that is not used, no tokens."""
+        if not is_used:
+            return tokens[:, :0]
+        return stem.head(tokens, time, conditions.runs)
 
     def _tokens(self, stem: Stem, latents: Tensor, rope: Tensor) -> tuple[Tensor, int, Tensor]:
         """Return a stream's tokens, their number, and their rope table; both tensors ready to be sharded."""
@@ -251,5 +268,10 @@ class WanFusionTransformer(nn.Module):
 
 
 def build_transformer(config: Mapping[str, Any]) -> WanFusionTransformer:
-    """Build the transformer of a ``transformer/config.json`` on the current default device and dtype."""
-    return WanFusionTransformer(FusionConfig.from_dict(config))
+    """Build the transformer of a ``transformer/config.json`` on the current default device and dtype.
+
+    Inside an engine it is quantized as the engine's configuration says.
+    """
+    engine = get_current_diffusion_config_or_none()
+    quant = engine.quantization_config if engine is not None else None
+    return WanFusionTransformer(FusionConfig.from_dict(config), quant_config=quant, prefix="transformer")

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.platforms import current_platform
 
@@ -73,8 +74,8 @@ def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: 
 
 
 def _plain(layer: Layer) -> Layer:
-    """Keep the weight a parameter on a CPU; an unquantized layer then also runs without a loader's last step."""
-    if current_platform.is_cpu():
+    """Keep an unquantized weight a parameter on a CPU; the layer then also runs without a loader's last step."""
+    if current_platform.is_cpu() and isinstance(layer.quant_method, UnquantizedLinearMethod):
         layer.skip_weight_relayout = True
         layer.cpu_linear = torch.nn.functional.linear
     return layer

@@ -100,6 +100,21 @@ def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, Fusi
     assert len(kept[0].keys_values) == model.config.num_layers
 
 
+@pytest.mark.parametrize("unused", ["video", "audio"])
+def test_an_unused_stream_changes_nothing_of_the_other(unused: str, cases: dict[str, FusionCase]) -> None:
+    with single_rank(torch.float32), torch.inference_mode():
+        model = cases["ovi_t2v"].build()
+        inputs = (torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 20), torch.tensor(700))
+        texts = torch.randn(2, 1, 6, model.config.text_dim)
+        both = model(*inputs, *texts)
+        with probes.record(model) as values:
+            flows = model(*inputs, *texts, unused=unused)
+    left_out = {"video": "vid", "audio": "audio"}[unused]
+    assert not any(name.startswith((f"{left_out}.block2.ffn", f"{left_out}.head")) for name in values)
+    for name, flow, expected in zip(("video", "audio"), flows, both, strict=True):
+        assert torch.equal(flow, torch.zeros_like(expected) if name == unused else expected)
+
+
 def test_samples_of_a_batch_do_not_mix(cases: dict[str, FusionCase]) -> None:
     with single_rank(torch.float32), torch.inference_mode():
         model = cases["dreamid_two_refs"].build()

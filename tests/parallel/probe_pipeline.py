@@ -77,7 +77,10 @@ class ProbePipeline(nn.Module, CFGParallelMixin):
             "first_frame_clean": given.get("first_frame_clean", False),
         }
         inputs = {"video": video, "audio": audio, "timestep": torch.tensor([937]), **options}
-        branches = [inputs | {"video_text": v, "audio_text": a} for v, a in texts]
+        unused = (None, None, "audio", "video")  # as in DreamID-Omni's passes without references
+        branches = [
+            inputs | {"video_text": v, "audio_text": a, "unused": u} for (v, a), u in zip(texts, unused, strict=True)
+        ]
         flow = self.predict_noise_with_multi_branch_cfg(True, 1.0, branches)
         return DiffusionOutput(output=flow)
 

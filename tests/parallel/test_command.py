@@ -1,0 +1,62 @@
+"""``port-kit verify parallel``: what it prints, and what it says about a port that it cannot run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from port_kit.cli import main
+from port_kit.errors import ParallelError
+from port_kit.parallel.findings import FAULTS, Finding
+from port_kit.parallel.verify import LayoutReport, difference, port_subject
+from port_kit.port import find_port
+
+
+def test_the_shipped_port_on_two_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["verify", "parallel", "dreamid_omni", "--layout", "ulysses2", "--layout", "hsdp2xcfg2", "--json"]
+    main(arguments, standalone_mode=False)
+    data = json.loads(capfd.readouterr().out)["data"]  # and nothing else: ranks write to stderr
+    assert [layout["layout"] for layout in data["layouts"]] == ["ulysses2", "hsdp2xcfg2"]
+    sequence, shards = data["layouts"]
+    assert sequence["tokens"][1:] == [-(-sequence["tokens"][0] // 2)] * 2
+    assert sequence["collectives"]["alltoall_base"]["bytes"] > 0
+    assert shards["parameter_bytes"][1] < 0.55 * shards["parameter_bytes"][0]
+    assert all(layout["max_abs"] <= 5e-6 for layout in data["layouts"])
+
+
+def test_a_layout_that_does_not_exist_fails_before_any_run() -> None:
+    result = CliRunner().invoke(main, ["verify", "parallel", "dreamid_omni", "--layout", "tp2xhsdp2"])
+    assert result.exit_code == 1
+    assert "hsdp cannot be combined with tp" in result.output
+
+
+def test_a_port_without_a_tiny_model_needs_one(tmp_path: Path) -> None:
+    port = replace(find_port("dreamid_omni"), parallel="")
+    with pytest.raises(ParallelError, match="declares no tiny model"):
+        port_subject(port, tmp_path)
+    assert port_subject(port, tmp_path, tmp_path / "mine").model == tmp_path / "mine"
+
+
+def test_a_report_tells_each_finding_and_its_remedy() -> None:
+    finding = Finding("padding_attended", "blocks.0.attn", "its kernel saw 32 keys where one rank attends to 31")
+    report = LayoutReport("ring2", 2, 0.1, 0.1, (31, 16, 16), (8, 8, 8), {"send": (4, 64)}, [finding], 1.0)
+    assert not report.ok
+    assert "padding_attended at blocks.0.attn" in report.describe()
+    assert FAULTS["padding_attended"] in report.describe()
+    assert json.loads(json.dumps(report.to_json()))["findings"][0]["hint"] == FAULTS["padding_attended"]
+
+
+def test_differences_of_nested_outputs() -> None:
+    import numpy as np
+    import torch
+
+    frames, wave = np.zeros((2, 2), np.uint8), torch.zeros(3)
+    other = {"video": frames + np.uint8(1), "audio": [wave + 0.5]}
+    assert difference(other, {"video": frames, "audio": [wave]}) == 0.5
+    assert difference(frames + np.uint8(3), frames) == 2.0
+    assert difference(torch.full((3,), torch.nan), wave) == float("inf")
+    assert difference(torch.zeros(2), wave) == float("inf")
