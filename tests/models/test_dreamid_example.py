@@ -1,4 +1,4 @@
-"""The example scripts: the tiny download gives a directory that the pipeline loads; options reach the engine by name."""
+"""The example scripts: the tiny download makes a directory that loads; options reach the engine by their names."""
 
 from __future__ import annotations
 
