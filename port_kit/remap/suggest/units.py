@@ -145,8 +145,7 @@ def units_of(manifest: Mapping[str, Shape], grouping: str = "layers") -> list[Un
     """
     ranks = _ranks(manifest)
     if grouping == "tensors":
-        units = [_literal_unit(name, shape, ranks[name]) for name, shape in manifest.items()]
-        return _with_tokens(units)
+        return _with_tokens([_literal_unit(name, shape, ranks[name]) for name, shape in manifest.items()])
     names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
     split = {name: split_leaf(name) for name in manifest}
     lists = _numbered_lists(components for components, _ in split.values())
