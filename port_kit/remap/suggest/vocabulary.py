@@ -62,20 +62,18 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     ("c_proj", "proj"),
 )
 
-#: Where in a block a word puts its module: before or after, attention or feed-forward.
+#: Where in a block a word puts its module: before or after, attention or feed-forward. Unlisted words say 1.
 _POSITIONS: dict[str, int] = {
     "pre": 0,
     "before": 0,
     "in": 0,
-    "attn": 0,
-    "gate": 0,
-    "up": 1,
-    "cross": 2,
-    "post": 3,
-    "after": 3,
-    "out": 3,
-    "ff": 4,
-    "final": 5,
+    "up": 2,
+    "cross": 3,
+    "post": 4,
+    "after": 4,
+    "out": 4,
+    "ff": 5,
+    "final": 6,
 }
 
 #: Words -> the concepts they stand for. An empty value: the word says nothing.
@@ -240,7 +238,8 @@ def weight_of(word: str) -> float:
 
 def position(found: Iterable[str]) -> int:
     """Where words put a module among its siblings: 0 for the first, more for later ones."""
-    return max((_POSITIONS.get(word, 0) for word in found), default=0)
+    places = [_POSITIONS.get(word, 1) for word in found]
+    return 0 if 0 in places else max(places, default=1)
 
 
 def markedness(word: str) -> int:
