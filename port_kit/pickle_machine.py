@@ -117,6 +117,12 @@ class _Machine:
     def push(self, value: Any) -> None:
         self._stack.append(value)
 
+    def make_dict(self, _: Any) -> None:
+        """Collect the pairs above the mark in a new dict."""
+        items = self.pop_to_mark()
+        self.push({})
+        self.set_items(items)
+
     def pop_to_mark(self) -> list[Any]:
         for index in range(len(self._stack) - 1, -1, -1):
             if self._stack[index] is _MARK:
@@ -289,7 +295,7 @@ _CALLS: dict[Global, Callable[[tuple[Any, ...], str], Any]] = {
     Global("torch", "Size"): _size,
 }
 
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+_ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, value: None),
     **dict.fromkeys(
         (
@@ -309,7 +315,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_DICT": lambda machine, _: machine.push({}),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "DICT": lambda machine, _: (items := machine.pop_to_mark(), machine.push({}), machine.set_items(items)),
+    "DICT": _Machine.make_dict,
     "LIST": lambda machine, _: machine.push(machine.pop_to_mark()),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
     "TUPLE1": lambda machine, _: machine.tuple_of(1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,12 @@ class FusionGolden:
 def cases(goldens: Path) -> Iterator[Case]:
     """Yield the cases below ``fusion/``: rotations first, then every forward pass in both dtypes that are recorded."""
     if (goldens / "fusion" / "rope" / "rope.json").is_file():
-        yield Case("fusion/rope fp32", lambda: list(_rope_pairs(goldens / "fusion" / "rope")))
+        yield Case("fusion/rope fp32", partial(_rope_pairs, goldens / "fusion" / "rope"))
     for path in sorted(goldens.glob("fusion/*/inputs.json")):
         golden = FusionGolden(path.parent, json.loads(path.read_text(encoding="utf-8")))
-        yield Case(f"fusion/{path.parent.name} fp32", lambda golden=golden: list(_fp32_pairs(golden)))
+        yield Case(f"fusion/{path.parent.name} fp32", partial(_fp32_pairs, golden))
         if golden.recorded("outputs_bf16"):
-            yield Case(f"fusion/{path.parent.name} bf16", lambda golden=golden: list(_bf16_pairs(golden)))
+            yield Case(f"fusion/{path.parent.name} bf16", partial(_bf16_pairs, golden))
 
 
 def _fp32_pairs(golden: FusionGolden) -> Iterator[Pair]:
@@ -164,8 +165,7 @@ def _rope_config(folder: Path, family: str, scaling: list[str]) -> RopeConfig:
     if family == "ovi":
         towers = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))
         return FusionConfig.from_dict({**towers, "rope": {"family": family}}).rope
-    dtype = "float32" if scaling == ["fp32fs"] else "bfloat16"
-    return RopeConfig(family, DREAMID_SCALING, dtype)
+    return RopeConfig("dreamid_omni", DREAMID_SCALING, "float32" if scaling == ["fp32fs"] else "bfloat16")
 
 
 def _recorded_table(rope: RopeTables, stream: str, meta: Mapping[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ way, with the disk in place of a connection.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -24,7 +24,7 @@ from port_kit.download.parts import Identity, Part, Segment, take_part
 from port_kit.download.progress import Progress
 from port_kit.download.remote import RangeSource, fetch_segment
 from port_kit.errors import DownloadError
-from port_kit.pickles import check_offsets, read_tables
+from port_kit.pickles import Storage, check_offsets, read_tables
 
 _SAMPLED_OFFSETS = 5
 
@@ -180,6 +180,8 @@ class Fetcher:
             sha256 = landing.check_source(lambda: self.hub.http.stopped)
         finally:
             landing.retire()
+        if blueprint is not None:
+            self.progress.note(f"  {part.identity.target}  arrived; checking and sealing the conversion")
         with explained(part.folder):
             landing.seal(sha256)
 
@@ -196,7 +198,7 @@ class Fetcher:
     def _publish(self, part: Part) -> None:
         sealed = part.sealed
         assert sealed is not None, "a part is sealed before it is published"
-        size, sha256, target = int(sealed["size"]), str(sealed["sha256"]), part.identity.target
+        size, sha256, target = sealed["size"], sealed["sha256"], part.identity.target
         part.truncate(size)
         with explained(self.directory / target):
             append_journal(self.directory, target, size, sha256)
@@ -206,7 +208,7 @@ class Fetcher:
         self.progress.file_done(target, size)
 
 
-def _sample_offsets(source: ByteSource, keys: list[str], storages: dict[str, object]) -> None:
+def _sample_offsets(source: ByteSource, keys: list[str], storages: Mapping[str, Storage]) -> None:
     """Check torch's alignment rule on a few storages before gigabytes are placed by it."""
     sampled = {key: storages[key] for key in [*keys[:1], *keys[-_SAMPLED_OFFSETS:]]}
     wrong = check_offsets(source, sampled)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TypeVar
@@ -144,6 +145,12 @@ class HttpClient:
                 except OSError:
                     continue  # it was closed in the meantime, which is all that is wanted
 
+    def close(self) -> None:
+        """Close all connections; nobody may be using them any more."""
+        for connection in list(self._open):
+            connection.close()
+        self._open.clear()
+
     def sleep(self, seconds: float) -> None:
         """Wait, but not longer than until :meth:`stop`."""
         if self._stopped.wait(seconds):
@@ -251,7 +258,7 @@ class HttpClient:
                 self.sleep(self.policy.pause(attempt))
         raise AssertionError("a policy allows at least one attempt")
 
-    def wait_as_told(self, what: str, headers: Mapping[str, str]) -> None:
+    def wait_as_told(self, what: str, headers: Message | Mapping[str, str]) -> None:
         """Wait as long as Retry-After (seconds or a date) or RateLimit says; nothing where neither is sent.
 
         Raises:
@@ -277,7 +284,7 @@ def network_error(what: str, error: Exception, attempts: int) -> DownloadError:
     )
 
 
-def requested_wait(headers: Mapping[str, str]) -> float:
+def requested_wait(headers: Message | Mapping[str, str]) -> float:
     """Seconds that an answer asks to wait: ``Retry-After`` in both forms, or ``RateLimit: ...;r=0;t=N``."""
     value = headers.get("Retry-After")
     if value is not None:

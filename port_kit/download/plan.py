@@ -136,6 +136,7 @@ def make_plan(
     known_files = known.files if known else {}
     fixed = known.revisions if known else {}
     same = known is not None and known.fingerprint == recipe.fingerprint() and not update
+    notes: list[str]
     if known is not None and same and (_keeps_originals(known) or not keep_original):
         lock, notes = dataclasses.replace(known), []
     else:

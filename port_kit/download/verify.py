@@ -17,8 +17,8 @@ def expected_files(lock: Lock) -> Iterator[tuple[str, int, str]]:
     """Yield ``(target, size, sha256)`` of everything that a complete lock vouches for."""
     for target, item in lock.files.items():
         yield target, -1 if item.size is None else item.size, item.sha256 or ""
-    for target, item in lock.written.items():
-        yield target, item["size"], item["sha256"]
+    for target, written in lock.written.items():
+        yield target, written["size"], written["sha256"]
 
 
 def missing_or_resized(directory: Path, lock: Lock) -> list[str]:

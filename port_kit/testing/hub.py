@@ -432,8 +432,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_piece(self, piece: bytes | memoryview, offset: int, fault: Fault | None) -> None:
         """Send one piece of the file, paced and spoilt as ordered."""
         if fault is not None and fault.flip is not None and offset <= fault.flip < offset + len(piece):
-            piece = bytearray(piece)
-            piece[fault.flip - offset] ^= 0xFF
+            flipped = bytearray(piece)
+            flipped[fault.flip - offset] ^= 0xFF
+            piece = bytes(flipped)
         if fault is not None and fault.stall_at and offset <= fault.stall_at < offset + len(piece):
             keep = fault.stall_at - offset
             self.wfile.write(piece[:keep])
