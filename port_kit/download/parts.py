@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from port_kit.download.files import STATE_FOLDER, explained, publish, read_json, sync_folder, write_json
 from port_kit.download.layout import Layout
@@ -102,7 +103,7 @@ class Part:
         return self.identity.size
 
     @property
-    def sealed(self) -> dict[str, object] | None:
+    def sealed(self) -> dict[str, Any] | None:
         """Size and sha256 of the finished file, where it is finished."""
         return self.meta.get("sealed")
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from port_kit.download import verify as checks
 from port_kit.download.assemble import assemble, check_owned, take_down
@@ -19,6 +19,10 @@ from port_kit.download.plan import Plan, make_plan, original_of
 from port_kit.download.progress import Progress
 from port_kit.download.recipe import Recipe
 from port_kit.errors import DownloadError
+
+if TYPE_CHECKING:
+    from port_kit.download.fetch import Fetched
+    from port_kit.download.hub import HubClient
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,22 @@ class Run:
     def __init__(self, recipe: Recipe, directory: Path, settings: Settings, progress: Progress) -> None:
         self.recipe, self.settings, self.progress = recipe, settings, progress
         self.directory = directory.absolute()
+        self._hub: HubClient | None = None
         self._begun = time.monotonic()
 
     def execute(self) -> Report:
         """Do everything; see :func:`download`."""
         _check_directory(self.directory)
+        try:
+            return self._execute()
+        finally:
+            if self._hub is not None:
+                self._hub.http.close()
+
+    def _execute(self) -> Report:
         if self.settings.dry_run:
-            return self._report(plan=self._plan(read_lock(self.directory)), complete=False)
+            _, plan = self._plan(read_lock(self.directory))
+            return self._report(plan=plan, complete=False)
         if self.settings.offline and not self.directory.is_dir():
             raise self._incomplete(["everything"])
         with explained(self.directory):
@@ -171,12 +184,22 @@ class Run:
         self.progress.begin("hashing", total)
         damaged = checks.damaged_files(self.directory, known, self.progress.advance)
         self.progress.end()
+        self._examine_code(known)
         for target, problem in damaged.items():
             self.progress.note(f"{target}: {problem}")
             if not self.settings.offline:
                 take_down(self.directory)
                 (self.directory / target).unlink(missing_ok=True)
         return damaged
+
+    def _examine_code(self, known: Lock) -> None:
+        """Compare the installed git code with its commit; a changed checkout is the user's to judge: an error."""
+        for code in self.recipe.code:
+            from port_kit.download.gitcode import check_code, code_folder
+
+            commit = known.code.get(code.name, {}).get("commit")
+            if commit and code_folder(code.name, commit).exists():
+                check_code(code, commit)
 
     def _finish_offline(self, known: Lock | None, damaged: dict[str, str]) -> Report:
         """Without the network only the last step can be missing."""
@@ -205,28 +228,28 @@ class Run:
             missing=absent,
         )
 
-    def _plan(self, known: Lock | None) -> Plan:
+    def _plan(self, known: Lock | None) -> tuple[HubClient, Plan]:
         from port_kit.download.http import HttpClient
         from port_kit.download.hub import HubClient
 
         if self.settings.offline:
             raise self._incomplete(["a plan, which is made with the network"])
         settings = self.settings
-        self._hub = HubClient(HttpClient(settings.policy), endpoint=settings.endpoint, token=settings.token)
+        self._hub = hub = HubClient(HttpClient(settings.policy), endpoint=settings.endpoint, token=settings.token)
         check_owned(self.directory, self.recipe, known)
         plan = make_plan(
             self.recipe,
             self.directory,
-            self._hub,
+            hub,
             known,
             update=settings.update,
             keep_original=settings.keep_original,
         )
         self._plan_code(plan.lock, known)
-        return plan
+        return hub, plan
 
     def _bring(self, known: Lock | None, repaired: dict[str, str]) -> Report:
-        plan = self._plan(known)
+        hub, plan = self._plan(known)
         for note in plan.notes:
             self.progress.note(note)
         take_down(self.directory)
@@ -234,7 +257,7 @@ class Run:
         lock = plan.lock
         lock.complete = False
         lock.save(self.directory)
-        fetched = self._fetch(plan)
+        fetched = self._fetch(hub, plan)
         for target, (size, sha256) in fetched.files.items():
             lock.files[target] = dataclasses.replace(lock.files[target], size=size, sha256=sha256)
         sweep(self.directory, set())
@@ -262,17 +285,12 @@ class Run:
         sweep(self.directory, replaced)
         return stale
 
-    def _fetch(self, plan: Plan) -> Any:
+    def _fetch(self, hub: HubClient, plan: Plan) -> Fetched:
         from port_kit.download.fetch import Fetcher
 
         total = sum(identity.size for identity in plan.fetch)
         self.progress.begin("fetching", total, plan.resumed)
-        fetcher = Fetcher(
-            self.directory,
-            self._hub,
-            self.progress,
-            find_local=self._find_local,
-        )
+        fetcher = Fetcher(self.directory, hub, self.progress, find_local=self._find_local)
         originals = {original_of(identity).target for identity in plan.fetch if identity.convert}
         late = [item for item in plan.fetch if item.convert and original_of(item).target in plan.lock.files]
         try:

@@ -337,6 +337,11 @@ def test_the_command_installs_reports_and_uninstalls(remote: GitRemote, box: Env
         assert box.run(run.format(arguments=arguments), **hub.environment).returncode == 0
         assert len(hub.requests) == count
         assert box.run("import zz_model; print(zz_model.value)").stdout == "2\n"
+        source = code_folder("zz_code", remote.head) / "repo/zz_model/__init__.py"
+        source.write_text("value = 7\n")
+        done = box.run(run.format(arguments=[*arguments, "--verify"]), **hub.environment)
+        assert done.returncode == 1 and "code_broken" in done.stderr
+        source.write_text("value = 2\n")
         done = box.run(run.format(arguments=["uninstall", "zz_code"]))
         assert done.returncode == 0 and "port_kit_zz_code.pth" in done.stdout
         assert box.run(run.format(arguments=["uninstall", "zz_code"])).returncode == 1
