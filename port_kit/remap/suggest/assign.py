@@ -9,7 +9,7 @@ from typing import TypeVar
 S = TypeVar("S", bound=Hashable)
 T = TypeVar("T", bound=Hashable)
 
-_FORBIDDEN = -1e6
+_NONE = 0.0  # what a pair counts that never meets: as much as leaving both alone
 
 
 def best_assignment(scores: Mapping[tuple[S, T], float]) -> dict[T, S]:
@@ -26,7 +26,7 @@ def best_assignment(scores: Mapping[tuple[S, T], float]) -> dict[T, S]:
     """
     assigned: dict[T, S] = {}
     for rows, columns in _components(scores):
-        matrix = [[scores.get((row, column), _FORBIDDEN) for column in columns] for row in rows]
+        matrix = [[scores.get((row, column), _NONE) for column in columns] for row in rows]
         for row, column in _solve(matrix):
             if matrix[row][column] > 0:
                 assigned[columns[column]] = rows[row]
