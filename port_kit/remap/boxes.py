@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from port_kit.errors import RemapError
 
@@ -19,6 +20,7 @@ Interval = tuple[int, int]
 MAX_INTERVALS = 1 << 20
 
 
+@lru_cache(maxsize=8192)
 def whole(shape: Shape) -> Box:
     """The box of all elements."""
     return tuple((0, extent) for extent in shape)
@@ -27,6 +29,12 @@ def whole(shape: Shape) -> Box:
 def extents(box: Box) -> Shape:
     """The shape of a box."""
     return tuple(stop - start for start, stop in box)
+
+
+@lru_cache(maxsize=8192)
+def slices(box: Box, shape: Shape) -> tuple[slice, ...] | None:
+    """A box as an index of a tensor of this shape; None where it is all of it."""
+    return None if box == whole(shape) else tuple(slice(start, stop) for start, stop in box)
 
 
 def volume(box: Box) -> int:

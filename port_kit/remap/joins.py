@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from port_kit.errors import RemapError
-from port_kit.remap.boxes import Shape, extents
+from port_kit.remap.boxes import Box, Shape, extents
 from port_kit.remap.lower import Write
 from port_kit.remap.ops import Scope
 from port_kit.remap.problems import Problem, problem_from
@@ -117,11 +117,11 @@ def check_transform(parts: Sequence[Write]) -> list[Problem]:
     return []
 
 
-def known_place(write: Write, sizes: dict[str, int]) -> Write | None:
+def known_place(write: Write, sizes: dict[str, int]) -> Box | None:
     """Place one part of a ``concat`` without waiting for the others, where its op gives sizes or all are equal.
 
     Returns:
-        The placed write, or None where the other parts have to be known first.
+        The region of the part, or None where the other parts have to be known first.
     """
     assert write.join is not None and write.join.name == "concat"
     parts, whole = parts_of(write), extents(write.region)
@@ -141,4 +141,4 @@ def known_place(write: Write, sizes: dict[str, int]) -> Write | None:
         if part != write.part
     ]
     placed, problems = place_parts([write, *stand_ins], sizes)
-    return None if problems else next(found for found in placed if found.part == write.part)
+    return None if problems else next(found.region for found in placed if found.part == write.part)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.boxes import Box, extents, first_overlap, gaps, intersection, volume, whole
+from port_kit.remap.boxes import Box, extents, first_overlap, gaps, intersection, slices, volume, whole
 from port_kit.remap.joins import check_transform, incomplete, known_place, parts_of, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
 from port_kit.remap.patterns import compile_pattern
@@ -131,7 +131,7 @@ class WeightLoader:
         self.prefix = prefix
         self.folder = Path(folder) if folder is not None else None
         elastic = {name for name, target in found.targets.items() if is_elastic(target)}
-        ranks = max((getattr(part, "tp_size", None) or 1 for part in module.modules()), default=1)
+        ranks = max((part.__dict__.get("tp_size") or 1 for part in module.modules()), default=1)
         specs = {name: target.spec for name, target in found.targets.items()}
         self.manifest = Manifest(specs, origin=type(module).__name__, aliases=found.aliases)
         self.lowering = Lowering(
@@ -147,6 +147,7 @@ class WeightLoader:
         self._waiting_bytes = 0
         self._slots: dict[tuple[str, str], tuple[Tensor, int]] = {}
         self._accounted: dict[object, int] = {}
+        self._known_places: dict[object, Box | None] = {}
         self._seen: set[str] = set()
         self._blamed: set[str] = set()
         if self.folder is not None:
@@ -165,6 +166,7 @@ class WeightLoader:
     def feed(self, name: str, tensor: Tensor) -> None:
         """Put one tensor to where the rules send it; gaps are reported by :meth:`finish`."""
         name = name.removeprefix(self.prefix)
+        tensor = tensor.detach()
         spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         if name in self._seen:
             self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
@@ -243,9 +245,12 @@ class WeightLoader:
     def _join(self, write: Write, tensor: Tensor) -> None:
         assert write.join is not None
         if write.join.name == "concat":
-            placed = known_place(write, self.lowering.sizes)
-            if placed is not None:
-                self._store(placed, tensor)
+            key = (write.join, write.part, write.region, write.shape)
+            if key not in self._known_places:
+                self._known_places[key] = known_place(write, self.lowering.sizes)
+            region = self._known_places[key]
+            if region is not None:
+                self._store(write.placed(region), tensor)
                 return
         group = self._waiting[write.group]
         group.append((write, tensor))
@@ -282,21 +287,21 @@ class WeightLoader:
     # -- storing -----------------------------------------------------------------------------------------------
 
     def _store(self, write: Write, tensor: Tensor) -> None:
-        import torch
-
         target = self.targets[write.target]
         self._writes[write.target].append(write)
-        with torch.no_grad():
-            if target.loader is None:
-                copy_through(_view(target.tensor.data, write.region), tensor, write.steps)
-            else:
-                self._store_through_loader(target, write, tensor)
+        if target.loader is None:
+            copy_through(_view(target.tensor.data, write.region), tensor, write.steps)
+        else:
+            self._store_through_loader(target, write, tensor)
 
     def _store_through_loader(self, target: Target, write: Write, tensor: Tensor) -> None:
         """A parameter's loader takes whole slots: give it those, and collect slots that come in pieces."""
         spec = self.lowering.target[target.name]
         slots: Mapping[str, Box] = spec.slots or {"": whole(spec.shape)}
         piece = gather(tensor, write.steps)
+        if slots.get(write.slot) == write.region:
+            target.load(write.slot, piece[0] if "." in write.slot else piece)
+            return
         for slot, box in slots.items():
             common = intersection(box, write.region)
             if common is None:
@@ -371,9 +376,8 @@ class WeightLoader:
 
 
 def _view(tensor: Tensor, box: Box) -> Tensor:
-    if all(start == 0 and stop == extent for (start, stop), extent in zip(box, tensor.shape, strict=True)):
-        return tensor
-    return tensor[tuple(slice(start, stop) for start, stop in box)]
+    index = slices(box, tuple(tensor.shape))
+    return tensor if index is None else tensor[index]
 
 
 def _selects(write: Write) -> bool:

@@ -57,6 +57,10 @@ class Write:
         """What the parts of one join have in common."""
         return (self.target, self.region, self.join)
 
+    def placed(self, region: Box) -> Write:
+        """This part of a concatenation at its own place."""
+        return Write(self.source, self.steps, self.target, region, self.rule, self.slot, None, self.part, self.shape)
+
 
 @dataclass(frozen=True)
 class Lowered:

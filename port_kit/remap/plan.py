@@ -261,6 +261,8 @@ def target_problems(
         blamed: something else was already said of it, so that a missing part needs no second message.
     """
     spec = target[name]
+    if len(writes) == 1 and writes[0].region == whole(spec.shape):
+        return []
     places: dict[object, tuple[Box, Write]] = {}
     regions: list[tuple[Box, Write]] = []
     for write in writes:  # the sources of a transform fill one region together

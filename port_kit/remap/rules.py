@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,14 +96,14 @@ class Rule:
             object.__setattr__(self, name, value if isinstance(value, str) else tuple(map(str, value)))
         check_rule(self)
 
-    @property
+    @cached_property
     def targets(self) -> tuple[str, ...]:
         """The target templates, also where there is one."""
         if isinstance(self.target, str):
             return (self.target,) * (len(self.shard) if isinstance(self.shard, tuple) else 1)
         return self.target
 
-    @property
+    @cached_property
     def shards(self) -> tuple[str, ...]:
         """The slot templates, one a target."""
         return self.shard if isinstance(self.shard, tuple) else (self.shard,) * len(self.targets)

@@ -110,6 +110,8 @@ def read_target(name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = F
 
 def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
     """The whole shape and the shards of a parameter."""
+    if not tensor.__dict__:  # a plain tensor: nothing was set on it
+        return local, (Shard("", whole(local), whole(local), whole(local)),)
     full = getattr(tensor, "full_shape", None)
     if full is not None:
         return tuple(full), ()
