@@ -65,8 +65,9 @@ class StreamBlock(nn.Module):
     @_glue
     def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
         """Return the modulation of self-attention and of the feed-forward."""
-        vectors = (self.modulation + conditions.time).unsqueeze(-2).unbind(2)
-        return Modulation(*vectors[:3], conditions.runs), Modulation(*vectors[3:], conditions.runs)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditions.time).unsqueeze(-2).unbind(2)
+        runs = conditions.runs
+        return Modulation(shift1, scale1, gate1, runs), Modulation(shift2, scale2, gate2, runs)
 
     @_glue
     def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:

@@ -76,8 +76,11 @@ def _rank_findings(layout: Layout, single: Trace, trace: Trace, rank: str) -> It
 def _sequence(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
     any_sharded = False
     for path, calls in trace.attention.items():
-        every = max(1, len(single.attention.get(path, ())) // len(calls))  # a guidance rank makes a part of the calls
-        for call, alone in zip(calls, single.attention.get(path, ())[::every], strict=False):
+        same = {call.branch: call for call in single.attention.get(path, ())}
+        for call in calls:
+            alone = same.get(branch_alone(layout, single, trace, call.branch))
+            if alone is None:
+                continue
             any_sharded |= call.query < alone.query
             finding = _attention(layout, path, call, alone)
             if finding:
@@ -89,6 +92,13 @@ def _sequence(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
             "transformer",
             f"{layout} is configured and no attention of any rank holds less than the whole sequence",
         )
+
+
+def branch_alone(layout: Layout, single: Trace, trace: Trace, branch: int) -> int:
+    """Return which call of the transformer on one rank a rank's call ``branch`` is: guidance ranks take turns."""
+    if trace.calls * layout.cfg != single.calls:
+        return branch
+    return branch * layout.cfg + trace.places["cfg"]
 
 
 def _attention(layout: Layout, path: str, call: AttentionCall, alone: AttentionCall) -> Finding | None:

@@ -31,12 +31,14 @@ class AttentionCall:
         key: tokens of the keys that the layer was given.
         seen: keys that the kernel attended to, of all ranks together.
         exchanged: the layer took part in sequence parallelism.
+        branch: which call of the transformer it was part of, counted from 0.
     """
 
     query: int
     key: int
     seen: int
     exchanged: bool
+    branch: int
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,11 @@ class Trace:
         return sum(size for _, size in self.parameters.values())
 
 
-class _Recorder:
-    """What is being seen; one a process, because the hooks are."""
+class _Recorder(TorchDispatchMode):
+    """Sees everything that a process does; a dispatch mode for its collectives, hooks for the rest."""
 
     def __init__(self, keep_outputs: bool) -> None:
+        super().__init__()
         self.keep_outputs = keep_outputs
         self.calls: dict[int, list[AttentionCall]] = defaultdict(list)
         self.open: list[tuple[int, int, int]] = []  # id, query and key tokens of the attention that is running
@@ -85,6 +88,75 @@ class _Recorder:
         self.flows: list[tuple[Tensor, ...]] = []
         self.outputs: list[tuple[int, int, Tensor]] = []
 
+    def start(self) -> None:
+        """Watch for the life of the process."""
+        register_module_forward_pre_hook(self.before)
+        register_module_forward_hook(self.after, with_kwargs=True)
+        self.watch_kernels()
+        self.__enter__()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note what an attention is given."""
+        from vllm_omni.diffusion.attention.layer import Attention
+
+        if isinstance(module, Attention):
+            self.open.append((id(module), args[0].shape[1], args[1].shape[1]))
+            self.seen = None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Note what an attention did, what a transformer was given and gave, and any module's output if asked."""
+        from vllm_omni.diffusion.attention.layer import Attention
+
+        if isinstance(module, Attention):
+            key, query, keys = self.open.pop()
+            exchanged = module._get_active_parallel_strategy() is not module._no_parallel_strategy
+            if len(self.calls[key]) < KEPT_CALLS:
+                self.calls[key].append(AttentionCall(query, keys, self.seen or keys, exchanged, self.transformer_calls))
+        self.keep_output(module, output)
+        if is_transformer(module):
+            self.transformer_calls += 1
+            if len(self.branches) < KEPT_BRANCHES:
+                self.branches.append(_fingerprint((*args, *kwargs.values())))
+                self.flows.append(tuple(map(_copy, _tensors(output))))
+
+    def keep_output(self, module: nn.Module, output: Any) -> None:
+        """Keep what a module gave; but not of fused projections, whose parts interleave over the ranks."""
+        from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+
+        if not self.keep_outputs or self.transformer_calls >= KEPT_BRANCHES:
+            return
+        if not isinstance(module, (MergedColumnParallelLinear, QKVParallelLinear)):
+            self.outputs += [(id(module), self.transformer_calls, _copy(value)) for value in _tensors(output)]
+
+    def watch_kernels(self) -> None:
+        """Note how many keys the kernel is given, after all exchange and trimming."""
+        from vllm_omni.diffusion.attention.layer import Attention
+        from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
+
+        local, ring = Attention._run_local_attention, RingParallelAttention.run_attention
+
+        def run_local(layer: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any) -> Tensor:
+            self.seen = key.shape[1]
+            return local(layer, query, key, value, metadata)
+
+        def run_ring(layer: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, **options: Any) -> Tensor:
+            whole = key.shape[1] * layer._sp_group.ring_world_size
+            valid = metadata.extra.get("valid_kv_length") if metadata is not None else None
+            self.seen = whole if valid is None else min(whole, valid)
+            return ring(layer, query, key, value, metadata, **options)
+
+        Attention._run_local_attention = run_local
+        RingParallelAttention.run_attention = run_ring
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the operators that talk to other ranks, and the bytes of the tensors they are given."""
+        name = func.name()
+        if name.startswith(("c10d::", "_c10d_functional::")) or "shm_all" in name or "shm_gather" in name:
+            short = name.partition("::")[2].rstrip("_")
+            self.collectives[short] += 1
+            self.bytes[short] += _bytes_of(args)
+        return func(*args, **(kwargs or {}))
+
 
 _recorder: _Recorder | None = None
 
@@ -93,10 +165,7 @@ def install(*, keep_outputs: bool = False) -> None:
     """Watch this process from now on. Call it in a rank before its model is built, and once."""
     global _recorder
     _recorder = _Recorder(keep_outputs)
-    register_module_forward_pre_hook(_before)
-    register_module_forward_hook(_after, with_kwargs=True)
-    _watch_kernels()
-    _Collectives().__enter__()  # for the life of the process
+    _recorder.start()
 
 
 def collect(pipeline: nn.Module) -> Trace:
@@ -125,43 +194,6 @@ def is_transformer(module: nn.Module) -> bool:
     return hasattr(type(module), "_hsdp_shard_conditions") or hasattr(type(module), "_sp_plan")
 
 
-def _before(module: nn.Module, args: tuple[Any, ...]) -> None:
-    from vllm_omni.diffusion.attention.layer import Attention
-
-    if isinstance(module, Attention):
-        _recorder.open.append((id(module), args[0].shape[1], args[1].shape[1]))
-        _recorder.seen = None
-
-
-def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-    from vllm_omni.diffusion.attention.layer import Attention
-
-    if isinstance(module, Attention):
-        key, query, keys = _recorder.open.pop()
-        strategy = module._get_active_parallel_strategy()
-        call = AttentionCall(query, keys, _recorder.seen or keys, strategy is not module._no_parallel_strategy)
-        if len(_recorder.calls[key]) < KEPT_CALLS:
-            _recorder.calls[key].append(call)
-    _keep_output(module, output)
-    if is_transformer(module):
-        _recorder.transformer_calls += 1
-        if len(_recorder.branches) < KEPT_BRANCHES:
-            _recorder.branches.append(_fingerprint((*args, *kwargs.values())))
-            _recorder.flows.append(tuple(map(_copy, _tensors(output))))
-
-
-def _keep_output(module: nn.Module, output: Any) -> None:
-    """Keep what a module gave; but not of fused projections, whose parts interleave over the ranks."""
-    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
-
-    call = _recorder.transformer_calls
-    if not _recorder.keep_outputs or call >= KEPT_BRANCHES:
-        return
-    if isinstance(module, (MergedColumnParallelLinear, QKVParallelLinear)):
-        return
-    _recorder.outputs += [(id(module), call, _copy(value)) for value in _tensors(output)]
-
-
 def _tensors(output: Any) -> list[Tensor]:
     values = output if isinstance(output, (tuple, list)) else (output,)
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
@@ -181,39 +213,6 @@ def _weighted_sum(tensor: Tensor) -> float:
     flat = tensor.detach().double().flatten()
     weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device) / max(flat.numel(), 1)
     return (flat * weights).mean().item() if flat.numel() else 0.0
-
-
-def _watch_kernels() -> None:
-    """Note how many keys the kernel is given, after all exchange and trimming."""
-    from vllm_omni.diffusion.attention.layer import Attention
-    from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
-
-    local, ring = Attention._run_local_attention, RingParallelAttention.run_attention
-
-    def run_local(self: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any) -> Tensor:
-        _recorder.seen = key.shape[1]
-        return local(self, query, key, value, metadata)
-
-    def run_ring(self: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, **options: Any) -> Tensor:
-        whole = key.shape[1] * self._sp_group.ring_world_size
-        valid = metadata.extra.get("valid_kv_length") if metadata is not None else None
-        _recorder.seen = whole if valid is None else min(whole, valid)
-        return ring(self, query, key, value, metadata, **options)
-
-    Attention._run_local_attention = run_local
-    RingParallelAttention.run_attention = run_ring
-
-
-class _Collectives(TorchDispatchMode):
-    """Counts the operators that talk to other ranks, and the bytes of the tensors they are given."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name.startswith(("c10d::", "_c10d_functional::")) or "shm_all" in name or "shm_gather" in name:
-            short = name.partition("::")[2].rstrip("_")
-            _recorder.collectives[short] += 1
-            _recorder.bytes[short] += _bytes_of(args)
-        return func(*args, **(kwargs or {}))
 
 
 def _bytes_of(value: Any) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from port_kit.errors import ParallelError
 from port_kit.parallel import trace
-from port_kit.parallel.findings import Finding, compare, first_divergence
+from port_kit.parallel.findings import Finding, branch_alone, compare, first_divergence
 from port_kit.parallel.layout import Layout
 from port_kit.port import Port, resolve
 from port_kit.testing.workers import RankResult, Request, run_workers
@@ -205,9 +205,8 @@ def verify_layout(
 
 def _flow_difference(layout: Layout, single: trace.Trace, rank: trace.Trace) -> float:
     """Compare each of a rank's calls with the same branch of the same step on one rank."""
-    shared = rank.calls * layout.cfg == single.calls
-    step, first = (layout.cfg, rank.places["cfg"]) if shared else (1, 0)
-    pairs = zip(rank.flows, single.flows[first::step], strict=False)
+    numbered = ((branch_alone(layout, single, rank, i), flow) for i, flow in enumerate(rank.flows))
+    pairs = ((flow, single.flows[alone]) for alone, flow in numbered if alone < len(single.flows))
     return max((difference(flow, expected) for flow, expected in pairs), default=math.inf)
 
 
