@@ -177,7 +177,8 @@ class DreamIDOmniPipeline(
         conditions = self.conditions(job)
         video, audio = self.noise(job)
         video, audio = self.diffuse(video, audio, conditions, job.request)
-        return self._decode(video[:, :, : job.lengths.video], audio[:, : job.lengths.audio])
+        mel = self.audio_vae.decode(audio[:, : job.lengths.audio].transpose(1, 2))
+        return self.vae.decode(video[:, :, : job.lengths.video]), self.vocoder(mel).flatten()
 
     def encode_prompt(self, token_ids: list[int]) -> Tensor:
         """Return the text encoder's states (1, T, D). vLLM-Omni's prompt cache wraps this method."""
@@ -199,12 +200,9 @@ class DreamIDOmniPipeline(
 
     def noise(self, job: Job) -> tuple[Tensor, Tensor]:
         """Draw both latents, references' places included, each from its own generator with the same seed."""
-        request = job.request
-        video_shape, audio_shape = request.noise_shapes(job.lengths)
-        return (
-            self._draw(video_shape, request.seed, request.video_noise),
-            self._draw(audio_shape, request.seed, request.audio_noise),
-        )
+        given, (video_shape, audio_shape) = job.request, job.request.noise_shapes(job.lengths)
+        video = self._draw(video_shape, given.seed, given.video_noise)
+        return video, self._draw(audio_shape, given.seed, given.audio_noise)
 
     def _draw(self, shape: tuple[int, ...], seed: int, given: Tensor | None) -> Tensor:
         if given is not None:
@@ -239,11 +237,14 @@ class DreamIDOmniPipeline(
     def _branches(video: Tensor, audio: Tensor, timestep: Tensor, given: Conditions) -> list[dict[str, Any]]:
         """Return the four passes of a step: full; without the text; without the pictures; without the voices.
 
-        References that a pass goes without are zeroed, not removed: they keep their places and positions.
+        References that a pass goes without are zeroed, not removed: they keep their places and positions. Of the
+        last two passes only the modality whose references are missing is used.
         """
         frames, tokens = given.pictures.shape[2], given.voices.shape[1]
 
-        def put(pictures: Tensor, voices: Tensor, texts: tuple[Text, Text]) -> dict[str, Any]:
+        def put(
+            pictures: Tensor, voices: Tensor, texts: tuple[Text, Text], unused: str | None = None
+        ) -> dict[str, Any]:
             return {
                 "video": torch.cat((video[:, :, :-frames], pictures), dim=2),
                 "audio": torch.cat((audio[:, :-tokens], voices), dim=1),
@@ -252,13 +253,14 @@ class DreamIDOmniPipeline(
                 "audio_text": texts[1],
                 "video_reference_frames": frames,
                 "audio_reference_lengths": given.voice_lengths,
+                "unused": unused,
             }
 
         return [
             put(given.pictures, given.voices, given.texts),
             put(given.pictures, given.voices, given.negatives),
-            put(torch.zeros_like(given.pictures), given.voices, given.texts),
-            put(given.pictures, torch.zeros_like(given.voices), given.texts),
+            put(torch.zeros_like(given.pictures), given.voices, given.texts, unused="audio"),
+            put(given.pictures, torch.zeros_like(given.voices), given.texts, unused="video"),
         ]
 
     def predict_noise(self, **branch: Any) -> tuple[Tensor, Tensor]:
@@ -281,10 +283,6 @@ class DreamIDOmniPipeline(
             _guide(full[0], no_text[0], no_pictures[0], scale.video_cfg_scale, scale.video_ref_cfg_scale),
             _guide(full[1], no_text[1], no_voices[1], scale.audio_cfg_scale, scale.audio_ref_cfg_scale),
         )
-
-    def _decode(self, video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
-        mel = self.audio_vae.decode(audio.transpose(1, 2))
-        return self.vae.decode(video), self.vocoder(mel).flatten()
 
 
 def _guide(full: Tensor, no_text: Tensor, no_reference: Tensor, text_scale: float, reference_scale: float) -> Tensor:
