@@ -22,6 +22,7 @@ _NAME_MARGIN = 0.08  # and this much more than any rival's
 _MARGIN = 0.2  # all evidence together exceeds any rival's by this much
 _SAME_CONVENTION = 0.7  # share of a block's names that both sides have, from which they are the same code
 _MODULATION = {"modulation", "shift", "table"}
+_SINGLES = 3  # the round that looks at single tensors
 _GUESS = 0.3  # below: no evidence at all
 
 
@@ -106,6 +107,8 @@ def _doubts_of_kind(item: Match) -> Iterator[str]:
 
 
 def _doubts_of_order(item: Match) -> Iterator[str]:
+    if item.round == _SINGLES and not _same_name(item):
+        yield "found tensor by tensor among what the lists of layers left over"
     if len(item.alignment.pairs) < 2 or item.alignment.order == "same":
         return
     if item.alignment.order == "subset":
