@@ -158,7 +158,7 @@ class Fetcher:
                 ) from second
 
     def _bring_once(self, identity: Identity, local: Path | None) -> None:
-        part = take_part(self.directory, identity, self._policy.segment_size)
+        part = take_part(self.directory, identity, self._policy.segment_for(identity.size))
         try:
             if part.sealed is None:
                 self._fill(part, local)

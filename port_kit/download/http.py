@@ -28,6 +28,7 @@ from port_kit.errors import DownloadError
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
+_SMALLEST_SEGMENT = 16 << 20
 _PIECE = 1 << 19  # smaller pieces cost system time: several times as much at 64 KiB
 _T = TypeVar("_T")
 
@@ -52,7 +53,7 @@ class Policy:
         longest: seconds of one wait at most; a server that asks for more ends the download.
         connections: requests at a time.
         files_at_once: files at a time.
-        segment_size: bytes that one request asks for.
+        segment_size: bytes that one request asks for at most; a file up to this size comes with one request.
     """
 
     connect_timeout: float = 10.0
@@ -67,6 +68,12 @@ class Policy:
     def pause(self, attempt: int) -> float:
         """Seconds before try number ``attempt`` + 1 (``attempt`` counts from 1)."""
         return min(self.longest, self.base * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+
+    def segment_for(self, size: int) -> int:
+        """Bytes a request for a file of ``size`` bytes: several for each connection, so that all end together."""
+        if size <= self.segment_size:
+            return self.segment_size
+        return min(self.segment_size, max(_SMALLEST_SEGMENT, size // (4 * self.connections)))
 
 
 class Response:

@@ -229,5 +229,13 @@ def test_segments_of_one_file_come_at_the_same_time(tmp_path: Path, recipe: Reci
         assert time.monotonic() - begun < 0.8
 
 
+def test_large_files_are_cut_so_that_all_connections_end_together() -> None:
+    policy = Policy(connections=8)
+    assert policy.segment_for(64 << 20) == policy.segment_for(100 << 30) == 64 << 20
+    assert policy.segment_for(65 << 20) == 16 << 20
+    assert policy.segment_for(1 << 30) == 32 << 20
+    assert Policy(connections=1).segment_for(1 << 30) == 64 << 20
+
+
 def test_impatience_is_a_policy() -> None:
     assert IMPATIENT.pause(1) < IMPATIENT.pause(4) <= IMPATIENT.longest * 1.25
