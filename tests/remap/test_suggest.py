@@ -95,6 +95,15 @@ def test_what_shapes_cannot_show_is_not_certain() -> None:
     assert set(name for name, entry in truth.map.items() if entry["op"] != "copy") <= set(doubted)
 
 
+def test_another_component_in_the_file_is_dropped_as_one() -> None:
+    flux, vae = oracle("flux1"), oracle("sd_vae")
+    source = Manifest({**flux.source, **vae.source})
+    suggestion = suggest(source, flux.target)
+    plan = check(suggestion.rules, source, flux.target)
+    assert plan.ok and wrong(plan_map(plan), flux.map) == []
+    assert [rule.source for rule in suggestion.rules if rule.drop] == [r"first_stage_model\..+"]
+
+
 def test_renamed_query_and_key_may_be_permuted() -> None:
     source = shapes(layers__0__wq__weight=[8, 8], layers__0__wo__weight=[8, 4])
     target = shapes(layers__0__q_proj__weight=[8, 8], layers__0__o_proj__weight=[8, 4])

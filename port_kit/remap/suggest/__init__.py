@@ -10,8 +10,8 @@ possible, ``likely`` with the doubts in words. What nothing speaks for is left o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from port_kit.remap.plan import check
 from port_kit.remap.planmap import plan_map
@@ -24,7 +24,7 @@ from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.matcher import match
 from port_kit.remap.suggest.shapes import squeezed
 from port_kit.remap.suggest.suggestion import Proposal, Suggestion
-from port_kit.remap.suggest.units import Shape, units_of
+from port_kit.remap.suggest.units import Shape
 
 if TYPE_CHECKING:
     from port_kit.manifest import Manifest
@@ -53,7 +53,7 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
     unused = {tensor: shape for tensor, shape in given.items() if tensor not in used}
     missing = _missing({tensor: shape for tensor, shape in wanted.items() if tensor not in explained}, unused)
     if not missing:
-        proposals += _drops(unused, given)
+        proposals += _drops(unused, used)
     narrow = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
     return Suggestion(name, tuple(proposals), missing, narrow)
 
@@ -93,10 +93,9 @@ def _missing(targets: Mapping[str, Shape], unused: Mapping[str, Shape]) -> dict[
     return {name: tuple(fitting[squeezed(shape)]) for name, shape in targets.items()}
 
 
-def _drops(unused: Mapping[str, Shape], names: Mapping[str, Shape]) -> list[Proposal]:
+def _drops(unused: Iterable[str], used: Collection[str]) -> list[Proposal]:
     """Rules for the sources that no target takes; likely, because a missing target would look the same."""
-    drops: Sequence[tuple[Any, list[str]]] = drop_rules(units_of(unused), _NO_USE, names)
     return [
-        Proposal((rule,), LIKELY, f"{rule.source} is dropped", (), tuple(dropped), ("every target is explained",))
-        for rule, dropped in drops
+        Proposal((rule,), LIKELY, f"{rule.source} is dropped", (), tuple(names), ("every target is explained",))
+        for rule, names in drop_rules(unused, used, _NO_USE)
     ]

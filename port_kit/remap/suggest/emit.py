@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from port_kit.remap.rules import Op, Rule
@@ -54,18 +54,21 @@ def rules_of(item: Match, names: Collection[str]) -> list[Rule]:
     return rules
 
 
-def drop_rules(unused: Sequence[Unit], reason: str, names: Collection[str]) -> list[tuple[Rule, list[str]]]:
-    """Rules that leave sources out, each with the names that it leaves out."""
-    found: list[tuple[Rule, list[str]]] = []
-    for unit in unused:
-        roles = unit.roles
-        dropped = [unit.names[role][index] for role in roles for index in unit.instances]
-        pattern = _pattern(unit, roles, _columns(unit.instances), dropped, names)
-        if pattern is not None:
-            found.append((Rule(pattern, drop=reason), dropped))
-        else:
-            found.extend((Rule(re.escape(name), drop=reason), [name]) for name in dropped)
-    return found
+def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> list[tuple[Rule, list[str]]]:
+    """Rules that leave sources out, each with the names that it leaves out: one for every module that no source shares
+    with anything used (another component in the same file), one for every other name.
+    """
+    kept = {tuple(parts[:depth]) for parts in (name.split(".") for name in used) for depth in range(len(parts) + 1)}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in unused:
+        parts = tuple(name.split("."))
+        depth = next((depth for depth in range(1, len(parts)) if parts[:depth] not in kept), len(parts))
+        groups.setdefault(parts[:depth], []).append(name)
+    return [(Rule(_everything_under(module, names), drop=reason), names) for module, names in groups.items()]
+
+
+def _everything_under(module: tuple[str, ...], names: Sequence[str]) -> str:
+    return re.escape(names[0]) if len(names) == 1 else rf"{re.escape('.'.join(module))}\..+"
 
 
 # -- what a match consists of ------------------------------------------------------------------------------------------
