@@ -1,7 +1,7 @@
 """How good ``suggest`` is: right targets and certain rules on true conversions, in three orders of names.
 
-Groups: the twelve oracles; families the method was developed on; families that it had not seen when it was finished; and
-each of them the other way round. For the leave-out figure a family is measured once more without every word of the
+Groups: the twelve oracles; families the method was developed on; families that it had not seen when it was finished;
+and each of them the other way round. For the leave-out figure a family is measured once more without every word of the
 vocabulary that no other family needs: what is left is method.
 
     python benchmarks/suggest_quality.py [--orders given,sorted,shuffled] [--leave-out] [--verbose] [NAME ...]

@@ -30,6 +30,7 @@ from port_kit.remap.suggest.shapes import Alignment, align, signature
 from port_kit.remap.suggest.units import GROUPINGS, Shape, Unit, has_own_order, units_of
 
 _ITERATIONS = 4
+_WEAK, _WEAK_GROUP, _WEAK_MARGIN = 0.6, 0.9, 0.1  # scores below which a match waits for the next round
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,15 @@ def match(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> list[Matc
         if not left.free or not right.free:
             break
         search = Search(left, right, _known(links, left.done, right.done), round_)
-        found = settle([*found, *search.run()])
+        last = grouping == GROUPINGS[-1]
+        found = settle([*found, *(item for item in search.run() if last or not _premature(item))])
     return sorted(found, key=lambda item: item.target.order)
+
+
+def _premature(item: Match) -> bool:
+    """Whether a match is so weak that a later, finer round should look again."""
+    fused = bool(item.source.members or item.target.members)
+    return item.score < (_WEAK_GROUP if fused else _WEAK) and item.margin < _WEAK_MARGIN
 
 
 def _known(

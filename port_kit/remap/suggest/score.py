@@ -36,6 +36,7 @@ class Side:
         self.units = list(units)
         self.ordered = ordered
         self.below: dict[Path, list[Unit]] = defaultdict(list)
+        self._weights: dict[Unit, dict[str, float]] = {}
         for unit in units:
             for depth in range(1, len(unit.parts)):
                 self.below[unit.parts[:depth]].append(unit)
@@ -44,6 +45,16 @@ class Side:
     def frequency(self) -> Counter[str]:
         """In how many units each word occurs."""
         return Counter(word for unit in self.units for word in unit.words)
+
+    def weights(self, unit: Unit) -> dict[str, float]:
+        """The words of a unit's name with how much each says."""
+        if unit not in self._weights:
+            weights: dict[str, float] = {}
+            for word, distance in unit.tokens:
+                value = weight_of(word) * (0.3 + 0.7 * self.rarity(word)) * max(0.35, 0.8**distance)
+                weights[word] = max(value, weights.get(word, 0.0))
+            self._weights[unit] = weights
+        return self._weights[unit]
 
     def rarity(self, word: str) -> float:
         """Close to 1 for a word of one unit, 0 for a word of all."""
@@ -97,23 +108,12 @@ class Side:
 
 def name_score(source: Unit, target: Unit, left: Side, right: Side, *, numbers: bool = True) -> float:
     """Dice similarity of the two names' words, weighted by rarity, meaning and nearness to the leaf."""
-    mine, other = _weights(source, left), _weights(target, right)
+    mine, other = left.weights(source), right.weights(target)
     if not numbers:
         mine, other = ({word: mine[word] for word in mine if word[0] != "#"} for mine in (mine, other))
     total = sum(mine.values()) + sum(other.values())
     shared = sum(min(weight, other[word]) for word, weight in mine.items() if word in other)
     return 2 * shared / total if total else 0.0
-
-
-def _weights(unit: Unit, side: Side) -> dict[str, float]:
-    cached = side.__dict__.setdefault("_weights", {})
-    if id(unit) not in cached:
-        weights: dict[str, float] = {}
-        for word, distance in unit.tokens:
-            value = weight_of(word) * (0.3 + 0.7 * side.rarity(word)) * max(0.35, 0.8**distance)
-            weights[word] = max(value, weights.get(word, 0.0))
-        cached[id(unit)] = weights
-    return cached[id(unit)]
 
 
 def anchor_score(source: Unit, target: Unit, left: Side, right: Side) -> float:
