@@ -64,7 +64,9 @@ class _Remote:
         if path.endswith(PICKLE_SUFFIXES):
             return self._pickle(path, wrapper)
         folder = f"{self.root}/{path}".rstrip("/")
-        names = [entry["name"].removeprefix(f"{self.root}/") for entry in self.files.ls(folder, detail=True)]
+        listed = [entry["name"] for entry in self.files.ls(folder, detail=True)]
+        here = [name for name in listed if name.startswith(f"{folder}/") and "/" not in name[len(folder) + 1 :]]
+        names = [name.removeprefix(f"{self.root}/") for name in here]
         indexes = [name for name in names if name.endswith(".safetensors.index.json")]
         tensors = sorted(name for name in names if name.endswith(".safetensors"))
         if len(indexes) == 1:

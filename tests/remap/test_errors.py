@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +142,7 @@ def test_one_error_tells_all_kinds() -> None:
         (lambda: RuleSet("r", sizes={"a": "no"}).compile(Manifest({}), Manifest({})), "remap_size"),
     ],
 )
-def test_rules_that_cannot_work_are_refused(make, code: str) -> None:  # noqa: ANN001
+def test_rules_that_cannot_work_are_refused(make: Callable, code: str) -> None:
     with pytest.raises(RemapError) as caught:
         make()
     assert caught.value.code == code
@@ -163,7 +166,7 @@ def test_accepted_patterns_cannot_run_away() -> None:
 # -- loading -------------------------------------------------------------------------------------------------------
 
 
-def load(tensors: dict[str, torch.Tensor], target: dict = TARGET, rules: RuleSet = RULES, **options) -> set[str]:  # noqa: ANN003
+def load(tensors: dict[str, torch.Tensor], target: dict = TARGET, rules: RuleSet = RULES, **options: Any) -> set[str]:
     return load_weights(module_of(target), tensors.items(), rules, **options)
 
 
@@ -183,7 +186,7 @@ def zeros(shapes: dict) -> dict[str, torch.Tensor]:
         (lambda t: t.update({"out.weight": torch.zeros(3, 4)}), "remap_mixed"),
     ],
 )
-def test_loading_is_strict(change, code: str) -> None:  # noqa: ANN001
+def test_loading_is_strict(change: Callable, code: str) -> None:
     tensors = zeros(SOURCE)
     change(tensors)
     with pytest.raises(RemapError) as caught:
@@ -197,7 +200,7 @@ def test_a_tensor_that_comes_twice_is_an_error() -> None:
         load_weights(module_of(TARGET), stream, RULES)
 
 
-def test_errors_of_a_load_name_the_file(tmp_path) -> None:  # noqa: ANN001
+def test_errors_of_a_load_name_the_file(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(zeros(SOURCE | {"head.weight": (4, 4)}), tmp_path / "model-1.safetensors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -207,7 +209,7 @@ def test_weight_norm_in_two_spellings_or_none_is_an_error() -> None:
 
 def test_named_transform_declares_shape_and_inverse() -> None:
     @transform("plus_one", shape=lambda parts, args: parts[""], inverse=lambda t, args, shapes: {"": t - 1}, exact=True)
-    def plus_one(parts, args):  # noqa: ANN001, ANN202 - a transform
+    def plus_one(parts: Any, args: Any) -> torch.Tensor:
         return parts[""] + 1
 
     rules = RuleSet("norms", (Rule(r"(\w+)\.gamma", r"\1.weight", op="plus_one"),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.full((8 // size,), float("nan")), requires_grad=False)
         self.weight.weight_loader = self.load
 
-    def load(self, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    def load(self: Any, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
         count = parameter.shape[0]
         parameter.data.copy_(tensor[self.tp_rank * count : (self.tp_rank + 1) * count])
 
@@ -78,7 +79,7 @@ def checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_hold_the_whole_and_read_only_their_part(checkpoint, size: int) -> None:  # noqa: ANN001
+def test_ranks_hold_the_whole_and_read_only_their_part(checkpoint: tuple, size: int) -> None:
     folder, tensors = checkpoint
     one = module(0, 1)
     load_weights(one, tensors.items(), RULES)
@@ -111,13 +112,13 @@ def test_manifests_of_sharded_modules_have_whole_shapes(size: int) -> None:
     assert manifest["o.weight"].shape == (6, 8) and manifest["up.weight"].shape == (8, 6)
 
 
-def test_a_gap_is_found_before_anything_is_read(checkpoint) -> None:  # noqa: ANN001
+def test_a_gap_is_found_before_anything_is_read(checkpoint: tuple) -> None:
     folder, _ = checkpoint
     with pytest.raises(RemapError, match="matches no rule"):
         load_local(module(0, 2), folder, RULES.without(r"b\.o\.weight"))
 
 
-def test_an_own_loader_is_stretched_by_its_ranks_only(checkpoint) -> None:  # noqa: ANN001
+def test_an_own_loader_is_stretched_by_its_ranks_only(checkpoint: tuple) -> None:
     _, tensors = checkpoint
     tensors["b.norm.weight"] = torch.zeros(16)
     with pytest.raises(RemapError) as caught:
@@ -125,7 +126,7 @@ def test_an_own_loader_is_stretched_by_its_ranks_only(checkpoint) -> None:  # no
     assert caught.value.code == "remap_shape"
 
 
-def test_a_missing_slot_is_never_loaded(checkpoint) -> None:  # noqa: ANN001
+def test_a_missing_slot_is_never_loaded(checkpoint: tuple) -> None:
     _, tensors = checkpoint
     del tensors["b.k.weight"]
     with pytest.raises(RemapError, match="qkv.weight lacks slots k") as caught:

@@ -51,9 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_coverage_of_a_component_from_headers_alone(source: Path) -> None:
     file = next(path for path in sorted(source.iterdir()) if "umt5" in path.name or "text" in path.name)
     start = time.perf_counter()
-    code, envelope = run(
-        "coverage", "--source", str(file), "--port", "dreamid_omni", "--component", "text_encoder"
-    )
+    code, envelope = run("coverage", "--source", str(file), "--port", "dreamid_omni", "--component", "text_encoder")
     assert time.perf_counter() - start < 5
     assert code == 0 and envelope["ok"] and envelope["data"]["target"]["from"] == "recorded"
     assert envelope["data"]["problem_count"] == 0
@@ -65,9 +63,7 @@ def test_a_gap_is_exit_code_1(source: Path, tmp_path: Path) -> None:
     table["blocks.3.attn.qq.weight"] = table.pop("blocks.3.attn.q.weight")
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps(table))
-    code, envelope = run(
-        "coverage", "--source", str(broken), "--port", "dreamid_omni", "--component", "text_encoder"
-    )
+    code, envelope = run("coverage", "--source", str(broken), "--port", "dreamid_omni", "--component", "text_encoder")
     assert code == 1 and not envelope["ok"]
     codes = {problem["code"] for problem in envelope["data"]["problems"]}
     assert codes == {"remap_unexpected", "remap_missing"}
