@@ -115,6 +115,11 @@ PATCHES: dict[str, Patch] = {
             ),
         ),
         Patch(
+            "refused_request",
+            "an engine that outlives a request refused for its own fault",
+            (Need("source", "vllm_omni.entrypoints.omni:Omni.generate", ("eeae6cd3c0c54eb4",)),),
+        ),
+        Patch(
             "torchvision_schemas",
             "a CUDA-built torchvision importable beside a CPU-built torch",
             (Need("fakes", "torchvision", ("nms, qnms", "absent")),),

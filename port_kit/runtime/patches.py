@@ -5,6 +5,7 @@ What they are for is in ``patches.md``, what they rest on in :mod:`port_kit.runt
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from port_kit.runtime.guards import OWN_KERNELS, require
@@ -56,6 +57,22 @@ def _install_ring_kernel() -> None:
     _libraries.append(library)  # the registration ends when the library object does
     OWN_KERNELS.add(_RING_OPERATOR)
     _installed.add("ring_attention_kernel")
+
+
+def keep_engine_on_refusal() -> None:
+    """Let ``Omni.generate`` survive a refused request, once a process, in processes that have ``Omni`` loaded.
+
+    Raises:
+        RegistrationError: upstream's method is another one now.
+    """
+    module = sys.modules.get("vllm_omni.entrypoints.omni")
+    if module is None or "refused_request" in _installed:
+        return
+    require("refused_request")
+    from port_kit.runtime.client import keeping_engine
+
+    module.Omni.generate = keeping_engine(module.Omni.generate)  # type: ignore[attr-defined]
+    _installed.add("refused_request")
 
 
 def declare_output_type(class_name: str, output_type: str) -> None:

@@ -98,8 +98,10 @@ def register_pipelines() -> None:
         RegistrationError: vLLM-Omni has a version that the kit was not proven on, or did not take a port.
     """
     from port_kit.runtime.guards import check_version
+    from port_kit.runtime.patches import keep_engine_on_refusal
 
     check_version()
+    keep_engine_on_refusal()
     register_metadata()
     for port in list_ports().values():
         _register(port)

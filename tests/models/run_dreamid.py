@@ -46,12 +46,12 @@ def requests() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 
 def answer(omni: Any, prompt: Any, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Send one request, as a generator, because a list that fails closes the engine."""
+    """Send one request as a list call: one that is refused must leave the engine open."""
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
     started = time.perf_counter()
     try:
-        (result,) = omni.generate(prompt, OmniDiffusionSamplingParams(**sampling), py_generator=True)
+        (result,) = omni.generate(prompt, OmniDiffusionSamplingParams(**sampling))
     except (ValueError, RuntimeError) as error:
         status = getattr(error, "status_code", None)
         outcome = {"error": str(error), "type": type(error).__name__, "status": status}
