@@ -94,7 +94,8 @@ def fuzz(seconds: float, seed: int, findings: Path) -> dict[str, object]:
     pickles += plain_seeds()
     source, outcomes, rounds, slowest = random.Random(seed), {}, 0, 0.0
     watching, seen = False, []
-    "".encode("cp437")  # the codec of old zip names is imported when it is first needed
+    for codec in ("cp437", "raw_unicode_escape"):
+        "".encode(codec)  # codecs of old zip names and text opcodes are imported when they are first needed
     sys.addaudithook(
         lambda event, arguments: seen.append(f"{event} {arguments[:1]}") if watching and event in _WATCHED else None
     )
