@@ -87,6 +87,7 @@ class _Reader:
         self.root = root
         self.bytes_read = 0
         self.whole: list[str] = []
+        self._known: dict[object, list[_Cut] | None] = {}
 
     def run(self, prefix: str) -> LocalLoad:
         from safetensors import safe_open
@@ -108,7 +109,7 @@ class _Reader:
         return LocalLoad(loaded, self.bytes_read, self.plan.source.nbytes, tuple(self.whole))
 
     def _source(self, opened: Any, name: str, writes: list[Write], joined: dict[object, Any]) -> None:
-        cuts = [_cuts(write, self.loader.targets[write.target]) for write in writes]
+        cuts = [self._cuts(write) for write in writes]
         known = [cut for cut in cuts if cut is not None]
         if len(known) == len(cuts):
             for write, parts in zip(writes, known, strict=True):
@@ -123,6 +124,14 @@ class _Reader:
                 joined[write.group].append((write, tensor))
             else:
                 self.loader._store(write, tensor)
+
+    def _cuts(self, write: Write) -> list[_Cut] | None:
+        """:func:`_cuts` of a write, worked out once for all layers."""
+        target = self.loader.targets[write.target]
+        key = (write.steps, write.region, write.join, target.shards)
+        if key not in self._known:
+            self._known[key] = _cuts(write, target)
+        return self._known[key]
 
     def _is_split(self, write: Write) -> bool:
         return self.loader.targets[write.target].tensor.numel() < self.plan.target[write.target].numel
