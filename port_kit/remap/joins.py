@@ -39,7 +39,9 @@ def incomplete(parts: Sequence[Write]) -> list[Problem]:
     missing = [part for part in needed if part not in have]
     if missing:
         message = f"{first.target} got {', '.join(have)}; missing: {', '.join(missing)}"
-        problems.append(Problem("remap_incomplete_group", message, first.rule.label, target=first.target))
+        problems.append(
+            Problem("remap_incomplete_group", message, first.rule.label, target=first.target, missing=tuple(missing))
+        )
     return problems
 
 
@@ -107,7 +109,8 @@ def check_transform(parts: Sequence[Write]) -> list[Problem]:
     try:
         shape = tuple(find_transform(first.join.name).shape(shapes, dict(first.join.args)))
     except RemapError as error:
-        return [problem_from(error, **facts)]
+        sources = ", ".join(f"{write.source} {list(write.shape)}" for write in parts)
+        return [replace(found := problem_from(error, **facts), message=f"{found.message}; from {sources}")]
     if shape != extents(first.region):
         message = (
             f"{first.join.name} of {', '.join(write.source for write in parts)} gives {list(shape)}; "

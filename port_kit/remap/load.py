@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.boxes import Box, extents, first_overlap, gaps, intersection, slices, volume, whole
+from port_kit.remap.diagnosis import diagnose
 from port_kit.remap.joins import check_transform, incomplete, known_place, parts_of, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.plan import IDENTITY, check, dead_rules, target_problems
-from port_kit.remap.problems import Problem, raise_problems, with_nearest
+from port_kit.remap.problems import Problem, raise_problems
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.steps import Reorder, Take, back, copy_through, gather
 from port_kit.remap.targets import Target, is_elastic, read_targets
@@ -353,7 +354,8 @@ class WeightLoader:
                 loaded.add(name)
         if not self._converted:
             self._problems += dead_rules(self.rules, self._used, kept)
-        problems = with_nearest(self._problems, self._seen, self.targets)
+        files = dict.fromkeys(self._seen, "")
+        problems = diagnose(self._problems, self.rules, files, self.targets, self.lowering.sizes)
         raise_problems(problems, f"{self.rules.name} does not load {self.manifest.origin} completely")
         return {self.prefix + name for name in loaded}
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.boxes import Box, first_overlap, gaps, intersection, volume, whole
+from port_kit.remap.diagnosis import diagnose
 from port_kit.remap.joins import check_transform, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
 from port_kit.remap.patterns import compile_pattern
-from port_kit.remap.problems import Problem, raise_problems, with_nearest
+from port_kit.remap.problems import Problem, raise_problems
 from port_kit.remap.rules import Rule, RuleSet
 from port_kit.remap.steps import back
 
@@ -53,8 +54,9 @@ class Plan:
         return not self.problems
 
     def explained(self) -> list[Problem]:
-        """The problems, the first of them with the nearest name that exists."""
-        return with_nearest(self.problems, list(self.source), list(self.target))
+        """The problems, the first of them with the names that are absent and the nearest that exist."""
+        files = {name: spec.file for name, spec in self.source.items()}
+        return diagnose(self.problems, self.rules, files, list(self.target), self.sizes)
 
     def by_target(self) -> dict[str, list[Write]]:
         """The writes of each target."""
@@ -284,7 +286,7 @@ def target_problems(
     what = f"slots {', '.join(slots)}" if slots else f"{missing} of {spec.numel} elements"
     sources = ", ".join(write.source for write in writes[:4])
     message = f"{name} lacks {what}; it got {sources}"
-    return [Problem("remap_incomplete_group", message, writes[0].rule.label, target=name)]
+    return [Problem("remap_incomplete_group", message, writes[0].rule.label, target=name, missing=tuple(slots))]
 
 
 def _covers(box: Box, regions: list[tuple[Box, Write]]) -> bool:

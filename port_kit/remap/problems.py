@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from port_kit.errors import RemapError
 
@@ -26,6 +27,7 @@ class Problem:
         file: where the source tensor stands.
         target: the target tensor.
         near: the nearest name that exists, where a name does not.
+        missing: slots of a fused target, or parts of a join, that nothing came for.
     """
 
     code: str
@@ -35,14 +37,17 @@ class Problem:
     file: str = ""
     target: str = ""
     near: str = ""
+    missing: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
         return {key: value for key, value in asdict(self).items() if value}
 
     def __str__(self) -> str:
         parts = [self.message]
-        if self.file:
+        if self.target and self.target not in self.message:
+            parts.append(f"-> {self.target}")
+        if self.file and self.file not in self.message:
             parts.append(f"(in {self.file})")
         if self.rule and self.rule not in self.message:
             parts.append(f"[rule {self.rule}]")
@@ -75,7 +80,7 @@ def template_of(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
-def nearest(name: str, names: Collection[str]) -> str:
+def nearest(name: str, names: Collection[str], cutoff: float = 0.6) -> str:
     """The most similar name that exists; empty where none is similar.
 
     Names are compared by layer template first: among thousands of names only a few dozen templates differ.
@@ -83,29 +88,12 @@ def nearest(name: str, names: Collection[str]) -> str:
     templates: dict[str, str] = {}
     for candidate in names:
         templates.setdefault(template_of(candidate), candidate)
-    found = difflib.get_close_matches(template_of(name), templates, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(template_of(name), templates, n=1, cutoff=cutoff)
     if not found:
         return ""
     numbers = iter(_NUMBER.findall(name))
     guess = re.sub("#", lambda match: next(numbers, "0"), found[0])
     return guess if guess in names else templates[found[0]]
-
-
-def with_nearest(problems: Iterable[Problem], sources: Collection[str], targets: Collection[str]) -> list[Problem]:
-    """Add the nearest name to the first problems that miss one."""
-    result = list(problems)
-    looked = 0
-    for at, problem in enumerate(result):
-        if looked >= SHOWN:
-            break
-        if problem.code == "remap_unexpected":
-            result[at] = replace(problem, near=nearest(problem.target or problem.source, targets))
-        elif problem.code == "remap_missing":
-            result[at] = replace(problem, near=nearest(problem.target, sources))
-        else:
-            continue
-        looked += 1
-    return result
 
 
 def raise_problems(problems: Sequence[Problem], subject: str) -> None:

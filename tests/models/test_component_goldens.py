@@ -14,7 +14,9 @@ CASES = (
     "scheduler/dpm++ fp32+bf16",
     "scheduler/euler fp32+bf16",
     "umt5 fp32",
+    "umt5 bf16",
     "mmaudio fp32",
+    "mmaudio bf16",
     "wan_vae fp32",
     "wan_vae bf16 weights",
 )

@@ -1,0 +1,127 @@
+"""What the checkpoint should have called a tensor that it lacks: rules read backwards, from a target's name.
+
+A template's holes are read off the target (and off the slot or part that is missing), the source pattern is spelt out
+with them, and a spelling counts only where the rule sends it back to exactly that place. Nothing here decides what is
+loaded; it makes errors name the missing tensor as its owner knows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from re import _constants as sre  # type: ignore[attr-defined] - the parsed form has no public module
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any
+
+from port_kit.errors import RemapError
+from port_kit.remap.lower import expand
+from port_kit.remap.ops import Scope
+from port_kit.remap.patterns import compile_pattern, parse_template
+from port_kit.remap.rules import Rule, RuleSet
+
+#: Spellings of one pattern that are tried, and layer numbers that are tried for a hole that says nothing of its own.
+MAX_SPELLINGS = 512
+MAX_NUMBER = 128
+
+
+def expected_sources(rules: RuleSet, target: str, part: str = "", sizes: Mapping[str, int] | None = None) -> list[str]:
+    """Return the source names that would fill a target.
+
+    Args:
+        rules: the rule set.
+        target: a target's name.
+        part: the slot of a fused target, or the part of a join, that is wanted; empty for the whole.
+        sizes: named sizes, for templates with arithmetic.
+
+    Returns:
+        Names in the order of the rules; empty where no rule leads there or its pattern cannot be spelt out.
+    """
+    scope = {**{name: value for name, value in rules.sizes.items() if isinstance(value, int)}, **(sizes or {})}
+    found = (name for rule in rules if rule.source and rule.target for name in _spellings(rule, target, part, scope))
+    return list(dict.fromkeys(found))
+
+
+def _spellings(rule: Rule, target: str, part: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    for template, shard in zip(rule.targets, rule.shards, strict=True):
+        held = _held(template, target)
+        held_by_part = _held(shard, part) if shard and part else {}
+        if held is None or held_by_part is None or any(held.get(k, v) != v for k, v in held_by_part.items()):
+            continue
+        groups = compile_pattern(rule.source).groupindex
+        known = {str(groups.get(name, name)): value for name, value in {**held, **held_by_part}.items()}
+        names = itertools.islice(_spell(list(parser.parse(rule.source)), known), MAX_SPELLINGS)
+        yield from (name for name in names if _leads_to(rule, name, template, target, shard, part, sizes))
+
+
+def _held(template: str, text: str) -> dict[str, str] | None:
+    """What a template's groups hold in a text; None where the text is none of the template's."""
+    match = re.fullmatch(_reader(template), text)
+    if match is None:
+        return None
+    return {name[1:]: value for name, value in match.groupdict().items()}
+
+
+@lru_cache(maxsize=1024)
+def _reader(template: str) -> str:
+    """The template as a pattern: groups by name, arithmetic as any number."""
+    pieces, seen = [], set()
+    for piece in parse_template(template).parts:
+        if isinstance(piece, str):
+            pieces.append(re.escape(piece))
+        elif piece[0] == "size":
+            pieces.append(r"\d+")
+        else:
+            pieces.append(f"(?P=_{piece[1]})" if piece[1] in seen else f"(?P<_{piece[1]}>.*?)")
+            seen.add(piece[1])
+    return "".join(pieces)
+
+
+def _spell(tree: list[Any], known: Mapping[str, str]) -> Iterator[str]:
+    """Spell out a parsed pattern, groups as they are known."""
+    if not tree:
+        yield ""
+        return
+    for head in _spell_one(*tree[0], known):
+        for tail in _spell(tree[1:], known):
+            yield head + tail
+
+
+def _spell_one(code: Any, value: Any, known: Mapping[str, str]) -> Iterator[str]:
+    if code is sre.LITERAL:
+        yield chr(value)
+    elif code is sre.SUBPATTERN:
+        if str(value[0]) in known:
+            yield known[str(value[0])]
+        else:
+            yield from _spell(list(value[3]), known)
+    elif code is sre.BRANCH:
+        for branch in value[1]:
+            yield from _spell(list(branch), known)
+    elif code in (sre.MAX_REPEAT, sre.MIN_REPEAT) and value[:2] == (0, 1):
+        yield from _spell(list(value[2]), known)
+        yield ""
+    elif code in (sre.MAX_REPEAT, sre.MIN_REPEAT) and _is_number(value[2]):
+        yield from map(str, range(MAX_NUMBER))
+    elif code is sre.IN and all(kind is sre.LITERAL for kind, _ in value):
+        yield from (chr(character) for _, character in value)
+    elif code is sre.IN and all(kind is sre.RANGE for kind, _ in value):
+        yield from (chr(character) for _, (low, high) in value for character in range(low, high + 1))
+
+
+def _is_number(body: Any) -> bool:
+    return list(body) == [(sre.IN, [(sre.CATEGORY, sre.CATEGORY_DIGIT)])]
+
+
+def _leads_to(
+    rule: Rule, name: str, template: str, target: str, shard: str, part: str, sizes: Mapping[str, int]
+) -> bool:
+    match = compile_pattern(rule.source).fullmatch(name)
+    if match is None:
+        return False
+    scope = Scope(dict(sizes), rule.label, name, match, ())
+    try:
+        return expand(template, match, scope) == target and (not part or expand(shard, match, scope) == part)
+    except RemapError:
+        return False
