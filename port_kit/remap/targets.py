@@ -121,10 +121,17 @@ def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tupl
         experts = _experts(owner, tensor, local)
         if experts is not None:
             return experts
-    slots = _fused_slots(owner, tensor, local)
+    slots = _fused_slots(_laid_out_by(owner, tensor), tensor, local)
     if slots is not None:
         return slots
     return _linear(owner, tensor, local)
+
+
+def _laid_out_by(owner: nn.Module, tensor: Tensor) -> Any:
+    """The linear whose slots a parameter has: its owner, or the one whose loader a second set of weights borrows."""
+    lender = getattr(getattr(tensor, "weight_loader", None), "__self__", None)
+    alike = lender is not None and getattr(lender, "output_size", None) == getattr(owner, "output_size", "none")
+    return lender if alike and _fused_parts(owner) is None else owner
 
 
 def _linear(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
@@ -219,7 +226,8 @@ def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Sha
     """vLLM's fused experts: slots ``expert.w1``, ``expert.w3`` (halves of ``w13``) and ``expert.w2``."""
     names = {id(parameter): leaf for leaf, parameter in owner._parameters.items()}
     leaf = names.get(id(tensor), "")
-    total, ranks = getattr(owner, "global_num_experts", local[0]), getattr(owner, "tp_size", 1)
+    total = getattr(owner, "global_num_experts", local[0])
+    ranks = getattr(owner, "tp_size", None) or getattr(owner.moe_config, "tp_size", 1)
     if leaf == "w13_weight":
         shape = (total, local[1] * ranks, local[2])
         halves = ("w1", "w3")

@@ -112,6 +112,34 @@ def test_manifests_of_sharded_modules_have_whole_shapes(size: int) -> None:
     assert manifest["o.weight"].shape == (6, 8) and manifest["up.weight"].shape == (8, 6)
 
 
+class Second(nn.Module):
+    """A second set of weights in a plain container; it has the extents of the linear whose loader it borrows."""
+
+    def __init__(self, lender: Linear) -> None:
+        super().__init__()
+        self.tp_rank, self.tp_size = lender.tp_rank, lender.tp_size
+        self.output_size, self.output_size_per_partition = lender.output_size, lender.output_size_per_partition
+        self.input_size = self.input_size_per_partition = lender.input_size
+        self.weight = nn.Parameter(torch.full_like(lender.weight, float("nan")), requires_grad=False)
+        self.weight.output_dim, self.weight.input_dim = 0, 1
+        self.weight.weight_loader = lender.load
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_second_set_of_weights_has_the_slots_of_its_lender(checkpoint: tuple, size: int) -> None:
+    folder, tensors = checkpoint
+    kept = RuleSet("second", (RULES.rules[0], Rule(r"b\.(?!q|k|v).*", drop="not of this module")))
+    for rank in range(size):
+        lender = Linear("qkv", 6, [8, 2, 2], rank, size, kv=2)
+        own, streamed, local = (nn.ModuleDict({"qkv": part}) for part in (lender, Second(lender), Second(lender)))
+        assert Manifest.from_module(streamed)["qkv.weight"] == Manifest.from_module(own)["qkv.weight"]
+        for module, load in ((own, tensors.items()), (streamed, tensors.items())):
+            load_weights(module, load, kept)
+        load_local(local, folder, kept)
+        assert torch.equal(streamed["qkv"].weight, own["qkv"].weight)
+        assert torch.equal(local["qkv"].weight, own["qkv"].weight)
+
+
 def test_a_gap_is_found_before_anything_is_read(checkpoint: tuple) -> None:
     folder, _ = checkpoint
     with pytest.raises(RemapError, match="matches no rule"):
