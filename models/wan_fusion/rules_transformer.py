@@ -19,26 +19,26 @@ TRANSFORMER = RuleSet(
     narrow=True,  # DreamID-Omni publishes float32 and runs it in bfloat16
     rules=(
         # stems
-        Rule(r"video_model\.patch_embedding\.weight", r"video.patch_embedding.proj.weight", op=_FLAT_PATCH),
+        Rule(r"video_model\.patch_embedding\.weight", r"video.patch_embedding.proj.weight", op=(_FLAT_PATCH,)),
         Rule(r"video_model\.patch_embedding\.bias", r"video.patch_embedding.proj.bias"),
-        Rule(r"audio_model\.patch_embedding\.0\.weight", r"audio.patch_embedding.proj.weight", op=_FLAT_TAPS),
+        Rule(r"audio_model\.patch_embedding\.0\.weight", r"audio.patch_embedding.proj.weight", op=(_FLAT_TAPS,)),
         Rule(r"audio_model\.patch_embedding\.0\.bias", r"audio.patch_embedding.proj.bias"),
         Rule(
             r"audio_model\.patch_embedding\.2\.w1\.weight",
             r"audio.patch_embedding.gated.gate_up.weight",
             shard="0",
-            op=_FLAT_TAPS,
+            op=(_FLAT_TAPS,),
         ),
         Rule(
             r"audio_model\.patch_embedding\.2\.w3\.weight",
             r"audio.patch_embedding.gated.gate_up.weight",
             shard="1",
-            op=_FLAT_TAPS,
+            op=(_FLAT_TAPS,),
         ),
         Rule(
             r"audio_model\.patch_embedding\.2\.w2\.weight",
             r"audio.patch_embedding.gated.down.weight",
-            op=_FLAT_TAPS,
+            op=(_FLAT_TAPS,),
         ),
         Rule(rf"{_TOWER}\.(text|time)_embedding\.0\.(\w+)", r"\1.\2_embedding.up.\3"),
         Rule(rf"{_TOWER}\.(text|time)_embedding\.2\.(\w+)", r"\1.\2_embedding.down.\3"),

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from re import _constants as sre  # type: ignore[attr-defined] - the parsed form has no public module
+from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
@@ -83,7 +83,8 @@ def _spell(tree: list[Any], known: Mapping[str, str]) -> Iterator[str]:
     if not tree:
         yield ""
         return
-    for head in _spell_one(*tree[0], known):
+    code, value = tree[0]
+    for head in _spell_one(code, value, known):
         for tail in _spell(tree[1:], known):
             yield head + tail
 

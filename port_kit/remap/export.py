@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
@@ -48,11 +48,11 @@ def _reader(read: Read | Mapping[str, Tensor] | nn.Module) -> Read:
     if hasattr(read, "named_parameters"):
         from port_kit.remap.targets import read_targets
 
-        targets = read_targets(read).targets  # type: ignore[arg-type] - a module has named_parameters
+        targets = read_targets(read).targets  # type: ignore[arg-type]  # a module has named_parameters
         return lambda name: targets[name].tensor.data
     if isinstance(read, Mapping):
         return read.__getitem__
-    return read  # type: ignore[return-value] - what is left is the function
+    return read  # type: ignore[return-value]  # what is left is the function
 
 
 def _joins(plan: Plan) -> dict[object, list[Write]]:
@@ -136,13 +136,13 @@ def checkpoint_reader(folder: str | Path, manifest: Manifest) -> Read:
 
     root = Path(folder)
     root = root if root.is_dir() else root.parent
-    opened: dict[str, object] = {}
+    opened: dict[str, Any] = {}
 
     def read(name: str) -> Tensor:
         file = manifest[name].file
         if file not in opened:
             opened[file] = safe_open(root / file, framework="pt").__enter__()
-        return opened[file].get_tensor(name)  # type: ignore[attr-defined] - safetensors has no public type for it
+        return opened[file].get_tensor(name)
 
     return read
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.remap.boxes import Box, Shape, whole
@@ -98,7 +99,7 @@ def _fill(template: str, fillings: Sequence[object]) -> str:
     return pieces[0] + "".join(str(value) + piece for value, piece in zip(fillings, pieces[1:], strict=True))
 
 
-def _body(plan: Plan, write: Write) -> dict[str, object]:
+def _body(plan: Plan, write: Write) -> dict[str, Any]:
     """The fields of the inverse rule: what was written is taken, what was taken is written into."""
     spec, target = plan.source[write.source], plan.target[write.target]
     if write.join is not None:

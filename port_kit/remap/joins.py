@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.remap.boxes import Box, Shape, extents
@@ -105,7 +106,7 @@ def check_transform(parts: Sequence[Write]) -> list[Problem]:
     first = parts[0]
     assert first.join is not None
     shapes = {write.part: write.shape for write in parts}
-    facts = {"rule": first.rule.label, "source": first.source, "target": first.target}
+    facts: dict[str, Any] = {"rule": first.rule.label, "source": first.source, "target": first.target}
     try:
         shape = tuple(find_transform(first.join.name).shape(shapes, dict(first.join.args)))
     except RemapError as error:

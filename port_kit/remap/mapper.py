@@ -115,7 +115,7 @@ class NameMapper:
                     prefix, number, table = self._section(name)
                     size = len(prefix)
                     tail, head = name[size:], prefix[: -len(number) - 2]
-            entry = table.get(tail, False)
+            entry: Any = table.get(tail, False)
             if entry:
                 append(f"{entry[0]}{number}{entry[1]}")
             elif entry is False:

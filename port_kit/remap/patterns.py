@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from re import _constants as sre  # the parsed form has no public module
-from re import _parser as parser
+from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
+from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from port_kit.errors import RemapError

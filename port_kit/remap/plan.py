@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.boxes import Box, first_overlap, gaps, intersection, volume, whole
@@ -209,7 +210,7 @@ class _Compiler:
             self._account(name, boxes, spec.shape)
 
     def _account(self, name: str, boxes: list[Box], shape: tuple[int, ...]) -> None:
-        facts = {"source": name, "file": self.source[name].file}
+        facts: dict[str, Any] = {"source": name, "file": self.source[name].file}
         twice = first_overlap(boxes)
         if twice is not None:
             message = f"{name} is used twice in {_box_text(boxes[twice[0]])} and {_box_text(boxes[twice[1]])}"

@@ -118,6 +118,6 @@ def raise_problems(problems: Sequence[Problem], subject: str) -> None:
     )
 
 
-def problem_from(error: RemapError, **facts: str) -> Problem:
+def problem_from(error: RemapError, **facts: Any) -> Problem:
     """A gap that an op or size reported while it was lowered."""
     return Problem(error.code, error.message, **facts)
