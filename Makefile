@@ -30,12 +30,13 @@ endif
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up demo test check clean
+.PHONY: help set-up demo test check docs clean
 
 help:
 	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4"
 	@echo "make test    set up, check, and run the tests"
 	@echo "make check   set up, lint, and check types"
+	@echo "make docs    write the pages that are generated: the command line, troubleshooting"
 	@echo "make clean   remove build/ and .venv/"
 
 set-up: $(STAMP)
@@ -67,6 +68,10 @@ check: $(STAMP)
 
 test: check
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# Pages that are made from the code; a test refuses stale ones.
+docs: $(STAMP)
+	$(RUN) -m port_kit.pages
 
 clean:
 	rm -rf build $(VENV)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -118,11 +117,4 @@ def _next_step(target: str, tree: Tree, verdict: Verdict, files: dict[str, Weigh
         return f"vllm serve {quoted} --omni"
     if verdict.port:
         return f"port-kit download {verdict.port}"
-    return f"port-kit new {_port_name(tree)} --from {quoted}"
-
-
-def _port_name(tree: Tree) -> str:
-    """A name for a port of it: an identifier in lower case."""
-    words = re.findall(r"[a-z0-9]+", tree.name.rstrip("/").rpartition("/")[2].lower())
-    name = "_".join(words) or "my_model"
-    return name if name.isidentifier() else f"model_{name}"
+    return f"port-kit manifest {quoted}"
