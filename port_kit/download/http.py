@@ -29,7 +29,7 @@ RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
 _SMALLEST_SEGMENT = 16 << 20
-_PIECE = 1 << 19  # smaller pieces cost system time: several times as much at 64 KiB
+_ENOUGH = 1 << 18  # smaller pieces cost time for each: TLS delivers 16 KiB at once
 _T = TypeVar("_T")
 
 
@@ -88,33 +88,54 @@ class Response:
         self.length: int | None = int(length or 0) if known else None
         self._rest = 0 if raw.length == 0 else self.length  # an answer to HEAD has a length, but no body
 
-    def read_piece(self, most: int = _PIECE) -> bytes:
-        """Return what has arrived, at least one byte; nothing at the body's end.
+    def read_into(self, view: memoryview) -> int:
+        """Fill the beginning of ``view`` with what arrives; return the count, 0 at the body's end.
+
+        Returns with less than ``_ENOUGH`` bytes only at the body's end, or where the connection breaks: what had come
+        until then counts, and the next call reports the break.
 
         Raises:
             TransportError: the connection broke, was silent for too long, or ended before ``Content-Length``.
         """
-        most = most if self._rest is None else min(most, self._rest)
-        if most == 0:
+        view = view if self._rest is None else view[: self._rest]
+        if not view:
             self.close(reusable=True)
-            return b""
-        piece = _as_transport_error(lambda: self._raw.read1(most))
+            return 0
+        filled = self._fill(view)
         if self._rest is not None:
-            if not piece:
+            if not filled:
                 raise TransportError(f"the connection ended {self._rest} bytes early")
-            self._rest -= len(piece)
-        return piece
+            self._rest -= filled
+        return filled
+
+    def _fill(self, view: memoryview) -> int:
+        """Read until there is enough, the body's end, or a break behind what has come."""
+        filled = count = self._receive(view)
+        while count and filled < min(_ENOUGH, len(view)):
+            try:
+                count = self._receive(view[filled:])
+            except TransportError:
+                break  # the next call meets it again
+            filled += count
+        return filled
+
+    def _receive(self, view: memoryview) -> int:
+        """One read of the socket; where the length is known, straight into ``view``."""
+        if self._rest is not None:
+            return _as_transport_error(lambda: self._raw.fp.readinto1(view))
+        piece = _as_transport_error(lambda: self._raw.read1(len(view)))
+        view[: len(piece)] = piece
+        return len(piece)
 
     def read_all(self, limit: int = 1 << 26) -> bytes:
         """Return the whole body, which must not be longer than ``limit``."""
-        pieces, total = [], 0
-        while piece := self.read_piece():
-            pieces.append(piece)
-            total += len(piece)
-            if total > limit:
+        body, buffer = bytearray(), memoryview(bytearray(_ENOUGH))
+        while count := self.read_into(buffer):
+            body += buffer[:count]
+            if len(body) > limit:
                 raise TransportError(f"a body of more than {limit} bytes where a short one is expected")
         self.close(reusable=self._rest == 0)
-        return b"".join(pieces)
+        return bytes(body)
 
     def close(self, reusable: bool = False) -> None:
         """Give the connection back, or drop it where the body was not read to its end."""

@@ -1,13 +1,17 @@
 """The Hub as this kit uses it: resolve a revision, list a tree, probe a gate, open a file.
 
-Endpoint, token, headers, URLs and error classes are huggingface_hub's. The exchanges are our own, because its client
-has no timeout on the API, no retry on most of it, and follows ``Link: next`` with the token to any host.
+Endpoint, token, headers and error classes are huggingface_hub's. The exchanges are our own, because its client has no
+timeout on the API, no retry on most of it, and follows ``Link: next`` with the token to any host.
+
+A repository in Xet storage is fetched like any other: the Hub serves its files over plain HTTP too, with ranges. That
+way is resumable, needs no second cache, and ends in the sha256 that the Hub states, which hf_xet does not check.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +49,7 @@ class HubClient:
     """
 
     def __init__(self, http: HttpClient, *, endpoint: str | None = None, token: str | bool | None = None) -> None:
+        _import_httpx()
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers
 
@@ -131,9 +136,7 @@ class HubClient:
 
     def url(self, repo_id: str, commit: str, path: str) -> str:
         """Return where a file is asked for."""
-        from huggingface_hub import hf_hub_url
-
-        return hf_hub_url(repo_id, path, revision=commit, endpoint=self.endpoint)
+        return f"{self.endpoint}/{repo_id}/resolve/{quote(commit, safe='')}/{quote(path)}"
 
     def _json(self, url: str, what: str, repo_id: str, revision: str) -> tuple[Any, str | None]:
         def ask() -> tuple[Any, str | None]:
@@ -211,6 +214,20 @@ class HubClient:
             code="hub_endpoint",
             hint="check HF_ENDPOINT or --endpoint",
         )
+
+
+def _import_httpx() -> None:
+    """Import httpx without its command line, which draws in rich and pygments: a quarter second of each start.
+
+    httpx does without where that module cannot be imported; a None in ``sys.modules`` says so.
+    """
+    if "httpx" in sys.modules:
+        return
+    sys.modules["httpx._main"] = None  # type: ignore[assignment]
+    try:
+        import httpx  # noqa: F401
+    finally:
+        del sys.modules["httpx._main"]
 
 
 def _gated(repo_id: str, page: str, has_token: bool) -> DownloadError:

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from port_kit.download.blueprint import Blueprint, DescriptorSource, check_crcs
-from port_kit.download.files import hashes_for
+from port_kit.download.files import begin_writing_out, hashes_for
 from port_kit.download.http import Interrupted
 from port_kit.download.layout import read_exactly
 from port_kit.download.parts import Part
 from port_kit.pickles import read_tables
 
 _PIECE = 1 << 20
+_WRITTEN_OUT = 32 << 20  # bytes between two calls to the disk
 
 
 class Damaged(Exception):
@@ -88,6 +89,8 @@ class Landing:
             for item in hashes.values():
                 item.update(view)
             position += len(view)
+            if position % _WRITTEN_OUT < len(view):
+                begin_writing_out(self.part.descriptor)
         found = hashes[kind].hexdigest()
         if found != stated:
             raise Damaged(f"its {kind} hash is {found}, the repository states {stated}")

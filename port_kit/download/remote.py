@@ -11,6 +11,7 @@ from port_kit.download.landing import Damaged, Landing
 from port_kit.download.parts import Identity, Segment
 from port_kit.errors import DownloadError
 
+_PIECE = 1 << 19  # fits the second-level cache, from which it is written
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -93,11 +94,12 @@ def _copy(response: Response, landing: Landing, offset: int, advance: Callable[[
     if etag and not etag.startswith("W/"):
         landing.part.save(etag=etag)
     size = landing.identity.size
-    while piece := response.read_piece():
-        if offset + len(piece) > size:
+    buffer = memoryview(bytearray(min(_PIECE, size + 1)))
+    while count := response.read_into(buffer):
+        if offset + count > size:
             raise Damaged(f"more than the {size} bytes arrive that the repository states")
-        advance(landing.write(offset, piece))
-        offset += len(piece)
+        advance(landing.write(offset, buffer[:count]))
+        offset += count
 
 
 class RangeSource:

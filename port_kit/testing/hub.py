@@ -114,6 +114,7 @@ class Hub:
         bytes_per_second: limit of each connection.
         cdn: LFS files are redirected to another host (``localhost`` instead of ``127.0.0.1``).
         page_size: entries a page of the tree.
+        xet: ``{path: Xet hash}`` of files that are announced to lie in Xet storage as well.
     """
 
     def __init__(
@@ -127,9 +128,11 @@ class Hub:
         bytes_per_second: int | None = None,
         cdn: bool = False,
         page_size: int = 1000,
+        xet: Mapping[str, str] | None = None,
     ) -> None:
         self.token, self.gated, self.private, self.granted = token, set(gated), set(private), granted
         self.bytes_per_second, self.cdn, self.page_size = bytes_per_second, cdn, page_size
+        self.xet = dict(xet or {})
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self._lock = threading.Lock()
@@ -307,7 +310,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_tree(
         self, repo_id: str, commit: str, files: dict[str, StoredFile], page: int, fault: Fault | None
     ) -> None:
-        entries = [_tree_entry(file) for file in files.values()]
+        entries = [_tree_entry(file, self._hub.xet.get(file.path)) for file in files.values()]
         end = page + self._hub.page_size
         headers = {"Content-Type": "application/json"}
         if end < len(entries):
@@ -334,6 +337,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": found[0], "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         if file.sha256:
             headers |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.sha256}"'}
+        if path in self._hub.xet and not is_cdn:
+            token = f"{self._hub.endpoint}/api/models/{repo_id}/xet-read-token/{found[0]}"
+            headers |= {"X-Xet-Hash": self._hub.xet[path], "Link": f'<{token}>; rel="xet-auth"'}
         if self._hub.cdn and file.sha256 and not is_cdn:
             location = f"http://{self._hub.cdn_host}{self.path}"
             self._send(302, b"", {**headers, "Location": location}, fault)
@@ -456,8 +462,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
 
-def _tree_entry(file: StoredFile) -> dict[str, object]:
+def _tree_entry(file: StoredFile, xet_hash: str | None) -> dict[str, object]:
     entry: dict[str, object] = {"type": "file", "oid": file.git_sha1, "size": file.size, "path": file.path}
     if file.sha256:
         entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
+    if xet_hash:
+        entry["xetHash"] = xet_hash
     return entry
