@@ -110,11 +110,19 @@ def cases(goldens: Path) -> Iterator[Case]:
     """Yield the cases below ``fusion/``: rotations first, then every forward pass in both dtypes that are recorded."""
     if (goldens / "fusion" / "rope" / "rope.json").is_file():
         yield Case("fusion/rope fp32", partial(_rope_pairs, goldens / "fusion" / "rope"))
-    for path in sorted(goldens.glob("fusion/*/inputs.json")):
-        golden = FusionGolden(path.parent, json.loads(path.read_text(encoding="utf-8")))
-        yield Case(f"fusion/{path.parent.name} fp32", partial(_fp32_pairs, golden))
+    for name, golden in recorded_passes(goldens).items():
+        yield Case(f"fusion/{name} fp32", partial(_fp32_pairs, golden))
         if golden.recorded("outputs_bf16"):
-            yield Case(f"fusion/{path.parent.name} bf16", partial(_bf16_pairs, golden))
+            yield Case(f"fusion/{name} bf16", partial(_bf16_pairs, golden))
+
+
+def recorded_passes(goldens: Path) -> dict[str, FusionGolden]:
+    """Return the recorded forward passes below ``fusion/``, by name."""
+    folders = (path.parent for path in sorted(goldens.glob("fusion/*/inputs.json")))
+    return {
+        folder.name: FusionGolden(folder, json.loads((folder / "inputs.json").read_text(encoding="utf-8")))
+        for folder in folders
+    }
 
 
 def _fp32_pairs(golden: FusionGolden) -> Iterator[Pair]:

@@ -13,28 +13,28 @@ from torch import Tensor
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
+from port_kit.models.wan_fusion.golden_fusion import FusionGolden, recorded_passes
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import WanFusionTransformer, build_transformer
 from port_kit.remap import load_weights
 from port_kit.runtime.local import single_rank
 from port_kit.testing.tiny import expand
 from port_kit.testing.tiny_fusion import outline
-from tests.models.fusion_cases import FusionCase, fusion_cases
 
 QUERY = "video_model.blocks.1.self_attn.q.weight"
 
 
 @pytest.fixture(scope="module")
-def case(goldens: Path) -> FusionCase:
-    return fusion_cases(goldens)["ovi_t2v"]
+def case(goldens: Path) -> FusionGolden:
+    return recorded_passes(goldens)["ovi_t2v"]
 
 
 @pytest.fixture(scope="module")
-def state(case: FusionCase) -> dict[str, Tensor]:
+def state(case: FusionGolden) -> dict[str, Tensor]:
     return load_file(case.folder / case.meta["state"])
 
 
-def load(case: FusionCase, state: dict[str, Tensor]) -> WanFusionTransformer:
+def load(case: FusionGolden, state: dict[str, Tensor]) -> WanFusionTransformer:
     with single_rank(torch.float32):
         model = build_transformer(case.config)
         load_weights(model, state.items(), TRANSFORMER)
@@ -54,7 +54,7 @@ def test_every_published_tensor_has_its_place() -> None:
     assert time.process_time() - started < 5
 
 
-def test_projections_lie_where_they_are_read(case: FusionCase, state: dict[str, Tensor]) -> None:
+def test_projections_lie_where_they_are_read(case: FusionGolden, state: dict[str, Tensor]) -> None:
     model = load(case, state)
     q, k, v = (state[f"audio_model.blocks.2.self_attn.{name}.bias"] for name in "qkv")
     assert torch.equal(model.blocks[2].audio.self_attn.qkv.bias, torch.cat((q, k, v)).float())
@@ -64,14 +64,14 @@ def test_projections_lie_where_they_are_read(case: FusionCase, state: dict[str, 
     assert torch.equal(model.audio.patch_embedding.gated.gate_up.weight, torch.cat((gate, up)).float())
 
 
-def test_any_order_gives_the_same_weights(case: FusionCase, state: dict[str, Tensor]) -> None:
+def test_any_order_gives_the_same_weights(case: FusionGolden, state: dict[str, Tensor]) -> None:
     forwards = load(case, state).state_dict()
     backwards = load(case, dict(reversed(state.items()))).state_dict()
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
 @pytest.mark.parametrize("damage", ["missing", "renamed", "reshaped", "surplus"])
-def test_a_damaged_checkpoint_is_refused_by_name(damage: str, case: FusionCase, state: dict[str, Tensor]) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(damage: str, case: FusionGolden, state: dict[str, Tensor]) -> None:
     damaged = dict(state)
     if damage == "missing":
         del damaged[QUERY]
