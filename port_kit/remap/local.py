@@ -4,18 +4,24 @@ The plan is compiled from headers; the part of each source that this rank needs 
 (:func:`port_kit.remap.steps.back`). Where a part cannot be cut out beforehand (a transposed reshape, a transform, a
 parameter that only its own loader understands), the tensor is read whole and goes the way of
 :func:`port_kit.remap.load.load_weights`.
+
+Every part is a view of the mapped file and is copied once, into its place in the parameter. Since all parts are known
+before the first is copied, a few threads share them: a column slice touches every page of its tensor, so that one
+thread would spend more time on page faults and short rows than the bytes saved are worth.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+from collections import defaultdict, deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.manifest import ITEM_SIZES, Manifest
+from port_kit.manifest import Manifest
 from port_kit.remap.boxes import Box, intersection, volume
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.lower import Write
@@ -26,6 +32,7 @@ from port_kit.remap.steps import Call, Cast, Permute, Reshape, Step, Take, back
 from port_kit.remap.targets import Target
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 
@@ -54,6 +61,7 @@ def load_local(
     sizes: Mapping[str, int] | None = None,
     prefix: str = "",
     narrow: bool = True,
+    threads: int | None = None,
 ) -> LocalLoad:
     """Fill this rank's module from a safetensors folder, reading no more than the rank holds.
 
@@ -64,10 +72,14 @@ def load_local(
         sizes: named sizes on top of the rule set's own.
         prefix: what stands before the returned names.
         narrow: floating-point values may be rounded to the module's dtype.
+        threads: how many threads copy, at least 1; by default as many as this process has cores, at most 4.
 
     Raises:
         RemapError: every gap, before the first tensor is read.
+        ValueError: fewer threads than one.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: at least one thread has to copy")
     source = Manifest.from_safetensors(folder)
     loader = WeightLoader(module, rules, sizes=sizes, prefix=prefix, narrow=narrow)
     plan = check(
@@ -75,16 +87,18 @@ def load_local(
     )
     raise_problems(plan.explained(), f"{rules.name} does not map {folder} completely")
     root = Path(folder) if Path(folder).is_dir() else Path(folder).parent
-    return _Reader(plan, loader, root).run(prefix)
+    return _Reader(plan, loader, root, threads or min(4, len(os.sched_getaffinity(0)))).run(prefix)
 
 
 class _Reader:
     """One rank-local load: cuts what it can, reads the rest whole."""
 
-    def __init__(self, plan: Plan, loader: WeightLoader, root: Path) -> None:
+    def __init__(self, plan: Plan, loader: WeightLoader, root: Path, threads: int) -> None:
         self.plan = plan
         self.loader = loader
         self.root = root
+        self.threads = threads
+        self.copies: deque[_Copy] = deque()
         self.bytes_read = 0
         self.whole: list[str] = []
         self._known: dict[object, list[_Cut] | None] = {}
@@ -93,15 +107,16 @@ class _Reader:
         from safetensors import safe_open
 
         by_file: dict[str, list[str]] = defaultdict(list)
-        for name in self.plan.by_source():
-            by_file[self.plan.source[name].file].append(name)
         writes = self.plan.by_source()
+        for name in writes:
+            by_file[self.plan.source[name].file].append(name)
         joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
         with ExitStack() as stack:
             for file, names in by_file.items():
                 opened = stack.enter_context(safe_open(self.root / file, framework="pt"))
                 for name in names:
                     self._source(opened, name, writes[name], joined)
+            self._copy_all()
         for group in joined.values():
             self.loader._finish_group(group)
         raise_problems(self.loader._problems, f"{self.plan.rules.name} does not load {self.root} completely")
@@ -137,23 +152,67 @@ class _Reader:
         return self.loader.targets[write.target].tensor.numel() < self.plan.target[write.target].numel
 
     def _read_parts(self, opened: Any, write: Write, parts: list[_Cut]) -> None:
-        import torch
 
         target = self.loader.targets[write.target].tensor.data
-        itemsize = ITEM_SIZES[self.plan.source[write.source].dtype]
+        whole = opened.get_tensor(write.source)  # a view of the mapped file: nothing is read before it is copied
         for part in parts:
-            if not part.source:
-                piece = opened.get_tensor(write.source)
-            else:
-                view = opened.get_slice(write.source)
-                piece = view[tuple(slice(start, stop) for start, stop in part.source)]
-            self.bytes_read += volume(part.source) * itemsize
+            piece = whole[tuple(slice(start, stop) for start, stop in part.source)]
+            self.bytes_read += piece.nbytes
             for step in write.steps:
                 if isinstance(step, Permute):
                     piece = piece.permute(step.perm)
             place = target[tuple(slice(start, stop) for start, stop in part.local)]
+            self._copy(place, piece.reshape(place.shape))
+
+    def _copy(self, place: Tensor, piece: Tensor) -> None:
+        """Copy now what is small or needs torch; put the rest by for the threads."""
+        import torch
+
+        if piece.nbytes < _SMALL or not _plain(place, piece):
             with torch.no_grad():
-                place.copy_(piece.reshape(place.shape))
+                place.copy_(piece)
+            return
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()]
+        into, values = place.view(bits).numpy(), piece.view(bits).numpy()
+        rows = max(1, _PIECE * len(values) // piece.nbytes)
+        for row in range(0, len(values), rows):
+            self.copies.append((into[row : row + rows], values[row : row + rows]))
+
+    def _copy_all(self) -> None:
+        """Copy what was put by; a thread takes the next when it is done with one."""
+        if not self.copies:
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            running = [pool.submit(_drain, self.copies) for _ in range(self.threads)]
+        for thread in running:
+            thread.result()
+
+
+_SMALL = 1 << 16
+"""Bytes below which handing a copy to a thread costs more than the copy."""
+
+_PIECE = 1 << 23
+"""Bytes that a thread copies at once: small enough that a single huge tensor is shared too."""
+
+_Copy = tuple["NDArray[Any]", "NDArray[Any]"]
+"""Where to, and what: two arrays of integers of equal shape, the bits of the values."""
+
+
+def _plain(place: Tensor, piece: Tensor) -> bool:
+    """Whether a copy moves bits in host memory and no more: then numpy does it, without torch's own threads."""
+    same = place.dtype == piece.dtype and place.is_cpu and place.dim() > 0 and piece.element_size() <= 8
+    return same and place.stride(-1) == piece.stride(-1) == 1
+
+
+def _drain(copies: deque[_Copy]) -> None:
+    import numpy
+
+    while True:
+        try:
+            place, piece = copies.popleft()
+        except IndexError:
+            return
+        numpy.copyto(place, piece)
 
 
 @dataclass(frozen=True)

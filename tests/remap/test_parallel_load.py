@@ -160,3 +160,29 @@ def test_a_missing_slot_is_never_loaded(checkpoint: tuple) -> None:
     with pytest.raises(RemapError, match="qkv.weight lacks slots k") as caught:
         load_weights(module(0, 1), tensors.items(), RULES)
     assert caught.value.code == "remap_incomplete_group"
+
+
+@pytest.mark.parametrize(("dtype", "into"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, into: str, threads: int
+) -> None:
+    monkeypatch.setattr("port_kit.remap.local._PIECE", 10_000)  # many pieces, none of an even number of rows
+    monkeypatch.setattr("port_kit.remap.local._SMALL", 1_000)
+    rules = RuleSet("big", (Rule(r"b\.(q|k|v)", "qkv.weight", shard=r"\1"), Rule(r"b\.o", "o.weight")))
+    shapes = {"b.q": (128, 65), "b.k": (32, 65), "b.v": (32, 65), "b.o": (65, 128)}
+    tensors = {name: torch.randn(shape).to(getattr(torch, dtype)) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for rank in (0, 1):
+        parts = {"qkv": Linear("qkv", 65, [128, 32, 32], rank, 2, kv=32), "o": Linear("row", 128, [65], rank, 2)}
+        half = nn.ModuleDict(parts).to(getattr(torch, into))
+        done = load_local(half, tmp_path, rules, threads=threads)
+        rows = [tensors[name].chunk(2)[rank] for name in ("b.q", "b.k", "b.v")]
+        assert torch.equal(half["qkv"].weight, torch.cat(rows).to(half["qkv"].weight.dtype))
+        assert torch.equal(half["o"].weight, tensors["b.o"].chunk(2, 1)[rank].to(half["o"].weight.dtype))
+        assert done.bytes_read * 2 == done.bytes_whole
+
+
+def test_no_threads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one thread"):
+        load_local(nn.Module(), tmp_path, RULES, threads=0)
