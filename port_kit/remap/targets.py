@@ -227,7 +227,9 @@ def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Sha
     names = {id(parameter): leaf for leaf, parameter in owner._parameters.items()}
     leaf = names.get(id(tensor), "")
     total = getattr(owner, "global_num_experts", local[0])
-    ranks = getattr(owner, "tp_size", None) or getattr(owner.moe_config, "tp_size", 1)
+    layout = owner if hasattr(owner, "tp_size") else owner.moe_config
+    ranks = getattr(layout, "tp_size", 1)
+    halves: tuple[str, ...]
     if leaf == "w13_weight":
         shape = (total, local[1] * ranks, local[2])
         halves = ("w1", "w3")
