@@ -7,11 +7,14 @@ parameters that exist already:
 * ``remap``: through ``load_weights``, q/k/v straight into the rows of one fused parameter;
 * ``in_tree``: the loop of vLLM-Omni's models (``stacked_params_mapping``, ``param.weight_loader``) over vLLM's linears;
 * ``remap_vllm``: ``load_weights`` over the same vLLM linears;
-* ``tp2``: what one rank of two does with rank-local reads.
+* ``local_whole``: the rank-local reader where one rank holds everything;
+* ``tp2``: what one rank of two does with rank-local reads, and ``tp2_one_thread`` without its threads.
 
-Prints one JSON object with medians in seconds, bytes read, and the peak of private memory above the ready parameters.
+Prints one JSON object with medians in seconds, medians of the ratios of each round (which a busy machine disturbs
+less), bytes read, and the peak of private memory above the ready parameters. torch's own threads wait for each other
+at the end of every tensor: ``OMP_NUM_THREADS=1`` keeps that out of ``copy`` and ``remap`` on a busy machine.
 
-    python benchmarks/load_speed.py [--rounds 7] [--blocks 24] [--file FILE]
+    OMP_NUM_THREADS=1 python benchmarks/load_speed.py [--rounds 7] [--blocks 24] [--file FILE]
 """
 
 from __future__ import annotations
@@ -235,7 +238,9 @@ def measure(file: Path, blocks: int, rounds: int) -> dict[str, object]:
             "remap": lambda: load_weights(modules["remap"], stream(file), FUSED),
             "in_tree": lambda: in_tree(modules["vllm"], stream(file)),
             "remap_vllm": lambda: load_weights(modules["vllm"], stream(file), SLOTS),
+            "local_whole": lambda: load_local(modules["remap"], file, FUSED),
             "tp2": lambda: load_local(half, file, SLOTS),
+            "tp2_one_thread": lambda: load_local(half, file, SLOTS, threads=1),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds + 1):  # the first round warms the cache and is thrown away
@@ -253,14 +258,20 @@ def measure(file: Path, blocks: int, rounds: int) -> dict[str, object]:
         "rounds": rounds,
         "median_s": {name: round(value, 4) for name, value in medians.items()},
         "best_s": {name: round(min(times[1:]), 4) for name, times in seconds.items()},
-        "remap_over_copy": round(medians["remap"] / medians["copy"], 3),
-        "remap_over_in_tree": round(medians["remap_vllm"] / medians["in_tree"], 3),
+        "remap_over_copy": _ratio(seconds, "remap", "copy"),
+        "remap_over_in_tree": _ratio(seconds, "remap_vllm", "in_tree"),
         "private_bytes_above": above,
         "largest_tensor": largest,
         "tp2_bytes_share": round(local.bytes_read / local.bytes_whole, 3),
-        "tp2_time_share": round(medians["tp2"] / medians["copy"], 3),
+        "tp2_time_share": {way: _ratio(seconds, "tp2", way) for way in ("copy", "remap", "local_whole")},
+        "tp2_one_thread_time_share": _ratio(seconds, "tp2_one_thread", "copy"),
         "tp2_read_whole": list(local.read_whole),
     }
+
+
+def _ratio(seconds: dict[str, list[float]], way: str, base: str) -> float:
+    """Median over the rounds, the first left out, of one way's time over another's."""
+    return round(statistics.median(a / b for a, b in zip(seconds[way][1:], seconds[base][1:], strict=True)), 3)
 
 
 def _compare(modules: dict[str, nn.Module], half: nn.Module) -> None:
