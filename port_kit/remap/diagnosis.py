@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from port_kit.remap.expected import expected_sources
 from port_kit.remap.problems import SHOWN, Problem, nearest, template_of
 from port_kit.remap.rules import RuleSet
 
+#: Names that fit a gap equally well, of which so many are told.
+_ALTERNATIVES = 4
 _ABSENT = ("remap_missing", "remap_incomplete_group")
 
 
@@ -38,7 +40,7 @@ def diagnose(
     for at in shown:
         if result[at].code in _ABSENT and not result[at].source:
             names = _expected(result[at], rules, sources, sizes)
-            absent += names
+            absent += [name for names_of_part in names for name in names_of_part.split(" or ")]
             result[at] = _with_absent(result[at], names, sources, strangers)
     for at in shown:
         problem = result[at]
@@ -52,29 +54,43 @@ def diagnose(
 
 
 def _expected(problem: Problem, rules: RuleSet, sources: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
-    """The absent source names of a gap, one for each missing part: those that look most like what is there."""
+    """The absent source names of a gap, one for each missing part: those that look most like what is there.
+
+    A rule may leave a number open that its target does not have; names that fit equally well are told together.
+    """
     templates = {template_of(name) for name in sources}
     leaves = {name.rpartition(".")[2] for name in sources}
+    modules = {module for name in sources for module in _modules(name)}
 
-    def likeness(name: str) -> tuple[bool, bool]:
-        return template_of(name) in templates, name.rpartition(".")[2] in leaves
+    def likeness(name: str) -> tuple[bool, bool, int]:
+        depth = sum(module in modules for module in _modules(name))
+        return template_of(name) in templates, name.rpartition(".")[2] in leaves, depth
 
     found = []
     for part in problem.missing or ("",):
         names = [name for name in expected_sources(rules, problem.target, part, sizes) if name not in sources]
-        if names:
-            found.append(
-                max(names, key=lambda name: (template_of(name) in templates, name.rpartition(".")[2] in leaves))
-            )
+        best = max(map(likeness, names), default=None)
+        equal = [name for name in names if likeness(name) == best]
+        if equal:
+            found.append(" or ".join(equal[:_ALTERNATIVES]))
     return found
+
+
+def _modules(name: str) -> Iterator[str]:
+    """All modules above a tensor."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
+        at = name.find(".", at + 1)
 
 
 def _with_absent(problem: Problem, names: list[str], sources: Mapping[str, str], strangers: list[str]) -> Problem:
     if not names:
         return replace(problem, near=nearest(problem.target, sources))
-    near = nearest(names[0], strangers) or nearest(names[0], sources, cutoff=0.4)
+    first = names[0].partition(" or ")[0]
+    near = nearest(first, strangers) or nearest(first, sources, cutoff=0.4)
     files = {*sources.values()}
     file = files.pop() if len(files) == 1 else sources.get(near, "")
     where = f"missing from {file}" if file else "missing"
     message = f"{problem.message}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} {where}"
-    return replace(problem, message=message, source=names[0], file=file, near=near)
+    return replace(problem, message=message, source=first, file=file, near=near)
