@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import statistics
@@ -93,6 +94,7 @@ def transformers_mapper() -> Callable[[list[str]], list[str]]:
 
 
 def main() -> None:
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--blocks", type=int, default=1786)
     options.add_argument("--rounds", type=int, default=9)
