@@ -17,11 +17,13 @@ from port_kit.port import find_port
 
 
 def test_the_shipped_port_on_two_ranks(capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["verify", "parallel", "dreamid_omni", "--layout", "ulysses2", "--layout", "hsdp2xcfg2", "--json"]
-    main(arguments, standalone_mode=False)
+    layouts = ["ulysses2", "hsdp2xcfg2", "tp2", "ring3"]  # the last two add up in another order than one rank does
+    options = [word for layout in layouts for word in ("--layout", layout)]
+    main(["verify", "parallel", "dreamid_omni", *options, "--json"], standalone_mode=False)
     data = json.loads(capfd.readouterr().out)["data"]  # and nothing else: ranks write to stderr
-    assert [layout["layout"] for layout in data["layouts"]] == ["ulysses2", "hsdp2xcfg2"]
-    sequence, shards = data["layouts"]
+    assert [layout["layout"] for layout in data["layouts"]] == layouts
+    assert all(layout["ok"] for layout in data["layouts"])
+    sequence, shards, _, _ = data["layouts"]
     assert sequence["tokens"][1:] == [-(-sequence["tokens"][0] // 2)] * 2
     assert sequence["collectives"]["alltoall_base"]["bytes"] > 0
     assert shards["parameter_bytes"][1] < 0.55 * shards["parameter_bytes"][0]
