@@ -13,6 +13,7 @@
       + ParityError                   goldens that cannot be read or run
       + RegistrationError             vLLM-Omni did not take the plugin, or has changed under it
       + InspectError                  what is to be inspected is no model
+      + ScaffoldError                 a port that cannot be written
       + InputError                    a request that no port can serve (also a ValueError)
 
 A message says what was given and what is required; ``hint`` says what to do. ``code`` is one of :data:`CODES`,
@@ -25,6 +26,9 @@ from __future__ import annotations
 CODES: dict[str, str] = {
     "port_not_found": "no shipped, installed or PORT_KIT_PATH port has this name",
     "port_invalid": "a port's declaration cannot be read or is incomplete",
+    "port_broken": "a port's package cannot be imported",
+    "port_clash": "two ports share a name, a pipeline class or a package name",
+    "port_path": "PORT_KIT_PATH names something that holds no port",
     "dependency_missing": "an optional part is not installed",
     "recipe_invalid": "a recipe lacks a field, has one too many, or a value that cannot be right",
     "config_invalid": "a component's configuration is incomplete, contradictory or not supported",
@@ -34,6 +38,7 @@ CODES: dict[str, str] = {
     "reference_length": "references do not fit into the sequence, or the model has none",
     "parallel_degree": "a degree of parallelism is impossible for this model, or in this combination",
     "parallel_subject": "a port has nothing small that could be run on several ranks",
+    "parallel_table": "a table of parallel linears names what is no linear",
     "parallel_world": "a process of one rank was needed and this process belongs to a larger world",
     "network": "a request failed as often as it may",
     "server_busy": "the server asks for a longer wait than is granted",
@@ -65,6 +70,9 @@ CODES: dict[str, str] = {
     "install_target": "this environment's site-packages cannot be written",
     "checkpoint_format": "a file is not a torch checkpoint (an error page, an LFS pointer, another format)",
     "checkpoint_corrupt": "a safetensors or GGUF file is cut short, damaged, or contradicts its header",
+    "scaffold_name": "a new port's name is no module's name, is taken, or would mislead vLLM-Omni",
+    "scaffold_target": "the folder for a new port cannot be used",
+    "scaffold_unsupported": "a model cannot be adapted; what stands in the way is listed",
     "inspect_target": "what was to be inspected is neither a folder nor a repository",
     "inspect_empty": "what was to be inspected holds no weights and no configuration of a model",
     "pickle_corrupt": "a torch checkpoint is cut short or damaged",
@@ -199,6 +207,10 @@ class InspectError(PortKitError):
     """What is to be inspected is neither a folder nor a repository, or holds no model."""
 
     default_code = "inspect_target"
+
+
+class ScaffoldError(PortKitError):
+    """A port cannot be written: its name, its folder, or the model that it was to be adapted from."""
 
 
 class InputError(PortKitError, ValueError):

@@ -3,29 +3,24 @@
 A :class:`Port` holds strings and numbers only, so that listing ports, planning downloads and registering pipelines
 import neither torch nor vLLM. Whatever is heavy is named as ``"package.module:attribute"`` and resolved on use.
 
-Ports come from three places, in this order; a name found twice is an error:
+Ports come from two places (:mod:`port_kit.discovery`):
 
 1. the entry-point group ``port_kit.ports`` (the shipped ports and any installed package),
 2. the folders named in ``PORT_KIT_PATH`` (``os.pathsep``-separated; each holds packages with a ``PORT``).
+
+A name or a pipeline's class that two different ports claim is offered by neither.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
-from pathlib import Path
-from types import ModuleType
 
+from port_kit.discovery import Ports, discover
 from port_kit.errors import OptionalDependencyError, PortKitError, PortNotFoundError
-
-ENTRY_POINT_GROUP = "port_kit.ports"
-PATH_VARIABLE = "PORT_KIT_PATH"
 
 
 @dataclass(frozen=True)
@@ -113,17 +108,9 @@ def resolve(reference: str) -> object:
 
 
 @cache
-def list_ports() -> dict[str, Port]:
-    """Return all ports that this environment offers, by name, sorted."""
-    found: dict[str, Port] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        _add(found, entry.load(), f"entry point {entry.value}")
-    for folder in filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep)):
-        for package in _packages(Path(folder)):
-            port = getattr(_import_package(package), "PORT", None)
-            if port is not None:
-                _add(found, port, str(package))
-    return dict(sorted(found.items()))
+def list_ports() -> Ports:
+    """Return all ports that can be used in this environment, by name, sorted; ``.problems`` tells of the others."""
+    return discover()
 
 
 def find_port(name: str) -> Port:
@@ -131,43 +118,16 @@ def find_port(name: str) -> Port:
 
     Raises:
         PortNotFoundError: with the nearest names that exist.
+        PortKitError: a port of that name is declared, but cannot be used.
     """
     ports = list_ports()
     if name in ports:
         return ports[name]
+    problem = ports.problem_of(name)
+    if problem is not None:
+        raise problem
     near = difflib.get_close_matches(name, ports, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known ports: {', '.join(ports) or 'none'}"
+    if ports.problems:
+        hint += f"; {len(ports.problems)} more cannot be used, port-kit list tells why"
     raise PortNotFoundError(f"no port is called {name!r}", hint=hint, known=list(ports))
-
-
-def _add(found: dict[str, Port], port: object, origin: str) -> None:
-    if not isinstance(port, Port):
-        raise PortKitError(f"{origin} gives {type(port).__name__}, not a Port", code="port_invalid")
-    if found.get(port.name, port) != port:
-        raise PortKitError(
-            f"two ports are called {port.name!r}; the second is {origin}",
-            code="port_invalid",
-            hint=f"rename one of them, or take its folder out of {PATH_VARIABLE}",
-        )
-    found[port.name] = port
-
-
-def _packages(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise PortKitError(f"{PATH_VARIABLE} names {folder}, which is not a folder", code="port_invalid")
-    return sorted(path.parent for path in folder.glob("*/__init__.py"))
-
-
-def _import_package(package: Path) -> ModuleType:
-    """Import the package in this folder under its own name; the folder above it goes onto ``sys.path``."""
-    parent = str(package.parent.resolve())
-    if parent not in sys.path:
-        sys.path.append(parent)
-    module = importlib.import_module(package.name)
-    if module.__file__ is None or Path(module.__file__).resolve().parent != package.resolve():
-        raise PortKitError(
-            f"{package} is shadowed by {module.__file__}, which is importable under the same name",
-            code="port_invalid",
-            hint="rename the port's folder",
-        )
-    return module

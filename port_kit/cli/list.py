@@ -12,8 +12,14 @@ from port_kit.port import list_ports
 @json_option
 @handles_errors("list")
 def command(as_json: bool) -> None:
-    """List the ports that are shipped, installed or found through PORT_KIT_PATH."""
+    """List the ports that are shipped, installed or found through PORT_KIT_PATH.
+
+    Exits with 1 where one of them cannot be used, and says why.
+    """
     ports = list_ports()
+    for problem in ports.problems:
+        click.echo(f"error [{problem.code}]: {problem.message}\nhint: {problem.hint}\n", err=True)
     width = max((len(name) for name in ports), default=0)
     text = "\n".join(f"{name:<{width}}  {port.title}" for name, port in ports.items())
-    emit("list", {name: port.title for name, port in ports.items()}, as_json=as_json, text=text or "no ports")
+    titles = {name: port.title for name, port in ports.items()}
+    emit("list", titles, as_json=as_json, text=text or "no ports", ok=not ports.problems)

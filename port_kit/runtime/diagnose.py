@@ -131,6 +131,8 @@ def _ports() -> Iterator[Check]:
     """One check a port: where it is from, and whether its reference code is importable."""
     ports = list_ports()
     yield Check("ports", bool(ports), ", ".join(ports) or "none", "install a port, or set PORT_KIT_PATH")
+    for problem in ports.problems:
+        yield Check(f"port {problem.details.get('port', '')}".strip(), False, problem.message, problem.hint)
     for port in ports.values():
         for line in _reference_code(port):
             yield Check(f"git code of {port.name}", True, line)

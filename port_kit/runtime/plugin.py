@@ -19,10 +19,13 @@ This module is imported at every start of vLLM on any machine: it imports nothin
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 
 from port_kit.errors import RegistrationError
 from port_kit.port import Port, list_ports
+
+logger = logging.getLogger(__name__)
 
 PLATFORM = "port_kit.runtime.platform.CpuOmniPlatform"
 PLATFORM_GROUP = "vllm_omni.platform_plugins"
@@ -103,6 +106,9 @@ def register_pipelines() -> None:
     check_version()
     keep_engine_on_refusal()
     register_metadata()
+    for problem in list_ports().problems:
+        # Every process of the engine says so; a model of such a port is then an unknown one to vLLM-Omni.
+        logger.error("%s [%s]; %s", problem.message, problem.code, problem.hint)
     for port in list_ports().values():
         _register(port)
 

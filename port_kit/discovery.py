@@ -1,0 +1,194 @@
+"""Where ports are found: installed packages and folders. What cannot be used is told, and hinders no other port.
+
+Looking imports the packages that declare ports and nothing else; no torch, no vLLM, unless a port's own
+``__init__.py`` imports them, which it should not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from port_kit.errors import PortKitError
+
+if TYPE_CHECKING:
+    from port_kit.port import Port
+
+ENTRY_POINT_GROUP = "port_kit.ports"
+PATH_VARIABLE = "PORT_KIT_PATH"
+
+#: What importing somebody's package can raise. The port is then told as broken, with this error's words.
+_IMPORT_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    PortKitError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+#: A package whose ``__init__.py`` never says ``PORT`` declares none, and is not imported.
+_DECLARES = re.compile(rb"\bPORT\b")
+
+
+class Ports(dict[str, "Port"]):
+    """The ports that can be used, by name.
+
+    Attributes:
+        problems: one error for each port or folder that cannot be used; ``details["port"]`` is its name, as far as
+            that is known.
+    """
+
+    problems: list[PortKitError]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems = []
+
+    def problem_of(self, name: str) -> PortKitError | None:
+        """Return why the port called ``name`` cannot be used; None where nothing is known of it."""
+        return next((problem for problem in self.problems if problem.details.get("port") == name), None)
+
+
+def discover() -> Ports:
+    """Look at the entry points, then at the folders of ``PORT_KIT_PATH``; return ports sorted by name."""
+    declared: list[tuple[Port, str]] = []
+    problems: list[PortKitError] = []
+    for name, origin, load in (*_installed(), *_in_folders(problems)):
+        try:
+            declared.append((_checked(load(), origin, name), origin))
+        except _IMPORT_ERRORS as error:
+            problems.append(_broken(name, origin, error))
+    found = Ports()
+    clashes = list(_clashes(declared))
+    doubtful = {problem.details["port"] for problem in clashes}
+    for port, _ in sorted(declared, key=lambda item: item[0].name):
+        if port.name not in doubtful:
+            found[port.name] = port
+    found.problems = problems + clashes
+    return found
+
+
+def _installed() -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        yield entry.name, f"{entry.value} of {_distribution(entry)}", entry.load
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unknown distribution"
+
+
+def _in_folders(problems: list[PortKitError]) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for text in filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep)):
+        folder = Path(text).expanduser()
+        packages = _packages(folder)
+        if not packages:
+            problems.append(_no_port_in(folder))
+        for package in packages:
+            yield package.name, str(package), lambda package=package: _import_package(package).PORT
+
+
+def _packages(folder: Path) -> list[Path]:
+    inits = sorted(folder.glob("*/__init__.py")) if folder.is_dir() else []
+    return [path.parent for path in inits if _DECLARES.search(path.read_bytes())]
+
+
+def _no_port_in(folder: Path) -> PortKitError:
+    """Say what a folder lacks: it is none, it is the port itself, or nothing in it declares a port."""
+    hint = f"{PATH_VARIABLE} names the folder above a port's package, whose __init__.py sets PORT"
+    if not folder.is_dir():
+        problem = f"{PATH_VARIABLE} names {folder}, which is not a folder"
+    elif (folder / "__init__.py").is_file():
+        problem = f"{PATH_VARIABLE} names {folder}, which is a package itself"
+        hint = f"name the folder above it: {folder.absolute().parent}"
+    else:
+        problem = f"{PATH_VARIABLE} names {folder}, where no package declares a PORT"
+    return PortKitError(problem, code="port_path", hint=hint, folder=str(folder))
+
+
+def _import_package(package: Path) -> object:
+    """Import the package in this folder under its own name; the folder above it goes onto ``sys.path``."""
+    parent = str(package.parent.resolve())
+    if parent not in sys.path:
+        sys.path.append(parent)
+    module = importlib.import_module(package.name)
+    if module.__file__ is None or Path(module.__file__).resolve().parent != package.resolve():
+        raise PortKitError(
+            f"{package} is hidden by {module.__file__}, which is importable under the same name",
+            code="port_clash",
+            hint="rename the port's folder",
+            port=package.name,
+        )
+    return module
+
+
+def _checked(port: object, origin: str, name: str) -> Port:
+    from port_kit.port import Port
+
+    if not isinstance(port, Port):
+        raise PortKitError(
+            f"{origin} is {type(port).__name__}; a port_kit.Port is required",
+            code="port_invalid",
+            hint="the entry point, or PORT in the package, must be the Port object",
+            port=name,
+        )
+    return port
+
+
+def _broken(name: str, origin: str, error: BaseException) -> PortKitError:
+    """Name the error and the line of somebody's package that raised it."""
+    if isinstance(error, PortKitError):
+        return error
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
+    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    if isinstance(error, SyntaxError):
+        where = f" ({error.filename}, line {error.lineno})"
+    hint = "repair it, or take it out of this environment"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        hint = f"install {error.name.partition('.')[0]}, or import it inside the functions that need it"
+    reason = error.msg if isinstance(error, SyntaxError) else str(error)
+    return PortKitError(
+        f"the port {name} from {origin} cannot be imported: {type(error).__name__}: {reason}{where}",
+        code="port_broken",
+        hint=hint,
+        port=name,
+    )
+
+
+def _clashes(declared: list[tuple[Port, str]]) -> Iterator[PortKitError]:
+    """Yield an error for every port that shares its name or its pipeline's class with a different one.
+
+    Neither of the two is offered then: which one was meant cannot be known.
+    """
+    for port, origin in declared:
+        for other, other_origin in declared:
+            shared = _shared(port, other)
+            if shared:
+                yield PortKitError(
+                    f"two ports {shared}: {origin} and {other_origin}; neither is offered",
+                    code="port_clash",
+                    hint="rename one of the two, uninstall it, or take its folder out of PORT_KIT_PATH",
+                    port=port.name,
+                )
+                break
+
+
+def _shared(port: Port, other: Port) -> str:
+    if port == other:
+        return ""
+    if port.name == other.name:
+        return f"are called {port.name!r}"
+    return f"register the pipeline {port.class_name!r}" if port.class_name == other.class_name else ""

@@ -1,0 +1,48 @@
+"""A user's script in an environment of its own: make a private port's tiny model, and run it on two worker processes.
+
+Usage: run_private.py REPORT SCRATCH PORT...  The report is a file, because engines write to stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run(name: str, scratch: Path) -> dict[str, Any]:
+    """Start an engine with two workers, make a clip, and describe it."""
+    import numpy as np
+    import psutil
+    from vllm_omni import Omni
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    import port_kit
+    from port_kit.port import find_port
+
+    port = find_port(name)
+    model = importlib.import_module(f"{name}.tiny").model_directory(scratch / name)
+    omni = Omni(model=str(model), dtype="float32", enforce_eager=True, tensor_parallel_size=2)
+    try:
+        (result,) = omni.generate("a crab", OmniDiffusionSamplingParams(num_inference_steps=2, seed=3))
+        processes = len(psutil.Process().children(recursive=True))
+    finally:
+        omni.close()
+    frames = np.asarray(result.images[0])
+    return {
+        "port": name,
+        "origin": importlib.import_module(port.pipeline.partition(":")[0]).__file__,
+        "kit": port_kit.__file__,
+        "processes": processes,
+        "shape": frames.shape,
+        "deviation": float(frames.std()),
+        "sum": float(frames.astype(np.float64).sum()),
+    }
+
+
+if __name__ == "__main__":
+    report, scratch, *names = sys.argv[1:]
+    rows = [run(name, Path(scratch)) for name in names]
+    Path(report).write_text(json.dumps(rows), encoding="utf-8")

@@ -1,0 +1,101 @@
+"""The example of a private port, installed in a fresh environment and from a folder, through ``Omni`` and its workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "private_port"
+KIT = ("port_kit", "models", "setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+def _copy(target: Path, source: Path, names: tuple[str, ...]) -> Path:
+    """Copy what is built, so that building leaves nothing in the work tree."""
+    for name in names:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            target.mkdir(exist_ok=True, parents=True)
+            shutil.copy(source / name, target / name)
+    return target
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PORT_KIT_PATH")}
+    return {**kept, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost", **extra}
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter of a fresh environment: the kit and the example are installed, everything else is borrowed."""
+    work = tmp_path_factory.mktemp("fresh")
+    uv = [sys.executable, "-m", "uv", "--quiet", "--offline"]
+    subprocess.run([*uv, "venv", "--python", sys.executable, str(work / "venv")], check=True)
+    found = work / "venv" / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.check_output([found, "-c", ask], text=True).strip())
+    # A path line adds the folder but does not run the .pth files in it: the editable install stays out.
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    sources = [_copy(work / "kit", ROOT, KIT), _copy(work / "example", EXAMPLE, ("tidepool", "pyproject.toml"))]
+    install = [*uv, "pip", "install", "--python", str(found), "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, *map(str, sources)], check=True, env=_environment())
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the same port under another name, as somebody would copy it; nothing installs it."""
+    target = tmp_path_factory.mktemp("folder")
+    for path in (EXAMPLE / "tidepool").glob("*.py"):
+        text = path.read_text(encoding="utf-8").replace("tidepool", "rockpool").replace("Tidepool", "Rockpool")
+        (target / "rockpool").mkdir(exist_ok=True)
+        (target / "rockpool" / path.name).write_text(text, encoding="utf-8")
+    return target
+
+
+@pytest.fixture(scope="module")
+def rows(python: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    """What the script saw of both ports, run once in the fresh environment."""
+    work = tmp_path_factory.mktemp("run")
+    script = Path(__file__).with_name("run_private.py")
+    done = subprocess.run(
+        [str(python), str(script), str(work / "report.json"), str(work), "tidepool", "rockpool"],
+        env=_environment(PORT_KIT_PATH=str(folder)),
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    yield {row["port"]: row for row in json.loads((work / "report.json").read_text())}
+
+
+def test_both_ports_run_in_worker_processes(rows: dict[str, dict[str, Any]], python: Path, folder: Path) -> None:
+    environment = str(python.parents[1])
+    assert rows["tidepool"]["kit"].startswith(environment)
+    assert rows["tidepool"]["origin"].startswith(environment)
+    assert rows["rockpool"]["origin"] == str(folder / "rockpool" / "pipeline.py")
+    for row in rows.values():
+        assert row["processes"] >= 2
+        assert row["shape"] == [9, 48, 64, 3]
+        assert row["deviation"] > 1.0
+    assert rows["rockpool"]["sum"] == rows["tidepool"]["sum"]
+
+
+def test_the_command_line_lists_both(python: Path, folder: Path) -> None:
+    command = [str(python), "-m", "port_kit", "list", "--json"]
+    done = subprocess.run(
+        command, env=_environment(PORT_KIT_PATH=str(folder)), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"tidepool", "rockpool", "dreamid_omni"} <= set(json.loads(done.stdout)["data"])
