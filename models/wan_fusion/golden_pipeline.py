@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from port_kit.download import Recipe
 from port_kit.download.convert import convert_file
-from port_kit.models.dreamid_omni.config import MAX_TEXT_TOKENS
 from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.models.wan_fusion.component_configs import (
     audio_vae_config,
@@ -29,11 +28,13 @@ from port_kit.models.wan_fusion.component_configs import (
     vae_config,
 )
 from port_kit.models.wan_fusion.golden_components import read_vocoder_config
+from port_kit.models.wan_fusion.request import MAX_TEXT_TOKENS
 from port_kit.parity import Bound, Case, Pair
 from port_kit.runtime.local import single_rank
 
 if TYPE_CHECKING:
-    from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline, Step
+    from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
+    from port_kit.models.wan_fusion.denoising import Step
 
 #: Where a goldens folder keeps the files of each Hub repository.
 CHECKOUTS = {

@@ -9,7 +9,8 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.errors import CODES, InputError
 from port_kit.models.dreamid_omni import config
-from port_kit.models.dreamid_omni.config import GenerationRequest, GuidanceScales, Lengths, parse_request
+from port_kit.models.dreamid_omni.config import GenerationRequest, GuidanceScales, parse_request
+from port_kit.models.wan_fusion.request import Lengths
 
 LENGTHS = Lengths(31, 157)
 

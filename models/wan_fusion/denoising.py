@@ -1,0 +1,120 @@
+"""What a request is while it is served: read and checked, encoded, denoised step by step.
+
+Shapes: B = 1 batch, C latent channels, F latent frames, h and w latent cells (16 pixels), L audio latents, n pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from port_kit.models.wan_fusion.request import FusionRequest, Lengths
+from port_kit.models.wan_fusion.scheduler import build_scheduler
+from port_kit.models.wan_fusion.stems import Text
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose every part has been read and checked; nothing after it can be the caller's fault.
+
+    Attributes:
+        request: its numbers and texts; of a port, its own subclass.
+        lengths: of the clip.
+        tokens: ids of the prompt, the video's negative prompt and the sound's negative prompt.
+        pictures: float32 (3, H, W) each, in [-1, 1].
+        voices: float32 (16000,) each.
+    """
+
+    request: Any
+    lengths: Lengths
+    tokens: tuple[list[int], list[int], list[int]]
+    pictures: Sequence[Tensor] = ()
+    voices: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every step is given: texts, which keep their keys and values over the steps, and clean references.
+
+    Attributes:
+        texts: the prompt for the video and for the sound.
+        negatives: the negative prompts for the video and for the sound.
+        pictures: latents (1, C, n, h, w), n = 0 where there are none.
+        voices: latents (1, L, C), one after the other; L = 0 where there are none.
+        voice_lengths: latents of each voice.
+    """
+
+    texts: tuple[Text, Text]
+    negatives: tuple[Text, Text]
+    pictures: Tensor
+    voices: Tensor
+    voice_lengths: tuple[int, ...]
+
+
+@dataclass
+class Denoising:
+    """A clip between two steps; it changes with each.
+
+    Attributes:
+        job: what is made.
+        conditions: what every step is given.
+        video: (1, C, F, h, w), places of references included.
+        audio: (1, L, C), places of references included.
+        solvers: the video's and the sound's; they keep their own history.
+        timesteps: (steps,) int64 on the device: one copy for all steps, so that none waits for a transfer.
+        index: of the next step.
+    """
+
+    job: Job
+    conditions: Conditions
+    video: Tensor
+    audio: Tensor
+    solvers: tuple[Any, Any]
+    timesteps: Tensor
+    index: int = 0
+
+    @classmethod
+    def begin(cls, job: Job, conditions: Conditions, video: Tensor, audio: Tensor) -> Denoising:
+        """Start from noise, with solvers of the request's kind; they work on the CPU, so that no step waits."""
+        given: FusionRequest = job.request
+        solvers = tuple(build_scheduler(given.solver, steps=given.steps, shift=given.shift) for _ in range(2))
+        return cls(job, conditions, video, audio, (solvers[0], solvers[1]), solvers[0].timesteps.to(video.device))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps have been made."""
+        return self.index >= len(self.timesteps)
+
+    @property
+    def timestep(self) -> Tensor:
+        """The next step's, 0-dim int64 on the device."""
+        return self.timesteps[self.index]
+
+    def advance(self, guided: tuple[Tensor, Tensor]) -> None:
+        """Step both solvers along the guided flows, shaped as :attr:`video` and :attr:`audio`."""
+        latents = []
+        for solver, flow, latent in zip(self.solvers, guided, (self.video, self.audio), strict=True):
+            latents.append(solver.step(flow, solver.timesteps[self.index], latent, return_dict=False)[0])
+        self.video, self.audio = latents
+        self.index += 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished denoising step, for whoever watches a pipeline's ``on_step``."""
+
+    index: int
+    guided_video: Tensor
+    guided_audio: Tensor
+    video: Tensor
+    audio: Tensor
+
+
+def draw_noise(shape: tuple[int, ...], seed: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Draw (1, \\*shape) on the device, from a generator of its own: the same seed on another kind differs."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn((1, *shape), generator=generator, device=device, dtype=dtype)

@@ -1,0 +1,224 @@
+"""What the pipelines of the family share; a port says what it reads, what passes a step has and how they are combined.
+
+Shapes: B = 1 batch, C latent channels, F latent frames, h and w latent cells (16 pixels), L audio latents, T text
+tokens, D text width, n pictures.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm_omni.diffusion.cancellation import check_request_cancellation
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.models.interface import SupportAudioOutput, SupportsComponentDiscovery
+from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.errors import OmniClientError
+
+from port_kit.errors import InputError
+from port_kit.models.wan_fusion.caching import arrange_cache
+from port_kit.models.wan_fusion.denoising import Conditions, Denoising, Job, Step, draw_noise
+from port_kit.models.wan_fusion.loading import build_components, load_component_weights, read_json, weights_sources
+from port_kit.models.wan_fusion.media import envelope, to_frames
+from port_kit.models.wan_fusion.prompts import tokenize
+from port_kit.models.wan_fusion.request import (
+    AUDIO_LATENT_CHANNELS,
+    AUDIO_SAMPLE_RATE,
+    DEFAULT_STEPS,
+    FPS,
+    MAX_TEXT_TOKENS,
+    VIDEO_LATENT_CHANNELS,
+    VIDEO_SPATIAL_STRIDE,
+    FusionRequest,
+    Lengths,
+)
+from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan_fusion.text_encoder import load_tokenizer
+from port_kit.port import Component
+
+
+class FusionPipeline(
+    nn.Module,
+    CFGParallelMixin,
+    ProgressBarMixin,
+    SupportAudioOutput,
+    SupportsComponentDiscovery,
+):
+    """A pipeline as vLLM-Omni's registry builds it: empty, then filled by the standard loader.
+
+    A request goes :meth:`prepare` → :meth:`start` → (:meth:`predict` → :meth:`advance`) a step → :meth:`decode`.
+    A port gives :meth:`read`, :meth:`branches` and ``combine_multi_branch_cfg_noise``, and :meth:`hold` where it
+    writes into what is stepped.
+
+    Attributes:
+        components: the port's weights.
+        guidance_passes: of the transformer in one step.
+        index: content of ``model_index.json``.
+        lengths: of the clip that the model makes.
+        on_step: called after every denoising step; None by default. Parity checks watch latents through it.
+    """
+
+    components: ClassVar[tuple[Component, ...]]
+    guidance_passes: ClassVar[int]
+
+    _dit_modules: ClassVar[list[str]] = ["transformer"]
+    _encoder_modules: ClassVar[list[str]] = ["text_encoder"]
+    _vae_modules: ClassVar[list[str]] = ["vae", "audio_vae", "vocoder"]
+    _resident_modules: ClassVar[list[str]] = []
+    support_audio_output: ClassVar[bool] = True
+    supports_request_cancellation: ClassVar[bool] = True
+    color_format: ClassVar[str] = "RGB"
+    audio_sample_rate: ClassVar[int] = AUDIO_SAMPLE_RATE
+    default_num_inference_steps: ClassVar[int] = DEFAULT_STEPS
+    #: The start-up run makes the shortest clip that touches every module: 2 latent frames.
+    warm_up: ClassVar[Lengths] = Lengths(video=2, audio=10)
+    dummy_run_num_frames: ClassVar[int] = warm_up.frames
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.od_config = od_config
+        self.dtype = od_config.dtype
+        self.device = get_local_device()
+        self.index = read_json(od_config.model, "model_index.json")
+        self.lengths = Lengths(self.index["video_latent_length"], self.index["audio_latent_length"])
+        for name, module in build_components(od_config.model, self.components).items():
+            self.add_module(name, module)
+        arrange_cache(self.transformer, od_config, passes=self.guidance_passes)
+        self.tokenizer = load_tokenizer(f"{od_config.model}/tokenizer")
+        self.weights_sources = weights_sources(od_config.model, self.components)
+        self.on_step: Callable[[Step], None] | None = None
+        self.eval().requires_grad_(False)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Fill all components; see :func:`~port_kit.models.wan_fusion.loading.load_component_weights`."""
+        return load_component_weights(self, self.components, weights, self.od_config.model)
+
+    @abstractmethod
+    def read(
+        self, prompt: Any, sampling: Any, lengths: Lengths
+    ) -> tuple[FusionRequest, Sequence[Tensor], Sequence[Tensor]]:
+        """Return the checked request, its pictures (3, H, W) in [-1, 1] and its voices (16000,), float32.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+
+    @abstractmethod
+    def branches(self, state: Denoising) -> list[dict[str, Any]]:
+        """Return the transformer's arguments in each guidance pass of the next step, the full one first."""
+
+    def hold(self, video: Tensor, audio: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """Return the latents as they are to be stepped and decoded: where a port writes what must not change."""
+        return video, audio
+
+    def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
+        """Serve one request. A request that cannot be served comes back as a client's error, not as a failure.
+
+        Returns:
+            ``output`` with ``video`` uint8 (frames, H, W, 3) and ``audio`` float32 (samples,).
+        """
+        try:
+            job = self.prepare(req)
+        except InputError as error:
+            return DiffusionOutput.from_exception(OmniClientError(str(error)))
+        video, audio = self.generate(job)
+        return DiffusionOutput(output={"video": to_frames(video), "audio": audio.float()})
+
+    def prepare(self, req: DiffusionRequestBatch) -> Job:
+        """Check a request and read its references, before any model runs.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+        lengths = self.warm_up if req.is_dummy_run() else self.lengths
+        request, pictures, voices = self.read(req.prompts[0], req.sampling_params, lengths)
+        texts = (request.prompt, request.video_negative_prompt, request.audio_negative_prompt)
+        positive, video_negative, audio_negative = (
+            tokenize(self.tokenizer, text, limit=MAX_TEXT_TOKENS) for text in texts
+        )
+        return Job(request, lengths, (positive, video_negative, audio_negative), pictures, voices)
+
+    def generate(self, job: Job) -> tuple[Tensor, Tensor]:
+        """Run the model: a job in, video (1, 3, frames, H, W) in [-1, 1] and sound (samples,) out."""
+        state = self.start(job)
+        for _ in self.progress_bar(range(job.request.steps)):
+            check_request_cancellation()
+            self.advance(state, self.predict(state))
+        return self.decode(state)
+
+    def start(self, job: Job) -> Denoising:
+        """Encode what a request gives and draw its noise."""
+        conditions = self.conditions(job)
+        return Denoising.begin(job, conditions, *self.noise(job))
+
+    def predict(self, state: Denoising) -> tuple[Tensor, Tensor]:
+        """Return the guided flows of the next step; its passes go over the guidance ranks."""
+        state.video, state.audio = self.hold(state.video, state.audio, state.conditions)
+        scales = asdict(state.job.request.scales)
+        guided: Any = self.predict_noise_with_multi_branch_cfg(True, scales, self.branches(state))
+        return guided
+
+    def advance(self, state: Denoising, guided: tuple[Tensor, Tensor]) -> None:
+        """Make the step and tell whoever watches."""
+        state.advance(guided)
+        if self.on_step is not None:
+            self.on_step(Step(state.index - 1, *guided, state.video, state.audio))
+
+    def decode(self, state: Denoising) -> tuple[Tensor, Tensor]:
+        """Return video (1, 3, frames, H, W) in [-1, 1] and sound (samples,); references' places are dropped."""
+        video, audio = self.hold(state.video, state.audio, state.conditions)
+        lengths = state.job.lengths
+        mel = self.audio_vae.decode(audio[:, : lengths.audio].transpose(1, 2))
+        return self.vae.decode(video[:, :, : lengths.video]), self.vocoder(mel).flatten()
+
+    def encode_prompt(self, token_ids: list[int]) -> Tensor:
+        """Return the text encoder's states (1, T, D). vLLM-Omni's prompt cache wraps this method."""
+        ids = torch.tensor([token_ids], device=self.device)
+        return self.text_encoder(ids, torch.ones_like(ids)).to(self.dtype)
+
+    def conditions(self, job: Job) -> Conditions:
+        """Encode references and texts, once a request."""
+        cells = (side // VIDEO_SPATIAL_STRIDE for side in (job.request.height, job.request.width))
+        pictures = [torch.empty(1, VIDEO_LATENT_CHANNELS, 0, *cells, device=self.device)]
+        pictures += [self.vae.encode(picture[None, :, None].to(self.device)) for picture in job.pictures]
+        voices = [self.audio_vae.encode(voice[None].to(self.device)).transpose(1, 2) for voice in job.voices]
+        positive, video_negative, audio_negative = (self.encode_prompt(ids) for ids in job.tokens)
+        no_voice = torch.empty(1, 0, AUDIO_LATENT_CHANNELS, device=self.device)
+        return Conditions(
+            texts=(Text(positive), Text(positive)),
+            negatives=(Text(video_negative), Text(audio_negative)),
+            pictures=torch.cat(pictures, dim=2).to(self.dtype),
+            voices=torch.cat((no_voice, *voices), dim=1).to(self.dtype),
+            voice_lengths=tuple(voice.shape[1] for voice in voices),
+        )
+
+    def noise(self, job: Job) -> tuple[Tensor, Tensor]:
+        """Draw both latents, references' places included, each from its own generator with the same seed."""
+        given, (video_shape, audio_shape) = job.request, job.request.noise_shapes(job.lengths)
+        video = self._draw(video_shape, given.seed, given.video_noise)
+        return video, self._draw(audio_shape, given.seed, given.audio_noise)
+
+    def _draw(self, shape: tuple[int, ...], seed: int, given: Tensor | None) -> Tensor:
+        if given is not None:
+            return given[None].to(self.device, self.dtype)
+        return draw_noise(shape, seed, device=self.device, dtype=self.dtype)
+
+    def predict_noise(self, **branch: Any) -> tuple[Tensor, Tensor]:
+        """Run one pass; the CFG mixin spreads passes over ranks."""
+        return self.transformer(**branch)
+
+
+def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    """Return what turns a worker's output into vLLM-Omni's payload; runs in the engine's process."""
+
+    def post_process(output: dict[str, Tensor]) -> dict[str, Any]:
+        return envelope(output, fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)
+
+    return post_process
