@@ -48,6 +48,13 @@ def intersection(one: Box, other: Box) -> Box | None:
     return common if all(start < stop for start, stop in common) else None
 
 
+def tiles(shape: Shape, boxes: Sequence[Box]) -> bool:
+    """Whether the boxes hold every element of a shape, each once."""
+    if len(boxes) == 1:
+        return boxes[0] == whole(shape)
+    return first_overlap(boxes) is None and gaps(boxes, shape) == 0
+
+
 def first_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
     """Return the positions of two boxes that share an element, or None where all are disjoint.
 

@@ -82,7 +82,7 @@ def _placed(ordered: Sequence[Write], sizes: dict[str, int]) -> list[Write]:
         if write.shape != shape or at + width > whole[axis]:
             raise _misfit(write, whole, axis)
         span = (start + at, start + at + width)
-        placed.append(replace(write, region=(*first.region[:axis], span, *first.region[axis + 1 :]), join=None))
+        placed.append(write._replace(region=(*first.region[:axis], span, *first.region[axis + 1 :]), join=None))
         at += width
     if at != whole[axis]:
         raise _misfit(ordered[-1], whole, axis)
@@ -140,7 +140,7 @@ def known_place(write: Write, sizes: dict[str, int]) -> Box | None:
         scope = Scope(sizes, write.rule.label, write.target, None, write.shape)
         widths = [scope.size(size) for size in write.join.get("sizes")]
     stand_ins = [
-        replace(write, part=part, shape=(*write.shape[:axis], width, *write.shape[axis + 1 :]))
+        write._replace(part=part, shape=(*write.shape[:axis], width, *write.shape[axis + 1 :]))
         for part, width in zip(parts, widths, strict=True)
         if part != write.part
     ]

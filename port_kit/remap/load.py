@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.boxes import Box, extents, first_overlap, gaps, intersection, slices, volume, whole
+from port_kit.remap.copies import Copies
 from port_kit.remap.diagnosis import diagnose
 from port_kit.remap.joins import check_transform, incomplete, known_place, parts_of, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
@@ -126,23 +126,26 @@ class WeightLoader:
         folder: str | Path | None = None,
         narrow: bool = True,
     ) -> None:
+        import torch
+
         found = read_targets(module)
         self.targets = found.targets
+        self._copies = Copies(torch.get_num_threads())
         self.rules = rules
         self.prefix = prefix
         self.folder = Path(folder) if folder is not None else None
         elastic = {name for name, target in found.targets.items() if is_elastic(target)}
-        ranks = max((part.__dict__.get("tp_size") or 1 for part in module.modules()), default=1)
         specs = {name: target.spec for name, target in found.targets.items()}
         self.manifest = Manifest(specs, origin=type(module).__name__, aliases=found.aliases)
         self.lowering = Lowering(
-            rules, specs, sizes or {}, narrow=narrow, aliases=found.aliases, elastic=(elastic, ranks)
+            rules, specs, sizes or {}, narrow=narrow, aliases=found.aliases, elastic=(elastic, found.ranks)
         )
         self._identity = Lowering(IDENTITY, specs, {}, narrow=narrow or rules.narrow, aliases=found.aliases)
         self._converted: bool | None = None
         self._undecided: list[tuple[str, Tensor, TensorSpec]] = []
         self._writes: dict[str, list[Write]] = defaultdict(list)
         self._used: dict[int, int] = defaultdict(int)
+        self._specs: dict[object, TensorSpec] = {}
         self._problems: list[Problem] = []
         self._waiting: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
         self._waiting_bytes = 0
@@ -167,8 +170,13 @@ class WeightLoader:
     def feed(self, name: str, tensor: Tensor) -> None:
         """Put one tensor to where the rules send it; gaps are reported by :meth:`finish`."""
         name = name.removeprefix(self.prefix)
-        tensor = tensor.detach()
-        spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        kind = (tensor.shape, tensor.dtype)
+        spec = self._specs.get(kind)
+        if spec is None:
+            spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            self._specs[kind] = spec
         if name in self._seen:
             self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
             return
@@ -199,9 +207,9 @@ class WeightLoader:
 
     def _put(self, name: str, tensor: Tensor, spec: TensorSpec) -> None:
         lowered = self._lower(name, spec)
-        self._problems += lowered.problems
-        self._blamed.update(lowered.blamed)
         if lowered.problems:
+            self._problems += lowered.problems
+            self._blamed.update(lowered.blamed)
             return
         self._account(name, spec, lowered)
         for write in lowered.writes:
@@ -246,7 +254,7 @@ class WeightLoader:
     def _join(self, write: Write, tensor: Tensor) -> None:
         assert write.join is not None
         if write.join.name == "concat":
-            key = (write.join, write.part, write.region, write.shape)
+            key = (id(write.join), write.part, write.region, write.shape)
             if key not in self._known_places:
                 self._known_places[key] = known_place(write, self.lowering.sizes)
             region = self._known_places[key]
@@ -282,7 +290,7 @@ class WeightLoader:
             if not problems:
                 parts = {write.part: gather(tensors[write.source], write.steps) for write in writes}
                 result = find_transform(first.join.name).run(parts, dict(first.join.args), extents(first.region))
-                self._store(replace(first, join=None, steps=()), result)
+                self._store(first._replace(join=None, steps=()), result)
         self._problems += problems
 
     # -- storing -----------------------------------------------------------------------------------------------
@@ -291,7 +299,7 @@ class WeightLoader:
         target = self.targets[write.target]
         self._writes[write.target].append(write)
         if target.loader is None:
-            copy_through(_view(target.tensor.data, write.region), tensor, write.steps)
+            copy_through(_view(target.tensor.data, write.region), tensor, write.steps, self._copies.copy)
         else:
             self._store_through_loader(target, write, tensor)
 

@@ -13,16 +13,15 @@ thread would spend more time on page faults and short rows than the bytes saved 
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.manifest import Manifest
+from port_kit.manifest import ITEM_SIZES, SAFETENSORS_DTYPES, Manifest, read_header
 from port_kit.remap.boxes import Box, intersection, volume
+from port_kit.remap.copies import Copies
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.lower import Write
 from port_kit.remap.plan import Plan, check
@@ -98,39 +97,36 @@ class _Reader:
         self.loader = loader
         self.root = root
         self.threads = threads
-        self.copies: deque[_Copy] = deque()
         self.bytes_read = 0
         self.whole: list[str] = []
         self._known: dict[object, list[_Cut] | None] = {}
 
     def run(self, prefix: str) -> LocalLoad:
-        from safetensors import safe_open
-
         by_file: dict[str, list[str]] = defaultdict(list)
         writes = self.plan.by_source()
         for name in writes:
             by_file[self.plan.source[name].file].append(name)
         joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
-        with ExitStack() as stack:
+        with Copies(self.threads) as self.copies:
             for file, names in by_file.items():
-                opened = stack.enter_context(safe_open(self.root / file, framework="pt"))
+                opened = _File(self.root / file)
                 for name in names:
                     self._source(opened, name, writes[name], joined)
-            self._copy_all()
+            self.copies.run()
         for group in joined.values():
             self.loader._finish_group(group)
         raise_problems(self.loader._problems, f"{self.plan.rules.name} does not load {self.root} completely")
         loaded = {prefix + name for name in self.plan.target}
         return LocalLoad(loaded, self.bytes_read, self.plan.source.nbytes, tuple(self.whole))
 
-    def _source(self, opened: Any, name: str, writes: list[Write], joined: dict[object, Any]) -> None:
+    def _source(self, opened: _File, name: str, writes: list[Write], joined: dict[object, Any]) -> None:
         cuts = [self._cuts(write) for write in writes]
         known = [cut for cut in cuts if cut is not None]
         if len(known) == len(cuts):
             for write, parts in zip(writes, known, strict=True):
                 self._read_parts(opened, write, parts)
             return
-        tensor = opened.get_tensor(name)
+        tensor = opened.tensor(name)
         self.bytes_read += self.plan.source[name].nbytes
         if any(self._is_split(write) for write in writes):
             self.whole.append(name)
@@ -151,68 +147,65 @@ class _Reader:
     def _is_split(self, write: Write) -> bool:
         return self.loader.targets[write.target].tensor.numel() < self.plan.target[write.target].numel
 
-    def _read_parts(self, opened: Any, write: Write, parts: list[_Cut]) -> None:
-
-        target = self.loader.targets[write.target].tensor.data
-        whole = opened.get_tensor(write.source)  # a view of the mapped file: nothing is read before it is copied
-        for part in parts:
-            piece = whole[tuple(slice(start, stop) for start, stop in part.source)]
-            self.bytes_read += piece.nbytes
-            for step in write.steps:
-                if isinstance(step, Permute):
-                    piece = piece.permute(step.perm)
-            place = target[tuple(slice(start, stop) for start, stop in part.local)]
-            self._copy(place, piece.reshape(place.shape))
-
-    def _copy(self, place: Tensor, piece: Tensor) -> None:
-        """Copy now what is small or needs torch; put the rest by for the threads."""
+    def _read_parts(self, opened: _File, write: Write, parts: list[_Cut]) -> None:
         import torch
 
-        if piece.nbytes < _SMALL or not _plain(place, piece):
-            with torch.no_grad():
-                place.copy_(piece)
-            return
-        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()]
-        into, values = place.view(bits).numpy(), piece.view(bits).numpy()
-        rows = max(1, _PIECE * len(values) // piece.nbytes)
-        for row in range(0, len(values), rows):
-            self.copies.append((into[row : row + rows], values[row : row + rows]))
+        place = self._bits(write.target, self.plan.source[write.source].dtype)
+        source: Any = opened.tensor(write.source) if place is None else opened.bits(write.source)
+        target: Any = self.loader.targets[write.target].tensor.data if place is None else place
+        permutes = [step.perm for step in write.steps if isinstance(step, Permute)]
+        for part in parts:  # both are views: nothing is read before it is copied
+            into, piece = target[_index(part.local)], source[_index(part.source)]
+            self.bytes_read += piece.nbytes
+            for perm in permutes:
+                piece = piece.permute(perm) if place is None else piece.transpose(perm)
+            piece = piece.reshape(into.shape)
+            if place is None:
+                with torch.no_grad():
+                    into.copy_(piece)
+            else:
+                self.copies.put_by(into, piece)
 
-    def _copy_all(self) -> None:
-        """Copy what was put by; a thread takes the next when it is done with one."""
-        if not self.copies:
-            return
-        with ThreadPoolExecutor(self.threads) as pool:
-            running = [pool.submit(_drain, self.copies) for _ in range(self.threads)]
-        for thread in running:
-            thread.result()
+    def _bits(self, name: str, dtype: str) -> NDArray[Any] | None:
+        """A target as an array of integers; None where a copy must convert or leave host memory."""
+        import torch
 
-
-_SMALL = 1 << 16
-"""Bytes below which handing a copy to a thread costs more than the copy."""
-
-_PIECE = 1 << 23
-"""Bytes that a thread copies at once: small enough that a single huge tensor is shared too."""
-
-_Copy = tuple["NDArray[Any]", "NDArray[Any]"]
-"""Where to, and what: two arrays of integers of equal shape, the bits of the values."""
-
-
-def _plain(place: Tensor, piece: Tensor) -> bool:
-    """Whether a copy moves bits in host memory and no more: then numpy does it, without torch's own threads."""
-    same = place.dtype == piece.dtype and place.is_cpu and place.dim() > 0 and piece.element_size() <= 8
-    return same and place.stride(-1) == piece.stride(-1) == 1
+        tensor = self.loader.targets[name].tensor.data
+        spec = self.plan.target[name]
+        if spec.dtype != dtype or type(tensor) is not torch.Tensor or not tensor.is_cpu or not tensor.dim():
+            return None
+        if tensor.element_size() > 8:
+            return None
+        return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy()
 
 
-def _drain(copies: deque[_Copy]) -> None:
-    import numpy
+class _File:
+    """A safetensors file whose tensors are views of its mapping, as bits or as tensors."""
 
-    while True:
-        try:
-            place, piece = copies.popleft()
-        except IndexError:
-            return
-        numpy.copyto(place, piece)
+    def __init__(self, path: Path) -> None:
+        import numpy
+
+        self.path = path
+        self._header, self._start = read_header(path)
+        self._bytes = numpy.memmap(path, numpy.uint8, "r")
+        self._opened: Any = None
+
+    def bits(self, name: str) -> NDArray[Any]:
+        """A tensor as an array of integers of its elements' size."""
+        import numpy
+
+        entry = self._header[name]
+        size = ITEM_SIZES[SAFETENSORS_DTYPES[entry["dtype"]]]
+        start = self._start + entry["data_offsets"][0]
+        return numpy.ndarray(entry["shape"], f"i{size}", self._bytes, start)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of its own dtype."""
+        from safetensors import safe_open
+
+        if self._opened is None:
+            self._opened = safe_open(self.path, framework="pt")
+        return self._opened.get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -257,6 +250,10 @@ def _held_whole(target: Target) -> bool:
     local = [shard.local for shard in target.shards]
     same_rank = all(len(box) == target.tensor.dim() for box in local)
     return same_rank and sum(map(volume, local)) == target.tensor.numel()
+
+
+def _index(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)
 
 
 def _shifted(box: Box, base: Box) -> Box:

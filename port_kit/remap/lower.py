@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
@@ -25,8 +26,7 @@ from port_kit.remap.steps import Cast, Reshape, Step, Take
 Branch = tuple[tuple[Step, ...], Box, Shape]
 
 
-@dataclass(frozen=True)
-class Write:
+class Write(NamedTuple):
     """One part of one source on its way into one part of one target.
 
     Attributes:
@@ -62,8 +62,7 @@ class Write:
         return Write(self.source, self.steps, self.target, region, self.rule, self.slot, None, self.part, self.shape)
 
 
-@dataclass(frozen=True)
-class Lowered:
+class Lowered(NamedTuple):
     """What rules make of one source: its writes, the parts that are dropped, and what is wrong.
 
     ``blamed`` are the targets that a source with problems does not reach: they miss nothing else.
@@ -109,6 +108,10 @@ class Lowering:
         self._templates: dict[str, int] | None = None
         self._uses_groups = [_uses_groups(rule) for rule in self.rules]
         self._steps: dict[object, list[Branch]] = {}
+        self._fills = [
+            None if uses else _fill_of(rule) for rule, uses in zip(self.rules, self._uses_groups, strict=True)
+        ]
+        self._alike: dict[object, tuple[Write, Mapping[str, Box]]] = {}
 
     def matches(self, name: str) -> tuple[int, ...]:
         """Numbers of the rules that match a name."""
@@ -118,7 +121,7 @@ class Lowering:
         """Work out all that the rules make of one source; problems are returned, not raised."""
         found = self.matcher.find(name)
         if len(found) == 1:
-            return self._one(found[0], name, spec, found)
+            return self._repeat(found[0], name, spec, found) or self._one(found[0], name, spec, found)
         if not found:
             problem = Problem("remap_unexpected", f"{name} matches no rule", source=name, file=spec.file)
             return Lowered(problems=(problem,))
@@ -136,6 +139,22 @@ class Lowering:
             found,
             tuple(target for part in parts for target in part.blamed),
         )
+
+    def _repeat(self, number: int, name: str, spec: TensorSpec, found: tuple[int, ...]) -> Lowered | None:
+        """The write of a source that is like an earlier one in all but its name; None where none was."""
+        fill = self._fills[number]
+        if fill is None:
+            return None
+        match = self.matcher.match(number, name)
+        target, shard = self._canonical(fill.target.of(match)), fill.shard.of(match)
+        goal = self.target.get(target)
+        if goal is None:
+            return None
+        alike = self._alike.get((number, shard, spec.shape, spec.dtype, goal.shape, goal.dtype))
+        if alike is None or alike[1] != goal.slots or self.elastic[1] > 1 and target in self.elastic[0]:
+            return None
+        write = alike[0]
+        return Lowered((Write(name, write.steps, target, *write[3:]),), rules=found)
 
     def _one(self, number: int, name: str, spec: TensorSpec, found: tuple[int, ...]) -> Lowered:
         rule = self.rules[number]
@@ -173,6 +192,10 @@ class Lowering:
             write = Write(name, steps, place.target, region, rule, place.slot, join, place.part if join else "", shape)
             writes.append(write)
             problems += self._check_dtype(write, spec)
+        if not problems and len(writes) == 1:
+            goal = self.target[names[0]]
+            key = (number, shards[0] if shards else "", spec.shape, spec.dtype, goal.shape, goal.dtype)
+            self._alike[key] = (writes[0], goal.slots)
         return Lowered(tuple(writes), problems=tuple(problems), rules=found)
 
     def _lower_places(
@@ -319,6 +342,52 @@ class _Place:
     part: str
     base: Box
     shape: Shape
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A template without expressions, as a format with the groups that fill it."""
+
+    form: str
+    groups: tuple[str | int, ...]
+
+    def of(self, match: re.Match[str]) -> str:
+        """The template filled; an optional group that took no part is empty."""
+        if not self.groups:
+            return self.form
+        values = match.group(*self.groups)
+        if not values or len(self.groups) > 1 and None in values:
+            values = tuple(match[group] or "" for group in self.groups)
+        return self.form % values
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """The names that a rule with one plain target makes."""
+
+    target: _Text
+    shard: _Text
+
+
+def _fill_of(rule: Rule) -> _Fill | None:
+    """The fill of a rule; None where it has several targets or expressions in their names."""
+    if rule.drop or rule.keep or len(rule.targets) != 1 or len(rule.shards) > 1:
+        return None
+    target, shard = _text_of(rule.targets[0]), _text_of(rule.shards[0] if rule.shards else "")
+    return _Fill(target, shard) if target is not None and shard is not None else None
+
+
+def _text_of(template: str) -> _Text | None:
+    form, groups = "", []
+    for part in parse_template(template).parts:
+        if isinstance(part, str):
+            form += part.replace("%", "%%")
+        elif part[0] == "group":
+            form += "%s"
+            groups.append(int(part[1]) if part[1].isdigit() else part[1])
+        else:
+            return None
+    return _Text(form if groups else form.replace("%%", "%"), tuple(groups))
 
 
 def _join_of(rule: Rule) -> Op | None:

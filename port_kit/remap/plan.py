@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.boxes import Box, first_overlap, gaps, intersection, volume, whole
+from port_kit.remap.boxes import Box, Shape, first_overlap, gaps, intersection, tiles, volume, whole
 from port_kit.remap.diagnosis import diagnose
 from port_kit.remap.joins import check_transform, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
@@ -198,10 +199,20 @@ class _Compiler:
 
     def _account_sources(self, lowered: Mapping[str, Lowered]) -> None:
         """Every source element is used once, or dropped with a reason."""
+        sound: set[object] = set()
         for name, found in lowered.items():
             if found.problems:
                 continue
             spec = self.source[name]
+            if not found.dropped:
+                key = (spec.shape, tuple(write.steps for write in found.writes))
+                if key in sound:
+                    continue
+                if tiles(
+                    spec.shape, [box for write in found.writes for box in back(write.steps, [whole(write.shape)])]
+                ):
+                    sound.add(key)
+                    continue
             boxes = [box for box, _ in found.dropped]
             for write in found.writes:
                 boxes += back(write.steps, [whole(write.shape)])
@@ -264,7 +275,7 @@ def target_problems(
         blamed: something else was already said of it, so that a missing part needs no second message.
     """
     spec = target[name]
-    if len(writes) == 1 and writes[0].region == whole(spec.shape):
+    if _filled(spec.shape, tuple(write.region if write.join is None else None for write in writes)):
         return []
     places: dict[object, tuple[Box, Write]] = {}
     regions: list[tuple[Box, Write]] = []
@@ -288,6 +299,12 @@ def target_problems(
     sources = ", ".join(write.source for write in writes[:4])
     message = f"{name} lacks {what}; it got {sources}"
     return [Problem("remap_incomplete_group", message, writes[0].rule.label, target=name, missing=tuple(slots))]
+
+
+@lru_cache(maxsize=8192)
+def _filled(shape: Shape, regions: tuple[Box | None, ...]) -> bool:
+    """Whether regions fill a shape, each element once; most targets are alike. None: a part of a join."""
+    return tiles(shape, [region for region in regions if region is not None]) and None not in regions
 
 
 def _covers(box: Box, regions: list[tuple[Box, Write]]) -> bool:

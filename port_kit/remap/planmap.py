@@ -9,7 +9,6 @@ whole source; ``stack {dim, parts}`` with an entry a part. What has no name ther
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from port_kit.remap.boxes import Shape, whole
@@ -69,7 +68,7 @@ def _without_axis(write: Write) -> Write:
     steps = write.steps
     if steps and isinstance(steps[-1], Reshape) and steps[-1].after == (1, *steps[-1].before):
         steps = steps[:-1]
-    return replace(write, steps=steps, region=write.region[1:], shape=write.shape[1:])
+    return write._replace(steps=steps, region=write.region[1:], shape=write.shape[1:])
 
 
 def _concat(writes: Sequence[Write], shape: Shape, plan: Plan) -> Entry:

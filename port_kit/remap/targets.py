@@ -67,10 +67,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """All targets of a module by name, and the second names of tensors that it shares."""
+    """All targets of a module by name, the second names of tensors that it shares, and its tensor-parallel size."""
 
     targets: dict[str, Target]
     aliases: dict[str, str]
+    ranks: int
 
 
 def read_targets(module: nn.Module) -> Targets:
@@ -78,7 +79,9 @@ def read_targets(module: nn.Module) -> Targets:
     targets: dict[str, Target] = {}
     aliases: dict[str, str] = {}
     known: dict[int, str] = {}
+    ranks = 1
     for path, owner in module.named_modules():
+        ranks = max(ranks, owner.__dict__.get("tp_size") or 1)
         prefix = f"{path}." if path else ""
         for leaf, tensor, buffer in _own_tensors(owner):
             name = prefix + leaf
@@ -87,7 +90,7 @@ def read_targets(module: nn.Module) -> Targets:
                 targets[name] = read_target(name, owner, tensor, buffer=buffer)
             else:
                 aliases[name] = first
-    return Targets(targets, aliases)
+    return Targets(targets, aliases, ranks)
 
 
 def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
