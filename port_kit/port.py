@@ -51,6 +51,7 @@ class Port:
         class_name: ``_class_name`` in ``model_index.json``, the key under which the pipeline is registered.
         pipeline: ``"module:Class"`` of the pipeline.
         output_type: the stage's modality, ``video`` for video with or without sound.
+        references: reference media that a request may hold, of ``image`` and ``audio``, as servers are told.
         post_process: name of the post-process factory in the pipeline's module, as vLLM-Omni's registry takes it.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
         components: the weights, in loading order.
@@ -71,6 +72,7 @@ class Port:
     post_process: str = ""
     parity: str = ""
     parallel: str = ""
+    references: tuple[str, ...] = ()
     card: str = ""
     licences: Mapping[str, str] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ PORT = Port(
     class_name="DreamIDOmniPipeline",
     pipeline="port_kit.models.dreamid_omni.pipeline:DreamIDOmniPipeline",
     output_type="video",
+    references=("image", "audio"),
     recipe="port_kit.models.dreamid_omni.recipe:RECIPE",
     components=COMPONENTS,
     post_process="get_post_process_func",

@@ -93,7 +93,7 @@ def _references(data: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ..
             raise InputError(
                 f"the request has no reference {what}; at least one picture and one voice are required",
                 code="input_missing",
-                hint='give them as multi_modal_data={"image": [...], "audio": [...]}',
+                hint='give them as multi_modal_data={"image": [...], "audio": [...]}, to a server as input_references',
             )
     if len(images) != len(voices):
         raise InputError(

@@ -5,13 +5,20 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from port_kit.errors import InputError
 
 #: Longest text that is looked at, in characters; the tokenizer's own limit (in tokens) is checked after it.
 MAX_TEXT_CHARACTERS = 8000
+
+#: Options of the video encoder (libx264) that a request may set, and their values as text.
+CODEC_OPTIONS = {
+    "preset": tuple("ultrafast superfast veryfast faster fast medium slow slower veryslow".split()),
+    "crf": tuple(map(str, range(52))),
+    "threads": tuple(map(str, range(65))),
+}
 
 
 def check_text(name: str, value: object, *, required: bool = False) -> str:
@@ -91,6 +98,42 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
         if near:
             raise InputError(
                 f"unknown option {name!r}", code="input_value", hint=f"did you mean {near[0]!r}?", option=name
+            )
+
+
+def check_unused(given: Mapping[str, object], unused: Mapping[str, str]) -> None:
+    """Refuse a value that servers offer a field for and that this model would not heed.
+
+    Args:
+        given: values by name; None and False ask for nothing.
+        unused: names that the model does not heed, with what it does instead.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    for name, instead in unused.items():
+        if given.get(name) not in (None, False):
+            raise InputError(
+                f"{name} is {given[name]!r}; {instead}", code="input_value", hint=f"leave {name} out", option=name
+            )
+
+
+def check_codec_options(options: object) -> None:
+    """Check what a server hands to the video encoder after the model has run; raises InputError before that.
+
+    Args:
+        options: a mapping with keys of :data:`CODEC_OPTIONS`; None is none.
+    """
+    if options is None:
+        return
+    if not isinstance(options, Mapping):
+        raise InputError(f"video_codec_options is {type(options).__name__}; a mapping is required", code="input_type")
+    for name, value in options.items():
+        if str(value) not in CODEC_OPTIONS.get(name, ()):
+            raise InputError(
+                f"video_codec_options has {name}={value!r}; {', '.join(CODEC_OPTIONS)} are taken, as libx264 has them",
+                code="input_value",
+                hint="leave it out: the default is quick and visually lossless",
             )
 
 

@@ -127,7 +127,7 @@ class FusionPipeline(
         try:
             job = self.prepare(req)
         except InputError as error:
-            return DiffusionOutput.from_exception(OmniClientError(str(error)))
+            return DiffusionOutput.from_exception(OmniClientError(f"[{error.code}] {error}"))
         video, audio = self.generate(job)
         return DiffusionOutput(output={"video": to_frames(video), "audio": audio.float()})
 

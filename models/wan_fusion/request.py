@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.inputs import check_integer, check_names, check_real, check_text
+from port_kit.models.wan_fusion.inputs import (
+    check_codec_options,
+    check_integer,
+    check_names,
+    check_real,
+    check_text,
+    check_unused,
+)
 
 VIDEO_TIME_STRIDE = 4  # frames a latent frame, after the first
 VIDEO_LATENT_CHANNELS = 48
@@ -36,6 +43,17 @@ COMMON_OPTIONS = (
     "video_noise",
     "audio_noise",
 )
+
+#: Fields of vLLM-Omni's video API that would change nothing, with what is done instead.
+_UNUSED = {
+    "short_edge": "height and width alone decide the size",
+    "sound_duration": "the sound is as long as the video",
+    "start_time_seconds": "this model reads no reference video",
+    "enable_frame_interpolation": "this model interpolates no frames",
+    "quality": "num_inference_steps alone decides the quality",
+    "boundary_ratio": "this model has one transformer",
+    "true_cfg_scale": "the options that end with cfg_scale guide this model",
+}
 
 
 @dataclass(frozen=True)
@@ -108,11 +126,26 @@ def prompt_fields(prompt: Any) -> Mapping[str, Any]:
     return prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
 
 
-def media_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``multi_modal_data`` of a prompt, empty where it has none; raises InputError if it is no mapping."""
+def media_of(fields: Mapping[str, Any], kinds: Collection[str] = ("image", "audio")) -> Mapping[str, Any]:
+    """Return ``multi_modal_data`` of a prompt, empty where it has none.
+
+    Args:
+        fields: the prompt.
+        kinds: of media that the port reads.
+
+    Raises:
+        InputError: it is no mapping, or holds media of another kind, which would be ignored silently.
+    """
     media = fields.get("multi_modal_data") or {}
     if not isinstance(media, Mapping):
         raise InputError(f"multi_modal_data is {type(media).__name__}; a mapping is required", code="input_type")
+    for kind, given in media.items():
+        if kind not in kinds and given is not None:
+            raise InputError(
+                f"the request has a reference of the kind {kind!r}; this model reads {', '.join(kinds) or 'none'}",
+                code="input_value",
+                hint="leave it out",
+            )
     return media
 
 
@@ -138,6 +171,7 @@ def parse_common(
     """
     given: Mapping[str, Any] = sampling.extra_args or {}
     check_names(given, (*COMMON_OPTIONS, *scales.__dataclass_fields__, *options))
+    _check_unused(sampling, given)
     _check_counts(sampling, lengths.frames)
     steps = DEFAULT_STEPS if sampling.num_inference_steps is None else sampling.num_inference_steps
     return {
@@ -154,6 +188,18 @@ def parse_common(
     }
 
 
+def _check_unused(sampling: Any, options: Mapping[str, Any]) -> None:
+    fields = {name: getattr(sampling, name, None) for name in _UNUSED if name not in options}
+    check_unused({**options, **fields}, _UNUSED)
+    check_codec_options(options.get("video_codec_options"))
+    if options.get("generate_sound") is False:
+        raise InputError(
+            "generate_sound is false; this model makes the sound together with the video",
+            code="input_value",
+            hint="leave generate_sound out, and drop the sound track afterwards",
+        )
+
+
 def _check_counts(sampling: Any, frames: int) -> None:
     """Refuse what the models cannot do; vLLM-Omni fills in num_frames=1 where a request names none."""
     check_integer("num_outputs_per_prompt", sampling.num_outputs_per_prompt, minimum=1, maximum=1)
@@ -161,7 +207,7 @@ def _check_counts(sampling: Any, frames: int) -> None:
         raise InputError(
             f"num_frames is {sampling.num_frames}; this model makes {frames} frames",
             code="input_value",
-            hint="leave num_frames out",
+            hint="leave num_frames (on a server also seconds) out",
         )
     if sampling.fps not in (None, FPS):
         raise InputError(f"fps is {sampling.fps}; this model makes {FPS} frames a second", code="input_value")

@@ -1,4 +1,6 @@
-"""What the kit changes on the client's side of an engine; see ``refused_request`` in ``patches.md``."""
+"""What the kit changes before a request reaches an engine; see ``refused_request`` and ``malformed_forms`` in
+``patches.md``.
+"""
 
 from __future__ import annotations
 
@@ -33,5 +35,18 @@ def keeping_engine(generate: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             on_error.pop_all()
             return finished
+
+    return run
+
+
+def refusing(parse: Callable[..., Any], kind: type[Exception], message: str = "") -> Callable[..., Any]:
+    """Return ``parse`` with its errors of one kind made the client's, which a server answers with 400."""
+
+    @wraps(parse)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return parse(*arguments, **keywords)
+        except kind as error:
+            raise OmniClientError(message or str(error)) from error
 
     return run

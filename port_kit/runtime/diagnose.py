@@ -63,7 +63,7 @@ def diagnose(*, engine: bool = True) -> tuple[dict[str, str | None], list[Check]
         Versions by distribution (None where absent), and the checks in the order in which they matter.
     """
     versions = dict(_version(names) for names in PACKAGES)
-    checks = [_python(), _runtime(versions), _torchvision(), *_ports(), _token(), _disk()]
+    checks = [_python(), _runtime(versions), _torchvision(), _torchaudio(), *_ports(), _token(), _disk()]
     if engine and find_spec("vllm_omni") is not None:
         checks += _engine()
     return versions, checks
@@ -111,6 +111,23 @@ def _torchvision() -> Check:
         hooked or not mixed,
         f"{state}; {hook}",
         "install port-kit again (its port_kit_startup.pth is missing), or install torchvision's CPU build",
+    )
+
+
+def _torchaudio() -> Check:
+    """Say whether torchaudio is there; a CUDA build beside a CPU-built torch makes ``import vllm`` fail."""
+    from port_kit.runtime.startup import is_cuda_build
+
+    spec = find_spec("torchaudio")
+    if spec is None or spec.origin is None:
+        return Check("torchaudio", True, "not installed; the API server starts without it, speech endpoints need it")
+    mixed = is_cuda_build(str(Path(spec.origin).parent)) and _torch_is_cpu_build()
+    state = "a CUDA build beside a CPU-built torch: it cannot be imported, nor can vLLM" if mixed else "installed"
+    return Check(
+        "torchaudio",
+        not mixed,
+        state,
+        "uninstall torchaudio (the API server starts without it), or install its CPU build",
     )
 
 

@@ -115,14 +115,52 @@ PATCHES: dict[str, Patch] = {
             ),
         ),
         Patch(
+            "references",
+            "a port's reference media declared where the video endpoints look for them",
+            (
+                Need("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
+                Need(
+                    "annotation",
+                    "vllm_omni.diffusion.model_metadata:DiffusionModelMetadata.supports_mixed_reference_inputs",
+                    ("<class 'bool'>",),
+                ),
+                Need("type", "vllm_omni.model_extras.registry:_EXTRA_SPECS", ("dict",)),
+                Need(
+                    "source",
+                    "vllm_omni.model_extras.registry:should_preserve_reference_image_size",
+                    ("197b1a2774d907d8",),
+                ),
+            ),
+        ),
+        Patch(
             "refused_request",
             "an engine that outlives a request refused for its own fault",
             (Need("source", "vllm_omni.entrypoints.omni:Omni.generate", ("eeae6cd3c0c54eb4",)),),
         ),
         Patch(
+            "malformed_forms",
+            "400 for malformed video requests that upstream fails on",
+            (
+                Need(
+                    "source",
+                    "vllm_omni.entrypoints.openai.video.generation.helpers:_parse_form_json",
+                    ("2a181adfe177ce6a",),
+                ),
+                Need("source", "vllm_omni.entrypoints.openai.image_api_utils:parse_size", ("9e3bc57ec589e4de",)),
+            ),
+        ),
+        Patch(
             "torchvision_schemas",
             "a CUDA-built torchvision importable beside a CPU-built torch",
             (Need("fakes", "torchvision", ("nms, qnms", "absent")),),
+        ),
+        Patch(
+            "torchaudio_absent",
+            "an API server that starts without torchaudio",
+            (
+                Need("imports", "vllm_omni.entrypoints.openai.audio_utils_mixin:torchaudio", ("torchaudio",)),
+                Need("imports", "vllm_omni.utils.audio:torchaudio", ("torchaudio.functional.melscale_fbanks",)),
+            ),
         ),
     )
 }

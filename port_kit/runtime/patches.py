@@ -6,6 +6,7 @@ What they are for is in ``patches.md``, what they rest on in :mod:`port_kit.runt
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from port_kit.runtime.guards import OWN_KERNELS, require
@@ -90,3 +91,58 @@ def declare_output_type(class_name: str, output_type: str) -> None:
     entry = known.get(class_name, model_metadata.DiffusionModelMetadata())
     known[class_name] = replace(entry, final_output_type=output_type)
     _installed.add("output_type")
+
+
+def declare_references(class_name: str, kinds: Collection[str]) -> None:
+    """Declare which reference media requests to the pipeline ``class_name`` may hold, for ``/v1/videos``.
+
+    A pipeline that reads pictures gets them as they were uploaded, and one that reads pictures and sounds may be sent
+    both as files of one form.
+
+    Args:
+        class_name: the key under which the pipeline is registered.
+        kinds: of ``"image"`` and ``"audio"``; empty declares nothing.
+
+    Raises:
+        RegistrationError: upstream keeps these facts elsewhere now.
+    """
+    if not kinds:
+        return
+    require("references")
+    from dataclasses import replace
+
+    from vllm_omni.diffusion import model_metadata
+    from vllm_omni.model_extras import registry
+
+    known = model_metadata._DIFFUSION_MODEL_METADATA
+    entry = known.get(class_name, model_metadata.DiffusionModelMetadata())
+    mixed = {"image", "audio"} <= set(kinds)
+    known[class_name] = replace(entry, supports_mixed_reference_inputs=mixed or entry.supports_mixed_reference_inputs)
+    if "image" in kinds:
+        spec = {"reference_image_size_resolver": _keep_size, **registry._EXTRA_SPECS.get(class_name, {})}
+        registry._EXTRA_SPECS[class_name] = spec
+    _installed.add("references")
+
+
+def _keep_size(*, model: str | None, revision: str | None = None) -> bool:
+    """Say that the pipeline fits reference pictures itself; the parameters are upstream's."""
+    return True
+
+
+def refuse_malformed_forms() -> None:
+    """Answer two kinds of malformed requests with 400, once a process, in processes that have the endpoints loaded.
+
+    Raises:
+        RegistrationError: upstream's functions are other ones now.
+    """
+    helpers = sys.modules.get("vllm_omni.entrypoints.openai.video.generation.helpers")
+    if helpers is None or "malformed_forms" in _installed:
+        return
+    require("malformed_forms")
+    from vllm_omni.entrypoints.openai.protocol import videos
+
+    from port_kit.runtime.client import refusing
+
+    helpers._parse_form_json = refusing(helpers._parse_form_json, RecursionError, "JSON is nested too deeply")  # type: ignore[attr-defined]
+    videos.parse_size = refusing(videos.parse_size, ValueError)
+    _installed.add("malformed_forms")

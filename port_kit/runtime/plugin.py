@@ -72,22 +72,37 @@ def _answer(plugin: object) -> str | None:
 def announce_ports() -> None:
     """Declare every port's output modality while vLLM-Omni is being imported; supplies no platform.
 
+    Also lets the API server, which is imported after this, start without torchaudio.
+
     Failures here are swallowed by vLLM-Omni's platform detection; :func:`register_pipelines` meets them again
     and raises.
     """
-    register_metadata()
+    from port_kit.runtime.torchaudio_absent import install
+
+    install()
+    _declare_output_types()
 
 
 def register_metadata() -> None:
-    """Tell vLLM-Omni what each port puts out (``video`` covers video with sound).
+    """Tell vLLM-Omni what each port puts out (``video`` covers video with sound), and what it can be sent.
 
     Does nothing in an environment with vLLM but without vLLM-Omni. May run any number of times.
 
     Raises:
-        RegistrationError: vLLM-Omni no longer keeps modalities where the kit declares them.
+        RegistrationError: vLLM-Omni no longer keeps these facts where the kit declares them.
     """
     if find_spec("vllm_omni") is None:
         return
+    _declare_output_types()
+    from port_kit.runtime.patches import declare_references, refuse_malformed_forms
+
+    for port in list_ports().values():
+        declare_references(port.class_name, port.references)
+    refuse_malformed_forms()
+
+
+def _declare_output_types() -> None:
+    """Declare what ports put out; all that this imports of vLLM-Omni is loaded while vLLM-Omni itself still is not."""
     from port_kit.runtime.patches import declare_output_type
 
     for port in list_ports().values():
