@@ -1,8 +1,8 @@
 """How good ``suggest`` is: right targets and certain rules on true conversions, in three orders of names.
 
-Groups: the twelve oracles; families the method was developed on; families that it had not seen when it was finished;
-and each of them the other way round. For the leave-out figure a family is measured once more without every word of the
-vocabulary that no other family needs: what is left is method.
+Groups: the twelve oracles; families the method was developed on, some written down by hand; families that it had not
+seen when it was finished; and each of them the other way round. For the leave-out figure a family is measured once
+more without every word of the vocabulary that no other family needs: what is left is method.
 
     python benchmarks/suggest_quality.py [--orders given,sorted,shuffled] [--leave-out] [--verbose] [NAME ...]
 
@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from suggest_families import Conversion, Shape, load_families
+from suggest_families import Conversion, Shape, inverse, load_families
+from suggest_written import written_families
 
 from port_kit.manifest import Manifest
 from port_kit.remap.plan import check
@@ -138,7 +139,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     twelve = oracles()
-    every = [*twelve, *load_families()]
+    more = [*twelve, *written_families()]
+    every = [*more, *load_families(), *filter(None, map(inverse, more))]
     chosen = [one for one in every if not options.names or one.name in options.names]
     needed = {one.name: words_of(one) for one in every}
     report: dict[str, Any] = {"benchmark": "suggest_quality", "orders": {}, "families": {}}

@@ -63,7 +63,7 @@ def read_sizes(items: tuple[str, ...]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for item in items:
         name, equals, value = item.partition("=")
-        if not equals or not value.strip().isdecimal():
+        if not name.strip() or not equals or not value.strip().isdecimal():
             raise RemapError(f"size {item!r} is not name=number", code="remap_size", hint="such as --size hidden=3072")
         sizes[name.strip()] = int(value)
     return sizes

@@ -79,7 +79,7 @@ def test_each_rule_says_what_it_explains() -> None:
     assert {rule.confidence for rule in suggestion.rules} == {"certain", "likely"}
     assert all(rule.note for rule in suggestion.rules)
     assert sum(suggestion.explained().values()) == len(truth.target)
-    assert {"name", "proposals", "missing", "targets_explained"} == set(suggestion.to_json())
+    assert {"name", "proposals", "missing", "tied", "targets_explained"} == set(suggestion.to_json())
 
 
 def test_what_shapes_cannot_show_is_not_certain() -> None:
@@ -189,6 +189,90 @@ def test_the_same_manifest_maps_onto_itself(family: str) -> None:
     target = oracle(family).target
     found = proposed(suggest(target, target), target, target)
     assert all(entry["op"] == "copy" and entry["from"] == [name] for name, entry in found.items())
+
+
+def confidences(suggestion: Suggestion) -> dict[str, str]:
+    return {name: item.confidence for item in suggestion.proposals for name in item.targets}
+
+
+def test_equal_names_do_not_make_rows_certain() -> None:
+    """Between two code bases q and k may be rotated otherwise, a fused projection interleaved, halves swapped."""
+    source = shapes(
+        model__layers__0__self_attn__q_proj__weight=[8, 8],
+        model__layers__0__self_attn__qkv_proj__weight=[24, 8],
+        model__layers__0__mlp__gate_up_proj__weight=[32, 8],
+        model__layers__0__input_layernorm__weight=[8],
+        model__norm__weight=[8],
+    )
+    target = shapes(
+        layers__0__attn__q_proj__weight=[8, 8],
+        layers__0__attn__qkv_proj__weight=[24, 8],
+        layers__0__mlp__gate_up_proj__weight=[32, 8],
+        layers__0__sa_norm__scale=[8],
+        norm__scale=[8],
+    )
+    found = confidences(suggest(source, target))
+    assert {found[name] for name in target if "proj" in name} == {"likely"}
+    same = confidences(suggest(source, source.under("model.inner.")))
+    assert set(same.values()) == {"certain"}
+
+
+def test_rotation_is_no_doubt_where_positions_are_learned() -> None:
+    source = shapes(tower__layers__0__wq__weight=[8, 4], tower__pos_embed=[1, 9, 4], text__layers__0__wq__weight=[8, 6])
+    target = shapes(tower__layers__0__q__weight=[8, 4], tower__pos_embed=[1, 9, 4], text__layers__0__q__weight=[8, 6])
+    found = confidences(suggest(source, target))
+    assert found["tower.layers.0.q.weight"] == "certain" and found["text.layers.0.q.weight"] == "likely"
+
+
+def test_kernels_are_turned_and_square_ones_never_certain() -> None:
+    source = shapes(layer__0__q__kernel=[6, 6], layer__0__wi__kernel=[6, 9], tok__embedding=[12, 6])
+    target = shapes(layer__0__q__weight=[6, 6], layer__0__wi__weight=[9, 6], tok__weight=[12, 6])
+    suggestion = suggest(source, target)
+    ops = {name: entry["op"] for name, entry in proposed(suggestion, source, target).items()}
+    assert ops == {"layer.0.q.weight": "transpose", "layer.0.wi.weight": "transpose", "tok.weight": "copy"}
+    assert confidences(suggestion)["layer.0.q.weight"] == "likely"
+
+
+def test_columns_are_joined_and_cut() -> None:
+    parts = {f"h.{n}.attn.{part}.w": [6, 4] for n in range(2) for part in "qkv"}
+    whole = {f"h.{n}.attn.qkv.w": [6, 12] for n in range(2)}
+    apart, fused = Manifest.from_json(parts), Manifest.from_json(whole)
+    joined = proposed(suggest(apart, fused), apart, fused)
+    assert joined["h.1.attn.qkv.w"]["op"] == "concat" and joined["h.1.attn.qkv.w"]["detail"]["dim"] == 1
+    cut = proposed(suggest(fused, apart), fused, apart)
+    assert cut["h.0.attn.v.w"] == {
+        "from": ["h.0.attn.qkv.w"],
+        "op": "split",
+        "detail": {"dim": 1, "start": 8, "stop": 12},
+    }
+
+
+@pytest.mark.parametrize("leaves", [("weight_g", "weight_v"), ("parametrizations.weight.original0",) * 2])
+def test_weight_norms_are_folded_but_never_made(leaves: tuple[str, str]) -> None:
+    magnitude, direction = leaves[0], leaves[1].replace("original0", "original1")
+    convs = {"pre": [8, 3, 7], "ups.0": [8, 4, 4], "ups.1": [4, 2, 4]}
+    normed = {f"g.{conv}.{direction}": shape for conv, shape in convs.items()}
+    normed |= {f"g.{conv}.{magnitude}": [shape[0], 1, 1] for conv, shape in convs.items()}
+    plain = {f"{conv}.weight": shape for conv, shape in convs.items()}
+    for table in (normed, plain):
+        table |= {f"{'g.' if table is normed else ''}{conv}.bias": [shape[0]] for conv, shape in convs.items()}
+    source, target = Manifest.from_json(normed), Manifest.from_json(plain)
+    suggestion = suggest(source, target)
+    plan = check(suggestion.rules, source, target)
+    assert plan.ok, [str(problem) for problem in plan.problems]
+    found = plan_map(plan)
+    assert set(found["ups.1.weight"]["from"]) == {f"g.ups.1.{magnitude}", f"g.ups.1.{direction}"}
+    assert found["ups.1.weight"]["detail"] == {"steps": ["weight_norm"]}
+    assert "ups.1.weight_v" not in proposed(suggest(target, source), target, source)
+
+
+def test_a_tied_head_is_told_and_never_kept_by_guess() -> None:
+    source = shapes(model__embed_tokens__weight=[20, 4], model__norm__weight=[4])
+    target = shapes(model__embed_tokens__weight=[20, 4], model__norm__weight=[4], lm_head__weight=[20, 4])
+    suggestion = suggest(source, target)
+    assert suggestion.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "keep it if the module ties it to model.embed_tokens.weight" in suggestion.to_text()
+    assert not any(rule.keep for rule in suggestion.rules) and not check(suggestion.rules, source, target).ok
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

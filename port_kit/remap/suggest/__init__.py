@@ -19,18 +19,20 @@ from port_kit.remap.rules import RuleSet
 from port_kit.remap.suggest.confidence import GUESS, LIKELY, Judge
 from port_kit.remap.suggest.conventions import apply_conventions
 from port_kit.remap.suggest.emit import drop_rules, rules_of
-from port_kit.remap.suggest.entries import entries_of
+from port_kit.remap.suggest.entries import Entry, entries_of
 from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.matcher import match
 from port_kit.remap.suggest.shapes import squeezed
 from port_kit.remap.suggest.suggestion import Proposal, Suggestion
 from port_kit.remap.suggest.units import Shape
+from port_kit.remap.suggest.vocabulary import words
 
 if TYPE_CHECKING:
     from port_kit.manifest import Manifest
 
 __all__ = ["Proposal", "Suggestion", "suggest"]
 
+_VOCABULARY = ("token", "embed", "head", "out", "shared", "logits")  # one of these is in the name of such a table
 _NO_USE = "nothing in the target has a place for it"
 
 
@@ -55,7 +57,7 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
     if not missing:
         proposals += _drops(unused, used)
     narrow = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
-    return Suggestion(name, tuple(proposals), missing, narrow)
+    return Suggestion(name, tuple(proposals), missing, narrow, _tied(missing, explained, wanted))
 
 
 def _proposal(item: Match, judge: Judge, names: Mapping[str, Shape]) -> Proposal:
@@ -73,8 +75,15 @@ def _kept(proposals: Sequence[Proposal], found: Sequence[Match], source: Manifes
     return [
         proposal
         for proposal, item in zip(proposals, found, strict=True)
-        if proposal.rules and all(compiled.get(name) == entry for name, entry in entries_of(item))
+        if proposal.rules and all(_same(compiled.get(name), entry) for name, entry in entries_of(item))
     ]
+
+
+def _same(one: Entry | None, other: Entry) -> bool:
+    """Whether two entries say the same; the parts of a computation have no order."""
+    if one is None or other["op"] != "computed":
+        return one == other
+    return {**one, "from": sorted(one["from"])} == {**other, "from": sorted(other["from"])}
 
 
 def _matches(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> tuple[list[Match], Judge]:
@@ -91,6 +100,30 @@ def _missing(targets: Mapping[str, Shape], unused: Mapping[str, Shape]) -> dict[
     for name, shape in unused.items():
         fitting[squeezed(shape)].append(name)
     return {name: tuple(fitting[squeezed(shape)]) for name, shape in targets.items()}
+
+
+def _tied(
+    missing: Mapping[str, tuple[str, ...]], explained: Collection[str], wanted: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Missing tables of a vocabulary with the explained one that they may share: it is for the module to say.
+
+    A rule that keeps what may be tied would leave a head uninitialised where it is not, so none is proposed.
+    """
+    tables = [tensor for tensor in explained if _is_vocabulary(tensor, wanted[tensor])]
+    found: dict[str, str] = {}
+    for tensor, fitting in missing.items():
+        twin = min((table for table in tables if wanted[table] == wanted[tensor]), default=None)
+        if twin is not None and not fitting and _is_vocabulary(tensor, wanted[tensor]):
+            found[tensor] = twin
+    return found
+
+
+def _is_vocabulary(name: str, shape: Shape) -> bool:
+    """Whether a tensor has a row a word and a name that an embedding or an output head has."""
+    meant = {word for part in name.split(".") for word in words(part)}
+    return (
+        len(shape) == 2 and shape[0] > shape[1] and bool(meant & {"token", "embed", "head", "out", "shared", "logits"})
+    )
 
 
 def _drops(unused: Iterable[str], used: Collection[str]) -> list[Proposal]:

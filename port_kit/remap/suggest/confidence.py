@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.shapes import alignments, signature
 from port_kit.remap.suggest.units import Unit
+from port_kit.remap.suggest.vocabulary import words
 
 CERTAIN, LIKELY, GUESS = "certain", "likely", "guess"
 
@@ -21,6 +22,7 @@ _NAME = 0.3  # names share this much of their words
 _NAME_MARGIN = 0.08  # and this much more than any rival's
 _MARGIN = 0.2  # all evidence together exceeds any rival's by this much
 _SAME_CONVENTION = 0.7  # share of a block's names that both sides have, from which they are the same code
+_SAME_CODE = 0.9  # and share of all names, from which rows are taken to lie alike too
 _MODULATION = {"modulation", "shift", "table"}
 _SINGLES = 3  # the round that looks at single tensors
 _GUESS = 0.3  # below: no evidence at all
@@ -41,6 +43,18 @@ class Judge:
         self._kept: dict[tuple[str, ...], list[bool]] = defaultdict(list)
         self._columns: dict[tuple[str, ...], set[int]] = defaultdict(set)
         self._weak = Counter(signature(item.target) for item in found if _weak(item))
+        plain = [item for item in found if not item.source.members and not item.target.members]
+        same = sum(map(_same_name, plain))
+        #: both sides are the same code but for what it fuses
+        self._same_code = same >= _SAME_CODE * len(plain)
+        #: nothing at all is done but to change what stands before the names
+        self._identity = same == len(found)
+        self._turns = any(item.change == "transpose" or item.alignment.relation == "transpose" for item in found)
+        #: modules under which positions are learned, on both sides
+        self._learned = tuple(
+            {unit.parts[: _component_depth(unit)] for unit in side if _is_position_table(unit)}
+            for side in ([item.source for item in found], [item.target for item in found])
+        )
         for item in found:
             self._kept[_block(item.target)].append(_same_name(item))
             self._columns[item.target.parts[:-2]] |= set(_sizes(item.target, 1))
@@ -58,19 +72,33 @@ class Judge:
         return Verdict(LIKELY if doubts else CERTAIN, tuple(doubts))
 
     def _hidden_changes(self, item: Match) -> Iterator[str]:
-        """What a conversion may have done to rows without changing a shape."""
-        if _leaf_name(item.source) == _leaf_name(item.target):
+        """What a conversion may have done to rows without changing a shape; equal names prove little."""
+        if self._identity:
             return
+        if (
+            _square(item)
+            and not item.change
+            and (self._turns or _tensor_names(item.source) != _tensor_names(item.target))
+        ):
+            yield "other weights are transposed or called otherwise; a square shape cannot show which way this one lies"
+        same_leaf = _leaf_name(item.source) == _leaf_name(item.target)
         leaf = set(item.source.leaf_words) | set(item.target.leaf_words)
         near = leaf | {word for unit in (item.source, item.target) for word, far in unit.tokens if far < 2}
         if {"q", "k", "v"} <= near:
             yield "rows of a fused projection may be interleaved by head"
-        elif near & {"q", "k"}:
+        elif near & {"q", "k"} and not (same_leaf and self._same_code) and not self._has_positions(item):
             yield "rows of query and key may be permuted for another rotary convention"
-        if near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source):
+        if not same_leaf and (near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source)):
             yield "chunks of a modulation (shift, scale, gate) may have another order"
-        if {"gate", "up"} <= near or self._gated(item.target):
+        if {"gate", "up"} <= near or not same_leaf and self._gated(item.target):
             yield "halves of a gated projection may have changed places"
+
+    def _has_positions(self, item: Match) -> bool:
+        """Whether the component around a module learns its positions on both sides: then nothing is rotated."""
+        return all(
+            any(unit.parts[: len(path)] == path for path in known)
+            for unit, known in zip((item.source, item.target), self._learned, strict=True)
+        )
 
     def _gated(self, unit: Unit) -> bool:
         """Whether a projection is twice as wide as what its sibling takes."""
@@ -141,6 +169,32 @@ def _leaf_name(unit: Unit) -> tuple[str, ...]:
 
 def _norm_projection(unit: Unit) -> bool:
     return len(unit.parts) > 1 and unit.parts[-1].startswith("linear") and "norm" in unit.parts[-2]
+
+
+def _is_position_table(unit: Unit) -> bool:
+    """Whether a tensor is a table of learned positions, by its own name."""
+    return {"position", "embed"} <= set(unit.leaf_words) and not unit.members and unit.roles == ("weight",)
+
+
+def _component_depth(unit: Unit) -> int:
+    """How much of the name of a position table is the component that it serves."""
+    return max(0, len(unit.parts) - (2 if "embed" in words(unit.parts[-2]) else 1)) if len(unit.parts) > 1 else 0
+
+
+def _square(item: Match) -> bool:
+    """Whether a matrix of the match could be its own transpose by its shape."""
+    shapes = item.target.shapes.get("weight", {}).values()
+    return any(len(shape) == 2 and shape[0] == shape[1] > 1 for shape in shapes)
+
+
+def _tensor_names(unit: Unit) -> frozenset[str]:
+    """What the matrices of a unit are called in their modules (``weight``, ``kernel``)."""
+    leaves = {leaf for part in unit.leaves for leaf in map(_last, part.names.get("weight", {}).values())}
+    return frozenset(leaves)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _sizes(unit: Unit, axis: int) -> list[int]:

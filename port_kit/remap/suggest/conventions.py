@@ -2,6 +2,8 @@
 
 * The last adaptive norm: the original projects to (shift, scale), diffusers' ``AdaLayerNormContinuous`` (a ``linear``
   under ``norm_out``, or under the norm of a stream's last block) to (scale, shift).
+* diffusers' gated feed-forward (``net.0.proj``) holds the value first and the gate second; llama-style code that fuses
+  both into its ``w1`` has the gate first.
 * ``Conv1D`` weights are stored transposed; where every other linear of a model is, its square ones are too.
 
 Nothing here is certain: see :mod:`port_kit.remap.suggest.confidence`.
@@ -9,23 +11,42 @@ Nothing here is certain: see :mod:`port_kit.remap.suggest.confidence`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.units import Index, Unit
+from port_kit.remap.suggest.units import HOLE, Index, Unit
 
 
 def apply_conventions(found: Sequence[Match]) -> list[Match]:
     """The same matches, those split or changed that a convention speaks about."""
     modules = {unit.parts for item in found for unit in (item.source, item.target)}
-    return _transposed([part for item in found for part in _swapped(item, modules)])
+    widths = {unit.parts: _columns(unit) for item in found for unit in (item.source, item.target)}
+    return _transposed([part for item in found for part in _swapped(_value_first(item, widths), modules)])
+
+
+def _value_first(item: Match, widths: Mapping[tuple[str, ...], int]) -> Match:
+    """The match with its halves swapped where one side is diffusers' gated projection and the other a fused ``w1``."""
+    for ours, theirs in ((item.target, item.source), (item.source, item.target)):
+        gated = 2 * widths.get((*ours.parts[:-2], "2"), 0) == _rows(ours) > 0
+        if ours.parts[-3:] == ("net", HOLE, "proj") and theirs.parts[-1] in ("w1", "w12") and gated:
+            return replace(item, change="swap")
+    return item
+
+
+def _rows(unit: Unit) -> int:
+    return next((shape[0] for shape in unit.shapes.get("weight", {}).values() if len(shape) == 2), 0)
+
+
+def _columns(unit: Unit) -> int:
+    return next((shape[1] for shape in unit.shapes.get("weight", {}).values() if len(shape) == 2), 0)
 
 
 def _swapped(item: Match, modules: set[tuple[str, ...]]) -> Iterator[Match]:
     chosen = set() if item.source.members or item.target.members else _continuous_norms(item, modules)
     rest = set(item.alignment.pairs) - chosen
-    if not chosen:
+    if not chosen or item.change:
         yield item
         return
     yield item.only(chosen, "swap")
@@ -61,17 +82,36 @@ def _even_rows(unit: Unit) -> bool:
 
 
 def _transposed(found: Sequence[Match]) -> list[Match]:
-    """Square linears follow the others of the model, where those agree."""
-    linears = [item for item in found if item.target.roles == ("bias", "weight") and _matrix(item)]
-    uneven = [item for item in linears if not _square(item)]
-    if not uneven or any(item.alignment.relation != "transpose" for item in uneven):
-        return list(found)
-    square = {id(item) for item in linears if _square(item)}
-    return [replace(item, change="transpose") if id(item) in square else item for item in found]
+    """Square matrices follow the others that are called as they are, where those agree.
+
+    Linears of layers and those outside are asked apart (GPT-2's head is not stored as its layers are), embeddings not
+    at all. Where there is no other, a flax ``kernel`` has its inputs first and a torch ``weight`` its outputs.
+    """
+    groups: dict[object, list[Match]] = defaultdict(list)
+    for item in found:
+        if _is_linear(item):
+            groups[_stored_as(item)].append(item)
+    turned: set[int] = set()
+    for (given, wanted, _), items in groups.items():
+        uneven = [item for item in items if not _square(item)]
+        turns = all(item.alignment.relation == "transpose" for item in uneven)
+        if turns and (uneven or {given, wanted} == {"kernel", "weight"}):
+            turned |= {id(item) for item in items if _square(item)}
+    return [replace(item, change="transpose") if id(item) in turned else item for item in found]
 
 
-def _matrix(item: Match) -> bool:
-    return all(len(item.target.shapes["weight"][index]) == 2 for index in item.alignment.pairs)
+def _stored_as(item: Match) -> tuple[str, str, bool]:
+    """What the tensors of a linear are called on both sides, and whether it is one of a list of layers."""
+    names = [next(iter(unit.names["weight"].values())).rpartition(".")[2] for unit in (item.source, item.target)]
+    return names[0], names[1], any(HOLE in part for part in item.target.parts)
+
+
+def _is_linear(item: Match) -> bool:
+    units = (item.source, item.target)
+    if any(unit.members or "weight" not in unit.roles for unit in units):
+        return False
+    embeds = any({"token", "position"} & unit.words for unit in units) or item.target.leaf_words == ("embed",)
+    return not embeds and all(len(item.target.shapes["weight"][index]) == 2 for index in item.alignment.pairs)
 
 
 def _square(item: Match) -> bool:

@@ -27,6 +27,7 @@ class Piece:
         pairs: (target instance, source instance), the source's with all of its numbers.
         fields: the rule's other fields; ``{axis}`` in ``shard``, ``into`` and ``take`` is the stacked number.
         axis: which number of the source is stacked, or -1.
+        given: the parameter of the source's modules, where it is another one.
     """
 
     source: Unit
@@ -38,6 +39,12 @@ class Piece:
     into: str = ""
     take: str = ""
     axis: int = -1
+    given: str = ""
+
+    @property
+    def source_role(self) -> str:
+        """The parameter of the source's modules."""
+        return self.given or self.role
 
 
 def rules_of(item: Match, names: Collection[str]) -> list[Rule]:
@@ -78,14 +85,17 @@ def _pieces(item: Match, role: str) -> Iterator[Piece]:
     pairs = tuple(item.alignment.pairs.items())
     if item.target.kind == "concat":
         given, first = _example(item, role)
-        later = () if (first[0], *given[1:]) == first else (Op("reshape"),)
-        yield Piece(item.source, item.target.members, role, pairs, (Op.of("split", dim=0), *later))
+        dim = item.target.joined_along(given)
+        later = () if dim or (first[0], *given[1:]) == first else (Op("reshape"),)
+        yield Piece(item.source, item.target.members, role, pairs, (Op.of("split", dim=dim), *later))
     elif item.target.kind == "stack":
         yield from _unstacked(item, role, pairs)
     elif item.source.kind == "concat":
         yield from _joined(item, role, pairs)
     elif item.source.kind == "stack":
         yield from _stacked(item, role, pairs)
+    elif item.source.kind == "fold":
+        yield from _folded(item, role, pairs)
     else:
         yield Piece(item.source, (item.target,), role, pairs, _plain_op(item, role))
 
@@ -113,7 +123,8 @@ def _plain_op(item: Match, role: str) -> tuple[Op, ...]:
 
 def _joined(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
     parts = part_names(item.source.members)
-    op = Op.of("concat", dim=0, parts=parts)
+    dim = item.source.joined_along(item.target.shapes[role][pairs[0][0]])
+    op = Op.of("concat", dim=dim, parts=parts)
     for part, member in zip(parts, item.source.members, strict=True):
         yield Piece(member, (item.target,), role, pairs, (op,), shard=part)
 
@@ -147,6 +158,18 @@ def _stacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> 
         start += shape[0]
 
 
+def _folded(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+    (member,) = item.source.members
+    if role != "weight":
+        yield Piece(member, (item.target,), role, pairs)
+        return
+    magnitude = member.shapes["weight_g"][pairs[0][1]]
+    dim = next((axis for axis, extent in enumerate(magnitude) if extent != 1), 0)
+    op = Op.of("weight_norm", **({"dim": dim} if dim else {}))
+    for part in "gv":
+        yield Piece(member, (item.target,), role, pairs, (op,), shard=part, given=f"weight_{part}")
+
+
 def _fits_upright(member: Unit, role: str, index: Index, inner: Shape) -> bool:
     return relation(member.shapes[role][index], inner) in ("copy", "reshape")
 
@@ -172,8 +195,8 @@ def _alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
     groups: dict[object, list[Piece]] = {}
     for piece in pieces:
         units = (piece.source, *piece.targets)
-        kept = len({_leaf(unit, piece.role) for unit in units}) == 1
-        alone = piece.role if not kept else tuple(_stem(unit, piece.role) for unit in units)
+        kept = not piece.given and len({_leaf(unit, piece.role) for unit in units}) == 1
+        alone = piece.source_role if not kept else tuple(_stem(unit, piece.role) for unit in units)
         key = (piece.source, piece.targets, piece.pairs, piece.op, piece.shard, piece.into, piece.take, alone)
         groups.setdefault(key, []).append(piece)
     return list(groups.values())
@@ -181,7 +204,7 @@ def _alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 def _rules_of_pieces(pieces: Sequence[Piece], names: Collection[str]) -> list[Rule]:
     first = pieces[0]
-    roles = tuple(piece.role for piece in pieces)
+    roles = tuple(piece.source_role for piece in pieces)
     columns = _columns([origin for _, origin in first.pairs])
     groups = _groups(columns)
     expressions = index_expressions(first.pairs, groups)
@@ -196,7 +219,7 @@ def _rules_of_pieces(pieces: Sequence[Piece], names: Collection[str]) -> list[Ru
 def _literal_rule(pieces: Sequence[Piece], pair: tuple[Index, Index]) -> Rule:
     """A rule for one instance, its numbers written out."""
     first, (index, origin) = pieces[0], pair
-    pattern = _source_pattern(first.source, [piece.role for piece in pieces], list(map(str, origin)))
+    pattern = _source_pattern(first.source, [piece.source_role for piece in pieces], list(map(str, origin)))
     axis = str(origin[first.axis]) if first.axis >= 0 else ""
     return _rule(pieces, pattern, list(map(str, index)), axis, 1)
 

@@ -41,6 +41,8 @@ def _entry(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
         return _concat(source, role, index)
     if source.kind == "stack":
         return _stack(source, role, index, shape)
+    if source.kind == "fold":
+        return _fold(source.members[0], role, index)
     return _single(source.names[role][index], source.shapes[role][index], shape)
 
 
@@ -53,10 +55,18 @@ def _single(name: str, given: Shape, shape: Shape) -> Entry:
     return {"from": [name], "op": "reshape", "detail": {"shape": list(shape)}}
 
 
+def _fold(member: Unit, role: str, index: Index) -> Entry:
+    if role != "weight":
+        return {"from": [member.names[role][index]], "op": "copy", "detail": {}}
+    names = [member.names[part][index] for part in ("weight_g", "weight_v")]
+    return {"from": names, "op": "computed", "detail": {"steps": ["weight_norm"]}}
+
+
 def _concat(source: Unit, role: str, index: Index) -> Entry:
     names = [unit.names[role][index] for unit in source.members]
     parts = [{"source": name, "start": None, "stop": None} for name in names]
-    return {"from": names, "op": "concat", "detail": {"dim": 0, "parts": parts}}
+    dim = source.joined_along(source.shapes[role][index])
+    return {"from": names, "op": "concat", "detail": {"dim": dim, "parts": parts}}
 
 
 def _stack(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
@@ -69,14 +79,14 @@ def _stack(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
 
 def _splits(item: Match, role: str, index: Index, origin: Index) -> Iterator[tuple[str, Entry]]:
     name, given = item.source.names[role][origin], item.source.shapes[role][origin]
-    start = 0
+    start, dim = 0, item.target.joined_along(given)
     for member in item.target.members:
         shape = member.shapes[role][index]
-        detail: dict[str, Any] = {"dim": 0, "start": start, "stop": start + shape[0]}
-        if (shape[0], *given[1:]) != shape:
+        detail: dict[str, Any] = {"dim": dim, "start": start, "stop": start + shape[dim]}
+        if not dim and (shape[0], *given[1:]) != shape:
             detail["reshape"] = list(shape)
         yield member.names[role][index], {"from": [name], "op": "split", "detail": detail}
-        start += shape[0]
+        start += shape[dim]
 
 
 def _unstacks(item: Match, role: str, index: Index, origin: Index) -> Iterator[tuple[str, Entry]]:

@@ -30,10 +30,26 @@ def virtual_units(parts: Sequence[Unit], wholes: Iterable[Unit]) -> list[Unit]:
     wanted = {_fingerprint(unit) for unit in wholes}
     concats = [*_concats(parts), *_numbered(parts)]
     found = [unit for unit in concats if _fingerprint(unit) in wanted]
+    found += [unit for unit in _concats(parts, axis=1) if _fingerprint(unit) in wanted]
     found += [unit for unit in _with_extras(parts, concats) if _fingerprint(unit) in wanted]
     for unit in [*parts, *concats]:
         found += [stack for stack in _stacks(unit) if _stack_wanted(stack, wanted)]
     return found
+
+
+def folded_units(parts: Iterable[Unit], wholes: Iterable[Unit]) -> list[Unit]:
+    """Modules with a weight norm (direction and magnitude) as modules with a plain weight, where the other side has
+    such a one; the way back is not unique and is never proposed.
+    """
+    wanted = {_fingerprint(unit) for unit in wholes}
+    found = [_fold(unit) for unit in parts if {"weight_g", "weight_v"} <= set(unit.roles)]
+    return [unit for unit in found if _fingerprint(unit) in wanted]
+
+
+def _fold(unit: Unit) -> Unit:
+    shapes = {role: row for role, row in unit.shapes.items() if role not in ("weight_g", "weight_v")}
+    shapes["weight"] = unit.shapes["weight_v"]
+    return Unit(unit.parts, {}, shapes, unit.order, "fold", (unit,), tokens=unit.tokens)
 
 
 def _fingerprint(unit: Unit) -> tuple[int, tuple[tuple[str, Shape], ...]]:
@@ -52,7 +68,7 @@ def roles_of(unit: Unit) -> list[str]:
     return [word for word, distance in unit.tokens if word in _ROLES and distance < _NEAR]
 
 
-def _concats(parts: Sequence[Unit]) -> list[Unit]:
+def _concats(parts: Sequence[Unit], axis: int = 0) -> list[Unit]:
     families: dict[object, dict[str, Unit]] = defaultdict(dict)
     for unit in parts:
         roles = roles_of(unit)
@@ -66,10 +82,10 @@ def _concats(parts: Sequence[Unit]) -> list[Unit]:
         families[(unit.parts[:-1], rest, unit.instances, unit.roles)][roles[0]] = unit
         families[(unit.parts[:-2], rest, unit.instances, unit.roles)].setdefault(roles[0], unit)
     return _distinct(
-        concat([members[role] for role in roles])
+        concat([members[role] for role in roles], axis)
         for members in families.values()
         for roles in FUSED
-        if set(roles) <= set(members) and _same_columns([members[role] for role in roles])
+        if set(roles) <= set(members) and _fit_along([members[role] for role in roles], axis)
     )
 
 
@@ -125,10 +141,44 @@ def _same_columns(units: Sequence[Unit]) -> bool:
     )
 
 
-def concat(members: Sequence[Unit]) -> Unit:
-    """The unit whose rows are the members' rows, one member after another."""
+def _fit_along(units: Sequence[Unit], axis: int) -> bool:
+    """Whether tensors can be joined along an axis; along the second one only matrices that have no other way."""
+    if not axis:
+        return _same_columns(units)
+    return all(
+        len(unit.shapes[role][index]) == 1
+        or len(unit.shapes[role][index]) == 2
+        and unit.shapes[role][index][0] == units[0].shapes[role][index][0]
+        for unit in units
+        for role in unit.roles
+        for index in unit.instances
+    ) and any(len(shape) == 2 for row in units[0].shapes.values() for shape in row.values())
+
+
+def _side_by_side(members: Sequence[Unit]) -> dict[str, dict[Index, Shape]]:
+    """Shapes of matrices joined along their columns, and of vectors joined along their only axis."""
+    return {
+        role: {
+            index: (*row[index][:-1], sum(unit.shapes[role][index][-1] for unit in members))
+            for index in members[0].instances
+        }
+        for role, row in members[0].shapes.items()
+    }
+
+
+def concat(members: Sequence[Unit], axis: int = 0) -> Unit:
+    """The unit whose rows (with axis 1: columns) are the members' one after another."""
+    shapes = _side_by_side(members) if axis else _one_below_the_other(members)
+    shared = _shared_prefix([unit.parts for unit in members])
+    name = "+".join(".".join(unit.parts[len(shared) :]) for unit in members)
+    tokens = _joined_tokens(members)
+    order = min(unit.order for unit in members)
+    return Unit((*shared, name), {}, shapes, order, "concat", tuple(members), axis, tokens)
+
+
+def _one_below_the_other(members: Sequence[Unit]) -> dict[str, dict[Index, Shape]]:
     first = members[0]
-    shapes = {
+    return {
         role: {
             index: (
                 sum(unit.shapes[role][index][0] for unit in members),
@@ -138,11 +188,6 @@ def concat(members: Sequence[Unit]) -> Unit:
         }
         for role in first.roles
     }
-    shared = _shared_prefix([unit.parts for unit in members])
-    name = "+".join(".".join(unit.parts[len(shared) :]) for unit in members)
-    tokens = _joined_tokens(members)
-    order = min(unit.order for unit in members)
-    return Unit((*shared, name), {}, shapes, order, "concat", tuple(members), tokens=tokens)
 
 
 def _stacks(unit: Unit) -> list[Unit]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from port_kit.remap.suggest.assign import best_assignment
 from port_kit.remap.suggest.entries import entries_of
-from port_kit.remap.suggest.groups import virtual_units
+from port_kit.remap.suggest.groups import folded_units, virtual_units
 from port_kit.remap.suggest.layers import settle
 from port_kit.remap.suggest.match import NO_RIVAL, Match
 from port_kit.remap.suggest.score import (
@@ -65,7 +65,7 @@ class Search:
         self.right = Side([*targets, *right.done], ordered=ordered)
         self.known = known
         self.round = round_
-        self.sources = [*sources, *virtual_units(sources, targets)]
+        self.sources = [*sources, *virtual_units(sources, targets), *folded_units(sources, targets)]
         self.targets = [*targets, *virtual_units(targets, sources)]
         self.candidates = self._candidates()
         self.static = {pair: self._static(*pair) for pair in self.candidates}
@@ -101,7 +101,7 @@ class Search:
                 if source.members and target.members:
                     continue
                 alignment = align(source, target)
-                if alignment is not None:
+                if alignment is not None and (source.kind != "fold" or alignment.relation == "copy"):
                     found[source, target] = alignment
         return found
 
@@ -171,9 +171,9 @@ def match(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> list[Matc
     for round_, grouping in enumerate(GROUPINGS, start=1):
         links = [(name, entry["from"]) for item in found for name, entry in entries_of(item)]
         used = {name for _, names in links for name in names}, {name for name, _ in links}
-        left, right = _Half.of(source, used[0], grouping), _Half.of(target, used[1], grouping)
-        if not left.free or not right.free:
+        if used[0] >= set(source) or used[1] >= set(target):
             break
+        left, right = _Half.of(source, used[0], grouping), _Half.of(target, used[1], grouping)
         search = Search(left, right, _known(links, left.done, right.done), round_)
         last = grouping == GROUPINGS[-1]
         found = settle([*found, *(item for item in search.run() if last or not _premature(item))])

@@ -21,9 +21,10 @@ from port_kit.remap.suggest.vocabulary import markedness, natural_key, position,
 
 NAME, ANCHOR, FLOOD, RANK = 1.0, 0.5, 0.7, 0.35
 _REACH = 4  # ancestors looked at, innermost first
-_ROOT = 0.9  # a module with more than this share of all units says nothing
+_ROOT = 0.9  # a module with more than this share of all units says nothing, unless it is a layer
 
 _FILE_ORDER, _SORTED_ORDER = 0.8, 0.4  # trust in the order of names that differ in words
+_NEAR = 2  # components from the innermost one that say where in its layer a module stands
 _AGREED = 0.2  # agreement from which two modules count as corresponding
 
 Path = tuple[str, ...]
@@ -66,7 +67,7 @@ class Side:
         """The modules around a unit, innermost first, without the root."""
         limit = _ROOT * len(self.units)
         paths = (unit.parts[:depth] for depth in range(len(unit.parts) - 1, 0, -1))
-        return [path for path in paths if len(self.below[path]) <= limit]
+        return [path for path in paths if len(self.below[path]) <= limit or HOLE in path[-1]]
 
     def trust(self, equals: Sequence[Unit]) -> float:
         """How much the order of some units means: all where only numbers tell them apart, little in a sorted file."""
@@ -82,7 +83,7 @@ class Side:
         """
         if self.ordered:
             return (unit.order,)
-        near = [word for word, distance in unit.tokens if distance < 2]
+        near = [word for word, distance in unit.tokens if distance <= _NEAR]
         return (position(near), sum(map(markedness, unit.words)), natural_key(str(unit)))
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from port_kit.remap.rules import Rule, RuleSet
@@ -58,12 +58,14 @@ class Suggestion:
         proposals: the proposed rules, in the order of the target.
         missing: target tensors that nothing explains, with the sources that would fit by shape.
         narrow: the sides differ in dtypes, so values may have to be rounded.
+        tied: missing targets that may be the same tensor as another target, with that one: embedding and output head.
     """
 
     name: str
     proposals: tuple[Proposal, ...]
     missing: Mapping[str, tuple[str, ...]]
     narrow: bool = False
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rules(self) -> RuleSet:
@@ -94,6 +96,7 @@ class Suggestion:
             "name": self.name,
             "proposals": [proposal.to_json() for proposal in self.proposals],
             "missing": {name: list(fitting) for name, fitting in self.missing.items()},
+            "tied": dict(self.tied),
             "targets_explained": dict(self.explained()),
         }
 
@@ -106,7 +109,8 @@ class Suggestion:
             f"{len(self.missing)} not explained, {dropped} sources dropped"
         ]
         for name, fitting in self.missing.items():
-            lines.append(f"not explained: {name}{_fitting(fitting)}")
+            twin = f"; keep it if the module ties it to {self.tied[name]}" if name in self.tied else ""
+            lines.append(f"not explained: {name}{_fitting(fitting)}{twin}")
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from port_kit.remap.suggest.vocabulary import LEAVES, natural_key, words
 
@@ -37,9 +38,10 @@ class Unit:
         names: role -> instance -> the tensor's full name (empty for a virtual unit).
         shapes: role -> instance -> shape.
         order: position among the units of its manifest.
-        kind: ``plain``, ``concat`` (members' rows one after another) or ``stack`` (one member's last index).
+        kind: ``plain``, ``concat`` (members' rows or columns one after another), ``stack`` (one member's last index) or
+            ``fold`` (direction and magnitude of one member's weight norm).
         members: the plain units a virtual unit is made of, in row order.
-        axis: for a stack, which index of the members is stacked.
+        axis: for a stack, which index of the members is stacked; for a concat, the axis of its matrices.
     """
 
     parts: tuple[str, ...]
@@ -78,6 +80,10 @@ class Unit:
         """The plain units under this one (itself where it is plain)."""
         return (self,) if not self.members else tuple(leaf for part in self.members for leaf in part.leaves)
 
+    def joined_along(self, shape: Shape) -> int:
+        """For a concat, the axis along which tensors of this shape are joined: vectors have but one."""
+        return self.axis if len(shape) > 1 else 0
+
     def __str__(self) -> str:
         return ".".join(self.parts)
 
@@ -113,6 +119,7 @@ class Ordinals:
         return tuple(found)
 
 
+@lru_cache(maxsize=1 << 16)
 def _stem(part: str) -> tuple[str, tuple[int, ...]]:
     return re.sub(r"\d+", "#", part), tuple(int(digits) for digits in re.findall(r"\d+", part))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 
@@ -18,8 +18,8 @@ _COMPONENTS: dict[str, str] = {
     "nin_shortcut": "shortcut",
     "conv_shortcut": "shortcut",
     "skip_connection": "shortcut",
-    "input_layernorm": "norm pre",
-    "post_attention_layernorm": "norm post",
+    "input_layernorm": "norm pre attn",
+    "post_attention_layernorm": "norm post ff",
     "embed_tokens": "token embed",
     "word_embeddings": "token embed",
     "wte": "token embed",
@@ -42,6 +42,7 @@ _COMPONENTS: dict[str, str] = {
     "proj_out": "proj out final",
     "attn1": "attn",
     "attn2": "cross attn",
+    "multihead_attn": "cross attn",
     "emb_layers": "time embed proj",
     "time_emb_proj": "time embed proj",
     "patchify_proj": "patch embed proj",
@@ -75,6 +76,9 @@ _POSITIONS: dict[str, int] = {
     "ff": 5,
     "final": 6,
 }
+
+#: Words that put a module behind the attention that its name speaks of.
+_AFTER_ATTENTION = {"pre", "before", "post", "after", "ff", "final"}
 
 #: Words -> the concepts they stand for. An empty value: the word says nothing.
 _WORDS: dict[str, str] = {
@@ -238,7 +242,10 @@ def weight_of(word: str) -> float:
 
 def position(found: Iterable[str]) -> int:
     """Where words put a module among its siblings: 0 for the first, more for later ones."""
-    places = [_POSITIONS.get(word, 1) for word in found]
+    words = set(found)
+    if "attn" in words and not words & _AFTER_ATTENTION:
+        return _POSITIONS["cross"] if "cross" in words else 1
+    places = [_POSITIONS.get(word, 1) for word in words]
     return 0 if 0 in places else max(places, default=1)
 
 
@@ -247,6 +254,7 @@ def markedness(word: str) -> int:
     return 0 if word.startswith("#") else 3 if word == "ctx" else 1
 
 
+@lru_cache(maxsize=1 << 17)
 def natural_key(text: str) -> tuple[tuple[int, str], ...]:
     """Sort key under which ``norm10`` follows ``norm9``."""
     pieces = re.findall(r"\d+|\D+", text)

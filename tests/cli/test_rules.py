@@ -1,0 +1,299 @@
+"""``port-kit rules``, ``coverage`` and ``manifest`` on local checkpoints: results, envelopes, exit codes, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from port_kit.cli import main
+from port_kit.remap import RuleSet
+
+RULES = r"""
+name = "pair"
+
+[sizes]
+hidden = 4
+
+[[rule]]
+source = 'b\.(\d+)\.(q|k|v)\.weight'
+target = 'layers.\1.attn.qkv.weight'
+shard = '\2'
+op = { name = "concat", dim = 0, parts = ["q", "k", "v"] }
+
+[[rule]]
+source = 'b\.(\d+)\.o\.weight'
+target = 'layers.\1.attn.o.weight'
+op = { name = "reshape", shape = ["hidden", -1] }
+
+[[rule]]
+source = 'ema\..+'
+drop = "a second copy"
+"""
+SOURCE: dict[str, tuple[int, ...]] = {
+    **{f"b.{n}.{part}.weight": (4 if part == "q" else 2, 4) for n in range(2) for part in "qkv"},
+    **{f"b.{n}.o.weight": (4, 4, 1) for n in range(2)},
+    "ema.x": (3,),
+}
+TARGET = {f"layers.{n}.attn.{leaf}.weight": shape for n in range(2) for leaf, shape in (("qkv", [8, 4]), ("o", [4, 4]))}
+
+
+class World:
+    """A folder with a sharded checkpoint, a target's manifest and rules; runs commands on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors = {name: torch.randn(shape) for name, shape in SOURCE.items()}
+        self.checkpoint, self.target, self.rules = folder / "dit", folder / "T.json", folder / "rules.toml"
+        self.checkpoint.mkdir()
+        names = sorted(self.tensors)
+        files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+        for file, held in files.items():
+            save_file({name: self.tensors[name] for name in held}, self.checkpoint / file)
+        index = {"weight_map": {name: file for file, held in files.items() for name in held}}
+        (self.checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+        self.target.write_text(json.dumps(TARGET))
+        self.rules.write_text(RULES)
+
+    def sides(self, **changed: object) -> list[str]:
+        given = {"source": self.checkpoint, "target": self.target, "rules": self.rules, **changed}
+        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+    def run(self, *words: object) -> Result:
+        return CliRunner().invoke(main, [str(word) for word in words])
+
+    def json(self, *words: object, code: int = 0) -> dict[str, Any]:
+        """The envelope; its fields are those of every command."""
+        done = self.run(*words, "--json")
+        assert done.exit_code == code, done.output
+        envelope: dict[str, Any] = json.loads(done.stdout)
+        assert envelope["schema"] == "port-kit/1" and envelope["ok"] is (code == 0)
+        assert " ".join(map(str, words)).startswith(envelope["command"])
+        assert ("data" in envelope) != ("error" in envelope)
+        return envelope
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+# -- what works ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["folder", "index", "one file", "manifest"])
+def test_every_form_of_a_local_checkpoint_is_covered(world: World, form: str) -> None:
+    source = world.checkpoint
+    if form == "index":
+        source = world.checkpoint / "model.safetensors.index.json"
+    elif form == "one file":
+        source = world.folder / "whole.safetensors"
+        save_file(world.tensors, source)
+    elif form == "manifest":
+        source = world.folder / "S.json"
+        assert world.json("manifest", world.checkpoint, "-o", source)["data"]["tensors"] == len(SOURCE)
+    data = world.json("coverage", *world.sides(source=source))["data"]
+    assert data["source"]["used"] == len(SOURCE) - 1 and data["target"]["written"] == len(TARGET)
+    assert data["dropped"] == {"ema.x": "a second copy"} and data["problems"] == []
+    assert {"b.{0..1}.q.weight"} in [set(line["source"]) for line in data["lines"]]
+
+
+def test_coverage_and_check_for_people(world: World) -> None:
+    text = world.run("coverage", *world.sides()).stdout
+    assert "b.{0..1}.q.weight [4, 4] -> layers.{0..1}.attn.qkv.weight" in text
+    assert text.strip().endswith("complete: all 9 sources and 4 targets accounted for")
+    assert world.run("rules", "check", "--rules", world.rules).stdout == "pair: 3 rules, all valid\n"
+    assert world.json("rules", "check", *world.sides())["data"]["coverage"]["ok"]
+
+
+def test_manifest_of_a_sharded_index(world: World) -> None:
+    data = world.json("manifest", world.checkpoint)["data"]
+    assert data["manifest"]["b.0.o.weight"][:2] == [[4, 4, 1], "float32"]
+    assert data["bytes"] == sum(tensor.nbytes for tensor in world.tensors.values()) and data["from"] == "headers"
+    assert (
+        world.run("manifest", world.checkpoint).stdout.splitlines()[-1] == f"9 tensors, {data['bytes']} bytes (headers)"
+    )
+
+
+def test_plan_prints_the_map(world: World) -> None:
+    data = world.json("rules", "plan", *world.sides())["data"]
+    assert data["map"]["layers.1.attn.o.weight"] == {
+        "from": ["b.1.o.weight"],
+        "op": "reshape",
+        "detail": {"shape": [4, 4]},
+    }
+    assert data["map"]["layers.0.attn.qkv.weight"]["from"] == [f"b.0.{part}.weight" for part in "qkv"]
+    assert data["source"]["b.0.k.weight"] == [2, 4] and data["dropped"] == ["ema.x"]
+    assert not data["converted"] and data["kept"] == {}
+    text = world.run("rules", "plan", *world.sides()).stdout
+    assert "layers.1.attn.o.weight <- b.1.o.weight [reshape]" in text
+
+
+@pytest.mark.parametrize("name", ["b.1.k.weight", "layers.1.attn.qkv.weight", "ema.x"])
+def test_explain_knows_both_sides(world: World, name: str) -> None:
+    data = world.json("rules", "explain", name, *world.sides())["data"]
+    assert data["found"] and (data["writes"] or data["notes"])
+    if name == "b.1.k.weight":
+        assert data["rules"][0]["groups"] == ["1", "k"] and data["rules"][0]["shard"] == r"\2"
+        assert data["writes"] == ["b.1.k.weight -> layers.1.attn.qkv.weight [into 4:6, 0:4]"]
+
+
+def test_explain_of_an_unknown_name_offers_the_nearest(world: World) -> None:
+    data = world.json("rules", "explain", "b.1.kk.weight", *world.sides(), code=1)["data"]
+    assert not data["found"] and "did you mean b.1.k.weight?" in data["notes"][0]
+
+
+def test_suggest_writes_rules_that_plan_accepts(world: World) -> None:
+    written = world.folder / "proposed.toml"
+    data = world.json("rules", "suggest", "--source", world.checkpoint, "--target", world.target, "-o", written)["data"]
+    assert sum(data["targets_explained"].values()) == len(TARGET) and data["missing"] == {}
+    assert {rule["confidence"] for item in data["proposals"] for rule in item["rules"]} <= {"certain", "likely"}
+    planned = world.json("rules", "plan", *world.sides(rules=written))["data"]["map"]
+    assert planned == world.json("rules", "plan", *world.sides())["data"]["map"]
+    text = world.run("rules", "suggest", "--source", world.checkpoint, "--target", world.target).stdout
+    assert "target tensors explained" in text
+
+
+def test_invert_leads_back(world: World) -> None:
+    back = world.folder / "back.toml"
+    data = world.json("rules", "invert", *world.sides(), "-o", back)["data"]
+    assert data["output"] == str(back) and RuleSet.from_file(back).to_dict() == data["rules"]
+    swapped = ["--source", world.target, "--target", world.checkpoint, "--rules", back]
+    assert world.json("rules", "check", *swapped)["data"]["coverage"]["ok"]
+    assert RuleSet.from_toml(world.run("rules", "invert", *world.sides()).stdout).name == "pair_inverse"
+
+
+def test_export_there_and_back_gives_the_same_bits(world: World) -> None:
+    converted, original = world.folder / "converted.safetensors", world.folder / "original.safetensors"
+    options = ["--rules", world.rules]
+    there = ["--forward", "--target", world.target, "-o", converted]
+    done = world.json("rules", "export", world.checkpoint, *options, *there)["data"]
+    assert done["tensors"] == len(TARGET)
+    back = ["--source", world.checkpoint, "-o", original]
+    done = world.json("rules", "export", converted, *options, *back)["data"]
+    assert done["inexact"] == {} and done["tensors"] == len(SOURCE) - 1
+    returned = load_file(original)
+    assert all(torch.equal(tensor, world.tensors[name]) for name, tensor in returned.items())
+
+
+def test_a_port_brings_its_rules() -> None:
+    done = CliRunner().invoke(main, ["rules", "check", "--port", "dreamid_omni", "--component", "vae", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["data"]["rules"] > 0
+
+
+# -- what does not ---------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, tuple[str, str]] = {
+    # code: (text of the rules, what stands there instead)
+    "remap_pattern": (r"b\.(\d+)\.o\.weight", r"b\.(\d+\.o\.weight"),
+    "remap_template": (r"layers.\1.attn.o.weight", r"layers.\3.attn.o.weight"),
+    "remap_rules": ('drop = "a second copy"', 'dropp = "a second copy"'),
+    "remap_op": ('name = "reshape", shape = ["hidden", -1]', 'name = "fold"'),
+    "remap_size": ('["hidden", -1]', '["width", -1]'),
+    "remap_shape": ('["hidden", -1]', '["2 * hidden", -1]'),
+    "remap_dead_rule": (r"ema\..+", r"emma\..+"),
+    "remap_unexpected": (r"attn.o.weight", r"attn.out.weight"),
+    "remap_incomplete_group": ("(q|k|v)", "(q|k)"),
+    "remap_slot": ('op = { name = "concat", dim = 0, parts = ["q", "k", "v"] }', ""),
+    "remap_ambiguous": (r"ema\..+", r"(ema\..+|b\.0\.o.*)"),
+    "remap_beyond_layers": (r"layers.\1.attn.o.weight", r"layers.{\1 + 1}.attn.o.weight"),
+    "remap_collision": (r"layers.\1.attn.o.weight", "layers.0.attn.o.weight"),
+}
+
+
+@pytest.mark.parametrize("code", CHANGES)
+def test_each_error_has_its_code_message_and_hint(world: World, code: str) -> None:
+    old, new = CHANGES[code]
+    assert old in RULES
+    world.rules.write_text(RULES.replace(old, new, 1))
+    found = problems(world.json("coverage", *world.sides(), code=1))
+    assert code in found, found
+    assert all(found.values())
+    done = world.run("rules", "plan", *world.sides())
+    assert done.exit_code == 1 and (done.stdout or done.stderr)
+    back = world.json("rules", "invert", *world.sides(), code=1)["error"]
+    assert back["code"] in (code, "remap_failed") and back["message"] and back["hint"]
+
+
+def problems(envelope: dict[str, Any]) -> dict[str, str]:
+    """Code -> message of what a command reports: an error of the rule set, or the gaps of its plan."""
+    if "error" in envelope:
+        assert envelope["error"]["hint"]
+        return {envelope["error"]["code"]: envelope["error"]["message"]}
+    return {entry["code"]: entry["message"] for entry in envelope["data"]["problems"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "code"),
+    [
+        ("layers.2.attn.o.weight", [4, 4], "remap_missing"),
+        ("layers.0.attn.o.weight", [4, 5], "remap_shape"),
+        ("layers.0.attn.o.weight", None, "remap_beyond_layers"),
+        ("layers.0.attn.o.weight", [[4, 4], "int64"], "remap_dtype"),
+    ],
+)
+def test_gaps_of_the_target(world: World, name: str, shape: list[Any] | None, code: str) -> None:
+    changed = {key: value for key, value in {**TARGET, name: shape}.items() if value is not None}
+    world.target.write_text(json.dumps(changed))
+    assert code in problems(world.json("coverage", *world.sides(), code=1))
+
+
+def test_files_that_are_not_what_they_should_be(world: World) -> None:
+    broken = world.folder / "broken.safetensors"
+    broken.write_bytes(b"\xff" * 64)
+    for source in (broken, world.folder / "nothing", world.folder / "empty.json"):
+        if source.suffix == ".json":
+            source.write_text("[]")
+        error = world.json("coverage", *world.sides(source=source), code=1)["error"]
+        assert error["code"] == "manifest_invalid" and error["hint"]
+    index = world.checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"b.0.q.weight": "absent.safetensors"}}))
+    assert world.json("manifest", world.checkpoint, code=1)["error"]["code"] == "manifest_invalid"
+    done = world.run("manifest", world.checkpoint)
+    assert done.exit_code == 1 and not done.stdout and "error [manifest_invalid]" in done.stderr
+    assert "hint:" in done.stderr
+
+
+@pytest.mark.parametrize("size", ["hidden", "hidden=x", "=3"])
+def test_sizes_are_names_and_numbers(world: World, size: str) -> None:
+    error = world.json("coverage", *world.sides(), "--size", size, code=1)["error"]
+    assert error["code"] == "remap_size" and "--size" in error["hint"]
+
+
+def test_an_unwritable_way_back_is_said(world: World) -> None:
+    source = world.folder / "S.json"
+    source.write_text(json.dumps({"c.weight_g": [4, 1], "c.weight_v": [4, 4]}))
+    world.target.write_text(json.dumps({"c.weight": [4, 4]}))
+    world.rules.write_text(
+        "name = 'fold'\n[[rule]]\nsource = 'c\\.weight_(g|v)'\ntarget = 'c.weight'\nshard = '\\1'\nop = 'weight_norm'\n"
+    )
+    assert world.json("coverage", *world.sides(source=source))["data"]["ok"]
+    error = world.json("rules", "invert", *world.sides(source=source), code=1)["error"]
+    assert error["code"] == "remap_op" and "export" in error["hint"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rules", "check"),
+        ("rules", "plan", "--rules", "x.toml"),
+        ("rules", "check", "--port", "dreamid_omni"),
+        ("rules", "suggest", "--source", "S.json"),
+        ("rules", "export", "."),
+        ("rules", "nothing"),
+        ("coverage", "--source", "S.json"),
+        ("coverage", "--source", "S.json", "--target", "T.json", "--port", "dreamid_omni"),
+        ("manifest",),
+    ],
+)
+def test_usage_errors_are_2(world: World, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    (world.folder / "S.json").write_text("{}")
+    (world.folder / "x.toml").write_text(RULES)
+    done = world.run(*words)
+    assert done.exit_code == 2 and "Usage:" in done.stderr and not done.stdout
