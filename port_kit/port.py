@@ -54,8 +54,11 @@ class Port:
         references: reference media that a request may hold, of ``image`` and ``audio``, as servers are told.
         post_process: name of the post-process factory in the pipeline's module, as vLLM-Omni's registry takes it.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
+        variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them.
         components: the weights, in loading order.
         parity: ``"module:function"`` that lists the port's golden cases, or empty.
+        reference: ``"module:attribute"`` of the :class:`~port_kit.reference.Reference` that
+            ``verify parity --reference`` runs, or empty.
         parallel: ``"module:function"`` that takes a scratch folder and returns the tiny
             :class:`~port_kit.parallel.verify.Subject` that ``verify parallel`` runs, or empty.
         card: path of the port's card in the repository, for people.
@@ -69,10 +72,12 @@ class Port:
     output_type: str
     recipe: str
     components: tuple[Component, ...]
-    post_process: str = ""
-    parity: str = ""
-    parallel: str = ""
     references: tuple[str, ...] = ()
+    post_process: str = ""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    parity: str = ""
+    reference: str = ""
+    parallel: str = ""
     card: str = ""
     licences: Mapping[str, str] = field(default_factory=dict)
 

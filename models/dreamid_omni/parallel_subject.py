@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from port_kit.download import download
 from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.parallel.verify import Subject
-from port_kit.testing.hub import Hub
-from port_kit.testing.tiny_fusion import tiny_fusion_model
+from port_kit.testing.tiny_fusion import download_tiny
 from port_kit.testing.workers import Request
 
 #: Samples of 16 kHz: two seconds and a little, of which the model hears the second one.
@@ -26,10 +24,7 @@ OUTPUT_TOLERANCE = 5e-3
 
 def tiny_subject(scratch: Path) -> Subject:
     """Download the tiny model from a loopback Hub into ``scratch``, and return it with a request."""
-    tiny = tiny_fusion_model(RECIPE, scratch / "hub")
-    with Hub(tiny.repositories) as hub:
-        recipe = RECIPE.with_(configs=tiny.configs)
-        report = download(recipe, scratch / "tiny", endpoint=hub.endpoint, token=False, use_cache=False)
+    report = download_tiny(RECIPE, scratch / "tiny")
     return Subject(Path(report.directory), [_request()], output_tolerance=OUTPUT_TOLERANCE)
 
 

@@ -115,7 +115,7 @@ class FusionPipeline(
         """Return the transformer's arguments in each guidance pass of the next step, the full one first."""
 
     def hold(self, video: Tensor, audio: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
-        """Return the latents as they are to be stepped and decoded: where a port writes what must not change."""
+        """Return the latents, noise or stepped, with what must not change written into them; here, as they are."""
         return video, audio
 
     def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
@@ -156,27 +156,26 @@ class FusionPipeline(
     def start(self, job: Job) -> Denoising:
         """Encode what a request gives and draw its noise."""
         conditions = self.conditions(job)
-        return Denoising.begin(job, conditions, *self.noise(job))
+        return Denoising.begin(job, conditions, *self.hold(*self.noise(job), conditions))
 
     def predict(self, state: Denoising) -> tuple[Tensor, Tensor]:
         """Return the guided flows of the next step; its passes go over the guidance ranks."""
-        state.video, state.audio = self.hold(state.video, state.audio, state.conditions)
         scales = asdict(state.job.request.scales)
         guided: Any = self.predict_noise_with_multi_branch_cfg(True, scales, self.branches(state))
         return guided
 
     def advance(self, state: Denoising, guided: tuple[Tensor, Tensor]) -> None:
-        """Make the step and tell whoever watches."""
+        """Make the step, put back what must not change, and tell whoever watches."""
         state.advance(guided)
+        state.video, state.audio = self.hold(state.video, state.audio, state.conditions)
         if self.on_step is not None:
             self.on_step(Step(state.index - 1, *guided, state.video, state.audio))
 
     def decode(self, state: Denoising) -> tuple[Tensor, Tensor]:
         """Return video (1, 3, frames, H, W) in [-1, 1] and sound (samples,); references' places are dropped."""
-        video, audio = self.hold(state.video, state.audio, state.conditions)
         lengths = state.job.lengths
-        mel = self.audio_vae.decode(audio[:, : lengths.audio].transpose(1, 2))
-        return self.vae.decode(video[:, :, : lengths.video]), self.vocoder(mel).flatten()
+        mel = self.audio_vae.decode(state.audio[:, : lengths.audio].transpose(1, 2))
+        return self.vae.decode(state.video[:, :, : lengths.video]), self.vocoder(mel).flatten()
 
     def encode_prompt(self, token_ids: list[int]) -> Tensor:
         """Return the text encoder's states (1, T, D). vLLM-Omni's prompt cache wraps this method."""

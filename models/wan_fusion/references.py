@@ -13,6 +13,7 @@ import av
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from port_kit.errors import InputError
 
@@ -85,6 +86,18 @@ def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
     canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))
     pixels = torch.from_numpy(np.asarray(canvas, dtype=np.float32).copy())
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def resize_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """Resize a picture, its ratio aside, by bicubic interpolation without low-pass filter, as the reference does.
+
+    Returns:
+        float32 (C=3, H, W), nominally in [-1, 1]: interpolation may overshoot.
+    """
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0).permute(2, 0, 1) * 2.0 - 1.0
+    if pixels.shape[1:] == (height, width):
+        return pixels.contiguous()
+    return F.interpolate(pixels[None], size=(height, width), mode="bicubic", align_corners=False)[0]
 
 
 def load_voice(source: object, *, name: str = "voice") -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +28,9 @@ from port_kit.port import find_port, resolve
     type=click.Path(path_type=Path),
     help="The model directory.  [default: ./PORT]",
 )
+@click.option(
+    "--variant", metavar="NAME", help="Another checkpoint of a port that has several; `port-kit show` names them."
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--revision", multiple=True, metavar="[REPO=]COMMIT", help="Another revision than the recipe's.")
 @click.option("--update", is_flag=True, help="Resolve revisions that the recipe does not pin anew.")
@@ -46,6 +50,7 @@ from port_kit.port import find_port, resolve
 def command(
     port: str,
     output_dir: Path | None,
+    variant: str | None,
     dry_run: bool,
     revision: tuple[str, ...],
     update: bool,
@@ -64,7 +69,7 @@ def command(
 
     Run it again after any interruption: it goes on where it was. HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured.
     """
-    recipe = load_recipe(port)
+    recipe = load_recipe(port, variant)
     report = download(
         at_revisions(recipe, revision),
         output_dir or Path(recipe.name),
@@ -88,11 +93,23 @@ def main(port: str) -> None:
     command.main(args=[port, *sys.argv[1:]], prog_name=Path(sys.argv[0]).name)
 
 
-def load_recipe(port: str) -> Recipe:
-    """Return the recipe of a port, or the one in a TOML file."""
-    if port.endswith(".toml"):
+def load_recipe(port: str, variant: str | None = None) -> Recipe:
+    """Return the recipe of a port, of one of its variants, or the one in a TOML file."""
+    variants: Mapping[str, str] = {}
+    if not port.endswith(".toml"):
+        found = find_port(port)
+        variants = found.variants
+        if variant is None:
+            return cast(Recipe, resolve(found.recipe))
+    elif variant is None:
         return Recipe.from_toml(port)
-    return cast(Recipe, resolve(find_port(port).recipe))
+    if variant not in variants:
+        raise DownloadError(
+            f"{port} has no variant {variant!r}",
+            code="recipe_invalid",
+            hint=f"use one of {', '.join(variants)}" if variants else "leave --variant out: it has one checkpoint",
+        )
+    return cast(Recipe, resolve(variants[variant]))
 
 
 def at_revisions(recipe: Recipe, revisions: tuple[str, ...]) -> Recipe:

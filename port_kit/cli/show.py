@@ -28,6 +28,7 @@ def _describe(port: Port) -> str:
         f"recipe      {port.recipe}",
         f"card        {port.card}",
     ]
+    lines += [f"variant     {name} ({recipe})" for name, recipe in port.variants.items()]
     lines += [f"component   {part.name}: {part.build}" for part in port.components]
     lines += [f"licence     {part}: {licence}" for part, licence in port.licences.items()]
     return "\n".join(lines)

@@ -62,10 +62,16 @@ class TinyModel:
     Attributes:
         repositories: ``{repository id: {path in the repository: file}}``, what a loopback Hub serves.
         configs: ``{component: config.json}`` of the tiny sizes, for ``recipe.with_(configs=...)``.
+        model_index: what the tiny sizes change in ``model_index.json``.
     """
 
     repositories: dict[str, dict[str, Path]]
     configs: dict[str, dict[str, Any]]
+    model_index: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self, full_size: Recipe) -> Recipe:
+        """Return the recipe of the full-size model for the tiny one."""
+        return full_size.with_(configs=self.configs, model_index=self.model_index)
 
 
 def expand(outline: Mapping[str, Any]) -> Tensors:

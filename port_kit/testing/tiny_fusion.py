@@ -8,11 +8,15 @@ model's width; every upsampling stage of the vocoder still halves its channels.
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from port_kit.download import Recipe
+from port_kit.download import Recipe, Report, download
+from port_kit.testing.hub import Hub
 from port_kit.testing.tiny import TinyComponent, TinyModel, read_outline, tiny_repositories
 from port_kit.testing.tokenizer import write_tokenizer
 
@@ -21,6 +25,10 @@ OUTLINES = Path(__file__).with_name("outlines")
 WIDTH, HEADS, LAYERS, FFN = 64, 4, 2, 128
 TEXT_WIDTH, TEXT_HEADS, TEXT_LAYERS, TEXT_FFN, VOCABULARY = 64, 4, 2, 96, 512
 GATED_CONV = 256  # 8 * WIDTH / 3, rounded up to a multiple of 256, as the original derives it
+
+#: What the size of the model changes in ``model_index.json``, of ports that have the key: the pixels of a frame, and
+#: a block that the tiny model has.
+_INDEX = {"video_area": 64 * 96, "skip_block": 1}
 
 _TOWER = {
     "dim": WIDTH,
@@ -40,7 +48,7 @@ def components(recipe: Recipe) -> dict[str, TinyComponent]:
     """Return how each component of a fusion port shrinks; the recipe's configurations are what is changed."""
     return {
         "transformer": TinyComponent(
-            outline("wan_fusion"),
+            _transformer_outline(recipe),
             sizes={3072: WIDTH, 4096: TEXT_WIDTH, 14336: FFN, 8192: GATED_CONV},
             layers={"blocks": LAYERS},
             config=_towers(recipe.configs["transformer"]),
@@ -66,6 +74,13 @@ def components(recipe: Recipe) -> dict[str, TinyComponent]:
     }
 
 
+def _transformer_outline(recipe: Recipe) -> dict[str, Any]:
+    """Return the transformer's outline in the dtype of its published file: DreamID-Omni's float32, Ovi's bfloat16."""
+    is_ovi = recipe.configs["transformer"]["rope"]["family"] == "ovi"
+    tensors = outline("wan_fusion")
+    return {name: [shape, "bfloat16" if is_ovi else dtype] for name, (shape, dtype) in tensors.items()}
+
+
 def _towers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {tower: {**config[tower], **_TOWER} for tower in ("video", "audio")}
 
@@ -74,14 +89,40 @@ def tiny_fusion_model(recipe: Recipe, folder: Path, *, seed: int = 0) -> TinyMod
     """Write the tiny model of a fusion port into ``folder``, laid out as the recipe's Hub repositories.
 
     Args:
-        recipe: ``dreamid_omni``'s, or another one with the same components.
+        recipe: ``dreamid_omni``'s, ``ovi``'s, or another one with the same components.
         folder: about 4 MB of files go to ``folder/<repository id>/<path>``.
         seed: of all weights.
     """
-    return tiny_repositories(
+    tiny = tiny_repositories(
         recipe,
         components(recipe),
         folder,
         extra={"tokenizer": lambda target: write_tokenizer(target, size=VOCABULARY, seed=seed)},
         seed=seed,
     )
+    return replace(tiny, model_index={key: value for key, value in _INDEX.items() if key in recipe.model_index})
+
+
+def download_tiny(recipe: Recipe, output_dir: Path | str, *, dry_run: bool = False) -> Report:
+    """Serve the tiny model of a fusion port on the loopback interface, and download it as the real one."""
+    with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
+        tiny = tiny_fusion_model(recipe, Path(folder))
+        with Hub(tiny.repositories) as hub:
+            return download(
+                tiny.recipe(recipe), output_dir, dry_run=dry_run, endpoint=hub.endpoint, token=False, use_cache=False
+            )
+
+
+def main(recipe: Recipe) -> None:
+    """Run :func:`download_tiny` with options from the command line; what ``download_<name>.py --tiny`` calls."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true", required=True)
+    parser.add_argument("--output-dir", default=f"{recipe.name}_tiny")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    report = download_tiny(recipe, options.output_dir, dry_run=options.dry_run)
+    if options.dry_run and report.plan is not None:
+        print(report.plan.describe())
+        return
+    fetched = f"{len(report.fetched)} files, {report.network_bytes / 1e6:.1f} MB fetched"
+    print(f"{report.directory} is complete: {fetched}")

@@ -1,0 +1,30 @@
+"""Ovi: a prompt, and a first frame where one is given, to a video with sound."""
+
+from __future__ import annotations
+
+from port_kit.models.ovi.weights import COMPONENTS
+from port_kit.models.wan_fusion.components import SHARED_LICENCES
+from port_kit.port import Port
+
+_RECIPES = "port_kit.models.ovi.recipe"
+
+PORT = Port(
+    name="ovi",
+    title="Ovi: a prompt, or a first frame and a prompt, to a 5 or 10 s video with sound",
+    class_name="OviPipeline",
+    pipeline="port_kit.models.ovi.pipeline:OviPipeline",
+    output_type="video",
+    references=("image",),
+    recipe=f"{_RECIPES}:RECIPE",
+    variants={
+        "720x720_5s": f"{_RECIPES}:RECIPE",
+        "960x960_5s": f"{_RECIPES}:RECIPE_960_5S",
+        "960x960_10s": f"{_RECIPES}:RECIPE_960_10S",
+    },
+    components=COMPONENTS,
+    post_process="get_post_process_func",
+    parity="port_kit.models.wan_fusion.golden_ports:ovi_cases",
+    parallel="port_kit.models.ovi.parallel_subject:tiny_subject",
+    card="docs/ports/ovi.md",
+    licences={"transformer": "Apache-2.0 (Ovi)", **SHARED_LICENCES, "reference code": "Apache-2.0"},
+)

@@ -1,0 +1,102 @@
+"""Ovi on vLLM-Omni: a prompt, and a first frame where one is given, to a video with sound.
+
+Shapes: C latent channels, F latent frames, h and w latent cells (16 pixels), L audio latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.models.interface import SupportImageInput
+
+from port_kit.models.ovi import config
+from port_kit.models.ovi.weights import COMPONENTS
+from port_kit.models.wan_fusion.denoising import Conditions, Denoising
+from port_kit.models.wan_fusion.pipeline import FusionPipeline, get_post_process_func
+from port_kit.models.wan_fusion.references import load_image, resize_image
+from port_kit.models.wan_fusion.request import Lengths
+from port_kit.models.wan_fusion.stems import Text
+from port_kit.port import Component
+
+__all__ = ["OviPipeline", "get_post_process_func"]
+
+
+class OviPipeline(FusionPipeline, SupportImageInput):
+    """A first frame that is given is written into the clip before every step, and its tokens have timestep 0.
+
+    Attributes:
+        model: what the model directory says about requests.
+    """
+
+    components: ClassVar[tuple[Component, ...]] = COMPONENTS
+    guidance_passes: ClassVar[int] = config.GUIDANCE_PASSES
+    support_image_input: ClassVar[bool] = True
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__(od_config=od_config, prefix=prefix)
+        self.model = config.Model.from_index(self.index, blocks=self.transformer.config.num_layers)
+
+    def read(
+        self, prompt: Any, sampling: Any, lengths: Lengths
+    ) -> tuple[config.GenerationRequest, Sequence[Tensor], Sequence[Tensor]]:
+        """Return the checked request, its picture (3, H, W) in [-1, 1] if it has one, and no voices.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+        request = config.parse_request(prompt, sampling, lengths, self.model)
+        pictures: list[Tensor] = []
+        if request.image is not None:
+            image = load_image(request.image)
+            config.check_ratio(sampling, image.height, image.width)
+            height, width = config.size_of_picture(image.height, image.width, self.model.video_area)
+            request = replace(request, height=height, width=width)
+            pictures = [resize_image(image, height, width)]
+        request.check_noise(lengths)
+        return request, pictures, ()
+
+    def hold(self, video: Tensor, audio: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """Return the latents with the given first frame in its place."""
+        first = conditions.pictures
+        return torch.cat((first, video[:, :, first.shape[2] :]), dim=2), audio
+
+    def branches(self, state: Denoising) -> list[dict[str, Any]]:
+        """Return the two passes of a step: with the prompt; with the negative prompts and one block left out."""
+        given, request = state.conditions, state.job.request
+
+        def put(texts: tuple[Text, Text], skip_block: int | None) -> dict[str, Any]:
+            return {
+                "video": state.video,
+                "audio": state.audio,
+                "timestep": state.timestep,
+                "video_text": texts[0],
+                "audio_text": texts[1],
+                "first_frame_clean": given.pictures.shape[2] > 0,
+                "skip_block": skip_block,
+            }
+
+        return [put(given.texts, None), put(given.negatives, request.skip_block or None)]
+
+    def combine_multi_branch_cfg_noise(
+        self, predictions: list[Any], true_cfg_scale: Any, cfg_normalize: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Guide each modality by the text with its own scale.
+
+        Args:
+            predictions: (video, audio) of both passes, in the order of :meth:`branches`.
+            true_cfg_scale: :class:`~port_kit.models.ovi.config.GuidanceScales` as a dict.
+            cfg_normalize: not used by this model.
+        """
+        scales = config.GuidanceScales(**true_cfg_scale)
+        video, audio = (
+            negative + scale * (positive - negative)
+            for positive, negative, scale in zip(
+                *predictions, (scales.video_guidance_scale, scales.audio_guidance_scale), strict=True
+            )
+        )
+        return video, audio

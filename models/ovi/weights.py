@@ -1,0 +1,7 @@
+"""Which weights fill which module of Ovi, by name only."""
+
+from __future__ import annotations
+
+from port_kit.models.wan_fusion.components import components
+
+COMPONENTS = components("OVI_TRANSFORMER_CONFIG")

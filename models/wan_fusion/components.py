@@ -1,0 +1,41 @@
+"""Which weights fill which module, by name only: what ports declare when they are listed imports nothing heavy."""
+
+from __future__ import annotations
+
+from port_kit.port import Component
+
+_FAMILY = "port_kit.models.wan_fusion"
+#: Components that all ports have, and their modules.
+_SHARED = {"text_encoder": "text_encoder", "vae": "video_vae", "audio_vae": "audio_vae", "vocoder": "vocoder"}
+
+SHARED_LICENCES = {
+    "text_encoder, tokenizer, vae": "Apache-2.0 (Wan2.2)",
+    "audio_vae, vocoder": "CC-BY-NC-4.0 (MMAudio)",
+}
+
+
+def components(transformer_config: str) -> tuple[Component, ...]:
+    """Return a port's components in loading order.
+
+    The folder in the model directory, the pipeline's attribute and the prefix of the target names are all the
+    component's name. The tokenizer has no weights and is no component.
+
+    Args:
+        transformer_config: name of the full-size configuration in :mod:`port_kit.models.wan_fusion.config`.
+    """
+    transformer = Component(
+        name="transformer",
+        build=f"{_FAMILY}.transformer:build_transformer",
+        rules=f"{_FAMILY}.rules_transformer:TRANSFORMER",
+        config=f"{_FAMILY}.config:{transformer_config}",
+    )
+    shared = (
+        Component(
+            name=name,
+            build=f"{_FAMILY}.{module}:build_{module}",
+            rules=f"{_FAMILY}.rules_components:{name.upper()}",
+            config=f"{_FAMILY}.component_configs:{name.upper()}_CONFIG",
+        )
+        for name, module in _SHARED.items()
+    )
+    return (transformer, *shared)
