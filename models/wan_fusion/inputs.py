@@ -129,9 +129,9 @@ def check_codec_options(options: object) -> None:
     if not isinstance(options, Mapping):
         raise InputError(f"video_codec_options is {type(options).__name__}; a mapping is required", code="input_type")
     for name, value in options.items():
-        if str(value) not in CODEC_OPTIONS.get(name, ()):
+        if value not in CODEC_OPTIONS.get(name, ()):
             raise InputError(
-                f"video_codec_options has {name}={value!r}; {', '.join(CODEC_OPTIONS)} are taken, as libx264 has them",
+                f"video_codec_options has {name}={value!r}; {', '.join(CODEC_OPTIONS)} are taken, as text",
                 code="input_value",
                 hint="leave it out: the default is quick and visually lossless",
             )
