@@ -1,0 +1,231 @@
+"""Seconds of the fusion transformer: one branch, one DreamID-Omni step of four branches, and where the time goes.
+
+Weights are random, sizes are those of the published model (11.66 B parameters, bfloat16), inputs those of a clip of 31
+latent frames with one picture and one voice. In the same run it measures what the device gives a matrix product and an
+attention of the model's own sizes, and says how long the model's products and attentions alone would take at those
+rates. Every figure is the median of ``--rounds`` after two warm-up rounds. Prints one JSON object.
+
+    python benchmarks/fusion_step.py --size 704x1024 --size 480x832     # as it is served: compiled by region
+    python benchmarks/fusion_step.py --size 704x1024 --eager --kernels  # without, and each kernel's time
+    python benchmarks/fusion_step.py --tiny --rounds 1                 # a small model, on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LATENT_FRAMES, AUDIO_LATENTS, PICTURES, VOICE_LATENTS, TEXT_TOKENS = 31, 157, 1, 31, 100
+TINY = {"dim": 96, "ffn_dim": 192, "num_heads": 4, "num_layers": 2, "text_dim": 64}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of one branch, references included, and the model's own sizes."""
+
+    video: int
+    audio: int
+    text: int
+    width: int
+    hidden: int
+    layers: int
+
+    @property
+    def gemm_flop(self) -> float:
+        """Of the linears of all blocks; those of texts are computed once a request and not counted."""
+        tokens, d = self.video + self.audio, self.width
+        a_token = 4 * d * d + 2 * d * d + 2 * d * d + 2 * d * self.hidden  # self; q and o; k and v for the other; ffn
+        return 2.0 * self.layers * tokens * a_token
+
+    @property
+    def attention_flop(self) -> float:
+        """Of self-attention, of attention to the text, and of each stream to the other."""
+        v, a, t = self.video, self.audio, self.text
+        pairs = v * v + a * a + (v + a) * t + 2 * v * a
+        return 4.0 * self.layers * self.width * pairs
+
+
+class Clock:
+    """Times a call on a device: by the device's own events, or by the host's clock on a CPU."""
+
+    def __init__(self, device: torch.device, rounds: int) -> None:
+        self.device, self.rounds = device, rounds
+
+    def median_ms(self, call: Callable[[], object], warm_up: int = 2) -> float:
+        for _ in range(warm_up):
+            call()
+        return round(statistics.median(self.once_ms(call) for _ in range(self.rounds)), 3)
+
+    def once_ms(self, call: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+
+def build(config: dict[str, Any], device: torch.device) -> nn.Module:
+    """Build the transformer with random weights, of a scale that keeps activations finite."""
+    from port_kit.models.wan_fusion.transformer import build_transformer
+
+    with device:
+        model = build_transformer(config).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(std=0.02, generator=generator)
+    return model
+
+
+def inputs(config: dict[str, Any], height: int, width: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return one branch's arguments for a clip of this size in pixels; texts are kept as in a request."""
+    from port_kit.models.wan_fusion.stems import Text
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    channels, text_dim = config["video"]["in_dim"], config["video"]["text_dim"]
+    return {
+        "video": draw(1, channels, LATENT_FRAMES + PICTURES, height // 16, width // 16),
+        "audio": draw(1, AUDIO_LATENTS + VOICE_LATENTS, config["audio"]["in_dim"]),
+        "timestep": torch.tensor(500, device=device),
+        "video_text": Text(draw(1, TEXT_TOKENS, text_dim)),
+        "audio_text": Text(draw(1, TEXT_TOKENS, text_dim)),
+        "video_reference_frames": PICTURES,
+        "audio_reference_lengths": (VOICE_LATENTS,),
+    }
+
+
+def sizes_of(config: dict[str, Any], height: int, width: int) -> Sizes:
+    tower = config["video"]
+    video = (LATENT_FRAMES + PICTURES) * (height // 32) * (width // 32)
+    return Sizes(
+        video, AUDIO_LATENTS + VOICE_LATENTS, tower["text_len"], tower["dim"], tower["ffn_dim"], tower["num_layers"]
+    )
+
+
+def rates(model: nn.Module, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """Measure TFLOP/s of a feed-forward's product and of the model's own self-attention layer."""
+    x = torch.randn(sizes.video, sizes.width, device=clock.device, dtype=dtype)
+    w = torch.randn(sizes.hidden, sizes.width, device=clock.device, dtype=dtype)
+    gemm = clock.median_ms(lambda: nn.functional.linear(x, w))
+    attention: Any = model.get_submodule("blocks.0.video.self_attn")
+    heads = attention.heads
+    q, k, v = (
+        torch.randn(1, sizes.video, heads, sizes.width // heads, device=clock.device, dtype=dtype) for _ in "qkv"
+    )
+    attended = clock.median_ms(lambda: attention.attn(q, k, v))
+    return {
+        "gemm_tflops": round(2 * x.shape[0] * w.numel() / gemm / 1e9, 2),
+        "attention_tflops": round(4 * sizes.video**2 * sizes.width / attended / 1e9, 2),
+    }
+
+
+def measure(model: nn.Module, config: dict[str, Any], size: tuple[int, int], clock: Clock, dtype: Any) -> Any:
+    """One size: a branch, its floor at the measured rates, the step of four branches, peak memory."""
+    branch = inputs(config, *size, clock.device, dtype)
+    sizes = sizes_of(config, *size)
+    found = rates(model, sizes, clock, dtype)
+    if clock.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    one = clock.median_ms(lambda: model(**branch))
+    limit = sizes.gemm_flop / found["gemm_tflops"] / 1e9 + sizes.attention_flop / found["attention_tflops"] / 1e9
+    branches = [branch, branch, {**branch, "unused": "audio"}, {**branch, "unused": "video"}]
+    step = clock.median_ms(lambda: [model(**each) for each in branches], warm_up=1)
+    flop = sizes.gemm_flop + sizes.attention_flop
+    return {
+        "video_tokens": sizes.video,
+        "tflop": round(flop / 1e12, 2),
+        **found,
+        "branch_ms": one,
+        "limit_ms": round(limit, 3),
+        "branch_over_limit": round(one / limit, 3),
+        "branch_tflops": round(flop / one / 1e9, 2),
+        "four_branch_step_ms": step,
+        "first_branch_ms": round(clock.once_ms(lambda: model(**inputs(config, *size, clock.device, dtype))), 3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if clock.device.type == "cuda" else None,
+    }
+
+
+def kernels(model: nn.Module, branch: dict[str, Any], device: torch.device, shown: int = 25) -> list[dict[str, Any]]:
+    """Where one branch's time goes, kernel by kernel, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        model(**branch)
+        if on_gpu:
+            torch.cuda.synchronize()
+    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, spent))
+    return [
+        {"kernel": event.key[:100], "calls": event.count, "ms": round(getattr(event, spent) / 1e3, 3)}
+        for event in events[:shown]
+    ]
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    from vllm_omni.diffusion.compile import regionally_compile
+
+    from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
+    from port_kit.runtime.local import single_rank
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
+    dtype = torch.float32 if given.tiny else torch.bfloat16
+    config = dict(TRANSFORMER_CONFIG)
+    if given.tiny:
+        config |= {tower: {**config[tower], **TINY} for tower in ("video", "audio")}
+    else:
+        config |= {tower: {"text_dim": 4096, **config[tower]} for tower in ("video", "audio")}
+    sizes = [tuple(map(int, text.split("x"))) for text in given.size or (["64x96"] if given.tiny else ["704x1024"])]
+    clock = Clock(device, given.rounds)
+    with torch.inference_mode(), single_rank(dtype=dtype, device=device):
+        model = build(config, device)
+        if not given.eager and not given.tiny:
+            regionally_compile(model, dynamic=False)
+        result: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "dtype": str(dtype).removeprefix("torch."),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "compiled": not given.eager and not given.tiny,
+            "rounds": given.rounds,
+        }
+        for size in sizes:
+            result[f"{size[0]}x{size[1]}"] = measure(model, config, (size[0], size[1]), clock, dtype)
+        if given.kernels:
+            branch = inputs(config, sizes[0][0], sizes[0][1], device, dtype)
+            model(**branch)
+            result["kernels"] = kernels(model, branch, device)
+    return result
+
+
+def main() -> None:
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--size", action="append", metavar="HEIGHTxWIDTH", help="pixels; may be given several times")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--eager", action="store_true", help="no compilation, as under enforce_eager")
+    options.add_argument("--kernels", action="store_true", help="profile one branch of the first size")
+    options.add_argument("--tiny", action="store_true", help="a small model in float32 on the CPU")
+    print(json.dumps(run(options.parse_args()), indent=1))
+
+
+if __name__ == "__main__":
+    main()
