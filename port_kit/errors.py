@@ -52,6 +52,7 @@ CODES: dict[str, str] = {
     "hub_token_invalid": "the Hub does not accept the token",
     "hub_token_missing": "a repository does not exist or needs a token, and none was sent",
     "disk_full": "the disk has not enough space",
+    "file_too_large": "the disk, or a limit of this shell, takes no file of that size",
     "output_dir": "the output directory cannot be used",
     "path_unsafe": "a file's path could leave the model directory or cannot be stored",
     "source_missing": "a file that was named does not exist",

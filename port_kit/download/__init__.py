@@ -6,9 +6,22 @@
 
 from __future__ import annotations
 
-from port_kit.download.convert import Conversion, convert_file
+from typing import TYPE_CHECKING, Any
+
 from port_kit.download.http import Policy
 from port_kit.download.recipe import FileRule, GitCode, Recipe, Repository
 from port_kit.download.run import Report, download
 
+if TYPE_CHECKING:
+    from port_kit.download.convert import Conversion, convert_file
+
 __all__ = ["Conversion", "FileRule", "GitCode", "Policy", "Recipe", "Report", "Repository", "convert_file", "download"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the conversion, which has the pickle reader behind it, when it is asked for: not for every download."""
+    if name in ("Conversion", "convert_file"):
+        from port_kit.download import convert
+
+        return getattr(convert, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
+from typing import TYPE_CHECKING
 
-from port_kit.byte_source import ByteSource, CachedSource, FileSource
-from port_kit.download.blueprint import Blueprint, draw
 from port_kit.download.files import explained
 from port_kit.download.http import Interrupted
 from port_kit.download.hub import HubClient
@@ -24,7 +23,11 @@ from port_kit.download.parts import Identity, Part, Segment, take_part
 from port_kit.download.progress import Progress
 from port_kit.download.remote import RangeSource, fetch_segment
 from port_kit.errors import DownloadError
-from port_kit.pickles import Storage, check_offsets, read_tables
+
+if TYPE_CHECKING:
+    from port_kit.byte_source import ByteSource
+    from port_kit.download.blueprint import Blueprint
+    from port_kit.pickles import Storage
 
 _SAMPLED_OFFSETS = 5
 
@@ -187,6 +190,10 @@ class Fetcher:
 
     def _draw(self, identity: Identity, local: Path | None) -> Blueprint:
         """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes."""
+        from port_kit.byte_source import CachedSource, FileSource
+        from port_kit.download.blueprint import draw
+        from port_kit.pickles import read_tables
+
         if local is not None:
             with FileSource(local) as source:
                 return draw(read_tables(source, identity.wrapper), source.name)
@@ -210,6 +217,8 @@ class Fetcher:
 
 def _sample_offsets(source: ByteSource, keys: list[str], storages: Mapping[str, Storage]) -> None:
     """Check torch's alignment rule on a few storages before gigabytes are placed by it."""
+    from port_kit.pickles import check_offsets
+
     sampled = {key: storages[key] for key in [*keys[:1], *keys[-_SAMPLED_OFFSETS:]]}
     wrong = check_offsets(source, sampled)
     if wrong:

@@ -130,6 +130,12 @@ def explained(path: Path) -> Iterator[None]:
                 code="disk_full",
                 hint="free some space and run the same command again: what was fetched is kept",
             ) from error
+        if error.errno == errno.EFBIG:
+            raise DownloadError(
+                f"the disk of {path} takes no file of that size",
+                code="file_too_large",
+                hint="choose an --output-dir on another file system (FAT32 ends at 4 GB a file), or raise `ulimit -f`",
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DownloadError(
                 f"{path} may not be written", code="output_dir", hint="choose another --output-dir"

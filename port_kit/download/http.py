@@ -28,8 +28,9 @@ from port_kit.errors import DownloadError
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
-_SMALLEST_SEGMENT = 16 << 20
+_SMALLEST_SEGMENT, _LARGEST_SEGMENT = 16 << 20, 64 << 20
 _ENOUGH = 1 << 18  # smaller pieces cost time for each: TLS delivers 16 KiB at once
+_PATIENCE = 0.1  # seconds in which a piece may grow beyond that, so that slow connections lose little when they break
 _T = TypeVar("_T")
 
 
@@ -53,7 +54,8 @@ class Policy:
         longest: seconds of one wait at most; a server that asks for more ends the download.
         connections: requests at a time.
         files_at_once: files at a time.
-        segment_size: bytes that one request asks for at most; a file up to this size comes with one request.
+        segment_size: bytes that one request asks for at most; a file up to this size comes with one request. Default:
+            64 MiB, and no limit where there is one connection, which would only wait between requests.
     """
 
     connect_timeout: float = 10.0
@@ -63,7 +65,7 @@ class Policy:
     longest: float = 120.0
     connections: int = 8
     files_at_once: int = 4
-    segment_size: int = 64 << 20
+    segment_size: int | None = None
 
     def pause(self, attempt: int) -> float:
         """Seconds before try number ``attempt`` + 1 (``attempt`` counts from 1)."""
@@ -71,9 +73,10 @@ class Policy:
 
     def segment_for(self, size: int) -> int:
         """Bytes a request for a file of ``size`` bytes: several for each connection, so that all end together."""
-        if size <= self.segment_size:
-            return self.segment_size
-        return min(self.segment_size, max(_SMALLEST_SEGMENT, size // (4 * self.connections)))
+        most = self.segment_size or (max(size, _LARGEST_SEGMENT) if self.connections == 1 else _LARGEST_SEGMENT)
+        if size <= most:
+            return most
+        return min(most, max(_SMALLEST_SEGMENT, size // (4 * self.connections)))
 
 
 class Response:
@@ -91,8 +94,9 @@ class Response:
     def read_into(self, view: memoryview) -> int:
         """Fill the beginning of ``view`` with what arrives; return the count, 0 at the body's end.
 
-        Returns with less than ``_ENOUGH`` bytes only at the body's end, or where the connection breaks: what had come
-        until then counts, and the next call reports the break.
+        Fills all of it where that takes no longer than ``_PATIENCE``. Returns with less than ``_ENOUGH`` bytes only at
+        the body's end, or where the connection breaks: what had come until then counts, and the next call reports the
+        break.
 
         Raises:
             TransportError: the connection broke, was silent for too long, or ended before ``Content-Length``.
@@ -109,9 +113,10 @@ class Response:
         return filled
 
     def _fill(self, view: memoryview) -> int:
-        """Read until there is enough, the body's end, or a break behind what has come."""
+        """Read until the view is full, there is enough for now, the body's end, or a break behind what has come."""
+        late = time.monotonic() + _PATIENCE
         filled = count = self._receive(view)
-        while count and filled < min(_ENOUGH, len(view)):
+        while count and filled < len(view) and (filled < _ENOUGH or time.monotonic() < late):
             try:
                 count = self._receive(view[filled:])
             except TransportError:

@@ -10,6 +10,7 @@ way is resumable, needs no second cache, and ends in the sha256 that the Hub sta
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+from port_kit import __version__
 from port_kit.download.http import RETRIED_STATUS, HttpClient, Response, TransportError
 from port_kit.errors import DownloadError
 
@@ -49,14 +51,12 @@ class HubClient:
     """
 
     def __init__(self, http: HttpClient, *, endpoint: str | None = None, token: str | bool | None = None) -> None:
-        _import_httpx()
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers
 
         self.http = http
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._origin = urlsplit(self.endpoint)[:2]
-        headers = build_hf_headers(token=token, library_name="port-kit")
+        headers = _headers(token)
         self._authorization = headers.pop("authorization", headers.pop("Authorization", None))
         self._headers = headers
 
@@ -165,6 +165,7 @@ class HubClient:
 
     def _refusal(self, response: Response, body: bytes, repo_id: str, revision: str, path: str) -> DownloadError:
         """Ask huggingface_hub which of its errors this is, and say what to do about it."""
+        _import_httpx()
         import httpx
         from huggingface_hub import errors
         from huggingface_hub.utils import hf_raise_for_status
@@ -214,6 +215,30 @@ class HubClient:
             code="hub_endpoint",
             hint="check HF_ENDPOINT or --endpoint",
         )
+
+
+def _headers(token: str | bool | None) -> dict[str, str]:
+    """The headers of huggingface_hub, with the token that it finds.
+
+    Its code for that costs half a second of each start, so it is asked only where there may be a token.
+    """
+    import huggingface_hub
+
+    if token is False or (token is None and not _may_have_token()):
+        python = ".".join(map(str, sys.version_info[:3]))
+        return {"user-agent": f"port-kit/{__version__}; hf_hub/{huggingface_hub.__version__}; python/{python}"}
+    _import_httpx()
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers(token=token, library_name="port-kit", library_version=__version__)
+
+
+def _may_have_token() -> bool:
+    """Whether huggingface_hub might find a token: in the environment, in its file, or in a notebook's secrets."""
+    from huggingface_hub import constants
+
+    named = any(name in os.environ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"))
+    return named or os.path.exists(constants.HF_TOKEN_PATH) or "IPython" in sys.modules
 
 
 def _import_httpx() -> None:

@@ -42,6 +42,11 @@ class Layout:
         return cls([Span(0, size, 0)], size)
 
     @property
+    def is_identity(self) -> bool:
+        """Whether every byte stays at its offset."""
+        return len(self._spans) == 1 and self._spans[0].target == 0
+
+    @property
     def extent(self) -> int:
         """Size of the written file before it is sealed."""
         return max((span.target + span.length for span in self._spans), default=0)

@@ -8,6 +8,7 @@ one process; the next one takes it over by renaming the folder, which only one c
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.download.files import STATE_FOLDER, explained, publish, read_json, sync_folder, write_json
-from port_kit.download.layout import Layout
+from port_kit.download.layout import Layout, write_all
 
 _COUNT = struct.Struct("<Q")
+#: what unbuffered writes need of offset, length and address: the memory page, and no disk's sectors are larger
+ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Part:
         with explained(folder):
             self.descriptor = os.open(folder / "data", flags, 0o644)
             self._progress = os.open(folder / "progress", flags, 0o644)
+        self._unbuffered = _open_unbuffered(folder / "data")
         self.segments = [
             Segment(
                 index,
@@ -107,15 +111,35 @@ class Part:
         """Size and sha256 of the finished file, where it is finished."""
         return self.meta.get("sealed")
 
-    def write(self, offset: int, data: bytes | memoryview) -> int:
+    def write(self, offset: int, data: bytes | memoryview, *, unbuffered: bool = False) -> int:
         """Write source bytes from ``offset`` and count them in their segments; return how many are new.
 
         Several threads may bring the same bytes (a server that ignores ranges sends them all to everybody).
+
+        Args:
+            offset: in the source.
+            data: the bytes.
+            unbuffered: nobody will read them back soon, and ``data`` begins at a page: they need not pass through the
+                system's cache, which costs as much processor time as to receive them.
         """
         with explained(self.folder):
-            self.layout.write(self.descriptor, offset, data)
+            if not (unbuffered and self._write_unbuffered(offset, data)):
+                self.layout.write(self.descriptor, offset, data)
             with self._lock:
                 return self._count(offset, offset + len(data))
+
+    def _write_unbuffered(self, offset: int, data: bytes | memoryview) -> bool:
+        """Write past the system's cache; false where that is not possible for these bytes, or on this disk at all."""
+        fits = self.layout.is_identity and offset % ALIGNMENT == 0 and len(data) % ALIGNMENT == 0
+        if not fits or self._unbuffered < 0:
+            return False
+        try:
+            write_all(self._unbuffered, memoryview(data), offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # how a file system says that it wants another alignment, or none of this
+                raise
+            return False
+        return True
 
     def _count(self, start: int, end: int) -> int:
         new = 0
@@ -160,14 +184,23 @@ class Part:
 
     def close(self) -> None:
         """Close the files; what was written stays for the next run."""
-        for descriptor in (self.descriptor, self._progress):
+        for descriptor in (self.descriptor, self._progress, self._unbuffered):
             if descriptor >= 0:
                 os.close(descriptor)
-        self.descriptor = self._progress = -1
+        self.descriptor = self._progress = self._unbuffered = -1
 
     def _counted(self, index: int) -> int:
         data = os.pread(self._progress, _COUNT.size, index * _COUNT.size)
         return _COUNT.unpack(data)[0] if len(data) == _COUNT.size else 0
+
+
+def _open_unbuffered(path: Path) -> int:
+    """Open a file for writes past the system's cache; -1 where the system or the file system has no such thing."""
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        return os.open(path, os.O_WRONLY | flag) if flag else -1
+    except OSError:
+        return -1
 
 
 def take_part(directory: Path, identity: Identity, segment_size: int) -> Part:

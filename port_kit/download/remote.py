@@ -8,10 +8,9 @@ from collections.abc import Callable
 from port_kit.download.http import Response, TransportError, network_error
 from port_kit.download.hub import HubClient
 from port_kit.download.landing import Damaged, Landing
-from port_kit.download.parts import Identity, Segment
+from port_kit.download.parts import ALIGNMENT, Identity, Segment
 from port_kit.errors import DownloadError
 
-_PIECE = 1 << 19  # fits the second-level cache, from which it is written
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -53,6 +52,7 @@ def _stream(hub: HubClient, landing: Landing, segment: Segment, advance: Callabl
             _require_same(response, landing)
             with landing.whole:
                 if not segment.is_complete:
+                    landing.rewritten = landing.rewritten or bool(headers)
                     _copy(response, landing, 0, advance)
         else:
             raise Damaged(f"the server answers HTTP {response.status} to the range from {position}")
@@ -94,11 +94,15 @@ def _copy(response: Response, landing: Landing, offset: int, advance: Callable[[
     if etag and not etag.startswith("W/"):
         landing.part.save(etag=etag)
     size = landing.identity.size
-    buffer = memoryview(bytearray(min(_PIECE, size + 1)))
-    while count := response.read_into(buffer):
+    while True:
+        piece = landing.take()
+        begin = offset % ALIGNMENT  # so that pieces end, and the next ones begin, where disks like it
+        count = response.read_into(piece.buffer[begin:])
         if offset + count > size:
             raise Damaged(f"more than the {size} bytes arrive that the repository states")
-        advance(landing.write(offset, buffer[:count]))
+        advance(landing.write(offset, piece, begin, count))
+        if not count:
+            return
         offset += count
 
 

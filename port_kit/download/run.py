@@ -302,7 +302,7 @@ class Run:
     def _find_local(self, identity: Identity) -> Path | None:
         """A kept original, or the user's Hub cache; the content is hashed like anything that arrives."""
         candidates = [self.directory / original_of(identity).target] if identity.convert else []
-        if self.settings.use_cache:
+        if self.settings.use_cache and _may_be_cached(identity.repo_id):
             from huggingface_hub import try_to_load_from_cache
 
             cached = try_to_load_from_cache(identity.repo_id, identity.path, revision=identity.commit)
@@ -369,6 +369,13 @@ def files_below(directory: Path) -> Iterable[str]:
         relative = path.relative_to(directory).as_posix()
         if relative.partition("/")[0] != STATE_FOLDER and (path.is_file() or path.is_symlink()):
             yield relative
+
+
+def _may_be_cached(repo_id: str) -> bool:
+    """Whether the Hub cache has a repository at all; huggingface_hub's closer look costs half a second of imports."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}").is_dir()
 
 
 def _has_originals(lock: Lock) -> bool:

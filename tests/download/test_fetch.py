@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import mmap
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import EXPECTED, IMPATIENT, VAE, WEIGHTS, assert_whole, bring, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
+from port_kit.download.parts import ALIGNMENT, Identity, take_part
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
 
@@ -17,7 +19,7 @@ BIG = "big.safetensors"
 
 
 def test_a_fresh_run_brings_everything_with_one_get_a_segment(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
-    report = bring(recipe, tmp_path / "m", hub)
+    report = bring(recipe, tmp_path / "m", hub, policy=Policy(segment_size=1 << 20))
     assert_whole(tmp_path / "m")
     assert set(report.fetched) == set(EXPECTED)
     assert sum(request.sent for request in hub.gets()) == sum(map(len, EXPECTED.values()))
@@ -61,6 +63,16 @@ def test_silence_in_the_middle_of_a_body_is_asked_again(hub: Hub, recipe: Recipe
     hub.inject(Fault("get", BIG, stall=1.5, stall_at=300_000))
     bring(recipe, tmp_path / "m", hub)
     assert_whole(tmp_path / "m")
+
+
+def test_bytes_that_are_sent_twice_and_differ_are_not_taken(recipe: Recipe, tmp_path: Path) -> None:
+    """A broken transfer is answered with the whole file, spoilt where it had been hashed already."""
+    with Hub({WEIGHTS: {BIG: noise(5 << 20)}}) as hub:
+        recipe = Recipe("r", (Repository(WEIGHTS, (FileRule(BIG),)),), recipe.model_index)
+        hub.inject(Fault("get", BIG, cut=4 << 20), Fault("get", BIG, ignore_range=True, flip=12345))
+        bring(recipe, tmp_path / "m", hub, policy=Policy(connections=1, base=0.02))
+        assert (tmp_path / "m" / BIG).read_bytes() == noise(5 << 20)
+        assert len(hub.gets(BIG)) == 3
 
 
 @pytest.mark.parametrize("times", [1, -1])
@@ -234,8 +246,24 @@ def test_large_files_are_cut_so_that_all_connections_end_together() -> None:
     assert policy.segment_for(64 << 20) == policy.segment_for(100 << 30) == 64 << 20
     assert policy.segment_for(65 << 20) == 16 << 20
     assert policy.segment_for(1 << 30) == 32 << 20
-    assert Policy(connections=1).segment_for(1 << 30) == 64 << 20
+    assert Policy(connections=1).segment_for(1 << 30) == 1 << 30
+    assert Policy(connections=1, segment_size=64 << 20).segment_for(1 << 30) == 64 << 20
 
 
 def test_impatience_is_a_policy() -> None:
     assert IMPATIENT.pause(1) < IMPATIENT.pause(4) <= IMPATIENT.longest * 1.25
+
+
+def test_writes_past_the_cache_are_right_wherever_they_begin(tmp_path: Path) -> None:
+    """Whole pages go past the system's cache; what the disk does not take that way is written as usual."""
+    content = noise(5 * ALIGNMENT + 100)
+    page = memoryview(mmap.mmap(-1, 2 * ALIGNMENT))
+    part = take_part(tmp_path, Identity("f", WEIGHTS, "0" * 40, "f", len(content), "sha256:0"), 1 << 20)
+    pieces = [(0, 1, ALIGNMENT), (1, 0, ALIGNMENT), (2, 0, 100), (2.5, 10, ALIGNMENT // 2), (3, 0, 2 * ALIGNMENT)]
+    pieces += [(5, 0, 100), (2, 100, ALIGNMENT // 2)]
+    for pages, begin, count in pieces:  # an address within a page, a short piece, an offset within a page, the rest
+        offset = int(pages * ALIGNMENT)
+        page[begin : begin + count] = content[offset : offset + count]
+        part.write(offset, page[begin : begin + count], unbuffered=True)
+    part.publish(tmp_path)
+    assert (tmp_path / "f").read_bytes() == content

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXPECTED, FILES, VAE, VOCAB, WEIGHTS, bring, hashes, noise
+from conftest import EXPECTED, FILES, MODEL_INDEX, VAE, VOCAB, WEIGHTS, bring, hashes, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.errors import DownloadError
@@ -166,36 +168,86 @@ def test_a_moved_branch_is_reported_and_a_pin_is_kept(hub: Hub, recipe: Recipe, 
     assert (tmp_path / "n/vae/vae.safetensors").read_bytes() == FILES[VAE]["vae.safetensors"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_small_disk_is_noticed_before_the_first_byte(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount here")
-    try:
-        error = refused(recipe, place / "m", hub)
-        assert error.code == "disk_full" and error.details["needed"] > error.details["free"]
-        _fills_up_midway(hub, place)
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+def stated(hub: Hub, sizes: dict[str, int]) -> list[Fault]:
+    """What makes the Hub state these sizes, each once."""
+    sha256 = "0" * 64
+    return [
+        Fault(
+            "tree",
+            repo_id,
+            status=200,
+            body=json.dumps(
+                [{"type": "file", "path": "f", "oid": "1" * 40, "size": 1, "lfs": {"oid": sha256, "size": size}}]
+            ).encode(),
+        )
+        for repo_id, size in sizes.items()
+    ]
 
 
-def _fills_up_midway(hub: Hub, place: Path) -> None:
-    """The plan fits, then somebody else takes the space: the error says so, and the part is kept."""
-    recipe = only(FileRule("README.md"), revision=hub.push(WEIGHTS, {"README.md": noise(2 << 20)}))
-    (place / "n").mkdir()
-    hub.inject(Fault("get", stall=0.5))
-    import threading
+def test_a_disk_that_all_repositories_together_overfill_is_noticed_before_the_first_byte(tmp_path: Path) -> None:
+    """Each fits, both do not: by the real free space of the disk that the tests run on."""
+    free = shutil.disk_usage(tmp_path).free
+    both = Recipe("two", (Repository(WEIGHTS, (FileRule("f"),)), Repository(VAE, (FileRule("f", "vae"),))), MODEL_INDEX)
+    with Hub({WEIGHTS: {"f": b"1"}, VAE: {"f": b"1"}}) as hub:
+        hub.inject(*stated(hub, {WEIGHTS: free * 6 // 10, VAE: free * 6 // 10}))
+        error = refused(both, tmp_path / "m", hub)
+        assert error.code == "disk_full" and "are free" in error.message
+        assert error.details["needed"] > free * 11 // 10 and error.details["free"] < free * 11 // 10
+        hub.inject(*stated(hub, {WEIGHTS: free * 6 // 10}))
+        assert bring(only(FileRule("f")), tmp_path / "n", hub, dry_run=True).plan is not None
 
-    threading.Timer(0.3, lambda: (place / "hog").write_bytes(b"x" * (3 << 20))).start()
-    with pytest.raises(DownloadError) as caught:
-        bring(recipe, place / "n", hub, policy=Policy())
-    assert caught.value.code == "disk_full"
-    (place / "hog").unlink()
-    hub.requests.clear()
-    bring(recipe, place / "n", hub)
-    assert 0 < hub.gets()[0].sent < 2 << 20
+
+def test_a_disk_that_fills_up_midway_is_named_and_the_part_is_kept(tmp_path: Path) -> None:
+    """The part's file leads to /dev/full, where the system itself says that no space is left."""
+    once = Policy(attempts=1, connections=1, segment_size=8 << 20)
+    with Hub({WEIGHTS: {"f": noise(4 << 20)}}) as hub:
+        hub.inject(Fault("get", cut=3 << 20))
+        with pytest.raises(DownloadError, match="1048576 bytes early"):
+            bring(only(FileRule("f")), tmp_path / "m", hub, policy=once)
+        (data,) = (tmp_path / "m").glob(".port_kit/parts/*/data")
+        data.rename(tmp_path / "aside")
+        data.symlink_to("/dev/full")
+        with pytest.raises(DownloadError) as caught:
+            bring(only(FileRule("f")), tmp_path / "m", hub, policy=once)
+        assert caught.value.code == "disk_full" and not (tmp_path / "m/f").exists()
+        (data,) = (tmp_path / "m").glob(".port_kit/parts/*/data")
+        (tmp_path / "aside").replace(data)
+        hub.requests.clear()
+        bring(only(FileRule("f")), tmp_path / "m", hub, policy=once)
+        assert (tmp_path / "m/f").read_bytes() == noise(4 << 20) and hub.gets()[0].sent == 1 << 20
+
+
+def test_a_disk_that_is_full_when_a_file_is_finished(tmp_path: Path) -> None:
+    """Nothing is left to fetch then: the next run only gives the file its name."""
+    with Hub({WEIGHTS: {"f": noise(2 << 20)}}) as hub:
+        (tmp_path / "m/.port_kit").mkdir(parents=True)
+        (tmp_path / "m/.port_kit/journal").symlink_to("/dev/full")
+        with pytest.raises(DownloadError) as caught:
+            bring(only(FileRule("f")), tmp_path / "m", hub)
+        assert caught.value.code == "disk_full" and not (tmp_path / "m/f").exists()
+        (tmp_path / "m/.port_kit/journal").unlink()
+        hub.requests.clear()
+        bring(only(FileRule("f")), tmp_path / "m", hub)
+        assert (tmp_path / "m/f").read_bytes() == noise(2 << 20) and hub.gets() == []
+
+
+def test_a_file_that_the_disk_holds_no_more_of_is_named_and_gone_on_with(tmp_path: Path) -> None:
+    """FAT holds 4 GB a file; here `ulimit -f` is what the system refuses by, in the middle of the file."""
+    with Hub({WEIGHTS: {"f": noise(6 << 20)}}) as hub:
+        script = (
+            "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))\n"
+            "from port_kit.download import *; from port_kit.errors import DownloadError\n"
+            f"recipe = Recipe('one', (Repository({WEIGHTS!r}, (FileRule('f'),)),), {MODEL_INDEX!r})\n"
+            f"try: download(recipe, {str(tmp_path / 'm')!r}, endpoint={hub.endpoint!r}, token=False)\n"
+            "except DownloadError as error: print(error.code)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout == "file_too_large\n", done.stderr
+        assert not (tmp_path / "m/f").exists()
+        hub.requests.clear()
+        bring(only(FileRule("f")), tmp_path / "m", hub)
+        assert (tmp_path / "m/f").read_bytes() == noise(6 << 20)
+        assert sum(request.sent for request in hub.gets()) <= 4 << 20
 
 
 @pytest.mark.parametrize("name", ["ünïcode ordner", "with blank", "x" * 200])
