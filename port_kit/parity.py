@@ -153,7 +153,10 @@ def run_parity(port: Port, goldens: Path, *, only: str = "*") -> Iterator[CaseRe
 def run_case(case: Case) -> CaseReport:
     """Run one case and compare all of its pairs."""
     started = time.monotonic()
-    differences = tuple(compare(pair) for pair in case.run())
+    try:
+        differences = tuple(compare(pair) for pair in case.run())
+    except ParityError as error:
+        raise ParityError(f"case {case.name}: {error.message}", code=error.code, hint=error.hint) from error
     if not differences:
         raise ParityError(f"case {case.name} compares nothing", code="parity_no_cases")
     return CaseReport(case.name, time.monotonic() - started, differences)

@@ -16,6 +16,7 @@ PORT = Port(
     components=COMPONENTS,
     post_process="get_post_process_func",
     parity="port_kit.models.wan_fusion.golden_pipeline:dreamid_cases",
+    reference="port_kit.models.dreamid_omni.reference:REFERENCE",
     parallel="port_kit.models.dreamid_omni.parallel_subject:tiny_subject",
     card="docs/ports/dreamid_omni.md",
     licences={

@@ -170,7 +170,7 @@ def load_audio_vae(goldens: Path, dtype: torch.dtype) -> AudioVAE:
 
 def load_vocoder(goldens: Path, dtype: torch.dtype) -> Vocoder:
     """Build the vocoder of a goldens folder and load its checkpoint."""
-    weights = _read_pickle(goldens / MMAUDIO_FOLDER / "best_netG.pt")["generator"]
+    weights = _read_pickle(goldens / MMAUDIO_FOLDER / "best_netG.pt", "generator")
     return _loaded(partial(build_vocoder, read_vocoder_config(goldens)), dtype, weights, VOCODER)
 
 
@@ -225,7 +225,12 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, wrapper: str = "") -> Any:
+    """Read a checkpoint in its original container, or the safetensors beside it that a download made of it."""
+    converted = path.with_suffix(".safetensors")
+    if converted.is_file():
+        return load_file(converted)
     if not path.is_file():
         raise ParityError(f"{path} is missing", code="goldens_invalid", hint="see docs/goldens.md for the layout")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return weights[wrapper] if wrapper else weights

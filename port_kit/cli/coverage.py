@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.port import Port, find_port, resolve
 from port_kit.remap.coverage import Coverage, coverage
 from port_kit.remap.sources import read_rules, read_sizes, read_source
+from port_kit.reports import coverage_page, write_page
 
 
 @click.command(
     "coverage",
     epilog="Examples:  port-kit coverage --source transformer/ --port dreamid_omni --component transformer  |  "
-    "port-kit coverage --source S.json --target T.json --rules rules.toml --json",
+    "port-kit coverage --source S.json --target T.json --rules rules.toml --html coverage.html",
 )
 @click.option("--source", required=True, help="A manifest, a checkpoint, or a Hub repository OWNER/NAME[@REV][:PATH].")
 @click.option("--target", help="A manifest or checkpoint with the names to be filled.")
@@ -27,6 +29,7 @@ from port_kit.remap.sources import read_rules, read_sizes, read_source
 @click.option("--wrapper", default="", help="Keys above the tensors of a pickle checkpoint, such as 'generator'.")
 @click.option("--narrow", is_flag=True, help="Allow rounding to a narrower floating-point dtype.")
 @click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write the report to this file.")
 @json_option
 @handles_errors("coverage")
 def command(
@@ -39,6 +42,7 @@ def command(
     wrapper: str,
     narrow: bool,
     build: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Account for every element of SOURCE and of the target; exit code 1 on any gap."""
@@ -49,6 +53,7 @@ def command(
         report = coverage(
             read_rules(rules), read_source(source, wrapper=wrapper), read_source(target), numbers, narrow=narrow
         )
+        _write_page(html, source, {"": report})
         emit("coverage", report.to_json(), as_json=as_json, text=report.to_text(), ok=report.ok)
         return
     if target is not None:
@@ -57,6 +62,7 @@ def command(
     names = [component] if component else [part.name for part in found.components]
     sources = {name: source if component else str(Path(source) / name) for name in names}
     reports = {name: _of_component(found, name, sources[name], rules, numbers, narrow, build) for name in names}
+    _write_page(html, found.name, reports)
     if component:
         report = reports[component]
         emit("coverage", report.to_json(), as_json=as_json, text=report.to_text(), ok=report.ok)
@@ -65,6 +71,11 @@ def command(
     parts = {name: report.to_json() for name, report in reports.items()}
     text = "\n\n".join(f"== {name}\n{report.to_text()}" for name, report in reports.items())
     emit("coverage", {**data, "components": parts}, as_json=as_json, text=text, ok=data["ok"])
+
+
+def _write_page(path: Path | None, title: str, reports: Mapping[str, Coverage]) -> None:
+    if path is not None:
+        write_page(path, coverage_page(title, {name: report.to_json() for name, report in reports.items()}))
 
 
 def _of_component(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.parity import CaseReport, run_parity
 from port_kit.port import find_port
+from port_kit.reference import Settings, record
+from port_kit.reports import parity_page, write_page
 
 
 @click.group("verify")
@@ -19,34 +23,80 @@ def command() -> None:
 
 @command.command(
     "parity",
-    epilog="Examples:  port-kit verify parity dreamid_omni --goldens tests/data/goldens  |  "
-    "port-kit verify parity dreamid_omni --goldens DIR --only 'fusion/*' --json",
+    epilog="Examples:  port-kit verify parity dreamid_omni --goldens DIR --only 'fusion/*' --html parity.html  |  "
+    "port-kit verify parity dreamid_omni --reference --model MODEL --reference-python ORIGINAL/bin/python",
 )
 @click.argument("port")
+@click.option("--goldens", type=click.Path(path_type=Path), help="Folder of recorded inputs and outputs (SET.json).")
+@click.option("--reference", is_flag=True, help="Record the goldens now, by running the original code on MODEL.")
+@click.option("--model", type=click.Path(path_type=Path), help="Model directory of --reference.  [default: ./PORT]")
 @click.option(
-    "--goldens",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder of recorded inputs and outputs (SET.json).",
+    "--output-dir", type=click.Path(path_type=Path), help="Where --reference keeps goldens.  [default: ./PORT.goldens]"
 )
+@click.option(
+    "--reference-python", type=click.Path(path_type=Path), help="Interpreter of the original's own environment."
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["fp32", "bf16"]),
+    help="What --reference records: fp32 without rounding (default), bf16 as the original runs, on CUDA.",
+)
+@click.option("--device", default="auto", show_default=True, help="Where --reference runs: cpu, cuda or auto.")
+@click.option("--timeout", default=14_400.0, show_default=True, help="Seconds that the original may take.")
 @click.option("--only", default="*", show_default=True, help="Shell pattern over case names.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write the report to this file.")
 @json_option
 @handles_errors("verify parity")
-def parity(port: str, goldens: Path, only: str, as_json: bool) -> None:
-    """Run every golden case in a folder and compare with what the reference gave."""
+def parity(
+    port: str,
+    goldens: Path | None,
+    reference: bool,
+    model: Path | None,
+    output_dir: Path | None,
+    reference_python: Path | None,
+    precisions: tuple[str, ...],
+    device: str,
+    timeout: float,
+    only: str,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Run every golden case in a folder and compare with what the reference gave.
+
+    With --reference the goldens are made first: the original code, which `port-kit download PORT --with-reference`
+    fetches, runs on the model directory in a process of its own, and what it gives is kept for the next time.
+    """
+    if reference == (goldens is not None):
+        raise click.UsageError("give --goldens DIR, or --reference")
+    found = find_port(port)
+    data: dict[str, Any] = {"port": port}
+    if goldens is None:
+        settings = Settings(reference_python, precisions or ("fp32",), device, timeout)
+        recording = record(
+            found,
+            model or Path(port),
+            output_dir or Path(f"{port}.goldens"),
+            settings,
+            note=partial(click.echo, err=True),
+        )
+        goldens = recording.goldens
+        data["reference"] = recording.to_json()
     reports = []
-    for report in run_parity(find_port(port), goldens, only=only):
+    for report in run_parity(found, goldens, only=only):
         reports.append(report)
         click.echo(_line(report), err=as_json)
     ok = all(report.ok for report in reports)
-    data = {
-        "port": port,
+    data |= {
         "goldens": str(goldens),
         "ok": ok,
         "failed": [report.name for report in reports if not report.ok],
         "cases": [report.to_json() for report in reports],
     }
     text = f"{sum(report.ok for report in reports)} of {len(reports)} cases within their bounds"
+    if html is not None:
+        write_page(html, parity_page(data))
     emit("verify parity", data, as_json=as_json, text=text, ok=ok)
 
 

@@ -1,6 +1,6 @@
-"""A user's script in an environment of its own: make a private port's tiny model, and run it on two worker processes.
+"""A user's script in an environment of its own: make a private port's tiny model, and run it in a worker process.
 
-Usage: run_private.py REPORT SCRATCH PORT...  The report is a file, because engines write to stdout.
+Usage: run_private.py PORT FOLDER. The report is FOLDER/report.json, because engines write to stdout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def run(name: str, scratch: Path) -> dict[str, Any]:
-    """Start an engine with two workers, make a clip, and describe it."""
+    """Start an engine whose worker is a process of its own, make a clip, and describe it."""
     import numpy as np
     import psutil
     from vllm_omni import Omni
@@ -24,7 +24,7 @@ def run(name: str, scratch: Path) -> dict[str, Any]:
 
     port = find_port(name)
     model = importlib.import_module(f"{name}.tiny").model_directory(scratch / name)
-    omni = Omni(model=str(model), dtype="float32", enforce_eager=True, tensor_parallel_size=2)
+    omni = Omni(model=str(model), dtype="float32", enforce_eager=True, distributed_executor_backend="mp")
     try:
         (result,) = omni.generate("a crab", OmniDiffusionSamplingParams(num_inference_steps=2, seed=3))
         processes = len(psutil.Process().children(recursive=True))
@@ -43,6 +43,5 @@ def run(name: str, scratch: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    report, scratch, *names = sys.argv[1:]
-    rows = [run(name, Path(scratch)) for name in names]
-    Path(report).write_text(json.dumps(rows), encoding="utf-8")
+    target = Path(sys.argv[2])
+    (target / "report.json").write_text(json.dumps(run(sys.argv[1], target)), encoding="utf-8")

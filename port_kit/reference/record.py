@@ -1,0 +1,287 @@
+"""Run a port's original code in its own process, and keep what it gives as a goldens folder.
+
+The folder is made aside and renamed when it is whole, so that it is there completely or not at all. ``reference.json``
+in it tells what it was made from; a folder that was made from the same commit, script, model and settings is used
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from port_kit.download.gitcode import check_code, code_folder
+from port_kit.download.lock import LOCK_NAME, read_lock
+from port_kit.download.recipe import GitCode, Recipe
+from port_kit.errors import ParityError
+from port_kit.port import Port, resolve
+from port_kit.reference.declaration import Reference
+
+PROVENANCE = "reference.json"
+LOG = "reference.log"
+PRECISIONS = ("fp32", "bf16")
+#: Lines of the log that an error shows.
+TAIL = 15
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the original code is run.
+
+    Attributes:
+        python: interpreter of the environment that has what the original needs; None for this one.
+        precisions: ``fp32``, the original's mathematics without rounding, and ``bf16``, as it runs, on CUDA only.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        timeout: seconds for each precision.
+        seed: of the inputs.
+    """
+
+    python: Path | None = None
+    precisions: tuple[str, ...] = ("fp32",)
+    device: str = "auto"
+    timeout: float = 4 * 3600.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A goldens folder that the original code made.
+
+    Attributes:
+        goldens: the folder.
+        provenance: content of ``reference.json``: code, commit, script, model, settings.
+        reused: whether it had been there already.
+        seconds: that the original ran, in all.
+    """
+
+    goldens: Path
+    provenance: Mapping[str, Any]
+    reused: bool
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recording as JSON-serialisable values."""
+        return {**self.provenance, "reused": self.reused, "seconds": round(self.seconds, 1)}
+
+
+def record(
+    port: Port, model: Path, output: Path, settings: Settings | None = None, note: Callable[[str], None] = print
+) -> Recording:
+    """Make a goldens folder by running the port's original code on a model directory.
+
+    Args:
+        port: must name a ``reference``.
+        model: a whole model directory; its lock says which commit of the original code belongs to it.
+        output: the goldens folder.
+        settings: how to run; the defaults where it is None.
+        note: told what happens, a line at a time.
+
+    Raises:
+        ParityError: ``reference_missing``, ``reference_python``, ``reference_failed``, ``reference_timeout``,
+            ``reference_output``.
+        DownloadError: ``code_broken``, where the checkout is not its commit any more.
+    """
+    settings = settings or Settings()
+    reference, code, commit = _find_code(port, model)
+    provenance = _provenance(reference, code, commit, model, settings)
+    known = _known(output)
+    if known is not None and known.get("made_from") == provenance["made_from"]:
+        note(f"{output} was made by this code from this model already")
+        return Recording(output, known, reused=True, seconds=0.0)
+    if output.exists() and known is None and (not output.is_dir() or any(output.iterdir())):
+        raise ParityError(
+            f"{output} exists and was not made by a reference run",
+            code="reference_output",
+            hint="give another --output-dir",
+        )
+    aside = output.absolute().with_name(f"{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    started = time.monotonic()
+    for precision in settings.precisions:
+        note(f"running {code.name} at {commit[:12]} in {precision}; what it prints goes to {aside / LOG}")
+        _run(port, reference, _request(code, commit, reference, model, aside, precision, settings), aside, settings)
+    _check(aside, settings.precisions)
+    (aside / PROVENANCE).write_text(json.dumps(provenance, indent=1), encoding="utf-8")
+    if output.exists():
+        shutil.rmtree(output)
+    aside.rename(output)
+    return Recording(output, provenance, reused=False, seconds=time.monotonic() - started)
+
+
+def _find_code(port: Port, model: Path) -> tuple[Reference, GitCode, str]:
+    """Return the reference, its git code and the commit; the checkout is there and is that commit."""
+    if not port.reference:
+        raise ParityError(
+            f"port {port.name} names no reference",
+            code="reference_missing",
+            hint="compare with recorded goldens: --goldens DIR",
+        )
+    install = f"port-kit download {port.name} --output-dir {model} --with-reference"
+    if not (model / "model_index.json").is_file():
+        raise ParityError(
+            f"{model} is no whole model directory: it has no model_index.json",
+            code="reference_missing",
+            hint=f"make it, together with the original code: {install}",
+        )
+    reference, recipe = resolve(port.reference), resolve(port.recipe)
+    assert isinstance(reference, Reference) and isinstance(recipe, Recipe)
+    code = next((code for code in recipe.code if code.name == reference.code), None)
+    lock = read_lock(model)
+    commit = lock.code.get(reference.code, {}).get("commit") if lock is not None else None
+    if code is None or commit is None or not code_folder(code.name, commit).is_dir():
+        raise ParityError(
+            f"the original code of {port.name} ({reference.code}) has not been fetched",
+            code="reference_missing",
+            hint=f"fetch it: {install}",
+        )
+    check_code(code, commit)
+    return reference, code, commit
+
+
+def _provenance(reference: Reference, code: GitCode, commit: str, model: Path, settings: Settings) -> dict[str, Any]:
+    """Return what a goldens folder is made from; ``made_from`` decides whether one may be used again."""
+    lock = (model / LOCK_NAME).read_bytes()
+    return {
+        "made_from": {
+            "code": code.url,
+            "commit": commit,
+            "script": _sha256(reference.script_file().read_bytes()),
+            "model": _sha256(lock),
+            "options": dict(reference.options),
+            "precisions": list(settings.precisions),
+            "device": settings.device,
+            "seed": settings.seed,
+        },
+        "model": str(model.absolute()),
+        "python": str(settings.python or sys.executable),
+    }
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _known(output: Path) -> dict[str, Any] | None:
+    path = output / PROVENANCE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _request(
+    code: GitCode,
+    commit: str,
+    reference: Reference,
+    model: Path,
+    output: Path,
+    precision: str,
+    settings: Settings,
+) -> dict[str, Any]:
+    folder = code_folder(code.name, commit)
+    return {
+        **reference.options,
+        "path": [str(folder / "path")],
+        "folder": str(folder / "repo" / code.path),
+        "model": str(model.absolute()),
+        "output": str(output),
+        "precision": precision,
+        "device": settings.device,
+        "seed": settings.seed,
+    }
+
+
+def _run(port: Port, reference: Reference, request: Mapping[str, Any], folder: Path, settings: Settings) -> None:
+    """Run the script once; its output goes to the log, and its whole process group ends with it."""
+    request_file = folder / f"request_{request['precision']}.json"
+    request_file.write_text(json.dumps(request, indent=1), encoding="utf-8")
+    python = str(settings.python or sys.executable)
+    # -I keeps this environment's PYTHONPATH and the user's site out; the Hub is not asked for anything.
+    command = [python, "-I", str(reference.script_file()), str(request_file)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with (folder / LOG).open("ab") as log:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            raise ParityError(
+                f"{python} cannot be started: {error.strerror}",
+                code="reference_python",
+                hint="give the interpreter of the original's environment: --reference-python VENV/bin/python",
+            ) from error
+        try:
+            status = process.wait(settings.timeout)
+        except subprocess.TimeoutExpired as error:
+            raise ParityError(
+                f"the original code of {port.name} ran for more than {settings.timeout:g} s and was stopped\n"
+                + _tail(folder / LOG),
+                code="reference_timeout",
+                hint="give it longer: --timeout SECONDS",
+            ) from error
+        finally:
+            _end(process)
+    if status != 0:
+        raise _failure(port, python, status, folder / LOG)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the process's group: the original may have started workers of its own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # the group is gone
+    process.wait()
+
+
+def _failure(port: Port, python: str, status: int, log: Path) -> ParityError:
+    """Say what the original said last; a package that it lacks is named with the command that installs it."""
+    tail = _tail(log)
+    last = tail.splitlines()[-1] if tail else ""
+    hint = f"the whole output is in {log}"
+    if last.startswith("ModuleNotFoundError: No module named "):
+        missing = last.rpartition(" ")[2].strip("'").partition(".")[0]
+        hint = f"install what the original needs: {python} -m pip install {missing}; or name another environment: "
+        hint += "--reference-python VENV/bin/python"
+    how = f"was ended by signal {-status}" if status < 0 else f"ended with exit code {status}"
+    if status == -signal.SIGKILL:
+        hint = f"the system ends processes that take too much memory; {hint}"
+    return ParityError(
+        f"the original code of {port.name} {how}\n{tail}", code="reference_failed", hint=hint, log=str(log)
+    )
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    return "\n".join(lines[-TAIL:])
+
+
+def _check(folder: Path, precisions: tuple[str, ...]) -> None:
+    """Require what every goldens folder has: SET.json, and of every case its inputs and one output a precision."""
+    cases = sorted({path.parent for path in folder.rglob("outputs_*.safetensors")})
+    missing = [] if (folder / "SET.json").is_file() else ["SET.json"]
+    missing += [] if cases else ["outputs_*.safetensors"]
+    missing += [
+        str((case / "inputs.safetensors").relative_to(folder))
+        for case in cases
+        if not (case / "inputs.safetensors").is_file()
+    ]
+    missing += [
+        f"a case with outputs_{word}.safetensors"
+        for word in precisions
+        if cases and not any((case / f"outputs_{word}.safetensors").is_file() for case in cases)
+    ]
+    if missing:
+        raise ParityError(
+            f"the original code ended well, but {folder} lacks {', '.join(missing)}",
+            code="reference_output",
+            hint=f"the script did not do its work; its output is in {folder / LOG}",
+        )

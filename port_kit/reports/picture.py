@@ -1,0 +1,174 @@
+"""One picture of a clip with sound, decoded from the file itself: frames in order, and the waveform below them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from port_kit.errors import InputError, OptionalDependencyError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+FRAMES, COLUMNS = 8, 4
+THUMB = 240  # pixels: width of a frame in the picture
+MARGIN, GAP, LINE, WAVE = 24, 8, 20, 150  # pixels
+_BACK, _INK, _SOFT, _TRACE = (250, 250, 252), (32, 36, 44), (132, 138, 150), (64, 108, 190)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a file holds: some frames with their times, all of the sound.
+
+    Attributes:
+        frames: uint8 (H, W, 3), with seconds from the start.
+        count: frames in the file.
+        fps: frames a second.
+        samples: float32 (samples,), the mean of all channels; empty without sound.
+        rate: Hz.
+    """
+
+    frames: list[tuple[float, np.ndarray]]
+    count: int
+    fps: float
+    samples: np.ndarray
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        """The longer of picture and sound."""
+        return max(self.count / self.fps, len(self.samples) / self.rate if self.rate else 0.0)
+
+
+def picture_of_clip(clip: Path | str, picture: Path | str, *, title: str = "") -> Path:
+    """Draw a file's frames and its waveform into one PNG.
+
+    Args:
+        clip: a video file that FFmpeg reads, with or without sound.
+        picture: the PNG; its folder is made.
+        title: stands above the frames; the file's name where it is empty.
+
+    Raises:
+        InputError: ``media_write``: the file cannot be decoded, or has no frames.
+        OptionalDependencyError: PyAV or Pillow is not installed.
+    """
+    found = read_clip(Path(clip))
+    image = draw_clip(found, title or Path(clip).name)
+    target = Path(picture)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image.save(target, format="PNG", optimize=True)
+    return target
+
+
+def read_clip(path: Path) -> Clip:
+    """Decode a file once: the sound whole, of the frames those that the picture shows; see :func:`picture_of_clip`."""
+    try:
+        import av
+        import numpy as np
+    except ModuleNotFoundError as error:
+        raise OptionalDependencyError(
+            f"pictures of clips need the package {error.name!r}, which is not installed",
+            hint="install the runtime: pip install 'port-kit[omni]'",
+        ) from error
+    frames: list[tuple[float, np.ndarray]] = []
+    sound: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path} has no video stream", code="media_write")
+            video = container.streams.video[0]
+            audio = container.streams.audio[0] if container.streams.audio else None
+            fps, rate = float(video.average_rate or 0) or math.nan, audio.rate if audio is not None else 0
+            count, wanted = 0, _wanted(_count(path))
+            for frame in container.decode(*([video, audio] if audio is not None else [video])):
+                if isinstance(frame, av.VideoFrame):
+                    if count in wanted:
+                        frames.append((count / fps, frame.to_ndarray(format="rgb24")))
+                    count += 1
+                else:
+                    sound.append(_mono(frame))
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path} cannot be decoded: {error}", code="media_write") from error
+    if not frames:
+        raise InputError(f"{path} has no frames", code="media_write")
+    samples = np.concatenate(sound) if sound else np.empty(0, np.float32)
+    return Clip(frames, count, fps, samples, rate)
+
+
+def _count(path: Path) -> int:
+    """Count frames by their packets, because containers may not say how many there are."""
+    import av
+
+    with av.open(str(path)) as container:
+        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+
+
+def _wanted(count: int) -> set[int]:
+    shown = min(FRAMES, count)
+    return {round(index * (count - 1) / max(shown - 1, 1)) for index in range(shown)}
+
+
+def _mono(frame: Any) -> np.ndarray:
+    """Return a frame's samples (S,) as float32 in [-1, 1], whatever layout and type FFmpeg gave it."""
+    import numpy as np
+
+    values = frame.to_ndarray()
+    if values.dtype.kind == "i":
+        values = values / float(np.iinfo(values.dtype).max)
+    channels = len(frame.layout.channels)
+    planes = values if frame.format.is_planar else values.reshape(-1, channels).T
+    return planes.mean(0).astype(np.float32)
+
+
+def draw_clip(clip: Clip, title: str) -> Image:
+    """Draw a decoded clip."""
+    from PIL import Image, ImageDraw
+
+    height, width = clip.frames[0][1].shape[:2]
+    tall = max(round(THUMB * height / width), 1)
+    columns = min(COLUMNS, len(clip.frames))
+    rows = math.ceil(len(clip.frames) / columns)
+    wide = 2 * MARGIN + columns * THUMB + (columns - 1) * GAP
+    below = MARGIN + 2 * LINE + rows * (tall + LINE + GAP)
+    image = Image.new("RGB", (wide, below + WAVE + 2 * LINE + MARGIN), _BACK)
+    draw = ImageDraw.Draw(image)
+    sound = f"{len(clip.samples) / clip.rate:.2f} s of sound at {clip.rate} Hz" if clip.rate else "no sound"
+    draw.text((MARGIN, MARGIN), title, fill=_INK)
+    draw.text(
+        (MARGIN, MARGIN + LINE), f"{clip.count} frames, {width} x {height}, {clip.fps:g} fps; {sound}", fill=_SOFT
+    )
+    for index, (seconds, frame) in enumerate(clip.frames):
+        x = MARGIN + index % columns * (THUMB + GAP)
+        y = MARGIN + 2 * LINE + index // columns * (tall + LINE + GAP)
+        image.paste(Image.fromarray(frame).resize((THUMB, tall), Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + tall + 2), f"{seconds:.2f} s", fill=_SOFT)
+    _draw_wave(draw, clip, (MARGIN, below, wide - MARGIN, below + WAVE))
+    return image
+
+
+def _draw_wave(draw: ImageDraw, clip: Clip, box: tuple[int, int, int, int]) -> None:
+    """Draw the extremes of the samples of each column of pixels, full scale from edge to edge, and marks of seconds."""
+    left, top, right, bottom = box
+    middle, half = (top + bottom) / 2, (bottom - top) / 2
+    draw.rectangle(box, outline=_SOFT)
+    draw.line((left, middle, right, middle), fill=_SOFT)
+    total = clip.seconds
+    for second in range(math.floor(total) + 1):
+        x = left + (right - left) * second / total
+        draw.line((x, bottom, x, bottom + 4), fill=_SOFT)
+        draw.text((x + 2, bottom + 4), f"{second} s", fill=_SOFT)
+    if not clip.rate:
+        draw.text((left + 8, top + 8), "no sound", fill=_SOFT)
+        return
+    peak = float(abs(clip.samples).max(initial=0.0))
+    each = total * clip.rate / (right - left)
+    for column in range(right - left):
+        part = clip.samples[int(column * each) : max(int((column + 1) * each), int(column * each) + 1)]
+        if len(part):
+            high, low = (middle - half * min(max(float(value), -1.0), 1.0) for value in (part.max(), part.min()))
+            draw.line((left + column, high, left + column, low), fill=_TRACE)
+    draw.text((left + 8, top + 6), f"waveform, peak {peak:.2f} of full scale", fill=_SOFT)

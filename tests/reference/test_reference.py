@@ -1,0 +1,239 @@
+"""``verify parity --reference``: a stand-in for the original runs in its own process; the port is held against it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from port_kit.cli import main
+from port_kit.models.dreamid_omni import recipe as shipped
+from port_kit.testing.gitserver import GitRemote
+from tests.reference.conftest import STANDIN, with_code
+
+Commit = Callable[[dict[str, str]], Path]
+
+
+def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Run the command in this process; return its exit code, its envelope and what it told on stderr."""
+    result = CliRunner().invoke(main, ["verify", "parity", "dreamid_omni", *arguments, "--json"])
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+@pytest.fixture
+def commit(model: Path, remote: GitRemote, tmp_path: Path) -> Commit:
+    """Return a model directory whose lock names another commit of the stand-in, with some files changed."""
+
+    def put(files: dict[str, str]) -> Path:
+        copy = tmp_path / "model"
+        shutil.copytree(model, copy, symlinks=True)
+        remote.git("checkout", "--quiet", "-B", "other", "main")
+        head = remote.commit(dict(files))
+        remote.git("checkout", "--quiet", "main")
+        return with_code(copy, shipped.RECIPE.code[0], head)
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], Path]:
+    """The whole way, once: record, keep, compare, report."""
+    folder = tmp_path_factory.mktemp("recorded")
+    code, envelope, _ = run(
+        *("--reference", "--model", str(model), "--output-dir", str(folder / "goldens")),
+        *("--device", "cpu", "--html", str(folder / "parity.html")),
+    )
+    return code, envelope, folder
+
+
+def test_the_port_agrees_with_the_reference_component_by_component(
+    recorded: tuple[int, dict[str, Any], Path],
+) -> None:
+    code, envelope, folder = recorded
+    assert code == 0 and envelope["ok"], envelope
+    cases = {case["case"]: case for case in envelope["data"]["cases"]}
+    assert set(cases) == {
+        "umt5 fp32",
+        "mmaudio fp32",
+        "wan_vae fp32",
+        "wan_vae bf16 weights",
+        "fusion/dreamid_one_ref fp32",
+        "fusion/dreamid_two_refs fp32",
+    }
+    assert all(len(case["differences"]) >= 1 for case in cases.values())
+    assert 0 < cases["fusion/dreamid_two_refs fp32"]["max_abs"] < 5e-5
+    assert (folder / "goldens" / "SET.json").is_file()
+    page = (folder / "parity.html").read_text(encoding="utf-8")
+    assert "fusion/dreamid_two_refs" in page and "within all bounds" in page
+
+
+def test_what_was_recorded_tells_where_it_is_from(
+    recorded: tuple[int, dict[str, Any], Path], remote: GitRemote, model: Path
+) -> None:
+    provenance = json.loads((recorded[2] / "goldens" / "reference.json").read_text())
+    assert provenance["made_from"]["commit"] == remote.head
+    assert provenance["model"] == str(model)
+    assert recorded[1]["data"]["reference"]["reused"] is False
+    assert "recorded fusion/dreamid_two_refs fp32" in (recorded[2] / "goldens" / "reference.log").read_text()
+
+
+def test_a_second_run_uses_what_is_there(recorded: tuple[int, dict[str, Any], Path], model: Path) -> None:
+    goldens = recorded[2] / "goldens"
+    code, envelope, told = run(
+        *("--reference", "--model", str(model), "--output-dir", str(goldens), "--device", "cpu"),
+        *("--only", "fusion/dreamid_one_ref*"),
+    )
+    assert code == 0 and envelope["data"]["reference"]["reused"] is True
+    assert "already" in told
+
+
+def test_a_reference_that_computes_something_else_is_seen(
+    recorded: tuple[int, dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """The goldens decide: where the reference's numbers are others, the case fails at that tensor."""
+    from safetensors.torch import load_file, save_file
+
+    goldens = tmp_path / "goldens"
+    shutil.copytree(recorded[2] / "goldens", goldens, symlinks=True)
+    path = goldens / "fusion" / "dreamid_one_ref" / "outputs_fp32.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(path).items()}, path)
+    code, envelope, _ = run("--goldens", str(goldens), "--only", "fusion/dreamid_one_ref*")
+    assert code == 1
+    assert envelope["data"]["cases"][0]["first_divergence"] == "vid.0"
+
+
+def test_the_stand_in_computes_what_the_original_recorded(goldens: Path) -> None:
+    """The stand-in is held against recorded outputs of the original itself, so that it is worth comparing with."""
+    script = Path(__file__).with_name("run_standin.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(STANDIN), str(goldens)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert differences and max(differences.values()) < 2e-5
+
+
+CRASH = "import numpy\nraise RuntimeError('the weights are melting')\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "arguments", "code", "words", "hint"),
+    [
+        ("modules/fusion.py", CRASH, (), "reference_failed", "RuntimeError: the weights are melting", "reference.log"),
+        (
+            "modules/fusion.py",
+            "import sandcastle_attn\n",
+            (),
+            "reference_failed",
+            "exit code 1",
+            "pip install sandcastle_attn",
+        ),
+        ("modules/fusion.py", "import os\nos.kill(os.getpid(), 9)\n", (), "reference_failed", "signal 9", "memory"),
+        (
+            "modules/fusion.py",
+            "import os\nos._exit(0)\n",
+            (),
+            "reference_output",
+            "lacks SET.json",
+            "did not do its work",
+        ),
+        (
+            "modules/fusion.py",
+            "import time\nprint('thinking', flush=True)\ntime.sleep(60)\n",
+            ("--timeout", "12"),
+            "reference_timeout",
+            "thinking",
+            "--timeout",
+        ),
+    ],
+    ids=["crash", "missing package", "killed", "nothing recorded", "timeout"],
+)
+def test_a_reference_that_fails_is_told_with_its_last_words(
+    file: str,
+    content: str,
+    arguments: tuple[str, ...],
+    code: str,
+    words: str,
+    hint: str,
+    commit: Commit,
+    tmp_path: Path,
+) -> None:
+    broken = commit({f"dreamid_omni/{file}": content})
+    goldens = tmp_path / "goldens"
+    exit_code, envelope, _ = run(
+        "--reference", "--model", str(broken), "--output-dir", str(goldens), "--device", "cpu", *arguments
+    )
+    error = envelope["error"]
+    assert (exit_code, error["code"]) == (1, code)
+    assert words in error["message"] and hint in error["hint"]
+    assert not goldens.exists()
+
+
+def test_a_reference_of_another_shape_names_case_and_tensor(
+    recorded: tuple[int, dict[str, Any], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    goldens = tmp_path / "goldens"
+    shutil.copytree(recorded[2] / "goldens", goldens, symlinks=True)
+    path = goldens / "mmaudio" / "outputs_fp32.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "vocode": tensors["vocode"][..., :-4].contiguous()}, path)
+    code, envelope, _ = run("--goldens", str(goldens), "--only", "mmaudio*")
+    assert (code, envelope["error"]["code"]) == (1, "parity_shape")
+    assert "case mmaudio fp32: vocode has shape" in envelope["error"]["message"]
+
+
+def test_a_reference_that_was_not_fetched_names_the_command(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    lock = json.loads((copy / "port.lock").read_text())
+    (copy / "port.lock").write_text(json.dumps({**lock, "code": {}}))
+    code, envelope, _ = run("--reference", "--model", str(copy), "--output-dir", str(tmp_path / "goldens"))
+    assert (code, envelope["error"]["code"]) == (1, "reference_missing")
+    assert envelope["error"]["hint"].endswith(f"port-kit download dreamid_omni --output-dir {copy} --with-reference")
+
+
+def test_no_model_directory_names_the_command(tmp_path: Path) -> None:
+    code, envelope, _ = run("--reference", "--model", str(tmp_path), "--output-dir", str(tmp_path / "goldens"))
+    assert (code, envelope["error"]["code"]) == (1, "reference_missing")
+    assert "no model_index.json" in envelope["error"]["message"]
+
+
+def test_a_checkout_that_was_changed_is_not_run(commit: Commit, remote: GitRemote, tmp_path: Path) -> None:
+    from port_kit.download.gitcode import code_folder
+
+    model = commit({"dreamid_omni/extra.py": "x = 1\n"})
+    head = json.loads((model / "port.lock").read_text())["code"]["dreamid_omni_reference"]["commit"]
+    changed = code_folder("dreamid_omni_reference", head) / "repo" / "dreamid_omni" / "extra.py"
+    changed.write_text("x = 2\n")
+    code, envelope, _ = run("--reference", "--model", str(model), "--output-dir", str(tmp_path / "goldens"))
+    assert (code, envelope["error"]["code"]) == (1, "code_broken")
+
+
+def test_an_interpreter_that_is_none_is_told(model: Path, tmp_path: Path) -> None:
+    code, envelope, _ = run(
+        *("--reference", "--model", str(model), "--output-dir", str(tmp_path / "goldens")),
+        *("--reference-python", str(tmp_path / "nowhere" / "python")),
+    )
+    assert (code, envelope["error"]["code"]) == (1, "reference_python")
+
+
+def test_a_folder_that_is_not_a_recording_is_left_alone(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    code, envelope, _ = run("--reference", "--model", str(model), "--output-dir", str(tmp_path))
+    assert (code, envelope["error"]["code"]) == (1, "reference_output")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--reference", "--goldens", ".")])
+def test_goldens_and_reference_exclude_each_other(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, ["verify", "parity", "dreamid_omni", *arguments])
+    assert result.exit_code == 2
