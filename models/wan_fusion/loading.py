@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
 from port_kit.errors import PortKitError
+from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.port import Component, resolve
 from port_kit.remap import load_components
 
@@ -64,7 +66,8 @@ def load_component_weights(
     """Fill the components from the loader's stream; every tensor is accounted for by its component's rule set.
 
     Args:
-        owner: the pipeline; a component is its attribute of the component's name.
+        owner: the pipeline; a component is its attribute of the component's name. Its diffusion transformers are
+            sharded first where HSDP is on.
         components: all of them must be in the stream.
         weights: ``(component.original_name, tensor)``.
         model: the directory that the stream comes from: its headers are checked first, and errors name its files.
@@ -75,6 +78,8 @@ def load_component_weights(
     Raises:
         RemapError: a missing, unexpected, misshapen or repeated tensor; names it, its file and the nearest name.
     """
+    for name in owner._dit_modules:
+        shard_before_loading(getattr(owner, name), owner.od_config, get_local_device())
     parts: dict[str, Any] = {
         component.name: (getattr(owner, component.name), resolve(component.rules)) for component in components
     }

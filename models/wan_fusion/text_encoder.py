@@ -16,6 +16,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.initialization import no_init_weights
 
 from port_kit.errors import OptionalDependencyError
+from port_kit.models.wan_fusion.text_encoder_split import split
+from port_kit.parallel.linear import tensor_parallel_place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,13 +31,17 @@ _WHITESPACE = re.compile(r"\s+")
 
 
 class TextEncoder(UMT5EncoderModel):
-    """UMT5's encoder, from token ids to plain hidden states."""
+    """UMT5's encoder, from token ids to plain hidden states; divided over the ranks of tensor parallelism."""
 
     def __init__(self, config: UMT5Config) -> None:
-        with no_init_weights():  # a checkpoint fills every weight; drawing 5.7 billion numbers first takes minutes
-            super().__init__(config)
-        # Initialisation is also where transformers ties these two names of one table.
-        self.encoder.embed_tokens.weight = self.shared.weight
+        device, (_, ranks) = torch.get_default_device(), tensor_parallel_place()
+        with torch.device("meta") if ranks > 1 else device, no_init_weights():
+            super().__init__(config)  # a checkpoint fills every weight; drawing 5.7 billion numbers takes minutes
+        if ranks > 1:
+            split(self, device)
+        else:
+            # Initialisation is also where transformers ties these two names of one table.
+            self.encoder.embed_tokens.weight = self.shared.weight
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

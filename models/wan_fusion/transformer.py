@@ -22,6 +22,7 @@ from port_kit.models.wan_fusion.config import FusionConfig
 from port_kit.models.wan_fusion.layers import FeedForward, Modulation
 from port_kit.models.wan_fusion.rope import RopeTables
 from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
+from port_kit.parallel.hsdp import blocks_without_memory
 from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad_tokens, padded_length
 
 if TYPE_CHECKING:
@@ -176,9 +177,10 @@ class WanFusionTransformer(nn.Module):
         convs = AudioConvs(config, quant_config, f"{path}audio.patch_embedding")
         self.video = Stem(config, patches, config.patch_dim, quant_config, f"{path}video")
         self.audio = Stem(config, convs, config.audio_channels, quant_config, f"{path}audio")
-        self.blocks = nn.ModuleList(
-            FusionBlock(config, i, quant_config, f"{path}blocks.{i}") for i in range(config.num_layers)
-        )
+        with blocks_without_memory():
+            self.blocks = nn.ModuleList(
+                FusionBlock(config, i, quant_config, f"{path}blocks.{i}") for i in range(config.num_layers)
+            )
         self.shard, self.gather = Boundary(), Boundary()
 
     def forward(

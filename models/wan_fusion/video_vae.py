@@ -1,4 +1,4 @@
-"""Wan 2.2's video VAE: diffusers' ``AutoencoderKLWan``, in the units of latents that the fusion transformer works in.
+"""Wan 2.2's video VAE: ``AutoencoderKLWan``, in the units of latents that the fusion transformer works in.
 
 Shapes: B videos, F frames and f latent frames (F = 4 (f - 1) + 1; an image is one frame), H x W pixels and h x w
 latents (H = 16 h, W = 16 w), C = 48 latent channels.
@@ -14,24 +14,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from transformers.initialization import no_init_weights
+from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import DistributedAutoencoderKLWan
+from vllm_omni.diffusion.distributed.parallel_state import model_parallel_is_initialized
 
 from port_kit.errors import InputError, PortKitError
 from port_kit.models.wan_fusion.precision import default_dtype
 
 
-class VideoVAE(AutoencoderKLWan):
+class VideoVAE(DistributedAutoencoderKLWan):
     """Pixels in [-1, 1] to normalised latents and back, computed in float32.
 
-    It is an ``AutoencoderKLWan`` because vLLM-Omni knows that class: its tiling and slicing switches, its decoder
-    fast path on CUDA and checkpoints in diffusers' names work as for any other Wan model. Unlike the parent's,
+    It is vLLM-Omni's ``AutoencoderKLWan``: tiling and slicing switches, the decoder's fast path on CUDA, patch
+    parallelism and checkpoints in diffusers' names work as for any other Wan model. Unlike the parent's,
     :meth:`encode` and :meth:`decode` take and give plain tensors in the units of the fusion transformer.
+
+    Patch parallelism (``vae_patch_parallel_size``) divides decoding. In the modes ``spatial_shard_height`` and
+    ``spatial_shard_width`` ranks exchange the edges of their parts, and the pixels are those of one rank; in the mode
+    ``tile`` they are those of tiled decoding, seams included. Pictures are encoded whole in all of them.
 
     Args:
         precision: dtype to which weights, pixels and latents are rounded on their way in.
         config: keys of ``AutoencoderKLWan``, with ``latents_mean`` and ``latents_std``.
     """
+
+    use_tiling: bool
 
     def __init__(self, *, precision: torch.dtype, **config: Any) -> None:
         with default_dtype(torch.float32), no_init_weights():
@@ -65,13 +72,20 @@ class VideoVAE(AutoencoderKLWan):
             InputError: another shape.
         """
         self._check_pixels(pixels)
-        mean = super().encode(self._rounded(pixels)).latent_dist.mode()
+        tiling = self.use_tiling
+        self.use_tiling = tiling and not self.is_distributed_enabled()
+        try:
+            mean = super().encode(self._rounded(pixels)).latent_dist.mode()
+        finally:
+            self.use_tiling = tiling
         latents_mean, latents_std = self._statistics(mean.device)
         return (mean - latents_mean) * (1.0 / latents_std)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode normalised latents ``[B, C, f, h, w]`` to float32 pixels ``[B, 3, F, H, W]``, clamped to [-1, 1].
+
+        Under patch parallelism the first rank gets them; the others get no frames, ``[B, 3, 0, H, W]``.
 
         Raises:
             InputError: another number of dimensions or channels.
@@ -83,7 +97,15 @@ class VideoVAE(AutoencoderKLWan):
             )
         latents_mean, latents_std = self._statistics(latents.device)
         raw = self._rounded(latents) / (1.0 / latents_std) + latents_mean
-        return super().decode(raw, return_dict=False)[0]
+        pixels = super().decode(raw, return_dict=False)[0]
+        if pixels.numel():
+            return pixels
+        height, width = (size * self.spatial_factor for size in latents.shape[3:])
+        return raw.new_empty(latents.shape[0], 3, 0, height, width)
+
+    def is_distributed_enabled(self) -> bool:
+        """Whether this decoder is one of several that share a clip; never outside of an engine."""
+        return hasattr(self, "distributed_executor") and super().is_distributed_enabled()
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation as ``[1, C, 1, 1, 1]``; not buffers, since no checkpoint holds them."""
@@ -128,4 +150,7 @@ def build_video_vae(config: Mapping[str, Any], *, precision: torch.dtype | None 
             hint="take vae/config.json as `port-kit download` writes it",
         )
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    return VideoVAE(precision=precision or torch.get_default_dtype(), **arguments)
+    vae = VideoVAE(precision=precision or torch.get_default_dtype(), **arguments)
+    if model_parallel_is_initialized():
+        vae.init_distributed()
+    return vae

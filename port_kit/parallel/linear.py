@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 Layer = TypeVar("Layer", bound=LinearBase)
 
 
-def qkv(dim: int, head_dim: int, heads: int, quant: QuantizationConfig | None, prefix: str) -> QKVParallelLinear:
+def qkv(
+    dim: int, head_dim: int, heads: int, quant: QuantizationConfig | None, prefix: str, *, bias: bool = True
+) -> QKVParallelLinear:
     """Query, key and value of one attention in one matrix, split by heads."""
-    return _plain(QKVParallelLinear(dim, head_dim, heads, quant_config=quant, prefix=prefix, return_bias=False))
+    return _plain(
+        QKVParallelLinear(dim, head_dim, heads, bias=bias, quant_config=quant, prefix=prefix, return_bias=False)
+    )
 
 
 def merged(
@@ -43,11 +47,25 @@ def merged(
 
 
 def column(
-    dim: int, output: int, quant: QuantizationConfig | None, prefix: str, *, gather: bool = False
+    dim: int,
+    output: int,
+    quant: QuantizationConfig | None,
+    prefix: str,
+    *,
+    gather: bool = False,
+    bias: bool = True,
 ) -> ColumnParallelLinear:
     """Split by output; with ``gather`` every rank gets the whole output."""
     return _plain(
-        ColumnParallelLinear(dim, output, gather_output=gather, quant_config=quant, prefix=prefix, return_bias=False)
+        ColumnParallelLinear(
+            dim,
+            output,
+            bias=bias,
+            gather_output=gather,
+            quant_config=quant,
+            prefix=prefix,
+            return_bias=False,
+        )
     )
 
 
@@ -71,6 +89,16 @@ def row(
 def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: str) -> ReplicatedLinear:
     """Whole on every rank: for matrices too small to be worth a collective."""
     return _plain(ReplicatedLinear(dim, output, quant_config=quant, prefix=prefix, return_bias=False))
+
+
+def tensor_parallel_place() -> tuple[int, int]:
+    """Return (this rank's place, ranks) of the group that shares each matrix; (0, 1) outside of an engine."""
+    from vllm.distributed import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 0, 1
+    group = parallel_state.get_tp_group()
+    return group.rank_in_group, group.world_size
 
 
 def _plain(layer: Layer) -> Layer:

@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Calls of each attention that are kept.
 KEPT_CALLS = 4096
-#: Calls of the transformer whose inputs are kept, and the tensors of which all modules' outputs are kept.
-KEPT_BRANCHES = 16
+#: Calls of the transformer whose inputs and flows are kept.
+KEPT_BRANCHES = 64
+#: Calls of the transformer of which all modules' outputs are kept, where they are asked for.
+KEPT_OUTPUTS = 16
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class _Recorder(TorchDispatchMode):
         """Keep what a module gave; but not of fused projections, whose parts interleave over the ranks."""
         from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
-        if not self.keep_outputs or self.transformer_calls >= KEPT_BRANCHES:
+        if not self.keep_outputs or self.transformer_calls >= KEPT_OUTPUTS:
             return
         if not isinstance(module, (MergedColumnParallelLinear, QKVParallelLinear)):
             self.outputs += [(id(module), self.transformer_calls, _copy(value)) for value in _tensors(output)]

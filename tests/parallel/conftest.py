@@ -13,7 +13,9 @@ from port_kit.parallel.verify import Subject
 from port_kit.testing.workers import RankResult, Request
 from tests.parallel import probe_pipeline
 
-#: Video and audio tokens of each: shorter than the ranks, odd, and with references, as in the goldens.
+#: Recorded passes of the original; the first one's frequency scaling is the model's.
+GOLDENS = ("dreamid_one_ref_odd", "dreamid_two_refs", "dreamid_padded", "dreamid_no_refs")
+#: Video and audio tokens of each: odd, shorter than the ranks, and with references and a clean first frame.
 INPUTS = (
     {"grid": (31, 2, 2), "sounds": 7},
     {"grid": (7, 2, 2), "sounds": 31},
@@ -37,8 +39,18 @@ def probe_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def subject(probe_model: Path) -> Subject:
-    requests = [Request("probe", {"num_inference_steps": 1, "seed": 1, "extra_args": extra}) for extra in INPUTS]
+def dreamid_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The goldens' tiny DreamID-Omni, all components, as a model directory."""
+    from port_kit.models.wan_fusion.golden_pipeline import Recording, assemble
+
+    recording = Recording.read(goldens / "e2e_dreamid")
+    return assemble(goldens, tmp_path_factory.mktemp("models") / "tiny", recording.record)
+
+
+@pytest.fixture(scope="session")
+def subject(probe_model: Path, goldens: Path) -> Subject:
+    given = [*INPUTS, *({"golden": str(goldens / "fusion" / name)} for name in GOLDENS)]
+    requests = [Request("probe", {"num_inference_steps": 1, "seed": 1, "extra_args": extra}) for extra in given]
     return Subject(probe_model, requests, setup=lambda _world: probe_pipeline.register())
 
 

@@ -1,24 +1,30 @@
 """A small pipeline around the fusion transformer alone: seeded latents, one step of four guidance branches.
 
 ``extra_args`` of a request: ``grid`` (frames, rows, columns of latents), ``sounds`` (audio latents), ``pictures``
-(reference frames among them), ``voices`` (lengths of audio references among them), ``family``.
+(reference frames among them), ``voices`` (lengths of audio references among them), ``first_frame_clean``; or
+``golden``, a folder with a recorded pass, whose inputs the first branch is then given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
 from port_kit.models.wan_fusion.loading import read_json
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.remap import load_weights
 
 Pair = tuple[Tensor, Tensor]
@@ -35,6 +41,7 @@ class ProbePipeline(nn.Module, CFGParallelMixin):
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__()
+        self.od_config = od_config
         self.transformer = build_transformer(read_json(od_config.model, "transformer/config.json"))
         self.weights_sources = [
             DiffusersPipelineLoader.ComponentSource(
@@ -48,6 +55,7 @@ class ProbePipeline(nn.Module, CFGParallelMixin):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the transformer through its rules."""
+        shard_before_loading(self.transformer, self.od_config, get_local_device())
         bare = ((name.removeprefix("transformer."), tensor) for name, tensor in weights)
         return load_weights(self.transformer, bare, TRANSFORMER, prefix="transformer.")
 
@@ -66,23 +74,42 @@ class ProbePipeline(nn.Module, CFGParallelMixin):
     def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
         """One step of four branches."""
         given = req.sampling_params.extra_args
-        random = torch.Generator().manual_seed(req.sampling_params.seed or 0)
-        config = self.transformer.config
-        video = torch.randn(1, config.video_channels, *given["grid"], generator=random)
-        audio = torch.randn(1, given["sounds"], config.audio_channels, generator=random)
-        texts = torch.randn(4, 2, 1, min(9, config.text_len), config.text_dim, generator=random)
-        options = {
-            "video_reference_frames": given.get("pictures", 0),
-            "audio_reference_lengths": tuple(given.get("voices", ())),
-            "first_frame_clean": given.get("first_frame_clean", False),
-        }
-        inputs = {"video": video, "audio": audio, "timestep": torch.tensor([937]), **options}
+        inputs, texts = _recorded(Path(given["golden"])) if "golden" in given else self._drawn(given)
         unused = (None, None, "audio", "video")  # as in DreamID-Omni's passes without references
         branches = [
             inputs | {"video_text": v, "audio_text": a, "unused": u} for (v, a), u in zip(texts, unused, strict=True)
         ]
         flow = self.predict_noise_with_multi_branch_cfg(True, 1.0, branches)
         return DiffusionOutput(output=flow)
+
+    def _drawn(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Pair]]:
+        """Seeded latents of the sizes that are asked for, and the texts of four branches."""
+        random, config = torch.Generator().manual_seed(1), self.transformer.config
+        texts = torch.randn(4, 2, 1, min(9, config.text_len), config.text_dim, generator=random)
+        inputs = {
+            "video": torch.randn(1, config.video_channels, *given["grid"], generator=random),
+            "audio": torch.randn(1, given["sounds"], config.audio_channels, generator=random),
+            "timestep": torch.tensor([937]),
+            "video_reference_frames": given.get("pictures", 0),
+            "audio_reference_lengths": tuple(given.get("voices", ())),
+            "first_frame_clean": given.get("first_frame_clean", False),
+        }
+        return inputs, [(video, audio) for video, audio in texts]
+
+
+def _recorded(folder: Path) -> tuple[dict[str, Any], list[Pair]]:
+    """A recorded pass of the original; the other three branches have its texts, changed."""
+    meta = json.loads((folder / "inputs.json").read_text())
+    tensors = load_file(folder / "inputs.safetensors")
+    inputs = {
+        "video": tensors["vid.0"][None],
+        "audio": tensors["audio.0"][None],
+        "timestep": tensors["t"],
+        "video_reference_frames": sum((meta["ref_ip_lengths"] or [[]])[0]),
+        "audio_reference_lengths": tuple((meta["ref_audio_lengths"] or [[]])[0]),
+    }
+    video, audio = tensors["vid_context.0"][None], tensors["audio_context.0"][None]
+    return inputs, [(factor * video, factor * audio) for factor in (1.0, -1.0, 0.5, 0.25)]
 
 
 def register() -> None:

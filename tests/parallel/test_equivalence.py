@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.verify import Subject, verify_layout
 from port_kit.testing.workers import RankResult
+from tests.parallel.conftest import GOLDENS, INPUTS
 
 SINGLES = ("tp2", "ulysses2", "ring2", "ring3", "allgather2", "cfg2", "hsdp2")
 FOURS = ("tp4", "ulysses4", "ring4", "allgather4", "cfg4", "hsdp4")
 COMBINED = ("ulysses2xring2", "tp2xulysses2", "ulysses2xcfg2", "hsdp2xulysses2", "hsdp2xcfg2")
+
+
+def test_one_rank_computes_what_the_original_recorded(single: RankResult, goldens: Path) -> None:
+    """So that what the ranks are compared with is right: the first golden's first branch is the recorded pass."""
+    expected = load_file(goldens / "fusion" / GOLDENS[0] / "outputs_fp32.safetensors")
+    flow = single.probe.flows[4 * len(INPUTS)]
+    for name, mine in zip(("vid.0", "audio.0"), flow, strict=True):
+        torch.testing.assert_close(mine[0], expected[name], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("layout", [*SINGLES, *FOURS, *COMBINED, "tp2xulysses2xcfg2"])

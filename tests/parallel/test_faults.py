@@ -13,7 +13,9 @@ from port_kit.parallel.layout import Layout
 from port_kit.parallel.sequence import LengthTrimmedAttention, boundary_plan
 from port_kit.parallel.verify import Subject, verify_layout
 from port_kit.testing.workers import RankResult
-from tests.parallel.conftest import INPUTS
+from tests.parallel.conftest import GOLDENS, INPUTS
+
+REQUESTS = len(INPUTS) + len(GOLDENS)
 
 
 def missing_plan() -> None:
@@ -128,5 +130,5 @@ def test_a_planted_fault_is_found_and_named(
 
 def _first_request(probe: object) -> object:
     """What one rank did for the first of the requests."""
-    attention = {path: calls[: len(calls) // len(INPUTS)] for path, calls in probe.attention.items()}
-    return replace(probe, attention=attention, calls=probe.calls // len(INPUTS))
+    attention = {path: calls[: len(calls) // REQUESTS] for path, calls in probe.attention.items()}
+    return replace(probe, attention=attention, calls=probe.calls // REQUESTS)

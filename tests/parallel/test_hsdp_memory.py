@@ -1,0 +1,112 @@
+"""HSDP's memory while a model is loaded: real ranks, every storage counted from the first to the last weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from port_kit.parallel import hsdp
+from port_kit.parallel.layout import Layout
+from port_kit.parallel.memory import local_bytes
+from port_kit.testing.workers import run_workers
+from tests.parallel import probe_pipeline
+
+LAYERS = 24
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, result)):  # what a library made outside of torch shows when it is used
+            if isinstance(value, DTensor):
+                value = value.to_local()
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                self.add(value.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+@pytest.fixture(scope="module")
+def deep_model(probe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The probe's model with its three blocks eight times over, so that blocks are most of it, as in real models."""
+    folder = tmp_path_factory.mktemp("models") / "deep"
+    shutil.copytree(probe_model, folder)
+    config = json.loads((folder / "transformer/config.json").read_text())
+    short = config["video"]["num_layers"]
+    for tower in ("video", "audio"):
+        config[tower]["num_layers"] = LAYERS
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "transformer/model.safetensors")
+    for name in list(weights):
+        tower, found, rest = name.partition(".blocks.")
+        layer, _, leaf = rest.partition(".")
+        for copy in range(int(layer) + short, LAYERS, short) if found else ():
+            weights[f"{tower}.blocks.{copy}.{leaf}"] = weights[name].clone()
+    save_file(weights, folder / "transformer/model.safetensors")
+    return folder
+
+
+def load(model: Path, layout: str, prepare: Callable[[], object] = lambda: None) -> list[tuple[int, int]]:
+    """Load a model; return (most bytes that were alive at once, bytes of parameters in the end) of each rank."""
+    counters: list[LiveBytes] = []
+
+    def setup() -> None:
+        probe_pipeline.register()
+        prepare()
+        counters.append(LiveBytes())
+        counters[0].__enter__()
+
+    def probe(pipeline: nn.Module) -> tuple[int, int]:
+        torch.distributed.barrier()  # a rank that leaves early takes the others' rendezvous with it
+        return counters[0].peak, local_bytes(pipeline)
+
+    config = {"parallel_config": Layout.parse(layout).parallel_config}
+    return [result.probe for result in run_workers(model, [], config=config, setup=setup, probe=probe)]
+
+
+def _load_whole() -> None:
+    """As vLLM-Omni does by itself: load everything, then shard."""
+    hsdp.shards_first = lambda config: False
+
+
+def test_no_rank_holds_a_whole_model_while_it_loads(deep_model: Path) -> None:
+    ((_, whole),) = load(deep_model, "single")
+    for peak, held in load(deep_model, "hsdp2"):
+        assert held <= 0.53 * whole
+        assert peak <= 0.66 * whole
+    ((naive, _), _) = load(deep_model, "hsdp2", _load_whole)
+    assert naive >= whole  # the counter sees what a rank without this would hold
+    for peak, held in load(deep_model, "hsdp4"):
+        assert held <= 0.28 * whole
+        assert peak <= 0.44 * whole
