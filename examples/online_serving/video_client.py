@@ -1,0 +1,119 @@
+"""A client of vLLM-Omni's video endpoints, for the examples beside it. It needs httpx only, neither torch nor vLLM.
+
+client = VideoClient("http://127.0.0.1:8000")
+mp4 = client.generate({"prompt": "...", "seed": 3}, files)            # POST /v1/videos/sync
+job = client.submit({"prompt": "...", "seed": 3}, files)              # POST /v1/videos
+mp4 = client.fetch(client.wait(job))                                  # GET /v1/videos/ID, .../content
+client.delete(job)                                                    # DELETE /v1/videos/ID
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+#: One file of a form: its name, its content, its media type.
+Upload = tuple[str, bytes, str]
+
+
+class RefusedError(Exception):
+    """The server did not serve a request.
+
+    Attributes:
+        status: the HTTP status; 4xx is the request's own fault.
+        message: what the server says; of a port, ``[code] what is wrong`` and a line with a hint.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+
+
+class VideoClient:
+    """Talks to one server.
+
+    Args:
+        url: of the server, without ``/v1``.
+        timeout: seconds that a sync request may take; the server's own limit is VLLM_OMNI_VIDEO_SYNC_TIMEOUT.
+    """
+
+    def __init__(self, url: str, timeout: float = 600.0) -> None:
+        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=10.0))
+
+    def generate(self, fields: Mapping[str, Any], files: Iterable[Upload] = ()) -> bytes:
+        """Return the MP4 of one request; the connection stays open while it is made, and closing it cancels it.
+
+        Args:
+            fields: of the form: ``prompt``, ``width``, ``height``, ``num_inference_steps``, ``seed``, ...
+            files: reference pictures and voices.
+
+        Raises:
+            RefusedError: the server refused the request, or failed.
+        """
+        return _checked(self._post("/v1/videos/sync", fields, files)).content
+
+    def submit(self, fields: Mapping[str, Any], files: Iterable[Upload] = ()) -> str:
+        """Start a job and return its id; arguments and errors as for :meth:`generate`."""
+        return _checked(self._post("/v1/videos", fields, files)).json()["id"]
+
+    def run(self, fields: Mapping[str, Any], files: Iterable[Upload] = ()) -> bytes:
+        """Return the MP4 of one job, and leave nothing of it on the server; errors as for :meth:`generate`."""
+        job = self.submit(fields, files)
+        try:
+            return self.fetch(self.wait(job))
+        finally:
+            self.delete(job)
+
+    def status(self, job: str) -> dict[str, Any]:
+        """Return what the server knows of a job.
+
+        Raises:
+            RefusedError: there is no such job (404), or it has failed: then with the failure's own status.
+        """
+        return _checked(self._http.get(f"/v1/videos/{job}")).json()
+
+    def wait(self, job: str, *, interval: float = 0.5, limit: float = 3600.0) -> str:
+        """Ask again and again until a job is completed, and return its id; errors as for :meth:`status`."""
+        deadline = time.monotonic() + limit
+        while self.status(job)["status"] != "completed":
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job} is not finished after {limit:g} s")
+            time.sleep(interval)
+        return job
+
+    def fetch(self, job: str) -> bytes:
+        """Return the MP4 of a completed job."""
+        return _checked(self._http.get(f"/v1/videos/{job}/content")).content
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Return all jobs that the server knows, the newest first."""
+        return _checked(self._http.get("/v1/videos")).json()["data"]
+
+    def delete(self, job: str) -> None:
+        """Delete a job and its file; one that is not finished is cancelled."""
+        _checked(self._http.delete(f"/v1/videos/{job}"))
+
+    def _post(self, path: str, fields: Mapping[str, Any], files: Iterable[Upload]) -> httpx.Response:
+        form = {name: str(value) for name, value in fields.items() if value is not None}
+        return self._http.post(path, data=form, files=[("input_references", upload) for upload in files])
+
+
+def upload(path: str | Path) -> Upload:
+    """Read a file for a form. Its media type, guessed from its suffix, tells the server what it is."""
+    path = Path(path)
+    return path.name, path.read_bytes(), mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    error = {"message": response.text}
+    if response.headers.get("content-type", "").startswith("application/json"):
+        error = response.json().get("error") or error
+    raise RefusedError(response.status_code, str(error["message"]))

@@ -1,0 +1,287 @@
+"""The video endpoints of the real server, tiny weights: videos with sound, jobs, refusals, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from port_kit.models.wan_fusion.media import measure_mp4
+from port_kit.testing.server import ApiServer
+from tests.serving.conftest import EXAMPLE, KEPT
+
+LIMIT = 300.0
+
+
+@pytest.fixture(scope="module")
+def http(server: ApiServer) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=LIMIT)
+
+
+@pytest.fixture(scope="module")
+def good(storm: ModuleType) -> dict[str, str]:
+    return storm.GOOD
+
+
+@pytest.fixture(scope="module")
+def files(storm: ModuleType) -> list[Any]:
+    return storm.references()
+
+
+def _cpu(server: ApiServer) -> float:
+    """Processor seconds that the server has used: what work costs, whatever else the machine does."""
+    process = psutil.Process(server.pid)
+    return sum(sum(one.cpu_times()[:2]) for one in [process, *process.children(recursive=True)])
+
+
+@pytest.fixture(scope="module")
+def first(server: ApiServer, http: httpx.Client, good: dict[str, str], files: list[Any]) -> tuple[bytes, float]:
+    """The good request's video, and the processor seconds that it took."""
+    before = _cpu(server)
+    response = http.post("/v1/videos/sync", data=good, files=files)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "video/mp4"
+    return response.content, _cpu(server) - before
+
+
+@pytest.fixture(scope="module")
+def forgotten(http: httpx.Client, good: dict[str, str], files: list[Any], first: tuple[bytes, float]) -> str:
+    """A finished job that nobody deletes."""
+    job = http.post("/v1/videos", data=good, files=files).json()["id"]
+    assert _finished(http, job)["status"] == "completed"
+    return job
+
+
+def _finished(http: httpx.Client, job: str) -> dict[str, Any]:
+    deadline = time.monotonic() + LIMIT
+    while (state := http.get(f"/v1/videos/{job}").json())["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return state
+
+
+def test_a_sync_request_gives_a_video_with_its_sound(first: tuple[bytes, float], tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(first[0])
+    found = measure_mp4(path)
+    assert (found.width, found.height, found.frames, found.fps) == (96, 64, 121, 24)
+    assert found.video_seconds == pytest.approx(121 / 24, abs=0.05)
+    assert found.sample_rate == 16_000
+    assert found.audio_seconds == pytest.approx(80_384 / 16_000, abs=0.1)
+    assert found.peak > 0
+
+
+def test_a_job_gives_the_same_video_and_is_kept_until_it_expires(
+    server: ApiServer, http: httpx.Client, first: tuple[bytes, float], forgotten: str
+) -> None:
+    job = http.get(f"/v1/videos/{forgotten}").json()
+    assert (job["status"], job["progress"], job["num_frames"], job["fps"]) == ("completed", 100, 121, 24)
+    assert job["expires_at"] - job["completed_at"] == KEPT
+    assert forgotten in [entry["id"] for entry in http.get("/v1/videos").json()["data"]]
+    content = http.get(f"/v1/videos/{forgotten}/content")
+    assert (content.status_code, content.headers["content-type"]) == (200, "video/mp4")
+    assert content.content == first[0]
+
+
+def test_another_seed_gives_another_video(
+    http: httpx.Client, good: dict[str, str], files: list[Any], first: tuple[bytes, float]
+) -> None:
+    response = http.post("/v1/videos/sync", data={**good, "seed": "4"}, files=files)
+    assert response.status_code == 200
+    assert response.content != first[0]
+
+
+def test_references_as_data_urls_are_what_uploads_are(
+    http: httpx.Client, good: dict[str, str], files: list[Any], first: tuple[bytes, float]
+) -> None:
+    kinds: dict[str, list[dict[str, str]]] = {"image": [], "audio": []}
+    for _, (_, content, media_type) in files:
+        kind = media_type.partition("/")[0]
+        url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+        kinds[kind].append({f"{kind}_url": url})
+    fields = {**good, **{f"{kind}_reference": json.dumps(found) for kind, found in kinds.items()}}
+    response = http.post("/v1/videos/sync", data=fields)
+    assert response.status_code == 200, response.text
+    assert response.content == first[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt": "  "}, "[input_missing] prompt is empty"),
+        ({"height": "100"}, "[input_size] height is 100; a multiple of 32 is required\nhint: use 96 or 128"),
+        ({"num_frames": "7"}, "[input_value] num_frames is 7; this model makes 121 frames"),
+        ({"fps": "30"}, "this model makes 24 frames a second"),
+        ({"seed": "-1"}, "[input_value] seed is -1"),
+        ({"num_outputs_per_prompt": "11"}, "less than or equal to 10"),
+        ({"num_inference_steps": "0"}, "num_inference_steps"),
+        ({"guidance_scale": "nan"}, "guidance_scale"),
+        ({"size": "0x0"}, "Invalid size: 0x0"),
+        ({"extra_params": '{"vidio_cfg_scale": 2}'}, "did you mean 'video_cfg_scale'"),
+        ({"extra_params": '{"shift": "much"}'}, "[input_type] shift is 'much'"),
+        ({"extra_params": '{"video_codec_options": {"preset": "best"}}'}, "[input_value] video_codec_options"),
+        ({"extra_params": "{"}, "Invalid JSON"),
+        ({"extra_params": "[" * 100_000}, "nested too deeply"),
+        ({"model": "another"}, "Model mismatch"),
+        ({"enable_frame_interpolation": "true"}, "this model interpolates no frames"),
+        ({"generate_sound": "false"}, "makes the sound together with the video"),
+    ],
+)
+def test_a_bad_field_is_refused_with_its_reason(
+    http: httpx.Client, good: dict[str, str], files: list[Any], change: dict[str, str], says: str
+) -> None:
+    response = http.post("/v1/videos/sync", data={**good, **change}, files=files)
+    assert response.status_code == 400, response.text
+    assert says in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("take", "says"),
+    [
+        ([], "[input_missing] the request has no reference picture"),
+        ([0, 1], "[input_missing] the request has no reference voice"),
+        ([0, 2, 3], "[input_count] 1 reference picture(s) and 2 voice(s)"),
+        ([0, 1, 2, "short"], "[input_too_short] voice 2 lasts 0.50 s"),
+        ([0, 1, 2, "junk"], "[input_unreadable] voice 2 cannot be read"),
+        ([0, "broken", 2, 3], "Invalid"),
+        ([0, 1, 2, 3, "video"], "[input_value] the request has a reference of the kind 'video'"),
+    ],
+)
+def test_bad_references_are_refused_with_their_reason(
+    http: httpx.Client, good: dict[str, str], files: list[Any], take: list[Any], says: str
+) -> None:
+    voice = files[3][1][1]
+    odd = {
+        "short": ("s.wav", voice[: 44 + 16_000], "audio/wav"),
+        "junk": ("j.wav", b"RIFF and then nothing of a sound", "audio/wav"),
+        "broken": ("b.png", files[1][1][1][:100], "image/png"),
+        "video": ("v.mp4", b"any", "video/mp4"),
+    }
+    uploads = [files[which] if isinstance(which, int) else ("input_references", odd[which]) for which in take]
+    response = http.post("/v1/videos/sync", data=good, files=uploads)
+    assert response.status_code == 400, response.text
+    assert says in response.json()["error"]["message"]
+
+
+def test_a_job_that_cannot_be_served_fails_with_the_same_reason(
+    http: httpx.Client, good: dict[str, str], files: list[Any]
+) -> None:
+    job = http.post("/v1/videos", data={**good, "width": "50"}, files=files).json()["id"]
+    state = _finished(http, job)
+    assert (state["status"], state["error"]["code"]) == ("failed", 400)
+    assert state["error"]["message"].startswith("[input_size] width is 50")
+    assert http.get(f"/v1/videos/{job}").status_code == 400
+    assert http.get(f"/v1/videos/{job}/content").status_code == 422
+    assert http.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert http.get(f"/v1/videos/{job}").status_code == 404
+
+
+def test_an_unknown_job_is_404(http: httpx.Client) -> None:
+    for method, path in (("GET", "none"), ("GET", "none/content"), ("DELETE", "none")):
+        assert http.request(method, f"/v1/videos/{path}").status_code == 404
+
+
+def test_a_deleted_job_stops_and_is_gone(
+    server: ApiServer,
+    http: httpx.Client,
+    storm: ModuleType,
+    good: dict[str, str],
+    files: list[Any],
+    first: tuple[bytes, float],
+) -> None:
+    before = _cpu(server)
+    job = http.post("/v1/videos", data=storm.LONG, files=files).json()["id"]
+    while http.get(f"/v1/videos/{job}").json()["status"] == "queued":
+        time.sleep(0.1)
+    assert http.get(f"/v1/videos/{job}/content").status_code == 404
+    assert http.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert http.get(f"/v1/videos/{job}").status_code == 404
+    assert http.post("/v1/videos/sync", data=good, files=files).content == first[0]
+    # 200 steps would cost as much as ten such requests.
+    assert _cpu(server) - before < 4 * first[1]
+    assert not (server.storage / job).exists()
+
+
+def test_a_client_that_hangs_up_stops_its_request(
+    server: ApiServer,
+    http: httpx.Client,
+    storm: ModuleType,
+    good: dict[str, str],
+    files: list[Any],
+    first: tuple[bytes, float],
+) -> None:
+    before = _cpu(server)
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/videos/sync", data=storm.LONG, files=files, timeout=1.5)
+    assert http.post("/v1/videos/sync", data=good, files=files).content == first[0]
+    assert _cpu(server) - before < 4 * first[1]
+
+
+def _example(command: str, server: ApiServer, folder: Path, height: int) -> subprocess.CompletedProcess[str]:
+    """Run one of the example's clients on the references in ``folder``; it writes ``out.mp4`` there."""
+    steps = {"height": height, "width": 96, "num_inference_steps": 1}
+    if command == "curl":
+        line = ["sh", str(EXAMPLE / "client.sh"), str(folder), str(folder / "out.mp4")]
+        line += [part for name, value in steps.items() for part in ("-F", f"{name}={value}")]
+    else:
+        line = [sys.executable, str(EXAMPLE / "client.py"), "--server", server.url, "-o", str(folder / "out.mp4")]
+        line += ["--images", *(str(folder / f"{name}.png") for name in "ab")]
+        line += ["--voices", *(str(folder / f"{name}.wav") for name in "ab")]
+        line += [part for name, value in steps.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    environment = {**os.environ, "SERVER": server.url, "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=LIMIT)
+
+
+@pytest.mark.parametrize("command", ["python", "curl"])
+def test_the_examples_clients_get_a_video_or_the_reason(
+    server: ApiServer, files: list[Any], command: str, tmp_path: Path
+) -> None:
+    for _, (name, content, _) in files:
+        (tmp_path / name).write_bytes(content)
+    done = _example(command, server, tmp_path, height=64)
+    assert done.returncode == 0, done.stderr
+    assert measure_mp4(tmp_path / "out.mp4").frames == 121
+    done = _example(command, server, tmp_path, height=100)
+    assert done.returncode == 1
+    assert "[input_size] height is 100" in done.stderr
+
+
+def test_an_expired_file_is_removed_and_its_job_remains(server: ApiServer, http: httpx.Client, forgotten: str) -> None:
+    expires = http.get(f"/v1/videos/{forgotten}").json()["expires_at"]
+    deadline = expires + 30
+    while (server.storage / forgotten).exists():
+        assert time.time() < deadline
+        time.sleep(0.5)
+    assert http.get(f"/v1/videos/{forgotten}/content").status_code == 404
+    assert http.get(f"/v1/videos/{forgotten}").json()["status"] == "completed"
+    assert http.delete(f"/v1/videos/{forgotten}").json()["deleted"]
+
+
+async def _storm(storm: ModuleType, server: ApiServer, requests: int, rounds: int) -> dict[str, Any]:
+    report = await storm.run(server.url, requests, rounds, 1, server.memory)
+    return {**report, "alive": server.is_alive(), "files_left": len(list(server.storage.iterdir()))}
+
+
+def test_many_clients_at_once_are_served_refused_or_cancelled(server: ApiServer, storm: ModuleType) -> None:
+    report = asyncio.run(_storm(storm, server, requests=10, rounds=1))
+    assert storm.is_right(report), report
+    assert report["requests"] == 10
+    assert report["resident_mb"][-1] < report["resident_mb"][0] + 200
+
+
+@pytest.mark.slow
+def test_a_long_storm_leaves_nothing_behind(server: ApiServer, storm: ModuleType) -> None:
+    report = asyncio.run(_storm(storm, server, requests=50, rounds=4))
+    assert storm.is_right(report), report
+    assert report["resident_mb"][-1] < report["resident_mb"][1] + 100
