@@ -33,7 +33,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help set-up demo test check docs clean
 
 help:
-	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4"
+	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png"
 	@echo "make test    set up, check, and run the tests"
 	@echo "make check   set up, lint, and check types"
 	@echo "make docs    write the pages that are generated: the command line, troubleshooting"
@@ -55,7 +55,7 @@ demo: export NO_PROXY := 127.0.0.1,localhost,$(NO_PROXY)
 demo: $(STAMP)
 	@mkdir -p $(DEMO)
 	$(RUN) $(EXAMPLE)/download_dreamid_omni.py --tiny --output-dir $(DEMO)/model
-	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4
+	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --picture $(DEMO)/demo.png
 
 # models/ is imported as port_kit.models through package_dir, which mypy does not read: give it a tree that looks so.
 check: $(STAMP)

@@ -12,8 +12,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from port_kit.errors import PortKitError
@@ -97,7 +99,7 @@ def _in_folders(problems: list[PortKitError]) -> Iterator[tuple[str, str, Callab
         if not packages:
             problems.append(_no_port_in(folder))
         for package in packages:
-            yield package.name, str(package), lambda package=package: _import_package(package).PORT
+            yield package.name, str(package), partial(_declared_in, package)
 
 
 def _packages(folder: Path) -> list[Path]:
@@ -118,7 +120,11 @@ def _no_port_in(folder: Path) -> PortKitError:
     return PortKitError(problem, code="port_path", hint=hint, folder=str(folder))
 
 
-def _import_package(package: Path) -> object:
+def _declared_in(package: Path) -> object:
+    return _import_package(package).PORT
+
+
+def _import_package(package: Path) -> ModuleType:
     """Import the package in this folder under its own name; the folder above it goes onto ``sys.path``."""
     parent = str(package.parent.resolve())
     if parent not in sys.path:

@@ -7,8 +7,19 @@ from pathlib import Path
 
 from port_kit.pages.commands import cli_page
 from port_kit.pages.errors import troubleshooting_page
+from port_kit.parallel.layout import Layout
+from port_kit.reports import layout_svg
 
-PAGES = {"cli.md": cli_page, "troubleshooting.md": troubleshooting_page}
+#: The layout that docs/parallel.md shows.
+LAYOUT = "tp2xulysses2xcfg2"
+
+
+def layout_picture() -> str:
+    """Draw :data:`LAYOUT`."""
+    return layout_svg(Layout.parse(LAYOUT))
+
+
+PAGES = {"cli.md": cli_page, "troubleshooting.md": troubleshooting_page, "pictures/layout.svg": layout_picture}
 
 
 def main(folder: Path) -> None:

@@ -12,7 +12,8 @@ from html import escape
 
 from port_kit.parallel.layout import Layout, divisors
 
-_CELL, _HIGH, _PAD, _TITLE, _LABEL = 132, 74, 12, 26, 16  # pixels
+_HIGH, _PAD, _TITLE, _LABEL = 74, 12, 26, 16  # pixels
+_LETTER = 5.4  # pixels: width of a letter, on average
 _TERMINAL = 110  # columns
 _COLOURS = ("#3b6fc4", "#c2631d", "#2f8a5b", "#8b4fb5", "#b3375c", "#5f6b7a", "#8a7a1f", "#1f7f8a")
 
@@ -46,7 +47,7 @@ class Place:
         if layout.sequence > 1:
             kinds = (("ulysses", layout.ulysses), ("ring", layout.ring), ("allgather", layout.allgather))
             used = " ".join(f"{kind} {getattr(self, kind)}" for kind, degree in kinds if degree > 1)
-            lines.append(f"{used}: tokens {self.sequence + 1} of {layout.sequence}")
+            lines.append(f"{used}: tokens, part {self.sequence + 1} of {layout.sequence}")
         if layout.cfg > 1:
             lines.append(f"cfg {self.cfg}: branches i % {layout.cfg} = {self.cfg}")
         if layout.hsdp > 1:
@@ -96,8 +97,9 @@ def layout_svg(layout: Layout) -> str:
     """Draw a layout as SVG, legible on light and on dark ground; ranks of one colour hold the same tokens."""
     found, across = places(layout), _across(layout)
     rows = -(-len(found) // across)
+    cell = max(110, round(_LETTER * max(len(line) for place in found for line in place.words(layout))) + 16)
     high = _HIGH + _LABEL * (len(found[0].words(layout)) - 1) - _LABEL
-    width, height = 2 * _PAD + across * (_CELL + _PAD) - _PAD, _TITLE + _PAD + rows * (high + _PAD)
+    width, height = 2 * _PAD + across * (cell + _PAD) - _PAD, _TITLE + _PAD + rows * (high + _PAD)
     title = f"{layout}: {layout.world} rank{'s' if layout.world > 1 else ''}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -105,9 +107,9 @@ def layout_svg(layout: Layout) -> str:
         f'<text x="{_PAD}" y="{_TITLE - 8}" font-size="13" font-weight="600" fill="#7a828e">{escape(title)}</text>',
     ]
     for index, place in enumerate(found):
-        x, y = _PAD + index % across * (_CELL + _PAD), _TITLE + index // across * (high + _PAD)
+        x, y = _PAD + index % across * (cell + _PAD), _TITLE + index // across * (high + _PAD)
         colour = _COLOURS[place.sequence % len(_COLOURS)]
-        parts.append(f'<rect x="{x}" y="{y}" width="{_CELL}" height="{high}" rx="6" fill="{colour}"/>')
+        parts.append(f'<rect x="{x}" y="{y}" width="{cell}" height="{high}" rx="6" fill="{colour}"/>')
         lines = [f"rank {place.rank}", *place.words(layout)]
         for line, text in enumerate(lines):
             weight = ' font-weight="700" font-size="12"' if line == 0 else ""

@@ -67,7 +67,7 @@ def component_of(case: str) -> str:
 
 def _provenance(reference: Mapping[str, Any]) -> Html:
     made = reference["made_from"]
-    rows = [
+    rows: list[tuple[str, html.Cell]] = [
         ("original code", html.code(f"{made['code']} at {made['commit']}")),
         ("model", html.code(reference["model"])),
         ("interpreter", html.code(reference["python"])),

@@ -171,4 +171,4 @@ def _draw_wave(draw: ImageDraw, clip: Clip, box: tuple[int, int, int, int]) -> N
         if len(part):
             high, low = (middle - half * min(max(float(value), -1.0), 1.0) for value in (part.max(), part.min()))
             draw.line((left + column, high, left + column, low), fill=_TRACE)
-    draw.text((left + 8, top + 6), f"waveform, peak {peak:.2f} of full scale", fill=_SOFT)
+    draw.text((left, bottom + LINE), f"waveform, from -1 to 1; largest sample {peak:.2f}", fill=_SOFT)

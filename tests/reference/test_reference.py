@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -22,9 +24,17 @@ Commit = Callable[[dict[str, str]], Path]
 
 
 def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
-    """Run the command in this process; return its exit code, its envelope and what it told on stderr."""
-    result = CliRunner().invoke(main, ["verify", "parity", "dreamid_omni", *arguments, "--json"])
-    return result.exit_code, json.loads(result.stdout), result.stderr
+    """Run the command in this process; return its exit code, its envelope and what it told on stderr.
+
+    The streams are files: vLLM asks the standard output for its descriptor.
+    """
+    command = ["verify", "parity", "dreamid_omni", *arguments, "--json"]
+    with TemporaryFile("w+") as output, TemporaryFile("w+") as told:
+        with redirect_stdout(output), redirect_stderr(told), pytest.raises(SystemExit) as caught:
+            main(command)
+        for stream in (output, told):
+            stream.seek(0)
+        return int(caught.value.code or 0), json.loads(output.read()), told.read()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory made by download_dreamid_omni.py")
     parser.add_argument("-o", "--output", default="dreamid_omni.mp4")
+    parser.add_argument("--picture", default=None, help="also draw frames and waveform of the file into this PNG")
     parser.add_argument("--images", "--image-path", nargs="+", help="one picture a person")
     parser.add_argument("--voices", "--audio-path", nargs="+", help="one voice a person, 2 s or longer, in that order")
     parser.add_argument("--prompt", default=None)
@@ -150,6 +151,7 @@ def main() -> int:
     from vllm_omni import Omni
 
     from port_kit.models.wan_fusion.media import measure_mp4, write_mp4
+    from port_kit.reports import picture_of_clip
 
     prompt, sampling = request_of(arguments)
     omni = Omni(**engine_options(arguments))
@@ -167,6 +169,8 @@ def main() -> int:
     rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
     path = write_mp4(arguments.output, result.images[0], np.asarray(extra["audio"]), fps=fps, sample_rate=rate)
     print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    if arguments.picture:
+        print(f"frames and waveform: {picture_of_clip(path, arguments.picture)}", file=stdout, flush=True)
     return 0
 
 
