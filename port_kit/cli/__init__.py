@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "layout": ("port_kit.cli.layout", "Draw which rank of a parallel layout holds and does what."),
     "list": ("port_kit.cli.list", "The ports of this environment."),
     "manifest": ("port_kit.cli.manifest", "Names, shapes and dtypes of a checkpoint or of a port's modules."),
+    "new": ("port_kit.cli.new", "Write a port: package, recipe, rules, tests, scripts, card."),
     "remove": ("port_kit.cli.remove", "Take away what a download put there."),
     "rules": ("port_kit.cli.rules", "Check, explain, suggest, plan, invert and export rule sets."),
     "show": ("port_kit.cli.show", "One port: components, licences, repositories, card."),
