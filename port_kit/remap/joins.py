@@ -122,7 +122,9 @@ def check_transform(parts: Sequence[Write]) -> list[Problem]:
 
 
 def known_place(write: Write, sizes: dict[str, int]) -> Box | None:
-    """Place one part of a ``concat`` without waiting for the others, where its op gives sizes or all are equal.
+    """Place one part of a ``concat`` without waiting for the others, where its op gives sizes.
+
+    A part of the mean width proves nothing: the others may be wider and narrower. Two parts are the exception.
 
     Returns:
         The region of the part, or None where the other parts have to be known first.
@@ -133,9 +135,10 @@ def known_place(write: Write, sizes: dict[str, int]) -> Box | None:
         return None
     axis = write.join.get("dim") % len(whole)
     if write.join.get("sizes") is None:
-        if write.shape[axis] * len(parts) != whole[axis]:
+        if len(parts) > 2:
             return None
-        widths = [write.shape[axis]] * len(parts)
+        rest = whole[axis] - write.shape[axis]
+        widths = [write.shape[axis] if part == write.part else rest for part in parts]
     else:
         scope = Scope(sizes, write.rule.label, write.target, None, write.shape)
         widths = [scope.size(size) for size in write.join.get("sizes")]

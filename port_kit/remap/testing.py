@@ -10,16 +10,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from port_kit.manifest import Manifest, TensorSpec
+from port_kit.remap.boxes import Shape
 from port_kit.remap.coverage import Coverage
 from port_kit.remap.lower import Lowered, Lowering
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.rules import RuleSet
-from port_kit.remap.steps import Call, Reshape
+from port_kit.remap.steps import Reshape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,44 +82,86 @@ def mutations(plan: Plan) -> Iterator[tuple[str, Manifest]]:
     """Every source of a plan dropped, renamed, reshaped, duplicated and retyped in turn.
 
     Sources that rules drop are left alone: what is not used may be missing or different.
-    A tensor that a rule reshapes keeps its number of axes: its other shapes may mean the same elements.
 
     Yields:
         ``(what was done, the source manifest with it)``.
     """
     source = dict(plan.source)
-    used = plan.by_source()
-    for name, writes in used.items():
+    for name in plan.by_source():
         spec = source[name]
-        reshaped = any(isinstance(step, (Reshape, Call)) for write in writes for step in write.steps)
         yield f"drop {name}", Manifest({key: value for key, value in source.items() if key != name})
         renamed = {f"{key}_renamed" if key == name else key: value for key, value in source.items()}
         yield f"rename {name}", Manifest(renamed)
         yield f"duplicate {name}", Manifest({**source, f"copy_of.{name}": spec})
-        for what, shape in _other_shapes(spec, flatten=not reshaped):
+        for what, shape in _other_shapes(spec.shape):
             yield f"{what} {name}", Manifest({**source, name: replace(spec, shape=shape)})
         if spec.dtype != "complex64":
             yield f"retype {name}", Manifest({**source, name: replace(spec, dtype="complex64")})
 
 
-def _other_shapes(spec: TensorSpec, *, flatten: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shape = spec.shape
+def _other_shapes(shape: Shape) -> Iterator[tuple[str, Shape]]:
+    """Shapes with more elements, and others of as many."""
     for axis, extent in enumerate(shape):
         yield f"grow axis {axis} of", (*shape[:axis], extent + 1, *shape[axis + 1 :])
-    if flatten:
-        yield "add an axis to", (1, *shape)
-        if len(shape) > 1:
-            yield "flatten", (spec.numel,)
+    yield "add an axis to", (1, *shape)
+    if len(shape) > 1:
+        yield "flatten", (math.prod(shape),)
+    if len(set(shape[:2])) > 1:
+        yield "turn", (shape[1], shape[0], *shape[2:])
+
+
+@dataclass(frozen=True)
+class Mutated:
+    """What became of all mutations of a plan's source.
+
+    Attributes:
+        count: how many were tried.
+        same: those that are accepted and send the same bytes to the same places. Where a rule itself reshapes a
+            tensor to its target, a source of another shape with as many elements, stored in the same row-major order,
+            is read exactly alike: no header tells the two apart, and nothing is lost. A rule that must tell them apart
+            says the axes (``rearrange``) instead of ``reshape``.
+        uncaught: those that are accepted and mean something else.
+    """
+
+    count: int
+    same: tuple[str, ...]
+    uncaught: tuple[str, ...]
+
+    @property
+    def caught(self) -> int:
+        """How many gave an error."""
+        return self.count - len(self.same) - len(self.uncaught)
+
+
+def mutated(plan: Plan) -> Mutated:
+    """Try every mutation of :func:`mutations` on a plan."""
+    memory = _Memory(plan.rules, plan.target, plan.sizes, narrow=plan.rules.narrow, aliases=plan.target.aliases)
+    expected = _bytes_moved(plan)
+    same, uncaught = [], []
+    count = 0
+    for what, source in mutations(plan):
+        count += 1
+        other = check(plan.rules, source, plan.target, plan.sizes, lowering=memory)
+        if other.ok:
+            (same if _bytes_moved(other) == expected else uncaught).append(what)
+    return Mutated(count, tuple(same), tuple(uncaught))
 
 
 def uncaught_mutations(plan: Plan) -> list[str]:
-    """The mutations of a plan's source that its rules accept."""
-    memory = _Memory(plan.rules, plan.target, plan.sizes, narrow=plan.rules.narrow, aliases=plan.target.aliases)
-    return [
-        what
-        for what, source in mutations(plan)
-        if check(plan.rules, source, plan.target, plan.sizes, lowering=memory).ok
-    ]
+    """The mutations of a plan's source that its rules accept although they mean something else."""
+    return list(mutated(plan).uncaught)
+
+
+def _bytes_moved(plan: Plan) -> set[tuple[object, ...]]:
+    """Which bytes of which source go where: all of a plan but how its sources call the shape of the same bytes."""
+    moved: set[tuple[object, ...]] = set()
+    for write in plan.writes:
+        spec = plan.source[write.source]
+        shape, steps = spec.shape, list(write.steps)
+        while steps and isinstance(steps[0], Reshape):
+            shape = steps.pop(0).after
+        moved.add((write.source, spec.dtype, shape, tuple(steps), write.target, write.region, write.join, write.part))
+    return moved
 
 
 class _Memory(Lowering):
@@ -131,7 +175,13 @@ class _Memory(Lowering):
         return known[key]
 
 
-def assert_mutations_caught(plan: Plan) -> None:
-    """Assert that no mutation of the source is accepted."""
-    uncaught = uncaught_mutations(plan)
-    assert not uncaught, f"{len(uncaught)} mutations are accepted, such as {', '.join(uncaught[:5])}"
+def assert_mutations_caught(plan: Plan) -> Mutated:
+    """Assert that no mutation of the source that means something else is accepted; returns the counts.
+
+    Raises:
+        AssertionError: with the first mutations that are accepted.
+    """
+    found = mutated(plan)
+    uncaught = found.uncaught
+    assert not uncaught, f"{len(uncaught)} of {found.count} mutations are accepted, such as {', '.join(uncaught[:5])}"
+    return found

@@ -230,3 +230,14 @@ def test_cast_allows_a_loss_and_nothing_else_does() -> None:
     with pytest.raises(RemapError) as caught:
         RuleSet("r", (Rule("x", "x"),), narrow=True).compile(source, manifest_of({"x": (2,)}, "int64"))
     assert caught.value.code == "remap_dtype"
+
+
+@pytest.mark.parametrize("order", ["abcd", "cabd", "dcba"])
+def test_a_part_of_the_mean_width_waits_for_the_others(order: str) -> None:
+    """Parts of 1, 1, 2 and 4 rows: the third has a quarter of the whole and does not stand where equal parts would."""
+    sizes = {"a": 1, "b": 1, "c": 2, "d": 4}
+    rules = RuleSet("r", (Rule("([abcd])", "w", shard=r"\1", op=Op.of("concat", dim=0, parts=tuple("abcd"))),))
+    tensors = {name: torch.rand(rows, 3) for name, rows in sizes.items()}
+    module = module_of({"w": (8, 3)})
+    assert load_weights(module, [(name, tensors[name]) for name in order], rules) == {"w"}
+    assert torch.equal(module.w, torch.cat([tensors[name] for name in "abcd"]))
