@@ -11,6 +11,7 @@ from port_kit.errors import InspectError
 from port_kit.inspect.card import read_card
 from port_kit.inspect.components import CONFIGS, INDEXES, find_components
 from port_kit.inspect.documents import Documents
+from port_kit.inspect.naming import new_command
 from port_kit.inspect.needs import missing
 from port_kit.inspect.report import Component, Inspection, Memory, WeightFile
 from port_kit.inspect.traps import traps
@@ -62,7 +63,7 @@ def inspect(
             missing=tuple(missing(documents, verdict, components, files)),
             traps=tuple(traps(documents, verdict, components, files)),
             memory=_memory(components),
-            next=_next_step(target, tree, verdict, files),
+            next=_next_step(target, tree, verdict, components, files),
         )
 
 
@@ -107,7 +108,9 @@ def _memory(components: list[Component]) -> Memory | None:
     )
 
 
-def _next_step(target: str, tree: Tree, verdict: Verdict, files: dict[str, WeightFile]) -> str:
+def _next_step(
+    target: str, tree: Tree, verdict: Verdict, components: list[Component], files: dict[str, WeightFile]
+) -> str:
     quoted = shlex.quote(target)
     if tree.gate:
         return f"accept the terms, then: hf auth login && port-kit inspect {quoted}"
@@ -117,4 +120,5 @@ def _next_step(target: str, tree: Tree, verdict: Verdict, files: dict[str, Weigh
         return f"vllm serve {quoted} --omni"
     if verdict.port:
         return f"port-kit download {verdict.port}"
-    return f"port-kit manifest {quoted}"
+    transformer = next((part.class_name for part in components if part.name == "transformer"), "")
+    return new_command(target, verdict.path, verdict.class_name, transformer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from port_kit.errors import ScaffoldError
@@ -84,14 +83,6 @@ def _documents(target: str, commit: str | None, endpoint: str | None) -> tuple[M
 
     with open_tree(target, commit, endpoint, None) as tree:
         return Documents(tree).object("transformer/config.json"), tuple(tree.files)
-
-
-def folder_name(target: str) -> str:
-    """Return the last part of a repository's or folder's name, as a port's name."""
-    plain = target.rstrip("/").rpartition("/")[2] if "/" in target else Path(target).name
-    words = "".join(character if character.isalnum() else "_" for character in plain.lower()).split("_")
-    name = "_".join(filter(None, words))
-    return name if name[:1].isalpha() else f"model_{name}"
 
 
 def choose_path(given: str | None, source: str, transformer: str) -> Any:

@@ -50,7 +50,7 @@ def test_diffusers_components_are_found_with_sizes_and_dtypes(remote: Remote) ->
     assert [part.name for part in report.components] == ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
     assert report.card.licence == "apache-2.0" and report.card.task == "text-to-image"
     assert not report.missing and not report.traps
-    assert report.next == "port-kit manifest org/some_model"
+    assert report.next == "port-kit new some_model --path hybrid --from org/some_model"
 
 
 def test_memory_is_of_the_weights_with_the_largest_sharded(remote: Remote) -> None:
