@@ -22,20 +22,21 @@ if __name__ == "__main__":
     model = fusion.FusionModel(towers["video"], towers["audio"])
     model.set_rope_params()
     differences = {}
-    for path in sorted(folder.glob("dreamid_*/inputs.json")):
+    for path in sorted(folder.glob("*/inputs.json")):
         meta, inputs = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
-        if meta["batch"] > 1 or not meta["ref_ip_lengths"]:
+        lone = meta.get("only") or meta["batch"] > 1 or (meta["family"] != "ovi" and not meta["ref_ip_lengths"])
+        if lone:
             continue
         state = load_file(path.parent / meta["state"])
         model.load_state_dict({name: value.float() for name, value in state.items()})
-        scaling = meta["freqs_scaling"]
-        value = torch.tensor(scaling["num"] / scaling["den"], dtype=getattr(torch, scaling["dtype"]))
+        extra = {name: meta[name] for name in ("first_frame_is_clean", "slg_layer") if name in meta}
+        if scaling := meta.get("freqs_scaling"):
+            value = torch.tensor(scaling["num"] / scaling["den"], dtype=getattr(torch, scaling["dtype"]))
+            extra = {"freqs_scaling": value, **{name: meta[name] for name in ("ref_ip_lengths", "ref_audio_lengths")}}
         lists = [[inputs[f"{name}.0"]] for name in ("vid", "audio", "vid_context", "audio_context")]
         lengths = inputs["vid.0"][0].numel() // 4, len(inputs["audio.0"])
         with torch.inference_mode():
-            flows = model(
-                *lists[:2], inputs["t"], *lists[2:], *lengths, value, meta["ref_ip_lengths"], meta["ref_audio_lengths"]
-            )
+            flows = model(*lists[:2], inputs["t"], *lists[2:], *lengths, **extra)
         expected = load_file(path.parent / "outputs_fp32.safetensors")
         gaps = [
             (flow[0] - expected[f"{name}.0"]).abs().max() for name, flow in zip(("vid", "audio"), flows, strict=True)

@@ -62,9 +62,9 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, m: Tensor, turns: Tensor) -> Tensor:
         """Add self-attention."""
-        a, y = self.self_attn, plain_norm(x) * (1 + m[:, 1]) + m[:, 0]
+        a, y = self.self_attn, plain_norm(x) * (1 + m[:, :, 1]) + m[:, :, 0]
         q, k = turn(a.split(a.norm_q(a.q(y))), turns), turn(a.split(a.norm_k(a.k(y))), turns)
-        return x + m[:, 2] * a.o(flash_attention(q, k, a.split(a.v(y))).flatten(2))
+        return x + m[:, :, 2] * a.o(flash_attention(q, k, a.split(a.v(y))).flatten(2))
 
     def cross(self, x: Tensor, m: Tensor, text: Tensor, turns: Tensor, other: Tensor, other_turns: Tensor) -> Tensor:
         """Add attention to the text and to the other stream, then the feed-forward."""
@@ -74,7 +74,7 @@ class Block(nn.Module):
         keys = turn(a.split(a.norm_k_fusion(a.k_fusion(target))), other_turns)
         seen = seen + flash_attention(turn(q, turns), keys, a.split(a.v_fusion(target)))
         x = x + a.o(seen.flatten(2))
-        return x + m[:, 5] * self.ffn(plain_norm(x) * (1 + m[:, 4]) + m[:, 3])
+        return x + m[:, :, 5] * self.ffn(plain_norm(x) * (1 + m[:, :, 4]) + m[:, :, 3])
 
 
 class GatedConvs(nn.Module):
@@ -124,10 +124,10 @@ class Tower(nn.Module):
         self.head_dim = dim // self.heads
 
     def conditions(self, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the time's vector [1, D], its six projections [1, 6, D], and the text [1, T, D]."""
+        """Return of times [S] their vectors [1, S, D] and six projections [1, S, 6, D], and the text [1, T, D]."""
         half = self.freq_dim // 2
         angles = t.double()[:, None] * 10_000 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-        e = self.time_embedding(torch.cat((angles.cos(), angles.sin()), -1).to(context.dtype))
+        e = self.time_embedding(torch.cat((angles.cos(), angles.sin()), -1).to(context.dtype))[None]
         text = self.text_embedding(pad(context, (0, 0, 0, self.text_len - len(context)))[None])
         return e, self.time_projection(e).unflatten(-1, (6, -1)), text
 
@@ -138,6 +138,7 @@ class FusionModel(nn.Module):
     def __init__(self, video_config: Mapping[str, Any], audio_config: Mapping[str, Any]) -> None:
         super().__init__()
         self.video_model, self.audio_model = Tower(video_config), Tower(audio_config)
+        self.factor = audio_config.get("temporal_rope_scaling_factor")
         self.ready = False
 
     def set_rope_params(self) -> None:
@@ -153,23 +154,30 @@ class FusionModel(nn.Module):
         audio_context: Sequence[Tensor],
         vid_seq_len: int,
         audio_seq_len: int,
-        freqs_scaling: Tensor,
-        ref_ip_lengths: Sequence[Sequence[int]],
-        ref_audio_lengths: Sequence[Sequence[int]],
+        freqs_scaling: Tensor | None = None,
+        ref_ip_lengths: Sequence[Sequence[int]] = ((),),
+        ref_audio_lengths: Sequence[Sequence[int]] = ((),),
+        first_frame_is_clean: bool = False,
+        slg_layer: int = 0,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Predict both flows of one sample."""
+        """Predict both flows of one sample; DreamID-Omni gives a scaling and references, Ovi the last two."""
         assert self.ready and len(vid) == len(audio) == 1
         v_tower, a_tower = self.video_model, self.audio_model
         patches = v_tower.patch_embedding(vid[0][None])
         grid = tuple(patches.shape[2:])
         v, a = patches.flatten(2).transpose(1, 2), a_tower.patch_embedding(audio[0].T[None]).transpose(1, 2)
         assert (v.shape[1], a.shape[1]) == (vid_seq_len, audio_seq_len)
+        scaling = torch.tensor(self.factor, dtype=torch.float64) if freqs_scaling is None else freqs_scaling
         v_turns = video_turns(grid, sum(ref_ip_lengths[0]), v_tower.head_dim)
-        a_turns = audio_turns(a.shape[1], ref_audio_lengths[0], a_tower.head_dim, freqs_scaling)
-        v_e, v_e0, v_text = v_tower.conditions(t, vid_context[0])
+        a_turns = audio_turns(a.shape[1], ref_audio_lengths[0], a_tower.head_dim, scaling)
+        v_times = t.repeat(v.shape[1])
+        v_times[: grid[1] * grid[2] * first_frame_is_clean] = 0
+        v_e, v_e0, v_text = v_tower.conditions(v_times, vid_context[0])
         a_e, a_e0, a_text = a_tower.conditions(t, audio_context[0])
-        for v_block, a_block in zip(v_tower.blocks, a_tower.blocks, strict=True):
-            v_m, a_m = v_block.modulation.modulation + v_e0, a_block.modulation.modulation + a_e0
+        for index, (v_block, a_block) in enumerate(zip(v_tower.blocks, a_tower.blocks, strict=True)):
+            if index == slg_layer > 0:
+                continue
+            v_m, a_m = v_block.modulation.modulation[None] + v_e0, a_block.modulation.modulation[None] + a_e0
             a1, v1 = a_block.attend(a, a_m, a_turns), v_block.attend(v, v_m, v_turns)
             a = a_block.cross(a1, a_m, a_text, a_turns, v1, v_turns)
             v = v_block.cross(v1, v_m, v_text, v_turns, a1, a_turns)

@@ -1,0 +1,11 @@
+"""How Ovi's original code is run for ``port-kit verify parity ovi --reference``."""
+
+from __future__ import annotations
+
+from port_kit.reference import Reference
+
+REFERENCE = Reference(
+    code="ovi_reference",
+    script="port_kit.models.wan_fusion.reference_runner",
+    options={"family": "ovi", "package": "ovi"},
+)
