@@ -159,9 +159,14 @@ def _compare(pipeline: Any, recording: Recording, run: EndToEnd) -> Iterable[Pai
     while not state.is_done:
         pipeline.advance(state, pipeline.predict(state))
     video, audio = pipeline.decode(state)
-    seen["audio.wave"] = audio
-    if "video.frames_index" in recording.tensors:
-        seen["video.frames"] = video[0][:, recording.tensors["video.frames_index"]]
+    seen["video.frames"] = _recorded_part(video[0], recording, "video.frames", dim=1)
+    seen["audio.wave"] = _recorded_part(audio, recording, "audio.wave", dim=0)
     for name, value in seen.items():
         if name in recording.tensors:
             yield Pair(name, value, recording.tensors[name], recording.bounds.get(name, EXACT))
+
+
+def _recorded_part(value: torch.Tensor, recording: Recording, name: str, *, dim: int) -> torch.Tensor:
+    """Return the frames or samples that are recorded: all, or those whose numbers stand in ``<name>_index``."""
+    index = recording.tensors.get(f"{name}_index")
+    return value if index is None else value.index_select(dim, index)

@@ -1,4 +1,4 @@
-"""The goldens' tiny DreamID-Omni as a model directory, assembled from its original repositories' layout."""
+"""The goldens' tiny models as model directories, assembled from their original repositories' layout."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import pytest
 
 @pytest.fixture(scope="session")
 def dreamid_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory made with the recipe's own file rules and conversion; float32 positions, as recorded."""
+    """DreamID-Omni, made with the recipe's own file rules and conversion; float32 positions, as recorded."""
     from port_kit.models.wan_fusion.golden_pipeline import Recording, assemble
 
     recording = Recording.read(goldens / "e2e_dreamid")
     return assemble(goldens, tmp_path_factory.mktemp("models") / "tiny", recording.record)
+
+
+@pytest.fixture(scope="session")
+def ovi_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ovi, made with the recipe's own file rules and conversion; frames of 4096 pixels, as recorded."""
+    from port_kit.models.wan_fusion.golden_pipeline import Recording, assemble
+    from port_kit.models.wan_fusion.golden_runs import OVI_T2V
+
+    recording = Recording.read(goldens / OVI_T2V.folder)
+    return assemble(goldens, tmp_path_factory.mktemp("models") / "ovi", recording.record, OVI_T2V)

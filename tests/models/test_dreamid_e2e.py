@@ -59,7 +59,7 @@ def test_every_step_video_and_sound_match_the_reference_engine(goldens: Path) ->
     assert report.ok, report.to_json()
     names = [difference.name for difference in report.differences]
     assert names[-2:] == ["video.frames", "audio.wave"]
-    assert sum("latent_after" in name for name in names) == 8
+    assert sum("latent_after" in name for name in names) == 4
 
 
 def test_the_whole_request_gives_121_frames_and_their_sound(

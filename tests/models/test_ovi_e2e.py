@@ -1,0 +1,132 @@
+"""Ovi end to end: the reference engine's trajectories from text and from a first frame, refused requests, guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from vllm_omni.diffusion.request import DUMMY_DIFFUSION_REQUEST_ID, OmniDiffusionRequest
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+from port_kit.models.ovi import PORT
+from port_kit.models.ovi.config import GuidanceScales
+from port_kit.models.ovi.pipeline import OviPipeline
+from port_kit.models.wan_fusion.denoising import Job
+from port_kit.models.wan_fusion.golden_pipeline import load_pipeline, ovi_cases, run_e2e
+from port_kit.models.wan_fusion.golden_runs import OVI_I2V, OVI_T2V, EndToEnd
+from port_kit.parity import Case, run_case
+from port_kit.port import find_port
+from port_kit.runtime.local import single_rank
+
+
+@pytest.fixture(scope="module")
+def pipeline(ovi_model: Path) -> Iterator[OviPipeline]:
+    """The tiny pipeline, loaded by the standard loader."""
+    with single_rank(torch.float32):
+        yield load_pipeline(ovi_model)
+
+
+def request(media: dict[str, Any] | None = None, request_id: str = "test", **sampling: Any) -> DiffusionRequestBatch:
+    """A small request of one step."""
+    fields = {"num_inference_steps": 1, "seed": 5, **sampling}
+    prompt = {"prompt": sampling.pop("prompt", "rain on a roof"), "multi_modal_data": media or {}}
+    fields.pop("prompt", None)
+    return DiffusionRequestBatch([OmniDiffusionRequest(prompt, OmniDiffusionSamplingParams(**fields), request_id)])
+
+
+def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
+    assert find_port("ovi") == PORT
+    assert PORT.class_name == OviPipeline.__name__
+    assert [component.name for component in PORT.components] == [
+        *OviPipeline._dit_modules,
+        *OviPipeline._encoder_modules,
+        *OviPipeline._vae_modules,
+    ]
+
+
+@pytest.mark.parametrize("run", [OVI_T2V, OVI_I2V], ids=lambda run: run.folder)
+def test_latents_video_and_sound_match_the_reference_engine(goldens: Path, run: EndToEnd) -> None:
+    report = run_case(Case(f"{run.folder} fp32", lambda: run_e2e(goldens, "fp32", run)))
+    assert report.ok, report.to_json()
+    names = [difference.name for difference in report.differences]
+    assert names[-2:] == ["video.frames", "audio.wave"]
+    assert sum("latent_after" in name for name in names) == 4
+    assert ("pixels_to_vae.0" in names) == (run is OVI_I2V)
+
+
+def test_the_ports_cases_are_its_runs_and_all_that_it_shares(goldens: Path) -> None:
+    names = [case.name for case in ovi_cases(goldens)]
+    assert names[-2:] == ["e2e_ovi_t2v fp32", "e2e_ovi_i2v fp32"]
+    assert {"umt5 fp32", "wan_vae fp32", "mmaudio fp32", "fusion/ovi_slg fp32", "fusion/rope fp32"} <= set(names)
+
+
+def test_a_first_frame_stays_and_its_picture_gives_the_size(pipeline: OviPipeline) -> None:
+    with torch.inference_mode():
+        job = pipeline.prepare(request({"image": Image.new("RGB", (300, 150), (200, 30, 90))}))
+        assert (job.request.height, job.request.width) == (32, 96)
+        state = pipeline.start(job)
+        first = state.conditions.pictures
+        assert first.shape == (1, 48, 1, 2, 6)
+        positive, negative = pipeline.branches(state)
+        assert (positive["first_frame_clean"], positive["skip_block"], negative["skip_block"]) == (True, None, 1)
+        assert torch.equal(positive["video"][:, :, :1], first)
+        pipeline.advance(state, (torch.ones_like(state.video), torch.ones_like(state.audio)))
+        assert torch.equal(state.video[:, :, :1], first) and state.is_done
+
+
+def test_text_alone_has_no_clean_frame_and_no_block_left_out_where_none_is_asked(pipeline: OviPipeline) -> None:
+    with torch.inference_mode():
+        state = pipeline.start(pipeline.prepare(request(extra_args={"slg_layer": 0})))
+        assert state.video.shape == (1, 48, 31, 2, 6)
+        assert [(b["first_frame_clean"], b["skip_block"]) for b in pipeline.branches(state)] == [(False, None)] * 2
+
+
+def test_the_start_up_run_is_short(pipeline: OviPipeline) -> None:
+    media = {"image": Image.new("RGB", (512, 512))}
+    fields = {"num_frames": pipeline.dummy_run_num_frames, "height": 512, "width": 512}
+    result = pipeline.forward(request(media, DUMMY_DIFFUSION_REQUEST_ID, **fields))
+    assert result.error is None
+    assert result.output["video"].shape == (5, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("media", "sampling", "says"),
+    [
+        ({"image": [b"corrupt"]}, {}, "picture cannot be read"),
+        ({"image": Image.new("RGB", (64, 64))}, {"height": 64, "width": 128}, "the picture is 64x64"),
+        ({"image": [3]}, {}, "picture is int"),
+        ({}, {"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({}, {"extra_args": {"slg_layer": 3}}, "0 to 2"),
+        ({}, {"extra_args": {"video_noise": torch.zeros(1)}}, "a tensor of shape (48, 31, 2, 6) is required"),
+        ({}, {"prompt": "many words " * 300}, "tokens; the text encoder reads 512"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_request_is_a_clients_error_before_any_model_runs(
+    pipeline: OviPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    media: dict[str, Any],
+    sampling: dict[str, Any],
+    says: str,
+) -> None:
+    ran: list[Job] = []
+    monkeypatch.setattr(pipeline, "generate", ran.append)
+    result = pipeline.forward(request(media, **sampling))
+    assert not ran
+    assert result.output is None
+    assert says in result.error
+    assert (result.error_status_code, result.error_type) == (400, "BadRequestError")
+
+
+def test_guidance_pushes_each_modality_by_its_own_scale() -> None:
+    positive, negative = ((torch.tensor(video), torch.tensor(audio)) for video, audio in ((5, 7), (1, 2)))
+    combine = OviPipeline.combine_multi_branch_cfg_noise
+    video, audio = combine(None, [positive, negative], dataclasses.asdict(GuidanceScales()))  # type: ignore[arg-type]
+    assert video == 1 + 4.0 * (5 - 1)
+    assert audio == 2 + 3.0 * (7 - 2)

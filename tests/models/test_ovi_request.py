@@ -1,0 +1,159 @@
+"""What an Ovi request may say, what size its video gets, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+from port_kit.errors import CODES, InputError, PortKitError
+from port_kit.models.ovi.config import (
+    LABEL,
+    TAGS,
+    VARIANTS,
+    GenerationRequest,
+    GuidanceScales,
+    Model,
+    check_ratio,
+    format_prompt,
+    parse_request,
+    size_for_area,
+    size_of_picture,
+)
+from port_kit.models.ovi.recipe import recipe
+from port_kit.models.wan_fusion.request import Lengths
+
+LENGTHS = Lengths(31, 157)
+MODEL = Model(video_area=720 * 720, audio_prompt=TAGS, skip_block=11, blocks=30)
+
+
+def parse(prompt: Any = "a street", *, image: Any = None, **sampling: Any) -> GenerationRequest:
+    """Parse a request that is good apart from what is given."""
+    fields = {"prompt": prompt, "multi_modal_data": {"image": image}} if image is not None else prompt
+    return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS, MODEL)
+
+
+def test_a_request_that_says_nothing_gets_the_original_defaults() -> None:
+    request = parse()
+    assert (request.height, request.width, request.steps, request.shift) == (512, 992, 50, 5.0)
+    assert (request.solver, request.seed, request.skip_block, request.image) == ("unipc", 103, 11, None)
+    assert request.scales == GuidanceScales(4.0, 3.0)
+    assert request.video_negative_prompt == "jitter, bad hands, blur, distortion"
+    assert request.audio_negative_prompt == "robotic, muffled, echo, distorted"
+
+
+def test_options_travel_in_extra_args() -> None:
+    request = parse(
+        extra_args={"audio_guidance_scale": 2, "slg_layer": 0}, guidance_scale=6, guidance_scale_provided=True
+    )
+    assert (request.scales, request.skip_block) == (GuidanceScales(6.0, 2.0), 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "area", "made"),
+    [
+        ((512, 992), 720 * 720, (512, 992)),
+        ((1080, 1920), 720 * 720, (544, 960)),
+        ((1080, 1920), 960 * 960, (704, 1280)),
+        ((1920, 1080), 960 * 960, (1280, 704)),
+        ((64, 64), 960 * 960, (960, 960)),
+        ((1, 2000), 720 * 720, None),
+    ],
+)
+def test_height_and_width_give_the_ratio_and_the_checkpoint_the_area(
+    given: tuple[int, int], area: int, made: tuple[int, int] | None
+) -> None:
+    if made is None:
+        with pytest.raises(InputError, match="sides of at most 4096"):
+            size_for_area(*given, area)
+    else:
+        assert size_for_area(*given, area) == made
+
+
+@pytest.mark.parametrize(
+    ("picture", "area", "made"),
+    [
+        ((50, 130), 64 * 64, (32, 96)),  # the recorded run's picture
+        ((736, 1424), 960 * 960, (704, 1344)),
+        ((720, 720), 720 * 720, (704, 704)),
+        ((1000, 1000), 960 * 960, (960, 960)),
+    ],
+)
+def test_a_picture_gives_the_ratio(picture: tuple[int, int], area: int, made: tuple[int, int]) -> None:
+    assert size_of_picture(*picture, area) == made
+
+
+def test_a_size_beside_a_picture_must_have_its_ratio() -> None:
+    check_ratio(OmniDiffusionSamplingParams(height=512, width=992), 768, 1488)
+    check_ratio(OmniDiffusionSamplingParams(), 768, 768)
+    with pytest.raises(InputError, match="height and width are 512 and 992, the picture is 768x768") as caught:
+        check_ratio(OmniDiffusionSamplingParams(height=512, width=992), 768, 768)
+    assert caught.value.code == "input_size"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tagged", "labelled"),
+    [
+        ("Rain. Audio: drops,\nwind.", "Rain. <AUDCAP>drops,\nwind.<ENDAUDCAP>", "Rain. Audio: drops,\nwind."),
+        ("Rain. <AUDCAP>drops<ENDAUDCAP>", "Rain. <AUDCAP>drops<ENDAUDCAP>", "Rain. Audio: drops"),
+        ("Rain, <S>hello<E>.", "Rain, <S>hello<E>.", "Rain, <S>hello<E>."),
+    ],
+)
+def test_what_is_heard_takes_the_form_that_the_checkpoint_reads(prompt: str, tagged: str, labelled: str) -> None:
+    assert format_prompt(prompt, TAGS) == tagged
+    assert format_prompt(prompt, LABEL) == labelled
+    assert parse(prompt).prompt == tagged
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"prompt": ""}, "input_missing", "prompt is empty"),
+        ({"prompt": 3}, "input_type", "prompt is int"),
+        ({"image": ["a", "b"]}, "input_count", "2 pictures; one, the first frame"),
+        ({"height": 512}, "input_missing", "height is given alone"),
+        ({"width": 512}, "input_missing", "width is given alone"),
+        ({"height": 0, "width": 512}, "input_value", "height is 0"),
+        ({"height": 512, "width": 1 << 20}, "input_value", "width is 1048576"),
+        ({"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),
+        ({"num_frames": 241}, "input_value", "121 frames"),
+        ({"num_outputs_per_prompt": 0}, "input_value", "num_outputs_per_prompt is 0"),
+        ({"extra_args": {"slg_layer": 30}}, "input_value", "0 to 29"),
+        ({"extra_args": {"slg_layer": -1}}, "input_value", "slg_layer is -1"),
+        ({"extra_args": {"slg_layr": 3}}, "input_value", "did you mean 'slg_layer'"),
+        ({"extra_args": {"video_guidance_scale": float("nan")}}, "input_value", "finite"),
+        ({"extra_args": {"audio_guidance_scale": "3"}}, "input_type", "audio_guidance_scale"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value)[:30],
+)
+def test_each_mistake_is_named(change: dict[str, Any], code: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(**change)
+    assert caught.value.code == code
+    assert code in CODES
+    assert says in str(caught.value)
+
+
+def test_sounds_are_refused() -> None:
+    fields = {"prompt": "p", "multi_modal_data": {"audio": ["a.wav"]}}
+    with pytest.raises(InputError, match="1 sound"):
+        parse_request(fields, OmniDiffusionSamplingParams(), LENGTHS, MODEL)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_variant_is_a_file_an_area_a_length_and_a_form_of_prompts(name: str) -> None:
+    given, made = VARIANTS[name], recipe(name)
+    assert made.repositories[0].files[0].pattern == given.file
+    assert made.repositories[0].files[0].target(given.file) == "transformer/model.safetensors"
+    model = Model.from_index(made.model_index, blocks=30)
+    assert (model.video_area, model.audio_prompt, model.skip_block) == (given.video_area, given.audio_prompt, 11)
+    seconds = 10 if name.endswith("10s") else 5
+    assert given.lengths.frames == 1 + 24 * seconds
+    assert f"{round(given.video_area**0.5)}x" in name
+
+
+def test_a_model_directory_without_the_keys_is_refused() -> None:
+    with pytest.raises(PortKitError, match="model_index.json lacks audio_prompt, skip_block") as caught:
+        Model.from_index({"video_area": 1}, blocks=2)
+    assert caught.value.code == "model_incomplete"
