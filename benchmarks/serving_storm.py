@@ -29,7 +29,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.testing.server import ApiServer
+from port_kit.testing.tiny_fusion import download_tiny
 
 #: What one request asks for. Clients that hang up ask for so many steps that they cannot be done before.
 GOOD = {"prompt": "two people talk", "width": "96", "height": "64", "num_inference_steps": "1", "seed": "3"}
@@ -196,20 +198,6 @@ def _latencies(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def tiny_model(folder: Path) -> Path:
-    """Download the tiny DreamID-Omni from a loopback Hub, as the example does."""
-    from port_kit.download import download
-    from port_kit.models.dreamid_omni.recipe import RECIPE
-    from port_kit.testing.hub import Hub
-    from port_kit.testing.tiny_fusion import tiny_fusion_model
-
-    tiny = tiny_fusion_model(RECIPE, folder / "source")
-    with Hub(tiny.repositories) as hub:
-        recipe = RECIPE.with_(configs=tiny.configs)
-        download(recipe, folder / "model", endpoint=hub.endpoint, token=False, use_cache=False)
-    return folder / "model"
-
-
 def main() -> int:
     """Run the storm and print its report; return 1 where a good request failed or a bad one was not refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,7 +210,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="port-kit-storm-")))
-        model = arguments.model or tiny_model(folder)
+        model = arguments.model or download_tiny(RECIPE, folder / "model").directory
         server = stack.enter_context(ApiServer(model, "--dtype", "float32", "--enforce-eager", folder=folder))
         report = asyncio.run(run(server.url, arguments.requests, arguments.rounds, arguments.seed, server.memory))
         report["files_left"] = len(list(server.storage.iterdir()))

@@ -9,7 +9,10 @@ client.delete(job)                                                    # DELETE /
 
 from __future__ import annotations
 
+import argparse
+import json
 import mimetypes
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,8 +20,8 @@ from typing import Any
 
 import httpx
 
-#: One file of a form: its name, its content, its media type.
-Upload = tuple[str, bytes, str]
+#: One file of a form: the field's name, then the file's name, content and media type.
+Upload = tuple[str, tuple[str, bytes, str]]
 
 
 class RefusedError(Exception):
@@ -101,10 +104,10 @@ class VideoClient:
 
     def _post(self, path: str, fields: Mapping[str, Any], files: Iterable[Upload]) -> httpx.Response:
         form = {name: str(value) for name, value in fields.items() if value is not None}
-        return self._http.post(path, data=form, files=[("input_references", upload) for upload in files])
+        return self._http.post(path, data=form, files=list(files))
 
 
-def upload(path: str | Path) -> Upload:
+def upload(path: str | Path) -> tuple[str, bytes, str]:
     """Read a file for a form. Its media type, guessed from its suffix, tells the server what it is."""
     path = Path(path)
     return path.name, path.read_bytes(), mimetypes.guess_type(path.name)[0] or "application/octet-stream"
@@ -117,3 +120,45 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.headers.get("content-type", "").startswith("application/json"):
         error = response.json().get("error") or error
     raise RefusedError(response.status_code, str(error["message"]))
+
+
+def request_parser(documentation: str, options: Mapping[str, type], output: str) -> argparse.ArgumentParser:
+    """Return a parser with what all examples take.
+
+    Args:
+        documentation: the example's.
+        options: the port's own, which the form has no fields for, with their types.
+        output: default name of the file that is written.
+    """
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="http://127.0.0.1:8000")
+    parser.add_argument("-o", "--output", default=output)
+    parser.add_argument("--sync", action="store_true", help="one request that stays open, instead of a job")
+    request = parser.add_argument_group("request (defaults are the model's)")
+    request.add_argument("--prompt", default=None)
+    for name in ("height", "width", "num-inference-steps", "seed"):
+        request.add_argument(f"--{name}", type=int, default=None)
+    for name, kind in options.items():
+        request.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
+    return parser
+
+
+def form_of(arguments: argparse.Namespace, options: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of the form; what is not given is left to the model, the port's own go in ``extra_params``."""
+    names = ("prompt", "height", "width", "num_inference_steps", "seed")
+    fields = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    extra = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
+    return {**fields, **({"extra_params": json.dumps(extra)} if extra else {})}
+
+
+def ask(arguments: argparse.Namespace, fields: Mapping[str, Any], files: Iterable[Upload]) -> int:
+    """Ask for one video and write it; return 1 where the server refused, with its reason on stderr."""
+    client = VideoClient(arguments.server)
+    try:
+        video = (client.generate if arguments.sync else client.run)(fields, files)
+    except RefusedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    Path(arguments.output).write_bytes(video)
+    print(f"{arguments.output}: {len(video)} bytes")
+    return 0

@@ -26,6 +26,8 @@ from types import TracebackType
 #: Cancels sync requests of clients that hung up; see :mod:`port_kit.runtime.serving`.
 MIDDLEWARE = "port_kit.runtime.serving.CancelOnDisconnect"
 
+LAUNCHER = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+
 _PR_SET_PDEATHSIG = 1
 _GRACE = 5.0
 
@@ -38,6 +40,8 @@ class ApiServer:
         arguments: options for ``vllm serve``, beside the address and ``--omni``.
         folder: where its log (``server.log``) and its finished videos (``storage/``) go.
         environment: variables on top of this process's.
+        script: a shell script that starts it, with the model and the options as arguments; None is ``vllm serve``
+            with :data:`MIDDLEWARE`.
         start_timeout: seconds until it must answer; importing vLLM alone takes many on a busy machine.
 
     Attributes:
@@ -51,6 +55,7 @@ class ApiServer:
         *arguments: str,
         folder: Path,
         environment: dict[str, str] | None = None,
+        script: Path | None = None,
         start_timeout: float = 400.0,
     ) -> None:
         self.port = _free_port()
@@ -58,8 +63,9 @@ class ApiServer:
         self.storage = folder / "storage"
         self.log = folder / "server.log"
         self._command = [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", os.fspath(model), "--omni"),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--middleware", MIDDLEWARE),
+            *(LAUNCHER if script is None else ("sh", os.fspath(script))),
+            *(os.fspath(model), "--host", "127.0.0.1", "--port", str(self.port)),
+            *(("--omni", "--middleware", MIDDLEWARE) if script is None else ()),
             *arguments,
         ]
         self._environment = {

@@ -1,22 +1,24 @@
-"""One server on a tiny model for a whole module, started as a user starts it; and the example's clients."""
+"""One server on a tiny model for a whole module, started as a user starts it."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from port_kit.download import Recipe
 from port_kit.testing.server import ApiServer
+from port_kit.testing.tiny_fusion import download_tiny
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "online_serving" / "dreamid_omni"
-
-#: Finished files are kept for so many seconds in the tests' server.
-KEPT = 20
+EXAMPLES = ROOT / "examples" / "online_serving"
 
 
 def _load(path: Path) -> ModuleType:
@@ -35,22 +37,16 @@ def storm() -> ModuleType:
     return _load(ROOT / "benchmarks" / "serving_storm.py")
 
 
-@pytest.fixture(scope="session")
-def clients() -> ModuleType:
-    """The example's client module."""
-    return _load(EXAMPLE.parent / "video_client.py")
-
-
-@pytest.fixture(scope="module")
-def server(storm: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """A server of a tiny DreamID-Omni; its process group is killed in the end."""
-    folder = tmp_path_factory.mktemp("serving")
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_OMNI_SERVER_STORAGE__FILE_TTL": str(KEPT),
-        "VLLM_OMNI_SERVER_STORAGE__TTL_SWEEP_INTERVAL": "1",
-    }
-    model = storm.tiny_model(folder)
-    options = ("--dtype", "float32", "--enforce-eager")
-    with ApiServer(model, *options, folder=folder, environment=environment) as running:
+@contextmanager
+def serving(recipe: Recipe, folder: Path, **environment: str) -> Iterator[ApiServer]:
+    """Serve the tiny model of a recipe; the server's process group is killed in the end."""
+    model = download_tiny(recipe, folder / "model").directory
+    variables = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
+    with ApiServer(model, "--dtype", "float32", "--enforce-eager", folder=folder, environment=variables) as running:
         yield running
+
+
+def run_client(command: list[str], server: ApiServer) -> subprocess.CompletedProcess[str]:
+    """Run one of the examples' clients against a server, whose address a shell script reads from SERVER."""
+    environment = {**os.environ, "SERVER": server.url, "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

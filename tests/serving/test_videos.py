@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +17,22 @@ import httpx
 import psutil
 import pytest
 
+from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.models.wan_fusion.media import measure_mp4
 from port_kit.testing.server import ApiServer
-from tests.serving.conftest import EXAMPLE, KEPT
+from tests.serving.conftest import EXAMPLES, run_client, serving
 
 LIMIT = 300.0
+#: Seconds that finished files are kept.
+KEPT = 20
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """A server of the tiny DreamID-Omni."""
+    kept = {"VLLM_OMNI_SERVER_STORAGE__FILE_TTL": str(KEPT), "VLLM_OMNI_SERVER_STORAGE__TTL_SWEEP_INTERVAL": "1"}
+    with serving(RECIPE, tmp_path_factory.mktemp("dreamid"), **kept) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -232,15 +243,21 @@ def _example(command: str, server: ApiServer, folder: Path, height: int) -> subp
     """Run one of the example's clients on the references in ``folder``; it writes ``out.mp4`` there."""
     steps = {"height": height, "width": 96, "num_inference_steps": 1}
     if command == "curl":
-        line = ["sh", str(EXAMPLE / "client.sh"), str(folder), str(folder / "out.mp4")]
+        line = ["sh", str(EXAMPLES / "dreamid_omni" / "client.sh"), str(folder), str(folder / "out.mp4")]
         line += [part for name, value in steps.items() for part in ("-F", f"{name}={value}")]
     else:
-        line = [sys.executable, str(EXAMPLE / "client.py"), "--server", server.url, "-o", str(folder / "out.mp4")]
+        line = [
+            sys.executable,
+            str(EXAMPLES / "dreamid_omni" / "client.py"),
+            "--server",
+            server.url,
+            "-o",
+            str(folder / "out.mp4"),
+        ]
         line += ["--images", *(str(folder / f"{name}.png") for name in "ab")]
         line += ["--voices", *(str(folder / f"{name}.wav") for name in "ab")]
         line += [part for name, value in steps.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    environment = {**os.environ, "SERVER": server.url, "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    return run_client(line, server)
 
 
 @pytest.mark.parametrize("command", ["python", "curl"])

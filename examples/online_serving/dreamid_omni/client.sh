@@ -5,7 +5,8 @@ set -eu
 folder=${1:?"usage: client.sh FOLDER OUTPUT [-F name=value ...]"}
 output=${2:?"usage: client.sh FOLDER OUTPUT [-F name=value ...]"}
 shift 2
-# --form-string: curl takes a text that begins with < for the name of a file. --fail-with-body: a refused request ends with an error, and its reason is printed.
+# --form-string: curl takes a text that begins with < for the name of a file.
+# --fail-with-body: a refused request ends with an error, and its reason is printed.
 curl --silent --show-error --fail-with-body "${SERVER:-http://127.0.0.1:8000}/v1/videos/sync" --output "$output" \
     --form-string "prompt=<img1>: In the frame, a woman is identified as <sub1>. <img2>: In the frame, a man is identified as <sub2>. <sub1> says, <S>Hello there.<E>" \
     -F "input_references=@$folder/a.png" -F "input_references=@$folder/b.png" \
