@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from vllm_omni.diffusion.distributed.parallel_state import get_classifier_free_guidance_rank
 
-from port_kit.errors import ParallelError
+from port_kit.parallel.guard import check_cache
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -26,17 +26,12 @@ def arrange_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, pas
         passes: guidance passes of one step; pass ``i`` runs on rank ``i`` modulo the number of ranks.
 
     Raises:
-        ParallelError: this rank would run more than two passes.
+        ParallelError: a rank would run more than two passes.
     """
     if od_config.cache_backend != "cache_dit":
         return
+    check_cache(od_config, passes=passes)
     ranks = od_config.parallel_config.cfg_parallel_size
     own = len(range(get_classifier_free_guidance_rank(), passes, ranks))
-    if own > 2:
-        raise ParallelError(
-            f"cache_dit with {own} guidance passes on one rank; it keeps at most 2 apart",
-            code="cache_passes",
-            hint=f"set cfg_parallel_size to {passes // 2} or {passes}, or leave the cache out",
-        )
     declared: Any = transformer._cache_dit_adapter_config
     transformer._cache_dit_adapter_config = replace(declared, has_separate_cfg=own == 2)

@@ -25,6 +25,7 @@ from vllm_omni.errors import OmniClientError
 from port_kit.errors import InputError
 from port_kit.models.wan_fusion.caching import arrange_cache
 from port_kit.models.wan_fusion.denoising import Conditions, Denoising, Job, Step, draw_noise
+from port_kit.models.wan_fusion.layouts import refuse_impossible
 from port_kit.models.wan_fusion.loading import build_components, load_component_weights, read_json, weights_sources
 from port_kit.models.wan_fusion.media import envelope, to_frames
 from port_kit.models.wan_fusion.prompts import tokenize
@@ -215,7 +216,14 @@ class FusionPipeline(
 
 
 def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
-    """Return what turns a worker's output into vLLM-Omni's payload; runs in the engine's process."""
+    """Return what turns a worker's output into vLLM-Omni's payload; runs in the engine's process.
+
+    vLLM-Omni asks for it before it starts workers, so this is also where an impossible layout is refused.
+
+    Raises:
+        ParallelError: the model cannot be run in the engine's parallel configuration.
+    """
+    refuse_impossible(od_config)
 
     def post_process(output: dict[str, Tensor]) -> dict[str, Any]:
         return envelope(output, fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Blocks whose parameters are whole at the same time under HSDP: the one that runs and the one that is fetched.
 WHOLE_BLOCKS = 2
+#: Bytes of a gigabyte as memory is sold.
+GIGABYTE = 10**9
 #: Kinds that shard a sequence; any degree is possible for those that do not exchange heads.
 SEQUENCE_KINDS = ("ulysses", "ring", "allgather")
 
@@ -110,8 +112,8 @@ def preflight(layout: Layout, facts: Facts, *, ranks: int | None = None) -> Pref
     """Check a layout against a model and the ranks that there are.
 
     Raises:
-        ParallelError: with every problem, and for each the degrees that are possible; ``details["possible"]`` lists
-            the layouts of one kind that fit.
+        ParallelError: with every problem, and for each the degrees that are possible. ``details["possible"]`` lists
+            the degrees of each kind alone, ``details["weight_bytes"]`` what each rank then holds of the transformer.
     """
     problems = list(_problems(layout, facts))
     if ranks is not None and layout.world > ranks:
@@ -121,13 +123,27 @@ def preflight(layout: Layout, facts: Facts, *, ranks: int | None = None) -> Pref
         raise ParallelError(
             "; ".join(problems),
             code="parallel_degree",
-            hint="possible: " + ", ".join(f"{kind} {_listed(degrees)}" for kind, degrees in possible.items()),
+            hint="possible: " + ", ".join(_offer(kind, degrees, facts) for kind, degrees in possible.items()),
             problems=problems,
             possible={kind: list(degrees) for kind, degrees in possible.items()},
+            weight_bytes={
+                f"{kind}{degree}": weight_bytes(Layout(**{kind: degree}), facts)
+                for kind, degrees in possible.items()
+                for degree in degrees
+            },
         )
     held = weight_bytes(layout, facts)
     peak = held + min(WHOLE_BLOCKS * facts.block_bytes, facts.weight_bytes) if layout.hsdp > 1 else held
     return Preflight(layout, held, peak, max(0, layout.cfg - facts.branches))
+
+
+def _offer(kind: str, degrees: list[int], facts: Facts) -> str:
+    """Say which degrees of a kind there are; and where it divides the weights, what a rank then holds of them."""
+    held = [weight_bytes(Layout(**{kind: degree}), facts) for degree in degrees]
+    if held[0] >= facts.weight_bytes:
+        return f"{kind} {_listed(degrees)} ({facts.weight_bytes / GIGABYTE:.3g} GB of weights a rank)"
+    sizes = ", ".join(f"{size / GIGABYTE:.3g}" for size in held)
+    return f"{kind} {_listed(degrees)} ({sizes} GB)"
 
 
 def weight_bytes(layout: Layout, facts: Facts) -> int:

@@ -1,0 +1,30 @@
+"""Which parallel layouts a port of the family can have: asked before an engine starts its workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from port_kit.models.wan_fusion.loading import read_json
+from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.parallel.guard import check_engine
+from port_kit.port import list_ports, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+
+def refuse_impossible(od_config: OmniDiffusionConfig) -> None:
+    """Refuse an engine's layout, or its cache, that the model in its directory cannot have; nothing is loaded.
+
+    Raises:
+        ParallelError: says what is possible, and what a rank would then hold.
+    """
+    pipeline: Any = next(
+        resolve(port.pipeline) for port in list_ports().values() if port.class_name == od_config.model_class_name
+    )
+    check_engine(od_config, lambda: _outline(str(od_config.model)), passes=pipeline.guidance_passes)
+
+
+def _outline(model: str) -> nn.Module:
+    return build_transformer(read_json(model, "transformer/config.json"))
