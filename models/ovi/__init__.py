@@ -23,7 +23,7 @@ PORT = Port(
     },
     components=COMPONENTS,
     post_process="get_post_process_func",
-    parity="port_kit.models.wan_fusion.golden_ports:ovi_cases",
+    parity="port_kit.models.wan_fusion.golden_pipeline:ovi_cases",
     reference="port_kit.models.ovi.reference:REFERENCE",
     parallel="port_kit.models.ovi.parallel_subject:tiny_subject",
     card="docs/ports/ovi.md",

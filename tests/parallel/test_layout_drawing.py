@@ -48,6 +48,7 @@ def test_ulysses_is_contiguous_within_a_sequence_and_ring_strides_over_it() -> N
 
 
 def test_neighbours_share_parameters_under_hsdp() -> None:
-    assert 'order="tp-sp-pp-cfg-dp"' in inspect.getsource(parallel_state.initialize_model_parallel)
-    assert "range(start, start + fully_shard_degree)" in inspect.getsource(parallel_state.initialize_model_parallel)
+    source = inspect.getsource(parallel_state)
+    assert 'order="tp-sp-pp-cfg-dp"' in source
+    assert "list(range(start, start + fully_shard_degree)) for start in range(0, world_size" in source
     assert [place.hsdp for place in places(Layout.parse("hsdp2xcfg2xulysses2"))] == [0, 1, 0, 1]
