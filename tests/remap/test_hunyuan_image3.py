@@ -11,6 +11,7 @@ from torch import nn
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import Rule, RuleSet, load_weights
+from port_kit.remap.plan import check
 from port_kit.remap.targets import read_targets
 from port_kit.remap.testing import assert_covers, assert_mutations_caught, assert_round_trip
 from port_kit.runtime.local import single_rank
@@ -41,16 +42,31 @@ def layer(number: int, experts: int) -> dict[str, tuple[int, ...]]:
     return {f"layers.{number}.{name}.weight": shape for name, shape in shapes.items()}
 
 
-def original() -> dict[str, torch.Tensor]:
+def apart(number: int) -> dict[str, tuple[int, ...]]:
+    """The projections of one layer that another form of the checkpoint has one by one, with biases."""
+    shapes: dict[str, tuple[int, ...]] = {"self_attn.o_proj.bias": (HIDDEN,)}
+    for part, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        shapes[f"self_attn.{part}_proj.weight"] = (heads * HEAD_DIM, HIDDEN)
+        shapes[f"self_attn.{part}_proj.bias"] = (heads * HEAD_DIM,)
+    shared = "mlp.shared_mlp" if number else "mlp"
+    shapes |= {f"{shared}.{half}_proj.weight": (DENSE, HIDDEN) for half in ("gate", "up")}
+    return {f"layers.{number}.{name}": shape for name, shape in shapes.items()}
+
+
+def original(*, fused: bool = True) -> dict[str, torch.Tensor]:
     """A tiny checkpoint of the core in the original's names: one dense layer, two with experts."""
-    shapes = {"wte.weight": (VOCABULARY, HIDDEN), "ln_f.weight": (HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (VOCABULARY, HIDDEN), "ln_f.weight": (HIDDEN,)}
     for number in range(3):
         shapes |= layer(number, EXPERTS if number else 0)
+        if not fused:
+            shapes |= apart(number)
+    if not fused:
+        joined = ("self_attn.qkv_proj.weight", "0.mlp.gate_and_up_proj.weight", "shared_mlp.gate_and_up_proj.weight")
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(joined)}
     return random_checkpoint({name: TensorSpec(shape, "bfloat16") for name, shape in shapes.items()})
 
 
-@pytest.fixture(scope="module")
-def core() -> Iterator[nn.Module]:
+def build(*, bias: bool) -> nn.Module:
     """vLLM-Omni's module for the same sizes."""
     from vllm_omni.diffusion.models.hunyuan_image3 import hunyuan_image3_transformer as source
 
@@ -63,6 +79,7 @@ def core() -> Iterator[nn.Module]:
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         attention_head_dim=HEAD_DIM,
+        attention_bias=bias,
         use_qk_norm=True,
         num_experts=EXPERTS,
         moe_topk=2,
@@ -71,8 +88,27 @@ def core() -> Iterator[nn.Module]:
         moe_layer_num_skipped=1,
         rope_scaling={"rope_type": "default", "rope_theta": 10000.0},
     )
+    return source.HunyuanImage3Model(config)
+
+
+@pytest.fixture(scope="module")
+def core() -> Iterator[nn.Module]:
     with single_rank(dtype=torch.bfloat16):
-        yield source.HunyuanImage3Model(config)
+        yield build(bias=False)
+
+
+def test_projections_apart_and_biases_leave_the_same_bits() -> None:
+    """The published files fuse q/k/v and gate/up; the loader takes them one by one too, and so do the rules."""
+    with single_rank(dtype=torch.bfloat16):
+        core = build(bias=True)
+        weights = original(fused=False)
+        assert_two_ways_agree(core, core.load_weights, RULES, weights, SIZES)
+        plan = assert_covers(RULES, manifest_of(weights), Manifest.from_module(core), SIZES)
+        assert_round_trip(plan)
+        assert assert_mutations_caught(plan).same == ()
+        both = manifest_of({**original(), **weights})
+        codes = {problem.code for problem in check(RULES, both, plan.target, SIZES).problems}
+        assert {"remap_ambiguous", "remap_collision"} & codes
 
 
 def test_rules_and_load_weights_leave_the_same_bits(core: nn.Module) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from port_kit.errors import RemapError
-from port_kit.remap import Op, Rule, RuleSet
+from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.lora import remap_lora
+from port_kit.remap.mapper import stacked_params_mapping
+from tests.remap.linears import Linear
 
 RULES = RuleSet(
     "base",
@@ -35,6 +39,43 @@ def test_names_follow_the_base_model(prefix: str) -> None:
         "layers.0.ffn.up.lora_down.weight": 4,
         "layers.0.ffn.up.alpha": 5,
     }
+
+
+@pytest.mark.parametrize("form", ["lora_A.weight lora_B.weight", "lora_down.weight lora_up.weight"])
+def test_adapters_of_fused_projections_act_on_their_rows(form: str) -> None:
+    """Merging a LoRA before the load, or into the loaded rows by its new names and slots, gives the same weights."""
+    inputs, rows, rank = 6, {"q": 8, "k": 4, "v": 4}, 2
+    down, up = form.split()
+    base = {f"blocks.0.attn.{part}.weight": torch.randn(count, inputs) for part, count in rows.items()}
+    adapters: dict[str, torch.Tensor] = {}
+    for part, count in rows.items():
+        adapters[f"diffusion_model.blocks.0.attn.{part}.{down}"] = torch.randn(rank, inputs)
+        adapters[f"diffusion_model.blocks.0.attn.{part}.{up}"] = torch.randn(count, rank)
+    rules = RuleSet("base", RULES.rules[:1])
+
+    def loaded(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        linear = Linear("qkv", inputs, [8, 4, 4], kv=4)
+        module = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"qkv": linear})})])})
+        load_weights(module, weights.items(), rules)
+        return linear.weight.data
+
+    merged = {
+        name: tensor + _product(adapters, f"diffusion_model.{name.removesuffix('.weight')}", down, up)
+        for name, tensor in base.items()
+    }
+    expected, got = loaded(merged), loaded(base).clone()
+    renamed = remap_lora(adapters, rules)
+    slots = {".q": slice(0, 8), ".k": slice(8, 12), ".v": slice(12, 16)}
+    stacked = stacked_params_mapping(rules, base)
+    assert [slot for _, _, slot in stacked] == list(rows)
+    for fused, own, _ in stacked:
+        assert fused == ".qkv"
+        got[slots[own]] += _product(renamed, f"layers.0.attn{own}", down, up)
+    assert torch.equal(got, expected)
+
+
+def _product(adapters: dict[str, torch.Tensor], module: str, down: str, up: str) -> torch.Tensor:
+    return adapters[f"{module}.{up}"] @ adapters[f"{module}.{down}"]
 
 
 @pytest.mark.parametrize(

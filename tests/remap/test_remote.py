@@ -33,16 +33,72 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content
 
 
-def manifest(hub: Hub, source: str, home: Path, *more: str) -> tuple[int, dict]:
+def kit(hub: Hub, home: Path, *words: str) -> tuple[int, dict]:
+    """Run a command in a process of its own, which talks to the loopback Hub: exit code and envelope."""
     done = subprocess.run(
-        [sys.executable, "-m", "port_kit", "manifest", source, "--json", *more],
+        [sys.executable, "-m", "port_kit", *words, "--json"],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, **hub.environment, "HF_HOME": str(home)},
     )
     assert done.stdout, done.stderr[-2000:]
-    return done.returncode, json.loads(done.stdout)
+    envelope = json.loads(done.stdout)
+    assert envelope["schema"] == "port-kit/1" and envelope["ok"] is (done.returncode == 0)
+    return done.returncode, envelope
+
+
+def manifest(hub: Hub, source: str, home: Path, *more: str) -> tuple[int, dict]:
+    return kit(hub, home, "manifest", source, *more)
+
+
+RULES = """name = "remote"
+[[rule]]
+source = '([abc])|x\\.(weight)|(x\\.bias)'
+target = 'm.\\1\\2\\3'
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "names"),
+    [
+        (":dit", (), ("a", "b", "c")),
+        (":single/one.safetensors", (), ("c",)),
+        (":ext/net.pt", ("--wrapper", "generator"), ("weight", "x.bias")),
+    ],
+)
+def test_rules_meet_a_remote_checkpoint_before_it_is_downloaded(
+    files: dict, tmp_path: Path, path: str, more: tuple, names: tuple
+) -> None:
+    """Coverage, plan and proposal from headers alone; the bytes that the Hub sent are a small part of the file."""
+    rules, target, found = tmp_path / "r.toml", tmp_path / "T.json", f"owner/model{path}"
+    rules.write_text(RULES)
+    target.write_text(json.dumps({f"m.{name}": [[3] if "bias" in name else BIG, "float32"] for name in names}))
+    sides = ("--source", found, "--target", str(target))
+    with Hub({"owner/model": files}) as hub:
+        code, envelope = kit(hub, tmp_path, "coverage", *sides, "--rules", str(rules), *more)
+        assert code == 0 and envelope["data"]["source"]["used"] == len(names), envelope
+        assert sum(request.sent for request in hub.requests) < 1 << 20 < sum(map(len, files.values()))
+        if not more:  # rules commands read no wrapped pickles
+            code, envelope = kit(hub, tmp_path, "rules", "plan", *sides, "--rules", str(rules))
+            assert code == 0 and {entry["op"] for entry in envelope["data"]["map"].values()} == {"copy"}
+            code, envelope = kit(hub, tmp_path, "rules", "suggest", *sides)
+            assert code == 0 and set(envelope["data"]["missing"]) <= {f"m.{name}" for name in names}
+        target.write_text(json.dumps({"m.a": [7]}))
+        code, envelope = kit(hub, tmp_path, "coverage", *sides, "--rules", str(rules), *more)
+        assert code == 1 and envelope["data"]["problem_count"] > 0
+        files_named = [problem.get("file") for problem in envelope["data"]["problems"] if problem.get("source")]
+        assert files_named and all(files_named)
+
+
+def test_a_gated_repository_says_what_to_do(files: dict, tmp_path: Path) -> None:
+    target = tmp_path / "T.json"
+    target.write_text("{}")
+    with Hub({"owner/model": files}, gated=("owner/model",)) as hub:
+        sides = ("--source", "owner/model:single/one.safetensors", "--target", str(target))
+        code, envelope = kit(hub, tmp_path, "rules", "suggest", *sides)
+        assert code == 1 and envelope["error"]["code"] == "manifest_invalid"
+        assert "token" in envelope["error"]["hint"]
 
 
 @pytest.mark.parametrize(
