@@ -19,10 +19,19 @@ from port_kit.scaffold.request import PATHS
 @click.option("--path", "kind", type=click.Choice(PATHS), help="Where the model's code comes from.  [--from's own]")
 @click.option("--from", "source", default="", metavar="REPO_OR_DIR", help="Fill in what inspect finds there.")
 @click.option("--transformer", default="", metavar="CLASS", help="The class in diffusers, for --path diffusers.")
+@click.option("--endpoint", help="Address of the Hub; default: HF_ENDPOINT, then the public Hub.")
 @click.option("--output-dir", type=click.Path(path_type=Path), help="The folder to be made.  [default: ./NAME]")
 @json_option
 @handles_errors("new")
-def command(name: str, kind: str | None, source: str, transformer: str, output_dir: Path | None, as_json: bool) -> None:
+def command(
+    name: str,
+    kind: str | None,
+    source: str,
+    transformer: str,
+    endpoint: str | None,
+    output_dir: Path | None,
+    as_json: bool,
+) -> None:
     """Write a port called NAME: a package that passes its own tests at once.
 
     \b
@@ -37,8 +46,8 @@ def command(name: str, kind: str | None, source: str, transformer: str, output_d
 
     if kind is None and not source and not transformer:
         raise click.UsageError("give --path, --transformer or --from")
-    path = choose_path(kind, source, transformer)
-    port = NewPort(name, path, output_dir or Path(name), transformer, source)
+    path = choose_path(kind, source, transformer, endpoint)
+    port = NewPort(name, path, output_dir or Path(name), transformer, source, endpoint)
     files = [str(file.relative_to(port.target)) for file in new_port(port)]
     data = {"name": name, "path": path, "folder": str(port.target), "files": files}
     text = f"{port.target}: {len(files)} files\nnext: cd {port.target} && pytest"

@@ -255,7 +255,7 @@ def _run_problems(seen: _Seen) -> Iterator[str]:
         yield "its pipeline does not run both branches of guidance in one batch"
         return
     given, output = seen.blocks[0][1:]
-    tokens = given.get("hidden_states")
+    tokens: Any = given.get("hidden_states")
     if not hasattr(tokens, "shape") or tokens.ndim != 3:
         yield "its blocks do not take hidden_states of [batch, tokens, width]"
     elif getattr(output, "shape", None) != tokens.shape:

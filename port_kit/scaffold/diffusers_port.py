@@ -27,7 +27,7 @@ def diffusers_files(port: NewPort) -> dict[str, str]:
     Raises:
         ScaffoldError: the class, or what ``--from`` names, cannot be adapted.
     """
-    source = read_source(port.source, "")
+    source = read_source(port.source, "", endpoint=port.endpoint)
     name = _transformer_class(port, source)
     facts = read_class(name)
     if not source.repository:

@@ -36,7 +36,7 @@ def own_files(port: NewPort) -> dict[str, str]:
         InspectError: what ``--from`` names is no model.
         DownloadError: it cannot be reached.
     """
-    source = read_source(port.source, f"your-org/{port.name}")
+    source = read_source(port.source, f"your-org/{port.name}", endpoint=port.endpoint)
     values = {**_names(port, source), **_decoder_values(port), **_loading_values(port), **_recipe_values(port, source)}
     values |= {**_tiny_values(port)}
     templates = {f"{port.name}/{part}.py": f"own/{part}.py" for part in _PARTS}

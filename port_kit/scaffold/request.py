@@ -34,6 +34,7 @@ class NewPort:
         target: the folder to be made.
         transformer: the class in diffusers, for the path ``diffusers``.
         source: a Hub repository or a folder that the model lies in, or empty.
+        endpoint: of the Hub; default ``HF_ENDPOINT``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class NewPort:
     target: Path
     transformer: str = ""
     source: str = ""
+    endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or keyword.iskeyword(self.name) or len(self.name) > _LONGEST:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import Inspection, inspect
+from port_kit.scaffold.request import PortPath
 
 #: What a diffusers pipeline's components are called, and which of their files a model directory needs.
 FOLDERS: Mapping[str, tuple[str, ...]] = {
@@ -85,19 +86,19 @@ def _documents(target: str, commit: str | None, endpoint: str | None) -> tuple[M
         return Documents(tree).object("transformer/config.json"), tuple(tree.files)
 
 
-def choose_path(given: str | None, source: str, transformer: str) -> Any:
+def choose_path(given: str | None, source: str, transformer: str, endpoint: str | None) -> PortPath:
     """Return the path that was asked for; without one, that of the named class or of the source.
 
     Raises:
         ScaffoldError: the source is served already.
     """
     if given:
-        return given
+        return cast(PortPath, given)
     if transformer:
         return "diffusers"
-    found = inspect(source)
+    found = inspect(source, endpoint=endpoint)
     if found.path == "supported":
         raise ScaffoldError(
             f"{source} needs no port: {found.evidence[-1].fact}", code="scaffold_unsupported", hint=found.next
         )
-    return "custom" if found.path == "unknown" else found.path
+    return found.path if found.path in ("diffusers", "hybrid") else "custom"
