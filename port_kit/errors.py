@@ -116,7 +116,7 @@ CODES: dict[str, str] = {
     "input_too_long": "a request's prompt is longer than the text encoder reads",
     "input_too_short": "a reference voice is shorter than the part of it that is used",
     "input_unreadable": "a reference picture or voice cannot be decoded",
-    "cache_passes": "cache_dit cannot keep so many guidance passes of one rank apart",
+    "cache_passes": "cache_dit needs ranks that run equal numbers of guidance passes",
     "media_write": "a video file could not be written or measured",
     "sampling_invalid": "a solver, a number of steps or a shift that cannot be sampled with",
     "component_config": "a component's config.json lacks a key or asks for what the component does not do",

@@ -1,7 +1,13 @@
-"""Cache-DiT with guidance of more than two passes: which passes of a step a rank's cache has to keep apart."""
+"""Cache-DiT with guidance: every pass of a step has a memory of its own, however many of them a rank runs.
+
+Cache-DiT compares a block's residual with that of the call before. It can keep the two passes of plain guidance apart;
+with more of them it would compare a pass with another one of the same step, and reuse the wrong residuals. Here each
+pass has its own context, put in place before the transformer is called, so that the cache sees one pass after step.
+"""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def arrange_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, passes: int) -> None:
-    """Tell Cache-DiT how often this rank calls the transformer in one step.
-
-    Cache-DiT compares a block's residual with that of the call before: it can keep two passes of a step apart, or
-    have one, and would otherwise compare a pass with another pass of the same step and reuse the wrong residuals.
+    """Prepare a transformer for Cache-DiT, if that is on: one context for each pass that this rank runs in a step.
 
     Args:
         transformer: gets an adapter configuration of its own; the class keeps its.
@@ -26,12 +29,42 @@ def arrange_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, pas
         passes: guidance passes of one step; pass ``i`` runs on rank ``i`` modulo the number of ranks.
 
     Raises:
-        ParallelError: a rank would run more than two passes.
+        ParallelError: ranks would run unequal numbers of passes.
     """
     if od_config.cache_backend != "cache_dit":
         return
     check_cache(od_config, passes=passes)
-    ranks = od_config.parallel_config.cfg_parallel_size
-    own = len(range(get_classifier_free_guidance_rank(), passes, ranks))
+    own = len(range(get_classifier_free_guidance_rank(), passes, od_config.parallel_config.cfg_parallel_size))
     declared: Any = transformer._cache_dit_adapter_config
-    transformer._cache_dit_adapter_config = replace(declared, has_separate_cfg=own == 2)
+    transformer._cache_dit_adapter_config = replace(declared, has_separate_cfg=False)
+    if own > 1:
+        transformer.register_forward_pre_hook(PassContexts(own))
+
+
+class PassContexts:
+    """Puts the next pass's context in place before every call of the transformer.
+
+    A new request gets a new context from vLLM-Omni; that one is not ours, which is how its first pass is known.
+
+    Args:
+        passes: of one step, on this rank, always in the same order.
+    """
+
+    def __init__(self, passes: int) -> None:
+        self.passes = passes
+        self.calls = 0
+        self.kept: dict[str, list[Any]] = {}
+
+    def __call__(self, transformer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Exchange the contexts of all lists of blocks; nothing while the cache is off."""
+        manager: Any = getattr(transformer, "_context_manager", None)
+        if manager is None:
+            return
+        contexts = manager._cached_context_manager
+        for name in transformer._context_names:
+            current = contexts[name]
+            if not any(current is known for known in self.kept.get(name, ())):
+                self.kept[name] = [current, *(copy.deepcopy(current) for _ in range(self.passes - 1))]
+                self.calls = 0
+            contexts[name] = self.kept[name][self.calls % self.passes]
+        self.calls += 1

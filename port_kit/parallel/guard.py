@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from port_kit.errors import ParallelError
-from port_kit.parallel.layout import Layout
+from port_kit.parallel.layout import Layout, divisors
 from port_kit.parallel.outline import outline
 from port_kit.parallel.preflight import GIGABYTE, Preflight, preflight, survey
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 
 logger = logging.getLogger(__name__)
-
-#: Passes of one step that Cache-DiT keeps apart on a rank.
-CACHED_PASSES = 2
 
 
 def layout_of(config: DiffusionParallelConfig) -> Layout:
@@ -77,16 +74,15 @@ def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *,
 
 
 def check_cache(config: OmniDiffusionConfig, *, passes: int) -> None:
-    """Refuse Cache-DiT where a rank would run more passes of a step than it keeps apart.
+    """Refuse Cache-DiT where ranks would run unequal numbers of passes: they decide together at every call.
 
     Raises:
         ParallelError: with the degrees of guidance parallelism that are possible.
     """
     ranks = config.parallel_config.cfg_parallel_size
-    own = -(-passes // ranks)
-    if config.cache_backend == "cache_dit" and own > CACHED_PASSES:
+    if config.cache_backend == "cache_dit" and passes % ranks:
         raise ParallelError(
-            f"cache_dit with {own} guidance passes on one rank; it keeps at most {CACHED_PASSES} apart",
+            f"cache_dit with {passes} guidance passes over {ranks} ranks, of which some would run more than others",
             code="cache_passes",
-            hint=f"set cfg_parallel_size to {passes // CACHED_PASSES} or {passes}, or leave the cache out",
+            hint=f"set cfg_parallel_size to {' or '.join(map(str, divisors(passes)))}, or leave the cache out",
         )

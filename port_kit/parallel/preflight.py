@@ -123,7 +123,9 @@ def preflight(layout: Layout, facts: Facts, *, ranks: int | None = None) -> Pref
         raise ParallelError(
             "; ".join(problems),
             code="parallel_degree",
-            hint="possible: " + ", ".join(_offer(kind, degrees, facts) for kind, degrees in possible.items()),
+            hint="possible: "
+            + ", ".join(_offer(kind, degrees, facts) for kind, degrees in possible.items())
+            + f"; undivided weights are {facts.weight_bytes / GIGABYTE:.3g} GB",
             problems=problems,
             possible={kind: list(degrees) for kind, degrees in possible.items()},
             weight_bytes={
@@ -141,9 +143,9 @@ def _offer(kind: str, degrees: list[int], facts: Facts) -> str:
     """Say which degrees of a kind there are; and where it divides the weights, what a rank then holds of them."""
     held = [weight_bytes(Layout(**{kind: degree}), facts) for degree in degrees]
     if held[0] >= facts.weight_bytes:
-        return f"{kind} {_listed(degrees)} ({facts.weight_bytes / GIGABYTE:.3g} GB of weights a rank)"
+        return f"{kind} {_listed(degrees)}"
     sizes = ", ".join(f"{size / GIGABYTE:.3g}" for size in held)
-    return f"{kind} {_listed(degrees)} ({sizes} GB)"
+    return f"{kind} {_listed(degrees)} ({sizes} GB of weights a rank)"
 
 
 def weight_bytes(layout: Layout, facts: Facts) -> int:

@@ -64,9 +64,10 @@ def test_the_passes_are_shared_out_and_the_result_is_the_same(
         assert (result.outputs[0]["audio"] - alone.outputs[0]["audio"]).abs().max() < 1e-5
 
 
-def test_a_cache_that_cannot_keep_the_passes_apart_is_refused(dreamid_model: Path) -> None:
-    with pytest.raises(ParallelError, match="cache_dit with 4 guidance passes on one rank"):
-        run_workers(dreamid_model, [talk()], config={"cache_backend": "cache_dit"})
+def test_a_cache_over_ranks_with_unequal_numbers_of_passes_is_refused(dreamid_model: Path) -> None:
+    config = {"parallel_config": {"cfg_parallel_size": 3}, "cache_backend": "cache_dit"}
+    with pytest.raises(ParallelError, match="cache_dit with 4 guidance passes over 3 ranks"):
+        run_workers(dreamid_model, [talk()], config=config)
 
 
 def test_a_cache_of_two_passes_a_rank_that_never_reuses_changes_nothing(dreamid_model: Path, alone: RankResult) -> None:

@@ -62,7 +62,9 @@ def test_an_impossible_layout_is_answered_with_possible_ones(layout: str, messag
     with pytest.raises(ParallelError) as caught:
         preflight(Layout.parse(layout), facts, ranks=8)
     assert message in caught.value.message
-    assert caught.value.hint.startswith("possible: tp 2, 4 or 8, ulysses 2, 3, 4, 6 or 8, ring 2")
+    assert caught.value.hint.startswith("possible: tp 2, 4 or 8 (11.7, 5.84, 2.92 GB of weights a rank), ulysses 2")
+    assert caught.value.hint.endswith("undivided weights are 23.3 GB")
+    assert caught.value.details["weight_bytes"]["hsdp4"] == -(-facts.weight_bytes // 4)
     assert caught.value.details["possible"]["cfg"] == [2, 4]
     assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
 

@@ -1,0 +1,71 @@
+"""The check before an engine's workers start: what it says, and that it leaves the process as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.distributed import parallel_state
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+
+from port_kit.errors import ParallelError
+from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
+from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.parallel.guard import check_engine, layout_of
+from port_kit.parallel.layout import Layout
+from port_kit.parallel.preflight import preflight, survey
+from port_kit.runtime.local import single_rank
+
+
+def engine(layout: str, **fields: Any) -> OmniDiffusionConfig:
+    """The configuration of an engine with this layout."""
+    parallel: Mapping[str, Any] = Layout.parse(layout).parallel_config
+    return OmniDiffusionConfig(
+        model="m", dtype=torch.bfloat16, parallel_config=DiffusionParallelConfig(**parallel), **fields
+    )
+
+
+def build() -> nn.Module:
+    return build_transformer(TRANSFORMER_CONFIG)
+
+
+def test_one_rank_needs_no_check() -> None:
+    def never() -> nn.Module:
+        raise AssertionError("built for one rank")
+
+    assert check_engine(engine("single"), never, passes=4) is None
+
+
+@pytest.mark.parametrize("text", ["tp2xulysses2xcfg2", "hsdp4xcfg4", "hsdp4", "ulysses2xring2", "allgather4"])
+def test_what_a_rank_will_hold_is_known_before_anything_is_loaded(text: str) -> None:
+    config = engine(text)
+    assert str(layout_of(config.parallel_config)) == text
+    before = (parallel_state._TP, torch.get_default_dtype())
+    plan = check_engine(config, build, passes=4)
+    assert (parallel_state._TP, torch.get_default_dtype()) == before
+    assert torch.empty(1).device.type == "cpu"
+    with single_rank(torch.bfloat16), torch.device("meta"):
+        facts = survey(build(), branches=4)
+    assert plan == preflight(Layout.parse(text), facts)
+
+
+def test_an_impossible_layout_is_refused_with_what_is_possible() -> None:
+    with pytest.raises(ParallelError, match="tp 5 does not divide 24 heads") as caught:
+        check_engine(engine("tp5xcfg2"), build, passes=4)
+    assert caught.value.details["possible"]["cfg"] == [2, 4]
+    assert "tp 2, 4 or 8 (11.7, 5.84, 2.92 GB of weights a rank)" in caught.value.hint
+
+
+@pytest.mark.parametrize("layout", ["single", "cfg2", "cfg4", "tp2"])
+def test_a_cache_is_possible_where_all_ranks_run_as_many_passes(layout: str) -> None:
+    check_engine(engine(layout, cache_backend="cache_dit"), build, passes=4)
+
+
+def test_a_cache_over_unequal_numbers_of_passes_is_refused() -> None:
+    with pytest.raises(ParallelError, match="cache_dit with 4 guidance passes over 3 ranks") as caught:
+        check_engine(engine("cfg3", cache_backend="cache_dit"), build, passes=4)
+    assert caught.value.code == "cache_passes"
+    assert "cfg_parallel_size to 1 or 2 or 4" in caught.value.hint
