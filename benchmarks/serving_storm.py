@@ -15,6 +15,7 @@ import io
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 import wave
@@ -65,7 +66,10 @@ class Storm:
     async def one(self, kind: str) -> None:
         """Send one request of a kind and note what came of it."""
         started = time.perf_counter()
-        outcome = await self._send(kind)
+        try:
+            outcome = await self._send(kind)
+        except httpx.HTTPError as error:
+            outcome = f"no answer ({type(error).__name__}: {error})"
         self.answers.append(Answer(kind, outcome, time.perf_counter() - started))
 
     async def _send(self, kind: str) -> str:
@@ -154,7 +158,8 @@ def plan(requests: int, seed: int) -> list[str]:
 async def run(url: str, requests: int, rounds: int, seed: int, memory: Callable[[], int]) -> dict[str, Any]:
     """Run all rounds, each with all its requests at once, and return the report."""
     random.seed(seed)
-    limits = httpx.Limits(max_connections=requests + 8)
+    # No connection is used twice: the server closes idle ones, also just when the next request is on its way.
+    limits = httpx.Limits(max_connections=requests + 8, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=LIMIT, limits=limits) as http:
         files = references()
         before = await http.post("/v1/videos/sync", data=GOOD, files=files)
@@ -215,6 +220,8 @@ def main() -> int:
         report = asyncio.run(run(server.url, arguments.requests, arguments.rounds, arguments.seed, server.memory))
         report["files_left"] = len(list(server.storage.iterdir()))
         report["alive"] = server.is_alive()
+        if not is_right(report):
+            print(server.tail(), file=sys.stderr)
     print(json.dumps(report, indent=1))
     return 0 if is_right(report) else 1
 

@@ -47,7 +47,9 @@ class VideoClient:
     """
 
     def __init__(self, url: str, timeout: float = 600.0) -> None:
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=10.0))
+        # No connection is used twice: the server closes idle ones, also just when the next request is on its way.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=url, limits=limits, timeout=httpx.Timeout(timeout, connect=10.0))
 
     def generate(self, fields: Mapping[str, Any], files: Iterable[Upload] = ()) -> bytes:
         """Return the MP4 of one request; the connection stays open while it is made, and closing it cancels it.

@@ -52,7 +52,9 @@ def test_a_token_is_seen_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_without_the_engine_no_child_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", None)
     _, checks = diagnose(engine=False)
-    assert {"python", "runtime", "torchvision", "ports", "token", "disk"} <= {check.name for check in checks}
+    assert {"python", "runtime", "torchvision", "torchaudio", "ports", "token", "disk"} <= {
+        check.name for check in checks
+    }
 
 
 def test_a_check_that_does_not_hold_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +72,23 @@ def test_a_missing_hook_beside_mixed_builds_is_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "TorchvisionFinder"])
     check = module._torchvision()
     assert not check.ok and "port_kit_startup.pth is missing" in check.hint
+
+
+@pytest.mark.parametrize(
+    ("release", "ok", "words"), [("2.11.0+cu130", False, "cannot be imported"), ("2.11.0+cpu", True, "installed")]
+)
+def test_a_torchaudio_that_breaks_vllm_is_found(
+    release: str, ok: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module._torchaudio() == Check(
+        "torchaudio", True, "not installed; the API server starts without it, speech endpoints need it"
+    )
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("")
+    (tmp_path / "torchaudio" / "version.py").write_text(f"__version__ = '{release}'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = module._torchaudio()
+    assert (check.ok, words in check.detail) == (ok, True)
 
 
 @pytest.mark.parametrize(

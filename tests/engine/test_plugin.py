@@ -64,6 +64,26 @@ def test_ports_are_registered_with_their_output_type() -> None:
         assert get_diffusion_output_type(port.class_name) == "video"
 
 
+def test_the_video_endpoints_are_told_which_references_a_port_reads() -> None:
+    from vllm_omni.diffusion.model_metadata import get_diffusion_model_metadata
+    from vllm_omni.model_extras import should_preserve_reference_image_size
+
+    plugin.register_metadata()
+    told = {
+        name: (
+            get_diffusion_model_metadata(name).supports_mixed_reference_inputs,
+            should_preserve_reference_image_size(name, model=None),
+        )
+        for name in ("DreamIDOmniPipeline", "OviPipeline", "ToyAVPipeline", "WanPipeline")
+    }
+    assert told == {
+        "DreamIDOmniPipeline": (True, True),
+        "OviPipeline": (False, True),
+        "ToyAVPipeline": (False, False),
+        "WanPipeline": (False, False),
+    }
+
+
 def test_a_pipeline_that_is_no_reference_is_refused() -> None:
     with pytest.raises(RegistrationError, match="'package.module:Class' is required") as caught:
         plugin._register(replace(find_port("toy_av"), pipeline="toy_av.pipeline"))

@@ -1,0 +1,117 @@
+"""``port-kit new``: what it refuses, and what it takes from a repository."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from port_kit.cli import main
+from port_kit.download import Recipe
+from port_kit.errors import ScaffoldError
+from port_kit.remap import RuleSet
+from port_kit.scaffold import NewPort, new_port
+from port_kit.scaffold.diffusers_class import read_class
+from port_kit.scaffold.render import TEMPLATES, literal
+from port_kit.testing.hub import Hub
+from tests.inspect import forge
+
+ID = "org/some-model"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("My-Model", "lower-case words"),
+        ("class", "lower-case words"),
+        ("a" * 31, "up to 30 characters"),
+        ("json", "importable already"),
+        ("dreamid_omni", "a port called dreamid_omni"),
+        ("my_bagel", "for its own bagel"),
+        ("qwen_image", "vLLM-Omni's own registry"),
+    ],
+)
+def test_misleading_names_are_refused(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ScaffoldError, match=says) as caught:
+        NewPort(name, "custom", tmp_path)
+    assert caught.value.code == "scaffold_name"
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ScaffoldError, match="not an empty folder"):
+        new_port(NewPort("some_port", "custom", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_class_that_is_not_known_is_refused_with_every_reason() -> None:
+    with pytest.raises(ScaffoldError) as caught:
+        read_class("CogVideoXTransformer3DModel")
+    problems = caught.value.details["problems"]
+    assert isinstance(problems, list) and len(problems) == 2
+    assert "no pipeline" in problems[0] and "CogVideoXAttnProcessor2_0" in problems[1]
+    with pytest.raises(ScaffoldError, match="has no model class"):
+        read_class("NoSuchTransformer")
+
+
+def test_the_command_says_what_is_missing_and_what_was_written(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    assert run(main, ["new", "some_port"]).exit_code == 2
+    target = tmp_path / "port"
+    done = run(main, ["new", "some_port", "--path", "bypass", "--output-dir", str(target), "--json"])
+    data = json.loads(done.stdout)["data"]
+    assert (done.exit_code, data["path"]) == (0, "bypass")
+    assert sorted(data["files"]) == sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
+
+
+def test_a_custom_model_brings_its_files_names_and_proposals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = 8
+    shapes = {f"layers.{i}.attn.{p}.weight": (width, width) for i in range(3) for p in ("to_q", "to_k", "to_v", "proj")}
+    shapes |= {f"layers.{i}.mlp.fc{n}.weight": s for i in range(3) for n, s in ((1, (32, width)), (2, (width, 32)))}
+    files = {"weights/net.safetensors": forge.safetensors(shapes), "README.md": forge.card("license: apache-2.0")}
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    with Hub({ID: files}) as hub:
+        options = ["--from", ID, "--endpoint", hub.endpoint, "--output-dir", str(tmp_path / "port")]
+        done = CliRunner().invoke(main, ["new", "some_net", *options])
+    assert done.exit_code == 0, done.output
+    recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
+    (repository,) = recipe.repositories
+    assert (repository.repo_id, repository.licence) == (ID, "apache-2.0") and repository.revision
+    assert [rule.pattern for rule in repository.files] == ["weights/net.safetensors", "decoder.pth"]
+    kept = json.loads((tmp_path / "port" / "some_net" / "checkpoint.json").read_text())
+    assert {name: tuple(shape) for name, (shape, _) in kept.items()} == shapes
+    proposed = tmp_path / "port" / "suggested_rules.toml"
+    assert tomllib.loads(proposed.read_text())
+    assert len(RuleSet.from_toml(proposed.read_text())) > 0
+
+
+def _recipe(path: Path) -> Recipe:
+    """Execute a generated recipe without its package."""
+    source = path.read_text().replace("from some_net import config", "")
+    source = source.replace("config.TRANSFORMER_CONFIG", "{}").replace("config.DECODER_CONFIG", "{}")
+    space: dict[str, object] = {}
+    exec(compile(source, str(path), "exec"), space)
+    recipe = space["RECIPE"]
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def test_a_served_model_needs_no_port(tmp_path: Path) -> None:
+    folder = forge.write(forge.supported_model(), tmp_path / "some_model")
+    done = CliRunner().invoke(main, ["new", "some_port", "--from", str(folder)])
+    assert done.exit_code == 1 and "needs no port" in done.output
+
+
+def test_literals_read_back() -> None:
+    value = {"a": [1, 2.5, None], "b": {"c": 'x"y', "d": ()}, "e": ["long" * 9, "words" * 9], "f": (True,)}
+    assert eval(literal(value)) == value
+
+
+def test_templates_hold_no_machine_and_no_task() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in TEMPLATES.rglob("*.tmpl")}
+    assert len(texts) > 25
+    assert not [path for path, text in texts.items() if "/work/" in text or "TODO" in text]
