@@ -7,6 +7,7 @@ as loading. Rules run once a layer template; after that a name costs one diction
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from port_kit.remap.expressions import evaluate_sizes
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Mapped = tuple[str, str]
-#: Target before and after the layer number, and the slot; None where the tensor is dropped.
-Entry = tuple[str, str, str] | None
+#: Target before and after the layer number; None where the tensor is dropped.
+Entry = tuple[str, str] | None
+#: Stands for a name of which nothing is known yet.
+_UNKNOWN: Any = ()
 #: Stand-ins for a layer number, to see where it goes in the target.
 _PROBES = ("7340033", "104395301")
-
-_NOTHING: dict[str, Entry] = {}
+#: Names of one layer in a row below which, as often in a row, a list counts as being in no order.
+_FEW = 4
+#: Names in no order that are mapped before an order is looked for again.
+_SCATTERED = 4096
 
 
 class NameMapper:
@@ -92,37 +97,66 @@ class NameMapper:
     def apply_list(self, values: list[str]) -> list[str]:
         """The targets of all names that are not dropped; the method of vLLM's mapper.
 
-        In a checkpoint's own order most names share their layer with the name before, which is the shortest way.
+        In a checkpoint's own order most names share their layer with the name before, which is the shortest way; names
+        in no order are taken apart one by one.
         """
         mapped: list[str] = []
-        append, tables, free = mapped.append, self._tables, self._free
-        prefix, size, number, table = "\0", 1, "", _NOTHING
-        head = before = ""
-        for name in values:
+        names = iter(values)
+        while self._in_order(names, mapped):
+            self._scattered(islice(names, _SCATTERED), mapped)
+        return mapped
+
+    def _in_order(self, names: Iterator[str], mapped: list[str]) -> bool:
+        """Map names until they change their layer all the time; whether any may be left."""
+        append = mapped.append
+        prefix, size, number = "\0", 1, ""
+        table: dict[str, Entry] = {}
+        hits = misses = 0
+        for name in names:
             if name.startswith(prefix):
                 tail = name[size:]
+                hits += 1
             else:
-                parts = name.split(".", 2)
-                if len(parts) == 3 and parts[1] in free and parts[0] in tables:
-                    head, number, tail = parts
-                    table = tables[head]
-                    if number == before:
-                        prefix = f"{head}.{number}."
-                        size = len(prefix)
-                    else:
-                        prefix, before = "\0", number
-                else:
-                    prefix, number, table = self._section(name)
-                    size = len(prefix)
-                    tail, head = name[size:], prefix[: -len(number) - 2]
-            entry: Any = table.get(tail, False)
-            if entry:
-                append(f"{entry[0]}{number}{entry[1]}")
-            elif entry is False:
-                found = self._learn(name, head, number, tail, table)
+                misses = misses + 1 if hits < _FEW else 0
+                prefix, number, table = self._section(name)
+                size, hits = len(prefix), 0
+                tail = name[size:]
+            entry = table.get(tail, _UNKNOWN)
+            if entry is _UNKNOWN:
+                found = self._learn(name, prefix, number, tail, table)
                 if found is not None:
                     append(found[0])
-        return mapped
+            elif entry:
+                append(number.join(entry))
+            if misses > _FEW:
+                return True
+        return False
+
+    def _scattered(self, names: Iterable[str], mapped: list[str]) -> None:
+        """Map names in any order; those of a layer whose rest is known take two look-ups."""
+        append, tables, free = mapped.append, self._tables, self._free
+        for name in names:
+            try:
+                head, number, tail = name.split(".", 2)
+                entry = tables[head][tail]
+            except (KeyError, ValueError):  # another depth, or not seen before
+                self._one(name, mapped)
+                continue
+            if number not in free:
+                self._one(name, mapped)
+            elif entry:
+                append(number.join(entry))
+
+    def _one(self, name: str, mapped: list[str]) -> None:
+        prefix, number, table = self._section(name)
+        tail = name[len(prefix) :]
+        entry = table.get(tail, _UNKNOWN)
+        if entry is _UNKNOWN:
+            found = self._learn(name, prefix, number, tail, table)
+            if found is not None:
+                mapped.append(found[0])
+        elif entry:
+            mapped.append(number.join(entry))
 
     def _section(self, name: str) -> tuple[str, str, dict[str, Entry]]:
         """The part of a name up to its first layer number, that number, and what is known of what follows."""
@@ -134,20 +168,19 @@ class NameMapper:
             at += len(part) + 1
         return "\0", "", {}
 
-    def _learn(self, name: str, head: str, number: str, tail: str, table: dict[str, Entry]) -> Mapped | None:
+    def _learn(self, name: str, prefix: str, number: str, tail: str, table: dict[str, Entry]) -> Mapped | None:
         """Work out a name; where its layer number goes through unchanged, so does every other one."""
         if not number:
             return self.map(name)
-        start = f"{head}." if head else ""
+        start = prefix[: -len(number) - 1]
         tried = [self._work_out(f"{start}{probe}.{tail}") for probe in _PROBES]
         if tried == [None, None]:
             table[tail] = None
             return None
         if None not in tried:
             pieces = [one[0].split(probe) for one, probe in zip(tried, _PROBES, strict=True) if one is not None]
-            slots = {one[1] for one in tried if one is not None}
-            if pieces[0] == pieces[1] and len(pieces[0]) == 2 and len(slots) == 1:
-                table[tail] = (pieces[0][0], pieces[0][1], slots.pop())
+            if pieces[0] == pieces[1] and len(pieces[0]) == 2:
+                table[tail] = (pieces[0][0], pieces[0][1])
         return self.map(name)
 
     # -- the rest of vLLM's interface --------------------------------------------------------------------------
