@@ -91,7 +91,7 @@ def record(
             ``reference_output``.
         DownloadError: ``code_broken``, where the checkout is not its commit any more.
     """
-    settings = settings or Settings()
+    settings, output = settings or Settings(), output.absolute()
     reference, code, commit = _find_code(port, model)
     provenance = _provenance(reference, code, commit, model, settings)
     known = _known(output)
@@ -104,7 +104,7 @@ def record(
             code="reference_output",
             hint="give another --output-dir",
         )
-    aside = output.absolute().with_name(f"{output.name}.partial")
+    aside = output.with_name(f"{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     started = time.monotonic()

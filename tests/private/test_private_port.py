@@ -68,19 +68,22 @@ Run = Callable[[str], dict[str, Any]]
 
 @pytest.fixture
 def run(python: Path, folder: Path, tmp_path: Path) -> Run:
-    """Run the script in the fresh environment, and return what it saw of a port."""
+    """Run the script in the fresh environment beside a broken port, and return what it saw of a port."""
+    (tmp_path / "more" / "wreck").mkdir(parents=True)
+    (tmp_path / "more" / "wreck" / "__init__.py").write_text("import sand_castle\nPORT = None\n")
 
     def start(name: str) -> dict[str, Any]:
         command = [str(python), str(Path(__file__).with_name("run_private.py")), name, str(tmp_path)]
         done = subprocess.run(
             command,
-            env=_environment(PORT_KIT_PATH=str(folder)),
+            env=_environment(PORT_KIT_PATH=f"{folder}{os.pathsep}{tmp_path / 'more'}"),
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=600,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "the port wreck from" in done.stdout + done.stderr, "every process of the engine tells of it"
         report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
         assert report["kit"].startswith(str(python.parents[1]))
         assert report["processes"] >= 1
