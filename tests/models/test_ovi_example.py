@@ -1,0 +1,66 @@
+"""Ovi's example scripts: the tiny download, a first frame through vLLM-Omni's own engine, options by their names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from port_kit.models.ovi import PORT
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "ovi"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """The generate script as a module."""
+    spec = importlib.util.spec_from_file_location("generate_ovi", EXAMPLE / "generate_ovi.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(name: str, *options: str) -> str:
+    """Run one of the example's scripts and return what it prints."""
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLE / name), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_tiny_model_makes_a_video_with_sound_from_a_first_frame(tmp_path: Path) -> None:
+    model = tmp_path / "ovi"
+    assert "ovi is complete: 8 files" in script("download_ovi.py", "--tiny", "--output-dir", str(model))
+    index = json.loads((model / "model_index.json").read_text())
+    assert (index["_class_name"], index["variant"], index["video_latent_length"]) == (PORT.class_name, "720x720_5s", 31)
+    Image.new("RGB", (130, 50), (90, 120, 60)).save(tmp_path / "first.png")
+    options = ["--tiny", "--enforce-eager", "--num-inference-steps", "2", "--image", str(tmp_path / "first.png")]
+    told = script("generate_ovi.py", "--model", str(model), *options, "--output", str(tmp_path / "out.mp4"))
+    assert "out.mp4: 121 frames 128x64 at 24 fps (h264, 5.04 s), sound at 16000 Hz" in told
+
+
+def test_engine_options_keep_vllm_omnis_names(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "generate --model M --cfg-parallel-size 2 --ulysses-degree 2 --use-hsdp --enforce-eager"
+    monkeypatch.setattr(sys, "argv", words.split())
+    options = generate.engine_options(generate.parse_arguments())
+    parallel = options.pop("parallel_config")
+    assert (parallel.cfg_parallel_size, parallel.ulysses_degree, parallel.use_hsdp) == (2, 2, True)
+    assert options == {"model": "M", "dtype": "bfloat16", "enforce_eager": True}
+
+
+def test_a_request_says_only_what_was_given(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "generate --model M --tiny --slg-layer 0 --video-guidance-scale 5 --image a.png"
+    monkeypatch.setattr(sys, "argv", words.split())
+    prompt, sampling = generate.request_of(generate.parse_arguments())
+    assert (sampling.height, sampling.width, sampling.num_inference_steps, sampling.seed) == (None, None, 4, 103)
+    assert sampling.extra_args == {"slg_layer": 0, "video_guidance_scale": 5.0}
+    assert prompt["multi_modal_data"] == {"image": "a.png"}
