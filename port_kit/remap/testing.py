@@ -137,7 +137,8 @@ def mutated(plan: Plan) -> Mutated:
     """Try every mutation of :func:`mutations` on a plan."""
     memory = _Memory(plan.rules, plan.target, plan.sizes, narrow=plan.rules.narrow, aliases=plan.target.aliases)
     expected = _bytes_moved(plan)
-    same, uncaught = [], []
+    same: list[str] = []
+    uncaught: list[str] = []
     count = 0
     for what, source in mutations(plan):
         count += 1

@@ -233,6 +233,31 @@ def test_kernels_are_turned_and_square_ones_never_certain() -> None:
     assert confidences(suggestion)["layer.0.q.weight"] == "likely"
 
 
+def test_levels_that_may_count_backwards_are_not_certain() -> None:
+    def levels(*names: str) -> Manifest:
+        shape = {name: [6, 6, 3, 3] for name in names} | {
+            f"{name.split('.')[0]}.conv_in.weight": [6, 4] for name in names
+        }
+        return Manifest.from_json(shape)
+
+    source = levels(*(f"decoder.up.{n}.block.{at}.conv{c}.weight" for n in range(3) for at in range(2) for c in (1, 2)))
+    target = levels(
+        *(f"decoder.up_blocks.{n}.resnets.{at}.conv{c}.weight" for n in range(3) for at in range(2) for c in (1, 2))
+    )
+    found = confidences(suggest(source, target))
+    assert found["decoder.up_blocks.0.resnets.0.conv1.weight"] == "likely"
+    assert set(confidences(suggest(source, source.under("vae."))).values()) == {"certain"}
+
+
+def test_gates_of_another_code_base_are_not_certain() -> None:
+    source = shapes(h__0__mlp__w1__weight=[9, 4], h__0__mlp__w2__weight=[9, 4], h__0__mlp__c_proj__weight=[4, 9])
+    target = shapes(
+        l__0__mlp__gate_proj__weight=[9, 4], l__0__mlp__up_proj__weight=[9, 4], l__0__mlp__down__weight=[4, 9]
+    )
+    found = confidences(suggest(source, target))
+    assert {found.get(f"l.0.mlp.{half}_proj.weight", "likely") for half in ("gate", "up")} == {"likely"}
+
+
 def test_columns_are_joined_and_cut() -> None:
     parts = {f"h.{n}.attn.{part}.w": [6, 4] for n in range(2) for part in "qkv"}
     whole = {f"h.{n}.attn.qkv.w": [6, 12] for n in range(2)}

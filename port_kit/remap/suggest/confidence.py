@@ -8,12 +8,12 @@ rows that a code base interleaves, rotates or swaps look the same from outside. 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.shapes import alignments, signature
-from port_kit.remap.suggest.units import Unit
+from port_kit.remap.suggest.units import HOLE, Unit
 from port_kit.remap.suggest.vocabulary import words
 
 CERTAIN, LIKELY, GUESS = "certain", "likely", "guess"
@@ -50,6 +50,10 @@ class Judge:
         #: nothing at all is done but to change what stands before the names
         self._identity = same == len(found)
         self._turns = any(item.change == "transpose" or item.alignment.relation == "transpose" for item in found)
+        #: modules whose w1 and w2 have one shape: gate and up, in an order of their own
+        self._other_gates = _other_gates(
+            [unit for item in found for unit in (*item.source.leaves, *item.target.leaves)]
+        )
         #: modules under which positions are learned, on both sides
         self._learned = tuple(
             {unit.parts[: _component_depth(unit)] for unit in side if _is_position_table(unit)}
@@ -90,6 +94,8 @@ class Judge:
             yield "rows of query and key may be permuted for another rotary convention"
         if not same_leaf and (near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source)):
             yield "chunks of a modulation (shift, scale, gate) may have another order"
+        if not same_leaf and any(unit.parts[:-1] in self._other_gates for unit in (item.source, item.target)):
+            yield "w1 and w2 are of one shape: they are not what llama-style code calls so"
         if {"gate", "up"} <= near or not same_leaf and self._gated(item.target):
             yield "halves of a gated projection may have changed places"
 
@@ -137,6 +143,8 @@ def _doubts_of_kind(item: Match) -> Iterator[str]:
 def _doubts_of_order(item: Match) -> Iterator[str]:
     if item.round == _SINGLES and not _same_name(item):
         yield "found tensor by tensor among what the lists of layers left over"
+    if len(item.alignment.pairs) > 1 and item.alignment.order == "same" and _may_count_down(item):
+        yield "levels of an upward path count backwards in other code; shapes allow both"
     if len(item.alignment.pairs) < 2 or item.alignment.order == "same":
         return
     if item.alignment.order == "subset":
@@ -145,6 +153,20 @@ def _doubts_of_order(item: Match) -> Iterator[str]:
         yield "layers are matched by their order, not by their number"
     elif len(list(alignments(item.source, item.target))) > 1:
         yield "the layers count backwards as their neighbours do; shapes allow both"
+
+
+def _may_count_down(item: Match) -> bool:
+    """Whether the outer list is a decoder's upward path that the two sides call by different names."""
+    lists = [_list_name(unit) for unit in (item.source, item.target)]
+    upward = any("up" in words(name) or "upsample" in words(name) for name in lists)
+    orders = {choice.order for choice in alignments(item.source, item.target)} if upward else set()
+    return lists[0] != lists[1] and "reversed" in orders
+
+
+def _list_name(unit: Unit) -> str:
+    """What the outermost list of a unit is called."""
+    depth = next((depth for depth, part in enumerate(unit.parts) if HOLE in part), 0)
+    return unit.parts[depth - 1] if unit.parts[depth] == HOLE and depth else unit.parts[depth].replace(HOLE, "")
 
 
 def _block(unit: Unit) -> tuple[str, ...]:
@@ -171,6 +193,15 @@ def _norm_projection(unit: Unit) -> bool:
     return len(unit.parts) > 1 and unit.parts[-1].startswith("linear") and "norm" in unit.parts[-2]
 
 
+def _other_gates(units: Iterable[Unit]) -> set[tuple[str, ...]]:
+    shapes = {unit.parts: next(iter(unit.shapes["weight"].values())) for unit in units if "weight" in unit.shapes}
+    return {
+        parts[:-1]
+        for parts, shape in shapes.items()
+        if parts[-1] == "w1" and shapes.get((*parts[:-1], "w2")) == shape and len(set(shape)) > 1
+    }
+
+
 def _is_position_table(unit: Unit) -> bool:
     """Whether a tensor is a table of learned positions, by its own name."""
     return {"position", "embed"} <= set(unit.leaf_words) and not unit.members and unit.roles == ("weight",)
@@ -182,9 +213,9 @@ def _component_depth(unit: Unit) -> int:
 
 
 def _square(item: Match) -> bool:
-    """Whether a matrix of the match could be its own transpose by its shape."""
+    """Whether a matrix of the match (or of a stack of them) could be its own transpose by its shape."""
     shapes = item.target.shapes.get("weight", {}).values()
-    return any(len(shape) == 2 and shape[0] == shape[1] > 1 for shape in shapes)
+    return any(len(shape) in (2, 3) and shape[-2] == shape[-1] > 1 for shape in shapes)
 
 
 def _tensor_names(unit: Unit) -> frozenset[str]:

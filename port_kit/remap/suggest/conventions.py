@@ -87,7 +87,7 @@ def _transposed(found: Sequence[Match]) -> list[Match]:
     Linears of layers and those outside are asked apart (GPT-2's head is not stored as its layers are), embeddings not
     at all. Where there is no other, a flax ``kernel`` has its inputs first and a torch ``weight`` its outputs.
     """
-    groups: dict[object, list[Match]] = defaultdict(list)
+    groups: dict[tuple[str, str, bool], list[Match]] = defaultdict(list)
     for item in found:
         if _is_linear(item):
             groups[_stored_as(item)].append(item)
