@@ -29,8 +29,9 @@ RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
 _SMALLEST_SEGMENT, _LARGEST_SEGMENT = 16 << 20, 64 << 20
-_ENOUGH = 1 << 18  # smaller pieces cost time for each: TLS delivers 16 KiB at once
-_PATIENCE = 0.1  # seconds in which a piece may grow beyond that, so that slow connections lose little when they break
+_ENOUGH = 1 << 16  # smaller pieces cost time for each: TLS delivers 16 KiB at once
+_PATIENCE = 0.003  # seconds in which a piece may grow beyond that: little is lost when a connection breaks
+_PAGE = 4096
 _T = TypeVar("_T")
 
 
@@ -94,31 +95,36 @@ class Response:
     def read_into(self, view: memoryview) -> int:
         """Fill the beginning of ``view`` with what arrives; return the count, 0 at the body's end.
 
-        Fills all of it where that takes no longer than ``_PATIENCE``. Returns with less than ``_ENOUGH`` bytes only at
-        the body's end, or where the connection breaks: what had come until then counts, and the next call reports the
-        break.
+        Fills all of it where that takes no longer than ``_PATIENCE``, otherwise all but some pages. Returns with less
+        than ``_ENOUGH`` bytes only at the body's end, or where the connection breaks: what had come until then counts,
+        and the next call reports the break.
 
         Raises:
             TransportError: the connection broke, was silent for too long, or ended before ``Content-Length``.
         """
-        view = view if self._rest is None else view[: self._rest]
+        whole, view = len(view), view if self._rest is None else view[: self._rest]
         if not view:
             self.close(reusable=True)
             return 0
-        filled = self._fill(view)
+        filled = self._fill(view, whole)
         if self._rest is not None:
             if not filled:
                 raise TransportError(f"the connection ended {self._rest} bytes early")
             self._rest -= filled
         return filled
 
-    def _fill(self, view: memoryview) -> int:
+    def _fill(self, view: memoryview, whole: int) -> int:
         """Read until the view is full, there is enough for now, the body's end, or a break behind what has come."""
         late = time.monotonic() + _PATIENCE
         filled = count = self._receive(view)
-        while count and filled < len(view) and (filled < _ENOUGH or time.monotonic() < late):
+        while count and filled < len(view):
+            wanted = len(view)
+            if filled >= _ENOUGH and time.monotonic() >= late:
+                wanted = min(wanted, filled + (whole - filled) % _PAGE)
+                if wanted == filled:
+                    break
             try:
-                count = self._receive(view[filled:])
+                count = self._receive(view[filled:wanted])
             except TransportError:
                 break  # the next call meets it again
             filled += count

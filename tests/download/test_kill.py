@@ -110,13 +110,15 @@ recipe = Recipe("big", (Repository({WEIGHTS!r}, (FileRule("big.safetensors"),)),
 download(recipe, {str(directory)!r}, endpoint={hub.endpoint!r}, token=False, use_cache=False)
 """
     environment = {**os.environ, **hub.environment}
-    return [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(count)]
+    command = [sys.executable, "-c", script]
+    return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(count)]
 
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_several_processes_fetch_a_file_once(big_file: Path, tmp_path: Path, count: int) -> None:
     with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=60 << 20) as hub:
-        assert [process.wait() for process in run_processes(count, hub, tmp_path / "m")] == [0] * count
+        runs = run_processes(count, hub, tmp_path / "m")
+        assert [(run.communicate()[1], run.returncode) for run in runs] == [(b"", 0)] * count
         assert len(hub.gets()) == 1 and hub.gets()[0].sent == BIG
         assert (tmp_path / "m/big.safetensors").read_bytes() == big_file.read_bytes()
 
@@ -124,8 +126,11 @@ def test_several_processes_fetch_a_file_once(big_file: Path, tmp_path: Path, cou
 def test_locks_that_do_nothing_cost_time_but_no_bytes(big_file: Path, tmp_path: Path) -> None:
     without = "import fcntl\nfcntl.flock = lambda *arguments: None"
     with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=60 << 20) as hub:
-        first, second = run_processes(2, hub, tmp_path / "m", without)
-        assert 0 in (first.wait(), second.wait())
+        runs = run_processes(2, hub, tmp_path / "m", without)
+        said = [run.communicate()[1].decode() for run in runs]
+        assert 0 in [run.returncode for run in runs]
+        for run, words in zip(runs, said, strict=True):
+            assert run.returncode == 0 or "port_kit.errors.DownloadError" in words.splitlines()[-1], words
         bring(big_recipe(), tmp_path / "m", hub)
         assert (tmp_path / "m/big.safetensors").read_bytes() == big_file.read_bytes()
         assert bring(big_recipe(), tmp_path / "m", hub, verify=True).repaired == {}
