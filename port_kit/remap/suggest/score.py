@@ -70,11 +70,14 @@ class Side:
         return [path for path in paths if len(self.below[path]) <= limit or HOLE in path[-1]]
 
     def trust(self, equals: Sequence[Unit]) -> float:
-        """How much the order of some units means: all where only numbers tell them apart, little in a sorted file."""
+        """How much the order of some units means: all where only numbers tell them apart, little in a sorted file whose
+        names do not say where in a block they stand.
+        """
         names = {tuple(word for word, _ in unit.tokens if not word.startswith("#")) for unit in equals}
         if len(names) == 1:
             return 1.0
-        return _FILE_ORDER if self.ordered else _SORTED_ORDER
+        spoken = len({_place(unit) for unit in equals}) == len(equals)  # proj_in, layer, proj_out
+        return _FILE_ORDER if self.ordered or spoken else _SORTED_ORDER
 
     def rank_key(self, unit: Unit) -> tuple[object, ...]:
         """Order among equals: the file's, or where that is sorted the order that the words give.
@@ -83,8 +86,7 @@ class Side:
         """
         if self.ordered:
             return (unit.order,)
-        near = [word for word, distance in unit.tokens if distance <= _NEAR]
-        return (position(near), sum(map(markedness, unit.words)), natural_key(str(unit)))
+        return (_place(unit), sum(map(markedness, unit.words)), natural_key(str(unit)))
 
     @cached_property
     def profiles(self) -> dict[Path, tuple[int, ...]]:
@@ -105,6 +107,11 @@ class Side:
             for index, size in size_of(unit).items():
                 totals[index[:holes]] += size
         return tuple(sorted(totals.values()))
+
+
+def _place(unit: Unit) -> int:
+    """Where the words of a unit put it among its siblings."""
+    return position(word for word, distance in unit.tokens if distance <= _NEAR)
 
 
 def name_score(source: Unit, target: Unit, left: Side, right: Side, *, numbers: bool = True) -> float:
