@@ -42,6 +42,7 @@ class FullWidthRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim // self.ranks), requires_grad=False)
         self.weight.weight_loader = _load_own_part
+        self.weight.full_shape = (dim,)  # what a checkpoint has of it, for whoever checks before loading
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Normalise ``x``, whose last dimension is this rank's part of the width."""
