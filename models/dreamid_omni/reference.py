@@ -5,7 +5,7 @@ from __future__ import annotations
 from port_kit.reference import Reference
 
 REFERENCE = Reference(
-    code="dreamid_omni_reference",
+    git_code="dreamid_omni_reference",
     script="port_kit.models.wan_fusion.reference_runner",
     options={"family": "dreamid_omni", "package": "dreamid_omni"},
 )

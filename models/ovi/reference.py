@@ -5,7 +5,7 @@ from __future__ import annotations
 from port_kit.reference import Reference
 
 REFERENCE = Reference(
-    code="ovi_reference",
+    git_code="ovi_reference",
     script="port_kit.models.wan_fusion.reference_runner",
     options={"family": "ovi", "package": "ovi"},
 )

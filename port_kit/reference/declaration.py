@@ -16,7 +16,7 @@ class Reference:
     """How a port's original code is run.
 
     Attributes:
-        code: name of the :class:`~port_kit.download.GitCode` of the port's recipe.
+        git_code: name of the :class:`~port_kit.download.GitCode` of the port's recipe.
         script: ``package.module`` of the script. It is run by path, as ``python -I SCRIPT REQUEST.json``, in the
             original's environment: it may import what the original needs and must not import port_kit.
         options: added to the request.
@@ -27,7 +27,7 @@ class Reference:
     is kept in a log. With several precisions it is run once for each, into the same folder.
     """
 
-    code: str
+    git_code: str
     script: str
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -136,12 +136,12 @@ def _find_code(port: Port, model: Path) -> tuple[Reference, GitCode, str]:
         )
     reference, recipe = resolve(port.reference), resolve(port.recipe)
     assert isinstance(reference, Reference) and isinstance(recipe, Recipe)
-    code = next((code for code in recipe.code if code.name == reference.code), None)
+    code = next((code for code in recipe.code if code.name == reference.git_code), None)
     lock = read_lock(model)
-    commit = lock.code.get(reference.code, {}).get("commit") if lock is not None else None
+    commit = lock.code.get(reference.git_code, {}).get("commit") if lock is not None else None
     if code is None or commit is None or not code_folder(code.name, commit).is_dir():
         raise ParityError(
-            f"the original code of {port.name} ({reference.code}) has not been fetched",
+            f"the original code of {port.name} ({reference.git_code}) has not been fetched",
             code="reference_missing",
             hint=f"fetch it: {install}",
         )

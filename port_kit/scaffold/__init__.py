@@ -11,7 +11,7 @@ from pathlib import Path
 from port_kit.scaffold.render import write_files
 from port_kit.scaffold.request import PATHS, NewPort, PortPath
 
-__all__ = ["PATHS", "NewPort", "PortPath", "new_port"]
+__all__ = ["NewPort", "PATHS", "PortPath", "new_port"]
 
 
 def new_port(port: NewPort) -> list[Path]:
