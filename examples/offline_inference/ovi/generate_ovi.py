@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory made by download_ovi.py")
     parser.add_argument("-o", "--output", default="ovi.mp4")
+    parser.add_argument("--picture", default=None, help="also draw frames and waveform of the file into this PNG")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--image", "--image-path", default=None, help="the first frame; it gives the video's ratio")
     parser.add_argument("--tiny", action="store_true", help=f"for the tiny checkpoint: {TINY}")
@@ -98,6 +99,7 @@ def main() -> int:
     from vllm_omni import Omni
 
     from port_kit.models.wan_fusion.media import measure_mp4, write_mp4
+    from port_kit.reports import picture_of_clip
 
     prompt, sampling = request_of(arguments)
     omni = Omni(**engine_options(arguments))
@@ -115,6 +117,8 @@ def main() -> int:
     rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
     path = write_mp4(arguments.output, result.images[0], np.asarray(extra["audio"]), fps=fps, sample_rate=rate)
     print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    if arguments.picture:
+        print(f"frames and waveform: {picture_of_clip(path, arguments.picture)}", file=stdout, flush=True)
     return 0
 
 
