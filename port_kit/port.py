@@ -52,6 +52,7 @@ class Port:
         pipeline: ``"module:Class"`` of the pipeline.
         output_type: the stage's modality, ``video`` for video with or without sound.
         references: reference media that a request may hold, of ``image`` and ``audio``, as servers are told.
+        pre_process: name of the factory of what sees requests when they arrive in the engine's process, or empty.
         post_process: name of the post-process factory in the pipeline's module, as vLLM-Omni's registry takes it.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
         variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them.
@@ -73,6 +74,7 @@ class Port:
     recipe: str
     components: tuple[Component, ...]
     references: tuple[str, ...] = ()
+    pre_process: str = ""
     post_process: str = ""
     variants: Mapping[str, str] = field(default_factory=dict)
     parity: str = ""

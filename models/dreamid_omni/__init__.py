@@ -14,6 +14,7 @@ PORT = Port(
     references=("image", "audio"),
     recipe="port_kit.models.dreamid_omni.recipe:RECIPE",
     components=COMPONENTS,
+    pre_process="get_pre_process_func",
     post_process="get_post_process_func",
     parity="port_kit.models.wan_fusion.golden_pipeline:dreamid_cases",
     reference="port_kit.models.dreamid_omni.reference:REFERENCE",

@@ -17,14 +17,14 @@ from vllm_omni.diffusion.models.interface import SupportAudioInput, SupportImage
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.weights import COMPONENTS
 from port_kit.models.wan_fusion.denoising import Denoising
-from port_kit.models.wan_fusion.pipeline import FusionPipeline, get_post_process_func
+from port_kit.models.wan_fusion.pipeline import FusionPipeline, admission, get_post_process_func
 from port_kit.models.wan_fusion.prompts import strip_tags
 from port_kit.models.wan_fusion.references import cut_voice, fit_image, load_image, load_voice
 from port_kit.models.wan_fusion.request import Lengths
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.port import Component
 
-__all__ = ["DreamIDOmniPipeline", "get_post_process_func"]
+__all__ = ["DreamIDOmniPipeline", "get_post_process_func", "get_pre_process_func"]
 
 
 class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
@@ -103,3 +103,6 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
 
 def _guide(full: Tensor, no_text: Tensor, no_reference: Tensor, text_scale: float, reference_scale: float) -> Tensor:
     return no_text + text_scale * (full - no_text) + reference_scale * (full - no_reference)
+
+
+get_pre_process_func = admission(DreamIDOmniPipeline)

@@ -22,6 +22,7 @@ PORT = Port(
         "960x960_10s": f"{_RECIPES}:RECIPE_960_10S",
     },
     components=COMPONENTS,
+    pre_process="get_pre_process_func",
     post_process="get_post_process_func",
     parity="port_kit.models.wan_fusion.golden_pipeline:ovi_cases",
     reference="port_kit.models.ovi.reference:REFERENCE",

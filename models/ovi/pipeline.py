@@ -11,19 +11,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.interface import SupportImageInput
 
 from port_kit.models.ovi import config
 from port_kit.models.ovi.weights import COMPONENTS
+from port_kit.models.wan_fusion.config import FusionConfig
 from port_kit.models.wan_fusion.denoising import Conditions, Denoising
-from port_kit.models.wan_fusion.pipeline import FusionPipeline, get_post_process_func
+from port_kit.models.wan_fusion.loading import read_json
+from port_kit.models.wan_fusion.pipeline import FusionPipeline, admission, get_post_process_func
 from port_kit.models.wan_fusion.references import load_image, resize_image
 from port_kit.models.wan_fusion.request import Lengths
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.port import Component
 
-__all__ = ["OviPipeline", "get_post_process_func"]
+__all__ = ["OviPipeline", "get_post_process_func", "get_pre_process_func"]
 
 
 class OviPipeline(FusionPipeline, SupportImageInput):
@@ -37,9 +38,11 @@ class OviPipeline(FusionPipeline, SupportImageInput):
     guidance_passes: ClassVar[int] = config.GUIDANCE_PASSES
     support_image_input: ClassVar[bool] = True
 
-    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
-        super().__init__(od_config=od_config, prefix=prefix)
-        self.model = config.Model.from_index(self.index, blocks=self.transformer.config.num_layers)
+    def read_directory(self, model: str) -> None:
+        """Read the checkpoint's own facts too."""
+        super().read_directory(model)
+        transformer = FusionConfig.from_dict(read_json(model, "transformer/config.json"))
+        self.model = config.Model.from_index(self.index, blocks=transformer.num_layers)
 
     def read(
         self, prompt: Any, sampling: Any, lengths: Lengths
@@ -100,3 +103,6 @@ class OviPipeline(FusionPipeline, SupportImageInput):
             )
         )
         return video, audio
+
+
+get_pre_process_func = admission(OviPipeline)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.models.interface import SupportAudioOutput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.errors import OmniClientError
 
@@ -43,6 +44,8 @@ from port_kit.models.wan_fusion.request import (
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.models.wan_fusion.text_encoder import load_tokenizer
 from port_kit.port import Component
+
+Admission = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 
 
 class FusionPipeline(
@@ -87,15 +90,27 @@ class FusionPipeline(
         self.od_config = od_config
         self.dtype = od_config.dtype
         self.device = get_local_device()
-        self.index = read_json(od_config.model, "model_index.json")
-        self.lengths = Lengths(self.index["video_latent_length"], self.index["audio_latent_length"])
+        self.read_directory(od_config.model)
         for name, module in build_components(od_config.model, self.components).items():
             self.add_module(name, module)
         arrange_cache(self.transformer, od_config, passes=self.guidance_passes)
-        self.tokenizer = load_tokenizer(f"{od_config.model}/tokenizer")
         self.weights_sources = weights_sources(od_config.model, self.components)
         self.on_step: Callable[[Step], None] | None = None
         self.eval().requires_grad_(False)
+
+    def read_directory(self, model: str) -> None:
+        """Read what :meth:`prepare` needs of a model directory: small files only, no weights."""
+        self.index = read_json(model, "model_index.json")
+        self.lengths = Lengths(self.index["video_latent_length"], self.index["audio_latent_length"])
+        self.tokenizer = load_tokenizer(f"{model}/tokenizer")
+
+    @classmethod
+    def without_modules(cls, model: str) -> Self:
+        """Return a pipeline that can :meth:`prepare` requests and nothing else, for the engine's own process."""
+        pipeline = cls.__new__(cls)
+        nn.Module.__init__(pipeline)
+        pipeline.read_directory(model)
+        return pipeline
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill all components; see :func:`~port_kit.models.wan_fusion.loading.load_component_weights`."""
@@ -128,7 +143,7 @@ class FusionPipeline(
         try:
             job = self.prepare(req)
         except InputError as error:
-            return DiffusionOutput.from_exception(OmniClientError(f"[{error.code}] {error}"))
+            return DiffusionOutput.from_exception(refusal(error))
         video, audio = self.generate(job)
         return DiffusionOutput(output={"video": to_frames(video), "audio": audio.float()})
 
@@ -213,6 +228,33 @@ class FusionPipeline(
     def predict_noise(self, **branch: Any) -> tuple[Tensor, Tensor]:
         """Run one pass; the CFG mixin spreads passes over ranks."""
         return self.transformer(**branch)
+
+
+def refusal(error: InputError) -> OmniClientError:
+    """Return what vLLM-Omni tells a client, with 400: code, message and hint."""
+    return OmniClientError(f"[{error.code}] {error}")
+
+
+def admission(pipeline: type[FusionPipeline]) -> Callable[[OmniDiffusionConfig], Admission]:
+    """Return a port's ``get_pre_process_func``: requests are checked when they arrive in the engine's process.
+
+    A request that cannot be served is refused at once, instead of after those that came before it. What is read for
+    that is dropped: workers read it again.
+    """
+
+    def get_pre_process_func(od_config: OmniDiffusionConfig) -> Admission:
+        reader = pipeline.without_modules(od_config.model)
+
+        def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+            try:
+                reader.prepare(DiffusionRequestBatch([request]))
+            except InputError as error:
+                raise refusal(error) from error
+            return request
+
+        return pre_process
+
+    return get_pre_process_func
 
 
 def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[dict[str, Tensor]], dict[str, Any]]:

@@ -144,5 +144,6 @@ def _register(port: Port) -> None:
         model_arch=port.class_name,
         module_name=module,
         class_name=class_name,
+        pre_process_func_name=port.pre_process or None,
         post_process_func_name=port.post_process or None,
     )

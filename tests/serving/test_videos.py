@@ -224,6 +224,18 @@ def test_a_deleted_job_stops_and_is_gone(
     assert not (server.storage / job).exists()
 
 
+def test_a_bad_request_is_refused_while_others_are_computed(
+    http: httpx.Client, storm: ModuleType, good: dict[str, str], files: list[Any]
+) -> None:
+    job = http.post("/v1/videos", data=storm.LONG, files=files).json()["id"]
+    while http.get(f"/v1/videos/{job}").json()["status"] == "queued":
+        time.sleep(0.1)
+    response = http.post("/v1/videos/sync", data=good, files=files[:3])
+    assert (response.status_code, http.get(f"/v1/videos/{job}").json()["status"]) == (400, "in_progress")
+    assert "[input_count]" in response.json()["error"]["message"]
+    http.delete(f"/v1/videos/{job}")
+
+
 def test_a_client_that_hangs_up_stops_its_request(
     server: ApiServer,
     http: httpx.Client,
