@@ -85,7 +85,9 @@ def command(
         policy=Policy(connections=connections),
         progress=choose_progress(quiet=quiet or as_json),
     )
-    emit("download", report.to_json(), as_json=as_json, text=None if quiet and not dry_run else _describe(report))
+    emit(
+        "download", report.to_json(), as_json=as_json, text=None if quiet and not dry_run else _describe(report, verify)
+    )
 
 
 def main(port: str) -> None:
@@ -128,7 +130,7 @@ def at_revisions(recipe: Recipe, revisions: tuple[str, ...]) -> Recipe:
     return recipe.with_(revisions=chosen) if chosen else recipe
 
 
-def _describe(report: Report) -> str:
+def _describe(report: Report, verified: bool) -> str:
     if report.plan is not None and not report.complete:
         return report.plan.describe()
     lines = [f"removed {target}" for target in report.removed]
@@ -137,5 +139,6 @@ def _describe(report: Report) -> str:
     if report.strangers:
         lines.append(f"not part of the model: {', '.join(report.strangers[:8])} (--prune deletes them)")
     moved = f"{len(report.fetched)} files, {human(report.network_bytes)} fetched" if report.fetched else "nothing to do"
+    moved += ", every file has the hash that it should have" if verified else ""
     lines.append(f"{report.directory} is complete: {moved}, {report.seconds:.1f} s")
     return "\n".join(lines)

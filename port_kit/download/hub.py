@@ -74,7 +74,7 @@ class HubClient:
     def resolve(self, repo_id: str, revision: str) -> str:
         """Return the commit (40 hex digits) that a branch, tag or commit stands for."""
         url = f"{self.endpoint}/api/models/{repo_id}/revision/{quote(revision, safe='')}"
-        info, _ = self._json(url, f"revision {revision} of {repo_id}", repo_id, revision)
+        info, _ = self._json(url, f"asking {self.endpoint} for revision {revision} of {repo_id}", repo_id, revision)
         commit = info.get("sha") if isinstance(info, dict) else None
         if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
             raise self._not_a_hub(url, "no commit in the answer")
@@ -85,7 +85,7 @@ class HubClient:
         url: str | None = f"{self.endpoint}/api/models/{repo_id}/tree/{commit}?recursive=true&expand=false"
         files: list[HubFile] = []
         while url:
-            entries, link = self._json(url, f"file list of {repo_id}", repo_id, commit)
+            entries, link = self._json(url, f"asking {self.endpoint} for the files of {repo_id}", repo_id, commit)
             if not isinstance(entries, list):
                 raise self._not_a_hub(url, "no list of files in the answer")
             files += [_hub_file(entry, self) for entry in entries if entry.get("type") == "file"]
@@ -118,7 +118,7 @@ class HubClient:
                 said = f"X-Repo-Commit {found}" if found else "no X-Repo-Commit header"
                 raise self._not_a_hub(url, f"{said}, {commit} is required")
 
-        self.http.retrying(f"probing {repo_id}", ask)
+        self.http.retrying(f"asking {self.endpoint} for a file of {repo_id}", ask)
 
     def open(
         self, repo_id: str, commit: str, path: str, headers: Mapping[str, str], location: str | None = None

@@ -58,6 +58,11 @@ class Plan:
         return tuple(item.identity for item in self.lock.files.values())
 
     @property
+    def licences(self) -> dict[str, str]:
+        """What the recipe says of each repository's licence, where it says something."""
+        return {item.repo_id: item.licence for item in self.recipe.repositories if item.licence}
+
+    @property
     def disk_needed(self) -> int:
         """Bytes that the disk must have: one copy of each file, converted ones included, and a little for the rest."""
         return sum(identity.size for identity in self.fetch) - self.resumed + _MARGIN if self.fetch else 0
@@ -74,6 +79,7 @@ class Plan:
             "directory": str(self.directory),
             "revisions": self.lock.revisions,
             "unconfirmed": self.lock.unconfirmed,
+            "licences": self.licences,
             "files": files,
             "code": self.lock.code,
             "bytes_total": sum(item.identity.size for item in self.lock.files.values()),
@@ -87,17 +93,18 @@ class Plan:
         """Return the table for people."""
         missing = {identity.target for identity in self.fetch}
         rows = [
-            ("" if target in missing else "present", human(item.identity.size), target, _origin(item.identity))
+            (human(item.identity.size), target, "" if target in missing else "present", _origin(item.identity))
             for target, item in self.lock.files.items()
         ]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        sizes, targets, states = (max((len(row[column]) for row in rows), default=0) for column in range(3))
         lines = [
-            f"{state:<{widths[0]}}  {size:>{widths[1]}}  {target:<{widths[2]}}  {origin}".lstrip()
-            for state, size, target, origin in rows
+            f"{size:>{sizes}}  {target:<{targets}}  " + (f"{state:<{states}}  " if states else "") + origin
+            for size, target, state, origin in rows
         ]
         for repo_id, commit in self.lock.revisions.items():
             mark = "  (not pinned by the recipe: fixed in port.lock)" if repo_id in self.lock.unconfirmed else ""
-            lines.append(f"{repo_id} at {commit}{mark}")
+            licence = self.licences.get(repo_id)
+            lines.append(f"{repo_id} at {commit}{mark}" + (f"  licence: {licence}" if licence else ""))
         lines += [f"code {name}: {item['url']} at {item['commit']}" for name, item in self.lock.code.items()]
         lines += self.notes
         lines.append(

@@ -40,7 +40,9 @@ def test_a_dry_run_writes_nothing_and_counts_right(hub: Hub, recipe: Recipe, tmp
     listed = plan.to_json()
     assert {item["target"] for item in listed["files"]} == set(EXPECTED)
     assert listed["revisions"][WEIGHTS] == hub.commit(WEIGHTS)
-    assert all(target in plan.describe() for target in EXPECTED)
+    rows = {target: line for line in plan.describe().splitlines() for target in EXPECTED if f" {target} " in line}
+    assert set(rows) == set(EXPECTED)
+    assert len({line.index(target) for target, line in rows.items()}) == 1, "the columns are aligned"
     before = hashes(tmp_path / "m")
     again = bring(recipe, tmp_path / "m", hub, dry_run=True).plan
     assert again is not None and again.bytes_to_fetch == 0 and hashes(tmp_path / "m") == before

@@ -58,6 +58,9 @@ def test_a_shipped_recipe_fixes_what_it_does_not_pin(name: str, tmp_path: Path) 
         assert plan is not None and plan.to_json()["unconfirmed"] == loose
         for repo_id in loose:
             assert f"{repo_id} at {used[repo_id]}  (not pinned by the recipe: fixed in port.lock)" in plan.describe()
+        for repository in recipe.repositories:
+            assert f"licence: {repository.licence}" in plan.describe()
+            assert plan.to_json()["licences"][repository.repo_id] == repository.licence
         bring(recipe, tmp_path / "m", hub)
         lock = json.loads((tmp_path / "m/port.lock").read_text())
         assert (lock["revisions"], lock["unconfirmed"]) == (used, loose)
