@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-from port_kit.errors import CODES, InputError, PortKitError
+from port_kit.cli.download import load_recipe
+from port_kit.errors import CODES, DownloadError, InputError, PortKitError
 from port_kit.models.ovi.config import (
     LABEL,
     TAGS,
@@ -157,3 +158,13 @@ def test_a_model_directory_without_the_keys_is_refused() -> None:
     with pytest.raises(PortKitError, match="model_index.json lacks audio_prompt, skip_block") as caught:
         Model.from_index({"video_area": 1}, blocks=2)
     assert caught.value.code == "model_incomplete"
+
+
+def test_a_variant_is_chosen_by_name() -> None:
+    assert load_recipe("ovi") == load_recipe("ovi", "720x720_5s") == recipe("720x720_5s")
+    assert load_recipe("ovi", "960x960_10s") == recipe("960x960_10s")
+    with pytest.raises(DownloadError) as caught:
+        load_recipe("ovi", "1080p")
+    assert (caught.value.code, caught.value.hint) == ("recipe_invalid", f"use one of {', '.join(VARIANTS)}")
+    with pytest.raises(DownloadError, match="dreamid_omni has no variant '720x720_5s'"):
+        load_recipe("dreamid_omni", "720x720_5s")
