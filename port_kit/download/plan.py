@@ -63,6 +63,11 @@ class Plan:
         return {item.repo_id: item.licence for item in self.recipe.repositories if item.licence}
 
     @property
+    def gated(self) -> list[str]:
+        """The repositories whose terms must be accepted on the Hub, as the recipe says."""
+        return [item.repo_id for item in self.recipe.repositories if item.gated]
+
+    @property
     def disk_needed(self) -> int:
         """Bytes that the disk must have: one copy of each file, converted ones included, and a little for the rest."""
         return sum(identity.size for identity in self.fetch) - self.resumed + _MARGIN if self.fetch else 0
@@ -80,6 +85,7 @@ class Plan:
             "revisions": self.lock.revisions,
             "unconfirmed": self.lock.unconfirmed,
             "licences": self.licences,
+            "gated": self.gated,
             "files": files,
             "code": self.lock.code,
             "bytes_total": sum(item.identity.size for item in self.lock.files.values()),
@@ -104,7 +110,9 @@ class Plan:
         for repo_id, commit in self.lock.revisions.items():
             mark = "  (not pinned by the recipe: fixed in port.lock)" if repo_id in self.lock.unconfirmed else ""
             licence = self.licences.get(repo_id)
-            lines.append(f"{repo_id} at {commit}{mark}" + (f"  licence: {licence}" if licence else ""))
+            terms = f"  licence: {licence}" if licence else ""
+            terms += "  (its terms must be accepted on the Hub)" if repo_id in self.gated else ""
+            lines.append(f"{repo_id} at {commit}{mark}{terms}")
         lines += [f"code {name}: {item['url']} at {item['commit']}" for name, item in self.lock.code.items()]
         lines += self.notes
         lines.append(

@@ -53,6 +53,13 @@ def test_a_pattern_that_matches_nothing_names_near_files(hub: Hub, tmp_path: Pat
     assert error.code == "pattern_empty" and "big.safetensors" in error.hint
 
 
+def test_the_plan_tells_terms(hub: Hub, tmp_path: Path) -> None:
+    repository = Repository(WEIGHTS, (FileRule("README.md"),), licence="research only", gated=True)
+    plan = bring(Recipe("r", (repository,), MODEL_INDEX), tmp_path / "m", hub, dry_run=True).plan
+    assert plan is not None and plan.to_json()["gated"] == [WEIGHTS]
+    assert "licence: research only  (its terms must be accepted on the Hub)" in plan.describe()
+
+
 def test_all_pages_of_a_long_tree_are_read(tmp_path: Path) -> None:
     files = {f"many/{number:04}.txt": b"%d" % number for number in range(2500)}
     with Hub({WEIGHTS: files}) as hub:
