@@ -37,6 +37,7 @@ CODES: dict[str, str] = {
     "block_index": "a layer is named that the model does not have",
     "reference_length": "references do not fit into the sequence, or the model has none",
     "parallel_degree": "a degree of parallelism is impossible for this model, or in this combination",
+    "parallel_device": "ranks were to run on a device that the vLLM of this environment is not built for",
     "parallel_subject": "a port has nothing small that could be run on several ranks",
     "parallel_table": "a table of parallel linears names what is no linear",
     "parallel_world": "a process of one rank was needed and this process belongs to a larger world",

@@ -118,20 +118,44 @@ def _line(report: CaseReport) -> str:
 )
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="A small model directory to run.")
 @click.option("--prompt", default="a cat", show_default=True, help="The prompt for --model.")
+@click.option(
+    "--device",
+    type=click.Choice(("auto", "cpu", "cuda")),
+    default="auto",
+    show_default=True,
+    help="Processes of this machine, or its GPUs, one a rank; auto: what vLLM is built for.",
+)
 @json_option
 @handles_errors("verify parallel")
-def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: str, as_json: bool) -> None:
-    """Run a port on several ranks of this machine, compare with one rank, and prove that the work was divided."""
-    from port_kit.parallel.verify import MATRIX, port_subject, verify_parallel
+def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: str, device: str, as_json: bool) -> None:
+    """Run a port on several ranks of this machine, compare with one rank, and prove that the work was divided.
 
+    A layout that the model or the machine cannot have is refused before anything runs; of the default matrix it is
+    left out, and told.
+    """
+    from port_kit.parallel.choice import choose_layouts, facts_of, find_device
+    from port_kit.parallel.verify import MATRIX, TOLERANCE, port_subject, verify_parallel
+
+    found = find_port(port)
+    machine = find_device(device, TOLERANCE)
     reports = []
     with TemporaryDirectory(prefix="port-kit-") as scratch:
-        subject = port_subject(find_port(port), Path(scratch), model, prompt)
-        for report in verify_parallel(subject, layouts or MATRIX):
+        subject = machine.prepare(port_subject(found, Path(scratch), model, prompt))
+        chosen, left_out = choose_layouts(layouts, MATRIX, facts_of(found, subject.model), machine)
+        for layout, reason in left_out.items():
+            click.echo(f"left out {layout}: {reason}", err=as_json)
+        for report in verify_parallel(subject, chosen, tolerance=machine.tolerance):
             reports.append(report)
             click.echo(report.describe(), err=as_json)
     ok = all(report.ok for report in reports)
     failed = [report.layout for report in reports if not report.ok]
-    data = {"port": port, "ok": ok, "failed": failed, "layouts": [report.to_json() for report in reports]}
+    data = {
+        "port": port,
+        "device": machine.kind,
+        "ok": ok,
+        "failed": failed,
+        "left_out": left_out,
+        "layouts": [report.to_json() for report in reports],
+    }
     text = f"{len(reports) - len(failed)} of {len(reports)} layouts compute what one rank computes, and divide the work"
     emit("verify parallel", data, as_json=as_json, text=text, ok=ok)

@@ -6,6 +6,7 @@ engine's workers start, the process that starts them must not; here vLLM's linea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ def outline(dtype: torch.dtype) -> Iterator[None]:
     config = OmniDiffusionConfig(model="outline", dtype=dtype)
     group, default = parallel_state._TP, torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.enter_context(_quiet("vllm"))
         stack.enter_context(set_current_vllm_config(create_diffusion_vllm_config(torch.device("cpu"), config)))
         stack.enter_context(set_current_diffusion_config(config))
         stack.callback(setattr, parallel_state, "_TP", group)
@@ -45,3 +47,15 @@ def outline(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         stack.enter_context(torch.device("meta"))
         yield
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a logger from telling of the configuration, as if an engine started with it."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -11,8 +11,10 @@ from click.testing import CliRunner
 
 from port_kit.cli import main
 from port_kit.errors import ParallelError
+from port_kit.parallel.choice import Device, choose_layouts
 from port_kit.parallel.findings import FAULTS, Finding
-from port_kit.parallel.verify import LayoutReport, difference, port_subject
+from port_kit.parallel.preflight import Facts
+from port_kit.parallel.verify import MATRIX, LayoutReport, difference, port_subject
 from port_kit.port import find_port
 
 
@@ -34,6 +36,36 @@ def test_a_layout_that_does_not_exist_fails_before_any_run() -> None:
     result = CliRunner().invoke(main, ["verify", "parallel", "dreamid_omni", "--layout", "tp2xhsdp2"])
     assert result.exit_code == 1
     assert "hsdp cannot be combined with tp" in result.output
+
+
+def test_a_layout_that_the_model_cannot_have_is_refused_with_those_it_can() -> None:
+    result = CliRunner().invoke(main, ["verify", "parallel", "dreamid_omni", "--layout", "ulysses3", "--json"])
+    assert result.exit_code == 1
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "parallel_degree"
+    assert error["message"] == "ulysses 3 does not divide the 4 heads of a rank: use 1, 2 or 4"
+    assert error["details"]["possible"]["cfg"] == [2, 4]
+
+
+def test_a_device_that_vllm_is_not_built_for_is_refused() -> None:
+    result = CliRunner().invoke(main, ["verify", "parallel", "dreamid_omni", "--device", "cuda"])
+    assert result.exit_code == 1
+    assert "the vLLM of this environment runs on cpu" in result.output
+
+
+def test_of_the_matrix_only_what_fits_the_model_and_the_machine_is_run() -> None:
+    facts = Facts(heads=3, widths=8, branches=4, split_bytes=80, whole_bytes=8, block_bytes=10, sharded=True)
+    two = Device("cuda", 2, 1e-4)
+    chosen, left_out = choose_layouts((), MATRIX, facts, two)
+    assert chosen == ["ring2", "allgather2", "cfg2", "hsdp2", "hsdp2xcfg2"]
+    assert "tp 2 does not divide 3 heads" in left_out["tp2"]
+    assert "needs 4 ranks and there are 2" in left_out["ulysses2xcfg2"]
+    assert choose_layouts((), ("tp2", "ring3"), None, two) == (
+        ["tp2"],
+        {"ring3": "ring3 needs 3 ranks and there are 2"},
+    )
+    with pytest.raises(ParallelError, match="ring3 needs 3 ranks"):
+        choose_layouts(("ring3",), MATRIX, None, two)
 
 
 def test_a_port_without_a_tiny_model_needs_one(tmp_path: Path) -> None:
