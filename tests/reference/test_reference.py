@@ -168,49 +168,33 @@ def test_ovi_agrees_with_its_reference(environment: pytest.MonkeyPatch, tmp_path
 CRASH = "import numpy\nraise RuntimeError('the weights are melting')\n"
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "arguments", "code", "words", "hint"),
-    [
-        ("modules/fusion.py", CRASH, (), "reference_failed", "RuntimeError: the weights are melting", "reference.log"),
-        (
-            "modules/fusion.py",
-            "import sandcastle_attn\n",
-            (),
-            "reference_failed",
-            "exit code 1",
-            "pip install sandcastle_attn",
-        ),
-        ("modules/fusion.py", "import os\nos.kill(os.getpid(), 9)\n", (), "reference_failed", "signal 9", "memory"),
-        (
-            "modules/fusion.py",
-            "import os\nos._exit(0)\n",
-            (),
-            "reference_output",
-            "lacks SET.json",
-            "did not do its work",
-        ),
-        (
-            "modules/fusion.py",
-            "import time\ntime.sleep(60)\n",
-            ("--timeout", "4"),
-            "reference_timeout",
-            "ran for more than 4 s and was stopped",
-            "--timeout",
-        ),
-    ],
-    ids=["crash", "missing package", "killed", "nothing recorded", "timeout"],
-)
-def test_a_reference_that_fails_is_told_with_its_last_words(
-    file: str,
-    content: str,
-    arguments: tuple[str, ...],
-    code: str,
-    words: str,
-    hint: str,
-    commit: Commit,
-    tmp_path: Path,
-) -> None:
-    broken = commit({f"dreamid_omni/{file}": content})
+FAILURES = {
+    "crash": (CRASH, (), "reference_failed", "RuntimeError: the weights are melting", "reference.log"),
+    "missing package": (
+        "import sandcastle_attn\n",
+        (),
+        "reference_failed",
+        "exit code 1",
+        "pip install sandcastle_attn",
+    ),
+    "killed": ("import os\nos.kill(os.getpid(), 9)\n", (), "reference_failed", "signal 9", "memory"),
+    "no CUDA": ("", ("--precision", "bf16"), "reference_failed", "this process has no CUDA device", "reference.log"),
+    "nothing recorded": ("import os\nos._exit(0)\n", (), "reference_output", "lacks SET.json", "did not do its work"),
+    "timeout": (
+        "import time\ntime.sleep(60)\n",
+        ("--timeout", "4"),
+        "reference_timeout",
+        "ran for more than 4 s and was stopped",
+        "--timeout",
+    ),
+}
+SLOW = {"killed": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize("failure", [pytest.param(name, id=name, marks=SLOW.get(name, [])) for name in FAILURES])
+def test_a_reference_that_fails_is_told_with_its_last_words(failure: str, commit: Commit, tmp_path: Path) -> None:
+    content, arguments, code, words, hint = FAILURES[failure]
+    broken = commit({"dreamid_omni/modules/fusion.py": content})
     goldens = tmp_path / "goldens"
     exit_code, envelope, _ = run(
         "--reference", "--model", str(broken), "--output-dir", str(goldens), "--device", "cpu", *arguments
