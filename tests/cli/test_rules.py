@@ -202,6 +202,16 @@ CHANGES: dict[str, tuple[str, str]] = {
     "remap_slot": ('op = { name = "concat", dim = 0, parts = ["q", "k", "v"] }', ""),
     "remap_ambiguous": (r"ema\..+", r"(ema\..+|b\.0\.o.*)"),
     "remap_beyond_layers": (r"layers.\1.attn.o.weight", r"layers.{\1 + 1}.attn.o.weight"),
+    "remap_unused": (
+        'op = { name = "reshape", shape = ["hidden", -1] }',
+        'op = { name = "reshape", shape = [2, "hidden"] }\ntake = "[0:2]"\ninto = "[0:2]"',
+    ),
+    "remap_overlap": (
+        'op = { name = "reshape", shape = ["hidden", -1] }',
+        'op = { name = "reshape", shape = [3, "hidden"] }\ntake = "[0:3]"\ninto = "[0:3]"\n\n'
+        "[[rule]]\nsource = 'b\\.(\\d+)\\.o\\.weight'\ntarget = 'layers.\\1.attn.o.weight'\n"
+        'op = { name = "reshape", shape = [2, "hidden"] }\ntake = "[2:4]"\ninto = "[2:4]"',
+    ),
     "remap_collision": (r"layers.\1.attn.o.weight", "layers.0.attn.o.weight"),
 }
 
