@@ -175,12 +175,15 @@ def _tree_problems(model: nn.Module, lists: Sequence[str]) -> Iterator[str]:
     if getattr(model, "_keep_in_fp32_modules", None):
         yield f"it keeps {', '.join(model._keep_in_fp32_modules)} in float32, which no template does"
     processors: dict[str, str] = {}
+    activations: dict[str, str] = {}
     for path, child in model.named_modules():
         processor = getattr(child, "processor", None)
         if processor is not None:
             processors.setdefault(type(processor).__name__, path)
         if type(child).__name__ == "FeedForward" and type(child.net[0]).__name__ != "GELU":
-            yield f"{path} has the activation {type(child.net[0]).__name__}; GELU is adapted"
+            activations.setdefault(type(child.net[0]).__name__, path)
+    for activation, path in activations.items():
+        yield f"{path} has the activation {activation}; GELU is adapted"
     for processor, path in processors.items():
         if processor not in ATTENTION_TEMPLATES:
             known = ", ".join(ATTENTION_TEMPLATES)

@@ -14,7 +14,7 @@ from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.source import FOLDERS, Source, read_source
 
-_TESTS = ("conftest", "test_download", "test_coverage", "test_parity", "test_parallel", "test_generate")
+_TESTS = ("conftest", "test_download", "test_coverage", "test_parity", "test_parallel", "test_cache", "test_generate")
 _OWN = (
     *("attention", "config", "parallel_subject", "parity", "pipeline", "recipe", "rules", "tiny", "transformer"),
     "weights",
@@ -226,6 +226,7 @@ def _output_values(family: Family) -> dict[str, str]:
         "output": family.output,
         "environment": "",
         "output_word": "a_video" if video else "a_picture",
+        "output_text": "a video" if video else "a picture",
         "output_shape": "(frames, H, W, 3)" if video else "(H, W, 3)",
         "result": "frames" if video else "images",
         "suffix": "mp4" if video else "png",

@@ -41,7 +41,8 @@ def own_files(port: NewPort) -> dict[str, str]:
     values |= {**_tiny_values(port)}
     templates = {f"{port.name}/{part}.py": f"own/{part}.py" for part in _PARTS}
     variant = {"external": "_external", "hybrid": "_hybrid"}.get(port.path, "")
-    templates[f"{port.name}/{'vae' if port.path == 'hybrid' else 'decoder'}.py"] = f"own/decoder{variant}.py"
+    templates[f"{port.name}/decoder.py"] = f"own/decoder{variant}.py"
+    templates["record_goldens.py"] = "own/record_goldens.py"
     templates[f"{port.name}/parallel_subject.py"] = "own/parallel_subject.py"
     templates |= {path: name for path, name in common_templates(port.name, "video").items()}
     templates[f"original/{port.name}_original/__init__.py"] = "own/original_init.py"
@@ -69,6 +70,7 @@ def _names(port: NewPort, source: Source) -> dict[str, str]:
         # the engine's processes need the code that stays outside of the port
         "environment": ', "PYTHONPATH": str(ROOT / "original")' if port.path == "external" else "",
         "output_word": "a_video",
+        "output_text": "a video",
         "suffix": "mp4",
         "expected_size": "160x96" if port.path == "hybrid" else "36x20",
         "licence_text": licence,
@@ -81,10 +83,9 @@ def _names(port: NewPort, source: Source) -> dict[str, str]:
 
 
 def _file_rows(port: NewPort) -> str:
-    decoder = "vae" if port.path == "hybrid" else "decoder"
     rows = {
         f"{port.name}/transformer.py": "the transformer, ported: parallel linears, sharded tokens",
-        f"{port.name}/{decoder}.py": "latents to pixels",
+        f"{port.name}/decoder.py": "latents to pixels",
         f"{port.name}/rules.py`, `weights.py": "which tensor of the checkpoint goes where",
         f"{port.name}/pipeline.py": "the steps from a prompt to pixels",
         f"original/{port.name}_original/": "a stand-in for the original code",
@@ -147,8 +148,7 @@ def _decoder_values(port: NewPort) -> dict[str, str]:
         "decoder_config": ""
         if hybrid
         else '#: ``decoder/config.json`` at full size.\nDECODER_CONFIG: Mapping[str, Any] = {"channels": 8}',
-        "decoder_import": f"from {port.name}.{'vae' if hybrid else 'decoder'} import "
-        + ("decode, load_vae\n" if hybrid else "SCALE\n"),
+        "decoder_import": f"from {port.name}.decoder import " + ("decode, load_vae\n" if hybrid else "SCALE\n"),
         "decode_call": "decode(self.vae, latents)" if hybrid else "self.decoder(latents.to(self.dtype))",
         "scales": ("self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio" if hybrid else "SCALE, 1"),
         "dummy_frames": "9" if hybrid else "2",
@@ -165,12 +165,12 @@ def _loading_values(port: NewPort) -> dict[str, str]:
     if bypass:
         sources = "        self.filled = self.read_checkpoints(od_config.model)\n"
     method = _BYPASS if bypass else _STANDARD
-    imports = ["build_components", "load_component_weights", "weights_sources"]
+    imports = ["build_components", "load_component_weights", "read_json", "weights_sources"]
     return {
         "built": "filled, from its checkpoints" if bypass else "empty, to be filled by the standard loader",
         "load_init": sources,
         "load_method": textwrap.indent(method, "    "),
-        "loading_imports": "build_components" if bypass else ", ".join(imports),
+        "loading_imports": "build_components, read_json" if bypass else ", ".join(imports),
         "load_imports": "from pathlib import Path\n" if bypass else "",
         "remap_import": "from safetensors import safe_open\n" if bypass else "",
         "resolve_import": "from port_kit.port import resolve\n" if bypass else "",
@@ -234,7 +234,7 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
         code = (
             "\n    code=(\n        GitCode(\n"
             f'            name="{port.name}_original",\n'
-            f'            url="{url}",\n'
+            f"            url={literal(url)},\n"
             f'            packages=("{port.name}_original",),\n'
             "        ),\n    ),"
         )
@@ -247,8 +247,8 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
         "recipe_imports": ("FileRule, GitCode, " if code else "FileRule, ") + "Recipe, Repository",
         "recipe_configs": "{" + ", ".join(f'"{name}": {value}' for name, value in configs.items()) + "}",
         "recipe_code": code,
-        "transformer_file": file,
-        "transformer_wrapper": f', wrapper="{wrapper}"' if wrapper else "",
+        "transformer_file": literal(file),
+        "transformer_wrapper": f", wrapper={literal(wrapper)}" if wrapper else "",
     }
 
 
@@ -277,11 +277,12 @@ def _transformer_rule(source: Source) -> str:
     found = _main_component(source)
     file, wrapper = transformer_file(source)
     if found is not None and len(found.weights) > 1:
-        return f'FileRule("{file.replace("model.safetensors", "*.safetensors*")}", folder="transformer")'
+        shards = literal(file.replace("model.safetensors", "*.safetensors*"))
+        return f'FileRule({shards}, folder="transformer")'
     if file.endswith(".safetensors"):
-        return f'FileRule("{file}", folder="transformer", name="model.safetensors")'
-    inside = f', wrapper="{wrapper}"' if wrapper else ""
-    return f'FileRule("{file}", folder="transformer", name="model.safetensors", convert=True{inside})'
+        return f'FileRule({literal(file)}, folder="transformer", name="model.safetensors")'
+    inside = f", wrapper={literal(wrapper)}" if wrapper else ""
+    return f'FileRule({literal(file)}, folder="transformer", name="model.safetensors", convert=True{inside})'
 
 
 def _tiny_values(port: NewPort) -> dict[str, str]:

@@ -38,6 +38,8 @@ def follow(hub: Hub, folder: Path, *, long: bool) -> subprocess.CompletedProcess
         timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    # pytest -s shows how long each command took
+    print("", *(line for line in done.stderr.splitlines() if line.startswith(("$ ", "# "))), sep="\n")
     return done
 
 

@@ -100,6 +100,14 @@ def _recipe(path: Path) -> Recipe:
     return recipe
 
 
+def test_what_a_repository_calls_its_files_stays_text(tmp_path: Path) -> None:
+    files = {'x"+str(1)+".safetensors': forge.safetensors({"blocks.0.weight": (4, 4)})}
+    folder = forge.write(files, tmp_path / "model")
+    new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
+    recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
+    assert recipe.repositories[0].files[0].pattern == next(iter(files))
+
+
 def test_a_served_model_needs_no_port(tmp_path: Path) -> None:
     folder = forge.write(forge.supported_model(), tmp_path / "some_model")
     done = CliRunner().invoke(main, ["new", "some_port", "--from", str(folder)])
