@@ -6,6 +6,7 @@ import difflib
 import math
 import operator
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from port_kit.errors import InputError
@@ -135,6 +136,18 @@ def check_codec_options(options: object) -> None:
                 code="input_value",
                 hint="leave it out: the default is quick and visually lossless",
             )
+
+
+def check_adapter(adapter: object) -> None:
+    """Refuse a LoRA (vLLM's ``LoRARequest`` or None) at an absolute path that does not exist; raises InputError.
+
+    A relative path may be the name of a repository, which vLLM looks up when it loads the adapter.
+    """
+    path = Path(str(getattr(adapter, "lora_path", None) or "."))
+    if path.is_absolute() and not path.exists():
+        raise InputError(
+            f"the LoRA {path} does not exist", code="source_missing", hint="give the path of a folder on the server"
+        )
 
 
 def as_list(value: object) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from port_kit.errors import InputError
 from port_kit.models.wan_fusion.inputs import (
+    check_adapter,
     check_codec_options,
     check_integer,
     check_names,
@@ -179,6 +180,7 @@ def parse_common(
         "video_negative_prompt": _negative("video", given, fields, DEFAULT_VIDEO_NEGATIVE_PROMPT),
         "audio_negative_prompt": _negative("audio", given, fields, DEFAULT_AUDIO_NEGATIVE_PROMPT),
         "steps": check_integer("num_inference_steps", steps, minimum=1, maximum=1000),
+    check_adapter(getattr(sampling, "lora_request", None))
         "solver": _solver(given.get("solver_name", DEFAULT_SOLVER)),
         "shift": check_real("shift", given.get("shift", given.get("flow_shift", DEFAULT_SHIFT)), positive=True),
         "seed": seed if sampling.seed is None else check_integer("seed", sampling.seed, minimum=0),

@@ -142,6 +142,7 @@ def test_references_as_data_urls_are_what_uploads_are(
         ({"extra_params": '{"vidio_cfg_scale": 2}'}, "did you mean 'video_cfg_scale'"),
         ({"extra_params": '{"shift": "much"}'}, "[input_type] shift is 'much'"),
         ({"extra_params": '{"video_codec_options": {"preset": "best"}}'}, "[input_value] video_codec_options"),
+        ({"lora": '{"name": "any", "path": "/nowhere"}'}, "[source_missing] the LoRA /nowhere does not exist"),
         ({"extra_params": "{"}, "Invalid JSON"),
         ({"extra_params": "[" * 100_000}, "nested too deeply"),
         ({"model": "another"}, "Model mismatch"),
