@@ -266,6 +266,54 @@ def columns() -> Conversion:
     return one.done()
 
 
+def deepseek() -> Conversion:
+    """Latent attention and shared experts into vLLM: the down projections of queries and of keys and values fused."""
+    one = Written("deepseek_vllm")
+    latent, experts, width = 20, 4, 24
+    one.copy(*("model.embed_tokens.weight",) * 2, VOCABULARY, HIDDEN)
+    for n in range(LAYERS):
+        attn, mlp = f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp"
+        rows = [(f"{attn}.q_a_proj.weight", 28), (f"{attn}.kv_a_proj_with_mqa.weight", latent + HEAD)]
+        one.concat(rows, f"{attn}.fused_qkv_a_proj.weight", HIDDEN)
+        one.copy(*(f"{attn}.q_a_layernorm.weight",) * 2, 28)
+        one.copy(*(f"{attn}.kv_a_layernorm.weight",) * 2, latent)
+        one.copy(*(f"{attn}.q_b_proj.weight",) * 2, HEADS * 2 * HEAD, 28)
+        one.copy(*(f"{attn}.kv_b_proj.weight",) * 2, HEADS * 3 * HEAD, latent)
+        one.copy(*(f"{attn}.o_proj.weight",) * 2, HIDDEN, HEADS * HEAD)
+        one.copy(*(f"{mlp}.gate.weight",) * 2, experts, HIDDEN)
+        halves = [(f"{mlp}.shared_experts.{part}_proj.weight", FFN) for part in ("gate", "up")]
+        one.concat(halves, f"{mlp}.shared_experts.gate_up_proj.weight", HIDDEN)
+        one.copy(*(f"{mlp}.shared_experts.down_proj.weight",) * 2, HIDDEN, FFN)
+        pairs = [[(f"{mlp}.experts.{e}.{p}_proj.weight", width) for p in ("gate", "up")] for e in range(experts)]
+        one.stack(pairs, f"{mlp}.experts.w13_weight", HIDDEN)
+        down = [[(f"{mlp}.experts.{e}.down_proj.weight", HIDDEN)] for e in range(experts)]
+        one.stack(down, f"{mlp}.experts.w2_weight", width)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            one.copy(*(f"model.layers.{n}.{norm}.weight",) * 2, HIDDEN)
+    one.copy(*("model.norm.weight",) * 2, HIDDEN)
+    one.copy(*("lm_head.weight",) * 2, VOCABULARY, HIDDEN)
+    return one.done()
+
+
+def qwen1() -> Conversion:
+    """The first Qwen to llama's names: its w1 is the up projection, its w2 the gate."""
+    one = Written("qwen1_llama")
+    one.copy("transformer.wte.weight", "model.embed_tokens.weight", VOCABULARY, HIDDEN)
+    for n in range(LAYERS):
+        a, b = f"transformer.h.{n}", f"model.layers.{n}"
+        one.split(f"{a}.attn.c_attn.weight", [(f"{b}.self_attn.{p}_proj.weight", 48) for p in "qkv"], HIDDEN)
+        one.split(f"{a}.attn.c_attn.bias", [(f"{b}.self_attn.{p}_proj.bias", 48) for p in "qkv"])
+        one.copy(f"{a}.attn.c_proj.weight", f"{b}.self_attn.o_proj.weight", HIDDEN, 48)
+        one.copy(f"{a}.mlp.w1.weight", f"{b}.mlp.up_proj.weight", FFN, HIDDEN)
+        one.copy(f"{a}.mlp.w2.weight", f"{b}.mlp.gate_proj.weight", FFN, HIDDEN)
+        one.copy(f"{a}.mlp.c_proj.weight", f"{b}.mlp.down_proj.weight", HIDDEN, FFN)
+        one.copy(f"{a}.ln_1.weight", f"{b}.input_layernorm.weight", HIDDEN)
+        one.copy(f"{a}.ln_2.weight", f"{b}.post_attention_layernorm.weight", HIDDEN)
+    one.copy("transformer.ln_f.weight", "model.norm.weight", HIDDEN)
+    one.copy("lm_head.weight", "lm_head.weight", VOCABULARY, HIDDEN)
+    return one.done()
+
+
 def hifigan(*, parametrized: bool) -> Conversion:
     """A vocoder with weight norm, folded into plain convolutions; upsamplers are transposed convolutions."""
     one = Written("hifigan_parametrized" if parametrized else "hifigan_folded")
@@ -305,6 +353,8 @@ def written_families() -> list[Conversion]:
         megatron_llama(),
         t5x(),
         columns(),
+        deepseek(),
+        qwen1(),
         hifigan(parametrized=False),
         hifigan(parametrized=True),
     ]

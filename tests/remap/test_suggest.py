@@ -258,6 +258,23 @@ def test_gates_of_another_code_base_are_not_certain() -> None:
     assert {found.get(f"l.0.mlp.{half}_proj.weight", "likely") for half in ("gate", "up")} == {"likely"}
 
 
+def test_nothing_is_transposed_that_fits_upright() -> None:
+    """Names pull w2 towards down and c_proj towards up, but both sides have as many matrices of each shape."""
+    source = shapes(h__0__mlp__w1__weight=[9, 4], h__0__mlp__w2__weight=[9, 4], h__0__mlp__c_proj__weight=[4, 9])
+    target = shapes(l__0__mlp__up__weight=[9, 4], l__0__mlp__gate__weight=[9, 4], l__0__mlp__down__weight=[4, 9])
+    found = proposed(suggest(source, target), source, target)
+    assert found["l.0.mlp.down.weight"]["from"] == ["h.0.mlp.c_proj.weight"]
+    assert {entry["op"] for entry in found.values()} == {"copy"}
+
+
+def test_latent_queries_and_keys_are_fused() -> None:
+    attn = "layers.0.self_attn"
+    parts = {f"{attn}.q_a_proj.weight": [6, 4], f"{attn}.kv_a_proj_with_mqa.weight": [5, 4]}
+    source, target = Manifest.from_json(parts), Manifest.from_json({f"{attn}.fused_qkv_a_proj.weight": [11, 4]})
+    found = proposed(suggest(source, target), source, target)
+    assert found[f"{attn}.fused_qkv_a_proj.weight"]["from"] == list(parts)
+
+
 def test_columns_are_joined_and_cut() -> None:
     parts = {f"h.{n}.attn.{part}.w": [6, 4] for n in range(2) for part in "qkv"}
     whole = {f"h.{n}.attn.qkv.w": [6, 12] for n in range(2)}

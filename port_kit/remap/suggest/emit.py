@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from port_kit.remap.rules import Op, Rule
-from port_kit.remap.suggest.groups import roles_of
+from port_kit.remap.suggest.groups import role_of
 from port_kit.remap.suggest.indices import index_expressions
 from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.shapes import relation
@@ -131,8 +131,7 @@ def _joined(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> I
 
 def part_names(members: Sequence[Unit]) -> tuple[str, ...]:
     """What the parts of a fused tensor are called: q, k, v or gate, up where the names say so, else numbers."""
-    roles = [roles_of(member)[:1] for member in members]
-    named = tuple(role[0] for role in roles if role)
+    named = tuple(filter(None, map(role_of, members)))
     return named if len(set(named)) == len(members) else tuple(str(at) for at in range(len(members)))
 
 

@@ -11,7 +11,7 @@ from port_kit.remap.suggest.units import HOLE, Index, Shape, Unit
 from port_kit.remap.suggest.vocabulary import natural_key
 
 #: Row orders of fused groups, by the roles of their members.
-FUSED: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("q", "k"), ("gate", "up"))
+FUSED: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("k", "v"), ("q", "k"), ("q", "kv"), ("gate", "up"))
 _ROLES = frozenset({"q", "k", "v", "gate", "up"})
 _MOST_NUMBERED = 4
 _NEAR = 2  # components from the innermost one within which a role is looked for
@@ -68,19 +68,25 @@ def roles_of(unit: Unit) -> list[str]:
     return [word for word, distance in unit.tokens if word in _ROLES and distance < _NEAR]
 
 
+def role_of(unit: Unit) -> str:
+    """The one role that a unit plays in a fused group, ``kv`` where keys and values are one already; else empty."""
+    roles = set(roles_of(unit))
+    return "kv" if roles == {"k", "v"} else roles.pop() if len(roles) == 1 else ""
+
+
 def _concats(parts: Sequence[Unit], axis: int = 0) -> list[Unit]:
     families: dict[object, dict[str, Unit]] = defaultdict(dict)
     for unit in parts:
-        roles = roles_of(unit)
-        if len(set(roles)) != 1:
+        role = role_of(unit)
+        if not role:
             continue
         rest = frozenset(
             (word, distance)
             for word, distance in unit.tokens
             if not (word in _ROLES and distance < _NEAR) and not word.startswith("#")
         )
-        families[(unit.parts[:-1], rest, unit.instances, unit.roles)][roles[0]] = unit
-        families[(unit.parts[:-2], rest, unit.instances, unit.roles)].setdefault(roles[0], unit)
+        families[(unit.parts[:-1], rest, unit.instances, unit.roles)][role] = unit
+        families[(unit.parts[:-2], rest, unit.instances, unit.roles)].setdefault(role, unit)
     return _distinct(
         concat([members[role] for role in roles], axis)
         for members in families.values()

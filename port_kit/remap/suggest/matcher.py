@@ -7,7 +7,7 @@ the earlier ones found around it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,10 +27,11 @@ from port_kit.remap.suggest.score import (
     name_score,
 )
 from port_kit.remap.suggest.shapes import Alignment, align, signature
-from port_kit.remap.suggest.units import GROUPINGS, Shape, Unit, has_own_order, units_of
+from port_kit.remap.suggest.units import GROUPINGS, OWN, Shape, Unit, has_own_order, units_of
 
 _ITERATIONS = 4
 _WEAK, _WEAK_GROUP, _WEAK_MARGIN = 0.6, 0.9, 0.1  # scores below which a match waits for the next round
+_NEEDLESS = 0.4  # what a transposition costs that the counts of shapes do not ask for
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Search:
         ordered = left.ordered and right.ordered  # an order is compared with an order of the same kind
         self.left = Side([*sources, *left.done], ordered=ordered)
         self.right = Side([*targets, *right.done], ordered=ordered)
+        self.left_shapes, self.right_shapes = _matrices(self.left.units), _matrices(self.right.units)
         self.known = known
         self.round = round_
         self.sources = [*sources, *virtual_units(sources, targets), *folded_units(sources, targets)]
@@ -108,7 +110,20 @@ class Search:
     def _static(self, source: Unit, target: Unit) -> float:
         names = NAME * name_score(source, target, self.left, self.right)
         anchors = ANCHOR * anchor_score(source.leaves[0], target.leaves[0], self.left, self.right)
-        return 0.05 + names + anchors - self.candidates[source, target].penalty
+        needless = _NEEDLESS if self._turns_needlessly(source, target) else 0.0
+        return 0.05 + names + anchors - self.candidates[source, target].penalty - needless
+
+    def _turns_needlessly(self, source: Unit, target: Unit) -> bool:
+        """Whether a plain matrix would be transposed although both sides have as many of each shape.
+
+        Where the two sides call their tensors otherwise (``kernel``, ``weight``) that many may well be turned.
+        """
+        if self.candidates[source, target].relation != "transpose" or source.roles != (OWN,):
+            return False
+        pair = [next(iter(unit.leaves[0].shapes[OWN].values())) for unit in (source, target)]
+        if source.members or target.members or _tensor_name(source) != _tensor_name(target):
+            return False
+        return all(self.left_shapes[shape] == self.right_shapes[shape] for shape in pair)
 
     def _assign(self, scores: Mapping[tuple[Unit, Unit], float]) -> dict[Unit, Unit]:
         active = self._active_groups(scores)
@@ -163,6 +178,16 @@ class Search:
 
     def _name(self, pair: tuple[Unit, Unit]) -> float:
         return name_score(*pair, self.left, self.right, numbers=False)
+
+
+def _matrices(units: Iterable[Unit]) -> Counter[Shape]:
+    """How many matrices of each shape there are."""
+    return Counter(shape for unit in units for shape in unit.shapes.get(OWN, {}).values() if len(shape) == 2)
+
+
+def _tensor_name(unit: Unit) -> str:
+    """What the first tensor of a unit is called in its module."""
+    return next(iter(unit.names[OWN].values())).rpartition(".")[2]
 
 
 def match(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> list[Match]:

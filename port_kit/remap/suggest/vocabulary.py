@@ -182,6 +182,8 @@ _WORDS: dict[str, str] = {
     "patchify": "patch",
     "refiner": "refiner",
     "to": "",
+    "with": "",
+    "mqa": "",
     "net": "",
     "module": "",
     "modules": "",
