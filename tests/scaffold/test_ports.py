@@ -1,0 +1,113 @@
+"""docs/port_a_model.md, executed; and every port that is written passes its own tests at once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+
+from port_kit.scaffold import NewPort, new_port
+from port_kit.testing.hub import Hub
+from tests.scaffold.conftest import LTX, ROOT, environment, run_pytest
+
+GUIDE = ROOT / "docs" / "port_a_model.md"
+OWN = ("custom", "external", "bypass", "hybrid")
+_BLOCK = re.compile(r"^```bash *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def script(*, long: bool) -> str:
+    """The guide's commands as one script that stops at the first failure; blocks marked ``fails`` must fail."""
+    lines = ["set -e", "TIMEFORMAT='# %R s, of the processors %U s and %S s'"]
+    for kind, block in _BLOCK.findall(GUIDE.read_text(encoding="utf-8")):
+        if kind and not long:
+            continue
+        if kind == "fails":
+            lines.append(f"! {block.strip()}")
+        else:
+            lines += [f"echo '$ {line}' >&2\ntime {{ {line}; }}" for line in block.strip().splitlines()]
+    return "\n".join(lines)
+
+
+def follow(hub: Hub, folder: Path, *, long: bool) -> subprocess.CompletedProcess[str]:
+    """Sit down in an empty folder and do what the guide says."""
+    done = subprocess.run(
+        ["bash", "-c", script(long=long)],
+        cwd=folder,
+        env=environment(HF_ENDPOINT=hub.endpoint, HF_HOME=str(folder / "cache")),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    # pytest -s shows how long each command took
+    print("", *(line for line in done.stderr.splitlines() if line.startswith(("$ ", "# "))), sep="\n")
+    return done
+
+
+def check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+    """What a reader has at the end."""
+    assert "next: port-kit new ltx_video --from Lightricks/LTX-Video" in done.stdout
+    width, height, frames = (LTX.request[name] for name in ("width", "height", "num_frames"))
+    assert f"first.mp4: {frames} frames {width}x{height} at 25 fps" in done.stdout
+    with av.open(str(folder / "first.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == frames
+    recipe = (folder / "ltx_video" / "ltx_video" / "recipe.py").read_text(encoding="utf-8")
+    assert re.search(r'revision="[0-9a-f]{40}"', recipe) and 'licence="tiny-licence' in recipe
+    assert (folder / "model" / "model_index.json").exists()
+    assert (folder / "my_model" / "original" / "my_model_original" / "model.py").exists()
+
+
+@pytest.fixture(scope="module")
+def ports(ltx_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader of the guide has at its end, and beside it a port of every other path."""
+    folder = tmp_path_factory.mktemp("ports")
+    check(follow(ltx_hub, folder, long=False), folder)
+    for path in OWN:
+        new_port(NewPort(f"{path}_one", path, folder / f"{path}_one"))  # type: ignore[arg-type]
+    new_port(NewPort("a" * 30, "external", folder / "longest"))
+    return folder
+
+
+def test_what_is_written_is_linted_and_formatted(ports: Path) -> None:
+    written = [str(ports / name) for name in ("ltx_video", "my_model", "longest", *(f"{path}_one" for path in OWN))]
+    for arguments in (["check", "--no-cache"], ["format", "--diff", "--no-cache"]):
+        command = [sys.executable, "-m", "ruff", *arguments, *written]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+
+
+def test_every_path_passes_its_own_tests(ports: Path) -> None:
+    """Ranks and caches here for diffusers' class alone: the other four share one transformer."""
+    tests = [f"{name}/tests" for name in ("ltx_video", *(f"{path}_one" for path in OWN))]
+    chosen = "ltx_video or not (ranks_share or cache_saves)"
+    assert "22 passed" in run_pytest(tests, "-m", "not engine", "-k", chosen, cwd=ports)
+
+
+def test_the_engine_runs_a_skeleton(ports: Path) -> None:
+    assert "1 passed" in run_pytest(["external_one/tests/test_generate.py"], cwd=ports)
+
+
+@pytest.mark.slow
+def test_the_guide_with_every_check(ltx_hub: Hub, tmp_path: Path) -> None:
+    done = follow(ltx_hub, tmp_path, long=True)
+    check(done, tmp_path)
+    assert "MochiTransformer3DModel cannot be adapted" in done.stderr
+    assert "2 of 2 cases within their bounds" in done.stdout
+    assert "12 of 12 layouts compute what one rank computes" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OWN)
+def test_a_skeleton_passes_all_of_its_tests(path: str, tmp_path: Path) -> None:
+    new_port(NewPort("some_port", path, tmp_path / "some_port"))  # type: ignore[arg-type]
+    run_pytest(["some_port/tests"], cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_pictures_are_made_as_well(tmp_path: Path) -> None:
+    new_port(NewPort("pix", "diffusers", tmp_path / "pix", "PixArtTransformer2DModel"))
+    assert "7 passed" in run_pytest(["pix/tests"], cwd=tmp_path)
