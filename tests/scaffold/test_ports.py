@@ -110,4 +110,4 @@ def test_a_skeleton_passes_all_of_its_tests(path: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pictures_are_made_as_well(tmp_path: Path) -> None:
     new_port(NewPort("pix", "diffusers", tmp_path / "pix", "PixArtTransformer2DModel"))
-    assert "7 passed" in run_pytest(["pix/tests"], cwd=tmp_path)
+    assert "6 passed" in run_pytest(["pix/tests"], cwd=tmp_path)
