@@ -86,17 +86,18 @@ class Judge:
         ):
             yield "other weights are transposed or called otherwise; a square shape cannot show which way this one lies"
         same_leaf = _leaf_name(item.source) == _leaf_name(item.target)
+        alike = same_leaf and self._same_code
         leaf = set(item.source.leaf_words) | set(item.target.leaf_words)
         near = leaf | {word for unit in (item.source, item.target) for word, far in unit.tokens if far < 2}
         if {"q", "k", "v"} <= near:
             yield "rows of a fused projection may be interleaved by head"
-        elif near & {"q", "k"} and not (same_leaf and self._same_code) and not self._has_positions(item):
+        elif near & {"q", "k"} and not alike and not self._has_positions(item):
             yield "rows of query and key may be permuted for another rotary convention"
-        if not same_leaf and (near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source)):
+        if not alike and (near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source)):
             yield "chunks of a modulation (shift, scale, gate) may have another order"
         if not same_leaf and any(unit.parts[:-1] in self._other_gates for unit in (item.source, item.target)):
             yield "w1 and w2 are of one shape: they are not what llama-style code calls so"
-        if {"gate", "up"} <= near or not same_leaf and self._gated(item.target):
+        if {"gate", "up"} <= near or not alike and self._gated(item.target):
             yield "halves of a gated projection may have changed places"
 
     def _has_positions(self, item: Match) -> bool:
