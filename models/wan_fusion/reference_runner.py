@@ -212,9 +212,35 @@ def _fusion_case(request: Request, model: Any, name: str, case: dict[str, Any], 
     facts |= {**case, "state": f"../../{FUSION_CHECKPOINT[request.family]}"}
     given = {key: value.to(request.device) for key, value in inputs.items()}
     lists = {key: [given[f"{key}.0"].to(request.dtype)] for key in ("vid", "audio", "vid_context", "audio_context")}
-    with torch.inference_mode(), _autocast(request):
+    with torch.inference_mode(), _autocast(request), _watched(model) as seen:
         video, audio = model(t=given["t"], **lists, **call, **case)
+    place = request.output / "fusion" / name / f"intermediates_{request.word}.safetensors"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    save_file(seen, place)
     request.keep(f"fusion/{name}", inputs, {"vid.0": video[0], "audio.0": audio[0]}, "inputs", facts)
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[Tensors]:
+    """Keep what the modules inside give, under the names that goldens use: they tell where a port parts first."""
+    seen: Tensors = {}
+    handles = []
+    for stream, tower in (("vid", model.video_model), ("audio", model.audio_model)):
+        watched = {f"{stream}.context": tower.text_embedding, f"{stream}.head": tower.head}
+        for index, block in enumerate(tower.blocks):
+            watched[f"{stream}.block{index}.self_attn"] = block.self_attn.o
+            watched[f"{stream}.block{index}.cross_attn"] = block.cross_attn.o
+            watched[f"{stream}.block{index}.ffn"] = block.ffn
+        handles += [module.register_forward_hook(partial(_see, seen, name)) for name, module in watched.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _see(seen: Tensors, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
+    seen[name] = output.detach().float().cpu().contiguous().clone()
 
 
 @contextmanager

@@ -114,7 +114,8 @@ def _case(case: Mapping[str, Any]) -> Html:
     ]
     columns = ("tensor, in forward order", "max abs", "rel L2", "bound", "how much of it", "")
     content = html.table(columns, rows, ("", "n", "n", "n", "", ""))
-    words = f"{case['case']}: {len(rows)} tensors, largest difference {case['max_abs']:.2e}, {case['seconds']:.1f} s "
+    count = f"{len(rows)} tensor{'s' if len(rows) != 1 else ''}"
+    words = f"{case['case']}: {count}, largest difference {case['max_abs']:.2e}, {case['seconds']:.1f} s "
     summary = Html(html.put(words) + html.verdict(case["ok"]).text)
     return html.folded(summary, content, is_open=not case["ok"])
 
