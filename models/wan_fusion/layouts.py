@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from port_kit.errors import PortNotFoundError
 from port_kit.models.wan_fusion.loading import read_json
 from port_kit.models.wan_fusion.transformer import build_transformer
 from port_kit.parallel.guard import check_engine
@@ -19,10 +20,15 @@ def refuse_impossible(od_config: OmniDiffusionConfig) -> None:
 
     Raises:
         ParallelError: says what is possible, and what a rank would then hold.
+        PortNotFoundError: no port serves the model's class.
     """
-    pipeline: Any = next(
-        resolve(port.pipeline) for port in list_ports().values() if port.class_name == od_config.model_class_name
-    )
+    ports = {port.class_name: port for port in list_ports().values()}
+    if od_config.model_class_name not in ports:
+        known = sorted(ports)
+        raise PortNotFoundError(
+            f"no port serves {od_config.model_class_name}", hint=f"known are {', '.join(known)}", known=known
+        )
+    pipeline: Any = resolve(ports[od_config.model_class_name].pipeline)
     check_engine(od_config, lambda: _outline(str(od_config.model)), passes=pipeline.guidance_passes)
 
 
