@@ -38,6 +38,7 @@ def load(
 ) -> set[str]:
     """Load one component as the pipeline does, from a stream, with its folder's headers at hand."""
     owner = nn.Module()
+    owner._dit_modules = ()
     owner.add_module(name, module)
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
     stream = ((f"{name}.{key}", tensor) for key, tensor in items)
