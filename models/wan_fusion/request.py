@@ -173,6 +173,7 @@ def parse_common(
     given: Mapping[str, Any] = sampling.extra_args or {}
     check_names(given, (*COMMON_OPTIONS, *scales.__dataclass_fields__, *options))
     _check_unused(sampling, given)
+    check_adapter(getattr(sampling, "lora_request", None))
     _check_counts(sampling, lengths.frames)
     steps = DEFAULT_STEPS if sampling.num_inference_steps is None else sampling.num_inference_steps
     return {
@@ -180,7 +181,6 @@ def parse_common(
         "video_negative_prompt": _negative("video", given, fields, DEFAULT_VIDEO_NEGATIVE_PROMPT),
         "audio_negative_prompt": _negative("audio", given, fields, DEFAULT_AUDIO_NEGATIVE_PROMPT),
         "steps": check_integer("num_inference_steps", steps, minimum=1, maximum=1000),
-    check_adapter(getattr(sampling, "lora_request", None))
         "solver": _solver(given.get("solver_name", DEFAULT_SOLVER)),
         "shift": check_real("shift", given.get("shift", given.get("flow_shift", DEFAULT_SHIFT)), positive=True),
         "seed": seed if sampling.seed is None else check_integer("seed", sampling.seed, minimum=0),
