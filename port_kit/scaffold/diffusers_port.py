@@ -293,7 +293,7 @@ def _source_values(facts: ClassFacts, source: Source) -> dict[str, str]:
         origin = f"as {source.repository} has it"
     folders = ("transformer", *(name for name in facts.family.parts if name in FOLDERS), "tokenizer")
     rules = [
-        f'                FileRule("{pattern}", folder="{folder}"),'
+        f'                FileRule({literal(pattern)}, folder="{folder}"),'
         for folder in folders
         for pattern in source.patterns(folder)
     ]

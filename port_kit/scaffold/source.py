@@ -19,6 +19,8 @@ FOLDERS: Mapping[str, tuple[str, ...]] = {
     "tokenizer": ("tokenizer/*",),
     "scheduler": ("scheduler/*",),
 }
+#: What diffusers and transformers call a component's weights in one file.
+_USUAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,17 @@ class Source:
     listed: tuple[str, ...] = ()
 
     def patterns(self, folder: str) -> tuple[str, ...]:
-        """Return the patterns of a component's files; of a listed repository only those that match something."""
+        """Return the patterns of a component's files; of a listed repository only those that match something.
+
+        Where one file of the usual name has all the weights it is named itself: other variants may lie beside it.
+        """
         patterns = FOLDERS[folder]
         if not self.listed:
             return patterns
+        part = self.inspection.component(folder) if self.inspection else None
+        names = [file.path for file in part.weights] if part else []
+        if len(names) == 1 and names[0].rpartition("/")[2] in _USUAL:
+            patterns = (patterns[0], names[0])
         return tuple(p for p in patterns if any(fnmatchcase(path, p) for path in self.listed))
 
 

@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from port_kit.cli import main
 from port_kit.download import Recipe
 from port_kit.errors import ScaffoldError
+from port_kit.inspect import inspect
 from port_kit.remap import RuleSet
 from port_kit.scaffold import NewPort, new_port
 from port_kit.scaffold.diffusers_class import read_class
 from port_kit.scaffold.render import TEMPLATES, literal
+from port_kit.scaffold.source import Source
 from port_kit.testing.hub import Hub
 from tests.inspect import forge
 
@@ -123,3 +125,12 @@ def test_templates_hold_no_machine_and_no_task() -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in TEMPLATES.rglob("*.tmpl")}
     assert len(texts) > 25
     assert not [path for path, text in texts.items() if "/work/" in text or "TODO" in text]
+
+
+def test_variants_beside_the_weights_are_left_out(tmp_path: Path) -> None:
+    files = forge.diffusers_model()
+    files["vae/diffusion_pytorch_model.fp16.safetensors"] = files["vae/diffusion_pytorch_model.safetensors"]
+    folder = forge.write(files, tmp_path / "model")
+    source = Source(ID, inspection=inspect(str(folder)), listed=tuple(files))
+    assert source.patterns("vae") == ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
+    assert source.patterns("transformer") == ("transformer/config.json", "transformer/*.safetensors*")
