@@ -32,7 +32,7 @@ class Watch:
         self.blocks = 0
 
     def start(self) -> None:
-        """Watch the pipelines of this process. What it prints goes to stderr: stdout holds the result alone."""
+        """Watch the pipelines of this process; what it prints goes to stderr."""
         os.dup2(2, 1)
         from port_kit.models.wan_fusion.pipeline import FusionPipeline
         from port_kit.models.wan_fusion.transformer import FusionBlock
@@ -107,6 +107,7 @@ def compare(model: Path, request: Any, options: argparse.Namespace) -> dict[str,
 
 def main() -> None:
     """Parse the options, make the model, print the comparison."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=int, default=1, choices=(1, 2, 4), help="ranks that share the guidance passes")

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # before vLLM is imported: stdout is for the result
+
 import torch
 from fusion_step import TINY, inputs
 from torch import Tensor, nn
@@ -254,7 +256,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the options, measure, print."""
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", action="append", help="as in port-kit verify parallel; may be given several times")
     parser.add_argument("--ranks", type=int, help="default: the GPUs of the machine, with --tiny 2")
