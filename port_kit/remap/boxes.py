@@ -144,6 +144,8 @@ def reshaped(boxes: Iterable[Box], before: Shape, after: Shape) -> list[Box]:
     boxes = list(boxes)
     if boxes == [whole(before)]:
         return [whole(after)]
+    if [extent for extent in before if extent != 1] == [extent for extent in after if extent != 1]:
+        return [_other_units(box, before, after) for box in boxes]
     intervals = merged(interval for box in boxes for interval in to_intervals(box, before))
     return to_boxes(intervals, after)
 
@@ -151,3 +153,9 @@ def reshaped(boxes: Iterable[Box], before: Shape, after: Shape) -> list[Box]:
 def gaps(boxes: Sequence[Box], shape: Shape) -> int:
     """Number of elements of a shape that lie in none of some disjoint boxes."""
     return math.prod(shape) - sum(volume(box) for box in boxes)
+
+
+def _other_units(box: Box, before: Shape, after: Shape) -> Box:
+    """Carry a box into a shape that differs in axes of extent 1 alone: it stays one box."""
+    spans = iter([span for span, extent in zip(box, before, strict=True) if extent != 1])
+    return tuple((0, 1) if extent == 1 else next(spans) for extent in after)

@@ -152,6 +152,7 @@ class WeightLoader:
         self._slots: dict[tuple[str, str], tuple[Tensor, int]] = {}
         self._accounted: dict[object, int] = {}
         self._known_places: dict[object, Box | None] = {}
+        self._planned: dict[tuple[str, str, str], Box] = {}
         self._seen: set[str] = set()
         self._blamed: set[str] = set()
         if self.folder is not None:
@@ -164,6 +165,7 @@ class WeightLoader:
         plan = check(self.rules, source, self.manifest, sizes, narrow=narrow, elastic=self.lowering.elastic)
         raise_problems(plan.explained(), f"{self.rules.name} does not map {self.folder} completely")
         self._converted = plan.converted
+        self._planned = {(write.source, write.target, write.part): write.region for write in plan.writes if write.part}
 
     # -- feeding -----------------------------------------------------------------------------------------------
 
@@ -254,6 +256,10 @@ class WeightLoader:
     def _join(self, write: Write, tensor: Tensor) -> None:
         assert write.join is not None
         if write.join.name == "concat":
+            planned = self._planned.get((write.source, write.target, write.part))
+            if planned is not None:  # the headers told the widths of all parts
+                self._store(write.placed(planned), tensor)
+                return
             key = (id(write.join), write.part, write.region, write.shape)
             if key not in self._known_places:
                 self._known_places[key] = known_place(write, self.lowering.sizes)

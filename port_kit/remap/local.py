@@ -245,7 +245,7 @@ def _cuttable(steps: tuple[Step, ...]) -> bool:
 
 def _held_whole(target: Target) -> bool:
     """Whether the shards tell about every element of this rank's tensor."""
-    if any("." in shard.slot for shard in target.shards) or not target.shards:
+    if not target.shards:
         return False
     local = [shard.local for shard in target.shards]
     same_rank = all(len(box) == target.tensor.dim() for box in local)

@@ -27,7 +27,7 @@ class Shard:
     Attributes:
         box: the slot in the whole parameter.
         held: the part of the whole parameter that this rank holds of the slot.
-        local: where that part stands in this rank's tensor.
+        local: where that part stands in this rank's tensor; empty where only the parameter's own loader knows.
     """
 
     slot: str
@@ -241,12 +241,21 @@ def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Sha
         halves = ("w2",)
     else:
         return None
-    rows = shape[1] // len(halves)
+    rank = getattr(layout, "tp_rank", 0)
+    # spread over ranks by expert, quantized or turned: only the layer's own loader knows what this rank holds
+    known = total == local[0] and getattr(owner, "quant_config", None) is None and not hasattr(tensor, "is_transposed")
+    rows, own = shape[1] // len(halves), local[1] // len(halves)
     shards = []
     for expert in range(total):
+        one = (expert, expert + 1)
         for number, half in enumerate(halves):
-            box = ((expert, expert + 1), (number * rows, (number + 1) * rows), (0, shape[2]))
-            shards.append(Shard(f"{expert}.{half}", box, box, box))
+            top = number * rows
+            box = (one, (top, top + rows), (0, shape[2]))
+            mine = rank * local[2] if half == "w2" and ranks > 1 else 0
+            start = top + rank * own if half != "w2" else 0
+            held = (one, (start, start + own), (mine, mine + local[2]))
+            here = (one, (number * own, (number + 1) * own), (0, local[2]))
+            shards.append(Shard(f"{expert}.{half}", box, held if known else box, here if known else ()))
     return shape, tuple(shards)
 
 

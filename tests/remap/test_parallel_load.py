@@ -14,6 +14,7 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.copies import Copies
+from port_kit.remap.load import WeightLoader
 from port_kit.remap.local import load_local
 from tests.remap.linears import Linear
 
@@ -205,3 +206,21 @@ def test_a_copy_is_the_same_with_any_number_of_threads(
 def test_no_threads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one thread"):
         load_local(nn.Module(), tmp_path, RULES, threads=0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_headers_tell_where_a_part_of_a_concat_goes_before_the_others_come(tmp_path: Path, known: bool) -> None:
+    widths = {"a": 2, "b": 6, "c": 4}  # c has the mean width, which proves nothing of where it stands
+    tensors = {name: torch.randn(width, 3) for name, width in widths.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    joined = Op.of("concat", dim=0, parts=("a", "b", "c"))
+    whole = nn.Module()
+    whole.weight = nn.Parameter(torch.zeros(12, 3))
+    rules = RuleSet("joined", (Rule(r"(a|b|c)", "weight", shard=r"\1", op=joined),))
+    loader = WeightLoader(whole, rules, folder=tmp_path if known else None)
+    loader.feed("c", tensors["c"])
+    assert torch.equal(whole.weight[8:], tensors["c"]) is known
+    loader.feed("a", tensors["a"])
+    loader.feed("b", tensors["b"])
+    assert loader.finish() == {"weight"}
+    assert torch.equal(whole.weight, torch.cat([tensors[name] for name in "abc"]))
