@@ -1,0 +1,90 @@
+"""A user's script: start ``Omni`` once a layout, send one request, and note what came out or why it did not start.
+
+Usage: run_layouts.py MODEL FOLDER LAYOUT...   FOLDER gets ``<layout>.json``, and what the ranks report beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+#: Every pass counts, and their differences are not enlarged: nor is what rounding leaves of them.
+GUIDANCE = {
+    f"{name}_cfg_scale": scale
+    for name, scale in {"video": 1.1, "audio": 1.1, "video_ref": 0.1, "audio_ref": 0.1}.items()
+}
+
+
+def request(report: Path) -> tuple[Any, Any]:
+    """A prompt with one picture and one voice, and its parameters; the ranks report under the path ``report``."""
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    voice = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
+    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [voice]}
+    extra = {"report": str(report), **GUIDANCE}
+    sampling = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=1, seed=11, extra_args=extra)
+    return {"prompt": "one person sings", "multi_modal_data": media}, sampling
+
+
+def run(model: str, folder: Path, layout: str) -> dict[str, Any]:
+    """Start an engine, serve the request, stop the engine."""
+    from vllm_omni import Omni
+
+    from port_kit.parallel.layout import Layout
+
+    omni = Omni(model=model, dtype="float32", enforce_eager=True, **engine_options(Layout, layout))
+    try:
+        (result,) = omni.generate(*request(folder / layout))
+        workers = len(psutil.Process().children(recursive=True))
+    finally:
+        omni.close()
+    frames = np.asarray(result.images[0]).astype(np.int64)
+    sound = np.asarray(result.multimodal_output["audio"]).astype(np.float64)
+    np.savez(folder / f"{layout}.npz", frames=frames, sound=sound)
+    return {"workers": workers}
+
+
+def engine_options(layout_class: Any, layout: str) -> dict[str, Any]:
+    """``ulysses2``, or ``ulysses2+cache_dit`` for a layout with a cache."""
+    degrees, _, cache = layout.partition("+")
+    options = dict(layout_class.parse(degrees).parallel_config)
+    return {**options, "cache_backend": cache} if cache else options
+
+
+def refusal(error: BaseException) -> dict[str, Any]:
+    """Describe why an engine did not start: the error, and the kit's own among its causes."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    known = next((link for link in chain if hasattr(link, "code") and hasattr(link, "hint")), None)
+    children = len(psutil.Process().children(recursive=True))
+    return {
+        "type": type(error).__name__,
+        "text": str(error),
+        "code": getattr(known, "code", ""),
+        "hint": getattr(known, "hint", ""),
+        "details": getattr(known, "details", {}),
+        "workers": children,
+    }
+
+
+def main(model: str, folder: str, *layouts: str) -> None:
+    """Try every layout."""
+    for layout in layouts:
+        try:
+            outcome = run(model, Path(folder), layout)
+        except (RuntimeError, ValueError) as error:
+            outcome = {"refused": refusal(error)}
+        Path(folder, f"{layout}.json").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,107 @@
+"""Every kind of parallelism through ``Omni`` itself: two ranks give one rank's latents, each did its share, and a
+layout that the model cannot have is refused before a worker starts. One script runs them all, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("run_layouts.py")
+KINDS = ("tp2", "ulysses2", "ring2", "allgather2", "cfg2", "hsdp2")
+REFUSED = ("ulysses3", "tp3", "cfg5", "cfg3+cache_dit")
+#: Seconds for seven engines: some 250 of CPU, and machines are shared.
+PATIENCE = 1800
+
+
+@pytest.fixture(scope="module")
+def traced_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The goldens' tiny DreamID-Omni, served by a pipeline that tells what its ranks do."""
+    from port_kit.models.wan_fusion.golden_pipeline import Recording, assemble
+
+    recording = Recording.read(goldens / "e2e_dreamid")
+    model = assemble(goldens, tmp_path_factory.mktemp("models") / "tiny", recording.record)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "TracedDreamIDPipeline"}))
+    return model
+
+
+@pytest.fixture(scope="module")
+def reports(traced_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the script filled."""
+    folder = tmp_path_factory.mktemp("layouts")
+    command = [sys.executable, str(SCRIPT), str(traced_model), str(folder), "single", *REFUSED, *KINDS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder
+
+
+def outcome(reports: Path, layout: str) -> dict[str, Any]:
+    """What came of a layout."""
+    return json.loads((reports / f"{layout}.json").read_text())
+
+
+def rank(reports: Path, layout: str, place: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A rank's last latents and its figures."""
+    path = reports / f"{layout}.{place}"
+    return load_file(f"{path}.safetensors"), json.loads(Path(f"{path}.json").read_text())
+
+
+@pytest.mark.parametrize("layout", KINDS)
+def test_two_ranks_give_the_latents_of_one(layout: str, reports: Path) -> None:
+    assert "refused" not in outcome(reports, layout), outcome(reports, layout)
+    expected, _ = rank(reports, "single", 0)
+    for place in (0, 1):
+        latents, _ = rank(reports, layout, place)
+        for name, value in expected.items():
+            torch.testing.assert_close(latents[name], value, rtol=0, atol=5e-6)
+    alone, together = (np.load(reports / f"{name}.npz") for name in ("single", layout))
+    assert np.abs(together["frames"] - alone["frames"]).max() <= 1  # of 255: a rounding may fall the other way
+    assert np.abs(together["sound"] - alone["sound"]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("layout", KINDS)
+def test_each_rank_did_its_share(layout: str, reports: Path) -> None:
+    _, alone = rank(reports, "single", 0)
+    ranks = [rank(reports, layout, place)[1] for place in (0, 1)]
+    attention = "transformer.blocks.0.video.self_attn.attn"
+    sharded = layout in ("ulysses2", "ring2", "allgather2")
+    for place, one in enumerate(ranks):
+        expected = -(-alone["tokens"][attention] // 2) if sharded else alone["tokens"][attention]
+        assert one["tokens"][attention] == expected
+        assert one["calls"] == (alone["calls"] // 2 if layout == "cfg2" else alone["calls"])
+        divided = layout in ("tp2", "hsdp2")
+        assert (one["parameter_bytes"] <= 0.53 * alone["parameter_bytes"]) == divided
+        group = {"cfg2": "cfg", "tp2": "tp"}.get(layout, "sequence")
+        assert one["places"][group] == (place if layout != "hsdp2" else 0)
+        assert sum(one["collectives"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "code", "says", "possible"),
+    [
+        ("ulysses3", "parallel_degree", "ulysses 3 does not divide the 4 heads of a rank", "ulysses 2 or 4"),
+        ("tp3", "parallel_degree", "tp 3 does not divide 4 heads", "tp 2 or 4"),
+        ("cfg5", "parallel_degree", "cfg 5 has more ranks than the 4 branches", "cfg 2 or 4"),
+        ("cfg3+cache_dit", "cache_passes", "4 guidance passes over 3 ranks", "cfg_parallel_size to 1 or 2 or 4"),
+    ],
+)
+def test_what_the_model_cannot_have_is_refused_before_a_worker_starts(
+    layout: str, code: str, says: str, possible: str, reports: Path
+) -> None:
+    refused = outcome(reports, layout)["refused"]
+    assert says in refused["text"]
+    assert (refused["code"], refused["workers"]) == (code, 0)
+    assert possible in refused["hint"]
+    if code == "parallel_degree":
+        assert refused["details"]["weight_bytes"]["tp2"] < refused["details"]["weight_bytes"]["cfg2"]
