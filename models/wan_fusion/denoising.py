@@ -6,7 +6,7 @@ Shapes: B = 1 batch, C latent channels, F latent frames, h and w latent cells (1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,13 @@ class Job:
     tokens: tuple[list[int], list[int], list[int]]
     pictures: Sequence[Tensor] = ()
     voices: Sequence[Tensor] = ()
+
+    @property
+    def clips(self) -> list[Job]:
+        """One job for each video that is asked for: video i has the request's seed plus i, and all else the same."""
+        given: FusionRequest = self.request
+        requests = (replace(given, seed=given.seed + i, outputs=1) for i in range(given.outputs))
+        return [replace(self, request=request) for request in requests]
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,14 @@ def envelope(output: dict[str, torch.Tensor], *, fps: int, sample_rate: int) -> 
     """Put the worker's output into the form that vLLM-Omni's formatter and its video server read.
 
     Args:
-        output: ``video`` uint8 (F, H, W, 3) and ``audio`` float (S,).
+        output: ``video`` uint8 (F, H, W, 3) and ``audio`` float (S,), or several of both along a first axis.
         fps: frames a second.
         sample_rate: Hz.
     """
-    video, audio = output["video"], output["audio"]
+    video, audio = _array(output["video"]), _array(output["audio"]).astype(np.float32)
+    # Several videos are a list, and each is then one of the result's images; their sounds stay one array.
     return {
-        "payload": {"video": _array(video), "audio": _array(audio).astype(np.float32)},
+        "payload": {"video": list(video) if video.ndim == 5 else video, "audio": audio},
         "metadata": {"video": {"fps": fps}, "audio": {"sample_rate": sample_rate}},
     }
 

@@ -21,9 +21,9 @@ from vllm_omni.diffusion.models.interface import SupportAudioOutput, SupportsCom
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
-from vllm_omni.errors import OmniClientError
 
 from port_kit.errors import InputError
+from port_kit.models.wan_fusion.batching import groups, join
 from port_kit.models.wan_fusion.caching import arrange_cache
 from port_kit.models.wan_fusion.denoising import Conditions, Denoising, Job, Step, draw_noise
 from port_kit.models.wan_fusion.layouts import refuse_impossible
@@ -40,8 +40,10 @@ from port_kit.models.wan_fusion.request import (
     VIDEO_SPATIAL_STRIDE,
     FusionRequest,
     Lengths,
+    check_cached_outputs,
 )
 from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan_fusion.stepping import StepExecution, refusal
 from port_kit.models.wan_fusion.text_encoder import load_tokenizer
 from port_kit.port import Component
 
@@ -49,6 +51,7 @@ Admission = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 
 
 class FusionPipeline(
+    StepExecution,
     nn.Module,
     CFGParallelMixin,
     ProgressBarMixin,
@@ -57,7 +60,8 @@ class FusionPipeline(
 ):
     """A pipeline as vLLM-Omni's registry builds it: empty, then filled by the standard loader.
 
-    A request goes :meth:`prepare` → :meth:`start` → (:meth:`predict` → :meth:`advance`) a step → :meth:`decode`.
+    A request goes :meth:`job` → :meth:`begin` → (:meth:`predict_all` → :meth:`advance`) a step → :meth:`finish`. What
+    changes meanwhile is in its clips, so any number of requests may be under way.
     A port gives :meth:`read`, :meth:`branches` and ``combine_multi_branch_cfg_noise``, and :meth:`hold` where it
     writes into what is stepped.
 
@@ -78,6 +82,7 @@ class FusionPipeline(
     _resident_modules: ClassVar[list[str]] = []
     support_audio_output: ClassVar[bool] = True
     supports_request_cancellation: ClassVar[bool] = True
+    supports_request_batch: ClassVar[bool] = True
     color_format: ClassVar[str] = "RGB"
     audio_sample_rate: ClassVar[int] = AUDIO_SAMPLE_RATE
     default_num_inference_steps: ClassVar[int] = DEFAULT_STEPS
@@ -134,51 +139,82 @@ class FusionPipeline(
         """Return the latents, noise or stepped, with what must not change written into them; here, as they are."""
         return video, audio
 
-    def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
-        """Serve one request. A request that cannot be served comes back as a client's error, not as a failure.
+    def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput | list[DiffusionOutput]:
+        """Serve one request, or several at the same time; one that cannot be served is a client's error of its own.
 
         Returns:
-            ``output`` with ``video`` uint8 (frames, H, W, 3) and ``audio`` float32 (samples,).
+            For each request an ``output`` with ``video`` uint8 (frames, H, W, 3) and ``audio`` float32 (samples,), both
+            with a first axis where the request asks for several videos; a list where there are several requests.
         """
-        try:
-            job = self.prepare(req)
-        except InputError as error:
-            return DiffusionOutput.from_exception(refusal(error))
-        video, audio = self.generate(job)
-        return DiffusionOutput(output={"video": to_frames(video), "audio": audio.float()})
+        outputs: dict[int, DiffusionOutput] = {}
+        jobs: dict[int, Job] = {}
+        for index, request in enumerate(req.requests):
+            try:
+                jobs[index] = self.job(request.prompt, request.sampling_params, is_start_up=request.is_dummy_run())
+            except InputError as error:
+                outputs[index] = DiffusionOutput.from_exception(refusal(error))
+        if jobs:
+            outputs |= zip(jobs, self.generate(list(jobs.values())), strict=True)
+        served = [outputs[index] for index in range(req.num_reqs)]
+        return served[0] if req.num_reqs == 1 else served
 
     def prepare(self, req: DiffusionRequestBatch) -> Job:
-        """Check a request and read its references, before any model runs.
+        """Check a single request and read its references, before any model runs.
 
         Raises:
             InputError: the request cannot be served.
         """
-        lengths = self.warm_up if req.is_dummy_run() else self.lengths
-        request, pictures, voices = self.read(req.prompts[0], req.sampling_params, lengths)
+        return self.job(req.prompts[0], req.sampling_params, is_start_up=req.is_dummy_run())
+
+    def job(self, prompt: Any, sampling: Any, *, is_start_up: bool = False) -> Job:
+        """Check a request and read its references; the engine's run at start-up gets the shortest clip.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+        lengths = self.warm_up if is_start_up else self.lengths
+        request, pictures, voices = self.read(prompt, sampling, lengths)
         texts = (request.prompt, request.video_negative_prompt, request.audio_negative_prompt)
         positive, video_negative, audio_negative = (
             tokenize(self.tokenizer, text, limit=MAX_TEXT_TOKENS) for text in texts
         )
         return Job(request, lengths, (positive, video_negative, audio_negative), pictures, voices)
 
-    def generate(self, job: Job) -> tuple[Tensor, Tensor]:
-        """Run the model: a job in, video (1, 3, frames, H, W) in [-1, 1] and sound (samples,) out."""
-        state = self.start(job)
-        for _ in self.progress_bar(range(job.request.steps)):
+    def generate(self, jobs: Sequence[Job]) -> list[DiffusionOutput]:
+        """Run the model for several requests at the same time; each ends after its own number of steps."""
+        running = [self.begin(job) for job in jobs]
+        clips = [clip for own in running for clip in own]
+        for _ in self.progress_bar(range(max(job.request.steps for job in jobs))):
             check_request_cancellation()
-            self.advance(state, self.predict(state))
-        return self.decode(state)
+            unfinished = [clip for clip in clips if not clip.is_done]
+            for clip, guided in zip(unfinished, self.predict_all(unfinished), strict=True):
+                self.advance(clip, guided)
+        return [self.finish(own) for own in running]
+
+    def begin(self, job: Job) -> list[Denoising]:
+        """Encode what a request gives, once, and draw the noise of each video that it asks for."""
+        conditions = self.conditions(job)
+        return [Denoising.begin(clip, conditions, *self.hold(*self.noise(clip), conditions)) for clip in job.clips]
 
     def start(self, job: Job) -> Denoising:
-        """Encode what a request gives and draw its noise."""
-        conditions = self.conditions(job)
-        return Denoising.begin(job, conditions, *self.hold(*self.noise(job), conditions))
+        """Encode what a request gives and draw the noise of its first video."""
+        return self.begin(job)[0]
 
     def predict(self, state: Denoising) -> tuple[Tensor, Tensor]:
-        """Return the guided flows of the next step; its passes go over the guidance ranks."""
-        scales = asdict(state.job.request.scales)
-        guided: Any = self.predict_noise_with_multi_branch_cfg(True, scales, self.branches(state))
-        return guided
+        """Return the guided flows of one clip's next step."""
+        return self.predict_all([state])[0]
+
+    def predict_all(self, clips: Sequence[Denoising]) -> list[tuple[Tensor, Tensor]]:
+        """Return the guided flows of each clip's next step; passes of clips that fit together share their calls."""
+        passes = [self.branches(clip) for clip in clips]
+        flows: dict[int, tuple[Tensor, Tensor]] = {}
+        for group in groups(clips, passes):
+            scales = asdict(clips[group[0]].job.request.scales)
+            branches = [join(one) for one in zip(*(passes[index] for index in group), strict=True)]
+            # The passes go over the guidance ranks.
+            guided: Any = self.predict_noise_with_multi_branch_cfg(True, scales, branches)
+            flows |= {index: (guided[0][row : row + 1], guided[1][row : row + 1]) for row, index in enumerate(group)}
+        return [flows[index] for index in range(len(clips))]
 
     def advance(self, state: Denoising, guided: tuple[Tensor, Tensor]) -> None:
         """Make the step, put back what must not change, and tell whoever watches."""
@@ -186,6 +222,17 @@ class FusionPipeline(
         state.video, state.audio = self.hold(state.video, state.audio, state.conditions)
         if self.on_step is not None:
             self.on_step(Step(state.index - 1, *guided, state.video, state.audio))
+
+    def finish(self, clips: Sequence[Denoising]) -> DiffusionOutput:
+        """Decode one request's videos, one after the other."""
+        videos, sounds = [], []
+        for clip in clips:
+            video, sound = self.decode(clip)
+            videos.append(to_frames(video))
+            sounds.append(sound.float())
+        if len(clips) == 1:
+            return DiffusionOutput(output={"video": videos[0], "audio": sounds[0]})
+        return DiffusionOutput(output={"video": torch.stack(videos), "audio": torch.stack(sounds)})
 
     def decode(self, state: Denoising) -> tuple[Tensor, Tensor]:
         """Return video (1, 3, frames, H, W) in [-1, 1] and sound (samples,); references' places are dropped."""
@@ -230,11 +277,6 @@ class FusionPipeline(
         return self.transformer(**branch)
 
 
-def refusal(error: InputError) -> OmniClientError:
-    """Return what vLLM-Omni tells a client, with 400: code, message and hint."""
-    return OmniClientError(f"[{error.code}] {error}")
-
-
 def admission(pipeline: type[FusionPipeline]) -> Callable[[OmniDiffusionConfig], Admission]:
     """Return a port's ``get_pre_process_func``: requests are checked when they arrive in the engine's process.
 
@@ -247,9 +289,12 @@ def admission(pipeline: type[FusionPipeline]) -> Callable[[OmniDiffusionConfig],
 
         def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
             try:
-                reader.prepare(DiffusionRequestBatch([request]))
+                job = reader.prepare(DiffusionRequestBatch([request]))
+                check_cached_outputs(job.request.outputs, od_config.cache_backend)
             except InputError as error:
                 raise refusal(error) from error
+            # Step execution asks for the number of steps before the pipeline does.
+            request.sampling_params.num_inference_steps = job.request.steps
             return request
 
         return pre_process

@@ -27,6 +27,11 @@ FPS = 24  # frames a second
 AUDIO_SAMPLE_RATE = 16_000  # Hz
 MAX_TEXT_TOKENS = 512
 
+#: Videos of one request; vLLM-Omni's server takes no more either.
+MAX_OUTPUTS = 10
+#: Above this the seed of a request's last video might be none that a generator takes.
+MAX_SEED = 2**63 - 1
+
 DEFAULT_STEPS = 50
 DEFAULT_SHIFT = 5.0
 DEFAULT_SOLVER = "unipc"
@@ -81,8 +86,9 @@ class FusionRequest:
         steps: denoising steps.
         solver: one of :data:`SOLVERS`.
         shift: of the sigma schedule; larger spends more steps on coarse structure.
-        seed: of both noise generators.
+        seed: of both noise generators; of a request's first video, where it asks for several.
         scales: the port's guidance scales, a dataclass of floats; the first is the video's towards the text.
+        outputs: how many videos are made; each after the first has the seed before it plus 1.
         video_noise, audio_noise: the initial latents in place of drawn ones, references' places included:
             (48, frames, height / 16, width / 16) and (tokens, 20); None draws them.
     """
@@ -97,6 +103,7 @@ class FusionRequest:
     steps: int = DEFAULT_STEPS
     solver: str = DEFAULT_SOLVER
     shift: float = DEFAULT_SHIFT
+    outputs: int = 1
     video_noise: Any = None
     audio_noise: Any = None
 
@@ -183,7 +190,8 @@ def parse_common(
         "steps": check_integer("num_inference_steps", steps, minimum=1, maximum=1000),
         "solver": _solver(given.get("solver_name", DEFAULT_SOLVER)),
         "shift": check_real("shift", given.get("shift", given.get("flow_shift", DEFAULT_SHIFT)), positive=True),
-        "seed": seed if sampling.seed is None else check_integer("seed", sampling.seed, minimum=0),
+        "seed": seed if sampling.seed is None else check_integer("seed", sampling.seed, minimum=0, maximum=MAX_SEED),
+        "outputs": _outputs(sampling, given),
         "scales": _scales(scales, sampling, given),
         "video_noise": given.get("video_noise"),
         "audio_noise": given.get("audio_noise"),
@@ -204,7 +212,6 @@ def _check_unused(sampling: Any, options: Mapping[str, Any]) -> None:
 
 def _check_counts(sampling: Any, frames: int) -> None:
     """Refuse what the models cannot do; vLLM-Omni fills in num_frames=1 where a request names none."""
-    check_integer("num_outputs_per_prompt", sampling.num_outputs_per_prompt, minimum=1, maximum=1)
     if sampling.num_frames not in (None, 1, frames):
         raise InputError(
             f"num_frames is {sampling.num_frames}; this model makes {frames} frames",
@@ -213,6 +220,32 @@ def _check_counts(sampling: Any, frames: int) -> None:
         )
     if sampling.fps not in (None, FPS):
         raise InputError(f"fps is {sampling.fps}; this model makes {FPS} frames a second", code="input_value")
+
+
+def _outputs(sampling: Any, options: Mapping[str, Any]) -> int:
+    count = check_integer("num_outputs_per_prompt", sampling.num_outputs_per_prompt, minimum=1, maximum=MAX_OUTPUTS)
+    given = [name for name in ("video_noise", "audio_noise") if options.get(name) is not None]
+    if count > 1 and given:
+        raise InputError(
+            f"num_outputs_per_prompt is {count} and {given[0]} is given; all videos would begin with the same noise",
+            code="input_value",
+            hint="send one request for each noise",
+        )
+    return count
+
+
+def check_cached_outputs(outputs: int, cache_backend: str | None) -> None:
+    """Refuse several videos a request where blocks are cached: the cache remembers one video's from step to step.
+
+    Raises:
+        InputError: with what to do.
+    """
+    if outputs > 1 and cache_backend not in (None, "none"):
+        raise InputError(
+            f"num_outputs_per_prompt is {outputs}; with cache_backend={cache_backend} a request makes one video",
+            code="input_value",
+            hint="send one request for each video, or start the engine without cache_backend",
+        )
 
 
 def _negative(modality: str, options: Mapping[str, Any], fields: Mapping[str, Any], default: str) -> str:

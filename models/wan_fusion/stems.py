@@ -6,6 +6,7 @@ T text tokens, D width, G distinct timesteps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,14 @@ class Text:
         self.raw = raw
         self.embedded: Tensor | None = None
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        self.parts: tuple[Text, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Text]) -> Text:
+        """Return texts of equal length as one batch, in order; what is computed of it is kept by each part."""
+        text = cls(torch.cat([part.raw for part in parts]))
+        text.parts = tuple(parts)
+        return text
 
 
 class VideoPatches(nn.Module):
@@ -119,12 +128,14 @@ class Stem(nn.Module):
         self.head = Head(config, output, precise, f"{prefix}.head")
 
     def embed_text(self, text: Text) -> None:
-        """Embed a text that has not been embedded yet.
+        """Embed a text that has not been embedded yet; of a joined one, its parts.
 
         Raises:
             InputError: the text has more tokens than the model was made for.
         """
-        if text.embedded is not None:
+        for part in text.parts:
+            self.embed_text(part)
+        if text.embedded is not None or text.parts:
             return
         length, limit = text.raw.shape[1], self.text_embedding.length
         if length > limit:

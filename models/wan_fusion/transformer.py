@@ -72,7 +72,10 @@ class StreamBlock(nn.Module):
 
     @_glue
     def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
-        """Return this layer's keys and values of the text, computed at the first call with this text."""
+        """Return this layer's keys and values of the text, computed at the first call with this text or its part."""
+        if text.parts:
+            keys, values = zip(*(self.text_keys_values(part, layer) for part in text.parts), strict=True)
+            return torch.cat(keys), torch.cat(values)
         if layer not in text.keys_values:
             text.keys_values[layer] = self.cross_attn.project_text(text.embedded)
         return text.keys_values[layer]

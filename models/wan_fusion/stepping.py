@@ -1,0 +1,101 @@
+"""Step execution: vLLM-Omni's engine makes one denoising step of every running request at a time.
+
+A request may then join while others run, and leave between two steps. The engine keeps a ``StepRequestState`` for each
+request and calls ``prepare_encode`` once, ``denoise_step`` for all of them together, ``step_scheduler`` for each, and
+``post_decode`` at the end.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+
+from port_kit.errors import InputError
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.data import DiffusionOutput
+    from vllm_omni.diffusion.worker.input_batch import InputBatch
+    from vllm_omni.diffusion.worker.utils import StepRequestState
+
+    from port_kit.models.wan_fusion.denoising import Denoising, Job
+
+#: Under these names the engine's state of a request keeps its clips and the flows that were just predicted.
+CLIPS, FLOWS = "port_kit_clips", "port_kit_flows"
+
+Flows = tuple[Tensor, Tensor]
+
+
+class StepExecution:
+    """The engine's four calls, made of what a :class:`~port_kit.models.wan_fusion.pipeline.FusionPipeline` has."""
+
+    supports_step_execution: ClassVar[bool] = True
+
+    @abstractmethod
+    def job(self, prompt: Any, sampling: Any, *, is_start_up: bool) -> Job:
+        """Check a request and read its references."""
+
+    @abstractmethod
+    def begin(self, job: Job) -> list[Denoising]:
+        """Encode what a request gives and draw its noise."""
+
+    @abstractmethod
+    def predict_all(self, clips: Sequence[Denoising]) -> list[Flows]:
+        """Return the guided flows of each clip's next step."""
+
+    @abstractmethod
+    def advance(self, state: Denoising, guided: Flows) -> None:
+        """Make a clip's step."""
+
+    @abstractmethod
+    def finish(self, clips: Sequence[Denoising]) -> DiffusionOutput:
+        """Decode what a request asked for."""
+
+    def prepare_encode(self, state: StepRequestState, **_: Any) -> StepRequestState:
+        """Take a request in.
+
+        Raises:
+            OmniClientError: it cannot be served; the others run on.
+        """
+        is_start_up = OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
+        try:
+            clips = self.begin(self.job(state.prompt, state.sampling, is_start_up=is_start_up))
+        except InputError as error:
+            raise refusal(error) from error
+        state.extra[CLIPS] = clips
+        # Solvers differ in the type of their timesteps, and the engine wants one type for all requests of a step.
+        state.timesteps = clips[0].timesteps.float()
+        # The engine would put the latents of all requests into one tensor, which pictures and references of unequal
+        # sizes forbid, and which nobody reads: it gets a place-holder, and clips are put together where they fit.
+        state.latents = torch.zeros(1, 1, device=clips[0].video.device)
+        return state
+
+    def denoise_step(
+        self, input_batch: InputBatch, *, states: Sequence[StepRequestState] | None = None, **_: Any
+    ) -> None:
+        """Predict the flows of every running request's next step; they stay in the requests' states."""
+        running = input_batch.states if states is None else states
+        flows = iter(self.predict_all([clip for state in running for clip in state.extra[CLIPS]]))
+        for state in running:
+            state.extra[FLOWS] = [next(flows) for _ in state.extra[CLIPS]]
+
+    def step_scheduler(self, state: StepRequestState, noise_pred: Tensor | None, **_: Any) -> None:
+        """Make one request's step."""
+        for clip, guided in zip(state.extra[CLIPS], state.extra.pop(FLOWS), strict=True):
+            self.advance(clip, guided)
+        state.step_index += 1
+
+    def post_decode(self, state: StepRequestState, **_: Any) -> DiffusionOutput:
+        """Decode a request that has made all its steps."""
+        return self.finish(state.extra.pop(CLIPS))
+
+
+def refusal(error: InputError) -> Exception:
+    """Return a request's error as one that vLLM-Omni answers with 400."""
+    from vllm_omni.errors import OmniClientError
+
+    return OmniClientError(f"[{error.code}] {error}")
