@@ -68,14 +68,24 @@ def ports(ltx_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     check(follow(ltx_hub, folder, long=False), folder)
     for path in OWN:
         new_port(NewPort(f"{path}_one", path, folder / f"{path}_one"))  # type: ignore[arg-type]
-    new_port(NewPort("a" * 30, "external", folder / "longest"))
     return folder
 
 
+@pytest.mark.parametrize("path", OWN)
+@pytest.mark.parametrize("name", ["a" * 30, "zz"])
+def test_names_do_not_break_lines(name: str, path: str, tmp_path: Path) -> None:
+    new_port(NewPort(name, path, tmp_path / "port"))  # type: ignore[arg-type]
+    lint(tmp_path)
+
+
 def test_what_is_written_is_linted_and_formatted(ports: Path) -> None:
-    written = [str(ports / name) for name in ("ltx_video", "my_model", "longest", *(f"{path}_one" for path in OWN))]
+    lint(*(ports / name for name in ("ltx_video", "my_model", *(f"{path}_one" for path in OWN))))
+
+
+def lint(*folders: Path) -> None:
+    """Check folders as their own configuration says; nothing may be left to do."""
     for arguments in (["check", "--no-cache"], ["format", "--diff", "--no-cache"]):
-        command = [sys.executable, "-m", "ruff", *arguments, *written]
+        command = [sys.executable, "-m", "ruff", *arguments, *map(str, folders)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr
 
