@@ -4,7 +4,8 @@
   :mod:`~port_kit.testing.tiny_fusion`),
 * a loopback Hub with faults on demand (:mod:`~port_kit.testing.hub`) and a loopback git server
   (:mod:`~port_kit.testing.gitserver`),
-* a pipeline on N forked ranks in about a second (:mod:`~port_kit.testing.workers`).
+* a pipeline on N forked ranks in about a second (:mod:`~port_kit.testing.workers`),
+* vLLM-Omni's API server in a process group of its own (:mod:`~port_kit.testing.server`).
 
 Importing this package needs neither torch nor vLLM.
 """
