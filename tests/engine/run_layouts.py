@@ -41,7 +41,7 @@ def run(model: str, folder: Path, layout: str) -> dict[str, Any]:
     omni = Omni(model=model, dtype="float32", enforce_eager=True, **engine_options(Layout, layout))
     try:
         (result,) = omni.generate(*request(folder / layout))
-        workers = len(psutil.Process().children(recursive=True))
+        workers = count_workers()
     finally:
         omni.close()
     frames = np.asarray(result.images[0]).astype(np.int64)
@@ -57,6 +57,12 @@ def engine_options(layout_class: Any, layout: str) -> dict[str, Any]:
     return {**options, "cache_backend": cache} if cache else options
 
 
+def count_workers() -> int:
+    """Processes that this one has started and that are alive; the keeper of shared memory is none of an engine's."""
+    children = psutil.Process().children(recursive=True)
+    return sum("resource_tracker" not in " ".join(child.cmdline()) for child in children)
+
+
 def refusal(error: BaseException) -> dict[str, Any]:
     """Describe why an engine did not start: the error, and the kit's own among its causes."""
     chain: list[BaseException] = []
@@ -65,14 +71,13 @@ def refusal(error: BaseException) -> dict[str, Any]:
         chain.append(link)
         link = link.__cause__ or link.__context__
     known = next((link for link in chain if hasattr(link, "code") and hasattr(link, "hint")), None)
-    children = len(psutil.Process().children(recursive=True))
     return {
         "type": type(error).__name__,
         "text": str(error),
         "code": getattr(known, "code", ""),
         "hint": getattr(known, "hint", ""),
         "details": getattr(known, "details", {}),
-        "workers": children,
+        "workers": count_workers(),
     }
 
 
