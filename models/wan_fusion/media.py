@@ -38,7 +38,8 @@ def envelope(output: dict[str, torch.Tensor], *, fps: int, sample_rate: int) -> 
         fps: frames a second.
         sample_rate: Hz.
     """
-    video, audio = _array(output["video"]), _array(output["audio"]).astype(np.float32)
+    video: np.ndarray = _array(output["video"])
+    audio: np.ndarray = _array(output["audio"]).astype(np.float32)
     # Several videos are a list, and each is then one of the result's images; their sounds stay one array.
     return {
         "payload": {"video": list(video) if video.ndim == 5 else video, "audio": audio},
