@@ -112,6 +112,8 @@ CODES: dict[str, str] = {
     "input_missing": "a request lacks its prompt, its reference pictures or its reference voices",
     "input_count": "a request's reference pictures and voices do not pair up, or are too many",
     "input_size": "a request's picture or video size cannot be made",
+    "engine_option": "an engine option that the model or this platform cannot have, or not together with another",
+    "lora_file": "a LoRA file that cannot be read, or that holds what is not supported",
     "input_value": "a request's parameter is out of range or misspelt",
     "input_type": "a request's parameter has the wrong type",
     "input_too_long": "a request's prompt is longer than the text encoder reads",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,7 +23,8 @@ from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
-from port_kit.errors import InputError
+from port_kit.errors import InputError, RemapError
+from port_kit.manifest import Manifest
 from port_kit.models.wan_fusion.batching import groups, join
 from port_kit.models.wan_fusion.caching import arrange_cache
 from port_kit.models.wan_fusion.denoising import Conditions, Denoising, Job, Step, draw_noise
@@ -45,7 +47,9 @@ from port_kit.models.wan_fusion.request import (
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.models.wan_fusion.stepping import StepExecution, refusal
 from port_kit.models.wan_fusion.text_encoder import load_tokenizer
-from port_kit.port import Component
+from port_kit.port import Component, resolve
+from port_kit.runtime.features import check_options
+from port_kit.runtime.lora import read_adapter
 
 Admission = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 
@@ -245,6 +249,23 @@ class FusionPipeline(
         ids = torch.tensor([token_ids], device=self.device)
         return self.text_encoder(ids, torch.ones_like(ids)).to(self.dtype)
 
+    def _load_diffusion_lora_adapter(self, *, lora_request: Any, lora_path: str, dtype: torch.dtype) -> Any:
+        """Read a LoRA with the transformer's original names; vLLM-Omni's LoRA manager asks for it.
+
+        Raises:
+            OmniClientError: the file is not one for this model.
+        """
+        part = next(component for component in self.components if component.name == "transformer")
+        names = Manifest.from_checkpoint(Path(self.od_config.model) / part.name)
+        modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        rules: Any = resolve(part.rules)
+        try:
+            return read_adapter(
+                lora_path, self.transformer, rules, adapter=lora_request.lora_int_id, dtype=dtype, modules=modules
+            )
+        except (InputError, RemapError) as error:
+            raise refusal(error) from error
+
     def conditions(self, job: Job) -> Conditions:
         """Encode references and texts, once a request."""
         cells = (side // VIDEO_SPATIAL_STRIDE for side in (job.request.height, job.request.width))
@@ -310,6 +331,7 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[dict[str,
     Raises:
         ParallelError: the model cannot be run in the engine's parallel configuration.
     """
+    check_options(od_config)
     refuse_impossible(od_config)
 
     def post_process(output: dict[str, Tensor]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class VideoPatches(nn.Module):
     def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.patch = config.patch_size
-        self.proj = linear.replicated(config.patch_dim, config.dim, quant, f"{prefix}.proj")
+        # what enters the model is not rounded to eight bits
+        self.proj = linear.replicated(config.patch_dim, config.dim, safe_quant_config(quant), f"{prefix}.proj")
 
     def forward(self, latents_BCFHW: Tensor) -> Tensor:
         """Return ``[B, V, D]``, tokens in (frame, row, column) order."""
@@ -84,7 +85,9 @@ class AudioConvs(nn.Module):
     def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.kernel = config.audio_kernel
-        self.proj = linear.replicated(config.audio_channels * self.kernel, config.dim, quant, f"{prefix}.proj")
+        # 140 inputs: eight-bit kernels take multiples of 16
+        inputs = config.audio_channels * self.kernel
+        self.proj = linear.replicated(inputs, config.dim, safe_quant_config(quant), f"{prefix}.proj")
         self.gated = GatedConv(config.dim, config.gated_conv_dim, self.kernel, quant, f"{prefix}.gated")
 
     def forward(self, latents_BAC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
-from port_kit.errors import InputError
+from port_kit.errors import InputError, PortKitError
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import DiffusionOutput
@@ -94,7 +94,7 @@ class StepExecution:
         return self.finish(state.extra.pop(CLIPS))
 
 
-def refusal(error: InputError) -> Exception:
+def refusal(error: PortKitError) -> Exception:
     """Return a request's error as one that vLLM-Omni answers with 400."""
     from vllm_omni.errors import OmniClientError
 

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
@@ -102,7 +103,14 @@ def tensor_parallel_place() -> tuple[int, int]:
 
 
 def _plain(layer: Layer) -> Layer:
-    """Keep an unquantized weight a parameter on a CPU; the layer then also runs without a loader's last step."""
+    """Keep an unquantized weight a parameter on a CPU; the layer then also runs without a loader's last step.
+
+    A layer that is quantized while it loads is quantized when all its elements have come. vLLM begins to count when it
+    makes the weight, before the bias: a bias that comes first would be missed, and every layer with one would wait,
+    unquantized, for the end of loading. So the counting begins again here, with the bias.
+    """
+    if getattr(layer.quant_method, "uses_meta_device", False):
+        initialize_online_processing(layer)
     if current_platform.is_cpu() and isinstance(layer.quant_method, UnquantizedLinearMethod):
         layer.skip_weight_relayout = True
         layer.cpu_linear = torch.nn.functional.linear

@@ -21,6 +21,8 @@ Value = TypeVar("Value")
 #: What stands before the module in files of PEFT, diffusers and kohya-style trainers.
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "")
 _ADAPTER = re.compile(r"(.+?)\.(lora_(?:A|B|up|down|embedding_[AB])(?:\.\w+)?(?:\.weight)?|alpha|dora_scale|diff_b?)")
+#: What stands before a module in kohya's files, where the dots of the module are underscores.
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_")
 #: Ops that change which elements a module's weight has or where: an adapter cannot follow a rename through them.
 _MOVING = ("split", "concat", "stack", "reorder", "rearrange", "transpose")
 
@@ -67,6 +69,25 @@ def remap_lora(
         renamed[target] = value
     raise_problems(problems, f"{rules.name} does not map the LoRA file")
     return renamed
+
+
+def unflatten(tensors: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
+    """Return a LoRA file's tensors with the dots put back that kohya's trainers write as underscores.
+
+    Args:
+        tensors: by name; names without one of :data:`FLAT_PREFIXES`, or of no known module, stay as they are.
+        modules: names of the base model's modules, as its checkpoint has them.
+    """
+    known = {module.replace(".", "_"): module for module in modules}
+
+    def dotted(name: str) -> str:
+        module, dot, rest = name.partition(".")
+        for prefix in FLAT_PREFIXES:
+            if module.startswith(prefix):
+                return known.get(module.removeprefix(prefix), module) + dot + rest
+        return name
+
+    return {dotted(name): value for name, value in tensors.items()}
 
 
 def _module(name: str, matcher: Matcher, prefixes: tuple[str, ...]) -> str | None:
