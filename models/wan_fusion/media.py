@@ -73,6 +73,24 @@ def write_mp4(path: Path | str, frames: np.ndarray, samples: np.ndarray, *, fps:
     return path
 
 
+def write_result(path: Path | str, result: Any) -> list[Path]:
+    """Write every video of one of ``Omni``'s results: to ``path``, or with ``_1``, ``_2``, ... before its suffix.
+
+    Args:
+        path: the file, or the pattern of several.
+        result: of a request to a port of the family.
+    """
+    extra, path = result.multimodal_output, Path(path)
+    rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
+    sounds = np.asarray(extra["audio"])
+    if len(result.images) == 1:
+        return [write_mp4(path, result.images[0], sounds, fps=fps, sample_rate=rate)]
+    return [
+        write_mp4(path.with_stem(f"{path.stem}_{i}"), video, sound, fps=fps, sample_rate=rate)
+        for i, (video, sound) in enumerate(zip(result.images, sounds, strict=True), 1)
+    ]
+
+
 @dataclass(frozen=True)
 class Mp4Facts:
     """What a file holds, measured by decoding it.

@@ -229,7 +229,6 @@ def test_what_cannot_be_made_several_times_is_refused(
     assert result.error_status_code == 400 and says in str(result.error)
 
 
-@both_ports
 @pytest.mark.usefixtures("undecoded")
 def test_a_batch_shares_calls_where_requests_fit_and_gives_what_each_gives_alone(
     pipeline: FusionPipeline, monkeypatch: pytest.MonkeyPatch

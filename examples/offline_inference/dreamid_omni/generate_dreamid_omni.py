@@ -44,6 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     request.add_argument("--height", type=int, default=None, help="pixels, a multiple of 32 (704)")
     request.add_argument("--width", type=int, default=None, help="pixels, a multiple of 32 (1280)")
     request.add_argument("--num-inference-steps", type=int, default=None, help="(50)")
+    request.add_argument(
+        "--num-outputs", type=int, default=1, help="videos; the i-th after the first has the seed plus i"
+    )
     request.add_argument("--seed", type=int, default=100)
     for name in ("video-negative-prompt", "audio-negative-prompt", "solver-name"):
         request.add_argument(f"--{name}", default=None)
@@ -117,7 +120,8 @@ def request_of(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     pictures = arguments.images or [face((224, 176, 148), (92, 60, 44)), face((198, 148, 116), (38, 34, 40))]
     voices = arguments.voices or [(hum(215.0), 16_000), (hum(118.0), 16_000)]
     prompt = {"prompt": text, "multi_modal_data": {"image": pictures, "audio": voices}}
-    return prompt, OmniDiffusionSamplingParams(seed=arguments.seed, extra_args=extra, **sampling)
+    sampling |= {"seed": arguments.seed, "num_outputs_per_prompt": arguments.num_outputs}
+    return prompt, OmniDiffusionSamplingParams(extra_args=extra, **sampling)
 
 
 def face(skin: tuple[int, int, int], hair: tuple[int, int, int]) -> Image.Image:
@@ -150,7 +154,7 @@ def main() -> int:
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
 
-    from port_kit.models.wan_fusion.media import measure_mp4, write_mp4
+    from port_kit.models.wan_fusion.media import measure_mp4, write_result
     from port_kit.reports import picture_of_clip
 
     prompt, sampling = request_of(arguments)
@@ -165,12 +169,11 @@ def main() -> int:
         return 1
     finally:
         omni.close()
-    extra = result.multimodal_output
-    rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
-    path = write_mp4(arguments.output, result.images[0], np.asarray(extra["audio"]), fps=fps, sample_rate=rate)
-    print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    paths = write_result(arguments.output, result)
+    for path in paths:
+        print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
     if arguments.picture:
-        print(f"frames and waveform: {picture_of_clip(path, arguments.picture)}", file=stdout, flush=True)
+        print(f"frames and waveform: {picture_of_clip(paths[0], arguments.picture)}", file=stdout, flush=True)
     return 0
 
 

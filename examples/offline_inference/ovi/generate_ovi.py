@@ -13,8 +13,6 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-
 PROMPT = (
     "A street musician plays a violin under an awning while it rains. She looks up, smiles and says, "
     "<S>One more song before the train comes.<E> Audio: violin, steady rain, a clear female voice."
@@ -46,6 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     request.add_argument("--height", type=int, default=None, help="with --width the video's ratio (512)")
     request.add_argument("--width", type=int, default=None, help="(992)")
     request.add_argument("--num-inference-steps", type=int, default=None, help="(50)")
+    request.add_argument(
+        "--num-outputs", type=int, default=1, help="videos; the i-th after the first has the seed plus i"
+    )
     request.add_argument("--seed", type=int, default=103)
     for name, kind in EXTRA.items():
         request.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
@@ -87,7 +88,8 @@ def request_of(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     prompt: dict[str, Any] = {"prompt": arguments.prompt}
     if arguments.image:
         prompt["multi_modal_data"] = {"image": arguments.image}
-    return prompt, OmniDiffusionSamplingParams(seed=arguments.seed, extra_args=extra, **sampling)
+    sampling |= {"seed": arguments.seed, "num_outputs_per_prompt": arguments.num_outputs}
+    return prompt, OmniDiffusionSamplingParams(extra_args=extra, **sampling)
 
 
 def main() -> int:
@@ -98,7 +100,7 @@ def main() -> int:
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
 
-    from port_kit.models.wan_fusion.media import measure_mp4, write_mp4
+    from port_kit.models.wan_fusion.media import measure_mp4, write_result
     from port_kit.reports import picture_of_clip
 
     prompt, sampling = request_of(arguments)
@@ -113,12 +115,11 @@ def main() -> int:
         return 1
     finally:
         omni.close()
-    extra = result.multimodal_output
-    rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
-    path = write_mp4(arguments.output, result.images[0], np.asarray(extra["audio"]), fps=fps, sample_rate=rate)
-    print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    paths = write_result(arguments.output, result)
+    for path in paths:
+        print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
     if arguments.picture:
-        print(f"frames and waveform: {picture_of_clip(path, arguments.picture)}", file=stdout, flush=True)
+        print(f"frames and waveform: {picture_of_clip(paths[0], arguments.picture)}", file=stdout, flush=True)
     return 0
 
 
