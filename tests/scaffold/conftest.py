@@ -67,7 +67,8 @@ def run_pytest(folders: list[str], *options: str, cwd: Path) -> str:
         "-p",
         "no:xdist",
     ]
-    markers = ("-o", "markers=engine: starts an engine")
+    # one root above all of them: fixtures of the same name are told apart by the path below it
+    markers = ("--rootdir", str(cwd), "-o", "markers=engine: starts an engine")
     done = subprocess.run(
         [*command, *markers, *options, *folders],
         cwd=cwd,
