@@ -25,11 +25,13 @@ from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunn
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+from port_kit.errors import InputError
 from port_kit.models.wan_fusion import batching
 from port_kit.models.wan_fusion.denoising import Denoising
 from port_kit.models.wan_fusion.golden_pipeline import load_pipeline
 from port_kit.models.wan_fusion.media import envelope
 from port_kit.models.wan_fusion.pipeline import FusionPipeline
+from port_kit.models.wan_fusion.request import check_cached_outputs
 from port_kit.models.wan_fusion.stepping import CLIPS
 from port_kit.runtime.local import single_rank
 
@@ -51,9 +53,9 @@ def pipeline(request: pytest.FixtureRequest, ovi_model: Path, dreamid_model: Pat
 
 
 def media_of(pipeline: FusionPipeline, people: int = 1) -> dict[str, Any]:
-    """What the port's requests must hold: nothing, or pictures with voices."""
+    """What the port's requests hold: Ovi's nothing, or a first frame for more people; else pictures with voices."""
     if type(pipeline).__name__ == "OviPipeline":
-        return {}
+        return {"image": PICTURE} if people > 1 else {}
     return {"image": [PICTURE] * people, "audio": [VOICE] * people}
 
 
@@ -141,7 +143,7 @@ def test_steps_of_requests_in_turn_give_what_each_gives_alone(pipeline: FusionPi
     assert supports_step_execution(pipeline)
     first = ask(pipeline, "a", seed=1, num_inference_steps=3)
     second = ask(pipeline, "b", "a much longer prompt about a violin in the rain", seed=2)
-    third = ask(pipeline, "c", seed=3, extra_args={"solver_name": "euler"})
+    third = ask(pipeline, "c", media=media_of(pipeline, 2), seed=3, extra_args={"solver_name": "euler"})
     engine = Engine(pipeline)
     engine.add(first)
     assert engine.step() == ["a"]
@@ -227,6 +229,13 @@ def test_what_cannot_be_made_several_times_is_refused(
 ) -> None:
     result = serve(pipeline, ask(pipeline, "bad", **sampling))
     assert result.error_status_code == 400 and says in str(result.error)
+
+
+def test_a_cache_remembers_one_video() -> None:
+    check_cached_outputs(1, "cache_dit")
+    check_cached_outputs(2, None)
+    with pytest.raises(InputError, match="with cache_backend=cache_dit a request makes one video"):
+        check_cached_outputs(2, "cache_dit")
 
 
 @pytest.mark.usefixtures("undecoded")
