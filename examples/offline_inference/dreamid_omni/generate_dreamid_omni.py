@@ -64,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     engine.add_argument("--cache-backend", default=None, choices=["cache_dit", "tea_cache"])
     engine.add_argument("--enable-cpu-offload", action="store_true")
     engine.add_argument("--enable-layerwise-offload", action="store_true")
+    engine.add_argument("--quantization", default=None, help="fp8: eight-bit weights, made while loading")
     return parser.parse_args()
 
 
@@ -86,7 +87,14 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     options = {
         name: getattr(arguments, name)
-        for name in ("dtype", "enforce_eager", "cache_backend", "enable_cpu_offload", "enable_layerwise_offload")
+        for name in (
+            "dtype",
+            "enforce_eager",
+            "cache_backend",
+            "enable_cpu_offload",
+            "enable_layerwise_offload",
+            "quantization",
+        )
         if getattr(arguments, name)
     }
     return {"model": arguments.model, "parallel_config": DiffusionParallelConfig(**parallel), **options}

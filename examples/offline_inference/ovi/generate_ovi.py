@@ -62,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     engine.add_argument("--cache-backend", default=None, choices=["cache_dit"])
     engine.add_argument("--enable-cpu-offload", action="store_true")
     engine.add_argument("--enable-layerwise-offload", action="store_true")
+    engine.add_argument("--quantization", default=None, help="fp8: eight-bit weights, made while loading")
     return parser.parse_args()
 
 
@@ -72,7 +73,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     given = vars(arguments)
     sharding = ("use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
     parallel = {name: given[name] for name in (*DEGREES, *sharding) if given[name] is not None}
-    rest = ("dtype", "enforce_eager", "cache_backend", "enable_cpu_offload", "enable_layerwise_offload")
+    rest = ("dtype", "enforce_eager", "cache_backend", "enable_cpu_offload", "enable_layerwise_offload", "quantization")
     options = {name: given[name] for name in rest if given[name]}
     return {"model": arguments.model, "parallel_config": DiffusionParallelConfig(**parallel), **options}
 
