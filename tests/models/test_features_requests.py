@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from port_kit.errors import InputError
 from port_kit.models.wan_fusion import batching
 from port_kit.models.wan_fusion.denoising import Denoising
 from port_kit.models.wan_fusion.golden_pipeline import load_pipeline
-from port_kit.models.wan_fusion.media import envelope
+from port_kit.models.wan_fusion.media import envelope, measure_mp4, write_result
 from port_kit.models.wan_fusion.pipeline import FusionPipeline
 from port_kit.models.wan_fusion.request import check_cached_outputs
 from port_kit.models.wan_fusion.stepping import CLIPS
@@ -208,11 +209,15 @@ def test_videos_of_one_request_are_those_of_requests_with_the_next_seeds(pipelin
     assert distance(engine.run()["n"], several) == 0
 
 
-def test_several_videos_are_given_out_one_by_one(pipeline: FusionPipeline) -> None:
+def test_several_videos_are_given_out_and_written_one_by_one(pipeline: FusionPipeline, tmp_path: Path) -> None:
     result = serve(pipeline, ask(pipeline, "n", num_inference_steps=1, num_outputs_per_prompt=2))
     made = envelope(result.output, fps=24, sample_rate=16_000)["payload"]
     assert [video.shape for video in made["video"]] == [(5, 64, 64, 3)] * 2
     assert made["video"][0].dtype == np.uint8 and made["audio"].shape == (2, *result.output["audio"].shape[1:])
+    extra = {"audio": made["audio"], "audio_sample_rate": 16_000, "fps": 24}
+    files = write_result(tmp_path / "rain.mp4", SimpleNamespace(images=made["video"], multimodal_output=extra))
+    assert [file.name for file in files] == ["rain_1.mp4", "rain_2.mp4"]
+    assert all(measure_mp4(file).frames == 5 for file in files)
 
 
 @pytest.mark.parametrize(
