@@ -1,7 +1,7 @@
-"""Copying tensors in host memory: bits through numpy, which moves them faster than torch's elementwise copy.
+"""Copying many tensors in host memory with a few threads.
 
-torch's threads wait for each other by spinning, tensor by tensor, and so slow each other down where other work shares
-the cores; the threads here sleep while they have nothing to do.
+torch's threads wait for each other at the end of every tensor, spinning; here a thread takes the next piece when it is
+done with one, whichever tensor that is of.
 """
 
 from __future__ import annotations
@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
-#: Bytes below which finding a faster way costs more than the copy.
-SMALL = 1 << 16
-#: Bytes below which handing a part to another thread costs more than it saves.
-SHARED = 1 << 20
-#: Bytes that a thread copies at once where many tensors are put by: a single huge one is shared too.
+#: Bytes that a thread copies at once: a single huge tensor is shared too.
 PIECE = 1 << 23
 
 Pair = tuple["NDArray[Any]", "NDArray[Any]"]
@@ -49,22 +44,6 @@ class Copies:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def copy(self, place: Tensor, piece: Tensor) -> None:
-        """Write ``piece`` to ``place``, of equal shape; done when this returns."""
-        pair = bits(place, piece)
-        if pair is None:
-            place.copy_(piece)
-        elif self._pool is None or piece.nbytes < SHARED:
-            _move(pair)
-        else:
-            into, values = pair
-            rows = -(-len(values) // self.threads)
-            parts = [(into[at : at + rows], values[at : at + rows]) for at in range(0, len(values), rows)]
-            running = [self._pool.submit(_move, part) for part in parts[1:]]
-            _move(parts[0])
-            for other in running:
-                other.result()
-
     def put_by(self, into: NDArray[Any], values: NDArray[Any]) -> None:
         """Remember a copy for :meth:`run`; both arrays have integers of the values' size."""
         rows = max(1, PIECE * len(values) // max(values.nbytes, 1))
@@ -85,20 +64,6 @@ class Copies:
             except IndexError:
                 return
             _move(pair)
-
-
-def bits(place: Tensor, piece: Tensor) -> Pair | None:
-    """Both tensors as arrays of integers where a copy moves bits in host memory and no more; else None."""
-    import torch
-
-    if piece.nbytes < SMALL or type(place) is not torch.Tensor or type(piece) is not torch.Tensor:
-        return None  # a subclass (DTensor) keeps its elements in ways of its own
-    if place.dtype != piece.dtype or place.shape != piece.shape or not (place.is_cpu and piece.is_cpu):
-        return None
-    if piece.is_complex() or place.stride(-1) != 1 or piece.stride(-1) != 1:
-        return None
-    integer = getattr(torch, f"int{8 * piece.element_size()}")
-    return place.view(integer).numpy(), piece.view(integer).numpy()
 
 
 def _move(pair: Pair) -> None:

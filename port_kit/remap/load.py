@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.boxes import Box, extents, first_overlap, gaps, intersection, slices, volume, whole
-from port_kit.remap.copies import Copies
 from port_kit.remap.diagnosis import diagnose
 from port_kit.remap.joins import check_transform, incomplete, known_place, parts_of, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
@@ -126,11 +125,8 @@ class WeightLoader:
         folder: str | Path | None = None,
         narrow: bool = True,
     ) -> None:
-        import torch
-
         found = read_targets(module)
         self.targets = found.targets
-        self._copies = Copies(torch.get_num_threads())
         self.rules = rules
         self.prefix = prefix
         self.folder = Path(folder) if folder is not None else None
@@ -305,7 +301,7 @@ class WeightLoader:
         target = self.targets[write.target]
         self._writes[write.target].append(write)
         if target.loader is None:
-            copy_through(_view(target.tensor.data, write.region), tensor, write.steps, self._copies.copy)
+            copy_through(_view(target.tensor.data, write.region), tensor, write.steps)
         else:
             self._store_through_loader(target, write, tensor)
 

@@ -6,7 +6,7 @@ backwards: :func:`scatter` puts a value to where :func:`gather` would read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -170,17 +170,13 @@ def gather(tensor: Tensor, steps: Sequence[Step]) -> Tensor:
     return tensor
 
 
-def copy_through(
-    destination: Tensor, tensor: Tensor, steps: Sequence[Step], copy: Callable[[Tensor, Tensor], None] | None = None
-) -> None:
+def copy_through(destination: Tensor, tensor: Tensor, steps: Sequence[Step]) -> None:
     """Write ``gather(tensor, steps)`` into ``destination`` with one copy of each element.
 
     A last reorder is copied run by run, and a cast is left to the copy, so that neither makes a temporary tensor.
-    ``copy`` writes its second argument to its first; torch's own by default.
     """
-    copy = copy or _copy
     if not steps:
-        copy(destination, tensor)
+        destination.copy_(tensor)
         return
     steps = list(steps)
     while steps and isinstance(steps[-1], Cast) and _same_rounding(steps[-1], destination):
@@ -189,13 +185,9 @@ def copy_through(
     if isinstance(last, Reorder):
         tensor = gather(tensor, steps[:-1])
         for at, start, length in last.pieces():
-            copy(destination.narrow(last.dim, at, length), tensor.narrow(last.dim, start, length))
+            destination.narrow(last.dim, at, length).copy_(tensor.narrow(last.dim, start, length))
         return
-    copy(destination, gather(tensor, steps))
-
-
-def _copy(destination: Tensor, tensor: Tensor) -> None:
-    destination.copy_(tensor)
+    destination.copy_(gather(tensor, steps))
 
 
 def _same_rounding(cast: Cast, destination: Tensor) -> bool:

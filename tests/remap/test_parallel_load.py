@@ -13,7 +13,6 @@ from torch import nn
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
-from port_kit.remap.copies import Copies
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.local import load_local
 from tests.remap.linears import Linear
@@ -182,25 +181,6 @@ def test_threads_share_the_copies(
         assert torch.equal(half["qkv"].weight, torch.cat(rows).to(half["qkv"].weight.dtype))
         assert torch.equal(half["o"].weight, tensors["b.o"].chunk(2, 1)[rank].to(half["o"].weight.dtype))
         assert done.bytes_read * 2 == done.bytes_whole
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn", "int64", "bool", "complex64"])
-def test_a_copy_is_the_same_with_any_number_of_threads(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, threads: int
-) -> None:
-    monkeypatch.setattr("port_kit.remap.copies.SMALL", 100)
-    monkeypatch.setattr("port_kit.remap.copies.SHARED", 200)
-    values = torch.randn(67, 31).to(getattr(torch, dtype))
-    with Copies(threads) as copies:
-        for cut in (slice(None), slice(3, 20), slice(5, 5)):
-            for piece in (values[cut], values[:, cut], values.t()[cut]):
-                room = torch.zeros(200, 200, dtype=piece.dtype)
-                place = room[7 : 7 + piece.shape[0], 9 : 9 + piece.shape[1]]
-                copies.copy(place, piece)
-                assert torch.equal(place.to(torch.complex128), piece.to(torch.complex128))
-                place.zero_()
-                assert not room.to(torch.complex128).any()
 
 
 def test_no_threads_are_refused(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_every_path_passes_its_own_tests(ports: Path) -> None:
     assert "22 passed" in run_pytest(tests, "-m", "not engine", "-k", chosen, cwd=ports)
 
 
+@pytest.mark.slow
 def test_the_engine_runs_a_skeleton(ports: Path) -> None:
     assert "1 passed" in run_pytest(["of_external/tests/test_generate.py"], cwd=ports)
 
