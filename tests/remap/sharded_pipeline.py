@@ -159,7 +159,7 @@ class ShardedPipeline(nn.Module):
         return names
 
     def forward(self, req: Any, **_: Any) -> Any:
-        raise NotImplementedError("this pipeline is only loaded")
+        raise AssertionError("this pipeline is only loaded")
 
 
 def register() -> None:
