@@ -54,7 +54,7 @@ BLOCK = {
     "cross.weight": (5 * WIDTH, WIDTH),
     "mod": (6, WIDTH),
 }
-_JOIN = Op.of("concat", dim=0, parts=("q", "k", "v"))
+_JOIN = Op.of("concat", dim=0, parts=("q", "k", "v"), sizes=("width", "width", "width"))
 FUSED = RuleSet(
     "fused",
     (
@@ -64,6 +64,7 @@ FUSED = RuleSet(
         Rule(r"blocks\.(\d+)\.ffn\.2\.(weight|bias)", r"layers.\1.ffn.down.\2"),
         Rule(r"blocks\.(\d+)\.(cross\.weight|mod)", r"layers.\1.\2"),
     ),
+    {"width": WIDTH},
 )
 SLOTS = RuleSet("slots", tuple(Rule(r.source, r.target, shard=r.shard) for r in FUSED))
 

@@ -148,6 +148,7 @@ class WeightLoader:
         self._slots: dict[tuple[str, str], tuple[Tensor, int]] = {}
         self._accounted: dict[object, int] = {}
         self._known_places: dict[object, Box | None] = {}
+        self._known_groups: dict[object, list[Box]] = {}
         self._planned: dict[tuple[str, str, str], Box] = {}
         self._seen: set[str] = set()
         self._blamed: set[str] = set()
@@ -284,9 +285,7 @@ class WeightLoader:
         first = writes[0]
         assert first.join is not None
         if first.join.name == "concat":
-            placed, problems = place_parts(writes, self.lowering.sizes)
-            for write in placed:
-                self._store(write, tensors[write.source])
+            problems = self._store_concat(writes, tensors)
         else:
             problems = check_transform(writes)
             if not problems:
@@ -294,6 +293,20 @@ class WeightLoader:
                 result = find_transform(first.join.name).run(parts, dict(first.join.args), extents(first.region))
                 self._store(first._replace(join=None, steps=()), result)
         self._problems += problems
+
+    def _store_concat(self, writes: list[Write], tensors: Mapping[str, Tensor]) -> list[Problem]:
+        """Store a complete group; where its parts go is worked out once for groups that are alike."""
+        key = (id(writes[0].join), writes[0].region, tuple((write.part, write.shape) for write in writes))
+        regions = self._known_groups.get(key)
+        if regions is None:
+            placed, problems = place_parts(writes, self.lowering.sizes)
+            if problems:
+                return problems
+            region_of = {write.source: write.region for write in placed}
+            regions = self._known_groups[key] = [region_of[write.source] for write in writes]
+        for write, region in zip(writes, regions, strict=True):
+            self._store(write.placed(region), tensors[write.source])
+        return []
 
     # -- storing -----------------------------------------------------------------------------------------------
 
