@@ -5,9 +5,13 @@ latent frames with one picture and one voice. In the same run it measures what t
 attention of the model's own sizes, and says how long the model's products and attentions alone would take at those
 rates. Every figure is the median of ``--rounds`` after two warm-up rounds. Prints one JSON object.
 
-    python benchmarks/fusion_step.py --size 704x1024 --size 480x832     # as it is served: compiled by region
-    python benchmarks/fusion_step.py --size 704x1024 --eager --kernels  # without, and each kernel's time
-    python benchmarks/fusion_step.py --tiny --rounds 1                 # a small model, on a CPU
+    python benchmarks/fusion_step.py --size 704x1024 --size 480x832     # as it is served
+    python benchmarks/fusion_step.py --also inductor --also plain       # and without the kernels of the project
+    python benchmarks/fusion_step.py --kernels                          # where a branch's time goes, kernel by kernel
+    python benchmarks/fusion_step.py --tiny --rounds 1                  # a small model, on a CPU
+
+Variants for comparison (``--also``): ``plain`` runs the plain PyTorch forms of the fused steps, ``inductor`` compiles
+these with torch.compile. Their flows are compared with the served form's.
 """
 
 from __future__ import annotations
@@ -17,14 +21,23 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LATENT_FRAMES, AUDIO_LATENTS, PICTURES, VOICE_LATENTS, TEXT_TOKENS = 31, 157, 1, 31, 100
+#: Parts of kernels' names, by what they do.
+KINDS = {
+    "matrix products": ("nvjet", "gemm", "cutlass_80", "mm"),
+    "attention": ("flash", "Flash"),
+    "fused steps": ("_add_norms", "_rms_rope"),
+}
 TINY = {"dim": 96, "ffn_dim": 192, "num_heads": 4, "num_layers": 2, "text_dim": 64}
 
 
@@ -137,18 +150,48 @@ def rates(model: nn.Module, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> d
     }
 
 
-def measure(model: nn.Module, config: dict[str, Any], size: tuple[int, int], clock: Clock, dtype: Any) -> Any:
-    """One size: a branch, its floor at the measured rates, the step of four branches, peak memory."""
+@contextmanager
+def variant(name: str) -> Iterator[None]:
+    """Exchange the forms of the fused steps while the context lasts."""
+    from port_kit.models.wan_fusion import fused
+
+    compiled = partial(torch.compile, dynamic=False) if name == "inductor" else lambda function: function
+    gelu = compiled(partial(nn.functional.gelu, approximate="tanh"))
+    changes = {
+        "_add_norms": compiled(fused.plain_add_norms),
+        "rms_norm": compiled(fused.plain_rms_norm),
+        "linear_gelu": lambda layer, x: gelu(layer(x)),
+    }
+    before = {key: getattr(fused, key) for key in changes}
+    vars(fused).update(changes)
+    try:
+        yield
+    finally:
+        vars(fused).update(before)
+
+
+def measure(
+    model: nn.Module, config: dict[str, Any], size: tuple[int, int], clock: Clock, dtype: Any, also: list[str]
+) -> Any:
+    """One size: a branch, its floor at the measured rates, the step of four branches, peak memory, the variants."""
     branch = inputs(config, *size, clock.device, dtype)
     sizes = sizes_of(config, *size)
     found = rates(model, sizes, clock, dtype)
     if clock.device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     one = clock.median_ms(lambda: model(**branch))
+    branch_peak = torch.cuda.max_memory_allocated() / 2**30 if clock.device.type == "cuda" else 0.0
     limit = sizes.gemm_flop / found["gemm_tflops"] / 1e9 + sizes.attention_flop / found["attention_tflops"] / 1e9
     branches = [branch, branch, {**branch, "unused": "audio"}, {**branch, "unused": "video"}]
     step = clock.median_ms(lambda: [model(**each) for each in branches], warm_up=1)
     flop = sizes.gemm_flop + sizes.attention_flop
+    expected = [flow.float() for flow in model(**branch)]
+    others: dict[str, Any] = {}
+    for name in also:
+        with variant(name):
+            others[f"{name}_ms"] = clock.median_ms(lambda: model(**branch))
+            others[f"{name}_relative_error"] = difference(model(**branch), expected)
     return {
         "video_tokens": sizes.video,
         "tflop": round(flop / 1e12, 2),
@@ -159,11 +202,32 @@ def measure(model: nn.Module, config: dict[str, Any], size: tuple[int, int], clo
         "branch_tflops": round(flop / one / 1e9, 2),
         "four_branch_step_ms": step,
         "first_branch_ms": round(clock.once_ms(lambda: model(**inputs(config, *size, clock.device, dtype))), 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if clock.device.type == "cuda" else None,
+        "branch_again_ms": clock.median_ms(lambda: model(**branch)),
+        "peak_gib": round(branch_peak, 3),
+        "launch_ms": launching(lambda: model(**branch), clock.device),
+        **others,
     }
 
 
-def kernels(model: nn.Module, branch: dict[str, Any], device: torch.device, shown: int = 25) -> list[dict[str, Any]]:
+def difference(flows: tuple[Tensor, ...], expected: list[Tensor]) -> float:
+    """Return the larger relative error (L2) of the two flows."""
+    pairs = zip(flows, expected, strict=True)
+    return max(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def launching(call: Callable[[], object], device: torch.device) -> float:
+    """Return the milliseconds that the host needs to launch a call, the median of five."""
+    spent = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return round(statistics.median(spent) * 1e3, 3)
+
+
+def kernels(model: nn.Module, branch: dict[str, Any], device: torch.device, shown: int = 30) -> dict[str, Any]:
     """Where one branch's time goes, kernel by kernel, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -174,15 +238,18 @@ def kernels(model: nn.Module, branch: dict[str, Any], device: torch.device, show
             torch.cuda.synchronize()
     spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, spent))
-    return [
+    shares: dict[str, float] = defaultdict(float)
+    for event in events:
+        kind = next((kind for kind, marks in KINDS.items() if any(mark in event.key for mark in marks)), "other")
+        shares[kind] += getattr(event, spent) / 1e3
+    listed = [
         {"kernel": event.key[:100], "calls": event.count, "ms": round(getattr(event, spent) / 1e3, 3)}
         for event in events[:shown]
     ]
+    return {"sums_ms": {kind: round(ms, 2) for kind, ms in shares.items()}, "kernels": listed}
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    from vllm_omni.diffusion.compile import regionally_compile
-
     from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
     from port_kit.runtime.local import single_rank
 
@@ -197,22 +264,19 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(device, given.rounds)
     with torch.inference_mode(), single_rank(dtype=dtype, device=device):
         model = build(config, device)
-        if not given.eager and not given.tiny:
-            regionally_compile(model, dynamic=False)
         result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "compiled": not given.eager and not given.tiny,
             "rounds": given.rounds,
         }
         for size in sizes:
-            result[f"{size[0]}x{size[1]}"] = measure(model, config, (size[0], size[1]), clock, dtype)
+            result[f"{size[0]}x{size[1]}"] = measure(model, config, (size[0], size[1]), clock, dtype, given.also)
         if given.kernels:
             branch = inputs(config, sizes[0][0], sizes[0][1], device, dtype)
             model(**branch)
-            result["kernels"] = kernels(model, branch, device)
+            result["profile"] = kernels(model, branch, device)
     return result
 
 
@@ -221,7 +285,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--size", action="append", metavar="HEIGHTxWIDTH", help="pixels; may be given several times")
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--eager", action="store_true", help="no compilation, as under enforce_eager")
+    options.add_argument("--also", action="append", default=[], choices=("plain", "inductor"))
     options.add_argument("--kernels", action="store_true", help="profile one branch of the first size")
     options.add_argument("--tiny", action="store_true", help="a small model in float32 on the CPU")
     print(json.dumps(run(options.parse_args()), indent=1))

@@ -202,7 +202,7 @@ def measure(model: Path, layout: str, options: argparse.Namespace) -> tuple[list
     config = {
         "parallel_config": parsed.parallel_config,
         "dtype": options.dtype,
-        "enforce_eager": options.tiny or options.eager,
+        "enforce_eager": True,
     }
     request = Request("measure", {"extra_args": {"size": options.pixels, "rounds": options.rounds}, "seed": 0})
     results = run_workers(model, [request], config=config, setup=register, timeout=options.timeout)
@@ -246,7 +246,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "layers": config["video"]["num_layers"],
         "size": options.size,
         "dtype": options.dtype,
-        "compiled": not (options.tiny or options.eager),
         "rounds": options.rounds,
         "devices": options.ranks,
         "tolerance": tolerance,
@@ -261,7 +260,6 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, help="default: the GPUs of the machine, with --tiny 2")
     parser.add_argument("--size", default="704x1024", metavar="HEIGHTxWIDTH", help="pixels; with --tiny 64x64")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eager", action="store_true", help="no compilation, as under enforce_eager")
     parser.add_argument("--tiny", action="store_true", help="a small model in float32 on CPU processes")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one layout")
     options = parser.parse_args()

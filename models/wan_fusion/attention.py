@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from port_kit.models.wan_fusion.layers import FullWidthRMSNorm, Modulation
-from port_kit.models.wan_fusion.rope import rotate
+from port_kit.models.wan_fusion.layers import FullWidthRMSNorm, shared_squares
 from port_kit.parallel import linear
 from port_kit.parallel.sequence import LengthTrimmedAttention
 
@@ -37,12 +36,11 @@ class Positions:
 
 
 class SelfAttention(nn.Module):
-    """Attention of a stream to itself with rotary positions: modulated, and added to its input."""
+    """Attention of a stream to itself with rotary positions."""
 
     def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         dim = config.dim
-        self.eps = config.eps
         self.qkv = linear.qkv(dim, config.head_dim, config.num_heads, quant, f"{prefix}.qkv")
         self.o = linear.row(dim, dim, quant, f"{prefix}.o")
         self.norm_q = FullWidthRMSNorm(dim, config.eps)
@@ -50,13 +48,14 @@ class SelfAttention(nn.Module):
         self.heads = self.qkv.num_heads
         self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self")
 
-    def forward(self, x_BSD: Tensor, modulation: Modulation, positions: Positions) -> Tensor:
-        """Return the residual stream ``[B, S, D]`` after this sub-layer."""
-        q, k, v = self.qkv(modulation.norm(x_BSD, self.eps)).chunk(3, -1)
-        q_BSNH, k_BSNH, v_BSNH = (split_heads(t, self.heads) for t in (self.norm_q(q), self.norm_k(k), v))
-        q_BSNH, k_BSNH = rotate(q_BSNH, positions.rope), rotate(k_BSNH, positions.rope)
-        attended = self.attn(q_BSNH, k_BSNH, v_BSNH, positions.length)
-        return modulation.add(x_BSD, self.o(attended.flatten(2)))
+    def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
+        """Take normalised tokens; return ``[B, S, D]``."""
+        q, k, v = self.qkv(x_BSD).chunk(3, -1)
+        q_squares, k_squares = shared_squares(q, k)
+        (q,) = self.norm_q(q, q_squares, positions.rope)
+        (k,) = self.norm_k(k, k_squares, positions.rope)
+        attended = self.attn(*(split_heads(t, self.heads) for t in (q, k, v)), positions.length)
+        return self.o(attended.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -92,28 +91,35 @@ class CrossAttention(nn.Module):
         other_BOD: Tensor,
         other_positions: Positions,
     ) -> Tensor:
-        """Return the residual stream ``[B, S, D]`` after this sub-layer; a stream of no tokens is not attended.
+        """Return ``[B, S, D]``; a stream of no tokens is not attended.
 
         Args:
-            x_BSD: this stream's residual state.
+            x_BSD: this stream's tokens after :attr:`norm`.
             text_kv: what :meth:`project_text` gave for this stream's text.
             positions: of this stream.
-            other_BOD: the other stream's residual state.
+            other_BOD: the other stream's tokens after :attr:`pre_attn_norm_fusion`.
             other_positions: of the other stream.
         """
-        q_BSNH = split_heads(self.norm_q(self.q(self.norm(x_BSD))), self.heads)
-        attended = self.text_attn(q_BSNH, *(split_heads(t, self.heads) for t in text_kv))
-        if other_BOD.shape[1]:
-            k, v = self.kv_fusion(self.pre_attn_norm_fusion(other_BOD)).chunk(2, -1)
-            k_BONH, v_BONH = (split_heads(t, self.heads) for t in (self.norm_k_fusion(k), v))
-            q_BSNH, k_BONH = rotate(q_BSNH, positions.rope), rotate(k_BONH, other_positions.rope)
-            attended = attended + self.fusion_attn(q_BSNH, k_BONH, v_BONH, other_positions.length)
-        return x_BSD + self.o(attended.flatten(2))
+        q = self.q(x_BSD)
+        if not other_BOD.shape[1]:
+            (q,) = self.norm_q(q, *shared_squares(q))
+            return self.o(self._attend_text(q, text_kv).flatten(2))
+        k, v = self.kv_fusion(other_BOD).chunk(2, -1)
+        q_squares, k_squares = shared_squares(q, k)
+        q, q_turned = self.norm_q(q, q_squares, positions.rope, plain=True)
+        (k,) = self.norm_k_fusion(k, k_squares, other_positions.rope)
+        attended = self._attend_text(q, text_kv)
+        fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_positions.length)
+        return self.o((attended + fused).flatten(2))
+
+    def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
+        return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))
 
     def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; no timestep changes them."""
         k, v = self.kv(text_BTD).chunk(2, -1)
-        return self.norm_k(k), v
+        (k,) = self.norm_k(k, *shared_squares(k))
+        return k, v
 
 
 def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
@@ -133,4 +139,5 @@ def _attention(
         prefix=prefix,
         role=role,
         skip_sequence_parallel=skip_sequence_parallel,
+        allow_fp32_fallback=True,  # FlashAttention has no float32
     )

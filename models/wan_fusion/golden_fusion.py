@@ -72,6 +72,7 @@ class FusionGolden:
     def run(self, model: WanFusionTransformer, sample: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Run one sample; return its flows under the names of the recorded outputs."""
         config, inputs = model.config, self.recorded("inputs")
+        device = model.video.head.modulation.device
         nothing = {
             "vid": torch.empty(config.video_channels, 0, 2, 2),
             "audio": torch.empty(0, config.audio_channels),
@@ -79,13 +80,13 @@ class FusionGolden:
             "audio_context": torch.empty(0, config.text_dim),
         }
         video, audio, video_text, audio_text = (
-            inputs.get(f"{name}.{sample}", default)[None].to(dtype) for name, default in nothing.items()
+            inputs.get(f"{name}.{sample}", default)[None].to(device, dtype) for name, default in nothing.items()
         )
         with torch.inference_mode():
             flows = model(
                 video,
                 audio,
-                inputs["t"][sample],
+                inputs["t"][sample].to(device),
                 video_text,
                 audio_text,
                 video_reference_frames=sum(self._references("ref_ip_lengths", sample)),
@@ -106,14 +107,14 @@ class FusionGolden:
         return tuple(lengths[sample]) if lengths else ()
 
 
-def cases(goldens: Path) -> Iterator[Case]:
+def cases(goldens: Path, device: str = "cpu") -> Iterator[Case]:
     """Yield the cases below ``fusion/``: rotations first, then every forward pass in both dtypes that are recorded."""
     if (goldens / "fusion" / "rope" / "rope.json").is_file():
         yield Case("fusion/rope fp32", partial(_rope_pairs, goldens / "fusion" / "rope"))
     for name, golden in recorded_passes(goldens).items():
-        yield Case(f"fusion/{name} fp32", partial(_fp32_pairs, golden))
+        yield Case(f"fusion/{name} fp32", partial(_fp32_pairs, golden, device))
         if golden.recorded("outputs_bf16"):
-            yield Case(f"fusion/{name} bf16", partial(_bf16_pairs, golden))
+            yield Case(f"fusion/{name} bf16", partial(_bf16_pairs, golden, device))
 
 
 def recorded_passes(goldens: Path) -> dict[str, FusionGolden]:
@@ -125,9 +126,9 @@ def recorded_passes(goldens: Path) -> dict[str, FusionGolden]:
     }
 
 
-def _fp32_pairs(golden: FusionGolden) -> Iterator[Pair]:
+def _fp32_pairs(golden: FusionGolden, device: str) -> Iterator[Pair]:
     expected, intermediates = golden.recorded("outputs_fp32"), golden.recorded("intermediates_fp32")
-    with single_rank(torch.float32):
+    with single_rank(torch.float32, device):
         model = golden.build()
         for sample in golden.samples:
             with probes.record(model) as values:
@@ -139,9 +140,9 @@ def _fp32_pairs(golden: FusionGolden) -> Iterator[Pair]:
             yield from (Pair(name, flow, expected[name], FP32) for name, flow in flows.items() if name in expected)
 
 
-def _bf16_pairs(golden: FusionGolden) -> Iterator[Pair]:
+def _bf16_pairs(golden: FusionGolden, device: str) -> Iterator[Pair]:
     exact, rounded = golden.recorded("outputs_fp32"), golden.recorded("outputs_bf16")
-    with single_rank(torch.bfloat16):
+    with single_rank(torch.bfloat16, device):
         model = golden.build()
         for sample in golden.samples:
             for name, flow in golden.run(model, sample, torch.bfloat16).items():

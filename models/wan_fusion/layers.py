@@ -9,7 +9,7 @@ everything else in the dtype of the weights.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
+from port_kit.models.wan_fusion import fused
 from port_kit.parallel import linear
 
 if TYPE_CHECKING:
@@ -30,28 +31,44 @@ MAX_PERIOD = 10000.0
 
 
 class FullWidthRMSNorm(nn.Module):
-    """RMS norm over the width of all heads together, exact under tensor parallelism.
+    """RMS norm over the width of all heads together, exact under tensor parallelism, and the rotation after it.
 
-    Each rank holds the part of the weight that belongs to its heads; the square sums are added up over the ranks.
+    Each rank holds the part of the weight that belongs to its heads; :func:`shared_squares` adds up the square sums.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.ranks = get_tensor_model_parallel_world_size()
         self.dim = dim
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim // self.ranks), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(dim // get_tensor_model_parallel_world_size()), requires_grad=False)
         self.weight.weight_loader = _load_own_part
         self.weight.full_shape = (dim,)  # what a checkpoint has of it, for whoever checks before loading
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Normalise ``x``, whose last dimension is this rank's part of the width."""
-        wide = x_BSD.float()
-        mean = wide.square().sum(-1, keepdim=True)
-        if self.ranks > 1:
-            mean = tensor_model_parallel_all_reduce(mean)
-        normed = wide * torch.rsqrt(mean / self.dim + self.eps)
-        return normed.to(x_BSD.dtype) * self.weight
+    def forward(
+        self, x_BSD: Tensor, squares_BS: Tensor | None = None, rope: Tensor | None = None, *, plain: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Normalise ``x``, whose last dimension is this rank's part of the width, and rotate its heads.
+
+        Args:
+            x_BSD: queries or keys.
+            squares_BS: what :func:`shared_squares` gave for them.
+            rope: table ``[1, S, R, 2]`` of their positions, or None for the norm alone.
+            plain: give the norm without the rotation as well, first.
+        """
+        plain = plain or rope is None
+        return fused.rms_norm(x_BSD, self.weight, squares_BS, rope, width=self.dim, eps=self.eps, plain=plain)
+
+
+def shared_squares(*tensors: Tensor) -> list[Tensor] | list[None]:
+    """Return each token's sum of squares over the whole width, float32 ``[B, S]``; None where one rank has all of it.
+
+    Args:
+        tensors: ``[B, S, D]`` of equal B, each with this rank's part of the width; they share one all-reduce.
+    """
+    if get_tensor_model_parallel_world_size() == 1:
+        return [None] * len(tensors)
+    sums = torch.cat([fused.square_sums(x) for x in tensors], 1)
+    return list(tensor_model_parallel_all_reduce(sums).split([x.shape[1] for x in tensors], 1))
 
 
 def _load_own_part(parameter: nn.Parameter, loaded: Tensor) -> None:
@@ -60,55 +77,17 @@ def _load_own_part(parameter: nn.Parameter, loaded: Tensor) -> None:
     parameter.data.copy_(loaded.narrow(0, get_tensor_model_parallel_rank() * size, size))
 
 
-class Modulation(NamedTuple):
-    """Shift, scale and gate of one sub-layer: one vector for each of a stream's distinct timesteps.
-
-    Attributes:
-        shift: ``[G, B, 1, D]``.
-        scale: ``[G, B, 1, D]``.
-        gate: ``[G, B, 1, D]``.
-        runs: how many of this rank's tokens, in order, have each timestep; G numbers.
-    """
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
-    runs: tuple[int, ...]
-
-    def norm(self, x_BSD: Tensor, eps: float) -> Tensor:
-        """Return the layer norm of ``x`` (no weights), scaled and shifted."""
-        return modulate(F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=eps), self.shift, self.scale, self.runs)
-
-    def add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
-        """Return ``x + gate * y``."""
-        if len(self.runs) == 1:
-            return torch.addcmul(x_BSD, y_BSD, self.gate[0])
-        parts = zip(x_BSD.split(self.runs, 1), y_BSD.split(self.runs, 1), self.gate, strict=True)
-        return torch.cat([torch.addcmul(x, y, gate) for x, y, gate in parts], 1)
-
-
-def modulate(x_BSD: Tensor, shift_GB1D: Tensor, scale_GB1D: Tensor, runs: tuple[int, ...]) -> Tensor:
-    """Return ``x * (1 + scale) + shift``, each run of tokens with the vectors of its own timestep."""
-    scale = 1 + scale_GB1D
-    if len(runs) == 1:
-        return torch.addcmul(shift_GB1D[0], x_BSD, scale[0])
-    parts = zip(x_BSD.split(runs, 1), shift_GB1D, scale, strict=True)
-    return torch.cat([torch.addcmul(shift, part, factor) for part, shift, factor in parts], 1)
-
-
 class FeedForward(nn.Module):
-    """Feed-forward sub-layer: two linears with a tanh-approximated GELU between them, modulated, added to its input."""
+    """Two linears with a tanh-approximated GELU between them."""
 
-    def __init__(self, dim: int, hidden: int, eps: float, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, dim: int, hidden: int, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        self.eps = eps
         self.up = linear.column(dim, hidden, quant, f"{prefix}.up")
         self.down = linear.row(hidden, dim, quant, f"{prefix}.down")
 
-    def forward(self, x_BSD: Tensor, modulation: Modulation) -> Tensor:
-        """Return the residual stream ``[B, S, D]`` after this sub-layer."""
-        y = F.gelu(self.up(modulation.norm(x_BSD, self.eps)), approximate="tanh")
-        return modulation.add(x_BSD, self.down(y))
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return ``[B, S, D]``."""
+        return self.down(fused.linear_gelu(self.up, x_BSD))
 
 
 class TextEmbedding(nn.Module):
@@ -123,7 +102,7 @@ class TextEmbedding(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         """Take raw states ``[B, T, text_dim]``, T at most ``length``; return ``[B, length, D]``."""
         padded = F.pad(text, (0, 0, 0, self.length - text.shape[1]))
-        return self.down(F.gelu(self.up(padded), approximate="tanh"))
+        return self.down(fused.linear_gelu(self.up, padded))
 
 
 class TimeEmbedding(nn.Module):

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from vllm_omni.quantization.component_config import safe_quant_config
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, modulate, windows
+from port_kit.models.wan_fusion import fused
+from port_kit.models.wan_fusion.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, windows
 from port_kit.parallel import linear
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class Head(nn.Module):
 
     def forward(self, x_BSD: Tensor, time_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
         """Return ``[B, S, output]``. ``runs`` tells how many tokens have each of the G timesteps."""
-        shift, scale = (self.modulation + time_GBD.unsqueeze(-2)).unsqueeze(-2).unbind(2)
-        return self.proj(modulate(F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=self.eps), shift, scale, runs))
+        shift, scale = (self.modulation + time_GBD.unsqueeze(-2)).unbind(2)
+        return self.proj(fused.norm(x_BSD, fused.Affine(1 + scale, shift), runs, self.eps))
 
 
 class Stem(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from cache_dit import ForwardPattern
@@ -19,7 +19,8 @@ from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 from port_kit.errors import InputError
 from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention
 from port_kit.models.wan_fusion.config import FusionConfig
-from port_kit.models.wan_fusion.layers import FeedForward, Modulation
+from port_kit.models.wan_fusion.fused import Affine, add, add_norms, norm
+from port_kit.models.wan_fusion.layers import FeedForward
 from port_kit.models.wan_fusion.rope import RopeTables
 from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
 from port_kit.parallel.hsdp import blocks_without_memory
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
 
 #: The two streams, as the transformer's modules are called.
 Stream = Literal["video", "audio"]
-
-#: Regional compilation compiles the sub-layers, the same graph for every layer. What stands between them is different
-#: in each (its index, its texts) and stays Python.
-_glue = torch.compiler.disable(recursive=False)
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,13 @@ class Conditions:
     text: Text
 
 
+class Modulation(NamedTuple):
+    """How a sub-layer's input is scaled and shifted after its norm, and its output weighed; one row a timestep."""
+
+    affine: Affine
+    gate: Tensor
+
+
 class StreamBlock(nn.Module):
     """One stream's half of a fusion block."""
 
@@ -61,16 +65,13 @@ class StreamBlock(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
         self.self_attn = SelfAttention(config, quant, f"{prefix}.self_attn")
         self.cross_attn = CrossAttention(config, quant, f"{prefix}.cross_attn")
-        self.ffn = FeedForward(config.dim, config.ffn_dim, config.eps, quant, f"{prefix}.ffn")
+        self.ffn = FeedForward(config.dim, config.ffn_dim, quant, f"{prefix}.ffn")
 
-    @_glue
     def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
         """Return the modulation of self-attention and of the feed-forward."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditions.time).unsqueeze(-2).unbind(2)
-        runs = conditions.runs
-        return Modulation(shift1, scale1, gate1, runs), Modulation(shift2, scale2, gate2, runs)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditions.time).unbind(2)
+        return Modulation(Affine(1 + scale1, shift1), gate1), Modulation(Affine(1 + scale2, shift2), gate2)
 
-    @_glue
     def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
         """Return this layer's keys and values of the text, computed at the first call with this text or its part."""
         if text.parts:
@@ -81,6 +82,20 @@ class StreamBlock(nn.Module):
         return text.keys_values[layer]
 
 
+class Attended(NamedTuple):
+    """A stream after its self-attention.
+
+    Attributes:
+        tokens: residual state ``[B, S, D]``.
+        query: its norm for the stream's own cross-attention.
+        keys: its norm for the other stream's.
+    """
+
+    tokens: Tensor
+    query: Tensor
+    keys: Tensor
+
+
 class FusionBlock(nn.Module):
     """Layer ``index`` of both streams. Each reads the other as it is after self-attention, before anything else."""
 
@@ -88,10 +103,10 @@ class FusionBlock(nn.Module):
         super().__init__()
         self.index = index
         self.is_last = index == config.num_layers - 1
+        self.eps = config.eps
         self.video = StreamBlock(config, quant, f"{prefix}.video")
         self.audio = StreamBlock(config, quant, f"{prefix}.audio")
 
-    @_glue
     def forward(
         self,
         hidden_states: Tensor,
@@ -113,32 +128,43 @@ class FusionBlock(nn.Module):
             skip_block: layer that returns its input.
             unused: stream that nobody reads after the last layer, which then leaves it where the other has read it.
         """
-        v, a = hidden_states, encoder_hidden_states
         if skip_block == self.index:
-            return v, a
+            return hidden_states, encoder_hidden_states
         v_attention, v_ffn = self.video.modulations(video)
         a_attention, a_ffn = self.audio.modulations(audio)
-        a = self._self_attend(self.audio, a, a_attention, audio)
-        v = self._self_attend(self.video, v, v_attention, video)
+        a = self._self_attend(self.audio, self.video, encoder_hidden_states, a_attention, audio)
+        v = self._self_attend(self.video, self.audio, hidden_states, v_attention, video)
         unread = unused if self.is_last else None
         return (
-            v if unread == "video" else self._fuse(self.video, v, a, v_ffn, video, audio),
-            a if unread == "audio" else self._fuse(self.audio, a, v, a_ffn, audio, video),
+            v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio),
+            a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video),
         )
 
-    @_glue
-    def _self_attend(self, half: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions) -> Tensor:
-        return half.self_attn(x, modulation, own.positions) if x.shape[1] else x
-
-    @_glue
-    def _fuse(
-        self, half: StreamBlock, x: Tensor, other: Tensor, modulation: Modulation, own: Conditions, theirs: Conditions
-    ) -> Tensor:
+    def _self_attend(
+        self, half: StreamBlock, other: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions
+    ) -> Attended:
         if not x.shape[1]:
-            return x
+            return Attended(x, x, x)
+        y = half.self_attn(norm(x, modulation.affine, own.runs, self.eps), own.positions)
+        readers = half.cross_attn.norm, other.cross_attn.pre_attn_norm_fusion
+        affines = [Affine(reader.weight, reader.bias) for reader in readers]
+        return Attended(*add_norms(x, y, modulation.gate, affines, own.runs, self.eps))
+
+    def _fuse(
+        self,
+        half: StreamBlock,
+        x: Attended,
+        other_keys: Tensor,
+        modulation: Modulation,
+        own: Conditions,
+        theirs: Conditions,
+    ) -> Tensor:
+        if not x.tokens.shape[1]:
+            return x.tokens
         text = half.text_keys_values(own.text, self.index)
-        x = half.cross_attn(x, text, own.positions, other, theirs.positions)
-        return half.ffn(x, modulation)
+        y = half.cross_attn(x.query, text, own.positions, other_keys, theirs.positions)
+        tokens, normed = add_norms(x.tokens, y, None, [modulation.affine], own.runs, self.eps)
+        return add(tokens, half.ffn(normed), modulation.gate, own.runs)
 
 
 class WanFusionTransformer(nn.Module):
@@ -150,7 +176,6 @@ class WanFusionTransformer(nn.Module):
         prefix: path of this module in the pipeline, for quantization and diagnostics.
     """
 
-    _repeated_blocks: ClassVar = ["SelfAttention", "CrossAttention", "FeedForward"]
     _layerwise_offload_blocks_attrs: ClassVar = ["blocks"]
     _hsdp_shard_conditions: ClassVar = [lambda _name, module: isinstance(module, FusionBlock)]
     _sp_plan: ClassVar = boundary_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})

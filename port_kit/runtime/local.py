@@ -53,7 +53,8 @@ def single_rank(
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
     device = torch.device(device)
-    config = OmniDiffusionConfig(model="single-rank", dtype=dtype)
+    # A folder that exists: any other name would be looked up, and offline that ends in an error.
+    config = OmniDiffusionConfig(model=str(Path(__file__).parent), dtype=dtype)
     host = torch.device("cpu") if device.type == "meta" else device
     vllm_config = create_diffusion_vllm_config(host, config)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""One rank of :mod:`port_kit.testing.workers`: what happens in the forked process."""
+"""One rank of :mod:`port_kit.testing.workers`: what happens in its process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Case:
-    """Everything a rank needs; crosses by fork, so functions may be closures."""
+    """Everything a rank needs; functions may be closures."""
 
     model: str
     requests: Sequence[Request]
@@ -75,11 +75,22 @@ class Case:
     port: int
 
 
-def rank_main(rank: int, case: Case, sender: Connection) -> None:
-    """The life of one rank: run the case, send one message, and leave without the parent's exit handlers."""
+def rank_main(rank: int, carried: Case | bytes, sender: Connection) -> None:
+    """The life of one rank: run the case, send one message, and leave without the parent's exit handlers.
+
+    Args:
+        rank: the global rank.
+        carried: the case, or what cloudpickle made of it for a process that inherits nothing.
+        sender: where the message goes.
+    """
     code = 0
     try:
-        message: RankResult | Failure = _run_rank(rank, case)
+        if isinstance(carried, bytes):
+            from port_kit.testing.workers import warm_up
+
+            warm_up()
+            carried = pickle.loads(carried)
+        message: RankResult | Failure = _run_rank(rank, carried)
         payload = pickle.dumps(message)
     except BaseException as error:  # noqa: B036 - whatever it is, the parent must hear of it
         code = 1

@@ -1,9 +1,9 @@
-"""Forked diffusion workers: a pipeline on N ranks in about a second, without an engine.
+"""Diffusion workers without an engine: a pipeline on N ranks, on a CPU in about a second.
 
 ``Omni`` takes some twenty seconds to start, most of it imports. Here the imports happen once in the calling process;
 each case forks one process a rank, and each runs vLLM-Omni's own ``DiffusionWorker``: the standard loader, the hooks,
-the parallel groups (gloo) and the model runner are those of the engine. What is left out is the engine's process
-plumbing and post-processing. ::
+the parallel groups and the model runner are those of the engine. What is left out is the engine's process plumbing and
+post-processing. ::
 
     results = run_workers(model_dir, [Request("a cat", {"num_inference_steps": 2, "seed": 0})],
                           config={"parallel_config": {"ulysses_degree": 2}},
@@ -11,7 +11,8 @@ plumbing and post-processing. ::
     results[0].outputs[0]     # what rank 0's pipeline returned
     results[1].probe          # what rank 1's probe returned
 
-Linux only (``fork``). Outputs and probes cross by value, so they must be picklable.
+Outputs and probes cross by value, so they must be picklable. On CUDA, which does not survive a fork, every rank is
+started afresh and imports by itself; functions cross through cloudpickle, closures included. Linux only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from port_kit.errors import ParallelError
 from port_kit.testing.rank import Case, Failure, RankResult, Request, rank_main
@@ -48,6 +49,7 @@ def run_workers(
     probe: Callable[[nn.Module], Any] | None = None,
     keep_going: bool = False,
     timeout: float = 120.0,
+    start: Literal["fork", "spawn"] | None = None,
 ) -> list[RankResult]:
     """Load a model on as many ranks as its parallel configuration asks for, run requests, and return all results.
 
@@ -60,18 +62,22 @@ def run_workers(
         probe: called in every rank after the last request, with the pipeline.
         keep_going: keep a request's exception in the result and run the next one, as the engine does.
         timeout: seconds for everything; after it every rank is killed.
+        start: how processes begin; None is ``spawn`` on CUDA and ``fork`` elsewhere.
 
     Raises:
         ParallelError: a rank failed, died or did not finish in time. A :class:`PortKitError` of the rank is its
             ``__cause__``; ``details`` has the rank and the traceback.
     """
-    warm_up()
-    _refuse_inherited_world()
     from vllm.utils.network_utils import get_open_port
+    from vllm_omni.platforms import current_omni_platform
 
+    start = start or ("spawn" if current_omni_platform.is_cuda() else "fork")
+    if start == "fork":
+        warm_up()
+        _refuse_inherited_world()
     case = Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
     world = _world_size(case.config)
-    processes, pipes = _start(case, world)
+    processes, pipes = _start(case, world, start)
     try:
         results = _collect(processes, pipes, timeout)
     except BaseException:
@@ -83,7 +89,7 @@ def run_workers(
 
 @cache
 def warm_up() -> None:
-    """Import what every worker needs, once; called by :func:`run_workers`, takes some ten seconds the first time."""
+    """Import what every worker needs, once; takes some ten seconds the first time."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm_omni.platforms import current_omni_platform
     from vllm_omni.plugins import load_omni_general_plugins
@@ -121,15 +127,18 @@ def _world_size(config: Mapping[str, Any]) -> int:
     return int(parallel.world_size)
 
 
-def _start(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
+def _start(case: Case, world: int, start: Literal["fork", "spawn"]) -> tuple[list[BaseProcess], list[Connection]]:
     import multiprocessing
 
-    context = multiprocessing.get_context("fork")
+    import cloudpickle
+
+    context: Any = multiprocessing.get_context(start)
+    carried = case if start == "fork" else cloudpickle.dumps(case)
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=rank_main, args=(rank, case, sender), name=f"port-kit-rank-{rank}")
+        process = context.Process(target=rank_main, args=(rank, carried, sender), name=f"port-kit-rank-{rank}")
         process.start()
         sender.close()  # so that the receiver sees the end when the rank dies
         processes.append(process)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
 from port_kit.parallel.layout import Layout
@@ -57,12 +56,12 @@ def exchanged_text() -> None:
 
 
 def local_norm() -> None:
-    from port_kit.models.wan_fusion.layers import FullWidthRMSNorm
+    """Every rank takes its own heads for all of them."""
+    from port_kit.models.wan_fusion import attention, fused
+    from port_kit.parallel.linear import tensor_parallel_place
 
-    def forward(self: FullWidthRMSNorm, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-    FullWidthRMSNorm.forward = forward
+    ranks = tensor_parallel_place()[1]
+    attention.shared_squares = lambda *tensors: [fused.square_sums(x) * ranks for x in tensors]
 
 
 def wrong_guidance_rank() -> None:

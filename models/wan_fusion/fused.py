@@ -1,0 +1,201 @@
+"""The steps between the matrix products of a fusion block, each in one pass over memory where there is a GPU.
+
+Each function has two forms: plain PyTorch (``plain_*``), and on CUDA a Triton kernel
+(:mod:`~port_kit.models.wan_fusion.kernels`) that reads its inputs once and rounds its results once. They exist because
+of bytes, not of operations: at 704x1024 one tensor of all video tokens has 138 MB, and separate kernels for norms,
+modulation, residuals, rotation and casts move some sixty of them a layer.
+
+Shape suffixes: B batch, S tokens of a stream, D width, G distinct timesteps of a stream (1 or 2), R rotated pairs of
+a head, K inputs of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from port_kit.models.wan_fusion.rope import rotate
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.linear import LinearBase
+
+
+class Affine(NamedTuple):
+    """What a layer norm's result is multiplied with, and what is added to it.
+
+    Attributes:
+        factor: ``[G, B, D]``, or ``[D]`` for all tokens alike.
+        shift: as ``factor``.
+    """
+
+    factor: Tensor
+    shift: Tensor
+
+
+def norm(x_BSD: Tensor, affine: Affine, runs: tuple[int, ...], eps: float) -> Tensor:
+    """Return the layer norm of ``x``, times the factor, plus the shift.
+
+    Args:
+        x_BSD: tokens.
+        affine: vectors of each of the G timesteps.
+        runs: how many tokens, in order, have each timestep; G numbers.
+        eps: of the norm.
+    """
+    return _add_norms(x_BSD, None, None, (affine,), runs, eps)[0]
+
+
+def add(x_BSD: Tensor, y_BSD: Tensor, gate_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
+    """Return ``x + gate * y``, each run of tokens with the gate of its timestep."""
+    return _add_norms(x_BSD, y_BSD, gate_GBD, (), runs, 0.0)[0]
+
+
+def add_norms(
+    x_BSD: Tensor,
+    y_BSD: Tensor,
+    gate_GBD: Tensor | None,
+    affines: Sequence[Affine],
+    runs: tuple[int, ...],
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Return ``x + gate * y`` (a gate of None is 1), and one layer norm of it for each of at most two ``affines``."""
+    return _add_norms(x_BSD, y_BSD, gate_GBD, affines, runs, eps)
+
+
+def _add_norms(
+    x_BSD: Tensor,
+    y_BSD: Tensor | None,
+    gate_GBD: Tensor | None,
+    affines: Sequence[Affine],
+    runs: tuple[int, ...],
+    eps: float,
+) -> tuple[Tensor, ...]:
+    if not x_BSD.is_cuda:
+        return plain_add_norms(x_BSD, y_BSD, gate_GBD, affines, runs, eps)
+    from port_kit.models.wan_fusion import kernels
+
+    y = None if y_BSD is None else y_BSD.contiguous()
+    vectors = [_vectors(affine, x_BSD) for affine in affines]
+    return kernels.add_norms(x_BSD.contiguous(), y, gate_GBD, vectors, runs[0], eps)
+
+
+def plain_add_norms(
+    x_BSD: Tensor,
+    y_BSD: Tensor | None,
+    gate_GBD: Tensor | None,
+    affines: Sequence[Affine],
+    runs: tuple[int, ...],
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Return the sum, where there is a ``y``, and the norms, in plain PyTorch."""
+    if y_BSD is None:
+        return tuple(_norm(x_BSD, affine, runs, eps) for affine in affines)
+    total = x_BSD + y_BSD if gate_GBD is None else _gated(x_BSD, y_BSD, gate_GBD, runs)
+    return total, *(_norm(total, affine, runs, eps) for affine in affines)
+
+
+def rms_norm(
+    x_BSD: Tensor,
+    weight_D: Tensor,
+    squares_BS: Tensor | None,
+    rope_1SR2: Tensor | None,
+    *,
+    width: int,
+    eps: float,
+    plain: bool,
+) -> tuple[Tensor, ...]:
+    """Return the RMS norm of each token, and the same with the pairs of all heads rotated; the former if ``plain``.
+
+    Args:
+        x_BSD: this rank's part of the width; a slice of a fused projection need not be copied.
+        weight_D: of this rank's part.
+        squares_BS: float32 sums of squares over the whole width, or None where ``x`` has all of it.
+        rope_1SR2: table of the tokens (:mod:`~port_kit.models.wan_fusion.rope`), or None for no rotation.
+        width: of all ranks together.
+        eps: of the norm.
+        plain: whether the norm itself is wanted.
+    """
+    if not x_BSD.is_cuda:
+        return plain_rms_norm(x_BSD, weight_D, squares_BS, rope_1SR2, width=width, eps=eps, plain=plain)
+    from port_kit.models.wan_fusion import kernels
+
+    evenly = x_BSD.shape[0] == 1 or x_BSD.stride(0) == x_BSD.stride(1) * x_BSD.shape[1]
+    rows = x_BSD if evenly and x_BSD.stride(2) == 1 else x_BSD.contiguous()
+    table = None if rope_1SR2 is None else rope_1SR2[0].contiguous()
+    return kernels.rms_rope(rows, weight_D, squares_BS, table, width=width, eps=eps, plain=plain)
+
+
+def plain_rms_norm(
+    x_BSD: Tensor,
+    weight_D: Tensor,
+    squares_BS: Tensor | None,
+    rope_1SR2: Tensor | None,
+    *,
+    width: int,
+    eps: float,
+    plain: bool,
+) -> tuple[Tensor, ...]:
+    """Return what :func:`rms_norm` does, in plain PyTorch."""
+    wide = x_BSD.float()
+    squares = wide.square().sum(-1) if squares_BS is None else squares_BS
+    normed = (wide * torch.rsqrt(squares / width + eps).unsqueeze(-1)).to(x_BSD.dtype) * weight_D
+    results = (normed,) if plain else ()
+    if rope_1SR2 is None:
+        return results
+    heads = normed.unflatten(-1, (-1, 2 * rope_1SR2.shape[2]))
+    return *results, rotate(heads, rope_1SR2).flatten(-2)
+
+
+def square_sums(x_BSD: Tensor) -> Tensor:
+    """Return the sums of squares of this rank's part of each token, float32 ``[B, S]``."""
+    return torch.linalg.vector_norm(x_BSD, dim=-1, dtype=torch.float32).square()
+
+
+def linear_gelu(layer: LinearBase, x_BSK: Tensor) -> Tensor:
+    """Return the tanh-approximated GELU of a linear's output.
+
+    On CUDA it is part of the matrix product, which spares the widest tensor of the model a pass; unless the linear is
+    quantized, adapted by a LoRA, or otherwise more than a matrix and a bias.
+    """
+    if not (x_BSK.is_cuda and _is_plain(layer)):
+        return F.gelu(layer(x_BSK), approximate="tanh")
+    # The epilogue of cuBLASLt is the tanh approximation, of the float32 sums.
+    out = torch._addmm_activation(layer.bias, x_BSK.flatten(0, -2), layer.weight.t(), use_gelu=True)
+    return out.unflatten(0, x_BSK.shape[:-1])
+
+
+def _is_plain(layer: LinearBase) -> bool:
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
+
+    plain = type(layer) is ColumnParallelLinear and type(layer.quant_method) is UnquantizedLinearMethod
+    return plain and layer.bias is not None and not layer.gather_output
+
+
+def _norm(x_BSD: Tensor, affine: Affine, runs: tuple[int, ...], eps: float) -> Tensor:
+    shape = x_BSD.shape[-1:]
+    if affine.factor.dim() == 1:
+        return F.layer_norm(x_BSD, shape, affine.factor, affine.shift, eps)
+    return _modulate(F.layer_norm(x_BSD, shape, eps=eps), affine, runs)
+
+
+def _modulate(x_BSD: Tensor, affine: Affine, runs: tuple[int, ...]) -> Tensor:
+    rows = zip(x_BSD.split(runs, 1), affine.factor.unsqueeze(-2), affine.shift.unsqueeze(-2), strict=True)
+    return _joined([torch.addcmul(shift, x, factor) for x, factor, shift in rows])
+
+
+def _gated(x_BSD: Tensor, y_BSD: Tensor, gate_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
+    rows = zip(x_BSD.split(runs, 1), y_BSD.split(runs, 1), gate_GBD.unsqueeze(-2), strict=True)
+    return _joined([torch.addcmul(x, y, gate) for x, y, gate in rows])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _vectors(affine: Affine, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as ``[G, B, D]`` for a kernel; one vector for all as a view of stride 0."""
+    factor, shift = (v.expand(2, x_BSD.shape[0], -1) if v.dim() == 1 else v for v in affine)
+    return factor, shift

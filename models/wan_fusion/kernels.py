@@ -1,0 +1,213 @@
+"""Triton kernels of the fusion transformer's memory-bound steps; :mod:`~port_kit.models.wan_fusion.fused` calls them.
+
+One program computes one token: it reads the row once and writes each result once, everything between is float32.
+Rows are padded to a power of two in registers only. Each kernel has a plain PyTorch twin in ``fused``.
+
+Shape suffixes: B batch, S tokens, D width (of this rank, where it is divided), G distinct timesteps, R rotated pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def add_norms(
+    x_BSD: Tensor,
+    y_BSD: Tensor | None,
+    gate_GBD: Tensor | None,
+    affines: list[tuple[Tensor, Tensor]],
+    first_run: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Return ``x + gate * y``, unless ``y`` is None, and up to two layer norms of it, each with factor and shift.
+
+    Args:
+        x_BSD: contiguous.
+        y_BSD: contiguous, or None.
+        gate_GBD: any strides but the last, or None for 1.
+        affines: factor and shift of each norm, both ``[G, B, D]`` (a G or B of stride 0 is one vector for all).
+        first_run: tokens of a sample that take row 0 of G; the others take row 1.
+        eps: of the norms.
+    """
+    width, block, warps = _row(x_BSD)
+    total = torch.empty_like(x_BSD) if y_BSD is not None else x_BSD
+    normed = [torch.empty_like(x_BSD) for _ in affines]
+    vectors = [vector for affine in affines for vector in affine]
+    # a kernel takes all its pointers; those it does not use are never read
+    vectors += [x_BSD] * (4 - len(vectors))
+    gate = x_BSD if gate_GBD is None else gate_GBD
+    outputs = [*normed, *[x_BSD] * (2 - len(normed))]
+    rows = x_BSD.shape[0] * x_BSD.shape[1]
+    if rows:
+        _add_norms[(rows,)](
+            x_BSD,
+            x_BSD if y_BSD is None else y_BSD,
+            total,
+            *outputs,
+            gate,
+            *vectors,
+            *(stride for vector in (gate, *vectors) for stride in vector.stride()[:2]),
+            x_BSD.shape[1],
+            first_run,
+            eps,
+            D=width,
+            BLOCK=block,
+            ADD=y_BSD is not None,
+            GATED=gate_GBD is not None,
+            NORMS=len(affines),
+            num_warps=warps,
+        )
+    return tuple(normed) if y_BSD is None else (total, *normed)
+
+
+def rms_rope(
+    x_BSD: Tensor,
+    weight_D: Tensor,
+    squares_BS: Tensor | None,
+    rope_SR2: Tensor | None,
+    *,
+    width: int,
+    eps: float,
+    plain: bool,
+) -> tuple[Tensor, ...]:
+    """Return the RMS norm of each row, and the same with the pairs of every head rotated; the former if ``plain``.
+
+    Args:
+        x_BSD: rows of any one stride, as a slice of a fused projection has.
+        weight_D: of this rank's part of the width.
+        squares_BS: float32 sums of squares over the whole width; None where a row has all of it.
+        rope_SR2: contiguous float32 cosines and sines of one head's pairs, or None.
+        width: of all ranks together.
+        eps: of the norm.
+        plain: whether the norm itself is wanted.
+    """
+    local, block, warps = _row(x_BSD)
+    results = [x_BSD.new_empty(x_BSD.shape) for _ in range(plain + (rope_SR2 is not None))]
+    rows = x_BSD.shape[0] * x_BSD.shape[1]
+    if rows:
+        _rms_rope[(rows,)](
+            x_BSD,
+            weight_D,
+            x_BSD if squares_BS is None else squares_BS,
+            x_BSD if rope_SR2 is None else rope_SR2,
+            results[0],
+            results[-1],
+            x_BSD.stride(1),
+            x_BSD.shape[1],
+            width,
+            eps,
+            D=local,
+            BLOCK=block,
+            HEAD=1 if rope_SR2 is None else 2 * rope_SR2.shape[1],
+            SUMMED=squares_BS is not None,
+            PLAIN=plain,
+            ROTATED=rope_SR2 is not None,
+            num_warps=warps,
+        )
+    return tuple(results)
+
+
+def _row(x_BSD: Tensor) -> tuple[int, int, int]:
+    """Return the width of a row, of the block that holds it, and the warps: each thread has about 16 values."""
+    width = x_BSD.shape[-1]
+    block = triton.next_power_of_2(width)
+    return width, block, min(max(block // 512, 1), 16)
+
+
+@triton.jit
+def _add_norms(
+    x_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    normed0_ptr: tl.tensor,
+    normed1_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    factor0_ptr: tl.tensor,
+    shift0_ptr: tl.tensor,
+    factor1_ptr: tl.tensor,
+    shift1_ptr: tl.tensor,
+    gate_g: tl.tensor,
+    gate_b: tl.tensor,
+    factor0_g: tl.tensor,
+    factor0_b: tl.tensor,
+    shift0_g: tl.tensor,
+    shift0_b: tl.tensor,
+    factor1_g: tl.tensor,
+    factor1_b: tl.tensor,
+    shift1_g: tl.tensor,
+    shift1_b: tl.tensor,
+    tokens: tl.tensor,
+    first_run: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    GATED: tl.constexpr,
+    NORMS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    b = row // tokens
+    g = ((row % tokens) >= first_run).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    x = tl.load(x_ptr + row * D + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        y = tl.load(y_ptr + row * D + at, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            y *= tl.load(gate_ptr + g * gate_g + b * gate_b + at, mask=inside, other=0.0).to(tl.float32)
+        total = (x + y).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * D + at, total, mask=inside)
+        x = total.to(tl.float32)
+    if NORMS > 0:
+        centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
+        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
+        factor = tl.load(factor0_ptr + g * factor0_g + b * factor0_b + at, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift0_ptr + g * shift0_g + b * shift0_b + at, mask=inside, other=0.0).to(tl.float32)
+        normed = (x * factor + shift).to(normed0_ptr.dtype.element_ty)
+        tl.store(normed0_ptr + row * D + at, normed, mask=inside)
+    if NORMS > 1:
+        factor = tl.load(factor1_ptr + g * factor1_g + b * factor1_b + at, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift1_ptr + g * shift1_g + b * shift1_b + at, mask=inside, other=0.0).to(tl.float32)
+        normed = (x * factor + shift).to(normed1_ptr.dtype.element_ty)
+        tl.store(normed1_ptr + row * D + at, normed, mask=inside)
+
+
+@triton.jit
+def _rms_rope(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    squares_ptr: tl.tensor,
+    rope_ptr: tl.tensor,
+    plain_ptr: tl.tensor,
+    rotated_ptr: tl.tensor,
+    row_stride: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    SUMMED: tl.constexpr,
+    PLAIN: tl.constexpr,
+    ROTATED: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    x = tl.load(x_ptr + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
+    if SUMMED:
+        squares = tl.load(squares_ptr + row)
+    else:
+        squares = tl.sum(x * x, 0)
+    x = x * tl.rsqrt(squares / width + eps) * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if PLAIN:
+        tl.store(plain_ptr + row * D + at, x.to(plain_ptr.dtype.element_ty), mask=inside)
+    if ROTATED:
+        turn = tl.load(rope_ptr + (row % tokens) * HEAD + at % HEAD, mask=inside, other=0.0)
+        cos, sin = tl.split(tl.reshape(turn, (BLOCK // 2, 2)))
+        even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+        turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
+        tl.store(rotated_ptr + row * D + at, turned.to(rotated_ptr.dtype.element_ty), mask=inside)

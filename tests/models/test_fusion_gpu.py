@@ -1,0 +1,42 @@
+"""The fusion transformer on a GPU against the original's recorded passes.
+
+In bfloat16 the port may lie 1.2 times as far from the original's float32 passes as the original's own bfloat16 does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from port_kit.models.wan_fusion import golden_fusion
+from port_kit.parity import CaseReport, run_case
+from tests.models.test_fusion_goldens import CASES
+
+FACTOR = 1.2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_on_a_gpu_is_the_original_s(
+    name: str, dtype: str, goldens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golden_fusion, "BF16_FACTOR", FACTOR)
+    (case,) = [case for case in golden_fusion.cases(goldens, "cuda") if case.name == f"fusion/{name} {dtype}"]
+    report = run_case(case)
+    print(f"\n{report.name}: {worst(report)}")
+    assert report.ok, (report.first_divergence, report.to_json())
+
+
+def worst(report: CaseReport) -> str:
+    """Say how far the worst pair is, as a part of its bound."""
+    share, name = max(
+        (
+            (difference.rel_l2 / difference.bound.rel_l2, difference.name)
+            if difference.bound.rel_l2
+            else (difference.max_abs / (difference.bound.max_abs or 1.0), difference.name)
+        )
+        for difference in report.differences
+    )
+    return f"{share:.2f} of the bound ({name})"

@@ -1,0 +1,115 @@
+"""The Triton kernels of the fused steps against their plain PyTorch forms, on a GPU and in Triton's interpreter.
+
+The interpreter runs the same kernels on a CPU, in a process of its own: Triton decides at import how it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from port_kit.models.wan_fusion import fused
+from port_kit.models.wan_fusion.fused import Affine
+
+#: Batch, tokens, width, rotated pairs of a head, tokens of each timestep.
+SHAPES = (
+    (1, 5, 96, 12, (5,)),
+    (2, 7, 192, 8, (3, 4)),
+    (1, 3, 768, 64, (0, 3)),
+    (1, 3, 3072, 64, (3, 0)),
+    (1, 40, 3072, 64, (40,)),
+    (2, 0, 96, 12, (0,)),
+)
+#: Relative error (L2): one rounding where plain PyTorch rounds two or three times.
+BOUNDS = {torch.float32: 2e-7, torch.bfloat16: 5e-3}
+
+Pair = tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tuple[int, ...]]) -> Iterator[Pair]:
+    """Yield what kernels give and what plain PyTorch gives for every form in which they are called."""
+    from port_kit.models.wan_fusion import kernels
+
+    batch, tokens, width, pair_count, runs = shape
+    generator = torch.Generator(device).manual_seed(tokens + width)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device, dtype=dtype)
+
+    x, y = draw(batch, tokens, width), draw(batch, tokens, width)
+    scale, shift, gate = draw(len(runs), batch, 6, width).unbind(2)[:3]
+    modulated, learned = Affine(scale, shift), Affine(draw(width), draw(width))
+    forms: dict[str, tuple[Tensor | None, Tensor | None, list[Affine]]] = {
+        "norm": (None, None, [modulated]),
+        "add": (y, gate, []),
+        "add, two norms": (y, gate, [learned, learned]),
+        "add without gate, norm": (y, None, [modulated]),
+        "both kinds of norm": (y, gate, [modulated, learned]),
+    }
+    for name, (other, weight, affines) in forms.items():
+        vectors = [fused._vectors(affine, x) for affine in affines]
+        ours = kernels.add_norms(x, other, weight, vectors, runs[0], 1e-6)
+        yield name, ours, fused.plain_add_norms(x, other, weight, affines, runs, 1e-6)
+
+    q, w = draw(batch, tokens, 3 * width)[..., width : 2 * width], draw(width)
+    rope = torch.randn((1, tokens, pair_count, 2), generator=generator, device=device)
+    squares = 2 * fused.square_sums(q)
+    for table, sums, plain, whole in (
+        (rope, None, True, width),
+        (None, None, True, width),
+        (rope, squares, False, 999),
+    ):
+        options = {"width": whole, "eps": 1e-6, "plain": plain}
+        ours = kernels.rms_rope(q, w, sums, None if table is None else table[0], **options)
+        yield f"rms {options}", ours, fused.plain_rms_norm(q, w, sums, table, **options)
+
+
+def check(dtype: torch.dtype, device: str, bound: float) -> None:
+    """Compare every form at every shape."""
+    for shape in SHAPES:
+        for name, ours, plain in pairs(dtype, device, shape):
+            assert len(ours) == len(plain)
+            for one, other in zip(ours, plain, strict=True):
+                assert one.shape == other.shape and one.dtype == other.dtype
+                if one.numel():
+                    error = ((one.float() - other.float()).norm() / other.float().norm()).item()
+                    assert error <= bound, (name, shape, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_kernels_equal_plain_pytorch_on_a_gpu(dtype: torch.dtype) -> None:
+    check(dtype, "cuda", BOUNDS[dtype])
+
+
+@pytest.mark.gpu
+def test_the_epilogue_is_the_tanh_approximation_of_gelu() -> None:
+    from port_kit.parallel import linear
+    from port_kit.runtime.local import single_rank
+
+    with single_rank(torch.bfloat16, "cuda"), torch.inference_mode():
+        layer = linear.column(256, 512, None, "up")
+        layer.weight.data.normal_(std=0.1)
+        layer.bias.data.normal_()
+        x = torch.randn(2, 70, 256, device="cuda", dtype=torch.bfloat16)
+        exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+        exact = torch.nn.functional.gelu(exact, approximate="tanh")
+        ours, plain = fused.linear_gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh")
+    errors = [((value.double() - exact).norm() / exact.norm()).item() for value in (ours, plain)]
+    assert errors[0] <= 1.01 * errors[1] <= 5e-3
+
+
+def test_kernels_equal_plain_pytorch_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", __spec__.name], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    check(torch.float32, "cpu", BOUNDS[torch.float32])
