@@ -151,9 +151,7 @@ def _blocks(pieces: Sequence[_Piece], size: int) -> list[_Block]:
             runs[-1][2] = piece.stop
         else:
             runs.append([piece.file, piece.start, piece.stop])
-    return [
-        _Block(file, at, min(at + size, stop)) for file, start, stop in runs for at in range(start, stop, size)
-    ]
+    return [_Block(file, at, min(at + size, stop)) for file, start, stop in runs for at in range(start, stop, size)]
 
 
 class _Ring:
@@ -248,7 +246,8 @@ class _Ring:
                 got = os.preadv(file, [memory[done:]], block.start + done)
                 if not got:
                     raise RemapError(
-                        f"{path} ends at byte {block.start + done:,} while it is read; at least {block.stop:,} bytes are required",
+                        f"{path} ends at byte {block.start + done:,} while it is read; "
+                        f"at least {block.stop:,} bytes are required",
                         code="checkpoint_corrupt",
                         hint="something shortened the file; get it again",
                     )

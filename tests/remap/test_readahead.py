@@ -142,7 +142,9 @@ def test_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return real(file, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", failing)
-    with pytest.raises(RemapError, match=r"b: .*m\.safetensors cannot be read at byte .*: Input/output error") as raised:
+    with pytest.raises(
+        RemapError, match=r"b: .*m\.safetensors cannot be read at byte .*: Input/output error"
+    ) as raised:
         list(read_ahead(tmp_path, block=64, threads=4))
     assert raised.value.code == "checkpoint_unreadable" and raised.value.hint
 
@@ -157,7 +159,9 @@ def test_a_file_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_header_that_contradicts_itself(tmp_path: Path) -> None:
-    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    header = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    )
     (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
     with pytest.raises(RemapError, match=r"b is said to lie at bytes") as raised:
         read_ahead(tmp_path)
