@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def load_component_weights(
 
 def read_components(
     parts: Mapping[str, tuple[nn.Module, RuleSet]], model: str | Path, **ring: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Stream components' tensors from a model directory, each to the device that its component is on.
 
     What a rule set computes (a weight norm's fold, say) is computed on the CPU wherever the component is: a GPU would

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def read_ahead(
     block: int = BLOCK,
     blocks: int = BLOCKS,
     threads: int = THREADS,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Generator[tuple[str, Tensor], None, None]:
     """Stream a checkpoint's tensors, reading ahead of whoever takes them.
 
     Close the stream (``contextlib.closing``) where it might not be taken to its end: that ends its threads.
@@ -98,7 +98,7 @@ def _stream(
     block: int,
     blocks: int,
     threads: int,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Generator[tuple[str, Tensor], None, None]:
     import torch
 
     device = torch.device(device)
