@@ -46,10 +46,13 @@ class Watch:
 
     Args:
         counts: count the transformer's blocks; not where they are compiled, since counting would be compiled too.
+        profiled: a phase whose kernels are listed, of its first call after the warm-up.
+        cudnn_benchmark: let cuDNN try its algorithms for each shape of a convolution.
     """
 
-    def __init__(self, *, counts: bool) -> None:
-        self.counts = counts
+    def __init__(self, *, counts: bool, profiled: str | None = None, cudnn_benchmark: bool = False) -> None:
+        self.counts, self.profiled, self.cudnn_benchmark = counts, profiled, cudnn_benchmark
+        self.kernels: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.load: dict[str, Any] = {}
         self.latents: tuple[Any, Any] | None = None
@@ -58,9 +61,12 @@ class Watch:
     def start(self) -> None:
         """Watch the pipeline that this process is going to build; what libraries print goes to stderr."""
         os.dup2(2, 1)
+        import torch
+
         from port_kit.models.wan_fusion import pipeline as module
         from port_kit.models.wan_fusion.transformer import FusionBlock
 
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
         kind: Any = module.FusionPipeline
         block: Any = FusionBlock
         make, forward, run = kind.__init__, kind.forward, block.forward
@@ -96,6 +102,8 @@ class Watch:
 
         @wraps(call)
         def run(*args: Any, **options: Any) -> Any:
+            if phase == self.profiled and len(self.requests) == 2 and not self.kernels:
+                return self.profile(lambda: call(*args, **options))
             synchronize()
             holds_others = phase == "request"
             if not holds_others:
@@ -109,6 +117,23 @@ class Watch:
             return result
 
         return run
+
+    def profile(self, call: Callable[[], Any], shown: int = 30) -> Any:
+        """Run a call under torch's profiler, and note its kernels, the longest first."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        on_gpu = torch.cuda.is_available()
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+            result = call()
+            synchronize()
+        spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, spent))
+        self.kernels = [
+            {"kernel": event.key[:110], "calls": event.count, "ms": round(getattr(event, spent) / 1e3, 3)}
+            for event in events[:shown]
+        ]
+        return result
 
     def step(self, step: Any) -> None:
         """Keep the last latents."""
@@ -125,6 +150,7 @@ class Watch:
             "requests": self.requests,
             "latents": [value.float().cpu().numpy() for value in self.latents],
             "blocks": self.blocks,
+            "kernels": self.kernels,
             "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.named_children()},
             "weights_bytes": sum(p.nbytes for p in pipeline.parameters()),
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -172,6 +198,7 @@ def serve(model: Path, given: argparse.Namespace, cache: bool) -> dict[str, Any]
         "dtype": given.dtype,
         "enforce_eager": given.eager,
         "vae_use_tiling": given.tiling,
+        "vae_fast_path": given.vae_fast_path,
         "parallel_config": {},
     }
     if cache:
@@ -180,7 +207,8 @@ def serve(model: Path, given: argparse.Namespace, cache: bool) -> dict[str, Any]
     steps = [few] * (1 + (0 if cache else given.rounds)) + [given.steps]
     requests = [request(given, count, number) for number, count in enumerate(steps)]
     requests[-1] = request(given, given.steps, 0)
-    watch = Watch(counts=given.eager)
+    profiled = None if cache else given.profile
+    watch = Watch(counts=given.eager, profiled=profiled, cudnn_benchmark=given.cudnn_benchmark)
     (rank,) = run_workers(model, requests, config=config, setup=watch.start, probe=watch.result, timeout=given.timeout)
     return {**rank.probe, "load_seconds": rank.load_seconds, "output": rank.outputs[-1]}
 
@@ -272,6 +300,8 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "dtype": given.dtype,
         "compiled": not given.eager,
         "tiling": given.tiling,
+        "vae_fast_path": given.vae_fast_path,
+        "cudnn_benchmark": given.cudnn_benchmark,
         "rounds": given.rounds,
         "parameters": plain["parameters"],
         "written": written,
@@ -286,6 +316,8 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         result["save"] = save(plain["output"], Path(scratch))
+    if given.profile:
+        result["kernels"] = plain["kernels"]
     if given.cache:
         result["cache_dit"] = compare(serve(folder, given, cache=True), plain)
     return result
@@ -346,6 +378,9 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=0, help="fewer layers of the transformer than 30")
     options.add_argument("--eager", action="store_true", help="no compilation; always so on a CPU")
     options.add_argument("--tiling", action="store_true", help="the video decoder works on tiles")
+    options.add_argument("--vae-fast-path", choices=("off", "lossless", "channels_last"), default="lossless")
+    options.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN tries its algorithms for each shape")
+    options.add_argument("--profile", choices=(*PHASES, "predict"), help="list the kernels of one call of this phase")
     options.add_argument("--cache", action="store_true", help="once more with Cache-DiT")
     options.add_argument("--tiny", action="store_true", help="the tiny model")
     options.add_argument("--timeout", type=float, default=1800.0, help="seconds for one worker")
