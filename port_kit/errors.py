@@ -72,6 +72,7 @@ CODES: dict[str, str] = {
     "install_target": "this environment's site-packages cannot be written",
     "checkpoint_format": "a file is not a torch checkpoint (an error page, an LFS pointer, another format)",
     "checkpoint_corrupt": "a safetensors or GGUF file is cut short, damaged, or contradicts its header",
+    "checkpoint_unreadable": "the system cannot read a checkpoint's file, or not to its end",
     "scaffold_name": "a new port's name is no module's name, is taken, or would mislead vLLM-Omni",
     "scaffold_target": "the folder for a new port cannot be used",
     "scaffold_unsupported": "a model cannot be adapted; what stands in the way is listed",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineL
 from port_kit.errors import PortKitError
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.port import Component, resolve
-from port_kit.remap import load_components
+from port_kit.remap import RuleSet, load_components
+from port_kit.remap.ops import OPS
+from port_kit.remap.readahead import read_ahead
 
 
 def read_json(model: str | Path, name: str) -> Mapping[str, Any]:
@@ -65,6 +68,9 @@ def load_component_weights(
 ) -> set[str]:
     """Fill the components from the loader's stream; every tensor is accounted for by its component's rule set.
 
+    On a GPU the kit reads the stream's files itself, ahead (:func:`port_kit.remap.readahead.read_ahead`): mapped files
+    would be read a page at a time. Quantized models keep the stream, which vLLM-Omni may change on its way.
+
     Args:
         owner: the pipeline; a component is its attribute of the component's name. Its diffusion transformers are
             sharded first where HSDP is on.
@@ -83,7 +89,33 @@ def load_component_weights(
     parts: dict[str, Any] = {
         component.name: (getattr(owner, component.name), resolve(component.rules)) for component in components
     }
-    return load_components(parts, weights, model=model)
+    on_gpu = any(parameter.is_cuda for module, _ in parts.values() for parameter in module.parameters())
+    if not on_gpu or owner.od_config.quantization_config is not None:
+        return load_components(parts, weights, model=model)
+    next(iter(weights), None)  # the loader looks at the files, and starts its clock, when it is asked for the first
+    with closing(read_components(parts, model)) as stream:
+        return load_components(parts, stream, model=model)
+
+
+def read_components(
+    parts: Mapping[str, tuple[nn.Module, RuleSet]], model: str | Path, **ring: int
+) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """Stream components' tensors from a model directory, each to the device that its component is on.
+
+    What a rule set computes (a weight norm's fold, say) is computed on the CPU wherever the component is: a GPU would
+    round it otherwise.
+
+    Args:
+        parts: ``{component: (module, rules)}``.
+        model: the model directory.
+        ring: ``block``, ``blocks`` and ``threads`` of :func:`~port_kit.remap.readahead.read_ahead`.
+    """
+    for name, (module, rules) in parts.items():
+        device = next(module.parameters()).device
+        if any(op.name not in OPS for rule in rules for op in rule.op):
+            device = torch.device("cpu")
+        with closing(read_ahead(Path(model) / name, device=device, prefix=f"{name}.", **ring)) as stream:
+            yield from stream
 
 
 def _incomplete(problem: str) -> PortKitError:

@@ -139,17 +139,18 @@ def _is_kept(name: str, layers: Mapping[str, int]) -> bool:
     )
 
 
-def fill(tensors: Tensors, *, seed: int = 0) -> dict[str, torch.Tensor]:
+def fill(tensors: Tensors, *, seed: int = 0, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Give every tensor seeded values of the kind that its name promises (a norm near 1, a filter of sum 1).
 
-    A tensor's values depend on its name, its shape and the seed only, so that taking one away changes no other.
+    A tensor's values depend on its name, its shape, the seed and the kind of device only, so that taking one away
+    changes no other.
     """
     import torch
 
     filled: dict[str, torch.Tensor] = {}
     for name, (shape, dtype) in tensors.items():
-        generator = torch.Generator().manual_seed(_seed(name, seed))
-        values = _rule(name)(torch.randn(shape, generator=generator))
+        generator = torch.Generator(device).manual_seed(_seed(name, seed))
+        values = _rule(name)(torch.randn(shape, generator=generator, device=device, dtype=torch.float32))
         filled[name] = values.to(getattr(torch, dtype)).contiguous()
     return filled
 
@@ -168,7 +169,7 @@ def _window(noise: torch.Tensor) -> torch.Tensor:
     """Return a low-pass filter: a smooth positive window of sum 1."""
     import torch
 
-    window = torch.hann_window(noise.shape[-1] + 2, periodic=False)[1:-1]
+    window = torch.hann_window(noise.shape[-1] + 2, periodic=False, device=noise.device)[1:-1]
     return (window / window.sum()).expand(noise.shape)
 
 

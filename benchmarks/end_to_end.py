@@ -1,0 +1,406 @@
+"""A whole request, phase by phase: load, encode text and references, denoise, decode video and sound, save.
+
+DreamID-Omni at full size with random weights of every component (a model directory of about 38 GB is written first),
+or its tiny model, on one rank of vLLM-Omni's own worker. After a warm-up request and ``--rounds`` requests of a few
+steps, one of ``--steps`` steps is served. Seconds of encoding, decoding and of a step are medians over the requests
+after the warm-up; each phase has its own peak of device memory (on a CPU, of resident host memory). ``--cache`` serves
+the same request once more with Cache-DiT at vLLM-Omni's default settings, and says how far the last latents are from
+those without. Prints one JSON object.
+
+    python benchmarks/end_to_end.py --height 704 --width 1024 --cache --folder /scratch/model
+    python benchmarks/end_to_end.py --height 480 --width 832 --steps 10 --tiling --eager --folder /scratch/model
+    python benchmarks/end_to_end.py --tiny                                                # a minute, on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from full_size import OUTLINES, make_component
+
+WORDS = "one person walks along the harbour at dusk and sings quietly while boats move in the wind behind them "
+#: Where each phase's work is, from the pipeline: the phase and the call.
+PHASES = {
+    "encode_text": "encode_prompt",
+    "encode_picture": "vae.encode",
+    "encode_voice": "audio_vae.encode",
+    "decode_video": "vae.decode",
+    "decode_audio": "audio_vae.decode",
+    "vocode": "vocoder.forward",
+}
+
+
+class Watch:
+    """What one rank notes of every request; its functions run in the rank's process.
+
+    Args:
+        counts: count the transformer's blocks; not where they are compiled, since counting would be compiled too.
+        profiled: a phase whose kernels are listed, of its first call after the warm-up.
+        cudnn_benchmark: let cuDNN try its algorithms for each shape of a convolution.
+    """
+
+    def __init__(self, *, counts: bool, profiled: str | None = None, cudnn_benchmark: bool = False) -> None:
+        self.counts, self.profiled, self.cudnn_benchmark = counts, profiled, cudnn_benchmark
+        self.kernels: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.load: dict[str, Any] = {}
+        self.latents: tuple[Any, Any] | None = None
+        self.blocks = 0
+
+    def start(self) -> None:
+        """Watch the pipeline that this process is going to build; what libraries print goes to stderr."""
+        os.dup2(2, 1)
+        import torch
+
+        from port_kit.models.wan_fusion import pipeline as module
+        from port_kit.models.wan_fusion.transformer import FusionBlock
+
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        kind: Any = module.FusionPipeline
+        block: Any = FusionBlock
+        make, forward, run = kind.__init__, kind.forward, block.forward
+
+        def build(pipeline: Any, **options: Any) -> None:
+            make(pipeline, **options)
+            pipeline.on_step = self.step
+            for phase, path in PHASES.items():
+                *owners, name = path.split(".")
+                owner = pipeline.get_submodule(".".join(owners))
+                setattr(owner, name, self.timed(phase, getattr(owner, name)))
+            pipeline.predict_all = self.timed("predict", pipeline.predict_all)
+
+        def serve(pipeline: Any, *args: Any, **options: Any) -> Any:
+            self.requests.append({})
+            self.blocks = 0
+            output = self.timed("request", forward)(pipeline, *args, **options)
+            output.output = self.timed("to_host", to_host)(output.output)
+            return output
+
+        def count(*args: Any, **options: Any) -> Any:
+            self.blocks += 1
+            return run(*args, **options)
+
+        kind.__init__, kind.forward = build, serve
+        if self.counts:
+            block.forward = count
+        kind.load_weights = self.timed("load_weights", kind.load_weights)
+        module.to_frames = self.timed("to_frames", module.to_frames)
+
+    def timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Note the seconds and the memory of each call; memory only of calls that hold no other phase."""
+
+        @wraps(call)
+        def run(*args: Any, **options: Any) -> Any:
+            if phase == self.profiled and len(self.requests) == 2 and not self.kernels:
+                return self.profile(lambda: call(*args, **options))
+            synchronize()
+            holds_others = phase == "request"
+            if not holds_others:
+                reset_peak()
+            start = time.perf_counter()
+            result = call(*args, **options)
+            synchronize()
+            entry = (time.perf_counter() - start, None if holds_others else peak_bytes())
+            notes = self.requests[-1] if self.requests else self.load
+            notes.setdefault(phase, []).append(entry)
+            return result
+
+        return run
+
+    def profile(self, call: Callable[[], Any], shown: int = 30) -> Any:
+        """Run a call under torch's profiler, and note its kernels, the longest first."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        on_gpu = torch.cuda.is_available()
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+            result = call()
+            synchronize()
+        spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, spent))
+        self.kernels = [
+            {"kernel": event.key[:110], "calls": event.count, "ms": round(getattr(event, spent) / 1e3, 3)}
+            for event in events[:shown]
+        ]
+        return result
+
+    def step(self, step: Any) -> None:
+        """Keep the last latents."""
+        self.latents = (step.video, step.audio)
+
+    def result(self, pipeline: Any) -> dict[str, Any]:
+        """Return what was noted."""
+        import torch
+
+        assert self.latents is not None
+        on_gpu = torch.cuda.is_available()
+        return {
+            "load": self.load,
+            "requests": self.requests,
+            "latents": [value.float().cpu().numpy() for value in self.latents],
+            "blocks": self.blocks,
+            "kernels": self.kernels,
+            "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.named_children()},
+            "weights_bytes": sum(p.nbytes for p in pipeline.parameters()),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+        }
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def to_host(output: Any) -> Any:
+    return {name: value.cpu() for name, value in output.items()} if isinstance(output, dict) else output
+
+
+# -- serving --------------------------------------------------------------------------------------------------------
+
+
+def serve(model: Path, given: argparse.Namespace, cache: bool) -> dict[str, Any]:
+    """Serve the requests on one rank; returns what the rank noted, and the last output."""
+    from port_kit.testing.workers import run_workers
+
+    config: dict[str, Any] = {
+        "dtype": given.dtype,
+        "enforce_eager": given.eager,
+        "vae_use_tiling": given.tiling,
+        "vae_fast_path": given.vae_fast_path,
+        "parallel_config": {},
+    }
+    if cache:
+        config |= {"cache_backend": "cache_dit", "cache_config": {}}
+    few = min(given.round_steps, given.steps)
+    steps = [few] * (1 + (0 if cache else given.rounds)) + [given.steps]
+    requests = [request(given, count, number) for number, count in enumerate(steps)]
+    requests[-1] = request(given, given.steps, 0)
+    profiled = None if cache else given.profile
+    watch = Watch(counts=given.eager, profiled=profiled, cudnn_benchmark=given.cudnn_benchmark)
+    (rank,) = run_workers(model, requests, config=config, setup=watch.start, probe=watch.result, timeout=given.timeout)
+    return {**rank.probe, "load_seconds": rank.load_seconds, "output": rank.outputs[-1]}
+
+
+def request(given: argparse.Namespace, steps: int, number: int) -> Any:
+    """Return a request with one picture and one voice; each number has a prompt of its own."""
+    import numpy
+    from PIL import Image
+
+    from port_kit.testing.workers import Request
+
+    random = numpy.random.default_rng(1)
+    voice = (0.1 * random.standard_normal(40_000)).astype(numpy.float32)
+    picture = Image.fromarray(random.integers(0, 255, (given.height, given.width, 3), dtype=numpy.uint8))
+    prompt = {"prompt": f"{WORDS * 4}{number}", "multi_modal_data": {"image": [picture], "audio": [voice]}}
+    sampling = {"height": given.height, "width": given.width, "num_inference_steps": steps, "seed": 11}
+    return Request(prompt, sampling)
+
+
+def save(output: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the MP4 as the server would; where PyAV is a stand-in that only imports, say so."""
+    import av
+
+    from port_kit.models.wan_fusion.media import envelope, write_mp4
+    from port_kit.models.wan_fusion.request import AUDIO_SAMPLE_RATE, FPS
+
+    if not hasattr(av, "library_versions"):
+        return {"skipped": "PyAV here is a stand-in that only imports"}
+    start = time.perf_counter()
+    payload = envelope(output, fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)["payload"]
+    path = write_mp4(folder / "clip.mp4", payload["video"], payload["audio"], fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)
+    return {"seconds": round(time.perf_counter() - start, 3), "bytes": path.stat().st_size}
+
+
+# -- the report -----------------------------------------------------------------------------------------------------
+
+
+def phases(served: dict[str, Any]) -> dict[str, Any]:
+    """Medians of each phase's seconds in a request, after the warm-up, and its highest peak."""
+    rows = {}
+    for phase in [*PHASES, "to_frames", "to_host"]:
+        calls = [one[phase] for one in served["requests"][1:] if phase in one]
+        if calls:
+            seconds = statistics.median(sum(second for second, _ in each) for each in calls)
+            rows[phase] = {
+                "seconds": round(seconds, 4),
+                "calls": len(calls[0]),
+                "peak_gib": gib(max(peak for each in calls for _, peak in each)),
+                "first_seconds": round(sum(second for second, _ in served["requests"][0][phase]), 4),
+            }
+    return rows
+
+
+def denoising(served: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the last request's steps; a step is the four branches, their guidance and the solver's update."""
+    steps = served["requests"][-1]["predict"]
+    seconds = [second for second, _ in steps]
+    return {
+        "steps": len(steps),
+        "seconds": round(sum(seconds), 3),
+        "step_ms": round(statistics.median(seconds) * 1e3, 2),
+        "first_step_ms": round(seconds[0] * 1e3, 2),
+        "warm_up_step_ms": round(served["requests"][0]["predict"][0][0] * 1e3, 2),
+        "peak_gib": gib(max(peak for _, peak in steps)),
+        "request_seconds": round(served["requests"][-1]["request"][0][0], 3),
+    }
+
+
+def gib(size: int) -> float:
+    return round(size / 2**30, 3)
+
+
+def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Write the model where it is missing, serve, and report."""
+    written = None
+    if not (folder / "model_index.json").is_file():
+        command = [sys.executable, __file__, "--write", "--folder", str(folder), "--layers", str(given.layers)]
+        done = subprocess.run([*command, *(["--tiny"] if given.tiny else [])], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"writing the model failed with exit code {done.returncode}")
+        written = json.loads(done.stdout.splitlines()[-1])
+    plain = serve(folder, given, cache=False)
+    ((load_seconds, load_peak),) = plain["load"]["load_weights"]
+    result = {
+        "model": f"dreamid_omni, {'tiny' if given.tiny else 'full size'}, random weights",
+        "device": plain["device"],
+        "torch": plain["torch"],
+        "size": f"{given.height}x{given.width}",
+        "dtype": given.dtype,
+        "compiled": not given.eager,
+        "tiling": given.tiling,
+        "vae_fast_path": given.vae_fast_path,
+        "cudnn_benchmark": given.cudnn_benchmark,
+        "rounds": given.rounds,
+        "parameters": plain["parameters"],
+        "written": written,
+        "load": {
+            "weights_seconds": round(load_seconds, 3),
+            "weights_bytes": plain["weights_bytes"],
+            "worker_seconds": round(plain["load_seconds"], 3),
+            "peak_gib": gib(load_peak),
+        },
+        "phases": phases(plain),
+        "denoise": denoising(plain),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        result["save"] = save(plain["output"], Path(scratch))
+    if given.profile:
+        result["kernels"] = plain["kernels"]
+    if given.cache:
+        result["cache_dit"] = compare(serve(folder, given, cache=True), plain)
+    return result
+
+
+def compare(cached: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """What the cache saves, and what it changes."""
+    import numpy
+
+    def error(one: Any, other: Any) -> float:
+        return float(numpy.linalg.norm(one - other) / numpy.linalg.norm(other))
+
+    video, audio = (error(a, b) for a, b in zip(cached["latents"], plain["latents"], strict=True))
+    row = denoising(cached)
+    return {
+        "settings": "vLLM-Omni's defaults",
+        **row,
+        "speed_up": round(denoising(plain)["seconds"] / row["seconds"], 3),
+        "blocks_computed": round(cached["blocks"] / plain["blocks"], 3) if plain["blocks"] else None,
+        "relative_error": {"video": video, "audio": audio},
+    }
+
+
+def write(folder: Path, *, tiny: bool, layers: int) -> dict[str, Any]:
+    """Write the model directory; ``model_index.json`` last, so that one that is there is whole."""
+    import torch
+
+    from port_kit.models.dreamid_omni.recipe import RECIPE
+    from port_kit.testing.tokenizer import write_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start, total = time.perf_counter(), 0
+    for name in OUTLINES:
+        total += make_component(
+            folder / name,
+            name,
+            tiny=tiny,
+            device=device,
+            dtype="bfloat16" if name == "transformer" else "",
+            layers=layers if name == "transformer" else 0,
+        )
+    (folder / "tokenizer").mkdir()
+    write_tokenizer(folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps(RECIPE.model_index))
+    return {"bytes": total, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def main() -> None:
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--folder", type=Path, help="a model directory to keep; used as it is if it is there")
+    options.add_argument("--height", type=int, help="pixels; default: 704, tiny: 64")
+    options.add_argument("--width", type=int, help="pixels; default: 1024, tiny: 64")
+    options.add_argument("--steps", type=int, help="of the last request; default: 50, tiny: 8")
+    options.add_argument("--rounds", type=int, default=5, help="requests of a few steps, for the medians")
+    options.add_argument("--round-steps", type=int, default=2, help="steps of those")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, tiny: float32")
+    options.add_argument("--layers", type=int, default=0, help="fewer layers of the transformer than 30")
+    options.add_argument("--eager", action="store_true", help="no compilation; always so on a CPU")
+    options.add_argument("--tiling", action="store_true", help="the video decoder works on tiles")
+    options.add_argument("--vae-fast-path", choices=("off", "lossless", "channels_last"), default="lossless")
+    options.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN tries its algorithms for each shape")
+    options.add_argument("--profile", choices=(*PHASES, "predict"), help="list the kernels of one call of this phase")
+    options.add_argument("--cache", action="store_true", help="once more with Cache-DiT")
+    options.add_argument("--tiny", action="store_true", help="the tiny model")
+    options.add_argument("--timeout", type=float, default=1800.0, help="seconds for one worker")
+    options.add_argument("--write", action="store_true", help="only write the model directory")
+    given = options.parse_args()
+    if given.write:
+        if given.folder is None:
+            options.error("--write needs --folder")
+        print(json.dumps(write(given.folder, tiny=given.tiny, layers=given.layers)))
+        return
+    from vllm_omni.platforms import current_omni_platform
+
+    given.eager = given.eager or not current_omni_platform.is_cuda()
+    given.height = given.height or (64 if given.tiny else 704)
+    given.width = given.width or (64 if given.tiny else 1024)
+    given.steps = given.steps or (8 if given.tiny else 50)
+    given.dtype = given.dtype or ("float32" if given.tiny else "bfloat16")
+    with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch:
+        print(json.dumps(run(given, given.folder or Path(scratch) / "model"), indent=1))
+
+
+if __name__ == "__main__":
+    main()
