@@ -23,8 +23,9 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # before vLLM is imported: stdout is for the result
 
@@ -35,6 +36,9 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+
+if TYPE_CHECKING:
+    from port_kit.testing.workers import WaitingRanks
 
 #: What is measured beside one GPU, by the number of GPUs.
 LAYOUTS: Mapping[int, tuple[str, ...]] = {
@@ -193,7 +197,9 @@ def write_model(folder: Path, *, tiny: bool) -> dict[str, Any]:
     return config
 
 
-def measure(model: Path, layout: str, options: argparse.Namespace) -> tuple[list[Tensor], dict[str, Any]]:
+def measure(
+    model: Path, layout: str, options: argparse.Namespace, waiting: WaitingRanks | None = None
+) -> tuple[list[Tensor], dict[str, Any]]:
     """Run a layout; return rank 0's flows and the figures of all ranks."""
     from port_kit.parallel.layout import Layout
     from port_kit.testing.workers import Request, run_workers
@@ -205,7 +211,7 @@ def measure(model: Path, layout: str, options: argparse.Namespace) -> tuple[list
         "enforce_eager": True,
     }
     request = Request("measure", {"extra_args": {"size": options.pixels, "rounds": options.rounds}, "seed": 0})
-    results = run_workers(model, [request], config=config, setup=register, timeout=options.timeout)
+    results = run_workers(model, [request], config=config, setup=register, timeout=options.timeout, waiting=waiting)
     figures = [result.outputs[0]["figures"] for result in results]
     return results[0].outputs[0]["flows"], {
         "ranks": parsed.world,
@@ -225,15 +231,20 @@ def difference(flows: list[Tensor], expected: list[Tensor], tolerance: float) ->
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one rank and every layout that was asked for or fits the machine."""
+    from port_kit.parallel.layout import Layout
+    from port_kit.testing.workers import WaitingRanks
+
     layouts = options.layout or [name for count in (2, 4, 8) if count <= options.ranks for name in LAYOUTS[count]]
     tolerance = TOLERANCE[options.dtype]
-    with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch:
+    # On GPUs every layout has processes of its own: they import while others are measured, on cores of the host.
+    ahead = 0 if options.tiny else sum(Layout.parse(name).world for name in ("single", *layouts))
+    with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch, closing(WaitingRanks(ahead)) as waiting:
         model = Path(scratch)
         config = write_model(model, tiny=options.tiny)
-        expected, single = measure(model, "single", options)
+        expected, single = measure(model, "single", options, waiting)
         rows = {"single": single}
         for layout in layouts:
-            flows, row = measure(model, layout, options)
+            flows, row = measure(model, layout, options, waiting)
             rows[layout] = {
                 **row,
                 "speed_up": round(single["seconds"] / row["seconds"], 3),

@@ -153,25 +153,33 @@ def _add_norms(
     g = ((row % tokens) >= first_run).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
-    x = tl.load(x_ptr + row * D + at, mask=inside, other=0.0).to(tl.float32)
+    # everything is asked for before the first sum is waited for
+    x = tl.load(x_ptr + row * D + at, mask=inside, other=0.0)
     if ADD:
-        y = tl.load(y_ptr + row * D + at, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * D + at, mask=inside, other=0.0)
+    if GATED:
+        gate = tl.load(gate_ptr + g * gate_g + b * gate_b + at, mask=inside, other=0.0)
+    if NORMS > 0:
+        factor0 = tl.load(factor0_ptr + g * factor0_g + b * factor0_b + at, mask=inside, other=0.0)
+        shift0 = tl.load(shift0_ptr + g * shift0_g + b * shift0_b + at, mask=inside, other=0.0)
+    if NORMS > 1:
+        factor1 = tl.load(factor1_ptr + g * factor1_g + b * factor1_b + at, mask=inside, other=0.0)
+        shift1 = tl.load(shift1_ptr + g * shift1_g + b * shift1_b + at, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    if ADD:
+        y = y.to(tl.float32)
         if GATED:
-            y *= tl.load(gate_ptr + g * gate_g + b * gate_b + at, mask=inside, other=0.0).to(tl.float32)
+            y *= gate.to(tl.float32)
         total = (x + y).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * D + at, total, mask=inside)
         x = total.to(tl.float32)
     if NORMS > 0:
         centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
         x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-        factor = tl.load(factor0_ptr + g * factor0_g + b * factor0_b + at, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift0_ptr + g * shift0_g + b * shift0_b + at, mask=inside, other=0.0).to(tl.float32)
-        normed = (x * factor + shift).to(normed0_ptr.dtype.element_ty)
+        normed = (x * factor0.to(tl.float32) + shift0.to(tl.float32)).to(normed0_ptr.dtype.element_ty)
         tl.store(normed0_ptr + row * D + at, normed, mask=inside)
     if NORMS > 1:
-        factor = tl.load(factor1_ptr + g * factor1_g + b * factor1_b + at, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift1_ptr + g * shift1_g + b * shift1_b + at, mask=inside, other=0.0).to(tl.float32)
-        normed = (x * factor + shift).to(normed1_ptr.dtype.element_ty)
+        normed = (x * factor1.to(tl.float32) + shift1.to(tl.float32)).to(normed1_ptr.dtype.element_ty)
         tl.store(normed1_ptr + row * D + at, normed, mask=inside)
 
 
@@ -197,16 +205,17 @@ def _rms_rope(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
-    x = tl.load(x_ptr + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
-    if SUMMED:
-        squares = tl.load(squares_ptr + row)
-    else:
-        squares = tl.sum(x * x, 0)
-    x = x * tl.rsqrt(squares / width + eps) * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    # everything is asked for before the sum is waited for
+    x = tl.load(x_ptr + row * row_stride + at, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    if ROTATED:
+        turn = tl.load(rope_ptr + (row % tokens) * HEAD + at % HEAD, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    squares = tl.load(squares_ptr + row) if SUMMED else tl.sum(x * x, 0)
+    x = x * tl.rsqrt(squares / width + eps) * weight.to(tl.float32)
     if PLAIN:
         tl.store(plain_ptr + row * D + at, x.to(plain_ptr.dtype.element_ty), mask=inside)
     if ROTATED:
-        turn = tl.load(rope_ptr + (row % tokens) * HEAD + at % HEAD, mask=inside, other=0.0)
         cos, sin = tl.split(tl.reshape(turn, (BLOCK // 2, 2)))
         even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
         turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))

@@ -75,22 +75,11 @@ class Case:
     port: int
 
 
-def rank_main(rank: int, carried: Case | bytes, sender: Connection) -> None:
-    """The life of one rank: run the case, send one message, and leave without the parent's exit handlers.
-
-    Args:
-        rank: the global rank.
-        carried: the case, or what cloudpickle made of it for a process that inherits nothing.
-        sender: where the message goes.
-    """
+def rank_main(rank: int, case: Case, sender: Connection) -> None:
+    """The life of one rank: run the case, send one message, and leave without the parent's exit handlers."""
     code = 0
     try:
-        if isinstance(carried, bytes):
-            from port_kit.testing.workers import warm_up
-
-            warm_up()
-            carried = pickle.loads(carried)
-        message: RankResult | Failure = _run_rank(rank, carried)
+        message: RankResult | Failure = _run_rank(rank, case)
         payload = pickle.dumps(message)
     except BaseException as error:  # noqa: B036 - whatever it is, the parent must hear of it
         code = 1

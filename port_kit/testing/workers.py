@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 #: Seconds that a rank gets to leave by itself once its result is in.
 _GRACE = 10.0
 
-__all__ = ["RankResult", "Request", "run_workers", "warm_up"]
+__all__ = ["RankResult", "Request", "WaitingRanks", "run_workers", "warm_up"]
 
 
 def run_workers(
@@ -50,6 +50,7 @@ def run_workers(
     keep_going: bool = False,
     timeout: float = 120.0,
     start: Literal["fork", "spawn"] | None = None,
+    waiting: WaitingRanks | None = None,
 ) -> list[RankResult]:
     """Load a model on as many ranks as its parallel configuration asks for, run requests, and return all results.
 
@@ -63,6 +64,7 @@ def run_workers(
         keep_going: keep a request's exception in the result and run the next one, as the engine does.
         timeout: seconds for everything; after it every rank is killed.
         start: how processes begin; None is ``spawn`` on CUDA and ``fork`` elsewhere.
+        waiting: where spawned ranks are taken from as long as there are any.
 
     Raises:
         ParallelError: a rank failed, died or did not finish in time. A :class:`PortKitError` of the rank is its
@@ -77,7 +79,7 @@ def run_workers(
         _refuse_inherited_world()
     case = Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
     world = _world_size(case.config)
-    processes, pipes = _start(case, world, start)
+    processes, pipes = _fork(case, world) if start == "fork" else _spawn(case, world, waiting or WaitingRanks(0))
     try:
         results = _collect(processes, pipes, timeout)
     except BaseException:
@@ -127,18 +129,71 @@ def _world_size(config: Mapping[str, Any]) -> int:
     return int(parallel.world_size)
 
 
-def _start(case: Case, world: int, start: Literal["fork", "spawn"]) -> tuple[list[BaseProcess], list[Connection]]:
+class WaitingRanks:
+    """Processes that have imported everything, or are about to, and wait for a case: for many cases in a row.
+
+    Args:
+        count: how many are started.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._ranks = [_begin() for _ in range(count)]
+
+    def take(self) -> tuple[BaseProcess, Connection]:
+        """Return one of them, or a new one."""
+        return self._ranks.pop(0) if self._ranks else _begin()
+
+    def close(self) -> None:
+        """End those that nobody took."""
+        for process, pipe in self._ranks:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._ranks.clear()
+
+
+def _begin() -> tuple[BaseProcess, Connection]:
     import multiprocessing
 
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=wait_for_case, args=(theirs,), name="port-kit-rank")
+    process.start()
+    theirs.close()  # so that we see the end when the rank dies
+    return process, ours
+
+
+def wait_for_case(pipe: Connection) -> None:
+    """The life of a spawned rank: import, wait for a case, run it. Leaves without a word if whoever started it does."""
+    warm_up()
+    try:
+        rank, case = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return
+    rank_main(rank, case, pipe)
+
+
+def _spawn(case: Case, world: int, waiting: WaitingRanks) -> tuple[list[BaseProcess], list[Connection]]:
     import cloudpickle
 
-    context: Any = multiprocessing.get_context(start)
-    carried = case if start == "fork" else cloudpickle.dumps(case)
+    ranks = [waiting.take() for _ in range(world)]
+    for rank, (process, pipe) in enumerate(ranks):
+        try:
+            pipe.send_bytes(cloudpickle.dumps((rank, case)))
+        except OSError:  # it died while it imported; what it says is all there is to know
+            process.join(_GRACE)
+    return [process for process, _ in ranks], [pipe for _, pipe in ranks]
+
+
+def _fork(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=rank_main, args=(rank, carried, sender), name=f"port-kit-rank-{rank}")
+        process = context.Process(target=rank_main, args=(rank, case, sender), name=f"port-kit-rank-{rank}")
         process.start()
         sender.close()  # so that the receiver sees the end when the rank dies
         processes.append(process)
