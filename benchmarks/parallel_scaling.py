@@ -231,6 +231,7 @@ def difference(flows: list[Tensor], expected: list[Tensor], tolerance: float) ->
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one rank and every layout that was asked for or fits the machine."""
+    from port_kit.errors import ParallelError
     from port_kit.parallel.layout import Layout
     from port_kit.testing.workers import WaitingRanks
 
@@ -244,7 +245,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         expected, single = measure(model, "single", options, waiting)
         rows = {"single": single}
         for layout in layouts:
-            flows, row = measure(model, layout, options, waiting)
+            try:
+                flows, row = measure(model, layout, options, waiting)
+            except ParallelError as error:
+                rows[layout] = {"error": str(error)[-2000:]}
+                print(json.dumps({layout: rows[layout]}), file=sys.stderr, flush=True)
+                continue
             rows[layout] = {
                 **row,
                 "speed_up": round(single["seconds"] / row["seconds"], 3),

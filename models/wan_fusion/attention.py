@@ -7,13 +7,13 @@ H head dim, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from port_kit.models.wan_fusion.layers import FullWidthRMSNorm, shared_squares
-from port_kit.parallel import linear
+from port_kit.parallel import linear, overlap
 from port_kit.parallel.sequence import LengthTrimmedAttention
 
 if TYPE_CHECKING:
@@ -35,10 +35,15 @@ class Positions:
     length: int | None = None
 
 
+#: A clip has a hundred video tokens for each of its sound: between ranks, sound travels and video stays.
+Stream = Literal["video", "audio"]
+Short = Literal["keys", "queries"] | None
+
+
 class SelfAttention(nn.Module):
     """Attention of a stream to itself with rotary positions."""
 
-    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         dim = config.dim
         self.qkv = linear.qkv(dim, config.head_dim, config.num_heads, quant, f"{prefix}.qkv")
@@ -46,7 +51,8 @@ class SelfAttention(nn.Module):
         self.norm_q = FullWidthRMSNorm(dim, config.eps)
         self.norm_k = FullWidthRMSNorm(dim, config.eps)
         self.heads = self.qkv.num_heads
-        self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self")
+        short: Short = "keys" if stream == "audio" else None
+        self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", short=short)
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         """Take normalised tokens; return ``[B, S, D]``."""
@@ -55,7 +61,7 @@ class SelfAttention(nn.Module):
         (q,) = self.norm_q(q, q_squares, positions.rope)
         (k,) = self.norm_k(k, k_squares, positions.rope)
         attended = self.attn(*(split_heads(t, self.heads) for t in (q, k, v)), positions.length)
-        return self.o(attended.flatten(2))
+        return overlap.row(self.o, attended.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -64,7 +70,7 @@ class CrossAttention(nn.Module):
     The query is rotated for the other stream, whose keys have positions, and not for the text, whose keys have none.
     """
 
-    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         dim, eps = config.dim, config.eps
         self.norm = nn.LayerNorm(dim, eps)
@@ -81,7 +87,8 @@ class CrossAttention(nn.Module):
         self.text_attn = _attention(
             config, self.heads, f"{prefix}.text_attn", role="cross", skip_sequence_parallel=True
         )
-        self.fusion_attn = _attention(config, self.heads, f"{prefix}.fusion_attn", role="cross")
+        short: Short = "queries" if stream == "audio" else "keys"
+        self.fusion_attn = _attention(config, self.heads, f"{prefix}.fusion_attn", role="cross", short=short)
 
     def forward(
         self,
@@ -103,14 +110,14 @@ class CrossAttention(nn.Module):
         q = self.q(x_BSD)
         if not other_BOD.shape[1]:
             (q,) = self.norm_q(q, *shared_squares(q))
-            return self.o(self._attend_text(q, text_kv).flatten(2))
+            return overlap.row(self.o, self._attend_text(q, text_kv).flatten(2))
         k, v = self.kv_fusion(other_BOD).chunk(2, -1)
         q_squares, k_squares = shared_squares(q, k)
         q, q_turned = self.norm_q(q, q_squares, positions.rope, plain=True)
         (k,) = self.norm_k_fusion(k, k_squares, other_positions.rope)
         attended = self._attend_text(q, text_kv)
         fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_positions.length)
-        return self.o((attended + fused).flatten(2))
+        return overlap.row(self.o, (attended + fused).flatten(2))
 
     def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
         return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))
@@ -128,7 +135,13 @@ def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
 
 
 def _attention(
-    config: FusionConfig, heads: int, prefix: str, *, role: str, skip_sequence_parallel: bool = False
+    config: FusionConfig,
+    heads: int,
+    prefix: str,
+    *,
+    role: str,
+    skip_sequence_parallel: bool = False,
+    short: Short = None,
 ) -> LengthTrimmedAttention:
     return LengthTrimmedAttention(
         num_heads=heads,
@@ -139,5 +152,6 @@ def _attention(
         prefix=prefix,
         role=role,
         skip_sequence_parallel=skip_sequence_parallel,
+        short=short,
         allow_fp32_fallback=True,  # FlashAttention has no float32
     )

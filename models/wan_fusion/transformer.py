@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from cache_dit import ForwardPattern
@@ -17,9 +17,10 @@ from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention
+from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention, Stream
 from port_kit.models.wan_fusion.config import FusionConfig
 from port_kit.models.wan_fusion.fused import Affine, add, add_norms, norm
+from port_kit.models.wan_fusion.lanes import beside, join
 from port_kit.models.wan_fusion.layers import FeedForward
 from port_kit.models.wan_fusion.rope import RopeTables
 from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
@@ -28,9 +29,6 @@ from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-
-#: The two streams, as the transformer's modules are called.
-Stream = Literal["video", "audio"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,11 @@ class Modulation(NamedTuple):
 class StreamBlock(nn.Module):
     """One stream's half of a fusion block."""
 
-    def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
-        self.self_attn = SelfAttention(config, quant, f"{prefix}.self_attn")
-        self.cross_attn = CrossAttention(config, quant, f"{prefix}.cross_attn")
+        self.self_attn = SelfAttention(config, stream, quant, f"{prefix}.self_attn")
+        self.cross_attn = CrossAttention(config, stream, quant, f"{prefix}.cross_attn")
         self.ffn = FeedForward(config.dim, config.ffn_dim, quant, f"{prefix}.ffn")
 
     def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
@@ -104,8 +102,8 @@ class FusionBlock(nn.Module):
         self.index = index
         self.is_last = index == config.num_layers - 1
         self.eps = config.eps
-        self.video = StreamBlock(config, quant, f"{prefix}.video")
-        self.audio = StreamBlock(config, quant, f"{prefix}.audio")
+        self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
+        self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
 
     def forward(
         self,
@@ -132,13 +130,16 @@ class FusionBlock(nn.Module):
             return hidden_states, encoder_hidden_states
         v_attention, v_ffn = self.video.modulations(video)
         a_attention, a_ffn = self.audio.modulations(audio)
-        a = self._self_attend(self.audio, self.video, encoder_hidden_states, a_attention, audio)
-        v = self._self_attend(self.video, self.audio, hidden_states, v_attention, video)
         unread = unused if self.is_last else None
-        return (
-            v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio),
-            a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video),
-        )
+        with beside(hidden_states):
+            a = self._self_attend(self.audio, self.video, encoder_hidden_states, a_attention, audio)
+        v = self._self_attend(self.video, self.audio, hidden_states, v_attention, video)
+        join(hidden_states)
+        with beside(hidden_states):
+            a_out = a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video)
+        v_out = v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio)
+        join(hidden_states)
+        return v_out, a_out
 
     def _self_attend(
         self, half: StreamBlock, other: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions

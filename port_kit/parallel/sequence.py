@@ -28,14 +28,16 @@ A transformer with two streams looks like this::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sp_group
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
+
+from port_kit.parallel.short import GatheredKeys, GatheredQueries
 
 #: Dimension that holds the tokens in every tensor that crosses a boundary.
 TOKENS = 1
@@ -54,9 +56,19 @@ class LengthTrimmedAttention(Attention):
 
     Ulysses and AllGather-KV hold all keys when the kernel runs, so cutting there is exact. Ring circulates blocks and
     cuts each one itself, told by the metadata. No mask is made, so every backend can run it.
+
+    Args:
+        short: which side has few tokens, if one has: it is sent, whatever the kind of sequence parallelism.
     """
 
     _kv_length: int | None = None
+
+    def __init__(self, *args: Any, short: Literal["keys", "queries"] | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if short and self.parallel_strategy.enabled and not self.skip_sequence_parallel:
+            strategy = GatheredKeys if short == "keys" else GatheredQueries
+            self.parallel_strategy = strategy(get_sp_group())
+            self.use_ring = False
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kv_length: int | None = None) -> Tensor:
         """Attend.
@@ -74,11 +86,14 @@ class LengthTrimmedAttention(Attention):
         metadata = None
         if kv_length is not None and self.use_ring:
             metadata = AttentionMetadata(extra={"valid_kv_length": kv_length})
-        return super().forward(query, key, value, metadata)
+        return super().forward(query, key, value, metadata).to(query.dtype)
 
     def _run_local_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Tensor:
+        strategy = self._get_active_parallel_strategy()
+        if isinstance(strategy, GatheredQueries):
+            return strategy.attend(query, key, value, self._kv_length, self.softmax_scale)
         if self._kv_length is not None:
             key, value = key[:, : self._kv_length], value[:, : self._kv_length]
         return super()._run_local_attention(query, key, value, attn_metadata)

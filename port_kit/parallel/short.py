@@ -1,0 +1,109 @@
+"""Sequence parallelism for attention between a long stream and a short one: the short one travels.
+
+Ulysses, Ring and AllGather-KV move keys and values of any length, and Ulysses queries and outputs as well. Where one
+side of an attention is a few hundred tokens (sound beside video), that moves a hundred times the bytes that are needed,
+or makes a chain of tiny exchanges. The two strategies here fit into vLLM-Omni's ``Attention`` in the place of its own,
+for one layer, under any kind of sequence parallelism:
+
+* :class:`GatheredKeys`: the keys are short. Every rank gathers them whole and attends with its own queries.
+* :class:`GatheredQueries`: the queries are short. Every rank gathers them whole and attends to its own keys; the parts
+  are weighed by their log-sum-exp and put together, as Ring does with its blocks.
+
+A port chooses with ``LengthTrimmedAttention(..., short="keys")``. Results are exact for any lengths; the choice only
+decides what is sent.
+
+Shape suffixes: B batch, S tokens of this rank, Q all queries, P ranks, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm_omni.diffusion.attention.backends.ring.ring_kernels import flash_attn3_func_forward, pytorch_attn_forward
+from vllm_omni.diffusion.attention.backends.ring.ring_utils import ring_kv_block_valid_length
+from vllm_omni.diffusion.attention.parallel.base import ParallelAttentionContext
+from vllm_omni.diffusion.attention.parallel.ring import _can_use_fa3
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+    from vllm_omni.diffusion.distributed.group_coordinator import SequenceParallelGroupCoordinator
+
+Prepared = tuple[Tensor, Tensor, Tensor, "AttentionMetadata | None", ParallelAttentionContext | None]
+
+
+class GatheredKeys:
+    """Local queries attend to keys and values of all ranks, which one collective brings."""
+
+    name = "gathered_keys"
+    enabled = True
+
+    def __init__(self, group: SequenceParallelGroupCoordinator) -> None:
+        self.group = group
+
+    def pre_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
+    ) -> Prepared:
+        """Return the queries as they are and the whole keys and values."""
+        both = self.group.all_gather(torch.stack((key, value)), dim=2)
+        return query, both[0], both[1], attn_metadata, None
+
+    def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
+        """Return what the kernel gave: it is of this rank's queries."""
+        return attn_output
+
+
+class GatheredQueries:
+    """Queries of all ranks attend to local keys, and every rank puts the parts of its own queries together."""
+
+    name = "gathered_queries"
+    enabled = True
+
+    def __init__(self, group: SequenceParallelGroupCoordinator) -> None:
+        self.group = group
+
+    def pre_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
+    ) -> Prepared:
+        """Return the whole queries and the keys and values as they are."""
+        return self.group.all_gather(query, dim=1), key, value, attn_metadata, None
+
+    def attend(self, q_BQNH: Tensor, key: Tensor, value: Tensor, length: int | None, scale: float) -> Tensor:
+        """Attend to this rank's keys; return outputs and their log-sum-exp, float32 ``[B, Q, N, H + 1]``.
+
+        Args:
+            q_BQNH: queries of all ranks.
+            key: ``[B, S, N, H]``; the tail of the last ranks may be padding.
+            value: as ``key``.
+            length: keys of all ranks without padding; None where there is none.
+            scale: of the products.
+        """
+        valid = ring_kv_block_valid_length(length, key.shape[1], self.group.rank_in_group, self.group.world_size)
+        if not valid:
+            nothing = q_BQNH.new_zeros(q_BQNH.shape, dtype=torch.float32)
+            return torch.cat((nothing, nothing.new_full((*q_BQNH.shape[:3], 1), -torch.inf)), -1)
+        flash = q_BQNH.dtype != torch.float32 and _can_use_fa3(q_BQNH.device)
+        kernel = flash_attn3_func_forward if flash else pytorch_attn_forward
+        out, lse_BNQ = kernel(
+            q_BQNH,
+            key[:, :valid],
+            value[:, :valid],
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=False,
+            window_size=(-1, -1),
+            softcap=0.0,
+            alibi_slopes=None,
+            return_softmax=False,
+        )
+        lse_BNQ = lse_BNQ[..., : q_BQNH.shape[1]]  # some kernels pad it
+        return torch.cat((out.float(), lse_BNQ.transpose(1, 2).unsqueeze(-1)), -1)
+
+    def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
+        """Put the parts of this rank's queries together; float32 ``[B, S, N, H]``."""
+        parts = self.group.all_gather(attn_output.unsqueeze(0), dim=0)
+        local = attn_output.shape[1] // self.group.world_size
+        own = parts[:, :, self.group.rank_in_group * local :][:, :, :local]
+        weights = torch.softmax(own[..., -1:], 0)
+        return (own[..., :-1] * weights).sum(0)
