@@ -145,8 +145,8 @@ def rates(model: nn.Module, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> d
     )
     attended = clock.median_ms(lambda: attention.attn(q, k, v))
     return {
-        "gemm_tflops": round(2 * x.shape[0] * w.numel() / gemm / 1e9, 2),
-        "attention_tflops": round(4 * sizes.video**2 * sizes.width / attended / 1e9, 2),
+        "gemm_tflops": 2 * x.shape[0] * w.numel() / gemm / 1e9,
+        "attention_tflops": 4 * sizes.video**2 * sizes.width / attended / 1e9,
     }
 
 
@@ -262,7 +262,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         config |= {tower: {"text_dim": 4096, **config[tower]} for tower in ("video", "audio")}
     sizes = [tuple(map(int, text.split("x"))) for text in given.size or (["64x96"] if given.tiny else ["704x1024"])]
     clock = Clock(device, given.rounds)
-    with torch.inference_mode(), single_rank(dtype=dtype, device=device):
+    with torch.inference_mode(), single_rank(dtype=dtype, device=device, default_device=False):
         model = build(config, device)
         result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

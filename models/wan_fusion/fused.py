@@ -122,10 +122,8 @@ def rms_norm(
         return plain_rms_norm(x_BSD, weight_D, squares_BS, rope_1SR2, width=width, eps=eps, plain=plain)
     from port_kit.models.wan_fusion import kernels
 
-    evenly = x_BSD.shape[0] == 1 or x_BSD.stride(0) == x_BSD.stride(1) * x_BSD.shape[1]
-    rows = x_BSD if evenly and x_BSD.stride(2) == 1 else x_BSD.contiguous()
     table = None if rope_1SR2 is None else rope_1SR2[0].contiguous()
-    return kernels.rms_rope(rows, weight_D, squares_BS, table, width=width, eps=eps, plain=plain)
+    return kernels.rms_rope(_rows(x_BSD), weight_D, squares_BS, table, width=width, eps=eps, plain=plain)
 
 
 def plain_rms_norm(
@@ -151,6 +149,10 @@ def plain_rms_norm(
 
 def square_sums(x_BSD: Tensor) -> Tensor:
     """Return the sums of squares of this rank's part of each token, float32 ``[B, S]``."""
+    if x_BSD.is_cuda:
+        from port_kit.models.wan_fusion import kernels
+
+        return kernels.square_sums(_rows(x_BSD))
     return torch.linalg.vector_norm(x_BSD, dim=-1, dtype=torch.float32).square()
 
 
@@ -193,6 +195,12 @@ def _gated(x_BSD: Tensor, y_BSD: Tensor, gate_GBD: Tensor, runs: tuple[int, ...]
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _rows(x_BSD: Tensor) -> Tensor:
+    """Return ``x`` with one stride from each token to the next, as a slice of a fused projection has."""
+    evenly = x_BSD.shape[0] == 1 or x_BSD.stride(0) == x_BSD.stride(1) * x_BSD.shape[1]
+    return x_BSD if evenly and x_BSD.stride(2) == 1 else x_BSD.contiguous()
 
 
 def _vectors(affine: Affine, x_BSD: Tensor) -> tuple[Tensor, Tensor]:

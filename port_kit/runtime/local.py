@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def single_rank(
-    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *, default_device: bool = True
 ) -> Iterator[OmniDiffusionConfig]:
     """Make this process a world of one rank for as long as the context lasts.
 
@@ -39,6 +39,8 @@ def single_rank(
     Args:
         dtype: floating dtype, also the one in the diffusion configuration.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"meta"``.
+        default_device: whether ``device`` becomes the default one. It costs every call of torch some Python, which
+            an engine does not have while it runs.
 
     Yields:
         The ``OmniDiffusionConfig`` that modules see.
@@ -63,7 +65,8 @@ def single_rank(
         stack.enter_context(set_current_diffusion_config(config))
         stack.enter_context(set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config))
         stack.enter_context(_default_dtype(dtype))
-        stack.enter_context(device)
+        if default_device:
+            stack.enter_context(device)
         yield config
 
 
