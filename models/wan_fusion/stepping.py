@@ -98,4 +98,4 @@ def refusal(error: PortKitError) -> Exception:
     """Return a request's error as one that vLLM-Omni answers with 400."""
     from vllm_omni.errors import OmniClientError
 
-    return OmniClientError(f"[{error.code}] {error}")
+    return OmniClientError(str(error))
