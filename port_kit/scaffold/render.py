@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from port_kit.errors import ScaffoldError
+from port_kit.plain import plain
 
 TEMPLATES = Path(__file__).with_name("templates")
 _WIDTH = 120
@@ -64,7 +65,7 @@ def literal(value: Any, indent: int = 0) -> str:
         return (
             line if len(line) + indent < _WIDTH - 40 and "\n" not in line else _block(opening, items, closing, indent)
         )
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    return plain(json.dumps(value, ensure_ascii=False)) if isinstance(value, str) else repr(value)
 
 
 def _block(opening: str, items: list[str], closing: str, indent: int) -> str:
