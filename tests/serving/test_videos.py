@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from port_kit.models.dreamid_omni.recipe import RECIPE
-from port_kit.models.wan_fusion.media import measure_mp4
+from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
 from tests.serving.conftest import EXAMPLES, run_client, serving
 

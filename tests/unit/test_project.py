@@ -19,7 +19,7 @@ from port_kit.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = ("port_kit", "models", "examples", "benchmarks")
-HEAVY_ROOMS = ("models", "runtime", "parallel")
+HEAVY_ROOMS = ("models", "runtime", "parallel", "pipeline")
 
 
 def _files(*folders: str) -> list[Path]:
@@ -54,6 +54,14 @@ def test_importing_the_kit_imports_no_torch() -> None:
     done = _run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_no_room_imports_a_port_and_no_written_port_does() -> None:
+    """But for a generated page, which lists the shipped ports' errors too."""
+    files = [*(ROOT / "port_kit").rglob("*.py"), *(ROOT / "port_kit").rglob("*.tmpl")]
+    importing = re.compile(r"^\s*(?:from|import) port_kit\.models\b", re.MULTILINE)
+    found = {path.relative_to(ROOT).as_posix() for path in files if importing.search(path.read_text(encoding="utf-8"))}
+    assert len(files) > 150 and found == {"port_kit/pages/errors.py"}
 
 
 def test_starting_python_imports_neither_kit_nor_torch() -> None:
