@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from port_kit.cli import main
 from port_kit.download import FileRule, Recipe
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import inspect
+from port_kit.inspect.catalogue import diffusers_names
 from port_kit.remap import RuleSet
 from port_kit.scaffold import NewPort, new_port
 from port_kit.scaffold.diffusers_class import read_class
+from port_kit.scaffold.knowledge import FAMILIES
 from port_kit.scaffold.render import TEMPLATES, literal
 from port_kit.scaffold.source import Source
 from port_kit.testing.hub import Hub
@@ -58,6 +61,26 @@ def test_a_class_that_is_not_known_is_refused_with_every_reason() -> None:
     assert "no pipeline" in problems[0] and "CogVideoXAttnProcessor2_0" in problems[1]
     with pytest.raises(ScaffoldError, match="has no model class"):
         read_class("NoSuchTransformer")
+
+
+def test_other_classes_of_a_known_name_are_told_apart() -> None:
+    with pytest.raises(ScaffoldError, match="FeedForward with GELU is adapted") as caught:
+        read_class("ZImageTransformer2DModel")
+    assert "feed_forward is not diffusers' own" in caught.value.message
+
+
+@pytest.mark.slow
+def test_every_transformer_of_diffusers_is_adapted_or_refused_for_a_reason() -> None:
+    """A reason is what somebody can look at: a part of the model, not that nobody has thought of it."""
+    models = [name for name, part in diffusers_names().items() if part == "models" and name not in FAMILIES]
+    named = [name for name in models if re.search("Transformer|DiT", name) and "ControlNet" not in name]
+    assert len(named) > 60
+    for name in named:
+        with pytest.raises(ScaffoldError) as caught:
+            read_class(name)
+        problems = caught.value.details["problems"]
+        assert isinstance(problems, list) and len(problems) >= 2, problems
+        assert caught.value.code == "scaffold_unsupported" and name in problems[0]
 
 
 def test_the_command_says_what_is_missing_and_what_was_written(tmp_path: Path) -> None:
