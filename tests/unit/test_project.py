@@ -118,6 +118,31 @@ def test_no_file_is_too_long() -> None:
     assert not long
 
 
+def _pages() -> list[Path]:
+    return [
+        *ROOT.glob("*.md"),
+        *(path for room in ("docs", "examples", "port_kit") for path in (ROOT / room).rglob("*.md")),
+    ]
+
+
+def _anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", _pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_link_and_no_path_of_a_page_leads_nowhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([\w-]+))?\)", text):
+        place = page.parent / target if target else page
+        assert place.exists(), target
+        assert not anchor or anchor in _anchors(place), f"{target}#{anchor}"
+    rooms = "port_kit|models|tests|docs|examples|benchmarks|requirements"
+    for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
 def _constants(path: Path) -> Iterator[str]:
     """String literals, and of f-strings with a code's beginning the codes that they can become."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
