@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import Component
 from port_kit.inspect.sets import group
-from port_kit.scaffold.render import literal
+from port_kit.scaffold.render import WIDTH, literal
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.source import Source
 
@@ -40,6 +40,10 @@ def require_readable(port: NewPort, source: Source) -> None:
             )
 
 
+#: Of a file's rule in a recipe.
+_INDENT = " " * 16
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where the transformer's weights are in the repository.
@@ -60,11 +64,18 @@ class Checkpoint:
 
     @property
     def rule(self) -> str:
-        """The rule of the recipe."""
-        more = f", name={literal(self.name)}" if self.name else ""
-        more += ", convert=True" if self.convert else ""
-        more += f", wrapper={literal(self.wrapper)}" if self.wrapper else ""
-        return f'FileRule({literal(self.pattern)}, folder="transformer"{more})'
+        """The rule as it stands in the recipe, in one line where that is not too long."""
+        given = [
+            literal(self.pattern),
+            'folder="transformer"',
+            *([f"name={literal(self.name)}"] if self.name else []),
+            *(["convert=True"] if self.convert else []),
+            *([f"wrapper={literal(self.wrapper)}"] if self.wrapper else []),
+        ]
+        line = f"{_INDENT}FileRule({', '.join(given)}),"
+        if len(line) <= WIDTH:
+            return line
+        return f"{_INDENT}FileRule(\n" + "".join(f"{_INDENT}    {item},\n" for item in given) + f"{_INDENT}),"
 
 
 def read_checkpoint(source: Source) -> Checkpoint:

@@ -224,7 +224,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
-    files = [read_checkpoint(source).rule]
+    files: list[str] = []
     configs = {"transformer": "config.TRANSFORMER_CONFIG"}
     if port.path == "hybrid":
         files += ['FileRule("vae/config.json", folder="vae")', 'FileRule("vae/*.safetensors*", folder="vae")']
@@ -247,7 +247,7 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
         "repository": source.repository,
         "revision": f'"{source.revision}"' if source.revision else "None",
         "licence": literal(source.licence or "see the repository's card"),
-        "files": "\n".join(f"                {rule}," for rule in files),
+        "files": "\n".join([checkpoint.rule, *(f"                {rule}," for rule in files)]),
         "recipe_imports": ("FileRule, GitCode, " if code else "FileRule, ") + "Recipe, Repository",
         "recipe_configs": "{" + ", ".join(f'"{name}": {value}' for name, value in configs.items()) + "}",
         "recipe_code": code,

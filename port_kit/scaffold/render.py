@@ -12,7 +12,8 @@ from port_kit.errors import ScaffoldError
 from port_kit.plain import plain
 
 TEMPLATES = Path(__file__).with_name("templates")
-_WIDTH = 120
+#: Of a line of what is written.
+WIDTH = 120
 
 
 def render(template: str, values: Mapping[str, str]) -> str:
@@ -62,9 +63,7 @@ def literal(value: Any, indent: int = 0) -> str:
         opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")")
         comma = "," if isinstance(value, tuple) and len(items) == 1 else ""
         line = f"{opening}{', '.join(items)}{comma}{closing}"
-        return (
-            line if len(line) + indent < _WIDTH - 40 and "\n" not in line else _block(opening, items, closing, indent)
-        )
+        return line if len(line) + indent < WIDTH - 40 and "\n" not in line else _block(opening, items, closing, indent)
     return plain(json.dumps(value, ensure_ascii=False)) if isinstance(value, str) else repr(value)
 
 

@@ -90,8 +90,10 @@ def sources() -> dict[str, forge.Files]:
 @pytest.mark.parametrize("path", OWN)
 @pytest.mark.parametrize("name", ["a" * 30, "zz"])
 def test_names_do_not_break_lines(name: str, path: str, tmp_path: Path) -> None:
-    new_port(NewPort(name, path, tmp_path / "port"))  # type: ignore[arg-type]
-    lint(tmp_path)
+    files = sources()[path]
+    source = str(forge.write(files, tmp_path / "source")) if files else ""
+    new_port(NewPort(name, path, tmp_path / "port", source=source))  # type: ignore[arg-type]
+    lint(tmp_path / "port")
 
 
 def test_what_is_written_is_linted_and_formatted(ports: Path) -> None:
