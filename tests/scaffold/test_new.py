@@ -90,6 +90,9 @@ def test_the_command_says_what_is_missing_and_what_was_written(tmp_path: Path) -
     done = run(main, ["new", "some_port", "--path", "bypass", "--output-dir", str(target), "--json"])
     data = json.loads(done.stdout)["data"]
     assert (done.exit_code, data["path"]) == (0, "bypass")
+    spaced = tmp_path / "a port"
+    done = run(main, ["new", "some_port", "--path", "custom", "--output-dir", str(spaced)])
+    assert done.stdout.endswith(f"next: cd '{spaced}' && pytest\n")
     assert sorted(data["files"]) == sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
 
 
