@@ -61,8 +61,8 @@ class ScalingPipeline(nn.Module, CFGParallelMixin):
     dummy_run_num_frames = 0
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
-        from port_kit.models.wan_fusion.loading import read_json
         from port_kit.models.wan_fusion.transformer import build_transformer
+        from port_kit.pipeline.loading import read_json
 
         super().__init__()
         self.od_config = od_config

@@ -164,7 +164,9 @@ class PortKitError(Exception):
         return (_rebuild, (type(self), self.message, self.code, self.hint, self.details))
 
     def __str__(self) -> str:
-        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+        """All of it: other programs pass on nothing but an error's text."""
+        told = f"[{self.code}] {self.message}"
+        return f"{told}\nhint: {self.hint}" if self.hint else told
 
 
 def _rebuild(cls: type[PortKitError], message: str, code: str, hint: str, details: dict[str, object]) -> PortKitError:

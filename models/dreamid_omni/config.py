@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.inputs import as_list, check_size
 from port_kit.models.wan_fusion.request import (
     MAX_SIDE,
     SIZE_MULTIPLE,
@@ -17,6 +16,7 @@ from port_kit.models.wan_fusion.request import (
     parse_common,
     prompt_fields,
 )
+from port_kit.pipeline.inputs import as_list, check_size
 
 VIDEO_LATENT_LENGTH = 31  # latent frames: 1 + 30 * 4 = 121 frames
 AUDIO_LATENT_LENGTH = 157  # audio latents: 314 mel frames of 256 samples = 80,384 samples

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from port_kit.errors import InputError, PortKitError
-from port_kit.models.wan_fusion.inputs import as_list, check_integer
 from port_kit.models.wan_fusion.request import (
     MAX_SIDE,
     SIZE_MULTIPLE,
@@ -19,6 +18,7 @@ from port_kit.models.wan_fusion.request import (
     parse_common,
     prompt_fields,
 )
+from port_kit.pipeline.inputs import as_list, check_integer
 
 GUIDANCE_PASSES = 2  # of the transformer, a step: with the prompt, with the negative prompts
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint has its area

@@ -20,7 +20,6 @@ from torch import nn
 from port_kit.errors import ParityError
 from port_kit.models.wan_fusion import component_configs as configs
 from port_kit.models.wan_fusion.audio_vae import AudioVAE, build_audio_vae
-from port_kit.models.wan_fusion.precision import default_dtype
 from port_kit.models.wan_fusion.rules_components import AUDIO_VAE, TEXT_ENCODER, VAE, VOCODER
 from port_kit.models.wan_fusion.scheduler import SOLVERS, build_scheduler
 from port_kit.models.wan_fusion.text_encoder import (
@@ -32,6 +31,7 @@ from port_kit.models.wan_fusion.text_encoder import (
 from port_kit.models.wan_fusion.video_vae import VideoVAE, build_video_vae
 from port_kit.models.wan_fusion.vocoder import Vocoder, build_vocoder
 from port_kit.parity import Bound, Case, Pair
+from port_kit.pipeline.precision import default_dtype
 from port_kit.remap import RuleSet, load_weights
 
 Tensors = Mapping[str, torch.Tensor]

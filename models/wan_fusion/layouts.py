@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import PortNotFoundError
-from port_kit.models.wan_fusion.loading import read_json
 from port_kit.models.wan_fusion.transformer import build_transformer
 from port_kit.parallel.guard import check_engine
+from port_kit.pipeline.loading import read_json
 from port_kit.port import list_ports, resolve
 
 if TYPE_CHECKING:

@@ -26,11 +26,8 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from port_kit.errors import InputError, RemapError
 from port_kit.manifest import Manifest
 from port_kit.models.wan_fusion.batching import groups, join
-from port_kit.models.wan_fusion.caching import arrange_cache
 from port_kit.models.wan_fusion.denoising import Conditions, Denoising, Job, Step, draw_noise
 from port_kit.models.wan_fusion.layouts import refuse_impossible
-from port_kit.models.wan_fusion.loading import build_components, load_component_weights, read_json, weights_sources
-from port_kit.models.wan_fusion.media import envelope, to_frames
 from port_kit.models.wan_fusion.prompts import tokenize
 from port_kit.models.wan_fusion.request import (
     AUDIO_LATENT_CHANNELS,
@@ -45,8 +42,12 @@ from port_kit.models.wan_fusion.request import (
     check_cached_outputs,
 )
 from port_kit.models.wan_fusion.stems import Text
-from port_kit.models.wan_fusion.stepping import StepExecution, refusal
+from port_kit.models.wan_fusion.stepping import StepExecution
 from port_kit.models.wan_fusion.text_encoder import load_tokenizer
+from port_kit.pipeline.caching import arrange_cache
+from port_kit.pipeline.inputs import refusal
+from port_kit.pipeline.loading import build_components, load_component_weights, read_json, weights_sources
+from port_kit.pipeline.media import envelope, to_frames
 from port_kit.port import Component, resolve
 from port_kit.runtime.features import check_options
 from port_kit.runtime.lora import read_adapter
@@ -122,7 +123,7 @@ class FusionPipeline(
         return pipeline
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Fill all components; see :func:`~port_kit.models.wan_fusion.loading.load_component_weights`."""
+        """Fill all components; see :func:`~port_kit.pipeline.loading.load_component_weights`."""
         return load_component_weights(self, self.components, weights, self.od_config.model)
 
     @abstractmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.inputs import (
+from port_kit.pipeline.inputs import (
     check_adapter,
     check_codec_options,
     check_integer,

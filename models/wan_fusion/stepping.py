@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
-from port_kit.errors import InputError, PortKitError
+from port_kit.errors import InputError
+from port_kit.pipeline.inputs import refusal
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import DiffusionOutput
@@ -92,10 +93,3 @@ class StepExecution:
     def post_decode(self, state: StepRequestState, **_: Any) -> DiffusionOutput:
         """Decode a request that has made all its steps."""
         return self.finish(state.extra.pop(CLIPS))
-
-
-def refusal(error: PortKitError) -> Exception:
-    """Return a request's error as one that vLLM-Omni answers with 400."""
-    from vllm_omni.errors import OmniClientError
-
-    return OmniClientError(f"[{error.code}] {error}")

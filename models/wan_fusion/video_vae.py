@@ -19,7 +19,7 @@ from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import Dist
 from vllm_omni.diffusion.distributed.parallel_state import model_parallel_is_initialized
 
 from port_kit.errors import InputError, PortKitError
-from port_kit.models.wan_fusion.precision import default_dtype
+from port_kit.pipeline.precision import default_dtype
 
 
 class VideoVAE(DistributedAutoencoderKLWan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -50,5 +51,5 @@ def command(
     port = NewPort(name, path, output_dir or Path(name), transformer, source, endpoint)
     files = [str(file.relative_to(port.target)) for file in new_port(port)]
     data = {"name": name, "path": path, "folder": str(port.target), "files": files}
-    text = f"{port.target}: {len(files)} files\nnext: cd {port.target} && pytest"
+    text = f"{port.target}: {len(files)} files\nnext: cd {shlex.quote(str(port.target))} && pytest"
     emit("new", data, as_json=as_json, text=text)

@@ -11,8 +11,11 @@ from typing import Any
 import click
 
 from port_kit.errors import PortKitError
+from port_kit.plain import plain
 
 SCHEMA = "port-kit/1"
+#: What text for people is laid out with.
+_LAYOUT = "\n\t"
 
 
 def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | None = None, ok: bool = True) -> None:
@@ -28,7 +31,7 @@ def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | No
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, "ok": ok, "command": command, "data": data}, indent=1))
     elif text is not None:
-        click.echo(text)
+        click.echo(plain(text, keep=_LAYOUT))
     if not ok:
         raise SystemExit(1)
 
@@ -60,9 +63,8 @@ def _print_error(command: str, error: PortKitError, *, as_json: bool) -> None:
             json.dumps({"schema": SCHEMA, "ok": False, "command": command, "error": body}, indent=1, default=str)
         )
         return
-    click.echo(f"error [{error.code}]: {error.message}", err=True)
-    if error.hint:
-        click.echo(f"\nhint: {error.hint}", err=True)
+    hint = f"\n\nhint: {error.hint}" if error.hint else ""
+    click.echo(plain(f"error [{error.code}]: {error.message}{hint}", keep=_LAYOUT), err=True)
     sys.stderr.flush()
 
 

@@ -31,7 +31,7 @@ def missing(
 ) -> list[Finding]:
     """List what has to be there, or whole, before vLLM-Omni can load the model."""
     found = [*_index_needs(documents, verdict), *_transformer_config(documents, verdict)]
-    found += [Finding(link, "is a link that leads nowhere") for link in documents.tree.broken]
+    found += [Finding(link, "is no file, or a link that leads nowhere") for link in documents.tree.broken]
     if not documents.tree.gate:
         found += [*_component_needs(documents, components), *_tokenizer(documents, components)]
         found += _readable(components, files)

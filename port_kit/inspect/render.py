@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from port_kit.download.progress import human
 from port_kit.inspect.report import TITLES, Card, Component, Finding, Inspection, Memory
+from port_kit.plain import plain
 
 
 def describe(inspection: Inspection) -> str:
@@ -98,6 +99,7 @@ def _binary(count: float) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return [f"{indent}{line}".rstrip() for line in lines]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -31,7 +32,7 @@ _HINTS = {
 
 class Tree(Protocol):
     """Attributes: ``name`` for messages; ``commit`` of a repository; ``files``: sizes by path; ``gate``: what keeps
-    the files from being read, or empty; ``broken``: links that lead nowhere."""
+    the files from being read, or empty; ``broken``: links that lead nowhere, and what is no file (a pipe, a device)."""
 
     name: str
     commit: str | None
@@ -54,10 +55,9 @@ class LocalTree:
         self.root, self.name, self.gate = root, str(root), ""
         self.commit: str | None = None
         paths = {path.relative_to(root).as_posix(): path for path in _walk(root)}
-        self.broken = tuple(sorted(name for name, path in paths.items() if not path.exists()))
-        self.files: Mapping[str, int] = {
-            name: paths[name].stat().st_size for name in sorted(set(paths) - set(self.broken))
-        }
+        sizes = {name: _size(path) for name, path in sorted(paths.items())}
+        self.broken = tuple(name for name, size in sizes.items() if size is None)
+        self.files: Mapping[str, int] = {name: size for name, size in sizes.items() if size is not None}
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
         """See :class:`Tree`."""
@@ -112,7 +112,7 @@ def open_tree(target: str, revision: str | None, endpoint: str | None, token: st
         DownloadError: see :class:`HubTree`.
     """
     folder = Path(target).expanduser()
-    if folder.is_dir():
+    if target and folder.is_dir():
         if revision is not None:
             raise InspectError(
                 f"{target} is a folder here; --revision {revision} belongs to a repository", hint=_EITHER
@@ -122,7 +122,7 @@ def open_tree(target: str, revision: str | None, endpoint: str | None, token: st
     if folder.is_file():
         raise InspectError(f"{target} is a file", hint=f"name its folder: {folder.parent}")
     if not _REPO_ID.fullmatch(target):
-        raise InspectError(f"{target} is no folder and no repository id", hint=_EITHER)
+        raise InspectError(f"{target or 'an empty name'} is no folder and no repository id", hint=_EITHER)
     http = HttpClient(POLICY)
     try:
         yield HubTree(HubClient(http, endpoint=endpoint, token=token), target, revision or "main")
@@ -138,6 +138,15 @@ def _walk(root: Path) -> Iterator[Path]:
         if count > _MOST_FILES:
             raise InspectError(f"{root} holds more than {_MOST_FILES} files", hint="name the model's own folder")
         yield from (Path(folder, name) for name in files)
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None for what is none: reading a pipe would wait for ever."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 
 from port_kit.byte_source import ByteSource
 from port_kit.errors import CheckpointError
 from port_kit.inspect.gguf import read_gguf
 from port_kit.inspect.report import WeightFile
 from port_kit.inspect.trees import Tree
-from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES, SAFETENSORS_DTYPES
+from port_kit.manifest import ITEM_SIZES, MAX_HEADER, PICKLE_SUFFIXES, SAFETENSORS_DTYPES
 from port_kit.pickles import read_tables
 
 #: What files of these suffixes are called before they are read, and for good where nothing here reads them.
@@ -89,11 +90,15 @@ def _read_safetensors(source: ByteSource, path: str) -> WeightFile:
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
         entries = {name: (_shape(entry["shape"]), _dtype(entry)) for name, entry in header.items()}
+        places = {name: _place(entry["data_offsets"]) for name, entry in header.items()}
         details = {str(key): str(value) for key, value in metadata.items() if len(str(value)) <= 80}
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{source.name} has a broken header", code="checkpoint_corrupt") from error
+    end = max((stop for _, stop in places.values()), default=0)
+    wrong = next(_misplaced(entries, places), "")
+    if wrong:
+        raise CheckpointError(f"{source.name}: {wrong}", code="checkpoint_corrupt")
     if 8 + length + end != source.size:
         message = f"{source.name} has {source.size} bytes, its header needs {8 + length + end}"
         raise CheckpointError(message, code="checkpoint_corrupt")
@@ -104,6 +109,26 @@ def _shape(extents: list[int]) -> tuple[int, ...]:
     if any(type(extent) is not int or extent < 0 for extent in extents):
         raise ValueError(f"{extents} is no shape")
     return tuple(extents)
+
+
+def _place(offsets: list[int]) -> tuple[int, int]:
+    start, stop = offsets
+    return int(start), int(stop)
+
+
+def _misplaced(
+    entries: Mapping[str, tuple[tuple[int, ...], str]], places: Mapping[str, tuple[int, int]]
+) -> Iterator[str]:
+    """Say which tensors are not where the format has them: one after the other, each as long as its shape says."""
+    before = 0
+    for name in sorted(places, key=lambda name: places[name]):
+        (shape, dtype), (start, stop) = entries[name], places[name]
+        size = ITEM_SIZES.get(dtype)
+        if start != before:
+            yield f"{name!r} begins at byte {start} of the data, the tensor before it ends at {before}"
+        if size is not None and stop - start != prod(shape) * size:
+            yield f"{name!r} is {dtype} {list(shape)} and has {stop - start} bytes"
+        before = stop
 
 
 def _dtype(entry: dict[str, str]) -> str:

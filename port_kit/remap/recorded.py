@@ -141,9 +141,9 @@ def _modules(start: str) -> dict[str, Path]:
 
 
 def _family(module: str) -> tuple[str, ...]:
-    """Modules whose code shapes the component: the shipped ports and the parallel layers, or the port's own package."""
+    """Modules whose code shapes the component: shipped ports and what they build with, or the port's own package."""
     if module.startswith("port_kit."):
-        return ("port_kit.models.", "port_kit.parallel.")
+        return ("port_kit.models.", "port_kit.parallel.", "port_kit.pipeline.")
     return (module.partition(".")[0],)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import OptionalDependencyError, ScaffoldError
-from port_kit.scaffold.knowledge import ATTENTION_TEMPLATES, FAMILIES, GATHERED, PAIRS, Family
+from port_kit.scaffold.knowledge import ATTENTION_TEMPLATES, FAMILIES, GATHERED, KNOWN_OTHERWISE, PAIRS, Family
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,7 +92,8 @@ def read_class(name: str) -> ClassFacts:
     cls = _class(name)
     family = FAMILIES.get(name)
     if family is None:
-        raise _refused(name, [f"no pipeline and no tiny configuration is known for {name}", *_unknown(cls)])
+        own = [KNOWN_OTHERWISE[name]] if name in KNOWN_OTHERWISE else []
+        raise _refused(name, [f"no pipeline and no tiny configuration is known for {name}", *own, *_unknown(cls)])
     import torch
 
     torch.manual_seed(0)
@@ -166,6 +167,8 @@ def _unknown(cls: Any) -> Iterator[str]:
 
 def _tree_problems(model: nn.Module, lists: Sequence[str]) -> Iterator[str]:
     """Everything in a module tree that no template knows."""
+    import torch
+
     if len(lists) != 1:
         yield f"it has {len(lists)} lists of modules ({', '.join(lists) or 'none'}); one list of blocks is adapted"
     for path in lists:
@@ -180,10 +183,13 @@ def _tree_problems(model: nn.Module, lists: Sequence[str]) -> Iterator[str]:
         processor = getattr(child, "processor", None)
         if processor is not None:
             processors.setdefault(type(processor).__name__, path)
-        if type(child).__name__ == "FeedForward" and type(child.net[0]).__name__ != "GELU":
-            activations.setdefault(type(child.net[0]).__name__, path)
+        if type(child).__name__ == "FeedForward":
+            net = getattr(child, "net", None)  # some models have a class of that name and another build
+            activations.setdefault(type(net[0]).__name__ if isinstance(net, torch.nn.ModuleList) else "", path)
     for activation, path in activations.items():
-        yield f"{path} has the activation {activation}; GELU is adapted"
+        if activation != "GELU":
+            had = f"has the activation {activation}" if activation else "is not diffusers' own"
+            yield f"{path} {had}; FeedForward with GELU is adapted"
     for processor, path in processors.items():
         if processor not in ATTENTION_TEMPLATES:
             known = ", ".join(ATTENTION_TEMPLATES)

@@ -25,6 +25,12 @@ PAIRS: Mapping[str, tuple[str, str]] = {
 #: Linears that make one vector a request into many: split by output, gathered at once.
 GATHERED: Mapping[str, str] = {"AdaLayerNormSingle": "linear"}
 
+#: Classes whose module tree says nothing against them, and what does.
+KNOWN_OTHERWISE: Mapping[str, str] = {
+    "DiTTransformer2DModel": "it is told the number of a class; the pipeline that is written reads a prompt",
+    "PriorTransformer": "it predicts one embedding, not latents of a picture or video",
+}
+
 
 @dataclass(frozen=True)
 class Part:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import port_kit
-from port_kit.inspect import Component
 from port_kit.remap.suggest import suggest
+from port_kit.scaffold.checkpoint import main_component, read_checkpoint, require_readable
 from port_kit.scaffold.diffusers_port import common_templates
 from port_kit.scaffold.knowledge import FAMILIES
 from port_kit.scaffold.render import literal, render
@@ -35,8 +35,10 @@ def own_files(port: NewPort) -> dict[str, str]:
     Raises:
         InspectError: what ``--from`` names is no model.
         DownloadError: it cannot be reached.
+        ScaffoldError: its transformer is in files that nothing here reads.
     """
     source = read_source(port.source, f"your-org/{port.name}", endpoint=port.endpoint)
+    require_readable(port, source)
     values = {**_names(port, source), **_decoder_values(port), **_loading_values(port), **_recipe_values(port, source)}
     values |= {**_tiny_values(port)}
     templates = {f"{port.name}/{part}.py": f"own/{part}.py" for part in _PARTS}
@@ -55,7 +57,7 @@ def own_files(port: NewPort) -> dict[str, str]:
 
 def _names(port: NewPort, source: Source) -> dict[str, str]:
     licence = source.licence or "see the repository's card"
-    found = _main_component(source)
+    found = main_component(source)
     return {
         "name": port.name,
         "prefix": port.prefix,
@@ -102,10 +104,12 @@ def _notes(port: NewPort, source: Source) -> str:
         "* `transformer.py`: port the model's transformer into it, module by module; the tests say where it parts.",
         "* `rules.py`, `config.py`: the checkpoint's names and sizes.",
     ]
+    found = main_component(source)
     if not source.inspection:
         lines.append(f"* `recipe.py`: the repository `{source.repository}` and its files.")
     else:
         lines.append(f"* `recipe.py`: the files of `{source.repository}` beside the transformer's.")
+    if found and found.manifest:
         lines.append(
             f"* `{port.name}/checkpoint.json` lists the tensors of the real transformer, `suggested_rules.toml` what\n"
             "  `port-kit rules suggest` proposes for them and the skeleton; run it again once the transformer is yours."
@@ -220,7 +224,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
-    files = [_transformer_rule(source)]
+    files: list[str] = []
     configs = {"transformer": "config.TRANSFORMER_CONFIG"}
     if port.path == "hybrid":
         files += ['FileRule("vae/config.json", folder="vae")', 'FileRule("vae/*.safetensors*", folder="vae")']
@@ -238,51 +242,18 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
             f'            packages=("{port.name}_original",),\n'
             "        ),\n    ),"
         )
-    file, wrapper = transformer_file(source)
+    checkpoint = read_checkpoint(source)
     return {
         "repository": source.repository,
         "revision": f'"{source.revision}"' if source.revision else "None",
         "licence": literal(source.licence or "see the repository's card"),
-        "files": "\n".join(f"                {rule}," for rule in files),
+        "files": "\n".join([checkpoint.rule, *(f"                {rule}," for rule in files)]),
         "recipe_imports": ("FileRule, GitCode, " if code else "FileRule, ") + "Recipe, Repository",
         "recipe_configs": "{" + ", ".join(f'"{name}": {value}' for name, value in configs.items()) + "}",
         "recipe_code": code,
-        "transformer_file": literal(file),
-        "transformer_wrapper": f", wrapper={literal(wrapper)}" if wrapper else "",
+        "transformer_file": literal(checkpoint.file),
+        "transformer_wrapper": f", wrapper={literal(checkpoint.wrapper)}" if checkpoint.wrapper else "",
     }
-
-
-def _main_component(source: Source) -> Component | None:
-    """The transformer of an inspected source: by name, else the component with most parameters."""
-    if source.inspection is None:
-        return None
-    named = source.inspection.component("transformer")
-    parts = [part for part in source.inspection.components if part.weights]
-    return named if named and named.weights else max(parts, key=lambda part: part.parameters, default=None)
-
-
-def transformer_file(source: Source) -> tuple[str, str]:
-    """Return where the transformer's weights are in the repository (of several files, a name among them), and the
-    keys above them in a pickle."""
-    found = _main_component(source)
-    if found is None:
-        return "model.safetensors", ""
-    first = found.weights[0]
-    if len(found.weights) > 1:
-        return f"{first.path.rpartition('/')[0]}/model.safetensors".lstrip("/"), ""
-    return first.path, first.wrapper
-
-
-def _transformer_rule(source: Source) -> str:
-    found = _main_component(source)
-    file, wrapper = transformer_file(source)
-    if found is not None and len(found.weights) > 1:
-        shards = literal(file.replace("model.safetensors", "*.safetensors*"))
-        return f'FileRule({shards}, folder="transformer")'
-    if file.endswith(".safetensors"):
-        return f'FileRule({literal(file)}, folder="transformer", name="model.safetensors")'
-    inside = f", wrapper={literal(wrapper)}" if wrapper else ""
-    return f'FileRule({literal(file)}, folder="transformer", name="model.safetensors", convert=True{inside})'
 
 
 def _tiny_values(port: NewPort) -> dict[str, str]:
@@ -338,7 +309,7 @@ def vae(seed: int = 0) -> {_VAE.class_name}:
 
 def _from_checkpoint(port: NewPort, source: Source) -> dict[str, str]:
     """Keep the real transformer's tensors, and what can be proposed for them, beside the skeleton."""
-    found = _main_component(source)
+    found = main_component(source)
     manifest: Any = found.manifest if found else {}
     if not manifest:
         return {}

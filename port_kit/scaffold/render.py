@@ -9,9 +9,11 @@ from string import Template
 from typing import Any
 
 from port_kit.errors import ScaffoldError
+from port_kit.plain import plain
 
 TEMPLATES = Path(__file__).with_name("templates")
-_WIDTH = 120
+#: Of a line of what is written.
+WIDTH = 120
 
 
 def render(template: str, values: Mapping[str, str]) -> str:
@@ -61,10 +63,8 @@ def literal(value: Any, indent: int = 0) -> str:
         opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")")
         comma = "," if isinstance(value, tuple) and len(items) == 1 else ""
         line = f"{opening}{', '.join(items)}{comma}{closing}"
-        return (
-            line if len(line) + indent < _WIDTH - 40 and "\n" not in line else _block(opening, items, closing, indent)
-        )
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        return line if len(line) + indent < WIDTH - 40 and "\n" not in line else _block(opening, items, closing, indent)
+    return plain(json.dumps(value, ensure_ascii=False)) if isinstance(value, str) else repr(value)
 
 
 def _block(opening: str, items: list[str], closing: str, indent: int) -> str:

@@ -193,12 +193,13 @@ def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, wrapper
     """Write tensors in the container that the file's suffix says.
 
     Args:
-        path: ``.safetensors``, or a pickle checkpoint (``.pth``, ``.pt``, ``.bin``, ``.ckpt``) as torch writes it.
+        path: ``.safetensors`` or ``.sft``, or a pickle checkpoint (``.pth``, ``.pt``, ``.bin``, ``.ckpt``) as torch
+            writes it.
         tensors: by name.
         wrapper: the keys above the tensors in a pickle, dotted (``generator``, ``app.model``).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() in (".safetensors", ".sft"):
         from safetensors.torch import save_file
 
         save_file(dict(tensors), path)

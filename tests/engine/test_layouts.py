@@ -100,7 +100,7 @@ def test_what_the_model_cannot_have_is_refused_before_a_worker_starts(
     layout: str, code: str, says: str, possible: str, reports: Path
 ) -> None:
     refused = outcome(reports, layout)["refused"]
-    assert says in refused["text"]
+    assert f"[{code}] {says}" in refused["text"] and f"hint: {refused['hint']}" in refused["text"]
     assert (refused["code"], refused["workers"]) == (code, 0)
     assert possible in refused["hint"]
     if code == "parallel_degree":

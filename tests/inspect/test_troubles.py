@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from port_kit.cli import main
 from port_kit.errors import DownloadError, InspectError
 from port_kit.inspect import Inspection, describe, inspect
 from port_kit.testing.hub import Fault, Hub
@@ -87,7 +90,7 @@ def test_nothing_to_inspect(files: forge.Files, remote: Remote, folder: Folder, 
         assert caught.value.code == "inspect_empty"
 
 
-@pytest.mark.parametrize("target", ["./nowhere", "gpt2", "a/b/c", "https://huggingface.co/org/model"])
+@pytest.mark.parametrize("target", ["", "./nowhere", "gpt2", "a/b/c", "https://huggingface.co/org/model"])
 def test_neither_folder_nor_repository(target: str) -> None:
     with pytest.raises(InspectError) as caught:
         inspect(target)
@@ -206,8 +209,52 @@ def test_lfs_pointers_and_dangling_links(folder: Folder) -> None:
     report = inspect(str(place))
     missing = facts(report, "missing")
     assert all("Git LFS pointer" in missing[name][0] for name in ("fusion.safetensors", "vae.pth"))
-    assert missing["blob.safetensors"] == ["is a link that leads nowhere"]
+    assert missing["blob.safetensors"] == ["is no file, or a link that leads nowhere"]
     assert " lfs pull " in report.next
+
+
+@pytest.mark.parametrize("name", ["pipe.safetensors", "config.json", "pipe.pth"])
+def test_a_pipe_is_named_and_not_waited_for(name: str, folder: Folder) -> None:
+    place = folder({"model.safetensors": forge.safetensors({"a": (2,)})})
+    os.mkfifo(place / name)
+    report = inspect(str(place))
+    assert facts(report, "missing")[name] == ["is no file, or a link that leads nowhere"]
+    assert report.files == 1
+
+
+def test_a_header_whose_tensors_are_not_where_they_should_be(folder: Folder) -> None:
+    def file(**entries: tuple[list[int], list[int]]) -> bytes:
+        header = {name: {"dtype": "F32", "shape": shape, "data_offsets": at} for name, (shape, at) in entries.items()}
+        text, end = forge.as_json(header), max(at[1] for _, at in entries.values())
+        return len(text).to_bytes(8, "little") + text + bytes(end)
+
+    files = {
+        "size.safetensors": file(a=([1000], [0, 16])),
+        "twice.safetensors": file(a=([4], [0, 16]), b=([4], [0, 16])),
+        "hole.safetensors": file(a=([4], [0, 16]), b=([4], [20, 36])),
+        "good.safetensors": file(b=([4], [16, 32]), a=([4], [0, 16]), none=([0, 5], [32, 32])),
+    }
+    missing = facts(inspect(str(folder(files))), "missing")
+    assert missing["size.safetensors"] == ["'a' is float32 [1000] and has 16 bytes [checkpoint_corrupt]"]
+    assert "'b' begins at byte 0 of the data" in missing["twice.safetensors"][0]
+    assert "'b' begins at byte 20 of the data, the tensor before it ends at 16" in missing["hole.safetensors"][0]
+    assert "good.safetensors" not in missing
+
+
+def test_names_cannot_write_on_the_terminal(folder: Folder) -> None:
+    files = {
+        "a\u202eb.safetensors": forge.safetensors({"a": (2,)}),
+        "transformer/config.json": b'{"_class_name": "Foo\\u001b[2J\\nnext: rm \\ud800"}',
+        "README.md": forge.card('license: "mine\\e[31m"'),
+    }
+    place = folder(files)
+    Path(os.fsdecode(os.fsencode(place) + b"/\xff.safetensors")).write_bytes(forge.safetensors({"b": (2,)}))
+    text = describe(inspect(str(place)))
+    assert text.replace("\n", "").isprintable() and text.encode()
+    assert "a\\u202eb.safetensors" in text and "Foo\\x1b[2J\\nnext: rm \\ud800" in text
+    assert "mine\\x1b[31m" in text and "\\udcff.safetensors" in text
+    done = CliRunner().invoke(main, ["inspect", str(place)])
+    assert (done.exit_code, done.stdout) == (0, text + "\n")
 
 
 def test_a_folder_name_that_selects_a_built_in_pipeline(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.models.dreamid_omni import PORT
-from port_kit.models.wan_fusion.loading import build_components, load_component_weights
+from port_kit.pipeline.loading import build_components, load_component_weights
 from port_kit.port import resolve
 from port_kit.remap import RuleSet
 from port_kit.runtime.local import single_rank

@@ -30,10 +30,10 @@ from port_kit.errors import InputError
 from port_kit.models.wan_fusion import batching
 from port_kit.models.wan_fusion.denoising import Denoising
 from port_kit.models.wan_fusion.golden_pipeline import load_pipeline
-from port_kit.models.wan_fusion.media import envelope, measure_mp4, write_result
 from port_kit.models.wan_fusion.pipeline import FusionPipeline
 from port_kit.models.wan_fusion.request import check_cached_outputs
 from port_kit.models.wan_fusion.stepping import CLIPS
+from port_kit.pipeline.media import envelope, measure_mp4, write_result
 from port_kit.runtime.local import single_rank
 
 VOICE = (0.1 * np.random.default_rng(0).standard_normal(40_000)).astype(np.float32)

@@ -17,9 +17,9 @@ from port_kit.manifest import Manifest
 from port_kit.models.ovi import PORT
 from port_kit.models.ovi.recipe import RECIPE
 from port_kit.models.wan_fusion.config import OVI_TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.loading import build_components, load_component_weights
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.pipeline.loading import build_components, load_component_weights
 from port_kit.port import Component
 from port_kit.remap.recorded import component_target
 from port_kit.runtime.local import single_rank

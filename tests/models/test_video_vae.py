@@ -10,8 +10,8 @@ import torch
 from port_kit.errors import InputError, ParityError, PortKitError
 from port_kit.models.wan_fusion.component_configs import VAE_CONFIG, vae_config
 from port_kit.models.wan_fusion.golden_components import load_video_vae
-from port_kit.models.wan_fusion.precision import default_dtype
 from port_kit.models.wan_fusion.video_vae import VideoVAE, build_video_vae
+from port_kit.pipeline.precision import default_dtype
 
 
 @pytest.fixture(scope="module")

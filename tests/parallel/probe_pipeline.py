@@ -21,10 +21,10 @@ from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
-from port_kit.models.wan_fusion.loading import read_json
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import build_transformer
 from port_kit.parallel.hsdp import shard_before_loading
+from port_kit.pipeline.loading import read_json
 from port_kit.remap import load_weights
 
 Pair = tuple[Tensor, Tensor]

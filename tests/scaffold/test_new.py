@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from port_kit.cli import main
-from port_kit.download import Recipe
+from port_kit.download import FileRule, Recipe
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import inspect
+from port_kit.inspect.catalogue import diffusers_names
 from port_kit.remap import RuleSet
 from port_kit.scaffold import NewPort, new_port
 from port_kit.scaffold.diffusers_class import read_class
+from port_kit.scaffold.knowledge import FAMILIES
 from port_kit.scaffold.render import TEMPLATES, literal
 from port_kit.scaffold.source import Source
 from port_kit.testing.hub import Hub
@@ -59,6 +63,26 @@ def test_a_class_that_is_not_known_is_refused_with_every_reason() -> None:
         read_class("NoSuchTransformer")
 
 
+def test_other_classes_of_a_known_name_are_told_apart() -> None:
+    with pytest.raises(ScaffoldError, match="FeedForward with GELU is adapted") as caught:
+        read_class("ZImageTransformer2DModel")
+    assert "feed_forward is not diffusers' own" in caught.value.message
+
+
+@pytest.mark.slow
+def test_every_transformer_of_diffusers_is_adapted_or_refused_for_a_reason() -> None:
+    """A reason is what somebody can look at: a part of the model, not that nobody has thought of it."""
+    models = [name for name, part in diffusers_names().items() if part == "models" and name not in FAMILIES]
+    named = [name for name in models if re.search("Transformer|DiT", name) and "ControlNet" not in name]
+    assert len(named) > 60
+    for name in named:
+        with pytest.raises(ScaffoldError) as caught:
+            read_class(name)
+        problems = caught.value.details["problems"]
+        assert isinstance(problems, list) and len(problems) >= 2, problems
+        assert caught.value.code == "scaffold_unsupported" and name in problems[0]
+
+
 def test_the_command_says_what_is_missing_and_what_was_written(tmp_path: Path) -> None:
     run = CliRunner().invoke
     assert run(main, ["new", "some_port"]).exit_code == 2
@@ -66,6 +90,9 @@ def test_the_command_says_what_is_missing_and_what_was_written(tmp_path: Path) -
     done = run(main, ["new", "some_port", "--path", "bypass", "--output-dir", str(target), "--json"])
     data = json.loads(done.stdout)["data"]
     assert (done.exit_code, data["path"]) == (0, "bypass")
+    spaced = tmp_path / "a port"
+    done = run(main, ["new", "some_port", "--path", "custom", "--output-dir", str(spaced)])
+    assert done.stdout.endswith(f"next: cd '{spaced}' && pytest\n")
     assert sorted(data["files"]) == sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
 
 
@@ -108,6 +135,60 @@ def test_what_a_repository_calls_its_files_stays_text(tmp_path: Path) -> None:
     new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
     recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
     assert recipe.repositories[0].files[0].pattern == next(iter(files))
+
+
+def test_shards_are_named_by_their_pattern_and_pickles_are_converted(tmp_path: Path) -> None:
+    def rule_of(files: forge.Files) -> FileRule:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder = forge.write(files, place / "model")
+        new_port(NewPort("some_net", "custom", place / "port", source=str(folder)))
+        return _recipe(place / "port" / "some_net" / "recipe.py").repositories[0].files[0]
+
+    shards = [f"net-0000{part}-of-00002" for part in (1, 2)]
+    pickles = {f"{name}.bin": forge.torch_file(forge.torch_tensors(name)) for name in shards}
+    assert rule_of(pickles) == FileRule("net-*-of-00002.bin", folder="transformer", convert=True)
+    tensors = {f"weights/{name}.safetensors": forge.safetensors({name: (4, 4)}) for name in shards}
+    tensors["vae.safetensors"] = forge.safetensors({"a": (2,)})
+    assert rule_of(tensors) == FileRule("weights/net-*-of-00002.safetensors", folder="transformer")
+    short = {"net.sft": forge.safetensors({"a": (4, 4)})}
+    assert rule_of(short) == FileRule("net.sft", folder="transformer", name="model.safetensors")
+    wrapped = {"net[1].pt": forge.torch_file({"ema": forge.torch_tensors("a")})}
+    expected = {"name": "model.safetensors", "convert": True, "wrapper": "ema"}
+    assert rule_of(wrapped) == FileRule("net[[]1].pt", folder="transformer", **expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("net-q4.gguf", forge.gguf("flux", {"a.weight": ((8, 4), 12)}), "is gguf, which nothing here converts"),
+        ("net.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        ("net.pth", b"<!DOCTYPE html><html>404</html>", "HTML page"),
+        ("net.onnx", b"onnx", "tensors of onnx files are not read"),
+    ],
+)
+def test_weights_that_no_download_can_use_are_refused(file: str, content: bytes, says: str, tmp_path: Path) -> None:
+    folder = forge.write({file: content}, tmp_path / "model")
+    with pytest.raises(ScaffoldError, match=says) as caught:
+        new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
+    assert caught.value.code == "scaffold_unsupported" and file in caught.value.message
+    assert not (tmp_path / "port").exists()
+
+
+def test_what_the_folder_does_not_hold_is_not_promised(tmp_path: Path) -> None:
+    folder = forge.write({"config.json": b'{"model_type": "unheard"}'}, tmp_path / "model")
+    new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
+    assert not (tmp_path / "port" / "some_net" / "checkpoint.json").exists()
+    assert "checkpoint.json" not in (tmp_path / "port" / "README.md").read_text()
+
+
+def test_names_that_no_text_can_hold_are_written_as_escapes(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    name = os.fsdecode(b"\xff\x7f.safetensors")
+    (folder / name).write_bytes(forge.safetensors({"a.weight": (4, 4)}))
+    new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
+    recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
+    assert recipe.repositories[0].files[0].pattern == name
 
 
 def test_a_served_model_needs_no_port(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from port_kit.models.ovi.recipe import RECIPE
-from port_kit.models.wan_fusion.media import measure_mp4
+from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
 from port_kit.testing.tiny_fusion import download_tiny
 from tests.serving.conftest import EXAMPLES, run_client

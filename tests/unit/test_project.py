@@ -19,7 +19,7 @@ from port_kit.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = ("port_kit", "models", "examples", "benchmarks")
-HEAVY_ROOMS = ("models", "runtime", "parallel")
+HEAVY_ROOMS = ("models", "runtime", "parallel", "pipeline")
 
 
 def _files(*folders: str) -> list[Path]:
@@ -54,6 +54,14 @@ def test_importing_the_kit_imports_no_torch() -> None:
     done = _run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_no_room_imports_a_port_and_no_written_port_does() -> None:
+    """But for a generated page, which lists the shipped ports' errors too."""
+    files = [*(ROOT / "port_kit").rglob("*.py"), *(ROOT / "port_kit").rglob("*.tmpl")]
+    importing = re.compile(r"^\s*(?:from|import) port_kit\.models\b", re.MULTILINE)
+    found = {path.relative_to(ROOT).as_posix() for path in files if importing.search(path.read_text(encoding="utf-8"))}
+    assert len(files) > 150 and found == {"port_kit/pages/errors.py"}
 
 
 def test_starting_python_imports_neither_kit_nor_torch() -> None:
@@ -108,6 +116,31 @@ def test_no_file_is_too_long() -> None:
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 600
     }
     assert not long
+
+
+def _pages() -> list[Path]:
+    return [
+        *ROOT.glob("*.md"),
+        *(path for room in ("docs", "examples", "port_kit") for path in (ROOT / room).rglob("*.md")),
+    ]
+
+
+def _anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", _pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_link_and_no_path_of_a_page_leads_nowhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([\w-]+))?\)", text):
+        place = page.parent / target if target else page
+        assert place.exists(), target
+        assert not anchor or anchor in _anchors(place), f"{target}#{anchor}"
+    rooms = "port_kit|models|tests|docs|examples|benchmarks|requirements"
+    for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
 
 
 def _constants(path: Path) -> Iterator[str]:

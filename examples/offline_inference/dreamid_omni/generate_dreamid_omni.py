@@ -162,7 +162,7 @@ def main() -> int:
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
 
-    from port_kit.models.wan_fusion.media import measure_mp4, write_result
+    from port_kit.pipeline.media import measure_mp4, write_result
     from port_kit.reports import picture_of_clip
 
     prompt, sampling = request_of(arguments)

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
-from port_kit.models.wan_fusion.loading import build_components, load_component_weights, weights_sources
+from port_kit.pipeline.loading import build_components, load_component_weights, weights_sources
 from tidepool import config
 from tidepool.weights import COMPONENTS
 

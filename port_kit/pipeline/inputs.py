@@ -1,4 +1,4 @@
-"""Checks on request values that the ports of the family share. Each raises InputError before any model runs."""
+"""Checks on request values. Each raises InputError before any model runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from port_kit.errors import InputError
+from port_kit.errors import InputError, PortKitError
 
 #: Longest text that is looked at, in characters; the tokenizer's own limit (in tokens) is checked after it.
 MAX_TEXT_CHARACTERS = 8000
@@ -148,6 +148,13 @@ def check_adapter(adapter: object) -> None:
         raise InputError(
             f"the LoRA {path} does not exist", code="source_missing", hint="give the path of a folder on the server"
         )
+
+
+def refusal(error: PortKitError) -> Exception:
+    """Return a request's error as one that vLLM-Omni answers with 400."""
+    from vllm_omni.errors import OmniClientError
+
+    return OmniClientError(str(error))
 
 
 def as_list(value: object) -> list[Any]:

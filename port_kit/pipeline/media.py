@@ -78,7 +78,7 @@ def write_result(path: Path | str, result: Any) -> list[Path]:
 
     Args:
         path: the file, or the pattern of several.
-        result: of a request to a port of the family.
+        result: of a request to a port that gives videos with sound.
     """
     extra, path = result.multimodal_output, Path(path)
     rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
