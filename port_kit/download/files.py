@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ _PIECE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*\\]')
+_LONGEST_NAME = 255  # bytes, of all common file systems
+_ROOM = 30  # bytes that a temporary file's name is longer
 
 
 def check_relative_path(path: str, origin: str) -> None:
@@ -35,12 +38,19 @@ def check_relative_path(path: str, origin: str) -> None:
         for part in parts
         if part in ("", ".", "..") or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part[-1] in ". "
     ]
-    if bad or parts[0] == STATE_FOLDER:
+    if bad or parts[0].casefold() == STATE_FOLDER or not all(map(_is_storable, parts)):
         raise DownloadError(
             f"{origin} names the path {path!r}, which cannot be stored safely under a model directory",
             code="path_unsafe",
             hint="take this file out of the recipe's patterns, and tell the repository's owner",
         )
+
+
+def _is_storable(part: str) -> bool:
+    try:
+        return len(part.encode()) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return False
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -58,15 +68,22 @@ def write_atomically(path: Path, content: str) -> None:
 
 def temporary_for(path: Path) -> Path:
     """Return where this process writes what is to become ``path``."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f"{_temporary_stem(path)}{os.getpid()}.tmp")
 
 
 def sweep_temporaries(path: Path) -> None:
     """Delete what killed processes left of their attempts to write ``path``."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    for left in path.parent.glob(f"{glob.escape(_temporary_stem(path))}*.tmp"):
         number = left.name.removesuffix(".tmp").rpartition(".")[2]
         if number.isdigit() and not Path(f"/proc/{number}").exists():
             left.unlink(missing_ok=True)
+
+
+def _temporary_stem(path: Path) -> str:
+    name = path.name
+    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME - _ROOM:
+        name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return f".{name}."
 
 
 def write_json(path: Path, value: object) -> None:
@@ -120,7 +137,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk or missing rights into an error that says so."""
+    """Turn a full disk, missing rights and whatever else a system says into an error of the kit."""
     try:
         yield
     except OSError as error:
@@ -140,7 +157,33 @@ def explained(path: Path) -> Iterator[None]:
             raise DownloadError(
                 f"{path} may not be written", code="output_dir", hint="choose another --output-dir"
             ) from error
-        raise
+        raise DownloadError(
+            f"{path} cannot be written: {error.strerror or error}",
+            code="output_dir",
+            hint="choose another --output-dir, or see what is in the way there",
+        ) from error
+
+
+def free_space(directory: Path) -> int:
+    """Return the bytes that may still be written where ``directory`` is or will be."""
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise ``disk_full`` where the disk cannot take so many bytes more."""
+    free = free_space(directory)
+    if needed > free:
+        raise DownloadError(
+            f"{needed} bytes are needed at {directory}, {free} are free",
+            code="disk_full",
+            hint="free some space, or choose another disk",
+            needed=needed,
+            free=free,
+        )
 
 
 def remove_empty_folders(directory: Path, folders: set[Path]) -> None:

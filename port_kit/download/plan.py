@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import check_relative_path, digests_of
+from port_kit.download.files import check_relative_path, digests_of, free_space
 from port_kit.download.hub import HubClient, HubFile
 from port_kit.download.lock import LOCK_NAME, Lock, LockedFile
 from port_kit.download.parts import Identity, bytes_on_disk
@@ -306,15 +305,6 @@ def _adopt(path: Path, item: LockedFile) -> LockedFile:
         code="target_foreign",
         hint="move it away, or choose another --output-dir",
     )
-
-
-def free_space(directory: Path) -> int:
-    """Return the bytes that may still be written where ``directory`` is or will be."""
-    place = directory
-    while not place.exists():
-        place = place.parent
-    found = os.statvfs(place)
-    return found.f_bavail * found.f_frsize
 
 
 def _check_disk(plan: Plan) -> None:
