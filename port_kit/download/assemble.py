@@ -11,7 +11,7 @@ from typing import Any
 from port_kit.download.files import read_json, sync_folder, write_atomically
 from port_kit.download.lock import Lock, drop_journal
 from port_kit.download.plan import MODEL_INDEX
-from port_kit.download.recipe import Recipe
+from port_kit.download.recipe import Recipe, plain
 from port_kit.errors import DownloadError
 
 
@@ -85,12 +85,7 @@ def check_indexes(directory: Path, lock: Lock) -> None:
 
 
 def _text(content: Mapping[str, Any]) -> str:
-    return json.dumps(dict(content), indent=2, default=_plain) + "\n"
-
-
-def _plain(value: object) -> object:
-    """Mappings and sequences of other kinds than dict and list."""
-    return dict(value) if isinstance(value, Mapping) else list(value)  # type: ignore[call-overload]
+    return json.dumps(dict(content), indent=2, default=plain, allow_nan=False) + "\n"
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -23,6 +23,8 @@ _SYNC_FILE_RANGE_WRITE = 2
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*\\]')
 _LONGEST_NAME = 255  # bytes, of all common file systems
+_LONGEST_PATH = 2048  # the system allows about twice that for the whole path
+_DEEPEST = 64
 _ROOM = 30  # bytes that a temporary file's name is longer
 
 
@@ -38,9 +40,10 @@ def check_relative_path(path: str, origin: str) -> None:
         for part in parts
         if part in ("", ".", "..") or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part[-1] in ". "
     ]
-    if bad or parts[0].casefold() == STATE_FOLDER or not all(map(_is_storable, parts)):
+    storable = len(parts) < _DEEPEST and all(map(_is_storable, parts))
+    if bad or parts[0].casefold() == STATE_FOLDER or not storable or len(path) > _LONGEST_PATH:
         raise DownloadError(
-            f"{origin} names the path {path!r}, which cannot be stored safely under a model directory",
+            f"{origin} names the path {path[:300]!r}, which cannot be stored safely under a model directory",
             code="path_unsafe",
             hint="take this file out of the recipe's patterns, and tell the repository's owner",
         )

@@ -122,7 +122,7 @@ def fetch_code(code: GitCode, commit: str) -> Path:
     check_url(code)
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
+        sweep_code(code.name)
         aside = folder.parent / f".{commit}.{os.getpid()}.tmp"
         try:
             _check_out(code, commit, aside / "repo")
@@ -204,9 +204,9 @@ def _link_packages(code: GitCode, folder: Path) -> None:
         (folder / "path" / found).symlink_to(link)
 
 
-def _sweep(parent: Path) -> None:
+def sweep_code(name: str) -> None:
     """Delete what killed fetches left."""
-    for path in parent.glob(".*.tmp"):
+    for path in (code_home() / name).glob(".*.tmp"):
         number = path.name.removesuffix(".tmp").rpartition(".")[2]
         if number.isdigit() and not Path(f"/proc/{number}").exists():
             shutil.rmtree(path, ignore_errors=True)

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 
 from port_kit.download.files import explained, read_json, write_atomically, write_json
-from port_kit.download.gitcode import code_folder, code_home
-from port_kit.download.recipe import GitCode
+from port_kit.download.gitcode import code_folder, code_home, sweep_code
+from port_kit.download.recipe import FULL_HASH, NAME, GitCode
 from port_kit.errors import DownloadError, OptionalDependencyError
 
 _FIND = """
@@ -127,12 +127,20 @@ def uninstall_code(name: str) -> list[str]:
     Raises:
         DownloadError: ``code_broken`` where nothing of that name is installed.
     """
+    if not NAME.fullmatch(name):
+        raise DownloadError(
+            f"{name!r} is no name of git code",
+            code="code_broken",
+            hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
+        )
     removed = []
     target = pth_file(name)
     if target.is_file():
         target.unlink()
         removed.append(str(target))
-    for folder in sorted(path for path in (code_home() / name).glob("*") if path.is_dir()):
+    sweep_code(name)
+    commits = (path for path in (code_home() / name).glob("*") if FULL_HASH.fullmatch(path.name) and path.is_dir())
+    for folder in sorted(commits):
         if not _forget_user(folder, target):
             shutil.rmtree(folder)
             removed.append(str(folder))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import STATE_FOLDER, explained, read_json, write_json
+from port_kit.download.files import STATE_FOLDER, check_relative_path, explained, read_json, write_json
 from port_kit.download.parts import Identity
 from port_kit.errors import DownloadError
 
@@ -70,7 +70,10 @@ class Lock:
         for target, item in data["files"].items():
             item = dict(item)
             size, sha256 = item.pop("final_size"), item.pop("final_sha256")
+            check_relative_path(target, LOCK_NAME)
             files[target] = LockedFile(Identity(target=target, **item), size, sha256)
+        for target in data["written"]:
+            check_relative_path(target, LOCK_NAME)
         fields = {key: value for key, value in data.items() if key not in ("schema", "files")}
         return cls(files=files, **fields)
 

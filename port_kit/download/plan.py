@@ -226,14 +226,15 @@ def _check_matches(
             code="pattern_empty",
             hint=f"did you mean {', '.join(near)}?" if near else "correct the recipe",
         )
-    if rule.name and len(matched) > 1:
+    if (rule.name or rule.sha256) and len(matched) > 1:
+        only = rule.name or f"the one of sha256 {rule.sha256}"
         raise DownloadError(
-            f"the pattern {rule.pattern!r} matches {len(matched)} files of {where}, which cannot all be {rule.name}",
+            f"the pattern {rule.pattern!r} matches {len(matched)} files of {where}, which cannot all be {only}",
             code="target_collision",
-            hint="leave out the name, or narrow the pattern",
+            hint="leave out name and sha256, or narrow the pattern",
         )
     stated = matched[0].sha256
-    if rule.sha256 and rule.sha256 != stated:
+    if rule.sha256 and stated and rule.sha256 != stated:
         raise DownloadError(
             f"{where} states sha256 {stated} for {matched[0].path}, the recipe requires {rule.sha256}",
             code="hash_mismatch",
@@ -246,7 +247,8 @@ def _identities(repo_id: str, commit: str, rule: FileRule, file: HubFile, keep_o
     check_relative_path(file.path, repo_id)
     target = rule.target(file.path)
     check_relative_path(target, f"the rule {rule.pattern!r} of {repo_id}")
-    wanted = Identity(target, repo_id, commit, file.path, file.size, file.digest, rule.convert, rule.wrapper)
+    digest = f"sha256:{rule.sha256}" if rule.sha256 else file.digest
+    wanted = Identity(target, repo_id, commit, file.path, file.size, digest, rule.convert, rule.wrapper)
     if keep_original and rule.convert:
         yield original_of(wanted)
     yield wanted
