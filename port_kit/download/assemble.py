@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import read_json, sync_folder, write_atomically
+from port_kit.download.files import read_json, require_place, sync_folder, write_atomically
 from port_kit.download.lock import Lock, drop_journal
 from port_kit.download.plan import MODEL_INDEX
 from port_kit.download.recipe import Recipe, plain
@@ -30,6 +30,7 @@ def check_owned(directory: Path, recipe: Recipe, known: Lock | None) -> None:
     contents = {**texts_of(recipe), MODEL_INDEX: _text(recipe.model_index)}
     for target, text in contents.items():
         path = directory / target
+        require_place(path)
         if path.exists() and target not in ours and known is None and not _holds(path, text):
             raise DownloadError(
                 f"{path} was not written by port-kit",

@@ -49,6 +49,21 @@ def check_relative_path(path: str, origin: str) -> None:
         )
 
 
+def require_place(path: Path) -> None:
+    """Refuse where a folder stands in a file's place, or a file in that of one of its folders.
+
+    Raises:
+        DownloadError: ``target_foreign``.
+    """
+    in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if in_the_way is not None or path.is_dir():
+        raise DownloadError(
+            f"{in_the_way or path} is in the way: {path} is to be a file",
+            code="target_foreign",
+            hint="move it away, or choose another --output-dir",
+        )
+
+
 def _is_storable(part: str) -> bool:
     try:
         return len(part.encode()) <= _LONGEST_NAME
@@ -58,10 +73,10 @@ def _is_storable(part: str) -> bool:
 
 def write_atomically(path: Path, content: str) -> None:
     """Write a text file so that it is there completely or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(path)
     temporary = temporary_for(path)
     with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(path)
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(content)
             stream.flush()
@@ -95,11 +110,19 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's content, or None where it is missing or is no JSON."""
+    """Return a JSON file's content, or None where it is missing or is no JSON.
+
+    Raises:
+        DownloadError: ``output_dir`` where it may not be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
+    except OSError as error:
+        raise DownloadError(
+            f"{path} cannot be read: {error.strerror}", code="output_dir", hint="correct its rights, or its disk"
+        ) from error
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -243,6 +266,13 @@ def directory_lock(directory: Path, notice: Callable[[str], None]) -> Iterator[N
         stream.write(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
         stream.flush()
         yield
+
+
+def may_lock(directory: Path) -> bool:
+    """Whether this process may take the lock of an existing directory, which is a file in it."""
+    folder = directory / STATE_FOLDER
+    lock = folder / "lock"
+    return os.access(lock if lock.exists() else folder if folder.exists() else directory, os.W_OK)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import check_relative_path, digests_of, free_space
+from port_kit.download.files import check_relative_path, digests_of, free_space, require_place
 from port_kit.download.hub import HubClient, HubFile
 from port_kit.download.lock import LOCK_NAME, Lock, LockedFile
 from port_kit.download.parts import Identity, bytes_on_disk
@@ -287,6 +287,7 @@ def _folders(target: str) -> list[str]:
 def _present(directory: Path, item: LockedFile, known: LockedFile | None) -> LockedFile:
     """Say whether a file is there: with the lock's size, or unknown to the lock but with the Hub's hash."""
     path = directory / item.identity.target
+    require_place(path)
     if not path.is_file():
         return dataclasses.replace(item, size=None, sha256=None)
     if known is not None and known.sha256 is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,12 @@ class Removal:
     gone: bool
 
 
-def remove(directory: str | Path) -> Removal:
+def remove(directory: str | Path, notice: Callable[[str], None] = lambda text: None) -> Removal:
     """Delete the files that ``port.lock`` names, the kit's state, and folders that are empty then.
+
+    Args:
+        directory: the model directory.
+        notice: told where another process works on the directory, whose end is waited for.
 
     Raises:
         DownloadError: ``model_incomplete`` where the directory has no ``port.lock``.
@@ -39,7 +44,7 @@ def remove(directory: str | Path) -> Removal:
         )
     ours = [*lock.files, *lock.written, LOCK_NAME, MODEL_INDEX]
     present = tuple(dict.fromkeys(target for target in ours if (directory / target).is_file()))
-    with directory_lock(directory, lambda text: None), explained(directory):
+    with directory_lock(directory, notice), explained(directory):
         take_down(directory)
         for target in present:
             (directory / target).unlink(missing_ok=True)
