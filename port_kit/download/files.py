@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from port_kit.errors import DownloadError
 
@@ -184,7 +184,7 @@ def explained(path: Path) -> Iterator[None]:
                 f"{path} may not be written", code="output_dir", hint="choose another --output-dir"
             ) from error
         raise DownloadError(
-            f"{path} cannot be written: {error.strerror or error}",
+            f"{error.filename or path} cannot be used: {error.strerror or error}",
             code="output_dir",
             hint="choose another --output-dir, or see what is in the way there",
         ) from error
@@ -250,22 +250,36 @@ def directory_lock(directory: Path, notice: Callable[[str], None]) -> Iterator[N
     The system gives the lock back when its holder dies. Where locks do nothing (some network file systems), work is
     done twice, but never wrongly: parts carry their owner's name and are published by rename.
     """
-    folder = directory / STATE_FOLDER
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / "lock").open("a+")
-    with stream:
-        begun, told = time.monotonic(), False
-        while not _try_lock(stream.fileno()):
+    begun, told = time.monotonic(), False
+    while True:
+        with _open_lock(directory) as stream:
+            if _try_lock(stream.fileno()) and _is_still(stream, directory):
+                stream.truncate(0)
+                host = os.uname().nodename if hasattr(os, "uname") else "this machine"
+                stream.write(f"process {os.getpid()} on {host}\n")
+                stream.flush()
+                yield
+                return
             if not told and time.monotonic() - begun > 1.0:
                 stream.seek(0)
                 notice(f"waiting for another download into {directory} ({stream.read().strip() or 'unknown process'})")
                 told = True
-            time.sleep(0.1)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
-        stream.flush()
-        yield
+        time.sleep(0.1)
+
+
+def _open_lock(directory: Path) -> TextIO:
+    folder = directory / STATE_FOLDER
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("a+")
+
+
+def _is_still(stream: TextIO, directory: Path) -> bool:
+    """Whether a lock's file is still there: whoever held it may have taken the whole directory away."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(directory / STATE_FOLDER / "lock"))
+    except FileNotFoundError:
+        return False
 
 
 def may_lock(directory: Path) -> bool:

@@ -133,8 +133,20 @@ def uninstall_code(name: str) -> list[str]:
             code="code_broken",
             hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
         )
-    removed = []
     target = pth_file(name)
+    with explained(target):
+        removed = _take_out(name, target)
+    if not removed:
+        raise DownloadError(
+            f"no git code called {name} is installed in this environment",
+            code="code_broken",
+            hint=f"installed: {', '.join(installed_names()) or 'none'}",
+        )
+    return removed
+
+
+def _take_out(name: str, target: Path) -> list[str]:
+    removed = []
     if target.is_file():
         target.unlink()
         removed.append(str(target))
@@ -147,12 +159,6 @@ def uninstall_code(name: str) -> list[str]:
     for empty in (code_home() / name, code_home()):
         if empty.is_dir() and not any(empty.iterdir()):
             empty.rmdir()
-    if not removed:
-        raise DownloadError(
-            f"no git code called {name} is installed in this environment",
-            code="code_broken",
-            hint=f"installed: {', '.join(installed_names()) or 'none'}",
-        )
     return removed
 
 

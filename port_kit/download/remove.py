@@ -9,7 +9,7 @@ from pathlib import Path
 
 from port_kit.download.assemble import take_down
 from port_kit.download.files import STATE_FOLDER, directory_lock, explained, remove_empty_folders
-from port_kit.download.lock import LOCK_NAME, read_lock
+from port_kit.download.lock import LOCK_NAME, Lock, read_lock
 from port_kit.download.plan import MODEL_INDEX
 from port_kit.errors import DownloadError
 
@@ -35,16 +35,11 @@ def remove(directory: str | Path, notice: Callable[[str], None] = lambda text: N
         DownloadError: ``model_incomplete`` where the directory has no ``port.lock``.
     """
     directory = Path(directory).absolute()
-    lock = read_lock(directory)
-    if lock is None:
-        raise DownloadError(
-            f"{directory} has no {LOCK_NAME}: it is not known what was put there",
-            code="model_incomplete",
-            hint="check the path",
-        )
-    ours = [*lock.files, *lock.written, LOCK_NAME, MODEL_INDEX]
-    present = tuple(dict.fromkeys(target for target in ours if (directory / target).is_file()))
+    _locked(directory)
     with directory_lock(directory, notice), explained(directory):
+        lock = _locked(directory)  # another process may have worked on it until now
+        ours = [*lock.files, *lock.written, LOCK_NAME, MODEL_INDEX]
+        present = tuple(dict.fromkeys(target for target in ours if (directory / target).is_file()))
         take_down(directory)
         for target in present:
             (directory / target).unlink(missing_ok=True)
@@ -54,3 +49,14 @@ def remove(directory: str | Path, notice: Callable[[str], None] = lambda text: N
     if not any(directory.iterdir()) and not directory.is_symlink():
         directory.rmdir()
     return Removal(directory, present, left, gone=not directory.exists())
+
+
+def _locked(directory: Path) -> Lock:
+    lock = read_lock(directory)
+    if lock is None:
+        raise DownloadError(
+            f"{directory} has no {LOCK_NAME}: it is not known what was put there",
+            code="model_incomplete",
+            hint="check the path",
+        )
+    return lock

@@ -150,15 +150,21 @@ class Run:
         """Do everything; see :func:`download`."""
         _check_directory(self.directory)
         try:
-            return self._execute()
+            with explained(self.directory):  # what has no better explanation further in
+                return self._execute()
         finally:
             if self._hub is not None:
                 self._hub.http.close()
 
     def _execute(self) -> Report:
+        if self.settings.update and self.settings.offline:
+            raise DownloadError(
+                "what a branch points to now cannot be found out without the network",
+                code="offline_incomplete",
+                hint="leave out --update or --offline",
+            )
         if self.settings.dry_run:
-            _, plan = self._plan(read_lock(self.directory))
-            return self._report(plan=plan, complete=False)
+            return self._dry_run()
         if self.settings.offline and not self.directory.is_dir():
             raise self._incomplete(["everything"])
         with explained(self.directory):
@@ -168,9 +174,32 @@ class Run:
         with directory_lock(self.directory, self.progress.note):
             return self._locked()
 
+    def _dry_run(self) -> Report:
+        known = self._lock()
+        damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
+        if self.settings.offline and not damaged and self._nothing_to_do(known):
+            return self._report()
+        for target in damaged:
+            if known is not None and target in known.files:
+                known.files[target] = dataclasses.replace(known.files[target], size=-1)
+        _, plan = self._plan(known)
+        notes = tuple(f"{target}: {problem}" for target, problem in damaged.items())
+        return self._report(plan=dataclasses.replace(plan, notes=plan.notes + notes), complete=False)
+
+    def _lock(self) -> Lock | None:
+        """Return the directory's lock, which is one of this port."""
+        known = read_lock(self.directory)
+        if known is not None and known.recipe != self.recipe.name:
+            raise DownloadError(
+                f"{self.directory} holds {known.recipe}, not {self.recipe.name}",
+                code="target_foreign",
+                hint=f"choose another --output-dir, or take it away first: port-kit remove {self.directory}",
+            )
+        return known
+
     def _read_only(self) -> Report:
         """A directory that somebody else keeps, on a disk that takes no writes: it is whole, or it is refused."""
-        known = read_lock(self.directory)
+        known = self._lock()
         damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
         if not damaged and self._nothing_to_do(known):
             return self._report(strangers=self._strangers(known))
@@ -182,7 +211,7 @@ class Run:
         )
 
     def _locked(self) -> Report:
-        known = read_lock(self.directory)
+        known = self._lock()
         repair = not self.settings.offline
         repaired = self._examine(known, repair=repair) if self.settings.verify and known else {}
         if not repaired and self._nothing_to_do(known):
