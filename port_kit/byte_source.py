@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 
 _BLOCK = 1 << 16
 _CACHED_BLOCKS = 256
+_MOST_AT_ONCE = 1 << 28
 
 
 @runtime_checkable
@@ -107,6 +108,8 @@ class SourceFile(io.RawIOBase):
         size = rest if size < 0 else min(size, rest)
         if size == 0:
             return b""
+        if size > _MOST_AT_ONCE:  # directories and pickles are read this way, and are smaller
+            raise ValueError(f"{size} bytes at once from {self._source.name}")
         first, last = self._position // _BLOCK, (self._position + size - 1) // _BLOCK
         if last - first >= _CACHED_BLOCKS:
             data = self._source.read_at(self._position, size)

@@ -8,7 +8,8 @@ one of them builds a :class:`StorageRef` or a :class:`TensorRef`, which are reco
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
 from port_kit.errors import CheckpointError
@@ -28,8 +29,12 @@ _TYPED_STORAGES = {
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage")}
-_LONGEST_PICKLE = 1 << 28
+LONGEST_PICKLE = 1 << 28
 _MOST_OPCODES = 50_000_000
+_LONGEST_KEY = 1 << 16
+_LARGEST_MEMO = 1 << 32
+_MOST_AXES = 64  # torch's own limit
+_MOST_ELEMENTS = 1 << 60
 
 
 class Global(NamedTuple):
@@ -82,7 +87,7 @@ def read_pickle(stream: BinaryIO, where: str) -> Any:
     start = stream.tell()
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-            if count > _MOST_OPCODES or (position or 0) - start > _LONGEST_PICKLE:
+            if count > _MOST_OPCODES or (position or 0) - start > LONGEST_PICKLE:
                 raise CheckpointError(f"{where}: the pickle is longer than any checkpoint's", code="pickle_corrupt")
             if opcode.name == "STOP":
                 return machine.pop()
@@ -100,9 +105,11 @@ class _Machine:
         self._where = where
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._steps = self._copied = 0
 
     def step(self, name: str, argument: Any, position: int) -> None:
         """Execute one opcode."""
+        self._steps += 1
         action = _ACTIONS.get(name)
         if action is None:
             raise self._refused(f"the opcode {name} at byte {position}")
@@ -137,6 +144,8 @@ class _Machine:
         return self._stack[-1]
 
     def put(self, index: int) -> None:
+        if not 0 <= index < _LARGEST_MEMO:
+            raise ValueError("a memo index that no pickler counts to")
         self._memo[index] = self._stack[-1]
 
     def memoize(self, _: None) -> None:
@@ -146,8 +155,7 @@ class _Machine:
         self.push(self._memo[index])
 
     def set_items(self, items: list[Any]) -> None:
-        target = self.top(dict)
-        target.update(zip(items[::2], items[1::2], strict=True))
+        _fill(self.top(dict), zip(items[::2], items[1::2], strict=True), self._where)
 
     def append_items(self, items: list[Any]) -> None:
         self.top(list).extend(items)
@@ -178,6 +186,10 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Global) or function not in _CALLS or not isinstance(arguments, tuple):
             raise self._refused(f"a call of {_describe(function)}")
+        # Each item was spelled out once; more copies than that are there to fill the memory.
+        self._copied += sum(map(len, arguments)) if function in _COPYING else 0
+        if self._copied > self._steps:
+            raise self._refused("more copies of its own content than it holds items")
         self.push(_CALLS[function](arguments, self._where))
 
     def build(self, _: None) -> None:
@@ -201,8 +213,27 @@ class _Machine:
 _HARMLESS_LOOKING = {"torch", "numpy", "argparse", "pathlib", "omegaconf", "collections", "transformers", "diffusers"}
 
 
+def _fill(target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]], where: str) -> dict[Any, Any]:
+    """Put pairs into a dict. Keys are plain: others take unbounded time to hash, or more stack than there is."""
+    for key, value in pairs:
+        if not (_is_plain(key) or (type(key) is tuple and len(key) < _MOST_AXES and all(map(_is_plain, key)))):
+            raise CheckpointError(
+                f"{where}: {_describe(key)} is a dict's key; plain values of moderate length are required",
+                code="pickle_unsupported",
+                hint="save only the tensors: torch.save(model.state_dict(), path)",
+            )
+        target[key] = value
+    return target
+
+
+def _is_plain(key: Any) -> bool:
+    if isinstance(key, (str, bytes)):
+        return len(key) < _LONGEST_KEY
+    return key is None or isinstance(key, (float, Global)) or (isinstance(key, int) and abs(key) < _MOST_ELEMENTS)
+
+
 def _describe(value: Any) -> str:
-    return str(value) if isinstance(value, Global) else f"a {type(value).__name__}"
+    return str(value)[:200] if isinstance(value, Global) else f"a {type(value).__name__}"
 
 
 def _is_allowed(found: Global) -> bool:
@@ -222,10 +253,10 @@ def _storage(identity: Any, where: str) -> StorageRef:
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         raise CheckpointError(f"{where}: a persistent id that is not torch's", code="pickle_corrupt")
     _, kind, key, _, numel = identity[:5]
+    if not isinstance(kind, Global) or not isinstance(key, str) or not _is_count(numel) or len(key) > _LONGEST_KEY:
+        raise CheckpointError(f"{where}: a storage without type, key or length", code="pickle_corrupt")
     if len(identity) == 6 and identity[5] is not None:
         raise CheckpointError(f"{where}: storage {key} is a view of another storage", code="pickle_unsupported")
-    if not isinstance(kind, Global) or not isinstance(key, str) or not _is_count(numel):
-        raise CheckpointError(f"{where}: a storage without type, key or length", code="pickle_corrupt")
     if kind in _UNTYPED:
         return StorageRef(key, None, numel)
     dtype = _storage_dtype(kind)
@@ -250,7 +281,8 @@ def _tensor_v3(arguments: tuple[Any, ...], where: str) -> TensorRef:
     """``torch._utils._rebuild_tensor_v3``: the storage has no type, the dtype comes seventh, metadata eighth."""
     storage, dtype = arguments[0], _dtype(arguments[6]) if isinstance(arguments[6], Global) else None
     if not isinstance(storage, StorageRef) or dtype is None:
-        raise CheckpointError(f"{where}: a tensor of unknown type {arguments[6]}", code="pickle_unsupported")
+        kind = _describe(arguments[6])
+        raise CheckpointError(f"{where}: a tensor of unknown type {kind}", code="pickle_unsupported")
     return _view(storage, dtype, arguments[1:4], arguments[7:8], where)
 
 
@@ -259,7 +291,8 @@ def _view(
 ) -> TensorRef:
     offset, shape, strides = geometry
     whole = _is_count(offset) and isinstance(shape, tuple) and isinstance(strides, tuple)
-    if not whole or len(shape) != len(strides) or not all(map(_is_count, (*shape, *strides))):
+    whole = whole and len(shape) == len(strides) <= _MOST_AXES and all(map(_is_count, (*shape, *strides)))
+    if not whole or prod(filter(None, shape)) > _MOST_ELEMENTS:
         raise CheckpointError(f"{where}: a tensor whose shape or strides are not lengths", code="pickle_corrupt")
     flags = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
     lazy = [name for name in ("conj", "neg") if flags.get(name)]
@@ -279,11 +312,15 @@ def _parameter(arguments: tuple[Any, ...], where: str) -> TensorRef:
 
 
 def _ordered_dict(arguments: tuple[Any, ...], where: str) -> dict[Any, Any]:
-    return dict(*arguments)
+    """Empty, to be filled afterwards; Python 2 gave a list of pairs."""
+    (content,) = arguments or ((),)
+    return _fill({}, content.items() if isinstance(content, dict) else content, where)
 
 
-def _size(arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
-    return tuple(*arguments)
+def _size(arguments: tuple[Any, ...], where: str) -> tuple[int, ...]:
+    if len(arguments) != 1 or not isinstance(arguments[0], (tuple, list)) or not all(map(_is_count, arguments[0])):
+        raise CheckpointError(f"{where}: a size that is not a tuple of lengths", code="pickle_corrupt")
+    return tuple(arguments[0])
 
 
 _CALLS: dict[Global, Callable[[tuple[Any, ...], str], Any]] = {
@@ -294,6 +331,8 @@ _CALLS: dict[Global, Callable[[tuple[Any, ...], str], Any]] = {
     Global("collections", "OrderedDict"): _ordered_dict,
     Global("torch", "Size"): _size,
 }
+
+_COPYING = (Global("collections", "OrderedDict"), Global("torch", "Size"))
 
 _ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, value: None),

@@ -21,7 +21,7 @@ from zlib import crc32
 
 from port_kit.byte_source import ByteSource, FileSource, SourceFile, StreamSource
 from port_kit.errors import CheckpointError
-from port_kit.pickle_machine import ITEM_SIZES, StorageRef, TensorRef, read_pickle
+from port_kit.pickle_machine import ITEM_SIZES, LONGEST_PICKLE, StorageRef, TensorRef, read_pickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -29,6 +29,7 @@ _ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MOST_NAMES = 1_000_000
 _DEEPEST = 32
+_MOST_PATHS = 64
 _HUGE = 0xFFFFFFFF
 
 
@@ -106,7 +107,7 @@ def read_tables(source: str | Path | BinaryIO | ByteSource, wrapper: str = "", *
         if opened.read_at(0, 4) == b"PK\x03\x04":
             container, root, storages = "zip", *_read_zip(stream, opened, exact_offsets)
         else:
-            container, root, storages = "legacy", *_read_legacy(stream, opened)
+            container, root, storages = "legacy", *_read_legacy(stream, opened, exact_offsets)
         tensors, others = _flatten(_unwrap(root, wrapper, opened.name), wrapper, opened.name)
         return Tables(_entries(tensors, storages, opened.name), storages, others, container, opened.size)
 
@@ -222,6 +223,10 @@ def _check_members(by_name: Mapping[str, zipfile.ZipInfo], prefix: str, source: 
 
 def _member(source: ByteSource, entry: zipfile.ZipInfo) -> bytes:
     """Read one small entry and check its CRC-32."""
+    if entry.file_size > LONGEST_PICKLE:
+        raise CheckpointError(
+            f"{source.name}: zip entry {entry.filename!r} has {entry.file_size} bytes", code="pickle_corrupt"
+        )
     data = source.read_at(_local_offset(source, entry.header_offset), entry.file_size)
     if len(data) != entry.file_size or crc32(data) != entry.CRC:
         raise CheckpointError(f"{source.name}: zip entry {entry.filename!r} fails its CRC-32", code="pickle_corrupt")
@@ -256,7 +261,18 @@ def _zip_storages(
             storages[key] = Storage(offset, entry.file_size, entry.CRC, entry.header_offset, name)
             if offset + entry.file_size > source.size:
                 raise CheckpointError(f"{source.name}: zip entry {name!r} ends behind the file", code="pickle_corrupt")
+    if exact_offsets:
+        _check_overlaps(storages, source.name)
     return storages
+
+
+def _check_overlaps(storages: Mapping[str, Storage], name: str) -> None:
+    """Each byte of the file belongs to one storage at most; what is written while it arrives rests on that."""
+    end = 0
+    for storage in sorted(storages.values(), key=lambda item: item.offset):
+        if storage.offset < end and storage.nbytes:
+            raise CheckpointError(f"{name}: zip entry {storage.name!r} lies inside another one", code="pickle_corrupt")
+        end = max(end, storage.offset + storage.nbytes)
 
 
 def _read_whole_pickle(data: bytes, where: str) -> Any:
@@ -269,7 +285,7 @@ def _read_whole_pickle(data: bytes, where: str) -> Any:
     return value
 
 
-def _read_legacy(stream: SourceFile, source: ByteSource) -> tuple[Any, dict[str, Storage]]:
+def _read_legacy(stream: SourceFile, source: ByteSource, exact_offsets: bool) -> tuple[Any, dict[str, Storage]]:
     """Five pickles (magic, protocol, system, object, storage keys), then each storage with its length before it."""
     header = [read_pickle(stream, source.name) for _ in range(3)]  # type: ignore[arg-type]
     if header[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
@@ -284,17 +300,25 @@ def _read_legacy(stream: SourceFile, source: ByteSource) -> tuple[Any, dict[str,
     keys = read_pickle(stream, source.name)  # type: ignore[arg-type]
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError(f"{source.name}: the list of storages is not one", code="pickle_corrupt")
-    sizes = {ref.key: ref.numel * ITEM_SIZES[ref.dtype or "uint8"] for ref in _storage_refs(root, source.name)}
-    return root, _legacy_storages(keys, sizes, stream.tell(), source)
+    refs = {ref.key: ref for ref in _storage_refs(root, source.name)}
+    storages = _legacy_storages(keys, refs, stream.tell(), source)
+    if exact_offsets:
+        _check_counts(stream, storages, refs, source.name)
+    return root, storages
 
 
-def _legacy_storages(keys: list[str], sizes: Mapping[str, int], offset: int, source: ByteSource) -> dict[str, Storage]:
+def _legacy_storages(
+    keys: list[str], refs: Mapping[str, StorageRef], offset: int, source: ByteSource
+) -> dict[str, Storage]:
     storages = {}
     for key in keys:
-        if key not in sizes:
+        if key not in refs:
             raise CheckpointError(f"{source.name}: storage {key} belongs to no tensor", code="pickle_unsupported")
-        storages[key] = Storage(offset + 8, sizes[key], None)
-        offset += 8 + sizes[key]
+        if key in storages:
+            raise CheckpointError(f"{source.name}: storage {key} is listed twice", code="pickle_corrupt")
+        size = refs[key].numel * ITEM_SIZES[refs[key].dtype or "uint8"]
+        storages[key] = Storage(offset + 8, size, None)
+        offset += 8 + size
     if offset > source.size:
         raise CheckpointError(
             f"{source.name} has {source.size} bytes, its storages need {offset}",
@@ -302,6 +326,21 @@ def _legacy_storages(keys: list[str], sizes: Mapping[str, int], offset: int, sou
             hint="the file is cut short: fetch it again",
         )
     return storages
+
+
+def _check_counts(
+    stream: SourceFile, storages: Mapping[str, Storage], refs: Mapping[str, StorageRef], name: str
+) -> None:
+    """Before each storage its number of elements is written once more: the only thing that tells damage here."""
+    for key, storage in storages.items():
+        stream.seek(storage.offset - 8)
+        count = int.from_bytes(stream.read(8), "little")
+        if count != refs[key].numel:
+            raise CheckpointError(
+                f"{name}: storage {key} begins with the length {count}, its tensors say {refs[key].numel}",
+                code="pickle_corrupt",
+                hint="the file is damaged: fetch it again",
+            )
 
 
 def _storage_refs(root: Any, name: str) -> Iterator[StorageRef]:
@@ -344,8 +383,8 @@ def _flatten(root: dict[Any, Any], wrapper: str, name: str) -> tuple[dict[str, T
         elif isinstance(value, TensorRef):
             tensors[key] = value
         else:
-            others[key] = "dict" if isinstance(value, dict) else type(value).__name__
-            nested += _paths_to_tensors(value, key)
+            others[key[:80]] = "dict" if isinstance(value, dict) else type(value).__name__
+            nested += _paths_to_tensors(value, key) if len(nested) < _MOST_PATHS else []
     if nested and not tensors:
         paths = [f"{wrapper}.{path}" if wrapper else path for path in nested]
         raise CheckpointError(
@@ -361,16 +400,30 @@ def _flatten(root: dict[Any, Any], wrapper: str, name: str) -> tuple[dict[str, T
 
 def _paths_to_tensors(value: Any, path: str) -> list[str]:
     """Dotted paths of the dicts below ``value`` that hold tensors directly; shared dicts are walked once."""
-    found, stack, seen = [], [(value, path, 0)], set()
-    while stack:
-        item, here, depth = stack.pop()
+    found: list[str] = []
+    stack: list[tuple[Any, _Way, int]] = [(value, (None, path), 0)]
+    seen = set()
+    while stack and len(found) < _MOST_PATHS:
+        item, way, depth = stack.pop()
         if not isinstance(item, dict) or id(item) in seen or depth > _DEEPEST:
             continue
         seen.add(id(item))
         if any(isinstance(child, TensorRef) for child in item.values()):
-            found.append(here)
-        stack += [(child, f"{here}.{key}", depth + 1) for key, child in item.items()]
+            found.append(_dotted(way))
+        stack += [(child, (way, key), depth + 1) for key, child in item.items() if isinstance(child, dict)]
     return found
+
+
+#: the keys above a dict, the nearest last: ``(way to the dict above it, key)``
+_Way = tuple[Any, Any]
+
+
+def _dotted(way: _Way | None) -> str:
+    keys = []
+    while way is not None:
+        way, key = way
+        keys.append(str(key))
+    return ".".join(reversed(keys))
 
 
 def _entries(tensors: Mapping[str, TensorRef], storages: Mapping[str, Storage], name: str) -> dict[str, TensorEntry]:

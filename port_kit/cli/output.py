@@ -48,7 +48,10 @@ def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[...
                 _print_error(command, error, as_json=bool(kwargs.get("as_json")))
                 raise SystemExit(1) from error
             except KeyboardInterrupt as error:
-                click.echo("interrupted; run the same command again to go on", err=True)
+                message, hint = "interrupted", "run the same command again to go on"
+                if kwargs.get("as_json"):
+                    _print_error(command, PortKitError(message, code="interrupted", hint=hint), as_json=True)
+                click.echo(f"{message}; {hint}", err=True)
                 raise SystemExit(130) from error
 
         return run

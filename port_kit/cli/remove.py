@@ -19,7 +19,7 @@ from port_kit.download.remove import remove
 @handles_errors("remove")
 def command(directory: Path, as_json: bool) -> None:
     """Delete the files that DIRECTORY's port.lock names; anything else stays."""
-    done = remove(directory)
+    done = remove(directory, lambda text: click.echo(text, err=True))
     data = {"directory": str(done.directory), "removed": done.removed, "left": done.left, "gone": done.gone}
     text = f"{len(done.removed)} files removed from {done.directory}"
     if done.left:

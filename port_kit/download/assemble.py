@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import read_json, sync_folder, write_atomically
+from port_kit.download.files import read_json, require_place, sync_folder, write_atomically
 from port_kit.download.lock import Lock, drop_journal
 from port_kit.download.plan import MODEL_INDEX
-from port_kit.download.recipe import Recipe
+from port_kit.download.recipe import Recipe, plain
 from port_kit.errors import DownloadError
 
 
@@ -30,6 +30,7 @@ def check_owned(directory: Path, recipe: Recipe, known: Lock | None) -> None:
     contents = {**texts_of(recipe), MODEL_INDEX: _text(recipe.model_index)}
     for target, text in contents.items():
         path = directory / target
+        require_place(path)
         if path.exists() and target not in ours and known is None and not _holds(path, text):
             raise DownloadError(
                 f"{path} was not written by port-kit",
@@ -85,12 +86,7 @@ def check_indexes(directory: Path, lock: Lock) -> None:
 
 
 def _text(content: Mapping[str, Any]) -> str:
-    return json.dumps(dict(content), indent=2, default=_plain) + "\n"
-
-
-def _plain(value: object) -> object:
-    """Mappings and sequences of other kinds than dict and list."""
-    return dict(value) if isinstance(value, Mapping) else list(value)  # type: ignore[call-overload]
+    return json.dumps(dict(content), indent=2, default=plain, allow_nan=False) + "\n"
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -9,7 +9,6 @@ expect.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,9 @@ _DTYPES = {
 _ITEM_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _BATCH = 1 << 20
 _SOURCE_KEY = "port_kit_source"
+_LONGEST_HEADER = 100_000_000  # of safetensors' readers
+_MOST_GROWTH = 64
+_ALWAYS_ALLOWED = 1 << 28
 
 
 class Placement(NamedTuple):
@@ -101,6 +103,8 @@ def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool 
     """
     _refuse_others(tables, name, drop)
     kept = [(key, entry) for key, entry in tables.tensors.items() if key not in drop]
+    _check_names(kept, name)
+    _check_growth(kept, tables, name)
     kept.sort(key=lambda item: -ITEM_SIZES[item[1].dtype])
     metadata = {"format": "pt"}
     if remember and (mark := fingerprint(tables)):
@@ -117,6 +121,12 @@ def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool 
         position += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST_HEADER:
+        raise CheckpointError(
+            f"{name}: the names of its {len(kept)} tensors need a header of {len(text)} bytes, safetensors allows "
+            f"{_LONGEST_HEADER}",
+            code="pickle_unsupported",
+        )
     start = 8 + len(text)
     direct = _direct_names(kept)
     placements = tuple(
@@ -145,8 +155,10 @@ def is_made_from(path: str | os.PathLike[str], tables: Tables) -> bool:
         return False
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         return False
+    if not mark or header["__metadata__"].get(_SOURCE_KEY) != mark:
+        return False
     ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
-    return bool(mark) and header["__metadata__"].get(_SOURCE_KEY) == mark and size == 8 + length + max(ends, default=0)
+    return size == 8 + length + max(ends, default=0)
 
 
 def check_crcs(blueprint: Blueprint, name: str, read: Callable[[memoryview, int], None]) -> None:
@@ -189,6 +201,26 @@ def _refuse_others(tables: Tables, name: str, drop: Sequence[str]) -> None:
         )
     if not tables.tensors:
         raise CheckpointError(f"{name} holds no tensors", code="pickle_unsupported")
+
+
+def _check_names(tensors: Sequence[tuple[str, TensorEntry]], name: str) -> None:
+    """Refuse names with which the written file could not be read."""
+    for key, _ in tensors:
+        if key == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in key):
+            raise CheckpointError(
+                f"{name}: safetensors cannot hold a tensor of the name {ascii(key)[:200]}", code="pickle_unsupported"
+            )
+
+
+def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, name: str) -> None:
+    """Tied and expanded tensors get bytes of their own; a few bytes that claim to be terabytes do not."""
+    size = sum(entry.nbytes for _, entry in tensors)
+    if size > max(_MOST_GROWTH * tables.size, _ALWAYS_ALLOWED):
+        raise CheckpointError(
+            f"{name} has {tables.size} bytes, and its tensors would be {size} bytes without shared storage",
+            code="pickle_unsupported",
+            hint="expanded tensors are saved once for each element: leave them out (--drop NAME)",
+        )
 
 
 def _dtype(entry: TensorEntry, key: str, name: str) -> str:
@@ -242,14 +274,27 @@ def _gathered(entry: TensorEntry, tables: Tables, source: ByteSource) -> Iterato
 
 
 def _rows(items: memoryview, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield the rows of a strided view; the innermost axis is cut out by the memory view itself."""
-    length, stride = shape[-1], strides[-1]
-    for index in itertools.product(*map(range, shape[:-1])):
-        first = sum(i * s for i, s in zip(index, strides[:-1], strict=True))
-        if stride == 0:
-            yield items[first : first + 1].tobytes() * length
-        else:
-            yield items[first : first + (length - 1) * stride + 1 : stride].tobytes()
+    """Yield a strided view in row order; the memory view itself cuts out the innermost axis, a batch at most."""
+    axes = [axis for axis in zip(shape, strides, strict=True) if axis[0] != 1] or [(1, 1)]
+    (length, stride), most = axes[-1], _BATCH // items.itemsize
+    for first in _firsts(axes[:-1]):
+        for done in range(0, length, most):
+            count, begin = min(most, length - done), first + done * stride
+            if stride == 0:
+                yield items[first : first + 1].tobytes() * count
+            else:
+                yield items[begin : begin + (count - 1) * stride + 1 : stride].tobytes()
+
+
+def _firsts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """Where the rows begin: ``itertools.product`` would write all indices of an axis down first."""
+    if not axes:
+        yield 0
+        return
+    (length, stride), inner = axes[0], axes[1:]
+    for index in range(length):
+        for first in _firsts(inner):
+            yield index * stride + first
 
 
 class DescriptorSource:

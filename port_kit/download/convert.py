@@ -12,7 +12,7 @@ from zlib import crc32
 
 from port_kit.byte_source import FileSource
 from port_kit.download.blueprint import Blueprint, draw, is_made_from, require_crc
-from port_kit.download.files import explained, publish, sweep_temporaries, temporary_for
+from port_kit.download.files import explained, publish, require_space, sweep_temporaries, temporary_for
 from port_kit.download.layout import Layout, write_all
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.pickles import Storage, read_tables
@@ -58,9 +58,12 @@ def convert_file(
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise DownloadError(f"there is no file {source}", code="source_missing", hint="check the path")
-    if target.exists() and target.samefile(source):
-        raise DownloadError(f"{target} is the source itself", code="output_dir", hint="name another target")
-    with FileSource(source) as opened:
+    with explained(target):
+        if target.exists() and target.samefile(source):
+            raise DownloadError(f"{target} is the source itself", code="output_dir", hint="name another target")
+        if target.exists() and not target.is_file():
+            raise DownloadError(f"{target} is no file", code="output_dir", hint="name the file that is to be written")
+    with _opened(source) as opened:
         tables = read_tables(opened, wrapper)
         blueprint = draw(tables, opened.name, drop=drop, remember=remember)
         done = Conversion(source, target, len(blueprint.placements), blueprint.size, unchanged=False)
@@ -70,11 +73,21 @@ def convert_file(
     return done
 
 
+def _opened(source: Path) -> FileSource:
+    try:
+        return FileSource(source)
+    except OSError as error:
+        raise DownloadError(
+            f"{source} cannot be read: {error.strerror}", code="source_missing", hint="check the file's rights"
+        ) from error
+
+
 def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Callable[[int], None]) -> None:
     temporary = temporary_for(target)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(target)
+        require_space(target.parent, blueprint.size)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.truncate(descriptor, blueprint.size)

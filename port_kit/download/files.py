@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from port_kit.errors import DownloadError
 
@@ -21,6 +22,10 @@ _PIECE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*\\]')
+_LONGEST_NAME = 255  # bytes, of all common file systems
+_LONGEST_PATH = 2048  # the system allows about twice that for the whole path
+_DEEPEST = 64
+_ROOM = 30  # bytes that a temporary file's name is longer
 
 
 def check_relative_path(path: str, origin: str) -> None:
@@ -35,20 +40,43 @@ def check_relative_path(path: str, origin: str) -> None:
         for part in parts
         if part in ("", ".", "..") or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part[-1] in ". "
     ]
-    if bad or parts[0] == STATE_FOLDER:
+    storable = len(parts) < _DEEPEST and all(map(_is_storable, parts))
+    if bad or parts[0].casefold() == STATE_FOLDER or not storable or len(path) > _LONGEST_PATH:
         raise DownloadError(
-            f"{origin} names the path {path!r}, which cannot be stored safely under a model directory",
+            f"{origin} names the path {path[:300]!r}, which cannot be stored safely under a model directory",
             code="path_unsafe",
             hint="take this file out of the recipe's patterns, and tell the repository's owner",
         )
 
 
+def require_place(path: Path) -> None:
+    """Refuse where a folder stands in a file's place, or a file in that of one of its folders.
+
+    Raises:
+        DownloadError: ``target_foreign``.
+    """
+    in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if in_the_way is not None or path.is_dir():
+        raise DownloadError(
+            f"{in_the_way or path} is in the way: {path} is to be a file",
+            code="target_foreign",
+            hint="move it away, or choose another --output-dir",
+        )
+
+
+def _is_storable(part: str) -> bool:
+    try:
+        return len(part.encode()) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return False
+
+
 def write_atomically(path: Path, content: str) -> None:
     """Write a text file so that it is there completely or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(path)
     temporary = temporary_for(path)
     with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(path)
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(content)
             stream.flush()
@@ -58,15 +86,22 @@ def write_atomically(path: Path, content: str) -> None:
 
 def temporary_for(path: Path) -> Path:
     """Return where this process writes what is to become ``path``."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f"{_temporary_stem(path)}{os.getpid()}.tmp")
 
 
 def sweep_temporaries(path: Path) -> None:
     """Delete what killed processes left of their attempts to write ``path``."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    for left in path.parent.glob(f"{glob.escape(_temporary_stem(path))}*.tmp"):
         number = left.name.removesuffix(".tmp").rpartition(".")[2]
         if number.isdigit() and not Path(f"/proc/{number}").exists():
             left.unlink(missing_ok=True)
+
+
+def _temporary_stem(path: Path) -> str:
+    name = path.name
+    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME - _ROOM:
+        name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return f".{name}."
 
 
 def write_json(path: Path, value: object) -> None:
@@ -75,11 +110,19 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's content, or None where it is missing or is no JSON."""
+    """Return a JSON file's content, or None where it is missing or is no JSON.
+
+    Raises:
+        DownloadError: ``output_dir`` where it may not be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
+    except OSError as error:
+        raise DownloadError(
+            f"{path} cannot be read: {error.strerror}", code="output_dir", hint="correct its rights, or its disk"
+        ) from error
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -120,7 +163,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk or missing rights into an error that says so."""
+    """Turn a full disk, missing rights and whatever else a system says into an error of the kit."""
     try:
         yield
     except OSError as error:
@@ -140,7 +183,33 @@ def explained(path: Path) -> Iterator[None]:
             raise DownloadError(
                 f"{path} may not be written", code="output_dir", hint="choose another --output-dir"
             ) from error
-        raise
+        raise DownloadError(
+            f"{error.filename or path} cannot be used: {error.strerror or error}",
+            code="output_dir",
+            hint="choose another --output-dir, or see what is in the way there",
+        ) from error
+
+
+def free_space(directory: Path) -> int:
+    """Return the bytes that may still be written where ``directory`` is or will be."""
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise ``disk_full`` where the disk cannot take so many bytes more."""
+    free = free_space(directory)
+    if needed > free:
+        raise DownloadError(
+            f"{needed} bytes are needed at {directory}, {free} are free",
+            code="disk_full",
+            hint="free some space, or choose another disk",
+            needed=needed,
+            free=free,
+        )
 
 
 def remove_empty_folders(directory: Path, folders: set[Path]) -> None:
@@ -181,22 +250,43 @@ def directory_lock(directory: Path, notice: Callable[[str], None]) -> Iterator[N
     The system gives the lock back when its holder dies. Where locks do nothing (some network file systems), work is
     done twice, but never wrongly: parts carry their owner's name and are published by rename.
     """
-    folder = directory / STATE_FOLDER
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / "lock").open("a+")
-    with stream:
-        begun, told = time.monotonic(), False
-        while not _try_lock(stream.fileno()):
+    begun, told = time.monotonic(), False
+    while True:
+        with _open_lock(directory) as stream:
+            if _try_lock(stream.fileno()) and _is_still(stream, directory):
+                stream.truncate(0)
+                host = os.uname().nodename if hasattr(os, "uname") else "this machine"
+                stream.write(f"process {os.getpid()} on {host}\n")
+                stream.flush()
+                yield
+                return
             if not told and time.monotonic() - begun > 1.0:
                 stream.seek(0)
                 notice(f"waiting for another download into {directory} ({stream.read().strip() or 'unknown process'})")
                 told = True
-            time.sleep(0.1)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
-        stream.flush()
-        yield
+        time.sleep(0.1)
+
+
+def _open_lock(directory: Path) -> TextIO:
+    folder = directory / STATE_FOLDER
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("a+")
+
+
+def _is_still(stream: TextIO, directory: Path) -> bool:
+    """Whether a lock's file is still there: whoever held it may have taken the whole directory away."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(directory / STATE_FOLDER / "lock"))
+    except FileNotFoundError:
+        return False
+
+
+def may_lock(directory: Path) -> bool:
+    """Whether this process may take the lock of an existing directory, which is a file in it."""
+    folder = directory / STATE_FOLDER
+    lock = folder / "lock"
+    return os.access(lock if lock.exists() else folder if folder.exists() else directory, os.W_OK)
 
 
 def _try_lock(descriptor: int) -> bool:

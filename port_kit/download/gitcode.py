@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from port_kit.download.recipe import FULL_HASH, GitCode
 from port_kit.errors import DownloadError
 
 if TYPE_CHECKING:
-    from git import Repo
+    from git import Git, Repo
 
 _URL = re.compile(r"(https|http|ssh|file)://[^\s-]\S*")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -95,11 +97,7 @@ def resolve_commit(code: GitCode) -> str:
     """Return the commit to use: the recipe's, or what the branch points to now. Asks the remote in both cases."""
     check_url(code)
     git = _import_git()
-
-    def ask() -> str:
-        return git.Git().ls_remote("--", code.url, kill_after_timeout=60)
-
-    answer = _told(code, "asking for its branches", ask)
+    answer = _told(code, "asking for its branches", lambda: _run(git.Git(), 60, "ls-remote", "--", code.url))
     if code.commit is not None:
         return code.commit
     endings = (f"\t{code.branch}", f"/{code.branch}")
@@ -122,7 +120,7 @@ def fetch_code(code: GitCode, commit: str) -> Path:
     check_url(code)
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
+        sweep_code(code.name)
         aside = folder.parent / f".{commit}.{os.getpid()}.tmp"
         try:
             _check_out(code, commit, aside / "repo")
@@ -167,12 +165,38 @@ def _check_out(code: GitCode, commit: str, target: Path) -> None:
 
     def fetch() -> None:
         with git.Repo.init(target) as repo:
-            remote = repo.create_remote("origin", code.url)
-            remote.fetch(commit, depth=1, no_tags=True, kill_after_timeout=_LONGEST)
-            repo.git.checkout("--quiet", "--detach", "FETCH_HEAD")
+            repo.create_remote("origin", code.url)
+            _run(repo.git, _LONGEST, "fetch", "--quiet", "--depth=1", "--no-tags", "origin", commit)
+            _run(repo.git, _LONGEST, "checkout", "--quiet", "--detach", "FETCH_HEAD")
             _check_checkout(code, commit, repo)
 
     _told(code, f"fetching commit {commit}", fetch)
+
+
+def _run(git: Git, seconds: float, *arguments: str) -> str:
+    """Run one git command and return its output. It ends, with all its helpers, when we are interrupted.
+
+    GitPython's own time limit keeps an interrupted interpreter alive until it is over.
+    """
+    from git.exc import GitCommandError
+
+    command = ["git", *arguments]
+    held = git.execute(command, as_process=True, start_new_session=True)  # ends the process when it is let go
+    process = held.proc  # type: ignore[union-attr]
+    assert process is not None
+    try:
+        output, complaint = process.communicate(timeout=seconds)
+    except BaseException as error:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise GitCommandError(command, -signal.SIGKILL, f"no answer within {seconds:.0f} s") from error
+        raise
+    if process.returncode:
+        raise GitCommandError(command, process.returncode, complaint)
+    return str(output.decode(errors="replace"))
 
 
 def _check_checkout(code: GitCode, commit: str, repo: Repo) -> None:
@@ -204,9 +228,9 @@ def _link_packages(code: GitCode, folder: Path) -> None:
         (folder / "path" / found).symlink_to(link)
 
 
-def _sweep(parent: Path) -> None:
+def sweep_code(name: str) -> None:
     """Delete what killed fetches left."""
-    for path in parent.glob(".*.tmp"):
+    for path in (code_home() / name).glob(".*.tmp"):
         number = path.name.removesuffix(".tmp").rpartition(".")[2]
         if number.isdigit() and not Path(f"/proc/{number}").exists():
             shutil.rmtree(path, ignore_errors=True)

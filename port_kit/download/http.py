@@ -88,7 +88,7 @@ class Response:
         self.url, self.status, self.headers = url, raw.status, raw.headers
         length = raw.getheader("Content-Length")
         chunked = "chunked" in (raw.getheader("Transfer-Encoding") or "")
-        known = length is not None and length.isdigit() and not chunked
+        known = length is not None and _is_number(length) and not chunked
         self.length: int | None = int(length or 0) if known else None
         self._rest = 0 if raw.length == 0 else self.length  # an answer to HEAD has a length, but no body
 
@@ -215,14 +215,14 @@ class HttpClient:
             if not follow or response.status not in _REDIRECTS or not location:
                 return response
             response.close(reusable=response.length == 0 or method == "HEAD")
-            target = urljoin(url, location)
+            target = _follow(url, location)
             if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
                 raise TransportError(f"{_place(url)} redirects from https to {_place(target)}")
             url = target
         raise TransportError(f"{_place(url)}: more than {_MOST_REDIRECTS} redirects")
 
     def _exchange(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
-        parts = urlsplit(url)
+        parts = _as_transport_error(lambda: urlsplit(url))
         key = (parts.scheme, parts.netloc)
         connection, fresh = self._connection(key, parts)
         try:
@@ -247,7 +247,9 @@ class HttpClient:
                 self._drop(connection, key)
 
         def exchange() -> http.client.HTTPResponse:
-            connection.request(method, _target(connection, url), headers={"Accept-Encoding": "identity", **headers})
+            extra = getattr(connection, "extra_headers", {})
+            sent = {"Accept-Encoding": "identity", **headers, **extra}
+            connection.request(method, _target(connection, url), headers=sent)
             if connection.sock is not None:
                 connection.sock.settimeout(self.policy.read_timeout)
             return connection.getresponse()
@@ -267,7 +269,7 @@ class HttpClient:
         pool = self._pool()
         if key in pool:
             return pool[key], False
-        pool[key] = _connect(parts, self.policy.connect_timeout)
+        pool[key] = _as_transport_error(lambda: _connect(parts, self.policy.connect_timeout))
         self._open.add(pool[key])
         return pool[key], True
 
@@ -327,23 +329,39 @@ def requested_wait(headers: Message | Mapping[str, str]) -> float:
     """Seconds that an answer asks to wait: ``Retry-After`` in both forms, or ``RateLimit: ...;r=0;t=N``."""
     value = headers.get("Retry-After")
     if value is not None:
-        if value.strip().isdigit():
+        if _is_number(value):
             return float(value)
         try:
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
     fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
-    if fields.get("r") == "0" and fields.get("t", "").isdigit():
+    if fields.get("r") == "0" and _is_number(fields.get("t", "")):
         return float(fields["t"])
     return 0.0
 
 
+def _is_number(text: str) -> bool:
+    return text.strip().isdecimal() and text.isascii()
+
+
 def _as_transport_error(action: Callable[[], _T]) -> _T:
+    """Call ``action``; what a connection, an answer or a URL that a server named may raise is worth another attempt."""
     try:
         return action()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise TransportError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+
+
+def _follow(url: str, location: str) -> str:
+    """The absolute URL that a redirect names, which is one that can be asked."""
+
+    def join() -> str:
+        target = urljoin(url, location)
+        _ = urlsplit(target).port  # raises where it is no number
+        return target
+
+    return _as_transport_error(join)
 
 
 def _place(url: str) -> str:
@@ -361,6 +379,7 @@ def _connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
     if parts.scheme == "http":
         connection = http.client.HTTPConnection(*address, timeout=timeout)
         connection.absolute_urls = via is not None  # type: ignore[attr-defined]
+        connection.extra_headers = _proxy_headers(via) if via else {}  # type: ignore[attr-defined]
         return connection
     secure = http.client.HTTPSConnection(*address, timeout=timeout, context=_tls())
     if via:

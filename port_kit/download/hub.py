@@ -23,7 +23,10 @@ from port_kit.download.http import RETRIED_STATUS, HttpClient, Response, Transpo
 from port_kit.errors import DownloadError
 
 _NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
-_SECURE_OR_LOCAL = ("127.0.0.1", "localhost", "::1")
+_SENDABLE = re.compile(r"Bearer [\x21-\x7e]+")
+_SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
+_MOST_PAGES = 5000
+_MOST_RENAMES = 5
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,10 @@ class HubClient:
         from huggingface_hub import constants
 
         self.http = http
-        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        self.endpoint = _checked_endpoint(endpoint or constants.ENDPOINT)
         self._origin = urlsplit(self.endpoint)[:2]
         headers = _headers(token)
-        self._authorization = headers.pop("authorization", headers.pop("Authorization", None))
+        self._authorization = _checked_token(headers.pop("authorization", headers.pop("Authorization", None)))
         self._headers = headers
 
     @property
@@ -84,11 +87,15 @@ class HubClient:
         """Return all files of a commit; follows the pages, within the endpoint only."""
         url: str | None = f"{self.endpoint}/api/models/{repo_id}/tree/{commit}?recursive=true&expand=false"
         files: list[HubFile] = []
+        seen: set[str] = set()
         while url:
+            if url in seen or len(seen) == _MOST_PAGES:
+                raise self._not_a_hub(url, f"the list of files does not end after {len(seen)} pages")
+            seen.add(url)
             entries, link = self._json(url, f"asking {self.endpoint} for the files of {repo_id}", repo_id, commit)
             if not isinstance(entries, list):
                 raise self._not_a_hub(url, "no list of files in the answer")
-            files += [_hub_file(entry, self) for entry in entries if entry.get("type") == "file"]
+            files += [file for entry in entries if (file := self._file(entry, url)) is not None]
             url = self._next_page(url, link)
         return files
 
@@ -96,10 +103,14 @@ class HubClient:
         found = _NEXT.search(link or "")
         if found is None:
             return None
-        following = urljoin(url, found[1])
-        if urlsplit(following)[:2] != self._origin:
+        try:
+            following = urljoin(url, found[1])
+            origin = urlsplit(following)[:2]
+        except ValueError as error:
+            raise self._not_a_hub(url, f"the Link header {found[0][:80]!r}") from error
+        if origin != self._origin:
             raise DownloadError(
-                f"{self.endpoint} names {urlsplit(following).netloc} in its Link header for the next page of files; "
+                f"{self.endpoint} names {origin[1]} in its Link header for the next page of files; "
                 "the token is sent to the configured endpoint only",
                 code="hub_foreign_link",
                 hint="the mirror is set up wrongly: use another endpoint (HF_ENDPOINT)",
@@ -111,9 +122,15 @@ class HubClient:
         url = self.url(repo_id, commit, path)
 
         def ask() -> None:
-            with self.http.request("HEAD", url, self.headers_for, follow=False) as response:
-                self.check(response, repo_id, commit, path)
-                found = response.headers.get("X-Repo-Commit")
+            found, place = None, url
+            for _ in range(_MOST_RENAMES):
+                with self.http.request("HEAD", place, self.headers_for, follow=False) as response:
+                    self.check(response, repo_id, commit, path)
+                    found, location = response.headers.get("X-Repo-Commit"), response.headers.get("Location")
+                # A repository that was renamed is answered for under its new name, at the same Hub.
+                place = urljoin(place, location) if location else ""
+                if found or urlsplit(place)[:2] != self._origin:
+                    break
             if found != commit:
                 said = f"X-Repo-Commit {found}" if found else "no X-Repo-Commit header"
                 raise self._not_a_hub(url, f"{said}, {commit} is required")
@@ -145,7 +162,7 @@ class HubClient:
                 body, link = response.read_all(), response.headers.get("Link")
             try:
                 return json.loads(body), link
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self._not_a_hub(url, f"{body[:20]!r}... instead of JSON") from error
 
         return self.http.retrying(what, ask)
@@ -209,12 +226,63 @@ class HubClient:
             f"{self.endpoint} refuses {repo_id} with HTTP {status}", code="hub_refused", hint=f"open {page}"
         )
 
+    def _file(self, entry: object, url: str) -> HubFile | None:
+        """Read an entry of the tree; None for what is no file."""
+        if isinstance(entry, Mapping) and entry.get("type") != "file":
+            return None
+        found = _hub_file(entry)
+        if found is None:
+            raise self._not_a_hub(url, f"a file without path, size or hash ({str(entry)[:80]})")
+        return found
+
     def _not_a_hub(self, url: str, found: str) -> DownloadError:
         return DownloadError(
             f"{self.endpoint} does not answer like a Hub: {found} at {urlsplit(url).path}",
             code="hub_endpoint",
             hint="check HF_ENDPOINT or --endpoint",
         )
+
+
+def _checked_endpoint(endpoint: str) -> str:
+    """Return a URL that can be asked, without its last slash."""
+    try:
+        parts = urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.username is not None or parts.query or parts.fragment or not endpoint.isascii():
+        shown = endpoint.rpartition("@")[2]
+        raise DownloadError(
+            f"the endpoint {shown!r} is not http(s)://HOST[:PORT][/PATH], without a user's name or password",
+            code="hub_endpoint",
+            hint="check HF_ENDPOINT or --endpoint; tokens are set with HF_TOKEN",
+        )
+    return endpoint.rstrip("/")
+
+
+def _checked_token(authorization: str | None) -> str | None:
+    """Refuse what cannot be sent, without showing it."""
+    if authorization is None or authorization.strip() == "Bearer":
+        return None
+    if not _SENDABLE.fullmatch(authorization):
+        raise DownloadError(
+            "the token holds characters that no token has (blanks, line ends, letters with accents)",
+            code="hub_token_invalid",
+            hint="log in again with `hf auth login`, or correct or unset HF_TOKEN",
+        )
+    return authorization
+
+
+def _hub_file(entry: object) -> HubFile | None:
+    lfs = entry.get("lfs") or {} if isinstance(entry, Mapping) else None
+    if not isinstance(entry, Mapping) or not isinstance(lfs, Mapping):
+        return None
+    path, size, git_sha1 = entry.get("path"), lfs.get("size", entry.get("size")), str(entry.get("oid"))
+    sha256 = str(lfs.get("oid")) if lfs else None
+    if not isinstance(path, str) or type(size) is not int or size < 0:
+        return None
+    hashed = _SHA1.fullmatch(git_sha1) and (sha256 is None or _SHA256.fullmatch(sha256))
+    return HubFile(path, size, sha256, git_sha1) if hashed else None
 
 
 def _headers(token: str | bool | None) -> dict[str, str]:
@@ -264,11 +332,3 @@ def _gated(repo_id: str, page: str, has_token: bool) -> DownloadError:
 
 def _missing(kind: str, message: str, hint: str) -> DownloadError:
     return DownloadError(message, code=f"hub_{kind}_missing", hint=hint)
-
-
-def _hub_file(entry: Mapping[str, Any], hub: HubClient) -> HubFile:
-    lfs = entry.get("lfs") or {}
-    path, size = entry.get("path"), lfs.get("size", entry.get("size"))
-    if not isinstance(path, str) or not isinstance(size, int) or not isinstance(entry.get("oid"), str):
-        raise hub._not_a_hub(hub.endpoint, "a file without path, size or hash")
-    return HubFile(path, size, lfs.get("oid"), entry["oid"])

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 
 from port_kit.download.files import explained, read_json, write_atomically, write_json
-from port_kit.download.gitcode import code_folder, code_home
-from port_kit.download.recipe import GitCode
+from port_kit.download.gitcode import code_folder, code_home, sweep_code
+from port_kit.download.recipe import FULL_HASH, NAME, GitCode
 from port_kit.errors import DownloadError, OptionalDependencyError
 
 _FIND = """
@@ -127,24 +127,38 @@ def uninstall_code(name: str) -> list[str]:
     Raises:
         DownloadError: ``code_broken`` where nothing of that name is installed.
     """
-    removed = []
+    if not NAME.fullmatch(name):
+        raise DownloadError(
+            f"{name!r} is no name of git code",
+            code="code_broken",
+            hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
+        )
     target = pth_file(name)
-    if target.is_file():
-        target.unlink()
-        removed.append(str(target))
-    for folder in sorted(path for path in (code_home() / name).glob("*") if path.is_dir()):
-        if not _forget_user(folder, target):
-            shutil.rmtree(folder)
-            removed.append(str(folder))
-    for empty in (code_home() / name, code_home()):
-        if empty.is_dir() and not any(empty.iterdir()):
-            empty.rmdir()
+    with explained(target):
+        removed = _take_out(name, target)
     if not removed:
         raise DownloadError(
             f"no git code called {name} is installed in this environment",
             code="code_broken",
             hint=f"installed: {', '.join(installed_names()) or 'none'}",
         )
+    return removed
+
+
+def _take_out(name: str, target: Path) -> list[str]:
+    removed = []
+    if target.is_file():
+        target.unlink()
+        removed.append(str(target))
+    sweep_code(name)
+    commits = (path for path in (code_home() / name).glob("*") if FULL_HASH.fullmatch(path.name) and path.is_dir())
+    for folder in sorted(commits):
+        if not _forget_user(folder, target):
+            shutil.rmtree(folder)
+            removed.append(str(folder))
+    for empty in (code_home() / name, code_home()):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
     return removed
 
 

@@ -30,7 +30,7 @@ class Layout:
         self._starts = [span.source for span in self._spans]
         end = 0
         for span in self._spans:
-            if span.source != end:
+            if span.source != end or span.length < 0:
                 raise ValueError(f"the layout jumps from byte {end} to {span.source}")
             end += span.length
         if end != size:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import STATE_FOLDER, explained, read_json, write_json
+from port_kit.download.files import STATE_FOLDER, check_relative_path, explained, read_json, write_json
 from port_kit.download.parts import Identity
 from port_kit.errors import DownloadError
 
@@ -70,13 +70,33 @@ class Lock:
         for target, item in data["files"].items():
             item = dict(item)
             size, sha256 = item.pop("final_size"), item.pop("final_sha256")
+            check_relative_path(target, LOCK_NAME)
             files[target] = LockedFile(Identity(target=target, **item), size, sha256)
+            _require_kinds(files[target].identity, size, sha256)
+        for target, item in data["written"].items():
+            check_relative_path(target, LOCK_NAME)
+            _require(isinstance(item["size"], int) and isinstance(item["sha256"], str), target)
+        _require(all(isinstance(item["commit"], str) for item in data["code"].values()), "code")
+        _require(all(isinstance(commit, str) for commit in data["revisions"].values()), "revisions")
+        _require(isinstance(data["unconfirmed"], list) and isinstance(data["complete"], bool), "its fields")
         fields = {key: value for key, value in data.items() if key not in ("schema", "files")}
         return cls(files=files, **fields)
 
     def save(self, directory: Path) -> None:
         """Write it, durably."""
         write_json(directory / LOCK_NAME, self.to_json())
+
+
+def _require_kinds(identity: Identity, size: object, sha256: object) -> None:
+    numbers = isinstance(identity.size, int) and isinstance(size, (int, type(None)))
+    texts = (identity.repo_id, identity.commit, identity.path, identity.digest, identity.wrapper)
+    whole = numbers and all(isinstance(text, str) for text in texts) and isinstance(sha256, (str, type(None)))
+    _require(whole and identity.commit != "" and (size is None) == (sha256 is None), identity.target)
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"{what} is not as it was written")
 
 
 def _without_target(identity: Identity) -> dict[str, Any]:
@@ -137,7 +157,8 @@ def _journal(directory: Path) -> list[tuple[str, int, str]]:
     for line in filter(None, lines):
         try:
             target, size, sha256 = json.loads(line)
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             continue  # torn by a kill; its file has not been renamed yet
-        entries.append((target, size, sha256))
+        if isinstance(target, str) and isinstance(size, int) and isinstance(sha256, str):
+            entries.append((target, size, sha256))
     return entries

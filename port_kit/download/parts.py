@@ -71,7 +71,8 @@ class Part:
     def __init__(self, folder: Path, identity: Identity, segment_size: int) -> None:
         self.folder, self.identity = folder, identity
         self.meta = read_json(folder / "meta.json") or {}
-        size = int(self.meta.get("segment", segment_size))
+        known = self.meta.get("segment")
+        size = known if isinstance(known, int) and known > 0 else segment_size
         self.meta = {**self.meta, "identity": dataclasses.asdict(identity), "segment": size}
         flags = os.O_RDWR | os.O_CREAT
         with explained(folder):
@@ -244,7 +245,8 @@ def bytes_on_disk(directory: Path, identity: Identity) -> int:
     if not folder.is_dir():
         return 0
     found = [path for path in _left_behind(folder) if path.name.startswith(_key(identity.target))]
-    return max((_progress_of(path) for path in found if _is_usable(path, identity)), default=0)
+    most = max((_progress_of(path) for path in found if _is_usable(path, identity)), default=0)
+    return min(most, identity.size)
 
 
 def _key(target: str) -> str:

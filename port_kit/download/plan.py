@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import check_relative_path, digests_of
+from port_kit.download.files import check_relative_path, digests_of, free_space, require_place
 from port_kit.download.hub import HubClient, HubFile
 from port_kit.download.lock import LOCK_NAME, Lock, LockedFile
 from port_kit.download.parts import Identity, bytes_on_disk
@@ -227,14 +226,15 @@ def _check_matches(
             code="pattern_empty",
             hint=f"did you mean {', '.join(near)}?" if near else "correct the recipe",
         )
-    if rule.name and len(matched) > 1:
+    if (rule.name or rule.sha256) and len(matched) > 1:
+        only = rule.name or f"the one of sha256 {rule.sha256}"
         raise DownloadError(
-            f"the pattern {rule.pattern!r} matches {len(matched)} files of {where}, which cannot all be {rule.name}",
+            f"the pattern {rule.pattern!r} matches {len(matched)} files of {where}, which cannot all be {only}",
             code="target_collision",
-            hint="leave out the name, or narrow the pattern",
+            hint="leave out name and sha256, or narrow the pattern",
         )
     stated = matched[0].sha256
-    if rule.sha256 and rule.sha256 != stated:
+    if rule.sha256 and stated and rule.sha256 != stated:
         raise DownloadError(
             f"{where} states sha256 {stated} for {matched[0].path}, the recipe requires {rule.sha256}",
             code="hash_mismatch",
@@ -247,7 +247,8 @@ def _identities(repo_id: str, commit: str, rule: FileRule, file: HubFile, keep_o
     check_relative_path(file.path, repo_id)
     target = rule.target(file.path)
     check_relative_path(target, f"the rule {rule.pattern!r} of {repo_id}")
-    wanted = Identity(target, repo_id, commit, file.path, file.size, file.digest, rule.convert, rule.wrapper)
+    digest = f"sha256:{rule.sha256}" if rule.sha256 else file.digest
+    wanted = Identity(target, repo_id, commit, file.path, file.size, digest, rule.convert, rule.wrapper)
     if keep_original and rule.convert:
         yield original_of(wanted)
     yield wanted
@@ -286,6 +287,7 @@ def _folders(target: str) -> list[str]:
 def _present(directory: Path, item: LockedFile, known: LockedFile | None) -> LockedFile:
     """Say whether a file is there: with the lock's size, or unknown to the lock but with the Hub's hash."""
     path = directory / item.identity.target
+    require_place(path)
     if not path.is_file():
         return dataclasses.replace(item, size=None, sha256=None)
     if known is not None and known.sha256 is not None:
@@ -306,15 +308,6 @@ def _adopt(path: Path, item: LockedFile) -> LockedFile:
         code="target_foreign",
         hint="move it away, or choose another --output-dir",
     )
-
-
-def free_space(directory: Path) -> int:
-    """Return the bytes that may still be written where ``directory`` is or will be."""
-    place = directory
-    while not place.exists():
-        place = place.parent
-    found = os.statvfs(place)
-    return found.f_bavail * found.f_frsize
 
 
 def _check_disk(plan: Plan) -> None:

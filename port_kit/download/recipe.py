@@ -29,9 +29,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import keyword
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,8 +41,8 @@ from port_kit.errors import DownloadError
 
 FULL_HASH = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 _T = TypeVar("_T")
@@ -116,6 +117,7 @@ class Repository:
     def __post_init__(self) -> None:
         _require(bool(_REPO_ID.fullmatch(self.repo_id)), f"repository id {self.repo_id!r} is not organisation/name")
         _require(bool(self.files), f"{self.repo_id} names no files")
+        _require(bool(self.branch), f"{self.repo_id} has an empty branch")
         _check_hash(self.revision, f"revision of {self.repo_id}")
 
 
@@ -142,10 +144,13 @@ class GitCode:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        _require(bool(_NAME.fullmatch(self.name)), f"name of git code {self.name!r} is not a plain name")
+        _require(bool(NAME.fullmatch(self.name)), f"name of git code {self.name!r} is not a plain name")
         _require(bool(self.packages), f"git code {self.name} names no packages")
         for package in self.packages:
-            _require(package.isidentifier(), f"git code {self.name}: {package!r} is not a module's name")
+            plain = package.isidentifier() and not keyword.iskeyword(package)
+            _require(plain, f"git code {self.name}: {package!r} is not a module's name")
+        inside = not self.path or not {"", ".", ".."} & set(self.path.split("/"))
+        _require(inside, f"git code {self.name}: path {self.path!r} is not a folder in its repository")
         _check_hash(self.commit, f"commit of {self.name}")
 
 
@@ -168,12 +173,21 @@ class Recipe:
     code: tuple[GitCode, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(bool(_NAME.fullmatch(self.name)), f"recipe name {self.name!r} is not a plain name")
+        _require(bool(NAME.fullmatch(self.name)), f"recipe name {self.name!r} is not a plain name")
         _require(bool(self.repositories), f"recipe {self.name} names no repositories")
-        missing = [key for key in ("_class_name", "_diffusers_version") if key not in self.model_index]
+        missing = [key for key in ("_class_name", "_diffusers_version") if not self._states(key)]
         _require(not missing, f"model_index of {self.name} lacks {' and '.join(missing)}, which vLLM-Omni looks for")
         ids = [repository.repo_id for repository in self.repositories]
         _require(len(set(ids)) == len(ids), f"recipe {self.name} names a repository twice")
+        names = [code.name for code in self.code]
+        _require(len(set(names)) == len(names), f"recipe {self.name} names git code twice")
+        for place, content in {"model_index": self.model_index, **self.configs}.items():
+            _require(isinstance(content, Mapping), f"recipe {self.name}: {place} is no table")
+            _require_json(content, f"recipe {self.name}: {place}")
+
+    def _states(self, key: str) -> bool:
+        value = self.model_index.get(key) if isinstance(self.model_index, Mapping) else None
+        return isinstance(value, str) and bool(value)
 
     def with_(
         self,
@@ -210,24 +224,30 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Return a hash over all fields: a lock that was written for another recipe is recognised by it."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), default=plain)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Build a recipe from plain data (parsed TOML or JSON); unknown and missing fields are errors."""
         values = dict(data)
-        values["repositories"] = tuple(_repository(item) for item in values.get("repositories", ()))
-        values["code"] = tuple(_build(GitCode, item) for item in values.get("code", ()))
+        values["repositories"] = tuple(_repository(item) for item in _tables(values, "repositories", "recipe"))
+        values["code"] = tuple(_build(GitCode, item) for item in _tables(values, "code", "recipe"))
         return _build(cls, values)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a TOML file; errors name the file."""
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DownloadError(f"cannot read the recipe {path}: {error}", code="recipe_invalid") from error
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise DownloadError(
+                f"cannot read the recipe {path}: {error}", code="recipe_invalid", hint="correct the file, or its path"
+            ) from error
+        try:
+            return cls.from_dict(data)
+        except DownloadError as error:
+            raise DownloadError(f"{path}: {error.message}", code=error.code, hint=error.hint) from error
 
 
 def _at_revision(repository: Repository, revision: str | None) -> Repository:
@@ -236,7 +256,7 @@ def _at_revision(repository: Repository, revision: str | None) -> Repository:
 
 
 def _repository(data: Mapping[str, Any]) -> Repository:
-    files = tuple(_build(FileRule, rule) for rule in data.get("files", ()))
+    files = tuple(_build(FileRule, rule) for rule in _tables(data, "files", "repository"))
     return _build(Repository, {**data, "files": files})
 
 
@@ -252,7 +272,47 @@ def _build(cls: type[_T], data: Mapping[str, Any]) -> _T:
     ]
     missing = [name for name in needed if name not in data]
     _require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    for key, value in values.items():
+        kind = str(fields[key].type)
+        _require(_is_of_kind(value, kind), f"{cls.__name__}: {key} is {str(value)[:80]!r}; {kind} is required")
+    return cls(**values)
+
+
+def _tables(data: Mapping[str, Any], key: str, owner: str) -> Sequence[Mapping[str, Any]]:
+    """The list of tables that a field holds; it may be missing."""
+    found = data.get(key, ())
+    whole = isinstance(found, (list, tuple)) and all(isinstance(item, Mapping) for item in found)
+    _require(whole, f"{key} of a {owner} is no list of tables")
+    return found  # type: ignore[no-any-return]
+
+
+def _is_of_kind(value: object, kind: str) -> bool:
+    """Whether a value has the type of its field, by the annotation's words."""
+    if kind.startswith("Mapping"):
+        return isinstance(value, Mapping)
+    if kind.startswith("tuple"):
+        texts = not kind.startswith("tuple[str") or (
+            isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+        )
+        return isinstance(value, tuple) and texts
+    if kind == "str | None" and value is None:
+        return True
+    return isinstance(value, bool) if kind == "bool" else isinstance(value, str)
+
+
+def _require_json(value: object, what: str) -> None:
+    try:
+        json.dumps(value, allow_nan=False, default=plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DownloadError(
+            f"{what} cannot be written as JSON: {error}", code="recipe_invalid", hint="correct the recipe"
+        ) from error
+
+
+def plain(value: object) -> object:
+    """Mappings and sequences of other kinds than dict and list, for ``json.dumps``."""
+    return dict(value) if isinstance(value, Mapping) else list(value)  # type: ignore[call-overload]
 
 
 def _check_hash(value: str | None, what: str) -> None:

@@ -11,6 +11,7 @@ from port_kit.download.landing import Damaged, Landing
 from port_kit.download.parts import ALIGNMENT, Identity, Segment
 from port_kit.errors import DownloadError
 
+_PROGRESS = 1 << 16  # bytes since the last break: with less, a server that drips would keep a download busy for ever
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -23,12 +24,15 @@ def fetch_segment(hub: HubClient, landing: Landing, segment: Segment, advance: C
     """
     what = f"{landing.identity.repo_id}/{landing.identity.path}"
     policy, attempts = hub.http.policy, 0
+    enough = min(_PROGRESS, (segment.end - segment.start) // 8 or 1)
+    before = segment.position
     while not segment.is_complete:
-        before = segment.position
         try:
             _stream(hub, landing, segment, advance)
         except TransportError as error:
-            attempts = 1 if segment.position > before else attempts + 1
+            attempts += 1
+            if segment.position >= before + enough:
+                before, attempts = segment.position, 1
             landing.location = None
             if attempts >= policy.attempts:
                 raise network_error(f"fetching {what}", error, attempts) from error
@@ -45,6 +49,9 @@ def _stream(hub: HubClient, landing: Landing, segment: Segment, advance: Callabl
         if etag:
             headers["If-Range"] = etag
     with _open(hub, landing, headers) as response:
+        encoding = response.headers.get("Content-Encoding") or "identity"
+        if encoding != "identity":
+            raise Damaged(f"the server sends it in {encoding[:40]} encoding, which was not asked for")
         if response.status == 206:
             _require_range(response, position, size)
             _copy(response, landing, position, advance)

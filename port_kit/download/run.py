@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from port_kit.download import verify as checks
 from port_kit.download.assemble import assemble, check_owned, take_down
-from port_kit.download.files import STATE_FOLDER, directory_lock, explained, remove_empty_folders
+from port_kit.download.files import STATE_FOLDER, directory_lock, explained, may_lock, remove_empty_folders
 from port_kit.download.http import Policy
 from port_kit.download.lock import Lock, read_lock
 from port_kit.download.parts import Identity, sweep
@@ -23,6 +24,9 @@ from port_kit.errors import DownloadError
 if TYPE_CHECKING:
     from port_kit.download.fetch import Fetched
     from port_kit.download.hub import HubClient
+
+
+_DEEPEST = 200
 
 
 @dataclass(frozen=True)
@@ -146,25 +150,70 @@ class Run:
         """Do everything; see :func:`download`."""
         _check_directory(self.directory)
         try:
-            return self._execute()
+            with explained(self.directory):  # what has no better explanation further in
+                return self._execute()
         finally:
             if self._hub is not None:
                 self._hub.http.close()
 
     def _execute(self) -> Report:
+        if self.settings.update and self.settings.offline:
+            raise DownloadError(
+                "what a branch points to now cannot be found out without the network",
+                code="offline_incomplete",
+                hint="leave out --update or --offline",
+            )
         if self.settings.dry_run:
-            _, plan = self._plan(read_lock(self.directory))
-            return self._report(plan=plan, complete=False)
+            return self._dry_run()
         if self.settings.offline and not self.directory.is_dir():
             raise self._incomplete(["everything"])
         with explained(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
+        if not may_lock(self.directory):
+            return self._read_only()
         with directory_lock(self.directory, self.progress.note):
             return self._locked()
 
-    def _locked(self) -> Report:
+    def _dry_run(self) -> Report:
+        known = self._lock()
+        damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
+        if self.settings.offline and not damaged and self._nothing_to_do(known):
+            return self._report()
+        for target in damaged:
+            if known is not None and target in known.files:
+                known.files[target] = dataclasses.replace(known.files[target], size=-1)
+        _, plan = self._plan(known)
+        notes = tuple(f"{target}: {problem}" for target, problem in damaged.items())
+        return self._report(plan=dataclasses.replace(plan, notes=plan.notes + notes), complete=False)
+
+    def _lock(self) -> Lock | None:
+        """Return the directory's lock, which is one of this port."""
         known = read_lock(self.directory)
-        repaired = self._examine(known) if self.settings.verify and known else {}
+        if known is not None and known.recipe != self.recipe.name:
+            raise DownloadError(
+                f"{self.directory} holds {known.recipe}, not {self.recipe.name}",
+                code="target_foreign",
+                hint=f"choose another --output-dir, or take it away first: port-kit remove {self.directory}",
+            )
+        return known
+
+    def _read_only(self) -> Report:
+        """A directory that somebody else keeps, on a disk that takes no writes: it is whole, or it is refused."""
+        known = self._lock()
+        damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
+        if not damaged and self._nothing_to_do(known):
+            return self._report(strangers=self._strangers(known))
+        found = f" ({', '.join(f'{target}: {problem}' for target, problem in list(damaged.items())[:5])})"
+        raise DownloadError(
+            f"{self.directory} is not what the recipe describes and may not be written{found if damaged else ''}",
+            code="output_dir",
+            hint="choose another --output-dir",
+        )
+
+    def _locked(self) -> Report:
+        known = self._lock()
+        repair = not self.settings.offline
+        repaired = self._examine(known, repair=repair) if self.settings.verify and known else {}
         if not repaired and self._nothing_to_do(known):
             return self._finish(known, strangers=self._strangers(known))
         if self.settings.offline:
@@ -178,8 +227,8 @@ class Run:
             return False
         return checks.is_whole(self.directory, known, self.recipe.fingerprint()) and not self._code_is_missing(known)
 
-    def _examine(self, known: Lock) -> dict[str, str]:
-        """Hash what the lock vouches for, and delete what is damaged, so that it is fetched again."""
+    def _examine(self, known: Lock, *, repair: bool) -> dict[str, str]:
+        """Hash what the lock vouches for; to ``repair`` is to delete what is damaged, so that it is fetched again."""
         total = sum(max(size, 0) for _, size, sha256 in checks.expected_files(known) if sha256)
         self.progress.begin("hashing", total)
         damaged = checks.damaged_files(self.directory, known, self.progress.advance)
@@ -187,7 +236,7 @@ class Run:
         self._examine_code(known)
         for target, problem in damaged.items():
             self.progress.note(f"{target}: {problem}")
-            if not self.settings.offline:
+            if repair:
                 take_down(self.directory)
                 (self.directory / target).unlink(missing_ok=True)
         return damaged
@@ -348,7 +397,10 @@ class Run:
 
     def _strangers(self, lock: Lock | None) -> tuple[str, ...]:
         known = {*(lock.files if lock else ()), *(lock.written if lock else ()), "port.lock", "model_index.json"}
-        return tuple(target for target in files_below(self.directory) if target not in known)
+        known |= {str(parent) for target in known for parent in PurePosixPath(target).parents}  # a folder may be a link
+        strangers = [target for target in files_below(self.directory) if target not in known]
+        ours = {os.path.realpath(self.directory / target) for target in known} if strangers else set()
+        return tuple(target for target in strangers if os.path.realpath(self.directory / target) not in ours)
 
     def _finish(self, lock: Lock | None, **facts: Any) -> Report:
         strangers = facts.pop("strangers", ())
@@ -383,7 +435,13 @@ def _has_originals(lock: Lock) -> bool:
 
 
 def _check_directory(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise DownloadError(
-            f"{directory} is a file; a folder is required", code="output_dir", hint="choose another --output-dir"
-        )
+    with explained(directory):
+        problem = ""
+        if directory.exists() and not directory.is_dir():
+            problem = "is a file; a folder is required"
+        elif directory.is_symlink() and not directory.exists():
+            problem = f"is a link to {os.readlink(directory)}, which does not exist"
+        elif len(directory.parts) > _DEEPEST:
+            problem = f"lies below {_DEEPEST} other folders"
+        if problem:
+            raise DownloadError(f"{directory} {problem}", code="output_dir", hint="choose another --output-dir")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from port_kit.download.files import digests_of
+from port_kit.download.http import Interrupted
 from port_kit.download.lock import Lock
 from port_kit.download.plan import MODEL_INDEX
 
@@ -48,8 +50,21 @@ def damaged_files(directory: Path, lock: Lock, advance: Callable[[int], None] = 
             return target, "missing"
         if path.stat().st_size != size:
             return target, f"{path.stat().st_size} bytes instead of {size}"
-        found = digests_of(path, git=False, advance=advance)["sha256"]
+        try:
+            found = digests_of(path, git=False, advance=counted)["sha256"]
+        except OSError as error:
+            return target, f"cannot be read: {error.strerror}"
         return target, "" if found == sha256 else f"sha256 {found} instead of {sha256}"
 
+    def counted(count: int) -> None:
+        if stopped.is_set():
+            raise Interrupted
+        advance(count)
+
+    stopped = threading.Event()
     with ThreadPoolExecutor(_HASHERS) as pool:
-        return {target: problem for target, problem in pool.map(examine, expected_files(lock)) if problem}
+        try:
+            return {target: problem for target, problem in pool.map(examine, expected_files(lock)) if problem}
+        except BaseException:
+            stopped.set()  # the pool waits for its threads, and a large file takes a minute
+            raise
