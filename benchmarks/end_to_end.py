@@ -232,10 +232,10 @@ def save(output: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write the MP4 as the server would; where PyAV is a stand-in that only imports, say so."""
     import av
 
-    from port_kit.models.wan_fusion.media import envelope, write_mp4
     from port_kit.models.wan_fusion.request import AUDIO_SAMPLE_RATE, FPS
+    from port_kit.pipeline.media import envelope, write_mp4
 
-    if not hasattr(av, "library_versions"):
+    if not isinstance(getattr(av, "library_versions", None), dict):
         return {"skipped": "PyAV here is a stand-in that only imports"}
     start = time.perf_counter()
     payload = envelope(output, fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)["payload"]
@@ -291,6 +291,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             raise SystemExit(f"writing the model failed with exit code {done.returncode}")
         written = json.loads(done.stdout.splitlines()[-1])
     plain = serve(folder, given, cache=False)
+    print(json.dumps({"denoise": denoising(plain), "phases": phases(plain)}), file=sys.stderr, flush=True)
     ((load_seconds, load_peak),) = plain["load"]["load_weights"]
     result = {
         "model": f"dreamid_omni, {'tiny' if given.tiny else 'full size'}, random weights",

@@ -123,8 +123,8 @@ def load(way: str, folder: Path, started: float) -> dict[str, Any]:
     from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
     from port_kit.models.dreamid_omni.weights import COMPONENTS
-    from port_kit.models.wan_fusion.loading import build_components, load_component_weights, weights_sources
     from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
+    from port_kit.pipeline.loading import build_components, load_component_weights, weights_sources
     from port_kit.remap import load_components
     from port_kit.runtime.local import single_rank
 

@@ -20,7 +20,7 @@ from port_kit.errors import InputError
 from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention, Stream
 from port_kit.models.wan_fusion.config import FusionConfig
 from port_kit.models.wan_fusion.fused import Affine, add, add_norms, norm
-from port_kit.models.wan_fusion.lanes import beside, join
+from port_kit.models.wan_fusion.lanes import Lanes
 from port_kit.models.wan_fusion.layers import FeedForward
 from port_kit.models.wan_fusion.rope import RopeTables
 from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
@@ -101,6 +101,8 @@ class FusionBlock(nn.Module):
         super().__init__()
         self.index = index
         self.is_last = index == config.num_layers - 1
+        engine = get_current_diffusion_config_or_none()
+        self.lanes = Lanes(two=not (engine and engine.parallel_config.use_hsdp))
         self.eps = config.eps
         self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
         self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
@@ -131,14 +133,14 @@ class FusionBlock(nn.Module):
         v_attention, v_ffn = self.video.modulations(video)
         a_attention, a_ffn = self.audio.modulations(audio)
         unread = unused if self.is_last else None
-        with beside(hidden_states):
+        with self.lanes.beside(hidden_states):
             a = self._self_attend(self.audio, self.video, encoder_hidden_states, a_attention, audio)
         v = self._self_attend(self.video, self.audio, hidden_states, v_attention, video)
-        join(hidden_states)
-        with beside(hidden_states):
+        self.lanes.join(hidden_states)
+        with self.lanes.beside(hidden_states):
             a_out = a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video)
         v_out = v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio)
-        join(hidden_states)
+        self.lanes.join(hidden_states)
         return v_out, a_out
 
     def _self_attend(

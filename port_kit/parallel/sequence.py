@@ -62,6 +62,7 @@ class LengthTrimmedAttention(Attention):
     """
 
     _kv_length: int | None = None
+    parallel_strategy: Any
 
     def __init__(self, *args: Any, short: Literal["keys", "queries"] | None = None, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -13,7 +13,7 @@ from vllm.config import LoadConfig
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
 from port_kit.models.dreamid_omni.weights import COMPONENTS
-from port_kit.models.wan_fusion.loading import (
+from port_kit.pipeline.loading import (
     build_components,
     load_component_weights,
     read_components,
