@@ -21,7 +21,7 @@ from vllm.distributed import (
 )
 
 from port_kit.models.wan_fusion import fused
-from port_kit.parallel import linear, overlap
+from port_kit.parallel import linear
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return ``[B, S, D]``."""
-        return overlap.row(self.down, fused.linear_gelu(self.up, x_BSD))
+        return self.down(fused.linear_gelu(self.up, x_BSD))
 
 
 class TextEmbedding(nn.Module):

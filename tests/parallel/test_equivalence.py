@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,22 +38,3 @@ def test_ranks_compute_what_one_computes(layout: str, subject: Subject, single: 
     everything, *held = report.parameter_bytes
     assert all(size / everything <= 1 / (parsed.tp * parsed.hsdp) + 0.02 for size in held)
     assert sum(calls for calls, _ in report.collectives.values()) > 8
-
-
-@pytest.mark.parametrize("layout", ["tp2", "tp2xulysses2"])
-def test_sums_over_ranks_may_come_in_parts(layout: str, subject: Subject, single: RankResult) -> None:
-    prepare = subject.setup
-
-    def setup(world: int) -> None:
-        from port_kit.parallel import overlap
-
-        prepare(world)
-        overlap.MIN_TOKENS = 2
-
-    whole, parts = (
-        verify_layout(replace(subject, setup=each), Layout.parse(layout), single) for each in (prepare, setup)
-    )
-    assert parts.ok, parts.findings
-    assert max(parts.max_abs, parts.output_max_abs) <= 5e-6
-    sums = [max(count for op, (count, _) in each.collectives.items() if "reduce" in op) for each in (whole, parts)]
-    assert sums[1] > sums[0]
