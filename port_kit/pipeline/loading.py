@@ -94,7 +94,9 @@ def load_component_weights(
         return load_components(parts, weights, model=model)
     next(iter(weights), None)  # the loader looks at the files, and starts its clock, when it is asked for the first
     with closing(read_components(parts, model)) as stream:
-        return load_components(parts, stream, model=model)
+        loaded = load_components(parts, stream, model=model)
+    torch.cuda.empty_cache()  # of the tensors on their way, which had memory of their own
+    return loaded
 
 
 def read_components(

@@ -173,10 +173,11 @@ class _Ring:
     ) -> None:
         import torch
 
-        self._paths, self._plan = paths, plan
-        self._on_gpu = device.type == "cuda"
+        self._paths, self._plan, self._device = paths, plan, device
+        on_gpu = device.type == "cuda"
         size = min(size, max((block.stop - block.start for block in plan), default=0))
-        self._buffers = torch.empty(buffers, size, dtype=torch.uint8, device="cpu", pin_memory=self._on_gpu)
+        self._buffers = torch.empty(buffers, size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
+        self._memory = [memoryview(buffer.numpy()) for buffer in self._buffers]
         self._free: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
         self._turn = threading.Lock()
         self._numbers = iter(range(len(plan)))
@@ -210,11 +211,11 @@ class _Ring:
     def _release(self, number: int) -> None:
         """Give a buffer back to the threads; they wait until the device has copied what is in it."""
         copied = None
-        if self._on_gpu:
+        if self._device.type == "cuda":
             import torch
 
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(self._device))
         self._free.put((number, copied))
 
     def _work(self) -> None:
@@ -238,7 +239,7 @@ class _Ring:
     def _read_block(self, block: _Block, number: int) -> None:
         path, file = self._paths[block.file], self._files[block.file]
         length, done = block.stop - block.start, 0
-        memory = memoryview(self._buffers[number].numpy())[:length]
+        memory = self._memory[number][:length]
         try:
             # Ask for the whole block at once: the system's own reading ahead asks for a few pages after the other.
             os.posix_fadvise(file, block.start, length, os.POSIX_FADV_WILLNEED)

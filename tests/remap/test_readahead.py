@@ -51,6 +51,13 @@ def test_tensors_are_those_of_the_files(tmp_path: Path, block: int, blocks: int,
         assert found.view(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
 
 
+def test_it_may_be_read_in_inference_mode(tmp_path: Path) -> None:
+    """That mode is one thread's own: the threads that read are not in it."""
+    expected = checkpoint(tmp_path)
+    with torch.inference_mode():
+        assert dict(read_ahead(tmp_path, block=4096, blocks=2, threads=2)).keys() == expected.keys()
+
+
 def test_an_index_names_the_files(tmp_path: Path) -> None:
     expected = checkpoint(tmp_path)
     entries = ", ".join(f'"{name}": "model-0000{int(name[4]) + 1}-of-00002.safetensors"' for name in expected)
