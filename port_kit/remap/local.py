@@ -115,9 +115,20 @@ class _Reader:
             self.copies.run()
         for group in joined.values():
             self.loader._finish_group(group)
+        self._clear_padding()
         raise_problems(self.loader._problems, f"{self.plan.rules.name} does not load {self.root} completely")
         loaded = {prefix + name for name in self.plan.target}
         return LocalLoad(loaded, self.bytes_read, self.plan.source.nbytes, tuple(self.whole))
+
+    def _clear_padding(self) -> None:
+        """Set to zero what pads this rank's part, as the parameter's own loader does."""
+        import torch
+
+        with torch.no_grad():
+            for name in self.plan.by_target():
+                target = self.loader.targets[name]
+                for box in target.padding:
+                    target.tensor.data[_index(box)].zero_()
 
     def _source(self, opened: _File, name: str, writes: list[Write], joined: dict[object, Any]) -> None:
         cuts = [self._cuts(write) for write in writes]
@@ -247,7 +258,7 @@ def _held_whole(target: Target) -> bool:
     """Whether the shards tell about every element of this rank's tensor."""
     if not target.shards:
         return False
-    local = [shard.local for shard in target.shards]
+    local = [*[shard.local for shard in target.shards], *target.padding]
     same_rank = all(len(box) == target.tensor.dim() for box in local)
     return same_rank and sum(map(volume, local)) == target.tensor.numel()
 

@@ -454,6 +454,8 @@ def _fit(rule: Rule, steps: list[Step], shape: Shape, region: Box, content: Shap
         if shape != box:
             steps.append(Reshape(shape, box))
         return tuple(steps), region, box
+    if not shape and content == (1,) == box:  # a scale is stored as a number or as a vector of one
+        return (*steps, Reshape(shape, box)), region, box
     raise RemapError(
         f"{scope.where} gives shape {list(shape)}; the target takes {list(content)}",
         code="remap_shape",

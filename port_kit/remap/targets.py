@@ -45,6 +45,7 @@ class Target:
         spec: whole shape, dtype and slots.
         shards: the slots with this rank's part of each; empty where only the parameter's own loader knows them.
         loader: the parameter's ``weight_loader``, or None.
+        padding: the boxes of this rank's tensor that no checkpoint fills and that are zero: rows that pad a vocabulary.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     spec: TensorSpec
     shards: tuple[Shard, ...]
     loader: Loader | None
+    padding: tuple[Box, ...] = ()
 
     def load(self, slot: str, piece: Tensor) -> None:
         """Give one whole slot to the parameter's loader."""
@@ -108,7 +110,8 @@ def read_target(name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = F
     loader = None if buffer else getattr(tensor, "weight_loader", None)
     shape, shards = _layout(owner, tensor, tuple(tensor.shape))
     slots = {shard.slot: shard.box for shard in shards if shard.slot}
-    return Target(name, tensor, TensorSpec(shape, dtype, slots=slots, buffer=buffer), shards, loader)
+    padding = _padding(shards, tuple(tensor.shape)) if _is_vocabulary(owner, tensor) else ()
+    return Target(name, tensor, TensorSpec(shape, dtype, slots=slots, buffer=buffer), shards, loader, padding)
 
 
 def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
@@ -118,13 +121,14 @@ def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tupl
     full = getattr(tensor, "full_shape", None)
     if full is not None:
         return tuple(full), ()
-    if hasattr(owner, "org_vocab_size") and hasattr(owner, "shard_indices") and len(local) > 1:
+    if _is_vocabulary(owner, tensor):
         return _vocabulary(owner, local)
     if getattr(owner, "moe_config", None) is not None and len(local) == 3:
         experts = _experts(owner, tensor, local)
         if experts is not None:
             return experts
-    slots = _fused_slots(_laid_out_by(owner, tensor), tensor, local)
+    lender = _laid_out_by(owner, tensor)
+    slots = _fused_slots(lender, tensor, local) or _scale_slots(lender, tensor, local)
     if slots is not None:
         return slots
     return _linear(owner, tensor, local)
@@ -189,6 +193,16 @@ def _fused_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape,
     return shape, tuple(shards)
 
 
+def _scale_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
+    """The scales of a fused linear whose projections are quantized each by itself: one value a slot, on every rank."""
+    by_slot = hasattr(tensor, "_load_into_shard_id") or getattr(tensor, "needs_scalar_to_array", False)
+    parts = _fused_parts(owner) if by_slot else None
+    if parts is None or local != (len(parts),):
+        return None
+    boxes = [((at, at + 1),) for at in range(len(parts))]
+    return local, tuple(Shard(part.slot, box, box, box) for part, box in zip(parts, boxes, strict=True))
+
+
 @dataclass(frozen=True)
 class _Part:
     """One projection of a fused linear: extents in values, and which of its parts this rank holds."""
@@ -215,6 +229,19 @@ def _fused_parts(owner: Any) -> list[_Part] | None:
             size = 1
         return [_Part(str(slot), full, full // size, rank) for slot, full in enumerate(sizes)]
     return None
+
+
+def _is_vocabulary(owner: Any, tensor: Tensor) -> bool:
+    """Whether the rows are words (a packed embedding has others, and the scales of one have none)."""
+    words = getattr(owner, "num_embeddings_per_partition", None)
+    known = hasattr(owner, "org_vocab_size") and hasattr(owner, "shard_indices")
+    return known and getattr(tensor, "output_dim", None) == 0 and tuple(tensor.shape[:1]) == (words,)
+
+
+def _padding(shards: tuple[Shard, ...], local: Shape) -> tuple[Box, ...]:
+    """The rows after those of the words."""
+    stop = shards[0].local[0][1]
+    return (((stop, local[0]), *whole(local[1:])),) if stop < local[0] else ()
 
 
 def _vocabulary(owner: Any, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
