@@ -117,6 +117,12 @@ class Lowering:
         """Numbers of the rules that match a name."""
         return self.matcher.find(name)
 
+    def fill(self, number: int, name: str) -> tuple[str, str] | None:
+        """The target and the slot that a rule gives a name; None where it does not match, or does more than that."""
+        fill = self._fills[number]
+        match = compile_pattern(self.rules[number].source).fullmatch(name) if fill is not None else None
+        return None if fill is None or match is None else (fill.target.of(match), fill.shard.of(match))
+
     def lower(self, name: str, spec: TensorSpec) -> Lowered:
         """Work out all that the rules make of one source; problems are returned, not raised."""
         found = self.matcher.find(name)

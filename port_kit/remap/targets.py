@@ -7,9 +7,9 @@ classes derived from them. A parameter that is sharded in a way of its own may s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import TensorSpec
 from port_kit.remap.boxes import Box, Shape, extents, whole
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 Loader = Callable[..., None]
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One slot of a parameter (the whole of it, slot ``""``, where it is not fused).
 
     Attributes:
@@ -36,13 +35,12 @@ class Shard:
     local: Box
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One parameter or buffer of a module.
 
     Attributes:
         tensor: the parameter or buffer itself; never read, only written.
-        spec: whole shape, dtype and slots.
+        spec: whole shape, dtype and slots; targets of a module that are alike share one object.
         shards: the slots with this rank's part of each; empty where only the parameter's own loader knows them.
         loader: the parameter's ``weight_loader``, or None.
         padding: the boxes of this rank's tensor that no checkpoint fills and that are zero: rows that pad a vocabulary.
@@ -81,6 +79,7 @@ def read_targets(module: nn.Module) -> Targets:
     targets: dict[str, Target] = {}
     aliases: dict[str, str] = {}
     known: dict[int, str] = {}
+    specs: dict[object, TensorSpec] = {}
     ranks = 1
     for path, owner in module.named_modules():
         ranks = max(ranks, owner.__dict__.get("tp_size") or 1)
@@ -89,7 +88,7 @@ def read_targets(module: nn.Module) -> Targets:
             name = prefix + leaf
             first = known.setdefault(id(tensor), name)
             if first == name:
-                targets[name] = read_target(name, owner, tensor, buffer=buffer)
+                targets[name] = read_target(name, owner, tensor, buffer=buffer, specs=specs)
             else:
                 aliases[name] = first
     return Targets(targets, aliases, ranks)
@@ -104,20 +103,35 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield leaf, buffer, True
 
 
-def read_target(name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False) -> Target:
-    """Describe one tensor of the module that owns it."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    loader = None if buffer else getattr(tensor, "weight_loader", None)
-    shape, shards = _layout(owner, tensor, tuple(tensor.shape))
+def read_target(
+    name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False, specs: dict[object, TensorSpec] | None = None
+) -> Target:
+    """Describe one tensor of the module that owns it; ``specs`` are those that were met before."""
+    specs = {} if specs is None else specs
+    local = tuple(tensor.shape)
+    if not tensor.__dict__ and not hasattr(type(tensor), "weight_loader"):  # a plain one: nothing was set on it
+        box = whole(local)
+        return Target(name, tensor, _spec(specs, local, tensor, {}, buffer), (Shard("", box, box, box),), None)
+    shape, shards = _layout(owner, tensor, local)
     slots = {shard.slot: shard.box for shard in shards if shard.slot}
-    padding = _padding(shards, tuple(tensor.shape)) if _is_vocabulary(owner, tensor) else ()
-    return Target(name, tensor, TensorSpec(shape, dtype, slots=slots, buffer=buffer), shards, loader, padding)
+    loader = None if buffer else getattr(tensor, "weight_loader", None)
+    padding = _padding(shards, local) if _is_vocabulary(owner, tensor) else ()
+    return Target(name, tensor, _spec(specs, shape, tensor, slots, buffer), shards, loader, padding)
+
+
+def _spec(
+    specs: dict[object, TensorSpec], shape: Shape, tensor: Tensor, slots: Mapping[str, Box], buffer: bool
+) -> TensorSpec:
+    key = (shape, tensor.dtype, buffer, tuple(slots.items()))
+    spec = specs.get(key)
+    if spec is None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        spec = specs[key] = TensorSpec(shape, dtype, slots=slots, buffer=buffer)
+    return spec
 
 
 def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
     """The whole shape and the shards of a parameter."""
-    if not tensor.__dict__:  # a plain tensor: nothing was set on it
-        return local, (Shard("", whole(local), whole(local), whole(local)),)
     full = getattr(tensor, "full_shape", None)
     if full is not None:
         return tuple(full), ()
