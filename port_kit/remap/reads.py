@@ -1,0 +1,200 @@
+"""Reading parts of safetensors files straight into memory that is there already, with a few threads.
+
+Rows that stand together in a file are read into their place; columns, which touch every page of their tensor, are
+copied from a mapping. A thread takes the next piece when it is done with one, whichever tensor that is of.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from port_kit.errors import RemapError
+from port_kit.manifest import ITEM_SIZES, SAFETENSORS_DTYPES, read_header
+from port_kit.remap.boxes import Box, Shape, extents, to_intervals
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+#: Bytes that a thread reads at once: a single huge tensor is shared too.
+PIECE = 1 << 23
+#: Most bytes that one system call reads.
+_MOST = 1 << 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a source and the box of this rank's tensor that it fills.
+
+    Attributes:
+        source: the index of the source.
+        local: the index of the tensor.
+        run: ``(first element, number)`` where the source's box stands in one piece; None where it does not.
+        perms: how the axes of the source's box change places on the way, in order.
+        rows: extent of the tensor's box on its first axis, 1 where it has none.
+    """
+
+    source: tuple[slice, ...]
+    local: tuple[slice, ...]
+    run: tuple[int, int] | None
+    perms: tuple[tuple[int, ...], ...]
+    rows: int
+
+    @classmethod
+    def of(cls, source: Box, shape: Shape, local: Box, perms: tuple[tuple[int, ...], ...]) -> Part:
+        """A part of a source of this shape."""
+        intervals = to_intervals(source, shape) if not perms else []
+        run = (intervals[0][0], intervals[0][1] - intervals[0][0]) if len(intervals) == 1 else None
+        rows = extents(local)[0] if local else 1
+        return cls(_index(source), _index(local), run, perms, rows)
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the box."""
+        return math.prod(span.stop - span.start for span in self.source)
+
+
+class File:
+    """A safetensors file, open for reading; a context that closes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._header, self._start = read_header(path)
+        self._file = path.open("rb", buffering=0)
+        self._opened: Any = None
+
+    def close(self) -> None:
+        """Close the file; views of its mapping keep that alive."""
+        self._file.close()
+
+    @cached_property
+    def _mapped(self) -> mmap.mmap:
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def at(self, name: str) -> int:
+        """Where a tensor starts."""
+        return int(self._start + self._header[name]["data_offsets"][0])
+
+    def bits(self, name: str) -> NDArray[Any]:
+        """A tensor as an array of integers of its elements' size, mapped."""
+        import numpy
+
+        entry = self._header[name]
+        size = ITEM_SIZES[SAFETENSORS_DTYPES[entry["dtype"]]]
+        return numpy.ndarray(entry["shape"], f"i{size}", self._mapped, self.at(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of its own dtype, mapped."""
+        from safetensors import safe_open
+
+        if self._opened is None:
+            self._opened = safe_open(self.path, framework="pt")
+        return self._opened.get_tensor(name)
+
+    def read(self, into: NDArray[Any], at: int) -> None:
+        """Fill an array whose elements stand together from a place in the file.
+
+        Raises:
+            RemapError: ``manifest_invalid`` where the file ends before.
+        """
+        rest = memoryview(into).cast("B")
+        while rest:
+            count = os.preadv(self._file.fileno(), [rest[:_MOST]], at)
+            if not count:
+                raise RemapError(
+                    f"{self.path} ends at {at}; {len(rest)} bytes more are required",
+                    code="manifest_invalid",
+                    hint="it became shorter while it was read: download it again",
+                )
+            rest, at = rest[count:], at + count
+
+
+@dataclass(frozen=True)
+class Read:
+    """Some rows of a part, on their way from a file into an array of integers, the bits of the values."""
+
+    file: File
+    name: str
+    part: Part
+    target: Callable[[], NDArray[Any]]
+    first: int
+    last: int
+
+    def run(self) -> None:
+        """Read or copy it."""
+        import numpy
+
+        into = self.target()[self.part.local]
+        if self.part.run is not None and into.flags.c_contiguous:
+            row = self.part.run[1] // self.part.rows
+            start = self.part.run[0] + self.first * row
+            self.file.read(into[self.first : self.last], self.file.at(self.name) + start * into.itemsize)
+            return
+        piece = self.file.bits(self.name)[self.part.source]
+        for perm in self.part.perms:
+            piece = piece.transpose(perm)
+        numpy.copyto(into[self.first : self.last], piece.reshape(into.shape)[self.first : self.last])
+
+
+def pieces(file: File, name: str, part: Part, nbytes: int, target: Callable[[], NDArray[Any]]) -> Iterable[Read]:
+    """The reads of a part of so many bytes, none of much more than :data:`PIECE`."""
+    step = max(1, PIECE * part.rows // max(nbytes, 1))
+    return [Read(file, name, part, target, at, min(at + step, part.rows)) for at in range(0, part.rows, step)]
+
+
+class Readers:
+    """Threads that share reads, the calling one among them; a context that ends them.
+
+    Args:
+        threads: at least 1; with 1 there is only the calling thread.
+    """
+
+    def __init__(self, threads: int) -> None:
+        if threads < 1:
+            raise ValueError(f"threads={threads}: at least one thread has to read")
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "port-kit-read") if threads > 1 else None
+        self._later: deque[Read] = deque()
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, reads: Iterable[Read]) -> None:
+        """Do all reads; the first error ends them."""
+        self._later.extend(reads)
+        others = [self._pool.submit(self._drain) for _ in range(self.threads - 1)] if self._pool is not None else []
+        self._drain()
+        for other in others:
+            other.result()
+
+    def _drain(self) -> None:
+        try:
+            while True:
+                try:
+                    read = self._later.popleft()
+                except IndexError:
+                    return
+                read.run()
+        except BaseException:
+            self._later.clear()
+            raise
+
+
+def _index(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)
