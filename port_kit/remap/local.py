@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -108,12 +108,12 @@ class _Reader:
             by_file[self.plan.source[name].file].append(name)
         joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
         with Readers(self.threads) as readers, ExitStack() as files:
-            reads: list[Read] = []
             for file, names in by_file.items():
                 opened = files.enter_context(closing(File(self.root / file)))
                 for name in names:
-                    reads += self._source(opened, name, writes[name], joined)
-            readers.run(reads)
+                    for read in self._source(opened, name, writes[name], joined):
+                        readers.put(read)
+            readers.finish()
         for group in joined.values():
             self.loader._finish_group(group)
         self._clear_padding()
@@ -131,7 +131,7 @@ class _Reader:
                 for box in target.padding:
                     target.tensor.data[_index(box)].zero_()
 
-    def _source(self, opened: File, name: str, writes: list[Write], joined: dict[object, Any]) -> Iterable[Read]:
+    def _source(self, opened: File, name: str, writes: list[Write], joined: dict[object, Any]) -> list[Read]:
         """The reads of a source; one that cannot be cut is stored at once, or put to its group."""
         found = [self._parts(write) for write in writes]
         known = [parts for parts in found if parts is not None]
@@ -154,7 +154,7 @@ class _Reader:
         """:func:`_parts` of a write, worked out once for all layers."""
         target = self.loader.targets[write.target]
         shape = self.plan.source[write.source].shape
-        key = (write.steps, write.region, write.join, target.shards, shape)
+        key = (id(write.steps), id(write.region), write.join, id(target.shards), shape)  # the plan keeps them alive
         if key not in self._known:
             self._known[key] = _parts(write, shape, target)
         return self._known[key]
@@ -162,7 +162,7 @@ class _Reader:
     def _is_split(self, write: Write) -> bool:
         return self.loader.targets[write.target].tensor.numel() < self.plan.target[write.target].numel
 
-    def _reads(self, opened: File, write: Write, parts: list[Part]) -> Iterable[Read]:
+    def _reads(self, opened: File, write: Write, parts: list[Part]) -> list[Read]:
         spec = self.plan.source[write.source]
         size = ITEM_SIZES[spec.dtype]
         self.bytes_read += size * sum(part.numel for part in parts)

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.errors import RemapError
 from port_kit.manifest import ITEM_SIZES, SAFETENSORS_DTYPES, read_header
-from port_kit.remap.boxes import Box, Shape, extents, to_intervals
+from port_kit.remap.boxes import Box, Shape, extents, one_interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,8 +53,8 @@ class Part:
     @classmethod
     def of(cls, source: Box, shape: Shape, local: Box, perms: tuple[tuple[int, ...], ...]) -> Part:
         """A part of a source of this shape."""
-        intervals = to_intervals(source, shape) if not perms else []
-        run = (intervals[0][0], intervals[0][1] - intervals[0][0]) if len(intervals) == 1 else None
+        interval = one_interval(source, shape) if not perms else None
+        run = None if interval is None else (interval[0], interval[1] - interval[0])
         rows = extents(local)[0] if local else 1
         return cls(_index(source), _index(local), run, perms, rows)
 
@@ -119,8 +119,7 @@ class File:
             rest, at = rest[count:], at + count
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """Some rows of a part, on their way from a file into an array of integers, the bits of the values."""
 
     file: File
@@ -146,25 +145,28 @@ class Read:
         numpy.copyto(into[self.first : self.last], piece.reshape(into.shape)[self.first : self.last])
 
 
-def pieces(file: File, name: str, part: Part, nbytes: int, target: Callable[[], NDArray[Any]]) -> Iterable[Read]:
+def pieces(file: File, name: str, part: Part, nbytes: int, target: Callable[[], NDArray[Any]]) -> list[Read]:
     """The reads of a part of so many bytes, none of much more than :data:`PIECE`."""
-    step = max(1, PIECE * part.rows // max(nbytes, 1))
+    if nbytes <= PIECE:
+        return [Read(file, name, part, target, 0, part.rows)]
+    step = max(1, PIECE * part.rows // nbytes)
     return [Read(file, name, part, target, at, min(at + step, part.rows)) for at in range(0, part.rows, step)]
 
 
 class Readers:
-    """Threads that share reads, the calling one among them; a context that ends them.
+    """Threads that share reads, the calling one among them at the end; a context that ends them.
 
     Args:
-        threads: at least 1; with 1 there is only the calling thread.
+        threads: at least 1; with 1 there is only the calling thread, and nothing is read before :meth:`finish`.
     """
 
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise ValueError(f"threads={threads}: at least one thread has to read")
-        self.threads = threads
+        self._queue: SimpleQueue[Read | None] = SimpleQueue()
+        self._failed = False
         self._pool = ThreadPoolExecutor(threads - 1, "port-kit-read") if threads > 1 else None
-        self._later: deque[Read] = deque()
+        self._others = [self._pool.submit(self._drain) for _ in range(threads - 1)] if self._pool is not None else []
 
     def __enter__(self) -> Readers:
         return self
@@ -172,27 +174,32 @@ class Readers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._failed = self._failed or kind is not None
+        for _ in self._others:
+            self._queue.put(None)
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown()
 
-    def run(self, reads: Iterable[Read]) -> None:
-        """Do all reads; the first error ends them."""
-        self._later.extend(reads)
-        others = [self._pool.submit(self._drain) for _ in range(self.threads - 1)] if self._pool is not None else []
+    def put(self, read: Read) -> None:
+        """Leave a read to whichever thread is free."""
+        self._queue.put(read)
+
+    def finish(self) -> None:
+        """Do what is left; the first error ends all reads."""
+        for _ in range(len(self._others) + 1):
+            self._queue.put(None)
         self._drain()
-        for other in others:
+        for other in self._others:
             other.result()
 
     def _drain(self) -> None:
         try:
-            while True:
-                try:
-                    read = self._later.popleft()
-                except IndexError:
+            while (read := self._queue.get()) is not None:
+                if self._failed:
                     return
                 read.run()
         except BaseException:
-            self._later.clear()
+            self._failed = True
             raise
 
 

@@ -40,7 +40,8 @@ class Target(NamedTuple):
 
     Attributes:
         tensor: the parameter or buffer itself; never read, only written.
-        spec: whole shape, dtype and slots; targets of a module that are alike share one object.
+        spec: whole shape, dtype and slots; targets of a module that are alike share one object, as they do
+            ``shards``.
         shards: the slots with this rank's part of each; empty where only the parameter's own loader knows them.
         loader: the parameter's ``weight_loader``, or None.
         padding: the boxes of this rank's tensor that no checkpoint fills and that are zero: rows that pad a vocabulary.
@@ -79,7 +80,7 @@ def read_targets(module: nn.Module) -> Targets:
     targets: dict[str, Target] = {}
     aliases: dict[str, str] = {}
     known: dict[int, str] = {}
-    specs: dict[object, TensorSpec] = {}
+    alike: dict[object, Any] = {}
     ranks = 1
     for path, owner in module.named_modules():
         ranks = max(ranks, owner.__dict__.get("tp_size") or 1)
@@ -88,7 +89,7 @@ def read_targets(module: nn.Module) -> Targets:
             name = prefix + leaf
             first = known.setdefault(id(tensor), name)
             if first == name:
-                targets[name] = read_target(name, owner, tensor, buffer=buffer, specs=specs)
+                targets[name] = read_target(name, owner, tensor, buffer=buffer, alike=alike)
             else:
                 aliases[name] = first
     return Targets(targets, aliases, ranks)
@@ -104,29 +105,31 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def read_target(
-    name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False, specs: dict[object, TensorSpec] | None = None
+    name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False, alike: dict[object, Any] | None = None
 ) -> Target:
-    """Describe one tensor of the module that owns it; ``specs`` are those that were met before."""
-    specs = {} if specs is None else specs
+    """Describe one tensor of the module that owns it; ``alike`` holds what others of the module have."""
+    alike = {} if alike is None else alike
     local = tuple(tensor.shape)
     if not tensor.__dict__ and not hasattr(type(tensor), "weight_loader"):  # a plain one: nothing was set on it
-        box = whole(local)
-        return Target(name, tensor, _spec(specs, local, tensor, {}, buffer), (Shard("", box, box, box),), None)
+        shards = alike.get(local)
+        if shards is None:
+            box = whole(local)
+            shards = alike[local] = (Shard("", box, box, box),)
+        return Target(name, tensor, _spec(alike, local, tensor, {}, buffer), shards, None)
     shape, shards = _layout(owner, tensor, local)
+    shards = alike.setdefault(("shards", shards), shards)
     slots = {shard.slot: shard.box for shard in shards if shard.slot}
     loader = None if buffer else getattr(tensor, "weight_loader", None)
     padding = _padding(shards, local) if _is_vocabulary(owner, tensor) else ()
-    return Target(name, tensor, _spec(specs, shape, tensor, slots, buffer), shards, loader, padding)
+    return Target(name, tensor, _spec(alike, shape, tensor, slots, buffer), shards, loader, padding)
 
 
-def _spec(
-    specs: dict[object, TensorSpec], shape: Shape, tensor: Tensor, slots: Mapping[str, Box], buffer: bool
-) -> TensorSpec:
+def _spec(alike: dict[object, Any], shape: Shape, tensor: Tensor, slots: Mapping[str, Box], buffer: bool) -> TensorSpec:
     key = (shape, tensor.dtype, buffer, tuple(slots.items()))
-    spec = specs.get(key)
+    spec: TensorSpec | None = alike.get(key)
     if spec is None:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        spec = specs[key] = TensorSpec(shape, dtype, slots=slots, buffer=buffer)
+        spec = alike[key] = TensorSpec(shape, dtype, slots=slots, buffer=buffer)
     return spec
 
 
