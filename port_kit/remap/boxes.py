@@ -99,20 +99,6 @@ def to_intervals(box: Box, shape: Shape) -> list[Interval]:
     return merged((base + start * unit, base + stop * unit) for base in bases)
 
 
-def one_interval(box: Box, shape: Shape) -> Interval | None:
-    """The row-major interval of a box that stands in one piece; None where it does not."""
-    size, start, whole_so_far = 1, 0, True
-    count = 1
-    for (low, high), extent in zip(reversed(box), reversed(shape), strict=True):
-        if not whole_so_far and high - low != 1:
-            return None
-        start += low * size
-        count *= high - low
-        size *= extent
-        whole_so_far = whole_so_far and high - low == extent
-    return start, start + count
-
-
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
     """Sort intervals and join those that touch."""
     result: list[Interval] = []

@@ -13,14 +13,13 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.manifest import ITEM_SIZES, Manifest
-from port_kit.remap.boxes import Box, Shape, intersection, volume
+from port_kit.remap.boxes import Box, intersection, volume
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.lower import Write
 from port_kit.remap.plan import Plan, check
@@ -107,9 +106,9 @@ class _Reader:
         for name in writes:
             by_file[self.plan.source[name].file].append(name)
         joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
-        with Readers(self.threads) as readers, ExitStack() as files:
+        with Readers(self.threads) as readers:
             for file, names in by_file.items():
-                opened = files.enter_context(closing(File(self.root / file)))
+                opened = File(self.root / file)
                 for name in names:
                     for read in self._source(opened, name, writes[name], joined):
                         readers.put(read)
@@ -153,10 +152,9 @@ class _Reader:
     def _parts(self, write: Write) -> list[Part] | None:
         """:func:`_parts` of a write, worked out once for all layers."""
         target = self.loader.targets[write.target]
-        shape = self.plan.source[write.source].shape
-        key = (id(write.steps), id(write.region), write.join, id(target.shards), shape)  # the plan keeps them alive
+        key = (id(write.steps), id(write.region), id(write.join), id(target.shards))  # the plan keeps them alive
         if key not in self._known:
-            self._known[key] = _parts(write, shape, target)
+            self._known[key] = _parts(write, target)
         return self._known[key]
 
     def _is_split(self, write: Write) -> bool:
@@ -201,7 +199,7 @@ def _bits(tensor: Tensor) -> NDArray[Any]:
     return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy()
 
 
-def _parts(write: Write, shape: Shape, target: Target) -> list[Part] | None:
+def _parts(write: Write, target: Target) -> list[Part] | None:
     """What this rank needs of a write; None where it cannot be cut out of the source."""
     if write.join is not None or not _cuttable(write.steps) or not _held_whole(target):
         return None
@@ -217,7 +215,7 @@ def _parts(write: Write, shape: Shape, target: Target) -> list[Part] | None:
             return None
         offset = _shifted(wanted, shard.held)
         local = tuple((a + low, b + low) for (a, b), (low, _) in zip(offset, shard.local, strict=True))
-        found.append(Part.of(boxes[0], shape, local, perms))
+        found.append(Part.of(boxes[0], local, perms))
     return found
 
 

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from port_kit.errors import RemapError
-from port_kit.remap.boxes import one_interval, to_intervals
 from port_kit.remap.reads import File, Part, Readers, pieces
 
 SHAPE = (6, 4, 5)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[tuple[File, numpy.ndarray]]:
+def opened(tmp_path: Path) -> tuple[File, numpy.ndarray]:
     """A file whose second tensor counts its elements."""
     values = torch.arange(120, dtype=torch.int16).reshape(SHAPE)
     save_file({"first": torch.zeros(3), "w": values}, tmp_path / "model.safetensors")
-    with closing(File(tmp_path / "model.safetensors")) as file:
-        yield file, values.numpy()
-
-
-@st.composite
-def boxes(draw: st.DrawFn) -> tuple:
-    shape = tuple(draw(st.lists(st.integers(1, 4), max_size=4)))
-    spans = [sorted((draw(st.integers(0, extent - 1)), draw(st.integers(1, extent)))) for extent in shape]
-    return tuple((low, max(high, low + 1)) for low, high in spans), shape
-
-
-@given(boxes())
-def test_one_interval_is_the_only_one(made: tuple) -> None:
-    box, shape = made
-    found = to_intervals(box, shape)
-    assert one_interval(box, shape) == (found[0] if len(found) == 1 else None)
+    return File(tmp_path / "model.safetensors"), values.numpy()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -69,7 +47,7 @@ def test_parts_arrive(
     for axis in (0, expected.ndim - 1):
         room = numpy.full([extent + 2 * (at == axis) for at, extent in enumerate(expected.shape)], -1, numpy.int16)
         local = tuple((1, extent + 1) if at == axis else (0, extent) for at, extent in enumerate(expected.shape))
-        part = Part.of(box, SHAPE, local, perms)
+        part = Part.of(box, local, perms)
         with Readers(threads) as readers:
             for read in pieces(file, "w", part, expected.nbytes, lambda room=room: room):
                 readers.put(read)
@@ -81,16 +59,15 @@ def test_parts_arrive(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_file_that_ends_before_is_an_error(opened: tuple, threads: int) -> None:
+def test_an_error_of_any_thread_ends_all(opened: tuple, threads: int) -> None:
     file, values = opened
     room = numpy.zeros(SHAPE, numpy.int16)
-    os.truncate(file.path, file.path.stat().st_size - 8)
-    part = Part.of(tuple((0, extent) for extent in SHAPE), SHAPE, tuple((0, extent) for extent in SHAPE), ())
-    with pytest.raises(RemapError, match=r"8 bytes more are required") as caught, Readers(threads) as readers:
-        for read in pieces(file, "w", part, values.nbytes, lambda: room):
-            readers.put(read)
+    whole = tuple((0, extent) for extent in SHAPE)
+    with pytest.raises(KeyError, match="gone"), Readers(threads) as readers:
+        for name in ("gone", "w"):
+            for read in pieces(file, name, Part.of(whole, whole, ()), values.nbytes, lambda: room):
+                readers.put(read)
         readers.finish()
-    assert caught.value.code == "manifest_invalid"
 
 
 def test_threads_end_with_the_context() -> None:
