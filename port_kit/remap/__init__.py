@@ -18,6 +18,7 @@ The language, one field of :class:`Rule` a line::
                 split(dim, sizes)         one part a target; without sizes: the targets' own, or equal parts
                 concat(dim, parts, sizes) many sources, the part is in shard; without sizes: the sources' own
                 stack(dim)                many sources on a new axis, the index is in shard
+                fill                      one value in every element of its place (a scale that slots share)
                 cast(dtype)               allows the loss that an assignment would refuse
                 weight_norm(dim)          shard is g or v: direction times magnitude, folded
                 any transform registered with port_kit.remap.transforms.transform

@@ -13,7 +13,7 @@ from port_kit.remap.names import collapse, split_numbers
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import Problem
 from port_kit.remap.rules import RuleSet
-from port_kit.remap.steps import Call, Cast, Permute, Reorder, Reshape, Step, Take
+from port_kit.remap.steps import Call, Cast, Fill, Permute, Reorder, Reshape, Step, Take
 
 
 @dataclass
@@ -171,6 +171,8 @@ def _step_text(step: Step) -> str:
         return f"reorder axis {step.dim} as " + ", ".join(f"{start}:{stop}" for start, stop in step.runs)
     if isinstance(step, Cast):
         return f"cast to {step.dtype}"
+    if isinstance(step, Fill):
+        return f"filled into {list(step.after)}"
     assert isinstance(step, Call)
     return step.name
 

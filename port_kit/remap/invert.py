@@ -18,7 +18,7 @@ from port_kit.remap.names import split_numbers
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
 from port_kit.remap.rules import Op, Rule, RuleSet
-from port_kit.remap.steps import Cast, Permute, Reorder, Reshape, Step, Take
+from port_kit.remap.steps import Cast, Fill, Permute, Reorder, Reshape, Step, Take
 
 Rows = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -133,6 +133,8 @@ def _backwards(step: Step, write: Write) -> list[Op]:
         return [Op.of("reorder", dim=step.dim, runs=tuple((at, at + length) for _, at, length in pieces))]
     if isinstance(step, Cast):
         return []
+    if isinstance(step, Fill):
+        raise _one_way(write, "puts one value into many elements")
     what = "takes a part after a reshape" if isinstance(step, Take) else f"uses the transform {step.name}"
     raise _one_way(write, what)
 

@@ -20,6 +20,7 @@ from port_kit.remap.lower import Lowered, Lowering, Write
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.plan import IDENTITY, check, dead_rules, target_problems
 from port_kit.remap.problems import Problem, raise_problems
+from port_kit.remap.routes import Route, Routes
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.steps import Reorder, Take, back, copy_through, gather
 from port_kit.remap.targets import Target, is_elastic, read_targets
@@ -138,7 +139,7 @@ class WeightLoader:
         )
         self._identity = Lowering(IDENTITY, specs, {}, narrow=narrow or rules.narrow, aliases=found.aliases)
         self._converted: bool | None = None
-        self._undecided: list[tuple[str, Tensor, TensorSpec]] = []
+        self._undecided: list[tuple[str, Tensor]] = []
         self._writes: dict[str, list[Write]] = defaultdict(list)
         self._used: dict[int, int] = defaultdict(int)
         self._specs: dict[object, TensorSpec] = {}
@@ -151,6 +152,8 @@ class WeightLoader:
         self._known_groups: dict[object, list[Box]] = {}
         self._planned: dict[tuple[str, str, str], Box] = {}
         self._seen: set[str] = set()
+        self._routes: Routes | None = None
+        self._routed: list[tuple[Route, str, str]] = []
         self._blamed: set[str] = set()
         if self.folder is not None:
             self._check_headers(dict(sizes or {}), narrow)
@@ -169,24 +172,19 @@ class WeightLoader:
     def feed(self, name: str, tensor: Tensor) -> None:
         """Put one tensor to where the rules send it; gaps are reported by :meth:`finish`."""
         name = name.removeprefix(self.prefix)
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        kind = (tensor.shape, tensor.dtype)
-        spec = self._specs.get(kind)
-        if spec is None:
-            spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            self._specs[kind] = spec
         if name in self._seen:
             self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
             return
         self._seen.add(name)
-        if self._converted is None:
-            self._converted = self._decide(name)
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if self._routes is None:
+            self._converted = self._decide(name) if self._converted is None else self._converted
             if self._converted is None and len(self._undecided) < MAX_UNDECIDED:
-                self._undecided.append((name, tensor, spec))
+                self._undecided.append((name, tensor))
                 return
             self._release()
-        self._put(name, tensor, spec)
+        self._put(name, tensor)
 
     def _decide(self, name: str) -> bool | None:
         """Whether a name shows that the checkpoint is converted (or original); None where it fits both."""
@@ -200,22 +198,49 @@ class WeightLoader:
 
     def _release(self) -> None:
         self._converted = bool(self._converted)
+        self._routes = Routes(self._identity if self._converted else self.lowering)
         waiting, self._undecided = self._undecided, []
-        for name, tensor, spec in waiting:
-            self._put(name, tensor, spec)
+        for name, tensor in waiting:
+            self._put(name, tensor)
 
-    def _put(self, name: str, tensor: Tensor, spec: TensorSpec) -> None:
+    def _put(self, name: str, tensor: Tensor) -> None:
+        assert self._routes is not None
+        route = self._routes.find(name)
+        if route is not None and tensor.dtype is route.dtype and tensor.shape == route.shape:
+            target = self.targets.get(f"{route.before}{self._routes.number}{route.after}")
+            if target is not None and target.spec is route.spec:
+                self._routed.append((route, name, target.name))
+                if target.loader is None:
+                    route.put(target, tensor)
+                else:
+                    self._store_through_loader(target, route.write, tensor)
+                return
+        write, rule = self._work_out(name, tensor)
+        if write is not None and not is_elastic(self.targets[write.target]):
+            self._routes.learn(name, tensor, self.targets[write.target], write, rule)
+
+    def _work_out(self, name: str, tensor: Tensor) -> tuple[Write | None, int]:
+        """Put a tensor to where the rules say; returns its write, where others of its kind go the same way."""
+        kind = (tensor.shape, tensor.dtype)
+        spec = self._specs.get(kind)
+        if spec is None:
+            spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            self._specs[kind] = spec
         lowered = self._lower(name, spec)
         if lowered.problems:
             self._problems += lowered.problems
             self._blamed.update(lowered.blamed)
-            return
-        self._account(name, spec, lowered)
+            return None, 0
+        alike = self._account(name, spec, lowered) and not lowered.dropped
         for write in lowered.writes:
+            write, fixed = self._known_place(write)
+            alike = alike and fixed
             if write.join is None:
                 self._store(write, tensor)
             else:
                 self._join(write, tensor)
+        alone = len(lowered.writes) == len(lowered.rules) == 1
+        return (write, lowered.rules[0]) if alone and alike else (None, 0)
 
     def _lower(self, name: str, spec: TensorSpec) -> Lowered:
         if self._converted:
@@ -229,11 +254,11 @@ class WeightLoader:
             self._used[number] += 1
         return lowered
 
-    def _account(self, name: str, spec: TensorSpec, lowered: Lowered) -> None:
+    def _account(self, name: str, spec: TensorSpec, lowered: Lowered) -> bool:
         """Check that every element of a source is used once or dropped; most rules use the whole tensor."""
         writes = lowered.writes
         if len(writes) == 1 and not lowered.dropped and not _selects(writes[0]):
-            return
+            return True
         key = (spec.shape, tuple(write.steps for write in writes), tuple(box for box, _ in lowered.dropped))
         unused = self._accounted.get(key)
         if unused is None:
@@ -247,23 +272,25 @@ class WeightLoader:
             if unused < 0:
                 code, what = "remap_overlap", f"elements of {name} are used twice"
             self._problems.append(Problem(code, what, source=name))
+        return not unused
 
     # -- joins -------------------------------------------------------------------------------------------------
 
+    def _known_place(self, write: Write) -> tuple[Write, bool]:
+        """A write, placed where it need not wait for other parts; and whether parts like it go to the same place."""
+        if write.join is None or write.join.name != "concat":
+            return write, write.join is None
+        key = (id(write.join), write.part, write.region, write.shape)
+        if key not in self._known_places:
+            self._known_places[key] = known_place(write, self.lowering.sizes)
+        region = self._known_places[key]
+        if region is not None:
+            return write.placed(region), True
+        planned = self._planned.get((write.source, write.target, write.part))  # the headers told the other widths
+        return (write if planned is None else write.placed(planned)), False
+
     def _join(self, write: Write, tensor: Tensor) -> None:
         assert write.join is not None
-        if write.join.name == "concat":
-            planned = self._planned.get((write.source, write.target, write.part))
-            if planned is not None:  # the headers told the widths of all parts
-                self._store(write.placed(planned), tensor)
-                return
-            key = (id(write.join), write.part, write.region, write.shape)
-            if key not in self._known_places:
-                self._known_places[key] = known_place(write, self.lowering.sizes)
-            region = self._known_places[key]
-            if region is not None:
-                self._store(write.placed(region), tensor)
-                return
         group = self._waiting[write.group]
         group.append((write, tensor))
         self._waiting_bytes += tensor.nbytes
@@ -363,8 +390,12 @@ class WeightLoader:
         Raises:
             RemapError: with every gap.
         """
-        if self._converted is None:
+        if self._routes is None:
             self._release()
+        for route, name, target in self._routed:
+            self._used[route.rule] += 1
+            self._writes[target].append(Write(name, route.steps, target, *route.write[3:]))
+        self._routed = []
         for group in self._waiting.values():
             self._problems += incomplete([write for write, _ in group])
         kept = self._kept()

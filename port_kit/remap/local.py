@@ -5,9 +5,7 @@ The plan is compiled from headers; the part of each source that this rank needs 
 parameter that only its own loader understands), the tensor is read whole and goes the way of
 :func:`port_kit.remap.load.load_weights`.
 
-Every part is a view of the mapped file and is copied once, into its place in the parameter. Since all parts are known
-before the first is copied, a few threads share them: a column slice touches every page of its tensor, so that one
-thread would spend more time on page faults and short rows than the bytes saved are worth.
+All parts are known before the first is read, so a few threads share them: :mod:`port_kit.remap.reads`.
 """
 
 from __future__ import annotations
@@ -16,16 +14,17 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.manifest import ITEM_SIZES, SAFETENSORS_DTYPES, Manifest, read_header
+from port_kit.manifest import ITEM_SIZES, Manifest
 from port_kit.remap.boxes import Box, intersection, volume
-from port_kit.remap.copies import Copies
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.lower import Write
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
+from port_kit.remap.reads import File, Part, Read, Readers, pieces
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.steps import Call, Cast, Permute, Reshape, Step, Take, back
 from port_kit.remap.targets import Target
@@ -71,14 +70,14 @@ def load_local(
         sizes: named sizes on top of the rule set's own.
         prefix: what stands before the returned names.
         narrow: floating-point values may be rounded to the module's dtype.
-        threads: how many threads copy, at least 1; by default as many as this process has cores, at most 4.
+        threads: how many threads read, at least 1; by default as many as this process has cores, at most 4.
 
     Raises:
         RemapError: every gap, before the first tensor is read.
         ValueError: fewer threads than one.
     """
     if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}: at least one thread has to copy")
+        raise ValueError(f"threads={threads}: at least one thread has to read")
     source = Manifest.from_safetensors(folder)
     loader = WeightLoader(module, rules, sizes=sizes, prefix=prefix, narrow=narrow)
     plan = check(
@@ -99,7 +98,7 @@ class _Reader:
         self.threads = threads
         self.bytes_read = 0
         self.whole: list[str] = []
-        self._known: dict[object, list[_Cut] | None] = {}
+        self._known: dict[object, list[Part] | None] = {}
 
     def run(self, prefix: str) -> LocalLoad:
         by_file: dict[str, list[str]] = defaultdict(list)
@@ -107,25 +106,38 @@ class _Reader:
         for name in writes:
             by_file[self.plan.source[name].file].append(name)
         joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
-        with Copies(self.threads) as self.copies:
+        with Readers(self.threads) as readers:
             for file, names in by_file.items():
-                opened = _File(self.root / file)
+                opened = File(self.root / file)
                 for name in names:
-                    self._source(opened, name, writes[name], joined)
-            self.copies.run()
+                    for read in self._source(opened, name, writes[name], joined):
+                        readers.put(read)
+            readers.finish()
         for group in joined.values():
             self.loader._finish_group(group)
+        self._clear_padding()
         raise_problems(self.loader._problems, f"{self.plan.rules.name} does not load {self.root} completely")
         loaded = {prefix + name for name in self.plan.target}
         return LocalLoad(loaded, self.bytes_read, self.plan.source.nbytes, tuple(self.whole))
 
-    def _source(self, opened: _File, name: str, writes: list[Write], joined: dict[object, Any]) -> None:
-        cuts = [self._cuts(write) for write in writes]
-        known = [cut for cut in cuts if cut is not None]
-        if len(known) == len(cuts):
-            for write, parts in zip(writes, known, strict=True):
-                self._read_parts(opened, write, parts)
-            return
+    def _clear_padding(self) -> None:
+        """Set to zero what pads this rank's part, as the parameter's own loader does."""
+        import torch
+
+        with torch.no_grad():
+            for name in self.plan.by_target():
+                target = self.loader.targets[name]
+                for box in target.padding:
+                    target.tensor.data[_index(box)].zero_()
+
+    def _source(self, opened: File, name: str, writes: list[Write], joined: dict[object, Any]) -> list[Read]:
+        """The reads of a source; one that cannot be cut is stored at once, or put to its group."""
+        found = [self._parts(write) for write in writes]
+        known = [parts for parts in found if parts is not None]
+        if len(known) == len(found):
+            return [
+                read for write, parts in zip(writes, known, strict=True) for read in self._reads(opened, write, parts)
+            ]
         tensor = opened.tensor(name)
         self.bytes_read += self.plan.source[name].nbytes
         if any(self._is_split(write) for write in writes):
@@ -135,92 +147,64 @@ class _Reader:
                 joined[write.group].append((write, tensor))
             else:
                 self.loader._store(write, tensor)
+        return []
 
-    def _cuts(self, write: Write) -> list[_Cut] | None:
-        """:func:`_cuts` of a write, worked out once for all layers."""
+    def _parts(self, write: Write) -> list[Part] | None:
+        """:func:`_parts` of a write, worked out once for all layers."""
         target = self.loader.targets[write.target]
-        key = (write.steps, write.region, write.join, target.shards)
+        key = (id(write.steps), id(write.region), id(write.join), id(target.shards))  # the plan keeps them alive
         if key not in self._known:
-            self._known[key] = _cuts(write, target)
+            self._known[key] = _parts(write, target)
         return self._known[key]
 
     def _is_split(self, write: Write) -> bool:
         return self.loader.targets[write.target].tensor.numel() < self.plan.target[write.target].numel
 
-    def _read_parts(self, opened: _File, write: Write, parts: list[_Cut]) -> None:
+    def _reads(self, opened: File, write: Write, parts: list[Part]) -> list[Read]:
+        spec = self.plan.source[write.source]
+        size = ITEM_SIZES[spec.dtype]
+        self.bytes_read += size * sum(part.numel for part in parts)
+        tensor = self.loader.targets[write.target].tensor.data
+        if not _is_plain(tensor, self.plan.target[write.target].dtype, spec.dtype):
+            self._copy(opened.tensor(write.source), tensor, parts)
+            return []
+        found: list[Read] = []
+        for part in parts:
+            found += pieces(opened, write.source, part, part.numel * size, partial(_bits, tensor))
+        return found
+
+    def _copy(self, source: Tensor, target: Tensor, parts: list[Part]) -> None:
+        """Convert parts of a mapped source, or send them to a device."""
         import torch
 
-        place = self._bits(write.target, self.plan.source[write.source].dtype)
-        source: Any = opened.tensor(write.source) if place is None else opened.bits(write.source)
-        target: Any = self.loader.targets[write.target].tensor.data if place is None else place
-        permutes = [step.perm for step in write.steps if isinstance(step, Permute)]
-        for part in parts:  # both are views: nothing is read before it is copied
-            into, piece = target[_index(part.local)], source[_index(part.source)]
-            self.bytes_read += piece.nbytes
-            for perm in permutes:
-                piece = piece.permute(perm) if place is None else piece.transpose(perm)
-            piece = piece.reshape(into.shape)
-            if place is None:
-                with torch.no_grad():
-                    into.copy_(piece)
-            else:
-                self.copies.put_by(into, piece)
-
-    def _bits(self, name: str, dtype: str) -> NDArray[Any] | None:
-        """A target as an array of integers; None where a copy must convert or leave host memory."""
-        import torch
-
-        tensor = self.loader.targets[name].tensor.data
-        spec = self.plan.target[name]
-        if spec.dtype != dtype or type(tensor) is not torch.Tensor or not tensor.is_cpu or not tensor.dim():
-            return None
-        if tensor.element_size() > 8:
-            return None
-        return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy()
+        for part in parts:
+            into, piece = target[part.local], source[part.source]
+            for perm in part.perms:
+                piece = piece.permute(perm)
+            with torch.no_grad():
+                into.copy_(piece.reshape(into.shape))
 
 
-class _File:
-    """A safetensors file whose tensors are views of its mapping, as bits or as tensors."""
+def _is_plain(tensor: Tensor, dtype: str, source: str) -> bool:
+    """Whether a tensor takes a source's very bits, and has them in host memory."""
+    import torch
 
-    def __init__(self, path: Path) -> None:
-        import numpy
-
-        self.path = path
-        self._header, self._start = read_header(path)
-        self._bytes = numpy.memmap(path, numpy.uint8, "r")
-        self._opened: Any = None
-
-    def bits(self, name: str) -> NDArray[Any]:
-        """A tensor as an array of integers of its elements' size."""
-        import numpy
-
-        entry = self._header[name]
-        size = ITEM_SIZES[SAFETENSORS_DTYPES[entry["dtype"]]]
-        start = self._start + entry["data_offsets"][0]
-        return numpy.ndarray(entry["shape"], f"i{size}", self._bytes, start)
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of its own dtype."""
-        from safetensors import safe_open
-
-        if self._opened is None:
-            self._opened = safe_open(self.path, framework="pt")
-        return self._opened.get_tensor(name)
+    return dtype == source and type(tensor) is torch.Tensor and tensor.is_cpu and 0 < tensor.element_size() <= 8
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A box of a source, and the box of this rank's tensor that it fills."""
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    """A tensor as an array of integers."""
+    import torch
 
-    source: Box
-    local: Box
+    return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy()
 
 
-def _cuts(write: Write, target: Target) -> list[_Cut] | None:
+def _parts(write: Write, target: Target) -> list[Part] | None:
     """What this rank needs of a write; None where it cannot be cut out of the source."""
     if write.join is not None or not _cuttable(write.steps) or not _held_whole(target):
         return None
-    found: list[_Cut] = []
+    perms = tuple(step.perm for step in write.steps if isinstance(step, Permute))
+    found: list[Part] = []
     for shard in target.shards:
         wanted = intersection(write.region, shard.held)
         if wanted is None:
@@ -231,7 +215,7 @@ def _cuts(write: Write, target: Target) -> list[_Cut] | None:
             return None
         offset = _shifted(wanted, shard.held)
         local = tuple((a + low, b + low) for (a, b), (low, _) in zip(offset, shard.local, strict=True))
-        found.append(_Cut(boxes[0], local))
+        found.append(Part.of(boxes[0], local, perms))
     return found
 
 
@@ -247,7 +231,7 @@ def _held_whole(target: Target) -> bool:
     """Whether the shards tell about every element of this rank's tensor."""
     if not target.shards:
         return False
-    local = [shard.local for shard in target.shards]
+    local = [*[shard.local for shard in target.shards], *target.padding]
     same_rank = all(len(box) == target.tensor.dim() for box in local)
     return same_rank and sum(map(volume, local)) == target.tensor.numel()
 

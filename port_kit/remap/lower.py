@@ -117,6 +117,12 @@ class Lowering:
         """Numbers of the rules that match a name."""
         return self.matcher.find(name)
 
+    def fill(self, number: int, name: str) -> tuple[str, str] | None:
+        """The target and the slot that a rule gives a name; None where it does not match, or does more than that."""
+        fill = self._fills[number]
+        match = compile_pattern(self.rules[number].source).fullmatch(name) if fill is not None else None
+        return None if fill is None or match is None else (fill.target.of(match), fill.shard.of(match))
+
     def lower(self, name: str, spec: TensorSpec) -> Lowered:
         """Work out all that the rules make of one source; problems are returned, not raised."""
         found = self.matcher.find(name)
@@ -454,6 +460,8 @@ def _fit(rule: Rule, steps: list[Step], shape: Shape, region: Box, content: Shap
         if shape != box:
             steps.append(Reshape(shape, box))
         return tuple(steps), region, box
+    if not shape and content == (1,) == box:  # a scale is stored as a number or as a vector of one
+        return (*steps, Reshape(shape, box)), region, box
     raise RemapError(
         f"{scope.where} gives shape {list(shape)}; the target takes {list(content)}",
         code="remap_shape",

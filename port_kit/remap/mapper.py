@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from port_kit.remap.expressions import evaluate_sizes
 from port_kit.remap.lower import expand
 from port_kit.remap.matching import Matcher
+from port_kit.remap.names import PROBES, section
 from port_kit.remap.ops import JOINING, Scope, is_joining
 from port_kit.remap.rules import Rule, RuleSet
 
@@ -24,8 +25,6 @@ Mapped = tuple[str, str]
 Entry = tuple[str, str] | None
 #: Stands for a name of which nothing is known yet.
 _UNKNOWN: Any = ()
-#: Stand-ins for a layer number, to see where it goes in the target.
-_PROBES = ("7340033", "104395301")
 #: Names of one layer in a row below which, as often in a row, a list counts as being in no order.
 _FEW = 4
 #: Names in no order that are mapped before an order is looked for again.
@@ -160,25 +159,24 @@ class NameMapper:
 
     def _section(self, name: str) -> tuple[str, str, dict[str, Entry]]:
         """The part of a name up to its first layer number, that number, and what is known of what follows."""
-        at = 0
-        for part in name.split(".")[:-1] if self._literal is not None else ():
-            if part.isdecimal() and part not in (self._literal or ()):
-                self._free.add(part)
-                return name[: at + len(part) + 1], part, self._tables.setdefault(name[: max(at - 1, 0)], {})
-            at += len(part) + 1
-        return "\0", "", {}
+        found = section(name, self._literal) if self._literal is not None else None
+        if found is None:
+            return "\0", "", {}
+        head, number = found
+        self._free.add(number)
+        return f"{head}{number}.", number, self._tables.setdefault(head[:-1], {})
 
     def _learn(self, name: str, prefix: str, number: str, tail: str, table: dict[str, Entry]) -> Mapped | None:
         """Work out a name; where its layer number goes through unchanged, so does every other one."""
         if not number:
             return self.map(name)
         start = prefix[: -len(number) - 1]
-        tried = [self._work_out(f"{start}{probe}.{tail}") for probe in _PROBES]
+        tried = [self._work_out(f"{start}{probe}.{tail}") for probe in PROBES]
         if tried == [None, None]:
             table[tail] = None
             return None
         if None not in tried:
-            pieces = [one[0].split(probe) for one, probe in zip(tried, _PROBES, strict=True) if one is not None]
+            pieces = [one[0].split(probe) for one, probe in zip(tried, PROBES, strict=True) if one is not None]
             if pieces[0] == pieces[1] and len(pieces[0]) == 2:
                 table[tail] = (pieces[0][0], pieces[0][1])
         return self.map(name)

@@ -5,15 +5,32 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 #: A number that stands alone between dots.
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+#: Stand-ins for a layer number, to see where it goes in a target.
+PROBES = ("7340033", "104395301")
 
 
 def split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
     """``blocks.3.attn.0.weight`` -> ``("blocks.#.attn.#.weight", (3, 0))``."""
     return NUMBER.sub("#", name), tuple(map(int, NUMBER.findall(name)))
+
+
+def section(name: str, literal: Container[str]) -> tuple[str, str] | None:
+    """What stands before the first layer number of a name, and that number; None where the name has none.
+
+    Args:
+        name: a name; its last part is never a layer number.
+        literal: the numbers that patterns spell out.
+    """
+    at = 0
+    for part in name.split(".")[:-1]:
+        if part.isdecimal() and part not in literal:
+            return name[:at], part
+        at += len(part) + 1
+    return None
 
 
 def ranges(numbers: Iterable[int]) -> str:

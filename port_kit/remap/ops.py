@@ -15,7 +15,7 @@ from port_kit.errors import RemapError
 from port_kit.remap.boxes import Box, Shape
 from port_kit.remap.expressions import evaluate, parse
 from port_kit.remap.patterns import normalise
-from port_kit.remap.steps import Call, Cast, Permute, Reorder, Reshape, Step, Take
+from port_kit.remap.steps import Call, Cast, Fill, Permute, Reorder, Reshape, Step, Take
 from port_kit.remap.transforms import find_transform
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "concat": ("*dim", "*parts", "sizes"),
     "stack": ("*dim",),
     "cast": ("*dtype",),
+    "fill": (),
 }
 #: Ops that say where a part of a fused tensor stands; a rule has at most one of them.
 JOINING = ("concat", "stack")
@@ -192,6 +193,12 @@ def _lower_reorder(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> 
 
 def _lower_cast(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[Step]:
     return [Cast(op.get("dtype"), shape)]
+
+
+def _lower_fill(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[Step]:
+    if math.prod(shape) != 1 or target is None:
+        raise _shape_error(f"fill with shape {list(shape)}", "a source of one value and a known target", scope)
+    return [Fill(shape, target)] if target != shape else []
 
 
 def _lower_call(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[Step]:
@@ -363,4 +370,5 @@ _LOWERINGS: dict[str, Callable[[Any, Shape, Scope, Shape | None], list[Step]]] =
     "rearrange": _lower_rearrange,
     "reorder": _lower_reorder,
     "cast": _lower_cast,
+    "fill": _lower_fill,
 }

@@ -14,7 +14,7 @@ from typing import Any
 from port_kit.remap.boxes import Shape, whole
 from port_kit.remap.lower import Write
 from port_kit.remap.plan import Plan
-from port_kit.remap.steps import Call, Cast, Permute, Reorder, Reshape, Run, Step, Take, back
+from port_kit.remap.steps import Call, Cast, Fill, Permute, Reorder, Reshape, Run, Step, Take, back
 
 Entry = dict[str, Any]
 
@@ -100,7 +100,7 @@ def _op(steps: Sequence[Step], given: Shape, shape: Shape) -> tuple[str, dict[st
         return "reshape", {"shape": list(shape)}
     if len(steps) == 1 and isinstance(steps[0], Permute):
         return "transpose", {"perm": list(steps[0].perm)}
-    if any(isinstance(step, Call) for step in steps):
+    if any(isinstance(step, (Call, Fill)) for step in steps):
         return "computed", {"steps": [_name(step) for step in steps]}
     dim = next((_axis(step) for step in steps if isinstance(step, (Take, Reorder))), 0)
     runs = _runs(steps, given, shape, dim)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from port_kit.remap.boxes import Box, Shape, extents, reshaped
+from port_kit.errors import RemapError
+from port_kit.remap.boxes import Box, Shape, extents, reshaped, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +131,35 @@ class Cast:
 
 
 @dataclass(frozen=True)
+class Fill:
+    """One value in every element of a shape: a scale that all parts of a fused parameter share."""
+
+    before: Shape
+    after: Shape
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(()).expand(self.after)
+
+    def back(self, boxes: Sequence[Box]) -> list[Box]:
+        return [whole(self.before)] if boxes else []
+
+    def undo(self, tensor: Tensor) -> Tensor:
+        """The one value.
+
+        Raises:
+            RemapError: ``remap_op`` where the elements differ by now.
+        """
+        one = tensor.reshape(-1)[:1]
+        if not bool((tensor == one).all()):
+            raise RemapError(
+                f"{tensor.numel()} elements that were filled with one value have {len(tensor.unique())} values now",
+                code="remap_op",
+                hint="export the elements by rules of their own",
+            )
+        return one.reshape(self.before)
+
+
+@dataclass(frozen=True)
 class Call:
     """A named transform of one tensor; every element of the result may depend on every element of the source."""
 
@@ -152,7 +182,7 @@ class Call:
         return find_transform(self.name).undo(tensor, dict(self.args), {"": self.before})[""]
 
 
-Step = Take | Reshape | Permute | Reorder | Cast | Call
+Step = Take | Reshape | Permute | Reorder | Cast | Fill | Call
 
 
 def back(steps: Sequence[Step], boxes: Sequence[Box]) -> list[Box]:
@@ -208,7 +238,7 @@ def scatter(destination: Tensor, steps: Sequence[Step], value: Tensor) -> None:
         scatter(step.apply(destination), rest, value)
     elif isinstance(step, Cast):
         scatter(destination, rest, value)
-    elif isinstance(step, Call):
+    elif isinstance(step, (Call, Fill)):
         result = destination.new_empty(step.after)
         scatter(result, rest, value)
         destination.copy_(step.undo(result))

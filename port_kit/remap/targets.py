@@ -7,9 +7,9 @@ classes derived from them. A parameter that is sharded in a way of its own may s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import TensorSpec
 from port_kit.remap.boxes import Box, Shape, extents, whole
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 Loader = Callable[..., None]
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One slot of a parameter (the whole of it, slot ``""``, where it is not fused).
 
     Attributes:
@@ -36,15 +35,16 @@ class Shard:
     local: Box
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One parameter or buffer of a module.
 
     Attributes:
         tensor: the parameter or buffer itself; never read, only written.
-        spec: whole shape, dtype and slots.
+        spec: whole shape, dtype and slots; targets of a module that are alike share one object, as they do
+            ``shards``.
         shards: the slots with this rank's part of each; empty where only the parameter's own loader knows them.
         loader: the parameter's ``weight_loader``, or None.
+        padding: the boxes of this rank's tensor that no checkpoint fills and that are zero: rows that pad a vocabulary.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Target:
     spec: TensorSpec
     shards: tuple[Shard, ...]
     loader: Loader | None
+    padding: tuple[Box, ...] = ()
 
     def load(self, slot: str, piece: Tensor) -> None:
         """Give one whole slot to the parameter's loader."""
@@ -79,6 +80,7 @@ def read_targets(module: nn.Module) -> Targets:
     targets: dict[str, Target] = {}
     aliases: dict[str, str] = {}
     known: dict[int, str] = {}
+    alike: dict[object, Any] = {}
     ranks = 1
     for path, owner in module.named_modules():
         ranks = max(ranks, owner.__dict__.get("tp_size") or 1)
@@ -87,7 +89,7 @@ def read_targets(module: nn.Module) -> Targets:
             name = prefix + leaf
             first = known.setdefault(id(tensor), name)
             if first == name:
-                targets[name] = read_target(name, owner, tensor, buffer=buffer)
+                targets[name] = read_target(name, owner, tensor, buffer=buffer, alike=alike)
             else:
                 aliases[name] = first
     return Targets(targets, aliases, ranks)
@@ -102,29 +104,48 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield leaf, buffer, True
 
 
-def read_target(name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False) -> Target:
-    """Describe one tensor of the module that owns it."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    loader = None if buffer else getattr(tensor, "weight_loader", None)
-    shape, shards = _layout(owner, tensor, tuple(tensor.shape))
+def read_target(
+    name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False, alike: dict[object, Any] | None = None
+) -> Target:
+    """Describe one tensor of the module that owns it; ``alike`` holds what others of the module have."""
+    alike = {} if alike is None else alike
+    local = tuple(tensor.shape)
+    if not tensor.__dict__ and not hasattr(type(tensor), "weight_loader"):  # a plain one: nothing was set on it
+        shards = alike.get(local)
+        if shards is None:
+            box = whole(local)
+            shards = alike[local] = (Shard("", box, box, box),)
+        return Target(name, tensor, _spec(alike, local, tensor, {}, buffer), shards, None)
+    shape, shards = _layout(owner, tensor, local)
+    shards = alike.setdefault(("shards", shards), shards)
     slots = {shard.slot: shard.box for shard in shards if shard.slot}
-    return Target(name, tensor, TensorSpec(shape, dtype, slots=slots, buffer=buffer), shards, loader)
+    loader = None if buffer else getattr(tensor, "weight_loader", None)
+    padding = _padding(shards, local) if _is_vocabulary(owner, tensor) else ()
+    return Target(name, tensor, _spec(alike, shape, tensor, slots, buffer), shards, loader, padding)
+
+
+def _spec(alike: dict[object, Any], shape: Shape, tensor: Tensor, slots: Mapping[str, Box], buffer: bool) -> TensorSpec:
+    key = (shape, tensor.dtype, buffer, tuple(slots.items()))
+    spec: TensorSpec | None = alike.get(key)
+    if spec is None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        spec = alike[key] = TensorSpec(shape, dtype, slots=slots, buffer=buffer)
+    return spec
 
 
 def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
     """The whole shape and the shards of a parameter."""
-    if not tensor.__dict__:  # a plain tensor: nothing was set on it
-        return local, (Shard("", whole(local), whole(local), whole(local)),)
     full = getattr(tensor, "full_shape", None)
     if full is not None:
         return tuple(full), ()
-    if hasattr(owner, "org_vocab_size") and hasattr(owner, "shard_indices") and len(local) > 1:
+    if _is_vocabulary(owner, tensor):
         return _vocabulary(owner, local)
     if getattr(owner, "moe_config", None) is not None and len(local) == 3:
         experts = _experts(owner, tensor, local)
         if experts is not None:
             return experts
-    slots = _fused_slots(_laid_out_by(owner, tensor), tensor, local)
+    lender = _laid_out_by(owner, tensor)
+    slots = _fused_slots(lender, tensor, local) or _scale_slots(lender, tensor, local)
     if slots is not None:
         return slots
     return _linear(owner, tensor, local)
@@ -189,6 +210,16 @@ def _fused_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape,
     return shape, tuple(shards)
 
 
+def _scale_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
+    """The scales of a fused linear whose projections are quantized each by itself: one value a slot, on every rank."""
+    by_slot = hasattr(tensor, "_load_into_shard_id") or getattr(tensor, "needs_scalar_to_array", False)
+    parts = _fused_parts(owner) if by_slot else None
+    if parts is None or local != (len(parts),):
+        return None
+    boxes = [((at, at + 1),) for at in range(len(parts))]
+    return local, tuple(Shard(part.slot, box, box, box) for part, box in zip(parts, boxes, strict=True))
+
+
 @dataclass(frozen=True)
 class _Part:
     """One projection of a fused linear: extents in values, and which of its parts this rank holds."""
@@ -215,6 +246,19 @@ def _fused_parts(owner: Any) -> list[_Part] | None:
             size = 1
         return [_Part(str(slot), full, full // size, rank) for slot, full in enumerate(sizes)]
     return None
+
+
+def _is_vocabulary(owner: Any, tensor: Tensor) -> bool:
+    """Whether the rows are words (a packed embedding has others, and the scales of one have none)."""
+    words = getattr(owner, "num_embeddings_per_partition", None)
+    known = hasattr(owner, "org_vocab_size") and hasattr(owner, "shard_indices")
+    return known and getattr(tensor, "output_dim", None) == 0 and tuple(tensor.shape[:1]) == (words,)
+
+
+def _padding(shards: tuple[Shard, ...], local: Shape) -> tuple[Box, ...]:
+    """The rows after those of the words."""
+    stop = shards[0].local[0][1]
+    return (((stop, local[0]), *whole(local[1:])),) if stop < local[0] else ()
 
 
 def _vocabulary(owner: Any, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:

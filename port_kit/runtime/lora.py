@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.errors import InputError
+from port_kit.manifest import Manifest
 from port_kit.remap import RuleSet
 from port_kit.remap.lora import remap_lora, unflatten
 
@@ -59,7 +60,7 @@ def read_adapter(
 
     Raises:
         InputError: ``lora_file``; what is wrong with the file or does not fit the model, by the file's names.
-        RemapError: adapters of modules that the rules do not know, or whose weight they rearrange.
+        RemapError: adapters of modules that the rules do not know, or that cannot follow what they do with the weight.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights
@@ -69,7 +70,8 @@ def read_adapter(
     sizes = adaptable(module)
     tensors = unflatten(_read(file), modules)
     loras = {}
-    for name, parts in _matrices(remap_lora(tensors, rules), file).items():
+    renamed = remap_lora(tensors, rules, target=_base(module), parts=getattr(module, "packed_modules_mapping", None))
+    for name, parts in _matrices(renamed, file).items():
         a, b = parts["a"], parts["b"]
         _check(name, a, b, sizes.get(name), file)
         rank = a.shape[0]
@@ -83,6 +85,12 @@ def read_adapter(
     return LoRAModel(adapter, rank, loras), PEFTHelper(r=rank, lora_alpha=rank, target_modules=list(loras))
 
 
+def _base(module: nn.Module) -> Manifest:
+    """The manifest of a module as it was before an earlier adapter wrapped its linears."""
+    found = Manifest.from_module(module)
+    return Manifest({name.replace(".base_layer.", "."): spec for name, spec in found.items()}, origin=found.origin)
+
+
 def adaptable(module: nn.Module) -> dict[str, Sizes]:
     """Return the linears of a module that can be adapted; the parts of a fused one by names of their own."""
     from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
@@ -94,7 +102,7 @@ def adaptable(module: nn.Module) -> dict[str, Sizes]:
             continue
         own: Any = layer  # the sizes below are attributes of some linears only
         name = path.removesuffix(".base_layer")  # an earlier adapter has wrapped it
-        parent, _, leaf = name.rpartition(".")
+        parent, dot, leaf = name.rpartition(".")
         if leaf not in packed:
             found[name] = Sizes(own.input_size, own.output_size)
             continue
@@ -103,7 +111,7 @@ def adaptable(module: nn.Module) -> dict[str, Sizes]:
             key = own.total_num_kv_heads * own.head_size
             outputs = [own.total_num_heads * own.head_size, key, own.total_num_kv_heads * own.v_head_size]
         for part, size in zip(packed[leaf], outputs, strict=True):
-            found[f"{parent}.{part}"] = Sizes(own.input_size, size)
+            found[f"{parent}{dot}{part}"] = Sizes(own.input_size, size)
     return found
 
 

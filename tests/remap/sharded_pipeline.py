@@ -20,7 +20,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.layers.fused_moe import FusedMoE
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
@@ -42,6 +42,7 @@ RULES = RuleSet(
         Rule(r"l\.experts\.(\d+)\.(w1|w3)\.weight", "experts.routed_experts.w13_weight", shard=r"\1.\2"),
         Rule(r"l\.experts\.(\d+)\.w2\.weight", "experts.routed_experts.w2_weight", shard=r"\1.w2"),
         Rule(r"l\.words\.weight", "words.weight"),
+        Rule(r"l\.head\.(weight|bias)", r"head.\1"),
         Rule(r"l\.norm\.weight", "norm.weight"),
     ),
 )
@@ -62,6 +63,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "l.wide.weight": (HIDDEN, FFN),
     "l.turned.weight": (FFN, HIDDEN),
     "l.words.weight": (WORDS, HIDDEN),
+    "l.head.weight": (WORDS, HIDDEN),
+    "l.head.bias": (WORDS,),
     "l.norm.weight": (HIDDEN,),
     **{f"l.experts.{n}.{half}.weight": (EXPERT, HIDDEN) for n in range(EXPERTS) for half in ("w1", "w3")},
     **{f"l.experts.{n}.w2.weight": (HIDDEN, EXPERT) for n in range(EXPERTS)},
@@ -102,6 +105,7 @@ def layers() -> nn.ModuleDict:
                 pcp_size=1,
             ),
             "words": VocabParallelEmbedding(WORDS, HIDDEN),
+            "head": ParallelLMHead(WORDS, HIDDEN, bias=True),
             "norm": nn.LayerNorm(HIDDEN, bias=False),
         }
     )

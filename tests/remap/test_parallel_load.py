@@ -165,10 +165,10 @@ def test_a_missing_slot_is_never_loaded(checkpoint: tuple) -> None:
 
 @pytest.mark.parametrize(("dtype", "into"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_share_the_copies(
+def test_threads_share_the_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, into: str, threads: int
 ) -> None:
-    monkeypatch.setattr("port_kit.remap.copies.PIECE", 10_000)  # many pieces, none of an even number of rows
+    monkeypatch.setattr("port_kit.remap.reads.PIECE", 10_000)  # many pieces, none of an even number of rows
     rules = RuleSet("big", (Rule(r"b\.(q|k|v)", "qkv.weight", shard=r"\1"), Rule(r"b\.o", "o.weight")))
     shapes = {"b.q": (128, 65), "b.k": (32, 65), "b.v": (32, 65), "b.o": (65, 128)}
     tensors = {name: torch.randn(shape).to(getattr(torch, dtype)) for name, shape in shapes.items()}

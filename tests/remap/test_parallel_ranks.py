@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from port_kit.testing.workers import run_workers
 from tests.remap import sharded_pipeline as sharded
-from tests.remap.sharded_pipeline import EXPERTS, FFN, HEAD, HEADS, HIDDEN, KV_HEADS, SHAPES, WORDS, Filled
+from tests.remap.sharded_pipeline import EXPERTS, FFN, HEAD, HEADS, KV_HEADS, SHAPES, WORDS, Filled
 
 ITEM = 2  # bytes of a bfloat16
 PADDED = 128  # vLLM pads a vocabulary to whole multiples of 64 before it splits it
@@ -76,26 +76,30 @@ def test_the_ranks_together_hold_the_checkpoint(model: Path, size: int) -> None:
     assert torch.equal(torch.cat([state["turned.weight"] for state in states]), turned)
     downs = torch.cat([state["experts.routed_experts.w2_weight"] for state in states], 2)
     assert torch.equal(downs, torch.stack([given[f"l.experts.{n}.w2.weight"] for n in range(EXPERTS)]))
-    words = torch.cat([state["words.weight"] for state in states])
-    assert torch.equal(words[:WORDS], given["l.words.weight"]) and not words[WORDS:].any()
+    for name in ("words.weight", "head.weight", "head.bias"):
+        words = torch.cat([state[name] for state in states])
+        assert len(words) == PADDED
+        assert torch.equal(words[:WORDS], given[f"l.{name}"]) and not words[WORDS:].any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_rank_reads_its_share_and_names_what_it_reads_whole(model: Path, size: int) -> None:
     sizes = {name: math.prod(shape) * ITEM for name, shape in SHAPES.items()}
     replicated = {"l.o.bias", "l.norm.weight"}  # every rank holds all of these
+    words = {name for name, shape in SHAPES.items() if shape[0] == WORDS}
     for rank, one in enumerate(ranks(model, size)):
         assert one.bytes_whole == sum(sizes.values())
-        # a padded vocabulary goes through vLLM's own loader, the reorder moves rows across ranks: read whole
-        assert {name.split(".")[1] for name in one.read_whole} <= {"turned", "words"}
+        # the reorder moves rows across ranks: read whole
+        assert {name.split(".")[1] for name in one.read_whole} <= {"turned"}
         expected = sum(
             count // (1 if name in replicated or name in one.read_whole else _ranks_of(name, size))
             for name, count in sizes.items()
-            if name != "l.words.weight"
+            if name not in words
         )
+        # padding is never read: where it fills a rank, that rank reads nothing of the vocabulary
         start, stop = (min(WORDS, at * PADDED // size) for at in (rank, rank + 1))
-        rows = WORDS if "l.words.weight" in one.read_whole else stop - start
-        assert one.bytes_read == expected + rows * HIDDEN * ITEM
+        expected += sum(sizes[name] * (stop - start) // WORDS for name in words)
+        assert one.bytes_read == expected
         assert size == 1 or one.bytes_read < one.bytes_whole
 
 

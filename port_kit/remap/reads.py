@@ -1,0 +1,167 @@
+"""Reading parts of safetensors files straight into memory that is there already, with a few threads.
+
+Parts are copied from a mapping: with a warm cache that is a fifth faster than reading into the same memory. A thread
+takes the next piece when it is done with one, whichever tensor that is of.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from port_kit.manifest import ITEM_SIZES, SAFETENSORS_DTYPES, read_header
+from port_kit.remap.boxes import Box, extents
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+#: Bytes that a thread reads at once: a single huge tensor is shared too.
+PIECE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a source and the box of this rank's tensor that it fills.
+
+    Attributes:
+        source: the index of the source.
+        local: the index of the tensor.
+        perms: how the axes of the source's box change places on the way, in order.
+        rows: extent of the tensor's box on its first axis, 1 where it has none.
+    """
+
+    source: tuple[slice, ...]
+    local: tuple[slice, ...]
+    perms: tuple[tuple[int, ...], ...]
+    rows: int
+
+    @classmethod
+    def of(cls, source: Box, local: Box, perms: tuple[tuple[int, ...], ...]) -> Part:
+        """A part by its boxes."""
+        rows = extents(local)[0] if local else 1
+        return cls(_index(source), _index(local), perms, rows)
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the box."""
+        return math.prod(span.stop - span.start for span in self.source)
+
+
+class File:
+    """A safetensors file whose tensors are views of its mapping, as bits or as tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._header, self._start = read_header(path)
+        with path.open("rb") as stream:
+            self._mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._opened: Any = None
+
+    def bits(self, name: str) -> NDArray[Any]:
+        """A tensor as an array of integers of its elements' size."""
+        import numpy
+
+        entry = self._header[name]
+        size = ITEM_SIZES[SAFETENSORS_DTYPES[entry["dtype"]]]
+        start = self._start + entry["data_offsets"][0]
+        return numpy.ndarray(entry["shape"], f"i{size}", self._mapped, start)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of its own dtype."""
+        from safetensors import safe_open
+
+        if self._opened is None:
+            self._opened = safe_open(self.path, framework="pt")
+        return self._opened.get_tensor(name)
+
+
+class Read(NamedTuple):
+    """Some rows of a part, on their way from a file into an array of integers, the bits of the values."""
+
+    file: File
+    name: str
+    part: Part
+    target: Callable[[], NDArray[Any]]
+    first: int
+    last: int
+
+    def run(self) -> None:
+        """Copy it; the file's pages are read as they are touched."""
+        import numpy
+
+        into = self.target()[self.part.local]
+        piece = self.file.bits(self.name)[self.part.source]
+        for perm in self.part.perms:
+            piece = piece.transpose(perm)
+        numpy.copyto(into[self.first : self.last], piece.reshape(into.shape)[self.first : self.last])
+
+
+def pieces(file: File, name: str, part: Part, nbytes: int, target: Callable[[], NDArray[Any]]) -> list[Read]:
+    """The reads of a part of so many bytes, none of much more than :data:`PIECE`."""
+    if nbytes <= PIECE:
+        return [Read(file, name, part, target, 0, part.rows)]
+    step = max(1, PIECE * part.rows // nbytes)
+    return [Read(file, name, part, target, at, min(at + step, part.rows)) for at in range(0, part.rows, step)]
+
+
+class Readers:
+    """Threads that share reads, the calling one among them at the end; a context that ends them.
+
+    Args:
+        threads: at least 1; with 1 there is only the calling thread, and nothing is read before :meth:`finish`.
+    """
+
+    def __init__(self, threads: int) -> None:
+        if threads < 1:
+            raise ValueError(f"threads={threads}: at least one thread has to read")
+        self._queue: SimpleQueue[Read | None] = SimpleQueue()
+        self._failed = False
+        self._pool = ThreadPoolExecutor(threads - 1, "port-kit-read") if threads > 1 else None
+        self._others = [self._pool.submit(self._drain) for _ in range(threads - 1)] if self._pool is not None else []
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._failed = self._failed or kind is not None
+        for _ in self._others:
+            self._queue.put(None)
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def put(self, read: Read) -> None:
+        """Leave a read to whichever thread is free."""
+        self._queue.put(read)
+
+    def finish(self) -> None:
+        """Do what is left; the first error ends all reads."""
+        for _ in range(len(self._others) + 1):
+            self._queue.put(None)
+        self._drain()
+        for other in self._others:
+            other.result()
+
+    def _drain(self) -> None:
+        try:
+            while (read := self._queue.get()) is not None:
+                if self._failed:
+                    return
+                read.run()
+        except BaseException:
+            self._failed = True
+            raise
+
+
+def _index(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)

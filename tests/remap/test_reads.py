@@ -1,0 +1,75 @@
+"""Parts of safetensors files, read into memory that is there, by several threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from port_kit.remap.reads import File, Part, Readers, pieces
+
+SHAPE = (6, 4, 5)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> tuple[File, numpy.ndarray]:
+    """A file whose second tensor counts its elements."""
+    values = torch.arange(120, dtype=torch.int16).reshape(SHAPE)
+    save_file({"first": torch.zeros(3), "w": values}, tmp_path / "model.safetensors")
+    return File(tmp_path / "model.safetensors"), values.numpy()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("piece", [1, 100, 1 << 20])
+@pytest.mark.parametrize(
+    ("box", "perms"),
+    [
+        (((0, 6), (0, 4), (0, 5)), ()),
+        (((2, 5), (0, 4), (0, 5)), ()),
+        (((2, 3), (1, 3), (0, 5)), ()),
+        (((0, 6), (1, 3), (0, 5)), ()),
+        (((1, 6), (0, 4), (2, 3)), ()),
+        (((2, 5), (0, 4), (0, 5)), ((2, 0, 1),)),
+    ],
+)
+def test_parts_arrive(
+    opened: tuple, monkeypatch: pytest.MonkeyPatch, threads: int, piece: int, box: tuple, perms: tuple
+) -> None:
+    monkeypatch.setattr("port_kit.remap.reads.PIECE", piece)
+    file, values = opened
+    expected = values[tuple(slice(*span) for span in box)]
+    for perm in perms:
+        expected = expected.transpose(perm)
+    # the place is a part of a larger tensor: rows that stand together, then columns
+    for axis in (0, expected.ndim - 1):
+        room = numpy.full([extent + 2 * (at == axis) for at, extent in enumerate(expected.shape)], -1, numpy.int16)
+        local = tuple((1, extent + 1) if at == axis else (0, extent) for at, extent in enumerate(expected.shape))
+        part = Part.of(box, local, perms)
+        with Readers(threads) as readers:
+            for read in pieces(file, "w", part, expected.nbytes, lambda room=room: room):
+                readers.put(read)
+            readers.finish()
+        index = tuple(slice(*span) for span in local)
+        assert (room[index] == expected).all()
+        room[index] = -1
+        assert (room == -1).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_of_any_thread_ends_all(opened: tuple, threads: int) -> None:
+    file, values = opened
+    room = numpy.zeros(SHAPE, numpy.int16)
+    whole = tuple((0, extent) for extent in SHAPE)
+    with pytest.raises(KeyError, match="gone"), Readers(threads) as readers:
+        for name in ("gone", "w"):
+            for read in pieces(file, name, Part.of(whole, whole, ()), values.nbytes, lambda: room):
+                readers.put(read)
+        readers.finish()
+
+
+def test_threads_end_with_the_context() -> None:
+    with pytest.raises(KeyError), Readers(3):
+        raise KeyError("while the reads are found")
