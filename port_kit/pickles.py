@@ -183,12 +183,6 @@ def _unique_names(entries: list[zipfile.ZipInfo], name: str) -> dict[str, zipfil
             raise CheckpointError(
                 f"{name}: zip entry {entry.orig_filename!r} begins before the file", code="pickle_corrupt"
             )
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise CheckpointError(
-                f"{name}: zip entry {entry.orig_filename!r} is compressed or encrypted; torch stores entries plainly",
-                code="pickle_unsupported",
-                hint="unpack the archive and save the checkpoint again with torch.save",
-            )
     return by_name
 
 
@@ -203,15 +197,22 @@ def _prefix(by_name: Mapping[str, zipfile.ZipInfo], name: str) -> str:
 
 
 def _check_members(by_name: Mapping[str, zipfile.ZipInfo], prefix: str, source: ByteSource) -> None:
-    strangers = [entry for entry in by_name if not entry.startswith(f"{prefix}/")]
+    strangers = [name for name in by_name if not name.startswith(f"{prefix}/")]
     if strangers:
         raise CheckpointError(f"{source.name}: zip entry {strangers[0]!r} lies outside {prefix}/", code="pickle_unsafe")
-    if f"{prefix}/constants.pkl" in by_name or any(entry.startswith(f"{prefix}/code/") for entry in by_name):
+    if f"{prefix}/constants.pkl" in by_name or any(name.startswith(f"{prefix}/code/") for name in by_name):
         raise CheckpointError(
             f"{source.name} is a TorchScript archive: it holds code, not only tensors",
             code="pickle_unsupported",
             hint="load it where you trust it and save its state_dict()",
         )
+    for entry in by_name.values():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise CheckpointError(
+                f"{source.name}: zip entry {entry.orig_filename!r} is compressed or encrypted; torch stores plainly",
+                code="pickle_unsupported",
+                hint="unpack the archive and save the checkpoint again with torch.save",
+            )
     order = by_name.get(f"{prefix}/byteorder")
     if order is not None and _member(source, order).strip() != b"little":
         raise CheckpointError(

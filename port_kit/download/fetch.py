@@ -14,10 +14,10 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
-from port_kit.download.files import explained
+from port_kit.download.files import explained, require_space
 from port_kit.download.http import Interrupted
 from port_kit.download.hub import HubClient
-from port_kit.download.landing import Damaged, Landing, copy_segments
+from port_kit.download.landing import Damaged, Landing, Misplaced, copy_segments
 from port_kit.download.lock import append_journal
 from port_kit.download.parts import Identity, Part, Segment, take_part
 from port_kit.download.progress import Progress
@@ -153,6 +153,8 @@ class Fetcher:
             self.progress.note(f"{identity.target}: {first}; fetching it again")
             try:
                 self._bring_once(identity, None)
+            except Misplaced as second:
+                raise _unusual_layout(f"{identity.repo_id}/{identity.path}", "a storage") from second
             except Damaged as second:
                 raise DownloadError(
                     f"{identity.repo_id}/{identity.path} arrived twice with wrong content: {second}",
@@ -176,6 +178,7 @@ class Fetcher:
     def _fill(self, part: Part, local: Path | None) -> None:
         blueprint = self._draw(part.identity, local) if part.identity.convert else None
         landing = Landing(part, blueprint, local)
+        require_space(self.directory, part.layout.extent - part.written)
         try:
             for segment in part.segments:
                 if not segment.is_complete:
@@ -200,7 +203,12 @@ class Fetcher:
         remote = CachedSource(RangeSource(self.hub, identity))
         tables = read_tables(remote, identity.wrapper, exact_offsets=False)
         _sample_offsets(remote, sorted(tables.storages, key=lambda key: tables.storages[key].nbytes), tables.storages)
-        return draw(tables, remote.name)
+        blueprint = draw(tables, remote.name)
+        try:
+            blueprint.layout()
+        except ValueError as error:
+            raise _unusual_layout(remote.name, "a storage") from error
+        return blueprint
 
     def _publish(self, part: Part) -> None:
         sealed = part.sealed
@@ -222,8 +230,12 @@ def _sample_offsets(source: ByteSource, keys: list[str], storages: Mapping[str, 
     sampled = {key: storages[key] for key in [*keys[:1], *keys[-_SAMPLED_OFFSETS:]]}
     wrong = check_offsets(source, sampled)
     if wrong:
-        raise DownloadError(
-            f"{source.name}: storage {wrong[0]} does not lie where torch would have put it",
-            code="convert_layout",
-            hint="download it as it is and convert it on disk: --keep-original",
-        )
+        raise _unusual_layout(source.name, f"storage {wrong[0]}")
+
+
+def _unusual_layout(name: str, what: str) -> DownloadError:
+    return DownloadError(
+        f"{name}: {what} does not lie where torch would have put it",
+        code="convert_layout",
+        hint="download it as it is and convert it on disk: --keep-original",
+    )

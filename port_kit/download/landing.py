@@ -32,6 +32,10 @@ class Damaged(Exception):
     """The bytes that landed are not the file's: worth one more try from the beginning. Never leaves this package."""
 
 
+class Misplaced(Damaged):
+    """A checkpoint's storages do not lie where they were thought to when its bytes were placed."""
+
+
 class Piece:
     """A buffer that begins at a page. It goes round between the connections and the hash; see :meth:`Landing.take`."""
 
@@ -211,7 +215,7 @@ class Landing:
         name = f"{self.identity.repo_id}/{self.identity.path}"
         source = DescriptorSource(self.part.descriptor, self.part.layout, name)
         if read_tables(source, self.identity.wrapper) != blueprint.tables:
-            raise Damaged("its directory was read differently before")
+            raise Misplaced("its directory was read differently before")
         check_crcs(blueprint, name, source.read_into)
         blueprint.complete(source, self.part.descriptor)
 
