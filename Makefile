@@ -4,6 +4,7 @@ PYTHON ?= 3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.port-kit-set-up
+TRITON := build/triton
 EXAMPLE := examples/offline_inference/dreamid_omni
 DEMO := build/demo
 
@@ -50,6 +51,11 @@ $(STAMP): setup.cfg setup.py pyproject.toml requirements/overrides.txt | $(filte
 	$(UV) pip install --quiet --python $(RUN) --overrides requirements/overrides.txt $(WHEELS) -e '.[cpu,omni,dev]'
 	@touch $@
 
+# Triton's interpreter runs the kernels' tests on a CPU. It stays out of .venv: vLLM for CPU would look at it and complain.
+$(TRITON): $(STAMP)
+	$(UV) pip install --quiet --python $(RUN) --target $(TRITON) $(WHEELS) 'triton>=3.4'
+	@touch $@
+
 # The loopback Hub of --tiny must not be looked for behind a proxy.
 demo: export NO_PROXY := 127.0.0.1,localhost,$(NO_PROXY)
 demo: $(STAMP)
@@ -66,7 +72,7 @@ check: $(STAMP)
 	@ln -s ../../../models build/types/port_kit/models
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --no-incremental -p port_kit
 
-test: check
+test: check $(TRITON)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Pages that are made from the code; a test refuses stale ones.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ from torch import nn
 
 from port_kit.errors import ParallelError, PortKitError
 from port_kit.runtime.plugin import register_pipelines
-from port_kit.testing.workers import RankResult, Request, run_workers
+from port_kit.testing.workers import RankResult, Request, WaitingRanks, run_workers
 
 REQUEST = Request("a cat", {"num_inference_steps": 2, "seed": 3})
 
@@ -104,3 +105,33 @@ def test_a_rank_that_hangs_is_killed_in_time(toy_model: Path) -> None:
 
 def _children() -> set[psutil.Process]:
     return set(psutil.Process().children())
+
+
+def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: RankResult, toy_model: Path) -> None:
+    seen: list[str] = []
+
+    def setup() -> None:
+        """A closure: what a spawned process is given, it is given by value."""
+        register_pipelines()
+        seen.append("set up")
+
+    def probe(pipeline: nn.Module) -> tuple[tuple[int, int], list[str]]:
+        return local_lengths(pipeline), seen
+
+    with closing(WaitingRanks(2)) as waiting:
+        waiting_processes = psutil.Process().children()
+        layout = {"parallel_config": {"ulysses_degree": 2}}
+        results = run_workers(
+            toy_model, [REQUEST], config=layout, setup=setup, probe=probe, start="spawn", waiting=waiting, timeout=300.0
+        )
+    assert [result.probe for result in results] == [((24, 8), ["set up"])] * 2
+    for mine, reference in zip(results[0].outputs[0], single.outputs[0], strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=2e-5)
+    assert waiting_processes and not any(process.is_running() for process in waiting_processes[-2:])
+
+
+def test_ranks_that_nobody_takes_are_ended() -> None:
+    waiting = WaitingRanks(1)
+    (process,) = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    waiting.close()
+    assert not process.is_running()

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,8 +109,11 @@ def test_the_epilogue_is_the_tanh_approximation_of_gelu() -> None:
 
 
 def test_kernels_equal_plain_pytorch_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", __spec__.name], env=environment, capture_output=True, text=True)
+    triton = Path(__file__).parents[2] / "build" / "triton"
+    assert triton.is_dir(), "make test puts Triton there"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(triton)}
+    command = [sys.executable, "-m", "tests.models.test_kernels"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
