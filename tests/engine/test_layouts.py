@@ -93,7 +93,12 @@ def test_each_rank_did_its_share(layout: str, reports: Path) -> None:
         ("ulysses3", "parallel_degree", "ulysses 3 does not divide the 4 heads of a rank", "ulysses 2 or 4"),
         ("tp3", "parallel_degree", "tp 3 does not divide 4 heads", "tp 2 or 4"),
         ("cfg5", "parallel_degree", "cfg 5 has more ranks than the 4 branches", "cfg 2 or 4"),
-        ("cfg3+cache_dit", "cache_passes", "4 guidance passes over 3 ranks", "cfg_parallel_size to 1 or 2 or 4"),
+        (
+            "cfg3+cache_dit",
+            "cache_passes",
+            "cache_dit with 4 guidance passes over 3 ranks",
+            "cfg_parallel_size to 1 or 2 or 4",
+        ),
     ],
 )
 def test_what_the_model_cannot_have_is_refused_before_a_worker_starts(
