@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from port_kit.models.wan_fusion.layers import FullWidthRMSNorm, shared_squares
+from port_kit.models.wan_fusion.layers import QueryKeyNorm, shared_squares
 from port_kit.parallel import linear
 from port_kit.parallel.sequence import LengthTrimmedAttention
 
@@ -48,8 +48,8 @@ class SelfAttention(nn.Module):
         dim = config.dim
         self.qkv = linear.qkv(dim, config.head_dim, config.num_heads, quant, f"{prefix}.qkv")
         self.o = linear.row(dim, dim, quant, f"{prefix}.o")
-        self.norm_q = FullWidthRMSNorm(dim, config.eps)
-        self.norm_k = FullWidthRMSNorm(dim, config.eps)
+        self.norm_q = QueryKeyNorm(dim, config.eps)
+        self.norm_k = QueryKeyNorm(dim, config.eps)
         self.heads = self.qkv.num_heads
         short: Short = "keys" if stream == "audio" else None
         self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", short=short)
@@ -78,9 +78,9 @@ class CrossAttention(nn.Module):
         self.kv = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv")
         self.kv_fusion = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv_fusion")
         self.o = linear.row(dim, dim, quant, f"{prefix}.o")
-        self.norm_q = FullWidthRMSNorm(dim, eps)
-        self.norm_k = FullWidthRMSNorm(dim, eps)
-        self.norm_k_fusion = FullWidthRMSNorm(dim, eps)
+        self.norm_q = QueryKeyNorm(dim, eps)
+        self.norm_k = QueryKeyNorm(dim, eps)
+        self.norm_k_fusion = QueryKeyNorm(dim, eps)
         self.pre_attn_norm_fusion = nn.LayerNorm(dim, eps)
         self.heads = self.q.output_size_per_partition // config.head_dim
         # every rank holds the whole text: nothing to exchange

@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from port_kit.models.wan_fusion import fused
 from port_kit.parallel import linear
+from port_kit.parallel.norm import FullWidthRMSNorm
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -30,21 +27,10 @@ if TYPE_CHECKING:
 MAX_PERIOD = 10000.0
 
 
-class FullWidthRMSNorm(nn.Module):
-    """RMS norm over the width of all heads together, exact under tensor parallelism, and the rotation after it.
+class QueryKeyNorm(FullWidthRMSNorm):
+    """RMS norm of queries or keys over the width of all heads together, and the rotation after it, in one pass."""
 
-    Each rank holds the part of the weight that belongs to its heads; :func:`shared_squares` adds up the square sums.
-    """
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.dim = dim
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim // get_tensor_model_parallel_world_size()), requires_grad=False)
-        self.weight.weight_loader = _load_own_part
-        self.weight.full_shape = (dim,)  # what a checkpoint has of it, for whoever checks before loading
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, x_BSD: Tensor, squares_BS: Tensor | None = None, rope: Tensor | None = None, *, plain: bool = False
     ) -> tuple[Tensor, ...]:
         """Normalise ``x``, whose last dimension is this rank's part of the width, and rotate its heads.
@@ -69,12 +55,6 @@ def shared_squares(*tensors: Tensor) -> list[Tensor] | list[None]:
         return [None] * len(tensors)
     sums = torch.cat([fused.square_sums(x) for x in tensors], 1)
     return list(tensor_model_parallel_all_reduce(sums).split([x.shape[1] for x in tensors], 1))
-
-
-def _load_own_part(parameter: nn.Parameter, loaded: Tensor) -> None:
-    """Copy this rank's part of a full-width weight."""
-    size = parameter.shape[0]
-    parameter.data.copy_(loaded.narrow(0, get_tensor_model_parallel_rank() * size, size))
 
 
 class FeedForward(nn.Module):

@@ -157,13 +157,13 @@ def _begin() -> tuple[BaseProcess, Connection]:
 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=wait_for_case, args=(theirs,), name="port-kit-rank")
+    process = context.Process(target=_wait_for_case, args=(theirs,), name="port-kit-rank")
     process.start()
     theirs.close()  # so that we see the end when the rank dies
     return process, ours
 
 
-def wait_for_case(pipe: Connection) -> None:
+def _wait_for_case(pipe: Connection) -> None:
     """The life of a spawned rank: import, wait for a case, run it. Leaves without a word if whoever started it does."""
     warm_up()
     try:
