@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FILES, MODEL_INDEX, VAE
+from conftest import FILES, MODEL_INDEX, VAE, without_privileges
 
 import port_kit
 from port_kit.download import GitCode
@@ -215,10 +216,13 @@ class Environment:
         lines = [f"import site; site.addsitedir({path!r})" for path in here]
         (self.site / "packages_of_the_tests.pth").write_text("\n".join(lines) + "\n")
 
-    def run(self, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, preexec_fn: Callable[[], None] | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run Python code in it."""
         env = {**os.environ, **variables}
-        return subprocess.run([str(self.python), "-c", script], env=env, capture_output=True, text=True, check=False)
+        command = [str(self.python), "-c", script]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, preexec_fn=preexec_fn)
 
 
 INSTALL = """
@@ -233,6 +237,16 @@ try:
 except PortKitError as error:
     print(error.code)
 """
+CATCH = """
+from port_kit.download.install import uninstall_code
+from port_kit.errors import DownloadError
+def say(action):
+    try:
+        action()
+    except DownloadError as error:
+        print(error.code)
+"""
+UNINSTALL_OR_SAY = "say(lambda: uninstall_code('zz_code'))"
 UNINSTALL = "from port_kit.download.install import uninstall_code; print(uninstall_code({name!r}))"
 
 
@@ -262,7 +276,8 @@ def test_installed_code_imports_in_a_fresh_interpreter_and_goes_away(
     assert "No module named 'zz_model'" in box.run("import zz_model").stderr
 
 
-def test_two_codes_live_side_by_side(remote: GitRemote, box: Environment, tmp_path: Path) -> None:
+def test_two_codes_live_side_by_side(remote: GitRemote, box: Environment, home: Path, tmp_path: Path) -> None:
+    before = sorted(box.site.iterdir())
     other = GitRemote(tmp_path / "remotes/other", {"yy_model.py": "value = 5\n", "utils/__init__.py": ""})
     second = GitCode("yy_code", other.url, ("yy_model",), other.head)
     for source in (code(remote.url, pinned(remote)), second):
@@ -271,6 +286,8 @@ def test_two_codes_live_side_by_side(remote: GitRemote, box: Environment, tmp_pa
     box.run(UNINSTALL.format(name="zz_code"))
     assert box.run("import yy_model; print(yy_model.value)").stdout == "5\n"
     assert "No module named" in box.run("import zz_model").stderr
+    box.run(UNINSTALL.format(name="yy_code"))
+    assert sorted(box.site.iterdir()) == before and not (home / "code").exists()
 
 
 def test_two_environments_share_a_checkout(remote: GitRemote, box: Environment, tmp_path: Path) -> None:
@@ -300,25 +317,51 @@ def test_paths_that_would_break_python_are_refused(
     assert not list(box.site.glob("port_kit_*"))
 
 
-def test_an_unwritable_environment_is_named_before_the_download(remote: GitRemote, tmp_path: Path) -> None:
-    """Site-packages under /proc: nobody may write there, not even root."""
-    script = f"""
-import sysconfig
-from pathlib import Path
-import port_kit.download.install as install
-install.site_packages = lambda: Path("/proc/self/fdinfo")
+DOWNLOAD = """
 from port_kit.download import *
 from port_kit.errors import DownloadError
-code = {code(remote.url, pinned(remote))!r}
-with __import__("port_kit.testing.hub", fromlist=["Hub"]).Hub({{{VAE!r}: {{"f": b"1"}}}}) as hub:
-    recipe = Recipe("r", (Repository({VAE!r}, (FileRule("f"),)),), {MODEL_INDEX!r}, code=(code,))
-    try:
-        download(recipe, {str(tmp_path / "m")!r}, endpoint=hub.endpoint, token=False, with_reference=True)
-    except DownloadError as error:
-        print(error.code, len(hub.gets()))
+recipe = Recipe("r", (Repository({repo!r}, (FileRule("f"),)),), {index!r}, code=({code!r},))
+try:
+    download(recipe, {place!r}, endpoint={endpoint!r}, token=False, with_reference=True)
+except DownloadError as error:
+    print(error.code)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout == "install_target 0\n", done.stderr
+
+
+def test_an_unwritable_environment_is_named_before_the_download(
+    remote: GitRemote, box: Environment, tmp_path: Path
+) -> None:
+    with Hub({VAE: {"f": b"1"}}) as hub:
+        source, place = code(remote.url, pinned(remote)), str(tmp_path / "m")
+        script = DOWNLOAD.format(repo=VAE, index=MODEL_INDEX, code=source, place=place, endpoint=hub.endpoint)
+        box.site.chmod(0o555)
+        try:
+            done = box.run(script, preexec_fn=without_privileges)
+        finally:
+            box.site.chmod(0o755)
+        assert done.stdout == "install_target\n", done.stderr
+        assert hub.gets() == [] and not (tmp_path / "m/f").exists()
+        assert box.run(script).stdout == "" and (tmp_path / "m/f").exists()
+        box.site.chmod(0o555)
+        try:
+            done = box.run(f"{CATCH}{UNINSTALL_OR_SAY}", preexec_fn=without_privileges)
+        finally:
+            box.site.chmod(0o755)
+        assert done.stdout == "output_dir\n", done.stderr
+        assert box.run("import zz_model; print(zz_model.value)").stdout == "1\n"
+
+
+@pytest.mark.parametrize("name", ["../..", "/{}", "..", ".", "", "a/b", "x\n"])
+def test_uninstall_takes_names_and_no_paths(box: Environment, home: Path, tmp_path: Path, name: str) -> None:
+    """A model directory, or anything else, that was named by mistake is left alone."""
+    victim = tmp_path / "victim/transformer/weights"
+    victim.parent.mkdir(parents=True)
+    victim.write_text("precious")
+    (home / "code").mkdir(parents=True)
+    name = str(tmp_path / "victim") if name == "/{}" else name
+    done = box.run(f"{CATCH}say(lambda: uninstall_code({name!r}))")
+    assert done.stdout == "code_broken\n", done.stderr
+    assert victim.read_text() == "precious" and (home / "code").is_dir()
 
 
 def test_the_command_installs_reports_and_uninstalls(remote: GitRemote, box: Environment, tmp_path: Path) -> None:

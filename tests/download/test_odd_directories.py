@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from conftest import (
     without_privileges,
 )
 
-from port_kit.download import FileRule, Policy, Recipe, Repository
+from port_kit.download import FileRule, Policy, Recipe, Report, Repository
 from port_kit.download.remove import remove
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
@@ -268,28 +269,24 @@ def test_a_dry_run_verifies_and_repairs_nothing(hub: Hub, recipe: Recipe, tmp_pa
 def test_a_removal_waits_for_a_download_and_takes_what_it_brought(tmp_path: Path) -> None:
     """And a download that waits for the removal begins anew, under a lock of its own."""
     recipe = Recipe("r", (Repository(WEIGHTS, (FileRule("f"),)),), MODEL_INDEX)
-    with Hub({WEIGHTS: {"f": noise(4 << 20)}}, bytes_per_second=1 << 19) as hub:
+    with Hub({WEIGHTS: {"f": noise(1 << 20)}}) as hub, ThreadPoolExecutor() as pool:
+
+        def slow_download() -> Future[Report]:
+            hub.inject(Fault("get", stall=2))
+            count = len(hub.gets())
+            started = pool.submit(bring, recipe, tmp_path / "m", hub, policy=Policy())
+            while len(hub.gets()) == count:
+                time.sleep(0.01)
+            return started
+
         waited: list[str] = []
-        first = threading.Thread(target=bring, args=(recipe, tmp_path / "m", hub))
-        first.start()
-        while not hub.gets():
-            time.sleep(0.01)
+        first = slow_download()
         done = remove(tmp_path / "m", waited.append)
-        first.join()
-        assert set(done.removed) == {"f", "model_index.json", "port.lock"} and done.left == () and done.gone
+        assert first.result().complete and done.gone and done.left == ()
+        assert set(done.removed) == {"f", "model_index.json", "port.lock"}
         assert len(waited) == 1 and "waiting for another download" in waited[0]
-        holder = threading.Thread(target=bring, args=(recipe, tmp_path / "m", hub))
-        holder.start()
-        while len(hub.gets()) < 2:
-            time.sleep(0.01)
-        runs = [
-            threading.Thread(target=action)
-            for action in (lambda: remove(tmp_path / "m"), lambda: bring(recipe, tmp_path / "m", hub))
-        ]
-        for run in runs:
-            run.start()
-        for run in (holder, *runs):
-            run.join()
+        runs = [slow_download(), pool.submit(remove, tmp_path / "m"), pool.submit(bring, recipe, tmp_path / "m", hub)]
+        assert [bool(run.result()) for run in runs] == [True] * 3
         assert bring(recipe, tmp_path / "m", hub).complete and orphans(tmp_path / "m") == []
 
 

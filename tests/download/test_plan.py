@@ -276,10 +276,3 @@ def test_a_file_in_the_place_of_the_directory(hub: Hub, recipe: Recipe, tmp_path
     with pytest.raises(DownloadError) as caught:
         bring(recipe, tmp_path / "m", hub)
     assert caught.value.code == "output_dir" and hub.requests == []
-
-
-def test_a_read_only_directory() -> None:
-    """Root may write everywhere except where the system itself refuses: /proc stands for a read-only disk."""
-    with Hub(FILES) as hub, pytest.raises((DownloadError, FileNotFoundError)) as caught:
-        bring(only(FileRule("big.safetensors")), Path("/sys/kernel/port_kit_test"), hub)
-    assert isinstance(caught.value, DownloadError) and caught.value.code == "output_dir"

@@ -90,6 +90,80 @@ def test_what_cannot_be_right_is_refused(change: dict[str, object]) -> None:
     assert caught.value.code == "recipe_invalid"
 
 
+PLAIN = """
+name = "r"
+model_index = { _class_name = "T", _diffusers_version = "1" }
+[[repositories]]
+repo_id = "o/m"
+files = [ { pattern = "x" } ]
+"""
+CODE = '[[code]]\nname = "c"\nurl = "https://x/y"\npackages = ["m"]\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('name = "r"', "name = 5"),
+        ('[ { pattern = "x" } ]', "5"),
+        ('[ { pattern = "x" } ]', '["x"]'),
+        ('[ { pattern = "x" } ]', '{ pattern = "x" }'),
+        ('"x"', "5"),
+        ('"x"', '"x", convert = "no"'),
+        ('"x"', '"x", folder = 7'),
+        ('{ _class_name = "T", _diffusers_version = "1" }', '"_class_name _diffusers_version"'),
+        ('{ _class_name = "T", _diffusers_version = "1" }', '["_class_name", "_diffusers_version"]'),
+        ('"1" }', '"1", when = 2020-01-01 }'),
+        ('"1" }', '"1", when = nan }'),
+        ('"T"', "5"),
+        ("[[repositories]]", 'configs = "x"\n[[repositories]]'),
+        ("[[repositories]]", "configs.transformer = 5\n[[repositories]]"),
+        ("[[repositories]]", "configs.transformer = { a = 10:00:00 }\n[[repositories]]"),
+        ("files =", "revision = 5\nfiles ="),
+        ("files =", 'branch = ""\nfiles ='),
+        ("files =", 'gated = "no"\nfiles ='),
+        ("o/m", "../.."),
+        ("[[repositories]]", "code = 5\n[[repositories]]"),
+        ("[[repositories]]", "[repositories]"),
+    ],
+)
+def test_values_of_another_kind_are_named_with_their_file(tmp_path: Path, old: str, new: str) -> None:
+    assert old in PLAIN
+    (tmp_path / "r.toml").write_text(PLAIN.replace(old, new))
+    with pytest.raises(DownloadError, match=r"r\.toml") as caught:
+        Recipe.from_toml(tmp_path / "r.toml")
+    assert caught.value.code == "recipe_invalid" and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('["m"]', '"mm"'),
+        ('["m"]', "[5]"),
+        ('["m"]', '["import"]'),
+        ('"https://x/y"', "5"),
+        ('["m"]', '["m"]\npath = "../../.."'),
+        ('["m"]', '["m"]\npath = "/etc"'),
+        ("[[code]]", CODE + "[[code]]"),
+    ],
+)
+def test_code_that_cannot_be_right_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    (tmp_path / "r.toml").write_text(PLAIN + CODE)
+    assert Recipe.from_toml(tmp_path / "r.toml").code[0].name == "c"
+    (tmp_path / "r.toml").write_text(PLAIN + CODE.replace(old, new))
+    with pytest.raises(DownloadError) as caught:
+        Recipe.from_toml(tmp_path / "r.toml")
+    assert caught.value.code == "recipe_invalid"
+
+
+def test_editors_of_all_systems_write_recipes(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(("\ufeff" + PLAIN.replace("\n", "\r\n")).encode())
+    assert Recipe.from_toml(tmp_path / "r.toml").name == "r"
+    for content in (b"\xff\xfe", b"a = " + b"[" * 100_000):
+        (tmp_path / "r.toml").write_bytes(content)
+        with pytest.raises(DownloadError, match=r"r\.toml"):
+            Recipe.from_toml(tmp_path / "r.toml")
+
+
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("= 1")
     with pytest.raises(DownloadError, match=r"r\.toml"):
