@@ -54,7 +54,7 @@ def _block_probes(index: int) -> list[Probe]:
     audio, video = f"blocks.{index}.audio", f"blocks.{index}.video"
     ours = (f"audio.block{index}", audio), (f"vid.block{index}", video)
     found = [Probe(f"{name}.self_attn", f"{path}.self_attn.o", _as_is) for name, path in ours]
-    for name, path in reversed(ours):
+    for name, path in ours:
         found.append(Probe(f"{name}.cross_attn", f"{path}.cross_attn.o", _as_is))
         found.append(Probe(f"{name}.ffn", f"{path}.ffn.down", _as_is))
     found.append(Probe(f"vid.block{index}.out", f"blocks.{index}", lambda output: output[0]))

@@ -41,6 +41,11 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+def _heed_interrupts() -> None:
+    """Whoever starts the tests in the background makes them, and all that they start, ignore the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(ready: Callable[[], object], *arguments: object, **variables: str) -> tuple[str, str]:
     """Start a command, interrupt it once it is ``ready``, and return what it printed. Its group must be empty then."""
     command = [sys.executable, "-m", "port_kit", *map(str, arguments)]
@@ -51,6 +56,7 @@ def interrupted(ready: Callable[[], object], *arguments: object, **variables: st
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )
     end = time.monotonic() + 60
     while not ready():
