@@ -188,6 +188,9 @@ def _spawn(case: Case, world: int, waiting: WaitingRanks) -> tuple[list[BaseProc
 def _fork(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
     import multiprocessing
 
+    # A process group that lies in the garbage is destroyed by whoever collects it, which joins its threads; a fork has
+    # the group and not the threads, and would wait for ever.
+    gc.collect()
     context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from contextlib import closing
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from port_kit.errors import ParallelError, PortKitError
+from port_kit.runtime.local import single_rank
 from port_kit.runtime.plugin import register_pipelines
-from port_kit.testing.workers import RankResult, Request, WaitingRanks, run_workers
+from port_kit.testing.workers import RankResult, Request, WaitingRanks, run_workers, warm_up
 
 REQUEST = Request("a cat", {"num_inference_steps": 2, "seed": 3})
 
@@ -135,3 +137,19 @@ def test_ranks_that_nobody_takes_are_ended() -> None:
     (process,) = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     waiting.close()
     assert not process.is_running()
+
+
+def test_a_world_in_the_garbage_does_not_hang_a_fork(toy_model: Path) -> None:
+    """Its threads are not in the fork, and whoever collects it there waits for them."""
+    warm_up()
+    gc.collect()
+    gc.disable()
+    try:
+        with single_rank():
+            cycle: list[object] = [torch.distributed.group.WORLD]
+            cycle.append(cycle)
+        del cycle
+        (result,) = run_workers(toy_model, [REQUEST], setup=register_pipelines, timeout=60.0)
+    finally:
+        gc.enable()
+    assert result.outputs[0] is not None
