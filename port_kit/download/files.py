@@ -120,7 +120,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk or missing rights into an error that says so."""
+    """Turn a full disk, missing rights or an impossible path into an error that says so."""
     try:
         yield
     except OSError as error:
@@ -139,6 +139,10 @@ def explained(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DownloadError(
                 f"{path} may not be written", code="output_dir", hint="choose another --output-dir"
+            ) from error
+        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            raise DownloadError(
+                f"{path} cannot be written: {error.strerror}", code="output_dir", hint="choose another place"
             ) from error
         raise
 
