@@ -237,7 +237,7 @@ def test_odd_names_are_names(tmp_path: Path) -> None:
     plan = json.loads(run("rules", "plan", *sides, "--rules", rules).stdout)["data"]
     assert set(plan["map"]) == set(ODD) and all(item["from"] == [name] for name, item in plan["map"].items())
     for name in ODD:
-        assert run("rules", "explain", "--rules", rules, "--source", file, "--", name).exit_code == 0
+        assert run("rules", "explain", name, "--rules", rules, "--source", file).exit_code == 0
 
 
 def test_names_with_signs_of_templates(tmp_path: Path) -> None:
