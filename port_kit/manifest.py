@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,7 @@ class Manifest(Mapping[str, TensorSpec]):
         aliases: Mapping[str, str] | None = None,
     ) -> None:
         self._entries = {name: _spec(name, entry) for name, entry in entries.items()}
+        _check_names(self._entries, origin)
         self.origin = origin
         self.aliases = dict(aliases or {})
 
@@ -165,10 +166,7 @@ class Manifest(Mapping[str, TensorSpec]):
         if isinstance(data, Path):
             origin, data = str(data), _read_text(data)
         if isinstance(data, str):
-            try:
-                data = json.loads(data)
-            except json.JSONDecodeError as error:
-                raise _invalid(f"{origin} is not JSON: {error}") from error
+            data = parse_json(data, origin)
         if not isinstance(data, Mapping):
             raise _invalid(f"{origin} is not an object of tensor names")
         return cls({name: _from_json_entry(name, entry, origin) for name, entry in data.items()}, origin=origin)
@@ -236,18 +234,32 @@ class Manifest(Mapping[str, TensorSpec]):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], *, file: str = "", origin: str = "") -> Manifest:
-        """Read a parsed safetensors header."""
-        entries = {}
+        """Read a parsed safetensors header.
+
+        Raises:
+            RemapError: ``manifest_invalid`` for an entry that cannot be read, or tensors that do not follow each other.
+        """
+        origin = origin or file
+        entries: dict[str, TensorSpec] = {}
+        spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             try:
-                dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-                shape = tuple(int(extent) for extent in entry["shape"])
+                dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+                start, stop = entry["data_offsets"]
             except (KeyError, TypeError, ValueError) as error:
-                raise _invalid(f"{origin or file}: header entry {name!r} cannot be read: {entry!r}") from error
-            entries[name] = TensorSpec(shape, dtype, file=file)
-        return cls(entries, origin=origin or file)
+                raise _invalid(f"{origin}: header entry {name!r} cannot be read: {str(entry)[:80]}") from error
+            spec = entries[name] = _checked(name, TensorSpec(shape, dtype, file=file), origin)
+            if type(start) is not int or type(stop) is not int or stop - start != spec.nbytes:
+                raise _invalid(f"{origin}: {name!r} of {spec.nbytes} bytes stands at {start!r} to {stop!r}")
+            spans.append((start, stop, name))
+        at = 0
+        for start, stop, name in sorted(spans):
+            if start != at:
+                raise _invalid(f"{origin}: {name!r} stands at {start}; the tensors before it end at {at}")
+            at = stop
+        return cls(entries, origin=origin)
 
     # -- modules -----------------------------------------------------------------------------------------------
 
@@ -283,12 +295,38 @@ def _spec(name: str, entry: TensorSpec | tuple[Iterable[int], str]) -> TensorSpe
     return _checked(name, TensorSpec(tuple(shape), dtype), "manifest")
 
 
+def _check_names(names: Collection[str], origin: str) -> None:
+    """Refuse names that no file can hold, and the sign that stands for a layer number in templates."""
+    marked = next((name for name in names if "#" in name), None)
+    if marked is not None:
+        raise _invalid(f"{origin or 'manifest'}: {marked!r} has a #", "# stands for a layer number: rename the tensor")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        shown = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise _invalid(
+            f"{origin or 'manifest'}: {shown!a} is no text", "names are Unicode without surrogates"
+        ) from error
+
+
 def _checked(name: str, spec: TensorSpec, origin: str) -> TensorSpec:
-    if spec.dtype not in ITEM_SIZES:
+    if type(spec.dtype) is not str or spec.dtype not in ITEM_SIZES:
         raise _invalid(f"{origin}: {name!r} has the dtype {spec.dtype!r}", f"dtypes: {', '.join(ITEM_SIZES)}")
     if any(type(extent) is not int or extent < 0 for extent in spec.shape):
         raise _invalid(f"{origin}: {name!r} has the shape {spec.shape!r}", "extents are integers from 0 up")
     return spec
+
+
+def parse_json(text: str | bytes, origin: str) -> Any:
+    """Parse JSON; also what is nested too deep, or has numbers of thousands of digits, is not JSON to us.
+
+    Raises:
+        RemapError: ``manifest_invalid``.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"{origin} is not JSON: {error}") from error
 
 
 def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
@@ -318,10 +356,7 @@ def _index_of(path: Path) -> Path | None:
 
 
 def _from_index(index: Path) -> Manifest:
-    try:
-        weight_map = dict(json.loads(_read_text(index))["weight_map"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise _invalid(f"{index} has no weight_map", "it must be a safetensors index") from error
+    weight_map = read_weight_map(_read_text(index), str(index))
     files = sorted(set(weight_map.values()))
     manifest = _joined([(file, _from_header(index.parent / file)) for file in files], str(index))
     for name, file in weight_map.items():
@@ -329,6 +364,22 @@ def _from_index(index: Path) -> Manifest:
         if actual != file:
             raise _invalid(f"{index.name} places {name!r} in {file}; it is in {actual}", "download both again")
     return manifest
+
+
+def read_weight_map(text: str, origin: str) -> dict[str, str]:
+    """Return ``{tensor: file}`` of a safetensors index; every file stands beside the index or below it.
+
+    Raises:
+        RemapError: ``manifest_invalid`` where it is none.
+    """
+    data = parse_json(text, origin)
+    found = data.get("weight_map") if isinstance(data, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(file, str) and file for file in found.values()):
+        raise _invalid(f"{origin} has no weight_map of file names", "it must be a safetensors index")
+    outside = next((file for file in found.values() if ".." in Path(file).parts or Path(file).is_absolute()), None)
+    if outside is not None:
+        raise _invalid(f"{origin} names the file {outside!r}", "files of an index stand beside it or below it")
+    return dict(found)
 
 
 def _joined(parts: list[tuple[str, Manifest]], origin: str) -> Manifest:
@@ -352,11 +403,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             start = stream.read(8)
             size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = stream.read(size) if 2 <= size <= MAX_HEADER else b""
-        header = json.loads(raw) if raw and len(raw) == size else None
+        header = parse_json(raw, f"the safetensors header of {path}") if raw and len(raw) == size else None
     except OSError as error:
         raise _invalid(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _invalid(f"{path} has a broken safetensors header") from error
     if not isinstance(header, dict):
         raise _invalid(f"{path} is not a whole safetensors file", "download it again")
     return header, 8 + size
@@ -364,11 +413,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _from_header(path: Path) -> Manifest:
     header, start = read_header(path)
-    data = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    size = path.stat().st_size
-    if size != start + max(data, default=0):
-        raise _invalid(f"{path} has {size} bytes; its header needs {start + max(data, default=0)}", "download it again")
-    return Manifest.from_header(header, file=path.name, origin=str(path))
+    manifest = Manifest.from_header(header, file=path.name, origin=str(path))
+    size, needed = path.stat().st_size, start + manifest.nbytes
+    if size != needed:
+        raise _invalid(f"{path} has {size} bytes; its header needs {needed}", "download it again")
+    return manifest
 
 
 def _read_text(path: Path) -> str:

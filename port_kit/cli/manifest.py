@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.manifest import Manifest
 from port_kit.port import find_port
 
@@ -52,7 +52,7 @@ def command(
 
         manifest, origin = read_source(source or "", wrapper=wrapper), "headers"
     if output is not None:
-        output.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_text(output, json.dumps(manifest.to_json(), indent=1) + "\n")
     summary = {"origin": manifest.origin, "from": origin, "tensors": len(manifest), "bytes": manifest.nbytes}
     text = "\n".join(f"{name}\t{list(spec.shape)}\t{spec.dtype}" for name, spec in manifest.items())
     text += f"\n{len(manifest)} tensors, {manifest.nbytes:,} bytes ({origin})"

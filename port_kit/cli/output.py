@@ -6,10 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
 
+from port_kit.download.files import explained
 from port_kit.errors import PortKitError
 from port_kit.plain import plain
 
@@ -34,6 +36,17 @@ def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | No
         click.echo(plain(text, keep=_LAYOUT))
     if not ok:
         raise SystemExit(1)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that an option names; its folder is made.
+
+    Raises:
+        DownloadError: ``output_dir`` or ``disk_full``, where it cannot be written.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.manifest import Manifest
 from port_kit.port import find_port, resolve
 from port_kit.remap.rules import RuleSet
@@ -164,7 +164,7 @@ def suggest_command(source: str, target: str, output: Path | None, as_json: bool
 
     suggestion = suggest(read_source(source), read_source(target))
     if output is not None:
-        output.write_text(suggestion.to_toml(), encoding="utf-8")
+        write_text(output, suggestion.to_toml())
     emit("rules suggest", suggestion.to_json(), as_json=as_json, text=suggestion.to_text())
 
 
@@ -185,7 +185,7 @@ def invert_command(output: Path | None, as_json: bool, **options: Any) -> None:
     back = invert(given.rules().compile(given.source(), given.target(), given.sizes))
     text = back.to_toml()
     if output is not None:
-        output.write_text(text, encoding="utf-8")
+        write_text(output, text)
     data = {"rules": back.to_dict(), "output": str(output) if output else None}
     emit("rules invert", data, as_json=as_json, text=f"{output}: {len(back)} rules" if output else text.rstrip())
 

@@ -15,6 +15,7 @@ from port_kit.errors import RemapError
 from port_kit.remap.boxes import Box, Shape, whole
 from port_kit.remap.lower import Write
 from port_kit.remap.names import split_numbers
+from port_kit.remap.patterns import literal_template
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
 from port_kit.remap.rules import Op, Rule, RuleSet
@@ -56,9 +57,9 @@ def _rules(plan: Plan, write: Write, rows: Rows) -> list[Rule]:
         pieces = [re.escape(piece) for piece in target.split("#")]
         holes = [r"(\d+)" if at not in fixed else str(fixed[at]) for at in range(len(pieces) - 1)]
         pattern = pieces[0] + "".join(hole + piece for hole, piece in zip(holes, pieces[1:], strict=True))
-        return [Rule(pattern, _fill(source, fillings), **body)]
+        return [Rule(pattern, _fill(literal_template(source), fillings), **body)]
     return [
-        Rule(re.escape(_fill(target, to)), _fill(source, numbers).replace("\\", "\\\\"), **body) for to, numbers in rows
+        Rule(re.escape(_fill(target, to)), literal_template(_fill(source, numbers)), **body) for to, numbers in rows
     ]
 
 

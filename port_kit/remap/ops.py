@@ -70,6 +70,8 @@ def is_joining(name: str) -> bool:
 
 
 def _check_arguments(op: Op, rule: Rule) -> None:
+    if not isinstance(op.name, str):
+        raise _op_error(f"rule {rule.label!r} has the op {op.name!r}", "an op has a name")
     allowed = OPS[op.name] if op.name in OPS else find_transform(op.name).args
     names = {name.lstrip("*") for name in allowed}
     given = {key for key, _ in op.args}
@@ -79,6 +81,11 @@ def _check_arguments(op: Op, rule: Rule) -> None:
             f"op {op.name} of rule {rule.label!r} has arguments {sorted(given)}",
             f"{op.name} takes {', '.join(allowed) or 'none'} (* is required)",
         )
+    for key, value in op.args if op.name in OPS else ():
+        kind = "pairs" if (op.name, key) == ("rearrange", "sizes") else "count" if op.name == "reorder" else ""
+        what, holds = _KINDS[f"{key} {kind}" if f"{key} {kind}" in _KINDS else key]
+        if not holds(value):
+            raise _op_error(f"op {op.name} of rule {rule.label!r} has {key} = {value!r}", f"{key} is {what}")
     if op.name == "cast" and op.get("dtype") not in DTYPES:
         raise _op_error(f"cast to {op.get('dtype')!r}", f"dtypes: {', '.join(DTYPES)}")
     if op.name == "rearrange":
@@ -86,6 +93,37 @@ def _check_arguments(op: Op, rule: Rule) -> None:
     for value in _leaves([value for key, value in op.args if key in ("sizes", "shape", "runs")]):
         if isinstance(value, str):
             parse(normalise(value))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int or isinstance(value, str)
+
+
+def _all(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(holds(item) for item in value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_size, value))
+
+
+#: What arguments have to be, by name; with the word behind it where ops differ.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "dim": ("the number of an axis", lambda value: type(value) is int),
+    "shape": ("a list of sizes", lambda value: value == () or _all(value, _is_size)),
+    "sizes": ("a list of sizes", lambda value: _all(value, _is_size)),
+    "sizes pairs": (
+        "a list of names with their sizes",
+        lambda value: value == () or _all(value, lambda item: _is_pair(item) and isinstance(item[0], str)),
+    ),
+    "perm": ("a list of axes", lambda value: value == () or _all(value, lambda item: type(item) is int)),
+    "order": ("a list of numbers", lambda value: _all(value, lambda item: type(item) is int)),
+    "runs": ("a list of [start, stop]", lambda value: _all(value, _is_pair)),
+    "parts": ("a list of names", lambda value: _all(value, _is_size) and len(set(map(str, value))) == len(value)),
+    "parts count": ("a size", _is_size),
+    "pattern": ("a text", lambda value: isinstance(value, str)),
+    "dtype": ("a dtype", lambda value: isinstance(value, str)),
+}
 
 
 def _leaves(value: Any) -> list[Any]:

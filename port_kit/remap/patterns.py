@@ -228,7 +228,7 @@ def _bad(pattern: str, why: str) -> RemapError:
     )
 
 
-_TEMPLATE_PART = re.compile(r"\\(\d{1,2})|\\g<(\w+)>|\{([^{}]*)\}|(\\.?|[{}])")
+_TEMPLATE_PART = re.compile(r"\\(\d{1,2})|\\g<(\w+)>|\{([^{}]*)\}|\\([\\{}])|(\\.?|[{}])", re.DOTALL)
 _GROUP_IN_EXPRESSION = re.compile(r"\\(\d{1,2})|\\g<(\w+)>")
 
 
@@ -248,7 +248,7 @@ class Template:
 
 @lru_cache(maxsize=8192)
 def parse_template(text: str) -> Template:
-    r"""Read a template: ``\1``, ``\g<name>`` and ``{expression}``.
+    r"""Read a template: ``\1``, ``\g<name>`` and ``{expression}``; ``\\``, ``\{`` and ``\}`` are the signs themselves.
 
     Raises:
         RemapError: ``remap_template`` for a stray backslash or bracket.
@@ -256,7 +256,7 @@ def parse_template(text: str) -> Template:
     parts: list[str | tuple[str, str]] = []
     at = 0
     for match in _TEMPLATE_PART.finditer(text):
-        number, name, expression, stray = match.groups()
+        number, name, expression, sign, stray = match.groups()
         if stray:
             raise RemapError(
                 f"template {text!r} has a stray {stray!r}",
@@ -266,12 +266,19 @@ def parse_template(text: str) -> Template:
             )
         if match.start() > at:
             parts.append(text[at : match.start()])
-        is_group = number or name
-        parts.append(("group", number or name) if is_group else ("size", normalise(expression)))
+        if sign:
+            parts.append(sign)
+        else:
+            parts.append(("group", number or name) if number or name else ("size", normalise(expression)))
         at = match.end()
     if at < len(text):
         parts.append(text[at:])
     return Template(text, tuple(parts))
+
+
+def literal_template(text: str) -> str:
+    """The template that stands for a text as it is."""
+    return re.sub(r"[\\{}]", r"\\\g<0>", text)
 
 
 @lru_cache(maxsize=8192)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from port_kit.errors import RemapError
@@ -80,20 +81,42 @@ def template_of(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
+class Names(Collection[str]):
+    """Names that others are compared with, many times: their layer templates are taken once."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = dict.fromkeys(names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """The first name of each template."""
+        found: dict[str, str] = {}
+        for name in self._names:
+            found.setdefault(template_of(name), name)
+        return found
+
+
 def nearest(name: str, names: Collection[str], cutoff: float = 0.6) -> str:
     """The most similar name that exists; empty where none is similar.
 
     Names are compared by layer template first: among thousands of names only a few dozen templates differ.
     """
-    templates: dict[str, str] = {}
-    for candidate in names:
-        templates.setdefault(template_of(candidate), candidate)
-    found = difflib.get_close_matches(template_of(name), templates, n=1, cutoff=cutoff)
+    known = names if isinstance(names, Names) else Names(names)
+    found = difflib.get_close_matches(template_of(name), known.templates, n=1, cutoff=cutoff)
     if not found:
         return ""
     numbers = iter(_NUMBER.findall(name))
     guess = re.sub("#", lambda match: next(numbers, "0"), found[0])
-    return guess if guess in names else templates[found[0]]
+    return guess if guess in known else known.templates[found[0]]
 
 
 def raise_problems(problems: Sequence[Problem], subject: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from typing import Any, BinaryIO
 
 from port_kit.errors import RemapError
-from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES, Manifest, TensorSpec
+from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES, Manifest, TensorSpec, parse_json, read_weight_map
 
 _REMOTE = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?")
 #: Read ahead of a header: most are smaller, so that one request is enough.
@@ -35,11 +34,10 @@ def read_remote(text: str, *, wrapper: str = "") -> Manifest:
     repo, revision, path = match.groups()
     import httpx
     from huggingface_hub import HfFileSystem
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return _Remote(HfFileSystem(), f"{repo}@{revision}" if revision else repo, text).read(path or "", wrapper)
-    except (HfHubHTTPError, FileNotFoundError, httpx.HTTPError) as error:
+    except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are kinds of the first two
         raise RemapError(
             f"{text} cannot be read: {error}",
             code="manifest_invalid",
@@ -81,10 +79,10 @@ class _Remote:
 
     def _index(self, path: str) -> Manifest:
         folder = path.rpartition("/")[0]
-        index = json.loads(self.files.read_text(f"{self.root}/{path}"))
-        files = sorted(set(index.get("weight_map", {}).values()))
+        weight_map = read_weight_map(self.files.read_text(f"{self.root}/{path}"), path)
+        files = sorted(set(weight_map.values()))
         manifest = self._safetensors([f"{folder}/{file}".lstrip("/") for file in files])
-        absent = [name for name in index.get("weight_map", {}) if name not in manifest]
+        absent = [name for name in weight_map if name not in manifest]
         if absent or not files:
             raise RemapError(
                 f"{path} names {len(absent)} tensors that its files do not have, such as {absent[:1]}",
@@ -124,8 +122,7 @@ def _header(stream: BinaryIO, path: str) -> dict[str, Any]:
     size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= size <= MAX_HEADER:
         raise RemapError(f"{path} is not a safetensors file", code="manifest_invalid", hint="check the path")
-    try:
-        header = json.loads(stream.read(size))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RemapError(f"{path} has a broken header", code="manifest_invalid", hint="check the path") from error
+    header = parse_json(stream.read(size), f"the safetensors header of {path}")
+    if not isinstance(header, dict):
+        raise RemapError(f"{path} is not a safetensors file", code="manifest_invalid", hint="check the path")
     return header

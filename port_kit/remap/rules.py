@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import RemapError
 from port_kit.remap.expressions import parse
-from port_kit.remap.patterns import compile_pattern, parse_template
+from port_kit.remap.patterns import compile_pattern, literal_template, parse_template
 
 if TYPE_CHECKING:
     from port_kit.manifest import Manifest
@@ -90,10 +90,8 @@ class Rule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", _ops(self.op))
         for name in ("target", "shard"):
-            value = getattr(self, name)
-            if isinstance(value, int):
-                value = str(value)
-            object.__setattr__(self, name, value if isinstance(value, str) else tuple(map(str, value)))
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        _check_types(self)
         check_rule(self)
 
     @cached_property
@@ -139,6 +137,27 @@ class Rule:
                 f"fields: {', '.join(cls.__dataclass_fields__)}",
             )
         return cls(**data)
+
+
+def _texts(field_name: str, value: object) -> str | tuple[str, ...]:
+    """A text, or several; a number stands for its digits."""
+    if type(value) is int or isinstance(value, str):
+        return str(value)
+    if isinstance(value, (list, tuple)) and value and all(type(item) is int or isinstance(item, str) for item in value):
+        return tuple(map(str, value))
+    raise _error(f"{field_name} is {value!r}", "it is a text, or a list of texts")
+
+
+def _check_types(rule: Rule) -> None:
+    """Refuse what a file may say and no rule means."""
+    for name in _TEXT_FIELDS:
+        value = getattr(rule, name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise _error(f"{name} is {value!r}", "it is a text")
+    for name in ("optional", "fallback"):
+        if type(getattr(rule, name)) is not bool:
+            raise _error(f"{name} is {getattr(rule, name)!r}", "it is true or false")
 
 
 def check_rule(rule: Rule) -> None:
@@ -320,7 +339,7 @@ def _place(rule: Rule) -> tuple[str, str]:
 
 
 def _prefixed(rule: Rule, source: str, target: str) -> Rule:
-    escaped = target.replace("\\", "\\\\")
+    escaped = literal_template(target)
     if rule.keep:
         return replace(rule, target=f"{re.escape(target)}(?:{rule.target})")
     # a pattern with branches at its top level must not lose them to the prefix
@@ -353,6 +372,8 @@ def _op(value: object) -> Op:
 
 
 def _frozen(value: object) -> object:
+    if isinstance(value, Mapping):  # named sizes: {two = 2} is [["two", 2]]
+        value = list(value.items())
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
-from port_kit.port import resolve
 from port_kit.remap.rules import RuleSet
 
 
@@ -44,14 +42,9 @@ def read_rules(text: str) -> RuleSet:
     path = Path(text)
     if path.suffix in (".toml", ".json") or path.exists():
         return RuleSet.from_file(path)
-    if ":" not in text:
-        raise RemapError(
-            f"{text} is no file of rules", code="remap_rules", hint="name a .toml or .json file, or module:ATTRIBUTE"
-        )
-    found: Any = resolve(text)
-    if not isinstance(found, RuleSet):
-        raise RemapError(f"{text} is a {type(found).__name__}, not a RuleSet", code="remap_rules")
-    return found
+    from port_kit.remap.toml import imported
+
+    return imported(text)
 
 
 def read_sizes(items: tuple[str, ...]) -> dict[str, int]:

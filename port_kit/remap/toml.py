@@ -47,7 +47,7 @@ def load(path: Path, *, depth: int = 0) -> RuleSet:
     if path.suffix == ".json":
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise _error(f"{path} is not JSON: {error}") from error
         return _build(data, path.parent, depth)
     return loads(text, folder=path.parent, depth=depth)
@@ -57,7 +57,7 @@ def loads(text: str, *, folder: Path | None = None, depth: int = 0) -> RuleSet:
     """Read rules from TOML text; files that it names are relative to ``folder``."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise _error(f"not TOML: {error}") from error
     return _build(data, folder, depth)
 
@@ -71,16 +71,17 @@ def _build(data: object, folder: Path | None, depth: int) -> RuleSet:
         raise _error("rule is not a list of tables", "write [[rule]] before each rule")
     if not isinstance(sizes, Mapping) or not all(type(value) in (int, str) for value in sizes.values()):
         raise _error("sizes is not a table of numbers and expressions")
+    name, included, narrow = data.get("name", ""), data.get("include", []), data.get("narrow")
+    if not isinstance(name, str) or not isinstance(included, list) or type(narrow) not in (bool, type(None)):
+        raise _error("name is a text, include a list of tables, narrow true or false")
     rules = [Rule.from_dict(table) for table in tables]
-    name = str(data.get("name", ""))
     if "extends" in data:
         made = _inherit(_named(data["extends"], folder, depth), rules, name, dict(sizes))
     else:
         made = RuleSet(name or "rules", tuple(rules), dict(sizes))
-    for part in data.get("include", []):
+    for part in included:
         made = made.extend(_included(part, folder, depth).rules)
-    narrow = bool(data.get("narrow", made.narrow))
-    return RuleSet(made.name, made.rules, made.sizes, narrow)
+    return RuleSet(made.name, made.rules, made.sizes, made.narrow if narrow is None else narrow)
 
 
 def _inherit(base: RuleSet, rules: list[Rule], name: str, sizes: dict[str, int | str]) -> RuleSet:
@@ -94,20 +95,37 @@ def _inherit(base: RuleSet, rules: list[Rule], name: str, sizes: dict[str, int |
 def _included(part: object, folder: Path | None, depth: int) -> RuleSet:
     if not isinstance(part, Mapping) or "rules" not in part or set(part) - {"rules", "source", "target"}:
         raise _error("an include needs rules, and may have source and target prefixes")
+    if not all(isinstance(value, str) for value in part.values()):
+        raise _error(f"an include has {dict(part)}", "rules, source and target are texts")
     return _named(part["rules"], folder, depth).under(str(part.get("source", "")), str(part.get("target", "")))
 
 
 def _named(reference: object, folder: Path | None, depth: int) -> RuleSet:
-    from port_kit.port import resolve
-
     if depth >= MAX_DEPTH:
         raise _error(f"rule sets build on each other more than {MAX_DEPTH} deep", "look for a circle")
     text = str(reference)
     if text.endswith((".toml", ".json")):
         return load((folder or Path()) / text, depth=depth + 1)
-    found = resolve(text) if ":" in text else None
+    return imported(text)
+
+
+def imported(reference: str) -> RuleSet:
+    """The rule set that ``module:ATTRIBUTE`` names.
+
+    Raises:
+        RemapError: ``remap_rules`` where there is none.
+    """
+    from port_kit.port import resolve
+
+    hint = "name a .toml or .json file, or module:ATTRIBUTE of a RuleSet"
+    if not re.fullmatch(r"\w[\w.]*:\w+", reference):
+        raise _error(f"{reference!r} is neither a file of rules nor module:ATTRIBUTE", hint)
+    try:
+        found = resolve(reference)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _error(f"{reference} cannot be imported: {error}", hint) from error
     if not isinstance(found, RuleSet):
-        raise _error(f"{text!r} is neither a file of rules nor module:ATTRIBUTE of a RuleSet")
+        raise _error(f"{reference} is a {type(found).__name__}, not a RuleSet", hint)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,33 +13,17 @@ from torch import Tensor, nn
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
-from port_kit.remap import Op, Rule, RuleSet, load_weights
+from port_kit.remap import RuleSet, load_weights
 from port_kit.remap.export import export
 from port_kit.remap.local import load_local
 from port_kit.runtime.local import single_rank
 
 WIDTH, HEAD, HEADS, KV_HEADS, FFN = 64, 16, 4, 2, 96
 FP8 = torch.float8_e4m3fn
-KINDS = "(weight|weight_scale|input_scale)"
-APART = RuleSet(
-    "apart",
-    (
-        Rule(rf"b\.(q|k|v)\.{KINDS}", r"qkv.\2", shard=r"\1"),
-        Rule(rf"b\.gate\.{KINDS}", r"gate_up.\1", shard="0"),
-        Rule(rf"b\.up\.{KINDS}", r"gate_up.\1", shard="1"),
-        Rule(rf"b\.o\.{KINDS}", r"o.\1"),
-    ),
-)
-FUSED = RuleSet(
-    "fused",
-    (
-        Rule(r"b\.qkv\.weight", ("qkv.weight",) * 3, shard=("q", "k", "v"), op=Op.of("split", dim=0)),
-        Rule(r"b\.gate_up\.weight", ("gate_up.weight",) * 2, shard=("0", "1"), op=Op.of("split", dim=0)),
-        Rule(r"b\.(qkv|gate_up)\.(weight_scale|input_scale)", r"\1.\2", op="fill"),
-        Rule(rf"b\.o\.{KINDS}", r"o.\1"),
-    ),
-)
+PACKS = Path(__file__).parent / "packs" / "fp8"
+APART, FUSED = (RuleSet.from_file(PACKS / f"{name}.toml") for name in ("apart", "fused"))
 ROWS = {"q": HEADS * HEAD, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD, "gate": FFN, "up": FFN, "o": WIDTH}
+GROUP = {part: "mlp" if part in ("gate", "up", "gate_up") else "attn" for part in [*ROWS, "qkv", "gate_up"]}
 SLOTS = {"q": ("qkv", "q"), "k": ("qkv", "k"), "v": ("qkv", "v"), "gate": ("gate_up", 0), "up": ("gate_up", 1)}
 
 
@@ -51,13 +36,15 @@ def layers() -> Iterator[nn.ModuleDict]:
 
         config = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static")
         plain = {"bias": False, "quant_config": config}
-        yield nn.ModuleDict(
+        attn = nn.ModuleDict(
             {
                 "qkv": QKVParallelLinear(WIDTH, HEAD, HEADS, KV_HEADS, prefix="qkv", **plain),
-                "gate_up": MergedColumnParallelLinear(WIDTH, [FFN, FFN], prefix="gate_up", **plain),
                 "o": RowParallelLinear(WIDTH, WIDTH, prefix="o", **plain),
             }
         )
+        gate_up = MergedColumnParallelLinear(WIDTH, [FFN, FFN], prefix="gate_up", **plain)
+        layer = nn.ModuleDict({"attn": attn, "mlp": nn.ModuleDict({"gate_up": gate_up})})
+        yield nn.ModuleDict({"layers": nn.ModuleList([layer])})
 
 
 def clear(module: nn.Module) -> None:
@@ -70,9 +57,9 @@ def apart(shape: tuple[int, ...]) -> dict[str, Tensor]:
     """A checkpoint with all projections apart, each with two scales of this shape."""
     tensors = {}
     for number, (part, rows) in enumerate(ROWS.items(), 1):
-        tensors[f"b.{part}.weight"] = torch.randn(rows, WIDTH).to(FP8)
-        tensors[f"b.{part}.weight_scale"] = torch.full(shape, number / 8)
-        tensors[f"b.{part}.input_scale"] = torch.full(shape, number / 64)
+        tensors[f"blocks.0.{GROUP[part]}.{part}.weight"] = torch.randn(rows, WIDTH).to(FP8)
+        tensors[f"blocks.0.{GROUP[part]}.{part}.weight_scale"] = torch.full(shape, number / 8)
+        tensors[f"blocks.0.{GROUP[part]}.{part}.input_scale"] = torch.full(shape, number / 64)
     return tensors
 
 
@@ -90,9 +77,9 @@ def by_own_loaders(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
     """What vLLM's loaders make of the projections, called by hand."""
     clear(module)
     for name, tensor in tensors.items():
-        _, part, leaf = name.split(".")
+        *_, group, part, leaf = name.split(".")
         layer, slot = SLOTS.get(part, (part, None))
-        parameter = module[layer].get_parameter(leaf)
+        parameter = module.get_parameter(f"layers.0.{group}.{layer}.{leaf}")
         parameter.weight_loader(parameter, tensor, *([] if slot is None else [slot]))
     return state(module)
 
@@ -105,7 +92,7 @@ def test_scales_of_projections_go_to_their_slots(layers: nn.ModuleDict, tmp_path
     names = load_weights(layers, list(tensors.items())[::-1], APART)
     assert names == set(expected)
     assert_same(state(layers), expected)
-    assert layers["qkv"].weight_scale.tolist() == [1 / 8, 2 / 8, 3 / 8]
+    assert layers.get_submodule("layers.0.attn.qkv").weight_scale.tolist() == [1 / 8, 2 / 8, 3 / 8]
     save_file(tensors, tmp_path / "model.safetensors")
     clear(layers)
     done = load_local(layers, tmp_path, APART)
@@ -119,17 +106,17 @@ def test_scales_of_projections_go_to_their_slots(layers: nn.ModuleDict, tmp_path
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_one_scale_goes_to_every_slot(layers: nn.ModuleDict, tmp_path: Path, shape: tuple) -> None:
-    tensors = {"b.o.weight": torch.randn(WIDTH, WIDTH).to(FP8)}
+    tensors = {"blocks.0.attn.o.weight": torch.randn(WIDTH, WIDTH).to(FP8)}
     for number, (part, rows) in enumerate({"qkv": (HEADS + 2 * KV_HEADS) * HEAD, "gate_up": 2 * FFN}.items(), 1):
-        tensors[f"b.{part}.weight"] = torch.randn(rows, WIDTH).to(FP8)
-        tensors[f"b.{part}.weight_scale"] = torch.full(shape, number / 8)
-        tensors[f"b.{part}.input_scale"] = torch.full(shape, number / 64)
-    tensors["b.o.weight_scale"] = tensors["b.o.input_scale"] = torch.full(shape, 7.0)
+        tensors[f"blocks.0.{GROUP[part]}.{part}.weight"] = torch.randn(rows, WIDTH).to(FP8)
+        tensors[f"blocks.0.{GROUP[part]}.{part}.weight_scale"] = torch.full(shape, number / 8)
+        tensors[f"blocks.0.{GROUP[part]}.{part}.input_scale"] = torch.full(shape, number / 64)
+    tensors["blocks.0.attn.o.weight_scale"] = tensors["blocks.0.attn.o.input_scale"] = torch.full(shape, 7.0)
     expected = by_own_loaders(layers, tensors)
     clear(layers)
     load_weights(layers, tensors.items(), FUSED)
     assert_same(state(layers), expected)
-    assert layers["qkv"].weight_scale.tolist() == [1 / 8] * 3
+    assert layers.get_submodule("layers.0.attn.qkv").weight_scale.tolist() == [1 / 8] * 3
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     clear(layers)
     assert not load_local(layers, tmp_path, FUSED).read_whole
@@ -139,14 +126,14 @@ def test_one_scale_goes_to_every_slot(layers: nn.ModuleDict, tmp_path: Path, sha
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name].float(), tensor.float()) for name, tensor in tensors.items())
     with torch.no_grad():
-        layers["qkv"].weight_scale[1] = 3.0  # trained on, or reduced to another value
+        layers.get_submodule("layers.0.attn.qkv").weight_scale[1] = 3.0  # trained on, or reduced to another value
     with pytest.raises(RemapError, match="3 elements that were filled with one value have 2 values now"):
         dict(export(plan, layers))
 
 
 def test_a_projection_without_its_scale_is_named(layers: nn.ModuleDict) -> None:
     tensors = apart(())
-    del tensors["b.k.input_scale"]
+    del tensors["blocks.0.attn.k.input_scale"]
     with pytest.raises(RemapError, match=r"qkv\.input_scale lacks slots k") as caught:
         load_weights(layers, tensors.items(), APART)
     assert caught.value.code == "remap_incomplete_group"
@@ -155,8 +142,8 @@ def test_a_projection_without_its_scale_is_named(layers: nn.ModuleDict) -> None:
 @pytest.mark.parametrize(("shape", "op"), [((3,), ""), ((2,), "fill"), ((1, 1), ""), ((0,), "fill")])
 def test_a_scale_of_another_shape_is_refused(layers: nn.ModuleDict, shape: tuple, op: str) -> None:
     tensors = apart(())
-    tensors["b.q.weight_scale"] = torch.zeros(shape)
-    rules = APART.override([Rule(APART.rules[0].source, APART.rules[0].target, shard=r"\1", op=op)]) if op else APART
+    tensors["blocks.0.attn.q.weight_scale"] = torch.zeros(shape)
+    rules = APART.override([replace(APART.rules[0], op=op)]) if op else APART
     with pytest.raises(RemapError) as caught:
         load_weights(layers, [(k, v) for k, v in tensors.items() if not op or "scale" in k], rules)
     assert "remap_shape" in {problem["code"] for problem in caught.value.details["problems"]}

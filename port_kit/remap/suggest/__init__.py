@@ -48,7 +48,7 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
         The proposal; its rules compile wherever nothing is missing.
     """
     given, wanted = _shapes(source), _shapes(target)
-    found, judge = _matches(given, wanted)
+    found, judge = _matches(_plain(given), _plain(wanted))
     proposals = _kept([_proposal(item, judge, given) for item in found], found, source, target)
     explained = {tensor for proposal in proposals for tensor in proposal.targets}
     used = {tensor for proposal in proposals for tensor in proposal.sources}
@@ -58,6 +58,11 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
         proposals += _drops(unused, used)
     narrow = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
     return Suggestion(name, tuple(proposals), missing, narrow, _tied(missing, explained, wanted))
+
+
+def _plain(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The names without signs that mean something in templates: nothing is proposed for the others."""
+    return {name: shape for name, shape in shapes.items() if not set(name) & set("\\{}")}
 
 
 def _proposal(item: Match, judge: Judge, names: Mapping[str, Shape]) -> Proposal:
