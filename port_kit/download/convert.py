@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from queue import Queue
+from typing import NamedTuple
 from zlib import crc32
 
 from port_kit.byte_source import FileSource
 from port_kit.download.blueprint import Blueprint, draw, is_made_from, require_crc
-from port_kit.download.files import explained, publish, require_space, sweep_temporaries, temporary_for
+from port_kit.download.files import (
+    begin_writing_out,
+    explained,
+    publish,
+    require_space,
+    sweep_temporaries,
+    temporary_for,
+)
 from port_kit.download.layout import Layout, write_all
-from port_kit.errors import CheckpointError, DownloadError
+from port_kit.errors import DownloadError
 from port_kit.pickles import Storage, read_tables
 
 _PIECE = 1 << 20
-_BUFFERS = 4
+_LONGEST_PART = 16 << 20
+_THREADS = max(2, min(4, os.cpu_count() or 1))
+_POLYNOMIAL = 0xEDB88320
 
 
 @dataclass(frozen=True)
@@ -101,27 +112,61 @@ def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Call
 
 
 def _copy_storages(blueprint: Blueprint, source: FileSource, descriptor: int, advance: Callable[[int], None]) -> None:
-    """Copy in the order of the source; the checksums are computed beside it, on another core."""
-    layout = blueprint.layout()
-    with _Checksums(source.name) as checksums:
-        for key, storage in blueprint.used_storages.items():
-            for offset in range(storage.offset, storage.offset + storage.nbytes, _PIECE):
-                length = min(_PIECE, storage.offset + storage.nbytes - offset)
-                view = checksums.buffer()[:length]
-                count = 0
-                while count < length:
-                    count += _read_some(source, view[count:], offset + count)
-                _place(layout, blueprint.size, descriptor, offset, view)
-                checksums.add(key, storage, view)
-                advance(length)
-            checksums.end(key, storage)
+    """Copy the used storages, several parts at a time, and compare their checksums with the zip directory's."""
+    layout, size = blueprint.layout(), blueprint.size
+    threads, stopped = threading.local(), threading.Event()
+
+    def copy(part: _Part) -> int:
+        """Read, write and checksum a part; all three leave the interpreter to the other threads."""
+        if not hasattr(threads, "buffer"):
+            threads.buffer = memoryview(bytearray(_PIECE))
+        value = 0
+        for offset in range(part.start, part.end, _PIECE):
+            view = threads.buffer[: min(_PIECE, part.end - offset)]
+            if stopped.is_set():
+                return 0
+            _fill(view, source, offset)
+            _place(layout, size, descriptor, offset, view)
+            value = crc32(view, value) if part.storage.crc is not None else 0
+            advance(len(view))
+        begin_writing_out(descriptor)
+        return value
+
+    parts = [part for key, storage in blueprint.used_storages.items() for part in _parts(key, storage)]
+    values: dict[str, int] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for part, value in zip(parts, pool.map(copy, parts), strict=True):
+                joined = join_crcs(values.get(part.key, 0), value, part.end - part.start)
+                values[part.key] = joined
+                if part.end == part.storage.offset + part.storage.nbytes:
+                    require_crc(part.storage, part.key, joined, source.name)
+        except BaseException:
+            stopped.set()
+            raise
 
 
-def _read_some(source: FileSource, view: memoryview, offset: int) -> int:
-    count = source.read_into(view, offset)
-    if count == 0:
-        raise DownloadError(f"{source.name} became shorter while it was read", code="source_missing")
-    return count
+class _Part(NamedTuple):
+    """Bytes ``[start, end)`` of the source file, in one storage."""
+
+    key: str
+    storage: Storage
+    start: int
+    end: int
+
+
+def _parts(key: str, storage: Storage) -> Iterator[_Part]:
+    end = storage.offset + storage.nbytes
+    for start in range(storage.offset, max(end, storage.offset + 1), _LONGEST_PART):
+        yield _Part(key, storage, start, min(end, start + _LONGEST_PART))
+
+
+def _fill(view: memoryview, source: FileSource, offset: int) -> None:
+    while view:
+        count = source.read_into(view, offset)
+        if count == 0:
+            raise DownloadError(f"{source.name} became shorter while it was read", code="source_missing")
+        view, offset = view[count:], offset + count
 
 
 def _place(layout: Layout, size: int, descriptor: int, offset: int, view: memoryview) -> None:
@@ -131,55 +176,38 @@ def _place(layout: Layout, size: int, descriptor: int, offset: int, view: memory
             write_all(descriptor, view[start : start + length], target)
 
 
-class _Checksums:
-    """CRC-32 of storages in a thread, with a few buffers that go round. Errors surface at the end."""
+def join_crcs(first: int, second: int, length: int) -> int:
+    """Return the CRC-32 of two parts in a row from those of the parts; ``length`` is that of the second, bytes.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._free: Queue[memoryview] = Queue()
-        self._work: Queue[tuple[str, Storage, memoryview | None] | None] = Queue()
-        self._values: dict[str, int] = {}
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        for _ in range(_BUFFERS):
-            self._free.put(memoryview(bytearray(_PIECE)))
+    A CRC is linear: behind the second part, each bit of the first one's CRC stands for a known other value.
+    """
+    if first == 0:
+        return second
+    for value in _shifts(length):
+        if first & 1:
+            second ^= value
+        first >>= 1
+    return second
 
-    def buffer(self) -> memoryview:
-        """Return a buffer that nobody reads; hand it back with :meth:`add`."""
-        if self._failure is not None:
-            raise self._failure
-        return self._free.get()
 
-    def add(self, key: str, storage: Storage, view: memoryview) -> None:
-        """Take the next bytes of a storage."""
-        self._work.put((key, storage, view))
+@lru_cache(maxsize=64)
+def _shifts(length: int) -> tuple[int, ...]:
+    """What each bit of a CRC-32 becomes behind ``length`` zero bytes."""
+    one_bit = [_POLYNOMIAL, *(1 << bit for bit in range(31))]  # behind a zero bit
+    power, result = one_bit, [1 << bit for bit in range(32)]
+    count = length * 8
+    while count:
+        if count & 1:
+            result = [_apply(power, value) for value in result]
+        power = [_apply(power, value) for value in power]
+        count >>= 1
+    return tuple(result)
 
-    def end(self, key: str, storage: Storage) -> None:
-        """The storage is complete: compare."""
-        self._work.put((key, storage, None))
 
-    def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            key, storage, view = item
-            if view is not None:
-                if storage.crc is not None:
-                    self._values[key] = crc32(view, self._values.get(key, 0))
-                self._free.put(memoryview(view.obj))
-            elif storage.crc is not None and self._failure is None:
-                self._compare(key, storage)
-
-    def _compare(self, key: str, storage: Storage) -> None:
-        try:
-            require_crc(storage, key, self._values.get(key, 0), self._name)
-        except CheckpointError as error:
-            self._failure = error
-
-    def __enter__(self) -> _Checksums:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._work.put(None)
-        self._thread.join()
-        if kind is None and self._failure is not None:
-            raise self._failure
+def _apply(matrix: Sequence[int], value: int) -> int:
+    result = 0
+    for column in matrix:
+        if value & 1:
+            result ^= column
+        value >>= 1
+    return result

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import MODEL_INDEX, VAE, bring, hashes, orphans
 from safetensors.torch import load_file
 
 from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file
+from port_kit.download.convert import join_crcs
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.testing.hub import Fault, Hub
 from port_kit.testing.killing import Zygote
@@ -114,6 +116,34 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="CRC-32"):
         convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_checksums_of_parts_are_joined_as_if_they_had_been_one() -> None:
+    source = random.Random(8)
+    content = source.randbytes(100_000)
+    for _ in range(50):
+        cut = source.choice((0, 1, 2, 50_000, source.randrange(100_000), 99_999, 100_000))
+        joined = join_crcs(crc32(content[:cut]), crc32(content[cut:]), 100_000 - cut)
+        assert joined == crc32(content)
+
+
+def test_a_flipped_bit_in_any_part_of_a_large_storage_is_noticed(tmp_path: Path) -> None:
+    """Storages that are longer than what one thread copies at a time."""
+    torch.save({"a": torch.randn(10_000_003), "b": torch.randn(3)}, tmp_path / "x.pth")
+    convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors")
+    assert_equal(tmp_path / "x.safetensors", torch.load(tmp_path / "x.pth"))
+    for place in (5_000, 20 << 20, 39_000_000):
+        with (tmp_path / "x.pth").open("r+b") as stream:
+            stream.seek(place)
+            byte = stream.read(1)
+            stream.seek(place)
+            stream.write(bytes([byte[0] ^ 4]))
+            stream.flush()
+            with pytest.raises(CheckpointError, match="CRC-32"):
+                convert_file(tmp_path / "x.pth", tmp_path / "y.safetensors")
+            stream.seek(place)
+            stream.write(byte)
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_unchanged_sources_cost_nothing_and_changed_ones_are_noticed(tmp_path: Path) -> None:
