@@ -64,7 +64,7 @@ class Watch:
         import torch
 
         from port_kit.models.wan_fusion import pipeline as module
-        from port_kit.models.wan_fusion.transformer import FusionBlock
+        from port_kit.models.wan_fusion.block import FusionBlock
 
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         kind: Any = module.FusionPipeline

@@ -33,9 +33,10 @@ import torch
 from fusion_step import TINY, inputs
 from torch import Tensor, nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+
+from port_kit.parallel.passes import PassesTogether
 
 if TYPE_CHECKING:
     from port_kit.testing.workers import WaitingRanks
@@ -51,7 +52,7 @@ TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-5}
 WARM_UP = 2
 
 
-class ScalingPipeline(nn.Module, CFGParallelMixin):
+class ScalingPipeline(nn.Module, PassesTogether):
     """The transformer alone, in the worker's hands; a request is a measurement."""
 
     _dit_modules: ClassVar[list[str]] = ["transformer"]
@@ -81,10 +82,6 @@ class ScalingPipeline(nn.Module, CFGParallelMixin):
         shard_before_loading(self.transformer, self.od_config, self.device)
         load_weights(self.transformer, random_weights(shapes, self.device, self.od_config.dtype), TRANSFORMER)
 
-    def predict_noise(self, **branch: Any) -> tuple[Tensor, Tensor]:
-        """Run one branch."""
-        return self.transformer(**branch)
-
     def combine_multi_branch_cfg_noise(
         self, predictions: list[Any], true_cfg_scale: Any, cfg_normalize: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -113,7 +110,7 @@ class ScalingPipeline(nn.Module, CFGParallelMixin):
             "weight_bytes": local_bytes(self.transformer),
             "peak_bytes_loading": loaded,
             "peak_bytes": peak_bytes(self.device),
-            "communication": communication(step, self.device),
+            **profiled(step, self.device, given["kernels"]),
         }
         return DiffusionOutput(output={"flows": [flow.float().cpu() for flow in step()], "figures": figures})
 
@@ -160,16 +157,20 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def communication(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the share of a round's time that this rank spends in collectives."""
+def profiled(call: Callable[[], Any], device: torch.device, kernels: int) -> dict[str, Any]:
+    """Return the share of a round's time that this rank spends in collectives, and its longest kernels on a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         seconds = timed(call, device)
     mark, field = ("nccl", "self_device_time_total") if on_gpu else ("gloo:", "cpu_time_total")
-    spent = sum(getattr(event, field) for event in profiled.key_averages() if mark in event.key.lower())
-    return spent / 1e6 / seconds
+    spent = {event.key: (getattr(event, field), event.count) for event in seen.key_averages()}
+    longest = sorted(spent.items(), key=lambda item: -item[1][0])[:kernels]
+    return {
+        "communication": sum(time for name, (time, _) in spent.items() if mark in name.lower()) / 1e6 / seconds,
+        "kernels": [[name[:90], round(time / 1e3, 2), count] for name, (time, count) in longest],
+    }
 
 
 def register() -> None:
@@ -210,7 +211,10 @@ def measure(
         "dtype": options.dtype,
         "enforce_eager": True,
     }
-    request = Request("measure", {"extra_args": {"size": options.pixels, "rounds": options.rounds}, "seed": 0})
+    request = Request(
+        "measure",
+        {"extra_args": {"size": options.pixels, "rounds": options.rounds, "kernels": options.kernels}, "seed": 0},
+    )
     results = run_workers(model, [request], config=config, setup=register, timeout=options.timeout, waiting=waiting)
     figures = [result.outputs[0]["figures"] for result in results]
     return results[0].outputs[0]["flows"], {
@@ -220,6 +224,7 @@ def measure(
         "peak_bytes_loading": [one["peak_bytes_loading"] for one in figures],
         "peak_bytes": [one["peak_bytes"] for one in figures],
         "communication": [round(one["communication"], 4) for one in figures],
+        **({"kernels_rank_0": figures[0]["kernels"]} if options.kernels else {}),
     }
 
 
@@ -278,6 +283,9 @@ def main() -> None:
     parser.add_argument("--size", default="704x1024", metavar="HEIGHTxWIDTH", help="pixels; with --tiny 64x64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a small model in float32 on CPU processes")
+    parser.add_argument(
+        "--kernels", type=int, default=0, help="list so many of rank 0's kernels: name, ms in a step, launches"
+    )
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one layout")
     options = parser.parse_args()
     if options.tiny and options.size == parser.get_default("size"):

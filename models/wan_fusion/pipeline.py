@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from vllm_omni.diffusion.cancellation import check_request_cancellation
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.models.interface import SupportAudioOutput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
@@ -44,6 +43,7 @@ from port_kit.models.wan_fusion.request import (
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.models.wan_fusion.stepping import StepExecution
 from port_kit.models.wan_fusion.text_encoder import load_tokenizer
+from port_kit.parallel.passes import PassesTogether
 from port_kit.pipeline.caching import arrange_cache
 from port_kit.pipeline.inputs import refusal
 from port_kit.pipeline.loading import build_components, load_component_weights, read_json, weights_sources
@@ -58,7 +58,7 @@ Admission = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 class FusionPipeline(
     StepExecution,
     nn.Module,
-    CFGParallelMixin,
+    PassesTogether,
     ProgressBarMixin,
     SupportAudioOutput,
     SupportsComponentDiscovery,
@@ -293,10 +293,6 @@ class FusionPipeline(
         if given is not None:
             return given[None].to(self.device, self.dtype)
         return draw_noise(shape, seed, device=self.device, dtype=self.dtype)
-
-    def predict_noise(self, **branch: Any) -> tuple[Tensor, Tensor]:
-        """Run one pass; the CFG mixin spreads passes over ranks."""
-        return self.transformer(**branch)
 
 
 def admission(pipeline: type[FusionPipeline]) -> Callable[[OmniDiffusionConfig], Admission]:

@@ -6,9 +6,9 @@ T text tokens, D width, G distinct timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from cache_dit import ForwardPattern
@@ -17,11 +17,9 @@ from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention, Stream
+from port_kit.models.wan_fusion.attention import Positions, Stream
+from port_kit.models.wan_fusion.block import Conditions, FusionBlock, Passing
 from port_kit.models.wan_fusion.config import FusionConfig
-from port_kit.models.wan_fusion.fused import Affine, add, add_norms, norm
-from port_kit.models.wan_fusion.lanes import Lanes
-from port_kit.models.wan_fusion.layers import FeedForward
 from port_kit.models.wan_fusion.rope import RopeTables
 from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
 from port_kit.parallel.hsdp import blocks_without_memory
@@ -32,142 +30,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What one stream's half of a block needs besides tokens.
+class Entered:
+    """A pass that has been brought to where the blocks begin, and what is needed behind them.
 
     Attributes:
-        time: modulation vectors of the distinct timesteps, ``[G, B, 6, D]``.
-        runs: how many of this rank's tokens, in order, have each timestep.
-        positions: of this rank's tokens.
-        text: embedded text.
+        start: what the first block takes.
+        grid: tokens of the video by (frame, row, column).
+        lengths: of the whole streams, without padding.
+        times: time embeddings ``[G, B, D]`` of the streams.
+        latents: what was given.
     """
 
-    time: Tensor
-    runs: tuple[int, ...]
-    positions: Positions
-    text: Text
-
-
-class Modulation(NamedTuple):
-    """How a sub-layer's input is scaled and shifted after its norm, and its output weighed; one row a timestep."""
-
-    affine: Affine
-    gate: Tensor
-
-
-class StreamBlock(nn.Module):
-    """One stream's half of a fusion block."""
-
-    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
-        super().__init__()
-        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
-        self.self_attn = SelfAttention(config, stream, quant, f"{prefix}.self_attn")
-        self.cross_attn = CrossAttention(config, stream, quant, f"{prefix}.cross_attn")
-        self.ffn = FeedForward(config.dim, config.ffn_dim, quant, f"{prefix}.ffn")
-
-    def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
-        """Return the modulation of self-attention and of the feed-forward."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditions.time).unbind(2)
-        return Modulation(Affine(1 + scale1, shift1), gate1), Modulation(Affine(1 + scale2, shift2), gate2)
-
-    def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
-        """Return this layer's keys and values of the text, computed at the first call with this text or its part."""
-        if text.parts:
-            keys, values = zip(*(self.text_keys_values(part, layer) for part in text.parts), strict=True)
-            return torch.cat(keys), torch.cat(values)
-        if layer not in text.keys_values:
-            text.keys_values[layer] = self.cross_attn.project_text(text.embedded)
-        return text.keys_values[layer]
-
-
-class Attended(NamedTuple):
-    """A stream after its self-attention.
-
-    Attributes:
-        tokens: residual state ``[B, S, D]``.
-        query: its norm for the stream's own cross-attention.
-        keys: its norm for the other stream's.
-    """
-
-    tokens: Tensor
-    query: Tensor
-    keys: Tensor
-
-
-class FusionBlock(nn.Module):
-    """Layer ``index`` of both streams. Each reads the other as it is after self-attention, before anything else."""
-
-    def __init__(self, config: FusionConfig, index: int, quant: QuantizationConfig | None, prefix: str) -> None:
-        super().__init__()
-        self.index = index
-        self.is_last = index == config.num_layers - 1
-        engine = get_current_diffusion_config_or_none()
-        self.lanes = Lanes(two=not (engine and engine.parallel_config.use_hsdp))
-        self.eps = config.eps
-        self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
-        self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        video: Conditions,
-        audio: Conditions,
-        skip_block: int | None = None,
-        unused: Stream | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the streams after this layer, video first.
-
-        The argument names are those of Cache-DiT's two-stream pattern.
-
-        Args:
-            hidden_states: video tokens ``[B, V, D]``.
-            encoder_hidden_states: audio tokens ``[B, A, D]``.
-            video: conditions of the video stream.
-            audio: conditions of the audio stream.
-            skip_block: layer that returns its input.
-            unused: stream that nobody reads after the last layer, which then leaves it where the other has read it.
-        """
-        if skip_block == self.index:
-            return hidden_states, encoder_hidden_states
-        v_attention, v_ffn = self.video.modulations(video)
-        a_attention, a_ffn = self.audio.modulations(audio)
-        unread = unused if self.is_last else None
-        with self.lanes.beside(hidden_states):
-            a = self._self_attend(self.audio, self.video, encoder_hidden_states, a_attention, audio)
-        v = self._self_attend(self.video, self.audio, hidden_states, v_attention, video)
-        self.lanes.join(hidden_states)
-        with self.lanes.beside(hidden_states):
-            a_out = a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video)
-        v_out = v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio)
-        self.lanes.join(hidden_states)
-        return v_out, a_out
-
-    def _self_attend(
-        self, half: StreamBlock, other: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions
-    ) -> Attended:
-        if not x.shape[1]:
-            return Attended(x, x, x)
-        y = half.self_attn(norm(x, modulation.affine, own.runs, self.eps), own.positions)
-        readers = half.cross_attn.norm, other.cross_attn.pre_attn_norm_fusion
-        affines = [Affine(reader.weight, reader.bias) for reader in readers]
-        return Attended(*add_norms(x, y, modulation.gate, affines, own.runs, self.eps))
-
-    def _fuse(
-        self,
-        half: StreamBlock,
-        x: Attended,
-        other_keys: Tensor,
-        modulation: Modulation,
-        own: Conditions,
-        theirs: Conditions,
-    ) -> Tensor:
-        if not x.tokens.shape[1]:
-            return x.tokens
-        text = half.text_keys_values(own.text, self.index)
-        y = half.cross_attn(x.query, text, own.positions, other_keys, theirs.positions)
-        tokens, normed = add_norms(x.tokens, y, None, [modulation.affine], own.runs, self.eps)
-        return add(tokens, half.ffn(normed), modulation.gate, own.runs)
+    start: Passing
+    grid: tuple[int, int, int]
+    lengths: tuple[int, int]
+    times: tuple[Tensor, Tensor]
+    latents: tuple[Tensor, Tensor]
 
 
 class WanFusionTransformer(nn.Module):
@@ -227,7 +105,8 @@ class WanFusionTransformer(nn.Module):
         first_frame_clean: bool = False,
         skip_block: int | None = None,
         unused: Stream | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        others: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
         """Predict both flows. A stream of no frames or no tokens is left out, and the other runs alone.
 
         Args:
@@ -241,19 +120,65 @@ class WanFusionTransformer(nn.Module):
             first_frame_clean: the first frame is given, not noise: its tokens have timestep 0.
             skip_block: layer to leave out (skip-layer guidance).
             unused: stream whose flow is not needed; it is returned as zeros, and what only it needs is left out.
+            others: arguments of further passes, which go through the blocks together with this one.
 
         Returns:
-            The flows, shaped as ``video`` and ``audio``, references included.
+            The flows, shaped as ``video`` and ``audio``, references included; with ``others`` a list, of all passes.
 
         Raises:
             InputError: latents that do not divide into patches, references or texts that are too long.
         """
+        first = self._enter(
+            video,
+            audio,
+            timestep,
+            video_text,
+            audio_text,
+            video_reference_frames=video_reference_frames,
+            audio_reference_lengths=audio_reference_lengths,
+            first_frame_clean=first_frame_clean,
+            skip_block=skip_block,
+            unused=unused,
+        )
+        if not others:
+            v, a, v_conditions, a_conditions, *_ = first.start
+            for block in self.blocks:
+                v, a = block(v, a, v_conditions, a_conditions, skip_block=skip_block, unused=unused)
+            return self._leave(first, v, a)
+        passes = [first, *(self._enter(**other) for other in others)]
+        return [self._leave(one, *states) for one, states in zip(passes, self._together(passes), strict=True)]
+
+    def _together(self, passes: Sequence[Entered]) -> list[tuple[Tensor, Tensor]]:
+        """Bring several passes through the blocks."""
+        states = [(one.start.hidden_states, one.start.encoder_hidden_states) for one in passes]
+        for block in self.blocks:
+            first, *others = (
+                one.start._replace(hidden_states=v, encoder_hidden_states=a)
+                for one, (v, a) in zip(passes, states, strict=True)
+            )
+            states = block(*first, others=others)
+        return states
+
+    def _enter(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        timestep: Tensor,
+        video_text: Tensor | Text,
+        audio_text: Tensor | Text,
+        *,
+        video_reference_frames: int = 0,
+        audio_reference_lengths: tuple[int, ...] = (),
+        first_frame_clean: bool = False,
+        skip_block: int | None = None,
+        unused: Stream | None = None,
+    ) -> Entered:
+        """Take the arguments of :meth:`forward` to where the blocks begin."""
         grid = self.video.patch_embedding.grid(video)
         frame = grid[1] * grid[2]
         v_runs = (frame, grid[0] * frame - frame) if first_frame_clean and grid[0] else (grid[0] * frame,)
         if skip_block is not None and not 0 <= skip_block < self.config.num_layers:
             raise InputError(f"block {skip_block} is to be skipped of {self.config.num_layers}", code="block_index")
-
         v, v_length, v_rope = self._tokens(
             self.video, video, self.rope.video(grid, video_reference_frames, video.device)
         )
@@ -263,12 +188,19 @@ class WanFusionTransformer(nn.Module):
         v, a, v_rope, a_rope = self.shard(v, a, v_rope, a_rope)
         v_time, v_conditions = self._conditions(self.video, timestep, v, v_runs, v_length, v_rope, video_text)
         a_time, a_conditions = self._conditions(self.audio, timestep, a, (a_length,), a_length, a_rope, audio_text)
-        for block in self.blocks:
-            v, a = block(v, a, v_conditions, a_conditions, skip_block=skip_block, unused=unused)
-        v = self._flow(self.video, v, v_time, v_conditions, is_used=unused != "video")
-        a = self._flow(self.audio, a, a_time, a_conditions, is_used=unused != "audio")
+        start = Passing(v, a, v_conditions, a_conditions, skip_block, unused)
+        return Entered(start, grid, (v_length, a_length), (v_time, a_time), (video, audio))
+
+    def _leave(self, entered: Entered, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the flows of tokens that come out of the last block."""
+        unused, (v_length, a_length) = entered.start.unused, entered.lengths
+        v = self._flow(self.video, v, entered.times[0], entered.start.video, is_used=unused != "video")
+        a = self._flow(self.audio, a, entered.times[1], entered.start.audio, is_used=unused != "audio")
         v, a = self.gather(v, a)
-        v_flow = unpatchify(v[:, :v_length], grid, self.config) if unused != "video" else torch.zeros_like(video)
+        video, audio = entered.latents
+        v_flow = (
+            unpatchify(v[:, :v_length], entered.grid, self.config) if unused != "video" else torch.zeros_like(video)
+        )
         return v_flow, a[:, :a_length] if unused != "audio" else torch.zeros_like(audio)
 
     def _flow(self, stem: Stem, tokens: Tensor, time: Tensor, conditions: Conditions, *, is_used: bool) -> Tensor:

@@ -37,6 +37,7 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
+from port_kit.parallel.exchange import lean
 from port_kit.parallel.short import GatheredKeys, GatheredQueries
 
 #: Dimension that holds the tokens in every tensor that crosses a boundary.
@@ -63,6 +64,7 @@ class LengthTrimmedAttention(Attention):
 
     _kv_length: int | None = None
     parallel_strategy: Any
+    ring_runner: Any
 
     def __init__(self, *args: Any, short: Literal["keys", "queries"] | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -70,6 +72,7 @@ class LengthTrimmedAttention(Attention):
             strategy = GatheredKeys if short == "keys" else GatheredQueries
             self.parallel_strategy = strategy(get_sp_group())
             self.use_ring = False
+        self.parallel_strategy, self.ring_runner = lean(self.parallel_strategy), lean(self.ring_runner)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kv_length: int | None = None) -> Tensor:
         """Attend.

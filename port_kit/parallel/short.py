@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from vllm_omni.diffusion.attention.backends.ring.ring_kernels import flash_attn3_func_forward, pytorch_attn_forward
+from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_attn_forward
 from vllm_omni.diffusion.attention.backends.ring.ring_utils import ring_kv_block_valid_length
 from vllm_omni.diffusion.attention.parallel.base import ParallelAttentionContext
 from vllm_omni.diffusion.attention.parallel.ring import _can_use_fa3
+
+from port_kit.parallel.exchange import flash_attention
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
@@ -84,20 +86,8 @@ class GatheredQueries:
             nothing = q_BQNH.new_zeros(q_BQNH.shape, dtype=torch.float32)
             return torch.cat((nothing, nothing.new_full((*q_BQNH.shape[:3], 1), -torch.inf)), -1)
         flash = q_BQNH.dtype != torch.float32 and _can_use_fa3(q_BQNH.device)
-        kernel = flash_attn3_func_forward if flash else pytorch_attn_forward
-        out, lse_BNQ = kernel(
-            q_BQNH,
-            key[:, :valid],
-            value[:, :valid],
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=False,
-            window_size=(-1, -1),
-            softcap=0.0,
-            alibi_slopes=None,
-            return_softmax=False,
-        )
-        lse_BNQ = lse_BNQ[..., : q_BQNH.shape[1]]  # some kernels pad it
+        attend = flash_attention if flash else _plain_attention
+        out, lse_BNQ = attend(q_BQNH, key[:, :valid], value[:, :valid], scale)
         return torch.cat((out.float(), lse_BNQ.transpose(1, 2).unsqueeze(-1)), -1)
 
     def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
@@ -107,3 +97,8 @@ class GatheredQueries:
         own = parts[:, :, self.group.rank_in_group * local :][:, :, :local]
         weights = torch.softmax(own[..., -1:], 0)
         return (own[..., :-1] * weights).sum(0)
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = pytorch_attn_forward(query, key, value, softmax_scale=scale, causal=False)
+    return out, lse[..., : query.shape[1]]

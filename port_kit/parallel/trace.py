@@ -7,20 +7,22 @@ rightly. :func:`install` watches a process from before its model is built; :func
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+Noted = TypeVar("Noted")
+
 #: Calls of each attention that are kept.
 KEPT_CALLS = 4096
-#: Calls of the transformer whose inputs and flows are kept.
+#: Passes whose inputs and flows are kept.
 KEPT_BRANCHES = 64
-#: Calls of the transformer of which all modules' outputs are kept, where they are asked for.
+#: Passes of which all modules' outputs are kept, where they are asked for.
 KEPT_OUTPUTS = 16
 
 
@@ -33,7 +35,7 @@ class AttentionCall:
         key: tokens of the keys that the layer was given.
         seen: keys that the kernel attended to, of all ranks together.
         exchanged: the layer took part in sequence parallelism.
-        branch: which call of the transformer it was part of, counted from 0.
+        branch: which pass of the transformer it was part of, counted from 0.
     """
 
     query: int
@@ -52,10 +54,10 @@ class Trace:
         attention: calls by the layer's path.
         collectives: ``{operator: (calls, bytes)}``.
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
-        calls: how often a transformer was called.
-        branches: a fingerprint of the inputs of the first calls, in order.
-        flows: what the transformer gave in these calls.
-        outputs: outputs of all modules in the first calls of a transformer, ``(path, call, tensor)`` in order of
+        calls: how many passes the transformers made.
+        branches: a fingerprint of the inputs of the first passes, in order.
+        flows: what the transformer gave in these passes.
+        outputs: outputs of all modules in the first passes of a transformer, ``(path, pass, tensor)`` in order of
             computation; empty unless asked for.
     """
 
@@ -89,6 +91,8 @@ class _Recorder(TorchDispatchMode):
         self.branches: list[tuple[float, ...]] = []
         self.flows: list[tuple[Tensor, ...]] = []
         self.outputs: list[tuple[int, int, Tensor]] = []
+        self.new_calls: list[tuple[int, AttentionCall]] = []  # these two since the last call of a transformer
+        self.new_outputs: list[tuple[int, Tensor]] = []
 
     def start(self) -> None:
         """Watch for the life of the process."""
@@ -98,9 +102,11 @@ class _Recorder(TorchDispatchMode):
         self.__enter__()
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note what an attention is given."""
+        """Note what an attention is given, and where a transformer begins."""
         from vllm_omni.diffusion.attention.layer import Attention
 
+        if is_transformer(module):
+            self.number(passes=1)
         if isinstance(module, Attention):
             self.open.append((id(module), args[0].shape[1], args[1].shape[1]))
             self.seen = None
@@ -112,14 +118,34 @@ class _Recorder(TorchDispatchMode):
         if isinstance(module, Attention):
             key, query, keys = self.open.pop()
             exchanged = module._get_active_parallel_strategy() is not module._no_parallel_strategy
-            if len(self.calls[key]) < KEPT_CALLS:
-                self.calls[key].append(AttentionCall(query, keys, self.seen or keys, exchanged, self.transformer_calls))
+            self.new_calls.append((key, AttentionCall(query, keys, self.seen or keys, exchanged, 0)))
         self.keep_output(module, output)
         if is_transformer(module):
-            self.transformer_calls += 1
+            self.note_passes((*args, *(value for name, value in kwargs.items() if name != "others")), kwargs, output)
+
+    def note_passes(self, first: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Note the passes of one call of a transformer: one, or several that it was given together."""
+        others = kwargs.get("others", ())
+        given = [first, *(tuple(other.values()) for other in others)]
+        for inputs, flows in zip(given, output if others else [output], strict=True):
             if len(self.branches) < KEPT_BRANCHES:
-                self.branches.append(_fingerprint((*args, *kwargs.values())))
-                self.flows.append(tuple(map(_copy, _tensors(output))))
+                self.branches.append(_fingerprint(inputs))
+                self.flows.append(tuple(map(_copy, _tensors(flows))))
+        self.number(len(given))
+        self.transformer_calls += len(given)
+
+    def number(self, passes: int) -> None:
+        """Say of each call and output that was noted since the last time which pass it is of.
+
+        Every module has made its passes one after the other.
+        """
+        for key, place, call in _divided(self.new_calls, passes):
+            if len(self.calls[key]) < KEPT_CALLS:
+                self.calls[key].append(replace(call, branch=self.transformer_calls + place))
+        for key, place, value in _divided(self.new_outputs, passes):
+            self.outputs.append((key, self.transformer_calls + place, value))
+        self.new_calls.clear()
+        self.new_outputs.clear()
 
     def keep_output(self, module: nn.Module, output: Any) -> None:
         """Keep what a module gave; but not of fused projections, whose parts interleave over the ranks."""
@@ -128,27 +154,35 @@ class _Recorder(TorchDispatchMode):
         if not self.keep_outputs or self.transformer_calls >= KEPT_OUTPUTS:
             return
         if not isinstance(module, (MergedColumnParallelLinear, QKVParallelLinear)):
-            self.outputs += [(id(module), self.transformer_calls, _copy(value)) for value in _tensors(output)]
+            self.new_outputs += [(id(module), _copy(value)) for value in _tensors(output)]
 
     def watch_kernels(self) -> None:
         """Note how many keys the kernel is given, after all exchange and trimming."""
         from vllm_omni.diffusion.attention.layer import Attention
         from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 
-        local, ring = Attention._run_local_attention, RingParallelAttention.run_attention
+        from port_kit.parallel.exchange import LeanRing
+
+        local = Attention._run_local_attention
 
         def run_local(layer: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any) -> Tensor:
             self.seen = key.shape[1]
             return local(layer, query, key, value, metadata)
 
-        def run_ring(layer: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, **options: Any) -> Tensor:
-            whole = key.shape[1] * layer._sp_group.ring_world_size
+        Attention._run_local_attention = run_local
+        for kind in (RingParallelAttention, LeanRing):
+            kind.run_attention = self.watched_ring(kind.run_attention)  # type: ignore[method-assign]
+
+    def watched_ring(self, run: Any) -> Any:
+        """Return a ring's ``run_attention`` that notes how many keys went round."""
+
+        def run_ring(ring: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, **options: Any) -> Tensor:
+            whole = key.shape[1] * ring._sp_group.ring_world_size
             valid = metadata.extra.get("valid_kv_length") if metadata is not None else None
             self.seen = whole if valid is None else min(whole, valid)
-            return ring(layer, query, key, value, metadata, **options)
+            return run(ring, query, key, value, metadata, **options)
 
-        Attention._run_local_attention = run_local
-        RingParallelAttention.run_attention = run_ring
+        return run_ring
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the operators that talk to other ranks, and the bytes of the tensors they are given."""
@@ -179,6 +213,7 @@ def collect(pipeline: nn.Module) -> Trace:
     if _recorder is None:
         raise RuntimeError("install() was not called before the model ran")
     paths = {id(module): path for path, module in pipeline.named_modules()}
+    _recorder.number(passes=1)
     return Trace(
         places=_places(),
         attention={paths[key]: calls for key, calls in _recorder.calls.items() if key in paths},
@@ -194,6 +229,15 @@ def collect(pipeline: nn.Module) -> Trace:
 def is_transformer(module: nn.Module) -> bool:
     """Whether this is a diffusion transformer: it declares how vLLM-Omni may shard it."""
     return hasattr(type(module), "_hsdp_shard_conditions") or hasattr(type(module), "_sp_plan")
+
+
+def _divided(noted: list[tuple[int, Noted]], passes: int) -> Iterator[tuple[int, int, Noted]]:
+    """Divide what each module did, in order, into as many equal parts: yields module, part, what it did."""
+    total = Counter(key for key, _ in noted)
+    met: Counter[int] = Counter()
+    for key, what in noted:
+        yield key, met[key] * passes // total[key], what
+        met[key] += 1
 
 
 def _tensors(output: Any) -> list[Tensor]:

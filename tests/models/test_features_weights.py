@@ -22,11 +22,12 @@ from vllm_omni.diffusion.lora.manager import DiffusionLoRAManager
 from vllm_omni.errors import OmniClientError
 
 from port_kit.errors import InputError
+from port_kit.models.wan_fusion.block import FusionBlock
 from port_kit.models.wan_fusion.config import FusionConfig
 from port_kit.models.wan_fusion.golden_pipeline import load_pipeline
 from port_kit.models.wan_fusion.pipeline import FusionPipeline
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
-from port_kit.models.wan_fusion.transformer import FusionBlock, WanFusionTransformer
+from port_kit.models.wan_fusion.transformer import WanFusionTransformer
 from port_kit.pipeline.loading import read_json
 from port_kit.remap import load_weights
 from port_kit.runtime.features import OFFLOADS, check_options

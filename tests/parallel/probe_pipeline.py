@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -24,13 +23,14 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import build_transformer
 from port_kit.parallel.hsdp import shard_before_loading
+from port_kit.parallel.passes import PassesTogether
 from port_kit.pipeline.loading import read_json
 from port_kit.remap import load_weights
 
 Pair = tuple[Tensor, Tensor]
 
 
-class ProbePipeline(nn.Module, CFGParallelMixin):
+class ProbePipeline(nn.Module, PassesTogether):
     """Everything that vLLM-Omni needs of a pipeline, and nothing else."""
 
     _dit_modules: ClassVar = ["transformer"]
@@ -58,10 +58,6 @@ class ProbePipeline(nn.Module, CFGParallelMixin):
         shard_before_loading(self.transformer, self.od_config, get_local_device())
         bare = ((name.removeprefix("transformer."), tensor) for name, tensor in weights)
         return load_weights(self.transformer, bare, TRANSFORMER, prefix="transformer.")
-
-    def predict_noise(self, **inputs: Any) -> Pair:
-        """Run one branch."""
-        return self.transformer(**inputs)
 
     def combine_multi_branch_cfg_noise(
         self, predictions: list[Pair], true_cfg_scale: float | dict[str, float], cfg_normalize: bool = False

@@ -1,0 +1,182 @@
+"""A block of the fusion transformer: both streams' halves, which read each other.
+
+Shape suffixes: B batch, S tokens of a stream, V video tokens, A audio tokens, D width, G distinct timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
+
+from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention, Stream
+from port_kit.models.wan_fusion.config import FusionConfig
+from port_kit.models.wan_fusion.fused import Affine, add, add_norms, norm
+from port_kit.models.wan_fusion.lanes import Lanes
+from port_kit.models.wan_fusion.layers import FeedForward
+from port_kit.models.wan_fusion.stems import Text
+from port_kit.parallel.passes import brings_weights_in
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What one stream's half of a block needs besides tokens.
+
+    Attributes:
+        time: modulation vectors of the distinct timesteps, ``[G, B, 6, D]``.
+        runs: how many of this rank's tokens, in order, have each timestep.
+        positions: of this rank's tokens.
+        text: embedded text.
+    """
+
+    time: Tensor
+    runs: tuple[int, ...]
+    positions: Positions
+    text: Text
+
+
+class Passing(NamedTuple):
+    """A guidance pass as a block takes it: the arguments of :meth:`FusionBlock.forward`."""
+
+    hidden_states: Tensor
+    encoder_hidden_states: Tensor
+    video: Conditions
+    audio: Conditions
+    skip_block: int | None
+    unused: Stream | None
+
+
+class Modulation(NamedTuple):
+    """How a sub-layer's input is scaled and shifted after its norm, and its output weighed; one row a timestep."""
+
+    affine: Affine
+    gate: Tensor
+
+
+class StreamBlock(nn.Module):
+    """One stream's half of a fusion block."""
+
+    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
+        self.self_attn = SelfAttention(config, stream, quant, f"{prefix}.self_attn")
+        self.cross_attn = CrossAttention(config, stream, quant, f"{prefix}.cross_attn")
+        self.ffn = FeedForward(config.dim, config.ffn_dim, quant, f"{prefix}.ffn")
+
+    def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
+        """Return the modulation of self-attention and of the feed-forward."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditions.time).unbind(2)
+        return Modulation(Affine(1 + scale1, shift1), gate1), Modulation(Affine(1 + scale2, shift2), gate2)
+
+    def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
+        """Return this layer's keys and values of the text, computed at the first call with this text or its part."""
+        if text.parts:
+            keys, values = zip(*(self.text_keys_values(part, layer) for part in text.parts), strict=True)
+            return torch.cat(keys), torch.cat(values)
+        if layer not in text.keys_values:
+            text.keys_values[layer] = self.cross_attn.project_text(text.embedded)
+        return text.keys_values[layer]
+
+
+class Attended(NamedTuple):
+    """A stream after its self-attention.
+
+    Attributes:
+        tokens: residual state ``[B, S, D]``.
+        query: its norm for the stream's own cross-attention.
+        keys: its norm for the other stream's.
+    """
+
+    tokens: Tensor
+    query: Tensor
+    keys: Tensor
+
+
+class FusionBlock(nn.Module):
+    """Layer ``index`` of both streams. Each reads the other as it is after self-attention, before anything else."""
+
+    def __init__(self, config: FusionConfig, index: int, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.index = index
+        self.is_last = index == config.num_layers - 1
+        engine = get_current_diffusion_config_or_none()
+        self.lanes = Lanes(two=not brings_weights_in(engine))
+        self.eps = config.eps
+        self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
+        self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        video: Conditions,
+        audio: Conditions,
+        skip_block: int | None = None,
+        unused: Stream | None = None,
+        others: Sequence[Passing] = (),
+    ) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
+        """Return the streams after this layer, video first.
+
+        The argument names are those of Cache-DiT's two-stream pattern.
+
+        Args:
+            hidden_states: video tokens ``[B, V, D]``.
+            encoder_hidden_states: audio tokens ``[B, A, D]``.
+            video: conditions of the video stream.
+            audio: conditions of the audio stream.
+            skip_block: layer that returns its input.
+            unused: stream that nobody reads after the last layer, which then leaves it where the other has read it.
+            others: further passes; where there are any, a list is returned, of all passes.
+        """
+        done = self._pass(Passing(hidden_states, encoder_hidden_states, video, audio, skip_block, unused))
+        return [done, *map(self._pass, others)] if others else done
+
+    def _pass(self, given: Passing) -> tuple[Tensor, Tensor]:
+        video_tokens, audio_tokens, video, audio, skip_block, unused = given
+        if skip_block == self.index:
+            return video_tokens, audio_tokens
+        v_attention, v_ffn = self.video.modulations(video)
+        a_attention, a_ffn = self.audio.modulations(audio)
+        unread = unused if self.is_last else None
+        with self.lanes.beside(video_tokens):
+            a = self._self_attend(self.audio, self.video, audio_tokens, a_attention, audio)
+        v = self._self_attend(self.video, self.audio, video_tokens, v_attention, video)
+        self.lanes.join(video_tokens)
+        with self.lanes.beside(video_tokens):
+            a_out = a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video)
+        v_out = v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio)
+        self.lanes.join(video_tokens)
+        return v_out, a_out
+
+    def _self_attend(
+        self, half: StreamBlock, other: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions
+    ) -> Attended:
+        if not x.shape[1]:
+            return Attended(x, x, x)
+        y = half.self_attn(norm(x, modulation.affine, own.runs, self.eps), own.positions)
+        readers = half.cross_attn.norm, other.cross_attn.pre_attn_norm_fusion
+        affines = [Affine(reader.weight, reader.bias) for reader in readers]
+        return Attended(*add_norms(x, y, modulation.gate, affines, own.runs, self.eps))
+
+    def _fuse(
+        self,
+        half: StreamBlock,
+        x: Attended,
+        other_keys: Tensor,
+        modulation: Modulation,
+        own: Conditions,
+        theirs: Conditions,
+    ) -> Tensor:
+        if not x.tokens.shape[1]:
+            return x.tokens
+        text = half.text_keys_values(own.text, self.index)
+        y = half.cross_attn(x.query, text, own.positions, other_keys, theirs.positions)
+        tokens, normed = add_norms(x.tokens, y, None, [modulation.affine], own.runs, self.eps)
+        return add(tokens, half.ffn(normed), modulation.gate, own.runs)

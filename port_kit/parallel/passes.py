@@ -1,0 +1,91 @@
+"""All guidance passes of a rank in one call of the transformer, where a block's weights are brought in for each call.
+
+The passes of a guided step do not depend on each other. Made one after the other under HSDP or layerwise offload, each
+has the weights of every block gathered, or copied from the host, anew. A transformer that takes several passes in one
+call, and gives each block all of them before the next block runs, has them brought in once a step.
+
+A pipeline gets it from :class:`PassesTogether`, in the place of vLLM-Omni's ``CFGParallelMixin``. Its transformer takes
+further passes as ``others``, and its blocks take all passes in one call, since it is the call of a block that brings
+the weights in::
+
+    class MyTransformer(nn.Module):
+        def forward(self, x, others=()):          # others: arguments of further passes, for which a list is returned
+            states = [self.begin(x), *(self.begin(**other) for other in others)]
+            for block in self.blocks:
+                states = block(states)
+            ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.parallel_state import (
+    get_classifier_free_guidance_rank,
+    get_classifier_free_guidance_world_size,
+    is_cfg_group_initialized,
+)
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+
+def brings_weights_in(config: OmniDiffusionConfig | None) -> bool:
+    """Whether a block's weights are on the device only while it runs; False outside of an engine."""
+    return config is not None and (config.parallel_config.use_hsdp or config.enable_layerwise_offload)
+
+
+def passes_go_together(config: OmniDiffusionConfig) -> bool:
+    """Whether an engine's transformer should be given all passes of a rank in one call.
+
+    Each pass then keeps its tokens until all are done, so that is left where nothing is gained. Caches compare a call
+    with the call before, so with a cache each call is one pass.
+    """
+    return brings_weights_in(config) and config.cache_backend in (None, "", "none")
+
+
+class PassesTogether(CFGParallelMixin):
+    """vLLM-Omni's guidance mixin, with the passes of a rank given to the transformer together where that saves time.
+
+    The transformer's ``forward`` takes ``others``, the arguments of further passes, and returns a list where there are
+    any; see the module's head. Which passes a rank makes, and how they are combined, is the mixin's.
+    """
+
+    od_config: OmniDiffusionConfig
+    transformer: Any
+
+    def predict_noise_with_multi_branch_cfg(
+        self,
+        do_true_cfg: bool,
+        true_cfg_scale: float | dict[str, float],
+        branches_kwargs: list[dict[str, Any]],
+        cfg_normalize: bool = False,
+        output_slice: int | None = None,
+    ) -> Any:
+        """Make this rank's passes together if they should be, then do as vLLM-Omni does."""
+        branches = list(branches_kwargs)
+        own = _own_passes(len(branches))
+        if do_true_cfg and len(own) > 1 and passes_go_together(self.od_config):
+            predicted = self.predict_passes([branches[index] for index in own])
+            for index, flows in zip(own, predicted, strict=True):
+                branches[index] = {"predicted": flows}
+        return super().predict_noise_with_multi_branch_cfg(
+            do_true_cfg, true_cfg_scale, branches, cfg_normalize, output_slice
+        )
+
+    def predict_noise(self, *, predicted: Any = None, **branch: Any) -> Any:
+        """Run one pass, unless it has been run together with others."""
+        return self.transformer(**branch) if predicted is None else predicted
+
+    def predict_passes(self, passes: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Run several passes in one call of the transformer."""
+        return self.transformer(**passes[0], others=passes[1:])
+
+
+def _own_passes(passes: int) -> range:
+    """Return the passes that fall to this rank, as vLLM-Omni deals them out: in turns."""
+    if not is_cfg_group_initialized():
+        return range(passes)
+    return range(get_classifier_free_guidance_rank(), passes, get_classifier_free_guidance_world_size())
