@@ -20,7 +20,7 @@ from port_kit.download import Recipe
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
 
-SECONDS = 2.0
+SECONDS = 6.0
 
 
 @pytest.fixture
@@ -136,10 +136,10 @@ def test_while_git_waits_for_a_server(hub: Hub, recipe: Path, tmp_path: Path, st
 
         def ready() -> bool:
             whole = (tmp_path / "m/f").exists()
-            server.stall = 4 if stage == "asking" or whole else 0
+            server.stall = 20 if stage == "asking" or whole else 0
             return len(server.requests) > (2 if whole else 0) and (stage == "asking" or whole)
 
-        server.stall = 4 if stage == "asking" else 0
+        server.stall = 20 if stage == "asking" else 0
         options = ("download", recipe, "--output-dir", tmp_path / "m", "--with-reference")
         interrupted(ready, *options, **hub.environment, PORT_KIT_HOME=str(tmp_path / "home"))
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]

@@ -1,0 +1,126 @@
+"""Passes of a step in one call of the transformer: where, with what result, and what it spares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
+from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.parallel.layout import Layout
+from port_kit.parallel.passes import PassesTogether, passes_go_together
+from port_kit.parallel.verify import Subject, verify_layout
+from port_kit.runtime.local import single_rank
+from port_kit.testing.workers import RankResult
+
+TINY = {"num_layers": 3, "dim": 48, "num_heads": 4, "ffn_dim": 64, "text_dim": 16}
+
+
+def engine(*, hsdp: bool = False, offload: bool = False, cache: str | None = None) -> Any:
+    """Return what is asked of an engine's configuration."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(use_hsdp=hsdp), enable_layerwise_offload=offload, cache_backend=cache
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (engine(), False),
+        (engine(hsdp=True), True),
+        (engine(offload=True, cache="none"), True),
+        (engine(hsdp=True, cache="cache_dit"), False),
+        (engine(offload=True, cache="tea_cache"), False),
+    ],
+    ids=["plain", "hsdp", "offload", "hsdp, cache", "offload, cache"],
+)
+def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: bool) -> None:
+    assert passes_go_together(config) is expected
+
+
+@torch.inference_mode()
+def test_together_is_one_after_the_other() -> None:
+    """Bit by bit: unequal sizes, a skipped layer, unused streams, and a text that two passes share."""
+    towers = {name: {**TRANSFORMER_CONFIG[name], **TINY} for name in ("video", "audio")}
+    with single_rank(torch.float32):
+        model = build_transformer({**TRANSFORMER_CONFIG, **towers})
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+        channels = model.config.video_channels, model.config.audio_channels
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        shared = draw(1, 5, 16)
+
+        def passes() -> list[dict[str, Any]]:
+            text = Text(shared)
+            first = {"video": clip, "audio": sound, "timestep": torch.tensor([900]), "video_text": text}
+            short = {"video": clip[:, :, :2], "audio": sound[:, :4], "timestep": torch.tensor([30])}
+            return [
+                {**first, "audio_text": text},
+                {**first, "audio_text": other, "skip_block": 1},
+                {**first, "audio_text": text, "unused": "audio"},
+                {**short, "video_text": other, "audio_text": other, "unused": "video"},
+            ]
+
+        clip, sound, other = draw(1, channels[0], 3, 4, 4), draw(1, 9, channels[1]), draw(1, 3, 16)
+        alone = [model(**one) for one in passes()]
+        first, *others = passes()
+        together = model(**first, others=others)
+    assert len(together) == len(alone)
+    for mine, expected in zip(together, alone, strict=True):
+        assert all(a.equal(b) for a, b in zip(mine, expected, strict=True))
+    assert alone[0][0].abs().max() > 0
+
+
+def test_hsdp_gathers_each_block_once_a_step(subject: Subject, single: RankResult, probe_model: Path) -> None:
+    blocks = json.loads((probe_model / "transformer/config.json").read_text())["video"]["num_layers"]
+    report = verify_layout(subject, Layout.parse("hsdp2"), single)
+    assert report.ok, report.findings
+    steps = len(subject.requests)
+    assert report.collectives["_allgather_base"][0] == steps * (blocks + 1)  # and what is outside of blocks
+
+
+class Pipeline(PassesTogether):
+    """Notes how its passes are made; each gives its own number."""
+
+    def __init__(self, config: Any) -> None:
+        self.od_config = config
+        self.calls: list[list[int]] = []
+
+    def transformer(self, number: int, others: Any = None) -> Any:  # type: ignore[override]
+        """Give each pass's number, as flows are given."""
+        numbers = [number, *(other["number"] for other in others or ())]
+        self.calls.append(numbers)
+        flows = [(torch.tensor(float(one)), torch.tensor(-float(one))) for one in numbers]
+        return flows[0] if others is None else flows
+
+    def combine_multi_branch_cfg_noise(self, predictions: Any, scale: Any, cfg_normalize: bool = False) -> Any:
+        """Give them all."""
+        return predictions
+
+
+@pytest.mark.parametrize(
+    ("config", "guided", "calls"),
+    [
+        (engine(hsdp=True), True, [[0, 1, 2]]),
+        (engine(hsdp=True), False, [[0]]),
+        (engine(), True, [[0], [1], [2]]),
+    ],
+    ids=["together", "unguided", "one by one"],
+)
+def test_the_mixin_keeps_order(config: Any, guided: bool, calls: list[list[int]]) -> None:
+    pipeline = Pipeline(config)
+    flows = pipeline.predict_noise_with_multi_branch_cfg(guided, 1.0, [{"number": i} for i in range(3)])
+    assert pipeline.calls == calls
+    if guided:
+        assert [flow[0].item() for flow in flows] == [0.0, 1.0, 2.0]
