@@ -28,24 +28,35 @@ from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+#: Of the video and of the audio.
+Pair = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
-class Entered:
-    """A pass that has been brought to where the blocks begin, and what is needed behind them.
+class Frame:
+    """What a pass keeps beside its tokens, from where the blocks begin to its flows.
 
     Attributes:
-        start: what the first block takes.
+        conditions: what blocks need of the video and of the audio.
+        skip_block: layer to leave out.
+        unused: stream whose flow is not needed.
         grid: tokens of the video by (frame, row, column).
         lengths: of the whole streams, without padding.
         times: time embeddings ``[G, B, D]`` of the streams.
         latents: what was given.
     """
 
-    start: Passing
+    conditions: tuple[Conditions, Conditions]
+    skip_block: int | None
+    unused: Stream | None
     grid: tuple[int, int, int]
     lengths: tuple[int, int]
     times: tuple[Tensor, Tensor]
     latents: tuple[Tensor, Tensor]
+
+    def passing(self, tokens: Pair) -> Passing:
+        """Return the pass as a block takes it."""
+        return Passing(*tokens, *self.conditions, self.skip_block, self.unused)
 
 
 class WanFusionTransformer(nn.Module):
@@ -106,7 +117,7 @@ class WanFusionTransformer(nn.Module):
         skip_block: int | None = None,
         unused: Stream | None = None,
         others: Sequence[Mapping[str, Any]] = (),
-    ) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
+    ) -> Pair | list[Pair]:
         """Predict both flows. A stream of no frames or no tokens is left out, and the other runs alone.
 
         Args:
@@ -128,7 +139,7 @@ class WanFusionTransformer(nn.Module):
         Raises:
             InputError: latents that do not divide into patches, references or texts that are too long.
         """
-        first = self._enter(
+        own = self._enter(
             video,
             audio,
             timestep,
@@ -140,24 +151,17 @@ class WanFusionTransformer(nn.Module):
             skip_block=skip_block,
             unused=unused,
         )
-        if not others:
-            v, a, v_conditions, a_conditions, *_ = first.start
-            for block in self.blocks:
-                v, a = block(v, a, v_conditions, a_conditions, skip_block=skip_block, unused=unused)
-            return self._leave(first, v, a)
-        passes = [first, *(self._enter(**other) for other in others)]
-        return [self._leave(one, *states) for one, states in zip(passes, self._together(passes), strict=True)]
-
-    def _together(self, passes: Sequence[Entered]) -> list[tuple[Tensor, Tensor]]:
-        """Bring several passes through the blocks."""
-        states = [(one.start.hidden_states, one.start.encoder_hidden_states) for one in passes]
+        entered = [own, *(self._enter(**other) for other in others)]
+        states, frames = [tokens for tokens, _ in entered], [frame for _, frame in entered]
+        del own, entered  # so that no tokens outlive the block that replaces them
         for block in self.blocks:
-            first, *others = (
-                one.start._replace(hidden_states=v, encoder_hidden_states=a)
-                for one, (v, a) in zip(passes, states, strict=True)
-            )
-            states = block(*first, others=others)
-        return states
+            if others:
+                first, *rest = (frame.passing(tokens) for frame, tokens in zip(frames, states, strict=True))
+                states = block(*first, others=rest)
+            else:
+                states = [block(*states[0], *frames[0].conditions, skip_block=skip_block, unused=unused)]
+        flows = [self._leave(tokens, frame) for tokens, frame in zip(states, frames, strict=True)]
+        return flows if others else flows[0]
 
     def _enter(
         self,
@@ -172,11 +176,11 @@ class WanFusionTransformer(nn.Module):
         first_frame_clean: bool = False,
         skip_block: int | None = None,
         unused: Stream | None = None,
-    ) -> Entered:
-        """Take the arguments of :meth:`forward` to where the blocks begin."""
+    ) -> tuple[Pair, Frame]:
+        """Take the arguments of :meth:`forward` to where the blocks begin; return both streams' tokens first."""
         grid = self.video.patch_embedding.grid(video)
-        frame = grid[1] * grid[2]
-        v_runs = (frame, grid[0] * frame - frame) if first_frame_clean and grid[0] else (grid[0] * frame,)
+        cells = grid[1] * grid[2]
+        v_runs = (cells, grid[0] * cells - cells) if first_frame_clean and grid[0] else (grid[0] * cells,)
         if skip_block is not None and not 0 <= skip_block < self.config.num_layers:
             raise InputError(f"block {skip_block} is to be skipped of {self.config.num_layers}", code="block_index")
         v, v_length, v_rope = self._tokens(
@@ -188,20 +192,19 @@ class WanFusionTransformer(nn.Module):
         v, a, v_rope, a_rope = self.shard(v, a, v_rope, a_rope)
         v_time, v_conditions = self._conditions(self.video, timestep, v, v_runs, v_length, v_rope, video_text)
         a_time, a_conditions = self._conditions(self.audio, timestep, a, (a_length,), a_length, a_rope, audio_text)
-        start = Passing(v, a, v_conditions, a_conditions, skip_block, unused)
-        return Entered(start, grid, (v_length, a_length), (v_time, a_time), (video, audio))
+        times, lengths = (v_time, a_time), (v_length, a_length)
+        frame = Frame((v_conditions, a_conditions), skip_block, unused, grid, lengths, times, (video, audio))
+        return (v, a), frame
 
-    def _leave(self, entered: Entered, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def _leave(self, tokens: Pair, frame: Frame) -> Pair:
         """Return the flows of tokens that come out of the last block."""
-        unused, (v_length, a_length) = entered.start.unused, entered.lengths
-        v = self._flow(self.video, v, entered.times[0], entered.start.video, is_used=unused != "video")
-        a = self._flow(self.audio, a, entered.times[1], entered.start.audio, is_used=unused != "audio")
+        (v, a), (video, audio), unused = tokens, frame.latents, frame.unused
+        v = self._flow(self.video, v, frame.times[0], frame.conditions[0], is_used=unused != "video")
+        a = self._flow(self.audio, a, frame.times[1], frame.conditions[1], is_used=unused != "audio")
         v, a = self.gather(v, a)
-        video, audio = entered.latents
-        v_flow = (
-            unpatchify(v[:, :v_length], entered.grid, self.config) if unused != "video" else torch.zeros_like(video)
-        )
-        return v_flow, a[:, :a_length] if unused != "audio" else torch.zeros_like(audio)
+        v, a = v[:, : frame.lengths[0]], a[:, : frame.lengths[1]]
+        v_flow = unpatchify(v, frame.grid, self.config) if unused != "video" else torch.zeros_like(video)
+        return v_flow, a if unused != "audio" else torch.zeros_like(audio)
 
     def _flow(self, stem: Stem, tokens: Tensor, time: Tensor, conditions: Conditions, *, is_used: bool) -> Tensor:
         """Return this rank's part of a flow, in tokens; of a stream that is not used, no tokens."""
