@@ -150,9 +150,11 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 
 def lean(strategy: Any) -> Any:
     """Return the lean form of vLLM-Omni's strategy, or the strategy itself where there is none."""
-    for kind in (LeanUlysses, LeanRing):
-        if type(strategy) is kind.__base__:
-            strategy.__class__ = kind
+    if type(strategy) is UlyssesParallelAttention:
+        dims = strategy._scatter_idx, strategy._gather_idx
+        return LeanUlysses(strategy._sp_group, *dims, strategy._use_sync, strategy._ulysses_a2a_permute)
+    if type(strategy) is RingParallelAttention:
+        return LeanRing(strategy._sp_group, strategy.attn_backend_pref, strategy.attn_backend_explicit)
     return strategy
 
 
