@@ -86,14 +86,9 @@ class LeanRing(RingParallelAttention):
         causal: bool = False,
     ) -> Tensor:
         """Attend to the keys of all ranks, which go round; see vLLM-Omni's method."""
-        automatic = self.attn_backend_pref is None or self.attn_backend_pref.lower() == "flash_attn"
-        if (
-            not _is_plain(attn_metadata)
-            or causal
-            or not automatic
-            or query.dtype == torch.float32
-            or not _can_use_fa3(query.device)
-        ):
+        flash = self.attn_backend_pref is None or self.attn_backend_pref.lower() == "flash_attn"
+        flash = flash and query.dtype != torch.float32 and _can_use_fa3(query.device)
+        if causal or not flash or not _is_plain(attn_metadata):
             options = {"softmax_scale": softmax_scale, "causal": causal}
             return super().run_attention(query, key, value, attn_metadata, **options)
         length = attn_metadata.extra.get("valid_kv_length") if attn_metadata is not None else None
@@ -119,7 +114,7 @@ class LeanRing(RingParallelAttention):
             if turn + 1 < ring.world_size:
                 ring.wait()
                 key, value = following
-        assert out is not None  # of each rank's block at least one key is no padding, on one of the ranks
+        assert out is not None  # not all keys of all ranks are padding
         return out.to(query.dtype)
 
 
