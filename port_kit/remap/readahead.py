@@ -127,17 +127,6 @@ def _pieces(folder: Path) -> tuple[list[Path], list[_Piece]]:
                 spec = manifest[name]
                 pieces.append(_Piece(name, number, data + start, data + stop, spec.dtype, spec.shape))
     pieces.sort(key=lambda piece: (piece.file, piece.start, piece.stop))
-    at = (-1, 0)
-    for piece in pieces:
-        nbytes = manifest[piece.name].nbytes
-        if piece.stop - piece.start != nbytes or (piece.file, piece.start) < at:
-            raise RemapError(
-                f"{root / files[piece.file]}: {piece.name} is said to lie at bytes {piece.start:,} to {piece.stop:,}; "
-                f"it has {nbytes:,} bytes, of its own",
-                code="checkpoint_corrupt",
-                hint="get the file again",
-            )
-        at = (piece.file, piece.stop)
     return [root / file for file in files], pieces
 
 
