@@ -14,9 +14,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-from zlib import crc32
 
 from port_kit.byte_source import ByteSource
+from port_kit.checksums import crc32
 from port_kit.download.layout import Layout, Span, write_all
 from port_kit.errors import CheckpointError
 from port_kit.pickle_machine import ITEM_SIZES

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
-from zlib import crc32
 
 from port_kit.byte_source import FileSource
+from port_kit.checksums import crc32
 from port_kit.download.blueprint import Blueprint, draw, is_made_from, require_crc
 from port_kit.download.files import (
+    allocate,
     begin_writing_out,
     explained,
     publish,
@@ -24,12 +21,12 @@ from port_kit.download.files import (
 )
 from port_kit.download.layout import Layout, write_all
 from port_kit.errors import DownloadError
-from port_kit.pickles import Storage, read_tables
+from port_kit.pickles import read_tables
 
-_PIECE = 1 << 20
-_LONGEST_PART = 16 << 20
-_THREADS = max(2, min(4, os.cpu_count() or 1))
-_POLYNOMIAL = 0xEDB88320
+# Fits a core's cache. Larger pieces are written to larger free pages, and those a virtual machine may have handed back
+# to its host: getting them again took longer than all the rest.
+_PIECE = 1 << 18
+_WRITTEN_OUT_AT_ONCE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Call
         require_space(target.parent, blueprint.size)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            os.truncate(descriptor, blueprint.size)
+            allocate(descriptor, blueprint.size)
             _copy_storages(blueprint, source, descriptor, advance)
             blueprint.complete(source, descriptor)
             os.fsync(descriptor)
@@ -112,53 +109,22 @@ def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Call
 
 
 def _copy_storages(blueprint: Blueprint, source: FileSource, descriptor: int, advance: Callable[[int], None]) -> None:
-    """Copy the used storages, several parts at a time, and compare their checksums with the zip directory's."""
-    layout, size = blueprint.layout(), blueprint.size
-    threads, stopped = threading.local(), threading.Event()
-
-    def copy(part: _Part) -> int:
-        """Read, write and checksum a part; all three leave the interpreter to the other threads."""
-        if not hasattr(threads, "buffer"):
-            threads.buffer = memoryview(bytearray(_PIECE))
-        value = 0
-        for offset in range(part.start, part.end, _PIECE):
-            view = threads.buffer[: min(_PIECE, part.end - offset)]
-            if stopped.is_set():
-                return 0
+    """Copy the used storages in small pieces, and compare their checksums with the zip directory's."""
+    layout, buffer, unwritten = blueprint.layout(), memoryview(bytearray(_PIECE)), 0
+    for key, storage in blueprint.used_storages.items():
+        value, offset, end = 0, storage.offset, storage.offset + storage.nbytes
+        while offset < end:
+            # Whole pages of the written file: none is touched twice, and the system takes them in large units.
+            view = buffer[: min(layout.until_aligned(offset, _PIECE), end - offset)]
             _fill(view, source, offset)
-            _place(layout, size, descriptor, offset, view)
-            value = crc32(view, value) if part.storage.crc is not None else 0
+            _place(layout, blueprint.size, descriptor, offset, view)
+            value = crc32(view, value) if storage.crc is not None else 0
+            offset, unwritten = offset + len(view), unwritten + len(view)
+            if unwritten >= _WRITTEN_OUT_AT_ONCE:
+                begin_writing_out(descriptor)
+                unwritten = 0
             advance(len(view))
-        begin_writing_out(descriptor)
-        return value
-
-    parts = [part for key, storage in blueprint.used_storages.items() for part in _parts(key, storage)]
-    values: dict[str, int] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for part, value in zip(parts, pool.map(copy, parts), strict=True):
-                joined = join_crcs(values.get(part.key, 0), value, part.end - part.start)
-                values[part.key] = joined
-                if part.end == part.storage.offset + part.storage.nbytes:
-                    require_crc(part.storage, part.key, joined, source.name)
-        except BaseException:
-            stopped.set()
-            raise
-
-
-class _Part(NamedTuple):
-    """Bytes ``[start, end)`` of the source file, in one storage."""
-
-    key: str
-    storage: Storage
-    start: int
-    end: int
-
-
-def _parts(key: str, storage: Storage) -> Iterator[_Part]:
-    end = storage.offset + storage.nbytes
-    for start in range(storage.offset, max(end, storage.offset + 1), _LONGEST_PART):
-        yield _Part(key, storage, start, min(end, start + _LONGEST_PART))
+        require_crc(storage, key, value, source.name)
 
 
 def _fill(view: memoryview, source: FileSource, offset: int) -> None:
@@ -174,40 +140,3 @@ def _place(layout: Layout, size: int, descriptor: int, offset: int, view: memory
     for start, length, target in layout.pieces(offset, len(view)):
         if target < size:
             write_all(descriptor, view[start : start + length], target)
-
-
-def join_crcs(first: int, second: int, length: int) -> int:
-    """Return the CRC-32 of two parts in a row from those of the parts; ``length`` is that of the second, bytes.
-
-    A CRC is linear: behind the second part, each bit of the first one's CRC stands for a known other value.
-    """
-    if first == 0:
-        return second
-    for value in _shifts(length):
-        if first & 1:
-            second ^= value
-        first >>= 1
-    return second
-
-
-@lru_cache(maxsize=64)
-def _shifts(length: int) -> tuple[int, ...]:
-    """What each bit of a CRC-32 becomes behind ``length`` zero bytes."""
-    one_bit = [_POLYNOMIAL, *(1 << bit for bit in range(31))]  # behind a zero bit
-    power, result = one_bit, [1 << bit for bit in range(32)]
-    count = length * 8
-    while count:
-        if count & 1:
-            result = [_apply(power, value) for value in result]
-        power = [_apply(power, value) for value in power]
-        count >>= 1
-    return tuple(result)
-
-
-def _apply(matrix: Sequence[int], value: int) -> int:
-    result = 0
-    for column in matrix:
-        if value & 1:
-            result ^= column
-        value >>= 1
-    return result

@@ -62,6 +62,11 @@ class Layout:
             done += count
             index += 1
 
+    def until_aligned(self, offset: int, block: int) -> int:
+        """Return how many source bytes from ``offset`` there are until one lands at a multiple of ``block``."""
+        _, _, target = next(self.pieces(offset, 1))
+        return block - target % block
+
     def write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
         """Write source bytes to their places."""
         view = memoryview(data)

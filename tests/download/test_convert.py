@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import resource
 import signal
@@ -11,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from zlib import crc32
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ from conftest import MODEL_INDEX, VAE, bring, hashes, orphans
 from safetensors.torch import load_file
 
 from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file
-from port_kit.download.convert import join_crcs
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.testing.hub import Fault, Hub
 from port_kit.testing.killing import Zygote
 
+WITH_ISAL = ("x86_64", "AMD64", "aarch64", "arm64")
 LEGACY = {"_use_new_zipfile_serialization": False}
 
 
@@ -118,17 +118,8 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_checksums_of_parts_are_joined_as_if_they_had_been_one() -> None:
-    source = random.Random(8)
-    content = source.randbytes(100_000)
-    for _ in range(50):
-        cut = source.choice((0, 1, 2, 50_000, source.randrange(100_000), 99_999, 100_000))
-        joined = join_crcs(crc32(content[:cut]), crc32(content[cut:]), 100_000 - cut)
-        assert joined == crc32(content)
-
-
 def test_a_flipped_bit_in_any_part_of_a_large_storage_is_noticed(tmp_path: Path) -> None:
-    """Storages that are longer than what one thread copies at a time."""
+    """A storage of many pieces."""
     torch.save({"a": torch.randn(10_000_003), "b": torch.randn(3)}, tmp_path / "x.pth")
     convert_file(tmp_path / "x.pth", tmp_path / "x.safetensors")
     assert_equal(tmp_path / "x.safetensors", torch.load(tmp_path / "x.pth"))
@@ -144,6 +135,63 @@ def test_a_flipped_bit_in_any_part_of_a_large_storage_is_noticed(tmp_path: Path)
             stream.seek(place)
             stream.write(byte)
     assert not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_checksums_are_those_of_zip_files(tmp_path: Path, blocked: bool) -> None:
+    """By isal, which setup.cfg asks for on these processors, and by zlib where there is none; both notice damage."""
+    torch.save({"a": torch.randn(500_000)}, tmp_path / "x.pth")
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[1_000_000] ^= 1
+    (tmp_path / "damaged.pth").write_bytes(content)
+    code = (
+        "import pathlib, random, sys, zlib\n"
+        f"if {blocked}: sys.modules['isal'] = None\n"
+        "from port_kit.checksums import crc32\n"
+        "from port_kit.download import convert_file\n"
+        "from port_kit.errors import CheckpointError\n"
+        "source, ours, theirs = random.Random(8), 0, 0\n"
+        "for length in (0, 1, 7, 64, 4095, 70_001, 1 << 20):\n"
+        "    data = memoryview(source.randbytes(length + 3))[3:]\n"
+        "    ours, theirs = crc32(data, ours), zlib.crc32(data, theirs)\n"
+        "    assert ours == theirs\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "convert_file(folder / 'x.pth', folder / 'x.safetensors')\n"
+        "try: convert_file(folder / 'damaged.pth', folder / 'y.safetensors')\n"
+        "except CheckpointError as error: print(error.code, crc32 is zlib.crc32)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"pickle_corrupt {blocked or platform.machine() not in WITH_ISAL}\n"
+    assert_equal(tmp_path / "x.safetensors", torch.load(tmp_path / "x.pth"))
+
+
+def test_a_disk_that_takes_no_such_file_is_told_before_anything_is_copied(tmp_path: Path) -> None:
+    torch.save({"a": torch.randn(1_000_000)}, tmp_path / "x.pth")
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))\n"
+        "from port_kit.download import convert_file; from port_kit.errors import DownloadError\n"
+        f"folder, copied = {str(tmp_path)!r}, []\n"
+        "try: convert_file(folder + '/x.pth', folder + '/x.safetensors', advance=copied.append)\n"
+        "except DownloadError as error: print(error.code, copied)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "file_too_large []\n", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_a_file_system_that_allocates_nothing_still_gives_files_their_size(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from port_kit.download.files import allocate\n"
+        "with open(sys.argv[1], 'wb') as stream:\n"
+        "    allocate(stream.fileno(), 3 << 20)\n"
+        "    print(os.fstat(stream.fileno()).st_size)"
+    )
+    script = 'mount -t ramfs ramfs "$0" && exec "$1" -c "$2" "$0/file"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path), sys.executable, code]
+    if subprocess.run(command[:3] + ["true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system allows no mounts in a namespace of one's own")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{3 << 20}\n", done.stderr
 
 
 def test_unchanged_sources_cost_nothing_and_changed_ones_are_noticed(tmp_path: Path) -> None:
