@@ -30,7 +30,6 @@ from port_kit.remap.steps import Call, Cast, Permute, Reshape, Step, Take, back
 from port_kit.remap.targets import Target
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 
@@ -192,11 +191,11 @@ def _is_plain(tensor: Tensor, dtype: str, source: str) -> bool:
     return dtype == source and type(tensor) is torch.Tensor and tensor.is_cpu and 0 < tensor.element_size() <= 8
 
 
-def _bits(tensor: Tensor) -> NDArray[Any]:
-    """A tensor as an array of integers."""
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor as integers; by way of numpy, so that its copy is written whether or not it knows inference mode."""
     import torch
 
-    return tensor.view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy()
+    return torch.from_numpy(tensor.view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy())
 
 
 def _parts(write: Write, target: Target) -> list[Part] | None:
