@@ -8,6 +8,7 @@ piece when it is done with one, whichever tensor that is of.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable
@@ -63,8 +64,9 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._header, self._start = read_header(path)
-        with path.open("rb") as stream:  # nothing writes to it, but torch takes only what may be written
-            self._mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        with path.open("rb") as stream:
+            # a private mapping that may be written would be counted as memory: a file larger than that would be refused
+            self._mapped = _unwarned(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         self._opened: Any = None
 
     def bits(self, name: str) -> Tensor:
@@ -174,6 +176,16 @@ class Readers:
         except BaseException:
             self._failed = True
             raise
+
+
+def _unwarned(mapped: mmap.mmap) -> ctypes.Array[ctypes.c_uint8]:
+    """Return a mapping's bytes as torch takes them without a warning that they cannot be written; nobody does."""
+    import numpy
+
+    view = numpy.frombuffer(mapped, numpy.uint8)
+    memory = (ctypes.c_uint8 * view.nbytes).from_address(view.ctypes.data)
+    memory.view = view  # type: ignore[attr-defined]  # whoever holds the bytes holds the mapping
+    return memory
 
 
 def _index(box: Box) -> tuple[slice, ...]:

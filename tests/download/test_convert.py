@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import random
@@ -18,7 +19,7 @@ import torch
 from conftest import MODEL_INDEX, VAE, bring, hashes, orphans
 from safetensors.torch import load_file
 
-from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file
+from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file, files
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.testing.hub import Fault, Hub
 from port_kit.testing.killing import Zygote
@@ -177,6 +178,17 @@ def test_a_disk_that_takes_no_such_file_is_told_before_anything_is_copied(tmp_pa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "file_too_large []\n", done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+@pytest.mark.parametrize("answer", [errno.EOPNOTSUPP, errno.ENOSYS, None], ids=["file system", "kernel", "system"])
+def test_without_allocation_files_still_get_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None
+) -> None:
+    call = None if answer is None else lambda *_: answer
+    monkeypatch.setattr(files, "_system_call", lambda _name: call)
+    with (tmp_path / "file").open("wb") as stream:
+        files.allocate(stream.fileno(), 3 << 20)
+        assert os.fstat(stream.fileno()).st_size == 3 << 20
 
 
 def test_a_file_system_that_allocates_nothing_still_gives_files_their_size(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from port_kit.download import Recipe
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
 
-SECONDS = 6.0
+SECONDS = 2.0
 
 
 @pytest.fixture

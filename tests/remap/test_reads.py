@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -119,6 +122,22 @@ def test_odd_tensors_and_inference_mode(tmp_path: Path, mode: Callable[[], Abstr
         done = load_local(module, tmp_path, RuleSet("same", (Rule(r"(\w+)", r"\1"),)), threads=3)
         assert done.loaded == set(values) and done.bytes_read == len(data)
         assert all(buffer.equal(values[name]) for name, buffer in module.named_buffers())
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    """A sparse one of a terabyte, of which one row is read; bytes outlive the file's object."""
+    shape = [1 << 20, 1 << 20]
+    header = json.dumps({"w": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1 << 40]}}).encode()
+    with (tmp_path / "m.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + (1 << 40))
+        stream.seek(-3, 2)
+        stream.write(b"abc")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = File(tmp_path / "m.safetensors").bits("w")[-1]
+    gc.collect()
+    assert bytes(row[-4:].tolist()) == b"\0abc"
 
 
 def test_threads_end_with_the_context() -> None:
