@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
         (q,) = self.norm_q(q, q_squares, positions.rope)
         (k,) = self.norm_k(k, k_squares, positions.rope)
         attended = self.attn(*(split_heads(t, self.heads) for t in (q, k, v)), positions.length)
-        return self.o(attended.flatten(2))
+        return linear.summed(self.o, attended.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -110,14 +110,14 @@ class CrossAttention(nn.Module):
         q = self.q(x_BSD)
         if not other_BOD.shape[1]:
             (q,) = self.norm_q(q, *shared_squares(q))
-            return self.o(self._attend_text(q, text_kv).flatten(2))
+            return linear.summed(self.o, self._attend_text(q, text_kv).flatten(2))
         k, v = self.kv_fusion(other_BOD).chunk(2, -1)
         q_squares, k_squares = shared_squares(q, k)
         q, q_turned = self.norm_q(q, q_squares, positions.rope, plain=True)
         (k,) = self.norm_k_fusion(k, k_squares, other_positions.rope)
         attended = self._attend_text(q, text_kv)
         fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_positions.length)
-        return self.o((attended + fused).flatten(2))
+        return linear.summed(self.o, (attended + fused).flatten(2))
 
     def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
         return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))

@@ -112,6 +112,12 @@ class FusionBlock(nn.Module):
         self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
         self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
 
+    def project_texts(self, passing: Passing) -> None:
+        """Compute the keys and values of a pass's texts now, if they have not been."""
+        for half, conditions in ((self.audio, passing.audio), (self.video, passing.video)):
+            for text in conditions.text.parts or (conditions.text,):
+                half.text_keys_values(text, self.index)
+
     def forward(
         self,
         hidden_states: Tensor,

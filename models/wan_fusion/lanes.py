@@ -10,7 +10,8 @@ other. Between them the audio half runs beside the video half::
 
 On one GPU this gains half a percent, since the whole chip works at its limit of power. It is there for ranks that share
 the video tokens: sound has too few for its part to get shorter, and fills the time in which video waits. Under HSDP
-the first kernels of a block wait for its parameters anyway, and a step took 1.5 % longer: there it is off.
+the first kernels of a block wait for its parameters anyway, and a step took 1.5 % longer: there it is off. So it is
+where passes take turns (:mod:`~port_kit.parallel.turns`): then each has another beside it.
 
 Memory is safe without further marks as long as a block joins before it returns: the second stream waits for the first
 whenever it is entered, so what either allocator gets back is not used again before the other has read it.
@@ -26,6 +27,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from port_kit.parallel.turns import Turns
+
 
 @dataclass(frozen=True)
 class Lanes:
@@ -40,7 +43,7 @@ class Lanes:
     @contextmanager
     def beside(self, x: Tensor) -> Iterator[None]:
         """Launch what is inside on the second stream of the device of ``x``, after all that was launched so far."""
-        if not (self.two and x.is_cuda):
+        if not self._has_two(x):
             yield
             return
         side = _second(x.device)
@@ -50,8 +53,11 @@ class Lanes:
 
     def join(self, x: Tensor) -> None:
         """Make the current stream wait for what was launched on the second."""
-        if self.two and x.is_cuda:
+        if self._has_two(x):
             torch.cuda.current_stream(x.device).wait_stream(_second(x.device))
+
+    def _has_two(self, x: Tensor) -> bool:
+        return self.two and x.is_cuda and not Turns.running
 
 
 @cache

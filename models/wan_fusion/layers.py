@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size
 
 from port_kit.models.wan_fusion import fused
 from port_kit.parallel import linear
@@ -54,7 +54,7 @@ def shared_squares(*tensors: Tensor) -> list[Tensor] | list[None]:
     if get_tensor_model_parallel_world_size() == 1:
         return [None] * len(tensors)
     sums = torch.cat([fused.square_sums(x) for x in tensors], 1)
-    return list(tensor_model_parallel_all_reduce(sums).split([x.shape[1] for x in tensors], 1))
+    return list(linear.sum_over_ranks(sums).split([x.shape[1] for x in tensors], 1))
 
 
 class FeedForward(nn.Module):
@@ -67,7 +67,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return ``[B, S, D]``."""
-        return self.down(fused.linear_gelu(self.up, x_BSD))
+        return linear.summed(self.down, fused.linear_gelu(self.up, x_BSD))
 
 
 class TextEmbedding(nn.Module):

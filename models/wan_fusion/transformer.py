@@ -23,7 +23,9 @@ from port_kit.models.wan_fusion.config import FusionConfig
 from port_kit.models.wan_fusion.rope import RopeTables
 from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
 from port_kit.parallel.hsdp import blocks_without_memory
+from port_kit.parallel.passes import brings_weights_in
 from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad_tokens, padded_length
+from port_kit.parallel.turns import Turns
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -92,6 +94,7 @@ class WanFusionTransformer(nn.Module):
         super().__init__()
         path = f"{prefix}." if prefix else ""
         self.config = config
+        self.engine = get_current_diffusion_config_or_none()
         self.rope = RopeTables(config.rope, config.head_dim)
         patches = VideoPatches(config, quant_config, f"{path}video.patch_embedding")
         convs = AudioConvs(config, quant_config, f"{path}audio.patch_embedding")
@@ -131,7 +134,7 @@ class WanFusionTransformer(nn.Module):
             first_frame_clean: the first frame is given, not noise: its tokens have timestep 0.
             skip_block: layer to leave out (skip-layer guidance).
             unused: stream whose flow is not needed; it is returned as zeros, and what only it needs is left out.
-            others: arguments of further passes, which go through the blocks together with this one.
+            others: arguments of further passes, which go through each block before the next block runs.
 
         Returns:
             The flows, shaped as ``video`` and ``audio``, references included; with ``others`` a list, of all passes.
@@ -154,14 +157,28 @@ class WanFusionTransformer(nn.Module):
         entered = [own, *(self._enter(**other) for other in others)]
         states, frames = [tokens for tokens, _ in entered], [frame for _, frame in entered]
         del own, entered  # so that no tokens outlive the block that replaces them
-        for block in self.blocks:
-            if others:
+        if others and brings_weights_in(self.engine):
+            for block in self.blocks:
                 first, *rest = (frame.passing(tokens) for frame, tokens in zip(frames, states, strict=True))
                 states = block(*first, others=rest)
-            else:
-                states = [block(*states[0], *frames[0].conditions, skip_block=skip_block, unused=unused)]
+        else:
+            self._take_turns(states, frames)
         flows = [self._leave(tokens, frame) for tokens, frame in zip(states, frames, strict=True)]
         return flows if others else flows[0]
+
+    def _take_turns(self, states: list[Pair], frames: Sequence[Frame]) -> None:
+        """Run the passes through all blocks, each in a call of its own; replace their tokens in ``states``."""
+        if len(frames) > 1:  # what passes share is made before they part
+            for block in self.blocks:
+                for frame, tokens in zip(frames, states, strict=True):
+                    block.project_texts(frame.passing(tokens))
+        turns = Turns(states[0][0].device, passes=len(frames))
+        for block in self.blocks:
+            for index, frame in enumerate(frames):
+                with turns.of(index):
+                    options = {"skip_block": frame.skip_block, "unused": frame.unused}
+                    states[index] = block(*states[index], *frame.conditions, **options)
+        turns.join()
 
     def _enter(
         self,

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -22,6 +24,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.platforms import current_platform
+
+from port_kit.parallel.peers import peers_of
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -85,6 +89,32 @@ def row(
             return_bias=False,
         )
     )
+
+
+def summed(layer: RowParallelLinear, x: Tensor) -> Tensor:
+    """Return the output of a linear that :func:`row` made, as a call of it would give.
+
+    Two ranks of one host send each other their parts through mailboxes (:mod:`~port_kit.parallel.peers`). All else,
+    such as a linear with a LoRA around it, or more ranks, is summed as vLLM does.
+
+    Args:
+        layer: split by input.
+        x: ``[..., K]``, this rank's part of the input.
+    """
+    if type(layer) is not RowParallelLinear or layer.tp_size != 2:
+        return layer(x)
+    peers = peers_of(get_tp_group().device_group, x)
+    if peers is None:
+        return layer(x)
+    bias = layer.bias if layer.tp_rank == 0 else None
+    return peers.sum_of_two(layer.quant_method.apply(layer, x, bias))
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over the tensor-parallel ranks; small tensors, of which latency is the cost."""
+    group = get_tp_group()
+    peers = peers_of(group.device_group, x) if group.world_size == 2 else None
+    return tensor_model_parallel_all_reduce(x) if peers is None else peers.sum_of_two(x)
 
 
 def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: str) -> ReplicatedLinear:

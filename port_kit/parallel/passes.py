@@ -1,12 +1,14 @@
-"""All guidance passes of a rank in one call of the transformer, where a block's weights are brought in for each call.
+"""All guidance passes of a rank in one call of the transformer, where that saves time.
 
-The passes of a guided step do not depend on each other. Made one after the other under HSDP or layerwise offload, each
-has the weights of every block gathered, or copied from the host, anew. A transformer that takes several passes in one
-call, and gives each block all of them before the next block runs, has them brought in once a step.
+The passes of a guided step do not depend on each other. Two things are gained by giving a transformer all of them:
+
+* Under HSDP or layerwise offload a block's weights are gathered, or copied from the host, at each call of the block. A
+  block that is given all passes in one call has them brought in once a step.
+* Where the ranks of a host share each pass, one pass computes while what they send of another is on its way
+  (:mod:`~port_kit.parallel.turns`).
 
 A pipeline gets it from :class:`PassesTogether`, in the place of vLLM-Omni's ``CFGParallelMixin``. Its transformer takes
-further passes as ``others``, and its blocks take all passes in one call, since it is the call of a block that brings
-the weights in::
+further passes as ``others``; where :func:`brings_weights_in`, its blocks take all passes in one call::
 
     class MyTransformer(nn.Module):
         def forward(self, x, others=()):          # others: arguments of further passes, for which a list is returned
@@ -21,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.platforms import current_platform
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.parallel_state import (
     get_classifier_free_guidance_rank,
@@ -37,13 +40,20 @@ def brings_weights_in(config: OmniDiffusionConfig | None) -> bool:
     return config is not None and (config.parallel_config.use_hsdp or config.enable_layerwise_offload)
 
 
+def shares_passes(config: OmniDiffusionConfig) -> bool:
+    """Whether the GPUs of an engine divide the tokens or the heads of a pass."""
+    parallel = config.parallel_config
+    return current_platform.is_cuda() and max(parallel.sequence_parallel_size, parallel.tensor_parallel_size) > 1
+
+
 def passes_go_together(config: OmniDiffusionConfig) -> bool:
     """Whether an engine's transformer should be given all passes of a rank in one call.
 
-    Each pass then keeps its tokens until all are done, so that is left where nothing is gained. Caches compare a call
-    with the call before, so with a cache each call is one pass.
+    Each pass then keeps its tokens until all are done, so that is left where nothing is gained, as on one GPU. Caches
+    compare a call with the call before, so with a cache each call is one pass.
     """
-    return brings_weights_in(config) and config.cache_backend in (None, "", "none")
+    gains = brings_weights_in(config) or shares_passes(config)
+    return gains and config.cache_backend in (None, "", "none")
 
 
 class PassesTogether(CFGParallelMixin):

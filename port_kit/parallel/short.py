@@ -27,6 +27,7 @@ from vllm_omni.diffusion.attention.parallel.base import ParallelAttentionContext
 from vllm_omni.diffusion.attention.parallel.ring import _can_use_fa3
 
 from port_kit.parallel.exchange import flash_attention
+from port_kit.parallel.peers import peers_of
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
@@ -48,7 +49,7 @@ class GatheredKeys:
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Prepared:
         """Return the queries as they are and the whole keys and values."""
-        both = self.group.all_gather(torch.stack((key, value)), dim=2)
+        both = _gather(self.group, torch.stack((key, value)), dim=2)
         return query, both[0], both[1], attn_metadata, None
 
     def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
@@ -69,7 +70,7 @@ class GatheredQueries:
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Prepared:
         """Return the whole queries and the keys and values as they are."""
-        return self.group.all_gather(query, dim=1), key, value, attn_metadata, None
+        return _gather(self.group, query, dim=1), key, value, attn_metadata, None
 
     def attend(self, q_BQNH: Tensor, key: Tensor, value: Tensor, length: int | None, scale: float) -> Tensor:
         """Attend to this rank's keys; return outputs and their log-sum-exp, float32 ``[B, Q, N, H + 1]``.
@@ -92,11 +93,16 @@ class GatheredQueries:
 
     def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
         """Put the parts of this rank's queries together; float32 ``[B, S, N, H]``."""
-        parts = self.group.all_gather(attn_output.unsqueeze(0), dim=0)
+        parts = _gather(self.group, attn_output.unsqueeze(0), dim=0)
         local = attn_output.shape[1] // self.group.world_size
         own = parts[:, :, self.group.rank_in_group * local :][:, :, :local]
         weights = torch.softmax(own[..., -1:], 0)
         return (own[..., :-1] * weights).sum(0)
+
+
+def _gather(group: SequenceParallelGroupCoordinator, x: Tensor, dim: int) -> Tensor:
+    peers = peers_of(group.device_group, x)
+    return group.all_gather(x, dim=dim) if peers is None else peers.gather(x, dim)
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

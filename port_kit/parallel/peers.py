@@ -1,0 +1,181 @@
+"""What ranks of one host send each other through mailboxes in GPU memory, without NCCL's kernels.
+
+NCCL copies with kernels. They take multiprocessors, and where attention and matrix products hold all of these, a
+transfer begins when they end, even on a stream of its own. Between GPUs that can write into each other's memory,
+PyTorch's symmetric memory lets a copy engine do it, while the multiprocessors go on with another pass.
+
+:func:`peers_of` gives a group's mailboxes, or None where its ranks are not on one host, their GPUs do not reach each
+other, or ``PORT_KIT_PEER_COPIES=0`` is set: then NCCL carries everything, with the same results. Groups are
+vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on one never waits for another::
+
+    boxes = peers.take(x.shape, x.dtype)      # one mailbox a rank, of this shape on each
+    for rank in peers.others:
+        boxes[rank].copy_(x)                  # written by a copy engine, where both sides are contiguous
+    peers.meet()                              # from here on what was written to this rank can be read
+    total = x + boxes[peers.rank]
+
+What a mailbox holds must have been read, on the same stream, before the next :meth:`Peers.meet` on that stream (with a
+``depth`` of 3, before the one after): then its next writers cannot come too early.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+logger = logging.getLogger(__name__)
+
+#: Set to 0, it leaves all transfers to NCCL.
+VARIABLE = "PORT_KIT_PEER_COPIES"
+#: Calls of :meth:`Peers.meet` in this process, and bytes of the mailboxes that they closed.
+exchanged: Counter[str] = Counter()
+
+
+class Memory(Protocol):
+    """Memory of the same size on each rank, to which all ranks can write."""
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the head of a rank's memory as a contiguous tensor."""
+
+    def meet(self) -> None:
+        """Wait, on the current stream, until all ranks have come here on theirs; their writes are then seen."""
+
+
+class SymmetricMemory:
+    """:class:`Memory` on GPUs, from PyTorch."""
+
+    def __init__(self, size: int, group: dist.ProcessGroup) -> None:
+        from torch.distributed import _symmetric_memory
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        # inference tensors cannot be written to outside of inference mode
+        with torch.inference_mode(False):
+            self.own = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+            self.handle = _symmetric_memory.rendezvous(self.own, group)
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See :class:`Memory`."""
+        view: Tensor = self.handle.get_buffer(rank, tuple(shape), dtype)
+        return view
+
+    def meet(self) -> None:
+        """See :class:`Memory`."""
+        self.handle.barrier()
+
+
+class Peers:
+    """The mailboxes of a group's ranks for one stream.
+
+    All ranks must make the same calls in the same order.
+
+    Args:
+        rank: this rank's place in the group.
+        size: how many ranks the group has.
+        allocate: gives memory of so many bytes on each rank; called by all ranks together.
+        depth: how many mailboxes a rank has; they are used in turns.
+    """
+
+    def __init__(self, rank: int, size: int, allocate: Callable[[int], Memory], depth: int = 2) -> None:
+        self.rank, self.size = rank, size
+        self.others = [(rank + step) % size for step in range(1, size)]
+        self._allocate = allocate
+        self._memories: list[Memory | None] = [None] * depth
+        self._sizes = [0] * depth
+        self._views: list[dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]]] = [{} for _ in range(depth)]
+        self._turn = -1
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """Return the next mailbox of every rank, by rank, as a contiguous tensor; :meth:`meet` closes it."""
+        self._turn = (self._turn + 1) % len(self._memories)
+        key = (tuple(shape), dtype)
+        views = self._views[self._turn]
+        if key not in views:
+            views[key] = self._make(*key)
+        return views[key]
+
+    def meet(self) -> None:
+        """Wait, on the current stream, until every rank has written to the mailboxes that were taken last."""
+        memory = self._memories[self._turn]
+        assert memory is not None  # take() comes first
+        memory.meet()
+        exchanged["calls"] += 1
+        exchanged["bytes"] += self._sizes[self._turn]
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        size = prod(shape) * dtype.itemsize
+        memory = self._memories[self._turn]
+        if memory is None or size > self._sizes[self._turn]:
+            if memory is not None and torch.cuda.is_available():
+                torch.cuda.synchronize()  # what is given back has been read
+            self._views[self._turn].clear()
+            memory = self._memories[self._turn] = self._allocate(size)
+            self._sizes[self._turn] = size
+        return [memory.view(rank, shape, dtype) for rank in range(self.size)]
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Return the ranks' equally shaped tensors, joined along ``dim``; to be read before the next meeting."""
+        boxes = self.take((self.size, *x.shape), x.dtype)
+        for box in boxes:
+            box[self.rank].copy_(x)
+        self.meet()
+        return boxes[self.rank].movedim(0, dim).flatten(dim, dim + 1)
+
+    def sum_of_two(self, x: Tensor) -> Tensor:
+        """Return the sum of both ranks' tensors; only for two ranks, where nothing is sent twice."""
+        if self.size != 2:
+            raise ValueError(f"a sum over {self.size} ranks was asked of mailboxes, which add up two; use all_reduce")
+        boxes = self.take(x.shape, x.dtype)
+        boxes[1 - self.rank].copy_(x)
+        self.meet()
+        return x + boxes[self.rank]
+
+
+def peers_of(group: dist.ProcessGroup, x: Tensor, depth: int = 2) -> Peers | None:
+    """Return the current stream's mailboxes of a group, or None where NCCL, or a CPU's backend, has to carry.
+
+    Args:
+        group: of vLLM-Omni; all its ranks call this at the same place.
+        x: what is to be sent: on a CPU there are none.
+        depth: see :class:`Peers`.
+    """
+    if not x.is_cuda or not _reach_each_other(group):
+        return None
+    return _peers(group, torch.cuda.current_stream(x.device).cuda_stream, depth)
+
+
+@cache
+def _peers(group: dist.ProcessGroup, _stream: int, depth: int) -> Peers:
+    return Peers(group.rank(), group.size(), lambda size: SymmetricMemory(size, group), depth)
+
+
+@cache
+def _reach_each_other(group: dist.ProcessGroup) -> bool:
+    """Whether each rank can write to the memory of each other; all ranks come to the same answer."""
+    if group.size() == 1:
+        return False
+    here = (socket.gethostname(), torch.cuda.current_device(), os.environ.get(VARIABLE) != "0")
+    ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(ranks, here, group=group)
+    wanted = all(rank[2] for rank in ranks)
+    one_host = len({rank[0] for rank in ranks}) == 1
+    reachable = wanted and one_host and all(_reaches(here[1], rank[1]) for rank in ranks)
+    answer = torch.tensor(int(reachable), device="cuda")
+    dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
+    if group.rank() == 0:
+        logger.info("%d ranks exchange through %s", group.size(), "peer memory" if answer.item() else "NCCL")
+    return bool(answer.item())
+
+
+def _reaches(device: int, other: int) -> bool:
+    visible = other < torch.cuda.device_count()
+    return device == other or (visible and torch.cuda.can_device_access_peer(device, other))

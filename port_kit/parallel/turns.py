@@ -1,0 +1,66 @@
+"""Passes that take turns on two CUDA streams, so that one computes while what another sent is on its way.
+
+Ranks that share a pass wait for each other several times a block. What they send is carried by copy engines
+(:mod:`~port_kit.parallel.peers`), and costs no time if there is something else to compute. The passes of a guided step
+do not depend on each other: pass i runs on stream i % 2, block by block::
+
+    turns = Turns(x.device, passes=len(states))
+    for block in blocks:
+        for index, state in enumerate(states):
+            with turns.of(index):
+                states[index] = block(state)
+    turns.join()
+
+With one pass, or on a CPU, all of this does nothing. What passes share must be made before they part: each stream waits
+for what was launched before ``Turns(...)``, and neither waits for the other. Memory is safe without further marks as
+long as nothing is allocated on the first stream between the two ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import ClassVar
+
+import torch
+
+
+class Turns:
+    """One step's passes; begins where it is made, and ends with :meth:`join`.
+
+    Args:
+        device: where the passes run.
+        passes: how many there are.
+    """
+
+    #: Whether what is launched now has another pass beside it.
+    running: ClassVar[bool] = False
+
+    def __init__(self, device: torch.device, passes: int) -> None:
+        self.streams = _streams(device) if device.type == "cuda" and passes > 1 else ()
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def of(self, index: int) -> Iterator[None]:
+        """Launch what is inside on the stream of the pass."""
+        if not self.streams:
+            yield
+            return
+        with torch.cuda.stream(self.streams[index % 2]):
+            Turns.running = True
+            try:
+                yield
+            finally:
+                Turns.running = False
+
+    def join(self) -> None:
+        """Make the current stream wait for all passes."""
+        for stream in self.streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)

@@ -1,0 +1,173 @@
+"""Mailboxes: what is sent through them is what a collective brings, on processes that go at different speeds.
+
+On a CPU the memory is a file that the ranks share; the GPU's is PyTorch's symmetric memory.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.multiprocessing.spawn import start_processes
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_attn_forward
+from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
+from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttention
+
+from port_kit.parallel import exchange, peers, short
+from port_kit.parallel.exchange import LeanRing, lean
+from port_kit.parallel.peers import Peers
+from port_kit.runtime.patches import install_worker_fixes
+
+
+class SharedMemory:
+    """Memory in files that all ranks map; a gloo barrier is its meeting."""
+
+    made = 0
+
+    def __init__(self, size: int, folder: Path) -> None:
+        SharedMemory.made += 1
+        self.size = size
+        self.files = [folder / f"{SharedMemory.made}-{rank}" for rank in range(dist.get_world_size())]
+        self.files[dist.get_rank()].write_bytes(bytes(size))
+        dist.barrier()
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Map a rank's file."""
+        whole = torch.from_file(str(self.files[rank]), shared=True, size=self.size, dtype=torch.uint8)
+        return whole[: prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+
+    def meet(self) -> None:
+        """Wait for all ranks, and then a moment, so that some read late."""
+        dist.barrier()
+        time.sleep(random.random() * 0.004)
+
+
+def mailboxes(folder: str, depth: int = 2) -> Peers:
+    """Return the mailboxes of all processes."""
+    return Peers(dist.get_rank(), dist.get_world_size(), lambda size: SharedMemory(size, Path(folder)), depth)
+
+
+def gathered_and_summed(rank: int, ranks: int, folder: str) -> None:
+    """Join and add tensors of changing shapes, many times over, each rank at its own speed."""
+    post = mailboxes(folder)
+    for step in range(40):
+        shape = (1 + step % 2, 2 + step % 3, 4)
+        every = [torch.full(shape, float(step * ranks + place)).bfloat16() for place in range(ranks)]
+        for dim in range(3):
+            assert post.gather(every[rank], dim).equal(torch.cat(every, dim))
+        if ranks == 2:
+            assert post.sum_of_two(every[rank]).equal(every[0] + every[1])
+    if ranks != 2:
+        with pytest.raises(ValueError, match=f"over {ranks} ranks"):
+            post.sum_of_two(torch.zeros(1))
+
+
+def one_mailbox_is_too_few(rank: int, ranks: int, folder: str) -> None:
+    """A rank that is ahead overwrites what another has not read: what ``depth`` is for."""
+    post, wrong = mailboxes(folder, depth=1), 0
+    for step in range(60):
+        joined = post.gather(torch.full((64,), float(step)), 0)
+        wrong += not joined.eq(step).all()
+    seen = [None] * ranks
+    dist.all_gather_object(seen, wrong)
+    assert any(seen)
+
+
+def ulysses(rank: int, ranks: int, folder: str) -> None:
+    """Heads for tokens and back, as vLLM-Omni's collective trades them; keys of fewer heads go its own way."""
+    post = mailboxes(folder)
+    exchange.peers_of = lambda *_args, **_options: post
+    group = SimpleNamespace(ulysses_group=dist.group.WORLD, ulysses_world_size=ranks, ring_world_size=1)
+    theirs = UlyssesParallelAttention(group, 2, 1, False)  # type: ignore[arg-type]
+    ours = lean(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
+    for batch, tokens, size, dtype in ((1, 5, 16, torch.bfloat16), (2, 3, 6, torch.bfloat16), (2, 4, 8, torch.float32)):
+        heads = 2 * ranks
+        fused = torch.randn(batch, tokens, 3 * heads * size, generator=torch.Generator().manual_seed(rank)).to(dtype)
+        given = [part.unflatten(-1, (heads, size)) for part in fused.chunk(3, -1)]
+        for key, value in ((given[1], given[2]), (given[1][:, :, :ranks], given[2][:, :, :ranks])):
+            before = peers.exchanged["calls"]
+            mine, expected = (
+                ours.pre_attention(given[0], key, value, None),
+                theirs.pre_attention(given[0], key, value, None),
+            )
+            assert all(a.equal(b) for a, b in zip(mine[:3], expected[:3], strict=True))
+            output = mine[0].clone()
+            assert ours.post_attention(output, mine[4]).equal(theirs.post_attention(output, expected[4]))
+            assert peers.exchanged["calls"] - before == 1 + (key.shape == given[0].shape)
+
+
+def ring(rank: int, ranks: int, folder: str) -> None:
+    """Blocks that their owners send are those that are handed on; with and without padding, over and over."""
+    post, asked = mailboxes(folder, depth=3), []
+    exchange._can_use_fa3 = lambda _device: True
+    exchange.flash_attention = sdpa
+    group: Any = SimpleNamespace(ring_group=dist.group.WORLD, ring_world_size=ranks)
+    ours = lean(RingParallelAttention(group))
+    assert type(ours) is LeanRing
+    generator = torch.Generator().manual_seed(rank)
+    for length in (None, 5 * ranks - 1, 4, None):
+        given = torch.randn(3, 2, 5, 4, 16, generator=generator).bfloat16().unbind(0)
+        metadata = None if length is None else AttentionMetadata(extra={"valid_kv_length": length})
+        results = []
+        for found in (post, None):
+            exchange.peers_of = lambda *_args, depth, found=found: asked.append(depth) or found
+            results.append(ours.run_attention(*given, metadata, softmax_scale=0.3))
+        assert results[0].equal(results[1])
+        assert results[0].abs().max() > 0
+    assert set(asked) == {3}
+
+
+def short_streams(rank: int, ranks: int, folder: str) -> None:
+    """The short side of an attention goes through mailboxes where there are some."""
+    post = mailboxes(folder)
+    group: Any = SimpleNamespace(device_group=dist.group.WORLD, world_size=ranks, rank_in_group=rank)
+    short.peers_of = lambda *_args: post
+    whole = torch.randn(3, 1, 4 * ranks, 2, 8, generator=torch.Generator().manual_seed(0))
+    query, key, value = whole.chunk(ranks, 2)[rank]
+    _, keys, values, _, _ = short.GatheredKeys(group).pre_attention(query, key, value, None)
+    assert keys.equal(whole[1])
+    assert values.equal(whole[2])
+    strategy = short.GatheredQueries(group)
+    queries, *_ = strategy.pre_attention(query, key, value, None)
+    assert queries.equal(whole[0])
+    mine = strategy.post_attention(strategy.attend(queries, key, value, None, 0.3), None)
+    expected, _ = sdpa(query, whole[1], whole[2], 0.3)
+    torch.testing.assert_close(mine, expected)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Stand for FlashAttention on a CPU."""
+    out, lse = pytorch_attn_forward(query, key, value, softmax_scale=scale, causal=False)
+    return out.contiguous(), lse[..., : query.shape[1]]
+
+
+def in_group(rank: int, work: Callable[[int, int, str], None], ranks: int, folder: str) -> None:
+    """Run ``work`` as one rank of a group."""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    install_worker_fixes()  # vLLM-Omni's ring has no kernel for CPUs
+    random.seed(rank)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{folder}/store")
+    try:
+        work(rank, ranks, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("work", [gathered_and_summed, one_mailbox_is_too_few, ulysses, ring, short_streams])
+def test_mailboxes(work: Callable[[int, int, str], None], ranks: int, tmp_path: Path) -> None:
+    start_processes(in_group, (work, ranks, str(tmp_path)), nprocs=ranks, start_method="fork")
+
+
+def test_a_cpu_has_no_mailboxes() -> None:
+    assert peers.peers_of(SimpleNamespace(), torch.zeros(1)) is None  # type: ignore[arg-type]
