@@ -3,8 +3,9 @@
 The transformer is the published model's (11.66 B parameters, bfloat16) with random weights, which are the same in all
 layouts and reach the ranks the way a checkpoint does, HSDP's shards included. Each layout runs in vLLM-Omni's own
 workers, one process a GPU; its flows are compared with one GPU's. Seconds are the slowest rank's median of ``--rounds``
-after two warm-up rounds. The share of communication is measured in one profiled round: time in NCCL kernels (on a CPU,
-in gloo's operators) over the time of the round; it counts where it overlaps with computation too, and so may exceed 1.
+after two warm-up rounds. The share of communication is measured in one profiled round: time in NCCL kernels and in
+copies between GPUs (on a CPU, in gloo's operators) over the time of the round; it counts where it overlaps with
+computation too, as copies between GPUs do, and so may exceed 1.
 Prints one JSON object.
 
     python benchmarks/parallel_scaling.py                        # one GPU, then layouts of all GPUs of the machine
@@ -164,11 +165,13 @@ def profiled(call: Callable[[], Any], device: torch.device, kernels: int) -> dic
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         seconds = timed(call, device)
-    mark, field = ("nccl", "self_device_time_total") if on_gpu else ("gloo:", "cpu_time_total")
+    marks, field = (("nccl", "memcpy ptop"), "self_device_time_total") if on_gpu else (("gloo:",), "cpu_time_total")
     spent = {event.key: (getattr(event, field), event.count) for event in seen.key_averages()}
     longest = sorted(spent.items(), key=lambda item: -item[1][0])[:kernels]
     return {
-        "communication": sum(time for name, (time, _) in spent.items() if mark in name.lower()) / 1e6 / seconds,
+        "communication": sum(time for name, (time, _) in spent.items() if any(mark in name.lower() for mark in marks))
+        / 1e6
+        / seconds,
         "kernels": [[name[:90], round(time / 1e3, 2), count] for name, (time, count) in longest],
     }
 

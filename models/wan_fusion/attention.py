@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from port_kit.models.wan_fusion.fused import Summands
 from port_kit.models.wan_fusion.layers import QueryKeyNorm, shared_squares
 from port_kit.parallel import linear
 from port_kit.parallel.sequence import LengthTrimmedAttention
@@ -54,14 +55,14 @@ class SelfAttention(nn.Module):
         short: Short = "keys" if stream == "audio" else None
         self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", short=short)
 
-    def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
-        """Take normalised tokens; return ``[B, S, D]``."""
+    def forward(self, x_BSD: Tensor, positions: Positions) -> Summands:
+        """Take normalised tokens; return ``[B, S, D]``, or summands of it."""
         q, k, v = self.qkv(x_BSD).chunk(3, -1)
         q_squares, k_squares = shared_squares(q, k)
         (q,) = self.norm_q(q, q_squares, positions.rope)
         (k,) = self.norm_k(k, k_squares, positions.rope)
         attended = self.attn(*(split_heads(t, self.heads) for t in (q, k, v)), positions.length)
-        return linear.summed(self.o, attended.flatten(2))
+        return linear.summands(self.o, attended.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -97,8 +98,8 @@ class CrossAttention(nn.Module):
         positions: Positions,
         other_BOD: Tensor,
         other_positions: Positions,
-    ) -> Tensor:
-        """Return ``[B, S, D]``; a stream of no tokens is not attended.
+    ) -> Summands:
+        """Return ``[B, S, D]``, or summands of it; a stream of no tokens is not attended.
 
         Args:
             x_BSD: this stream's tokens after :attr:`norm`.
@@ -110,14 +111,14 @@ class CrossAttention(nn.Module):
         q = self.q(x_BSD)
         if not other_BOD.shape[1]:
             (q,) = self.norm_q(q, *shared_squares(q))
-            return linear.summed(self.o, self._attend_text(q, text_kv).flatten(2))
+            return linear.summands(self.o, self._attend_text(q, text_kv).flatten(2))
         k, v = self.kv_fusion(other_BOD).chunk(2, -1)
         q_squares, k_squares = shared_squares(q, k)
         q, q_turned = self.norm_q(q, q_squares, positions.rope, plain=True)
         (k,) = self.norm_k_fusion(k, k_squares, other_positions.rope)
         attended = self._attend_text(q, text_kv)
         fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_positions.length)
-        return linear.summed(self.o, (attended + fused).flatten(2))
+        return linear.summands(self.o, (attended + fused).flatten(2))
 
     def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
         return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))

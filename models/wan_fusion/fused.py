@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
 
 
+#: One tensor, or two of which the sum is meant: of ranks that computed a part each.
+Summands = tuple[Tensor, ...]
+
+
 class Affine(NamedTuple):
     """What a layer norm's result is multiplied with, and what is added to it.
 
@@ -45,17 +49,17 @@ def norm(x_BSD: Tensor, affine: Affine, runs: tuple[int, ...], eps: float) -> Te
         runs: how many tokens, in order, have each timestep; G numbers.
         eps: of the norm.
     """
-    return _add_norms(x_BSD, None, None, (affine,), runs, eps)[0]
+    return _add_norms(x_BSD, (), None, (affine,), runs, eps)[0]
 
 
-def add(x_BSD: Tensor, y_BSD: Tensor, gate_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
+def add(x_BSD: Tensor, y_BSD: Summands, gate_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
     """Return ``x + gate * y``, each run of tokens with the gate of its timestep."""
     return _add_norms(x_BSD, y_BSD, gate_GBD, (), runs, 0.0)[0]
 
 
 def add_norms(
     x_BSD: Tensor,
-    y_BSD: Tensor,
+    y_BSD: Summands,
     gate_GBD: Tensor | None,
     affines: Sequence[Affine],
     runs: tuple[int, ...],
@@ -67,7 +71,7 @@ def add_norms(
 
 def _add_norms(
     x_BSD: Tensor,
-    y_BSD: Tensor | None,
+    y_BSD: Summands,
     gate_GBD: Tensor | None,
     affines: Sequence[Affine],
     runs: tuple[int, ...],
@@ -77,23 +81,24 @@ def _add_norms(
         return plain_add_norms(x_BSD, y_BSD, gate_GBD, affines, runs, eps)
     from port_kit.models.wan_fusion import kernels
 
-    y = None if y_BSD is None else y_BSD.contiguous()
+    y = [part.contiguous() for part in y_BSD]
     vectors = [_vectors(affine, x_BSD) for affine in affines]
     return kernels.add_norms(x_BSD.contiguous(), y, gate_GBD, vectors, runs[0], eps)
 
 
 def plain_add_norms(
     x_BSD: Tensor,
-    y_BSD: Tensor | None,
+    y_BSD: Summands,
     gate_GBD: Tensor | None,
     affines: Sequence[Affine],
     runs: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, ...]:
     """Return the sum, where there is a ``y``, and the norms, in plain PyTorch."""
-    if y_BSD is None:
+    if not y_BSD:
         return tuple(_norm(x_BSD, affine, runs, eps) for affine in affines)
-    total = x_BSD + y_BSD if gate_GBD is None else _gated(x_BSD, y_BSD, gate_GBD, runs)
+    y = y_BSD[0] if len(y_BSD) == 1 else y_BSD[0] + y_BSD[1]
+    total = x_BSD + y if gate_GBD is None else _gated(x_BSD, y, gate_GBD, runs)
     return total, *(_norm(total, affine, runs, eps) for affine in affines)
 
 

@@ -8,6 +8,8 @@ Shape suffixes: B batch, S tokens, D width (of this rank, where it is divided), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,24 +21,24 @@ VALUES = {"norm": 64, "add": 32, "rms": 32}
 
 def add_norms(
     x_BSD: Tensor,
-    y_BSD: Tensor | None,
+    summands_BSD: Sequence[Tensor],
     gate_GBD: Tensor | None,
     affines: list[tuple[Tensor, Tensor]],
     first_run: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Return ``x + gate * y``, unless ``y`` is None, and up to two layer norms of it, each with factor and shift.
+    """Return ``x + gate * y``, unless there is no ``y``, and up to two layer norms of it, each with factor and shift.
 
     Args:
         x_BSD: contiguous.
-        y_BSD: contiguous, or None.
+        summands_BSD: at most two, contiguous, of which ``y`` is the sum.
         gate_GBD: any strides but the last, or None for 1.
         affines: factor and shift of each norm, both ``[G, B, D]`` (a G or B of stride 0 is one vector for all).
         first_run: tokens of a sample that take row 0 of G; the others take row 1.
         eps: of the norms.
     """
-    width, block, warps = _row(x_BSD, VALUES["norm" if y_BSD is None else "add"])
-    total = torch.empty_like(x_BSD) if y_BSD is not None else x_BSD
+    width, block, warps = _row(x_BSD, VALUES["add" if summands_BSD else "norm"])
+    total = torch.empty_like(x_BSD) if summands_BSD else x_BSD
     normed = [torch.empty_like(x_BSD) for _ in affines]
     vectors = [vector for affine in affines for vector in affine]
     # a kernel takes all its pointers; those it does not use are never read
@@ -47,7 +49,7 @@ def add_norms(
     if rows:
         _add_norms[(rows,)](
             x_BSD,
-            x_BSD if y_BSD is None else y_BSD,
+            *[*summands_BSD, x_BSD, x_BSD][:2],
             total,
             *outputs,
             gate,
@@ -58,12 +60,12 @@ def add_norms(
             eps,
             D=width,
             BLOCK=block,
-            ADD=y_BSD is not None,
+            SUMMANDS=len(summands_BSD),
             GATED=gate_GBD is not None,
             NORMS=len(affines),
             num_warps=warps,
         )
-    return tuple(normed) if y_BSD is None else (total, *normed)
+    return (total, *normed) if summands_BSD else tuple(normed)
 
 
 def rms_rope(
@@ -133,6 +135,7 @@ def _row(x_BSD: Tensor, values: int) -> tuple[int, int, int]:
 def _add_norms(
     x_ptr: tl.tensor,
     y_ptr: tl.tensor,
+    z_ptr: tl.tensor,
     total_ptr: tl.tensor,
     normed0_ptr: tl.tensor,
     normed1_ptr: tl.tensor,
@@ -156,7 +159,7 @@ def _add_norms(
     eps: tl.tensor,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
+    SUMMANDS: tl.constexpr,
     GATED: tl.constexpr,
     NORMS: tl.constexpr,
 ) -> None:
@@ -167,8 +170,10 @@ def _add_norms(
     inside = at < D
     # everything is asked for before the first sum is waited for
     x = tl.load(x_ptr + row * D + at, mask=inside, other=0.0)
-    if ADD:
+    if SUMMANDS > 0:
         y = tl.load(y_ptr + row * D + at, mask=inside, other=0.0)
+    if SUMMANDS > 1:
+        z = tl.load(z_ptr + row * D + at, mask=inside, other=0.0)
     if GATED:
         gate = tl.load(gate_ptr + g * gate_g + b * gate_b + at, mask=inside, other=0.0)
     if NORMS > 0:
@@ -178,8 +183,10 @@ def _add_norms(
         factor1 = tl.load(factor1_ptr + g * factor1_g + b * factor1_b + at, mask=inside, other=0.0)
         shift1 = tl.load(shift1_ptr + g * shift1_g + b * shift1_b + at, mask=inside, other=0.0)
     x = x.to(tl.float32)
-    if ADD:
+    if SUMMANDS > 0:
         y = y.to(tl.float32)
+        if SUMMANDS > 1:
+            y += z.to(tl.float32)
         if GATED:
             y *= gate.to(tl.float32)
         total = (x + y).to(total_ptr.dtype.element_ty)

@@ -65,9 +65,9 @@ class FeedForward(nn.Module):
         self.up = linear.column(dim, hidden, quant, f"{prefix}.up")
         self.down = linear.row(hidden, dim, quant, f"{prefix}.down")
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return ``[B, S, D]``."""
-        return linear.summed(self.down, fused.linear_gelu(self.up, x_BSD))
+    def forward(self, x_BSD: Tensor) -> fused.Summands:
+        """Return ``[B, S, D]``, or summands of it."""
+        return linear.summands(self.down, fused.linear_gelu(self.up, x_BSD))
 
 
 class TextEmbedding(nn.Module):

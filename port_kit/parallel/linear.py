@@ -91,30 +91,33 @@ def row(
     )
 
 
-def summed(layer: RowParallelLinear, x: Tensor) -> Tensor:
-    """Return the output of a linear that :func:`row` made, as a call of it would give.
+def summands(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, ...]:
+    """Return the output of a linear that :func:`row` made, or the two parts of which it is the sum.
 
-    Two ranks of one host send each other their parts through mailboxes (:mod:`~port_kit.parallel.peers`). All else,
-    such as a linear with a LoRA around it, or more ranks, is summed as vLLM does.
+    Two ranks of one host send each other their parts through mailboxes (:mod:`~port_kit.parallel.peers`); what reads
+    the output can add them in the same pass. It must do so before anything else is exchanged. All else, such as a
+    linear with a LoRA around it, or more ranks, is summed as vLLM does.
 
     Args:
         layer: split by input.
         x: ``[..., K]``, this rank's part of the input.
     """
-    if type(layer) is not RowParallelLinear or layer.tp_size != 2:
-        return layer(x)
-    peers = peers_of(get_tp_group().device_group, x)
+    plain = type(layer) is RowParallelLinear and layer.tp_size == 2
+    peers = peers_of(get_tp_group().device_group, x) if plain else None
     if peers is None:
-        return layer(x)
+        return (layer(x),)
     bias = layer.bias if layer.tp_rank == 0 else None
-    return peers.sum_of_two(layer.quant_method.apply(layer, x, bias))
+    return peers.summands_of_two(layer.quant_method.apply(layer, x, bias))
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum of ``x`` over the tensor-parallel ranks; small tensors, of which latency is the cost."""
     group = get_tp_group()
     peers = peers_of(group.device_group, x) if group.world_size == 2 else None
-    return tensor_model_parallel_all_reduce(x) if peers is None else peers.sum_of_two(x)
+    if peers is None:
+        return tensor_model_parallel_all_reduce(x)
+    own, other = peers.summands_of_two(x)
+    return own + other
 
 
 def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: str) -> ReplicatedLinear:

@@ -12,7 +12,7 @@ vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on 
     for rank in peers.others:
         boxes[rank].copy_(x)                  # written by a copy engine, where both sides are contiguous
     peers.meet()                              # from here on what was written to this rank can be read
-    total = x + boxes[peers.rank]
+    total = x + boxes[peers.rank]            # of two ranks
 
 What a mailbox holds must have been read, on the same stream, before the next :meth:`Peers.meet` on that stream (with a
 ``depth`` of 3, before the one after): then its next writers cannot come too early.
@@ -25,6 +25,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from ctypes import CDLL, c_uint, c_uint32, c_uint64, c_void_p
 from functools import cache
 from math import prod
 from typing import Any, Protocol
@@ -52,16 +53,24 @@ class Memory(Protocol):
 
 
 class SymmetricMemory:
-    """:class:`Memory` on GPUs, from PyTorch."""
+    """:class:`Memory` on GPUs, from PyTorch.
+
+    Ranks meet by numbers that they write behind each other's memory, and that the driver waits for: a kernel that
+    waited would hold a multiprocessor.
+    """
 
     def __init__(self, size: int, group: dist.ProcessGroup) -> None:
         from torch.distributed import _symmetric_memory
 
         device = torch.device("cuda", torch.cuda.current_device())
-        # inference tensors cannot be written to outside of inference mode
-        with torch.inference_mode(False):
-            self.own = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+        self.rank, self.others = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
+        self.flags = -(-size // 16) * 16
+        self.meetings = 0
+        with torch.inference_mode(False):  # else it could only be written to in inference mode
+            self.own = _symmetric_memory.empty(self.flags + 4 * group.size(), dtype=torch.uint8, device=device)
+            self.own[self.flags :].zero_()
             self.handle = _symmetric_memory.rendezvous(self.own, group)
+        self.handle.barrier()  # no rank writes its number before all have been set to zero
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See :class:`Memory`."""
@@ -70,7 +79,26 @@ class SymmetricMemory:
 
     def meet(self) -> None:
         """See :class:`Memory`."""
-        self.handle.barrier()
+        self.meetings += 1
+        stream, heads = torch.cuda.current_stream().cuda_stream, self.handle.buffer_ptrs
+        for rank in self.others:
+            _driver("cuStreamWriteValue32_v2", stream, heads[rank] + self.flags + 4 * self.rank, self.meetings)
+        for rank in self.others:
+            _driver("cuStreamWaitValue32_v2", stream, heads[self.rank] + self.flags + 4 * rank, self.meetings)
+
+
+def _driver(name: str, stream: int, address: int, value: int) -> None:
+    """Have the driver write a number after what was launched before, or wait until at least that is there."""
+    call = getattr(_libcuda(), name)
+    default = 0  # a write after all writes before it; a wait for at least, in 32 bits that may wrap
+    status = call(c_void_p(stream), c_uint64(address), c_uint32(value & 0xFFFFFFFF), c_uint(default))
+    if status:
+        raise RuntimeError(f"{name} gave CUDA error {status}; set {VARIABLE}=0 to exchange through NCCL")
+
+
+@cache
+def _libcuda() -> CDLL:
+    return CDLL("libcuda.so.1")
 
 
 class Peers:
@@ -130,14 +158,14 @@ class Peers:
         self.meet()
         return boxes[self.rank].movedim(0, dim).flatten(dim, dim + 1)
 
-    def sum_of_two(self, x: Tensor) -> Tensor:
-        """Return the sum of both ranks' tensors; only for two ranks, where nothing is sent twice."""
+    def summands_of_two(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's tensor and the other's, to be read before the next meeting; only for two ranks."""
         if self.size != 2:
-            raise ValueError(f"a sum over {self.size} ranks was asked of mailboxes, which add up two; use all_reduce")
+            raise ValueError(f"the other of {self.size} ranks' summands was asked for; of more than two use all_reduce")
         boxes = self.take(x.shape, x.dtype)
         boxes[1 - self.rank].copy_(x)
         self.meet()
-        return x + boxes[self.rank]
+        return x, boxes[self.rank]
 
 
 def peers_of(group: dist.ProcessGroup, x: Tensor, depth: int = 2) -> Peers | None:

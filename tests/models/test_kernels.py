@@ -43,20 +43,22 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
     def draw(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, device=device, dtype=dtype)
 
-    x, y = draw(batch, tokens, width), draw(batch, tokens, width)
+    x, y, z = (draw(batch, tokens, width) for _ in range(3))
     scale, shift, gate = draw(len(runs), batch, 6, width).unbind(2)[:3]
     modulated, learned = Affine(scale, shift), Affine(draw(width), draw(width))
-    forms: dict[str, tuple[Tensor | None, Tensor | None, list[Affine]]] = {
-        "norm": (None, None, [modulated]),
-        "add": (y, gate, []),
-        "add, two norms": (y, gate, [learned, learned]),
-        "add without gate, norm": (y, None, [modulated]),
-        "both kinds of norm": (y, gate, [modulated, learned]),
+    forms: dict[str, tuple[tuple[Tensor, ...], Tensor | None, list[Affine]]] = {
+        "norm": ((), None, [modulated]),
+        "add": ((y,), gate, []),
+        "add, two norms": ((y,), gate, [learned, learned]),
+        "add without gate, norm": ((y,), None, [modulated]),
+        "add two, norm": ((y, z), gate, [modulated]),
+        "add two without gate, two norms": ((y, z), None, [learned, modulated]),
+        "both kinds of norm": ((y,), gate, [modulated, learned]),
     }
-    for name, (other, weight, affines) in forms.items():
+    for name, (summands, weight, affines) in forms.items():
         vectors = [fused._vectors(affine, x) for affine in affines]
-        ours = kernels.add_norms(x, other, weight, vectors, runs[0], 1e-6)
-        yield name, ours, fused.plain_add_norms(x, other, weight, affines, runs, 1e-6)
+        ours = kernels.add_norms(x, summands, weight, vectors, runs[0], 1e-6)
+        yield name, ours, fused.plain_add_norms(x, summands, weight, affines, runs, 1e-6)
 
     q, w = draw(batch, tokens, 3 * width)[..., width : 2 * width], draw(width)
     rope = torch.randn((1, tokens, pair_count, 2), generator=generator, device=device)

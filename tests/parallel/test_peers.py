@@ -66,10 +66,12 @@ def gathered_and_summed(rank: int, ranks: int, folder: str) -> None:
         for dim in range(3):
             assert post.gather(every[rank], dim).equal(torch.cat(every, dim))
         if ranks == 2:
-            assert post.sum_of_two(every[rank]).equal(every[0] + every[1])
+            own, other = post.summands_of_two(every[rank])
+            assert own.equal(every[rank])
+            assert other.equal(every[1 - rank])
     if ranks != 2:
-        with pytest.raises(ValueError, match=f"over {ranks} ranks"):
-            post.sum_of_two(torch.zeros(1))
+        with pytest.raises(ValueError, match=f"of {ranks} ranks"):
+            post.summands_of_two(torch.zeros(1))
 
 
 def one_mailbox_is_too_few(rank: int, ranks: int, folder: str) -> None:
@@ -151,6 +153,34 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tenso
     return out.contiguous(), lse[..., : query.shape[1]]
 
 
+def on_gpus(rank: int, ranks: int, folder: str) -> None:
+    """Join and add what NCCL joins and adds, on two streams at once, with mailboxes that grow meanwhile."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=ranks, init_method=f"file://{folder}/store")
+    group = dist.group.WORLD
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for step in range(60):
+        given = torch.full((1 + step * 2000, 16), float(step * ranks + rank), device="cuda", dtype=torch.bfloat16)
+        every = [torch.empty_like(given) for _ in range(ranks)]
+        dist.all_gather(every, given)
+        results = []
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                post = peers.peers_of(group, given)
+                assert post is not None, "these GPUs do not reach each other"
+                joined = post.gather(given, 0).clone()
+                if rank == step % ranks:
+                    torch.cuda._sleep(1_000_000)  # one rank is late by a millisecond or so
+                results.append((joined, sum(post.summands_of_two(given)) if ranks == 2 else joined[:1]))
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        for joined, total in results:
+            assert joined.equal(torch.cat(every))
+            assert ranks != 2 or total.equal(every[0] + every[1])
+    dist.destroy_process_group()
+
+
 def in_group(rank: int, work: Callable[[int, int, str], None], ranks: int, folder: str) -> None:
     """Run ``work`` as one rank of a group."""
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -167,6 +197,13 @@ def in_group(rank: int, work: Callable[[int, int, str], None], ranks: int, folde
 @pytest.mark.parametrize("work", [gathered_and_summed, one_mailbox_is_too_few, ulysses, ring, short_streams])
 def test_mailboxes(work: Callable[[int, int, str], None], ranks: int, tmp_path: Path) -> None:
     start_processes(in_group, (work, ranks, str(tmp_path)), nprocs=ranks, start_method="fork")
+
+
+@pytest.mark.gpu
+def test_mailboxes_on_gpus(tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count()
+    assert ranks >= 2, "this test needs two GPUs"
+    start_processes(on_gpus, (ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")
 
 
 def test_a_cpu_has_no_mailboxes() -> None:
