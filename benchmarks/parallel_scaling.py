@@ -252,6 +252,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         config = write_model(model, tiny=options.tiny)
         expected, single = measure(model, "single", options, waiting)
         rows = {"single": single}
+        print(json.dumps(rows), file=sys.stderr, flush=True)
         for layout in layouts:
             try:
                 flows, row = measure(model, layout, options, waiting)

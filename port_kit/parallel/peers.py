@@ -10,7 +10,7 @@ vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on 
 
     boxes = peers.take(x.shape, x.dtype)      # one mailbox a rank, of this shape on each
     for rank in peers.others:
-        boxes[rank].copy_(x)                  # written by a copy engine, where both sides are contiguous
+        copy_rows(boxes[rank], x)             # written by a copy engine
     peers.meet()                              # from here on what was written to this rank can be read
     total = x + boxes[peers.rank]            # of two ranks
 
@@ -25,7 +25,6 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
-from ctypes import CDLL, c_uint, c_uint32, c_uint64, c_void_p
 from functools import cache
 from math import prod
 from typing import Any, Protocol
@@ -33,6 +32,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from port_kit.parallel import engines
+from port_kit.parallel.engines import copy_rows
 
 logger = logging.getLogger(__name__)
 
@@ -82,23 +84,9 @@ class SymmetricMemory:
         self.meetings += 1
         stream, heads = torch.cuda.current_stream().cuda_stream, self.handle.buffer_ptrs
         for rank in self.others:
-            _driver("cuStreamWriteValue32_v2", stream, heads[rank] + self.flags + 4 * self.rank, self.meetings)
+            engines.write_number(heads[rank] + self.flags + 4 * self.rank, self.meetings, stream)
         for rank in self.others:
-            _driver("cuStreamWaitValue32_v2", stream, heads[self.rank] + self.flags + 4 * rank, self.meetings)
-
-
-def _driver(name: str, stream: int, address: int, value: int) -> None:
-    """Have the driver write a number after what was launched before, or wait until at least that is there."""
-    call = getattr(_libcuda(), name)
-    default = 0  # a write after all writes before it; a wait for at least, in 32 bits that may wrap
-    status = call(c_void_p(stream), c_uint64(address), c_uint32(value & 0xFFFFFFFF), c_uint(default))
-    if status:
-        raise RuntimeError(f"{name} gave CUDA error {status}; set {VARIABLE}=0 to exchange through NCCL")
-
-
-@cache
-def _libcuda() -> CDLL:
-    return CDLL("libcuda.so.1")
+            engines.wait_for_number(heads[self.rank] + self.flags + 4 * rank, self.meetings, stream)
 
 
 class Peers:
@@ -154,7 +142,7 @@ class Peers:
         """Return the ranks' equally shaped tensors, joined along ``dim``; to be read before the next meeting."""
         boxes = self.take((self.size, *x.shape), x.dtype)
         for box in boxes:
-            box[self.rank].copy_(x)
+            copy_rows(box[self.rank], x)
         self.meet()
         return boxes[self.rank].movedim(0, dim).flatten(dim, dim + 1)
 
@@ -163,7 +151,7 @@ class Peers:
         if self.size != 2:
             raise ValueError(f"the other of {self.size} ranks' summands was asked for; of more than two use all_reduce")
         boxes = self.take(x.shape, x.dtype)
-        boxes[1 - self.rank].copy_(x)
+        copy_rows(boxes[1 - self.rank], x)
         self.meet()
         return x, boxes[self.rank]
 
@@ -191,12 +179,12 @@ def _reach_each_other(group: dist.ProcessGroup) -> bool:
     """Whether each rank can write to the memory of each other; all ranks come to the same answer."""
     if group.size() == 1:
         return False
-    here = (socket.gethostname(), torch.cuda.current_device(), os.environ.get(VARIABLE) != "0")
+    wanted = os.environ.get(VARIABLE) != "0" and engines.available()
+    here = (socket.gethostname(), torch.cuda.current_device(), wanted)
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, here, group=group)
-    wanted = all(rank[2] for rank in ranks)
-    one_host = len({rank[0] for rank in ranks}) == 1
-    reachable = wanted and one_host and all(_reaches(here[1], rank[1]) for rank in ranks)
+    agreed = all(rank[2] for rank in ranks) and len({rank[0] for rank in ranks}) == 1
+    reachable = agreed and all(_reaches(here[1], rank[1]) for rank in ranks)
     answer = torch.tensor(int(reachable), device="cuda")
     dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
     if group.rank() == 0:
