@@ -28,7 +28,6 @@ from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttent
 from vllm_omni.diffusion.distributed.comm import RingComm
 from vllm_omni.diffusion.forward_context import get_ulysses_mode
 
-from port_kit.parallel.engines import copy_rows
 from port_kit.parallel.merge import merge
 from port_kit.parallel.peers import Peers, peers_of
 
@@ -90,12 +89,13 @@ class LeanUlysses(UlyssesParallelAttention):
 def _post_heads(peers: Peers, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Trade heads for tokens through mailboxes, for all tensors at once: ``[B, S, N, H]`` each, alike."""
     batch, tokens, heads, size = tensors[0].shape
-    shape = len(tensors), peers.size, batch, tokens, heads // peers.size, size
-    boxes = peers.take(shape, tensors[0].dtype)
+    dtype = tensors[0].dtype
+    boxes = peers.take((len(tensors), peers.size, batch, tokens, heads // peers.size, size), dtype)
     for index, x in enumerate(tensors):
-        parts = x.unflatten(2, (peers.size, -1))
-        for rank, box in enumerate(boxes):
-            copy_rows(box[index, peers.rank], parts[:, :, rank])
+        parts_PBSnH = words(x).unflatten(2, (peers.size, -1)).permute(2, 0, 1, 3, 4)
+        for rank in peers.others:  # packed here, so that a copy engine can carry it
+            boxes[rank][index, peers.rank].copy_(unwords(parts_PBSnH[rank].contiguous(), dtype))
+        copy_words(boxes[peers.rank][index, peers.rank], x.unflatten(2, (peers.size, -1))[:, :, peers.rank])
     peers.meet()
     return [received.transpose(0, 1).flatten(1, 2) for received in boxes[peers.rank].unbind(0)]
 
@@ -105,12 +105,12 @@ def _post_tokens(peers: Peers, parts_PBSnH: Tensor) -> Tensor:
     ranks, batch, tokens, heads, size = parts_PBSnH.shape
     boxes = peers.take(parts_PBSnH.shape, parts_PBSnH.dtype)
     for rank in peers.others:
-        copy_rows(boxes[rank][peers.rank], parts_PBSnH[rank])
+        boxes[rank][peers.rank].copy_(parts_PBSnH[rank])
     peers.meet()
     whole = parts_PBSnH.new_empty(batch, tokens, ranks, heads, size)
     for rank in range(ranks):
         received = parts_PBSnH[rank] if rank == peers.rank else boxes[peers.rank][rank]
-        copy_rows(whole[:, :, rank], received)
+        copy_words(whole[:, :, rank], received)
     return whole.flatten(2, 3)
 
 
@@ -134,13 +134,13 @@ class LeanRing(RingParallelAttention):
             return super().run_attention(query, key, value, attn_metadata, **options)
         length = attn_metadata.extra.get("valid_kv_length") if attn_metadata is not None else None
         scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return self._go_round(query, key, value, length, scale)
+        return self._go_round(query.contiguous(), key.contiguous(), value.contiguous(), length, scale)
 
     def _go_round(self, query: Tensor, key: Tensor, value: Tensor, length: int | None, scale: float) -> Tensor:
         ring = RingComm(self._sp_group.ring_group)
         ranks = ring.world_size
         peers = peers_of(self._sp_group.ring_group, key, depth=3)
-        carrier = _Post(peers, key, value) if peers else _Relay(ring, key.contiguous(), value.contiguous())
+        carrier = _Relay(ring, key, value) if peers is None else _Post(peers, key, value)
         out = lse = None
         for turn in range(ranks):
             is_last = turn + 1 == ranks
@@ -194,7 +194,7 @@ class _Post:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for box, tensor in zip(self.boxes[(peers.rank + self.turn) % peers.size], self.own, strict=True):
-                copy_rows(box, tensor)
+                box.copy_(tensor)
             peers.meet()
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -251,6 +251,15 @@ def words(x: Tensor) -> Tensor:
     aligned = x.stride(-1) == 1 and all(stride * x.itemsize % size == 0 for stride in x.stride()[:-1])
     fits = x.shape[-1] * x.itemsize % size == 0 and x.storage_offset() * x.itemsize % size == 0
     return x.view(WORD) if aligned and fits else x
+
+
+def copy_words(to: Tensor, x: Tensor) -> None:
+    """Copy between tensors of one shape and dtype, in words where both divide into them."""
+    wide, given = words(to), words(x)
+    if wide.dtype == given.dtype:
+        wide.copy_(given)
+    else:
+        to.copy_(x)
 
 
 def unwords(x: Tensor, dtype: torch.dtype) -> Tensor:

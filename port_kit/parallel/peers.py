@@ -10,7 +10,7 @@ vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on 
 
     boxes = peers.take(x.shape, x.dtype)      # one mailbox a rank, of this shape on each
     for rank in peers.others:
-        copy_rows(boxes[rank], x)             # written by a copy engine
+        boxes[rank].copy_(x)                  # written by a copy engine, where both sides are contiguous
     peers.meet()                              # from here on what was written to this rank can be read
     total = x + boxes[peers.rank]            # of two ranks
 
@@ -26,6 +26,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import count
 from math import prod
 from typing import Any, Protocol
 
@@ -33,13 +34,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from port_kit.parallel import engines
-from port_kit.parallel.engines import copy_rows
-
 logger = logging.getLogger(__name__)
 
 #: Set to 0, it leaves all transfers to NCCL.
 VARIABLE = "PORT_KIT_PEER_COPIES"
+#: Channels that mailboxes share: PyTorch has room for these in groups of up to 32 ranks.
+CHANNELS = 16
+_channels = count()
 #: Calls of :meth:`Peers.meet` in this process, and bytes of the mailboxes that they closed.
 exchanged: Counter[str] = Counter()
 
@@ -57,36 +58,31 @@ class Memory(Protocol):
 class SymmetricMemory:
     """:class:`Memory` on GPUs, from PyTorch.
 
-    Ranks meet by numbers that they write behind each other's memory, and that the driver waits for: a kernel that
-    waited would hold a multiprocessor.
+    Args:
+        size: bytes on each rank.
+        group: whose ranks have it.
+        channel: on which they meet; memories that are used on different streams need different ones.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, size: int, group: dist.ProcessGroup, channel: int) -> None:
         from torch.distributed import _symmetric_memory
 
         device = torch.device("cuda", torch.cuda.current_device())
-        self.rank, self.others = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
-        self.flags = -(-size // 16) * 16
-        self.meetings = 0
+        self.channel = channel
         with torch.inference_mode(False):  # else it could only be written to in inference mode
-            self.own = _symmetric_memory.empty(self.flags + 4 * group.size(), dtype=torch.uint8, device=device)
-            self.own[self.flags :].zero_()
+            self.own = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
             self.handle = _symmetric_memory.rendezvous(self.own, group)
-        self.handle.barrier()  # no rank writes its number before all have been set to zero
+        # PyTorch may have cut it out of a larger allocation, whose head is what a handle's buffers begin with
+        self.start = self.own.data_ptr() - self.handle.get_buffer(group.rank(), (1,), torch.uint8).data_ptr()
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See :class:`Memory`."""
-        view: Tensor = self.handle.get_buffer(rank, tuple(shape), dtype)
+        view: Tensor = self.handle.get_buffer(rank, tuple(shape), dtype, self.start // dtype.itemsize)
         return view
 
     def meet(self) -> None:
         """See :class:`Memory`."""
-        self.meetings += 1
-        stream, heads = torch.cuda.current_stream().cuda_stream, self.handle.buffer_ptrs
-        for rank in self.others:
-            engines.write_number(heads[rank] + self.flags + 4 * self.rank, self.meetings, stream)
-        for rank in self.others:
-            engines.wait_for_number(heads[self.rank] + self.flags + 4 * rank, self.meetings, stream)
+        self.handle.barrier(self.channel)
 
 
 class Peers:
@@ -142,7 +138,7 @@ class Peers:
         """Return the ranks' equally shaped tensors, joined along ``dim``; to be read before the next meeting."""
         boxes = self.take((self.size, *x.shape), x.dtype)
         for box in boxes:
-            copy_rows(box[self.rank], x)
+            box[self.rank].copy_(x)
         self.meet()
         return boxes[self.rank].movedim(0, dim).flatten(dim, dim + 1)
 
@@ -151,7 +147,7 @@ class Peers:
         if self.size != 2:
             raise ValueError(f"the other of {self.size} ranks' summands was asked for; of more than two use all_reduce")
         boxes = self.take(x.shape, x.dtype)
-        copy_rows(boxes[1 - self.rank], x)
+        boxes[1 - self.rank].copy_(x)
         self.meet()
         return x, boxes[self.rank]
 
@@ -171,7 +167,8 @@ def peers_of(group: dist.ProcessGroup, x: Tensor, depth: int = 2) -> Peers | Non
 
 @cache
 def _peers(group: dist.ProcessGroup, _stream: int, depth: int) -> Peers:
-    return Peers(group.rank(), group.size(), lambda size: SymmetricMemory(size, group), depth)
+    channel = next(_channels) % CHANNELS
+    return Peers(group.rank(), group.size(), lambda size: SymmetricMemory(size, group, channel), depth)
 
 
 @cache
@@ -179,12 +176,12 @@ def _reach_each_other(group: dist.ProcessGroup) -> bool:
     """Whether each rank can write to the memory of each other; all ranks come to the same answer."""
     if group.size() == 1:
         return False
-    wanted = os.environ.get(VARIABLE) != "0" and engines.available()
-    here = (socket.gethostname(), torch.cuda.current_device(), wanted)
+    here = (socket.gethostname(), torch.cuda.current_device(), os.environ.get(VARIABLE) != "0")
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, here, group=group)
-    agreed = all(rank[2] for rank in ranks) and len({rank[0] for rank in ranks}) == 1
-    reachable = agreed and all(_reaches(here[1], rank[1]) for rank in ranks)
+    wanted = all(rank[2] for rank in ranks)
+    one_host = len({rank[0] for rank in ranks}) == 1
+    reachable = wanted and one_host and all(_reaches(here[1], rank[1]) for rank in ranks)
     answer = torch.tensor(int(reachable), device="cuda")
     dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
     if group.rank() == 0:
