@@ -41,7 +41,7 @@ VARIABLE = "PORT_KIT_PEER_COPIES"
 #: Channels that mailboxes share: PyTorch has room for these in groups of up to 32 ranks.
 CHANNELS = 16
 _channels = count()
-#: Calls of :meth:`Peers.meet` in this process, and bytes of the mailboxes that they closed.
+#: Calls of :meth:`Peers.meet` in this process, and bytes of the mailboxes that they made readable.
 exchanged: Counter[str] = Counter()
 
 
@@ -113,6 +113,7 @@ class Peers:
         views = self._views[self._turn]
         if key not in views:
             views[key] = self._make(*key)
+        exchanged["bytes"] += views[key][self.rank].nbytes
         return views[key]
 
     def meet(self) -> None:
@@ -121,7 +122,6 @@ class Peers:
         assert memory is not None  # take() comes first
         memory.meet()
         exchanged["calls"] += 1
-        exchanged["bytes"] += self._sizes[self._turn]
 
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         size = prod(shape) * dtype.itemsize

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from port_kit.parallel.peers import exchanged
+
 Noted = TypeVar("Noted")
 
 #: Calls of each attention that are kept.
@@ -52,7 +54,7 @@ class Trace:
     Attributes:
         places: this rank's place in each group: ``tp``, ``sequence``, ``cfg``.
         attention: calls by the layer's path.
-        collectives: ``{operator: (calls, bytes)}``.
+        collectives: ``{operator: (calls, bytes)}``; ``mailboxes`` are those of :mod:`~port_kit.parallel.peers`.
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
         calls: how many passes the transformers made.
         branches: a fingerprint of the inputs of the first passes, in order.
@@ -217,13 +219,20 @@ def collect(pipeline: nn.Module) -> Trace:
     return Trace(
         places=_places(),
         attention={paths[key]: calls for key, calls in _recorder.calls.items() if key in paths},
-        collectives={op: (count, _recorder.bytes[op]) for op, count in sorted(_recorder.collectives.items())},
+        collectives=_collectives(_recorder),
         parameters=_parameters(pipeline),
         calls=_recorder.transformer_calls,
         branches=_recorder.branches,
         flows=_recorder.flows,
         outputs=[(paths[key], call, value) for key, call, value in _recorder.outputs if key in paths],
     )
+
+
+def _collectives(recorder: _Recorder) -> dict[str, tuple[int, int]]:
+    found = {operator: (calls, recorder.bytes[operator]) for operator, calls in sorted(recorder.collectives.items())}
+    if exchanged["calls"]:
+        found["mailboxes"] = exchanged["calls"], exchanged["bytes"]
+    return found
 
 
 def is_transformer(module: nn.Module) -> bool:

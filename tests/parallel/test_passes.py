@@ -14,6 +14,7 @@ from torch import Tensor
 from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.parallel import passes
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.passes import PassesTogether, passes_go_together
 from port_kit.parallel.verify import Subject, verify_layout
@@ -23,11 +24,12 @@ from port_kit.testing.workers import RankResult
 TINY = {"num_layers": 3, "dim": 48, "num_heads": 4, "ffn_dim": 64, "text_dim": 16}
 
 
-def engine(*, hsdp: bool = False, offload: bool = False, cache: str | None = None) -> Any:
+def engine(
+    *, hsdp: bool = False, offload: bool = False, cache: str | None = None, tokens: int = 1, heads: int = 1
+) -> Any:
     """Return what is asked of an engine's configuration."""
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(use_hsdp=hsdp), enable_layerwise_offload=offload, cache_backend=cache
-    )
+    parallel = SimpleNamespace(use_hsdp=hsdp, sequence_parallel_size=tokens, tensor_parallel_size=heads)
+    return SimpleNamespace(parallel_config=parallel, enable_layerwise_offload=offload, cache_backend=cache)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,22 @@ def engine(*, hsdp: bool = False, offload: bool = False, cache: str | None = Non
     ids=["plain", "hsdp", "offload", "hsdp, cache", "offload, cache"],
 )
 def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: bool) -> None:
+    assert passes_go_together(config) is expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (engine(), False),
+        (engine(tokens=2), True),
+        (engine(heads=2), True),
+        (engine(tokens=2, cache="cache_dit"), False),
+    ],
+    ids=["plain", "sequence", "tensor", "sequence, cache"],
+)
+def test_passes_go_together_where_gpus_share_them(config: Any, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not passes_go_together(config)  # on a CPU nothing runs while a rank waits
+    monkeypatch.setattr(passes, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     assert passes_go_together(config) is expected
 
 
@@ -61,7 +79,7 @@ def test_together_is_one_after_the_other() -> None:
 
         shared = draw(1, 5, 16)
 
-        def passes() -> list[dict[str, Any]]:
+        def branches() -> list[dict[str, Any]]:
             text = Text(shared)
             first = {"video": clip, "audio": sound, "timestep": torch.tensor([900]), "video_text": text}
             short = {"video": clip[:, :, :2], "audio": sound[:, :4], "timestep": torch.tensor([30])}
@@ -73,8 +91,8 @@ def test_together_is_one_after_the_other() -> None:
             ]
 
         clip, sound, other = draw(1, channels[0], 3, 4, 4), draw(1, 9, channels[1]), draw(1, 3, 16)
-        alone = [model(**one) for one in passes()]
-        first, *others = passes()
+        alone = [model(**one) for one in branches()]
+        first, *others = branches()
         together = model(**first, others=others)
     assert len(together) == len(alone)
     for mine, expected in zip(together, alone, strict=True):
