@@ -12,7 +12,7 @@ vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on 
     for rank in peers.others:
         boxes[rank].copy_(x)                  # written by a copy engine, where both sides are contiguous
     peers.meet()                              # from here on what was written to this rank can be read
-    total = x + boxes[peers.rank]            # of two ranks
+    total = x + boxes[peers.rank]             # of two ranks
 
 What a mailbox holds must have been read, on the same stream, before the next :meth:`Peers.meet` on that stream (with a
 ``depth`` of 3, before the one after): then its next writers cannot come too early.
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 VARIABLE = "PORT_KIT_PEER_COPIES"
 #: Channels that mailboxes share: PyTorch has room for these in groups of up to 32 ranks.
 CHANNELS = 16
+#: Shapes of which a mailbox keeps its views.
+KEPT_SHAPES = 64
 _channels = count()
 #: Calls of :meth:`Peers.meet` in this process, and bytes of the mailboxes that they made readable.
 exchanged: Counter[str] = Counter()
@@ -112,6 +114,8 @@ class Peers:
         key = (tuple(shape), dtype)
         views = self._views[self._turn]
         if key not in views:
+            if len(views) >= KEPT_SHAPES:
+                views.clear()
             views[key] = self._make(*key)
         exchanged["bytes"] += views[key][self.rank].nbytes
         return views[key]

@@ -109,6 +109,10 @@ def _children() -> set[psutil.Process]:
     return set(psutil.Process().children())
 
 
+def _spawned() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
 def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: RankResult, toy_model: Path) -> None:
     seen: list[str] = []
 
@@ -121,7 +125,7 @@ def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: R
         return local_lengths(pipeline), seen
 
     with closing(WaitingRanks(2)) as waiting:
-        waiting_processes = psutil.Process().children()
+        waiting_processes = _spawned()
         layout = {"parallel_config": {"ulysses_degree": 2}}
         results = run_workers(
             toy_model, [REQUEST], config=layout, setup=setup, probe=probe, start="spawn", waiting=waiting, timeout=300.0
@@ -129,12 +133,13 @@ def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: R
     assert [result.probe for result in results] == [((24, 8), ["set up"])] * 2
     for mine, reference in zip(results[0].outputs[0], single.outputs[0], strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=2e-5)
-    assert waiting_processes and not any(process.is_running() for process in waiting_processes[-2:])
+    assert len(waiting_processes) == 2
+    assert not any(process.is_running() for process in waiting_processes)
 
 
 def test_ranks_that_nobody_takes_are_ended() -> None:
     waiting = WaitingRanks(1)
-    (process,) = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    (process,) = _spawned()
     waiting.close()
     assert not process.is_running()
 
