@@ -297,11 +297,12 @@ def _spec(name: str, entry: TensorSpec | tuple[Iterable[int], str]) -> TensorSpe
 
 def _check_names(names: Collection[str], origin: str) -> None:
     """Refuse names that no file can hold, and the sign that stands for a layer number in templates."""
-    marked = next((name for name in names if "#" in name), None)
-    if marked is not None:
+    text = "".join(names)
+    if "#" in text:
+        marked = next(name for name in names if "#" in name)
         raise _invalid(f"{origin or 'manifest'}: {marked!r} has a #", "# stands for a layer number: rename the tensor")
     try:
-        "".join(names).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         shown = error.object[max(error.start - 20, 0) : error.end + 20]
         raise _invalid(

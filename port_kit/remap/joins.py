@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from port_kit.errors import RemapError
-from port_kit.remap.boxes import Box, Shape, extents
+from port_kit.remap.boxes import Shape, extents
 from port_kit.remap.lower import Write
 from port_kit.remap.ops import Scope
 from port_kit.remap.problems import Problem, problem_from
@@ -121,22 +121,22 @@ def check_transform(parts: Sequence[Write]) -> list[Problem]:
     return []
 
 
-def known_place(write: Write, sizes: dict[str, int]) -> Box | None:
-    """Place one part of a ``concat`` without waiting for the others, where its op gives sizes.
+def known_places(write: Write, sizes: dict[str, int]) -> list[Write]:
+    """Place the parts of a ``concat`` without waiting for the others of one, where its op gives sizes.
 
     A part of the mean width proves nothing: the others may be wider and narrower. Two parts are the exception.
 
     Returns:
-        The region of the part, or None where the other parts have to be known first.
+        The part and what the others will be like, each in its region; nothing where they have to be known first.
     """
     assert write.join is not None and write.join.name == "concat"
     parts, whole = parts_of(write), extents(write.region)
     if write.part not in parts or len(write.shape) != len(whole):
-        return None
+        return []
     axis = write.join.get("dim") % len(whole)
     if write.join.get("sizes") is None:
         if len(parts) > 2:
-            return None
+            return []
         rest = whole[axis] - write.shape[axis]
         widths = [write.shape[axis] if part == write.part else rest for part in parts]
     else:
@@ -147,5 +147,4 @@ def known_place(write: Write, sizes: dict[str, int]) -> Box | None:
         for part, width in zip(parts, widths, strict=True)
         if part != write.part
     ]
-    placed, problems = place_parts([write, *stand_ins], sizes)
-    return None if problems else next(found.region for found in placed if found.part == write.part)
+    return place_parts([write, *stand_ins], sizes)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,12 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.boxes import Box, extents, first_overlap, gaps, intersection, slices, volume, whole
 from port_kit.remap.diagnosis import diagnose
-from port_kit.remap.joins import check_transform, incomplete, known_place, parts_of, place_parts
+from port_kit.remap.joins import check_transform, incomplete, known_places, parts_of, place_parts
 from port_kit.remap.lower import Lowered, Lowering, Write
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.plan import IDENTITY, check, dead_rules, target_problems
 from port_kit.remap.problems import Problem, raise_problems
-from port_kit.remap.routes import Route, Routes
+from port_kit.remap.routes import Route, Routes, Seat
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.steps import Reorder, Take, back, copy_through, gather
 from port_kit.remap.targets import Target, is_elastic, read_targets
@@ -131,13 +132,12 @@ class WeightLoader:
         self.rules = rules
         self.prefix = prefix
         self.folder = Path(folder) if folder is not None else None
-        elastic = {name for name, target in found.targets.items() if is_elastic(target)}
+        elastic = {name for name, target in found.targets.items() if target.loader is not None and is_elastic(target)}
         specs = {name: target.spec for name, target in found.targets.items()}
         self.manifest = Manifest(specs, origin=type(module).__name__, aliases=found.aliases)
         self.lowering = Lowering(
             rules, specs, sizes or {}, narrow=narrow, aliases=found.aliases, elastic=(elastic, found.ranks)
         )
-        self._identity = Lowering(IDENTITY, specs, {}, narrow=narrow or rules.narrow, aliases=found.aliases)
         self._converted: bool | None = None
         self._undecided: list[tuple[str, Tensor]] = []
         self._writes: dict[str, list[Write]] = defaultdict(list)
@@ -153,10 +153,16 @@ class WeightLoader:
         self._planned: dict[tuple[str, str, str], Box] = {}
         self._seen: set[str] = set()
         self._routes: Routes | None = None
-        self._routed: list[tuple[Route, str, str]] = []
+        self._seats: dict[str, Seat | None] = {}
+        self._routed: list[Seat] = []
         self._blamed: set[str] = set()
         if self.folder is not None:
             self._check_headers(dict(sizes or {}), narrow)
+
+    @cached_property
+    def _identity(self) -> Lowering:
+        """What an already converted checkpoint is loaded with."""
+        return Lowering(IDENTITY, self.manifest, {}, narrow=self.lowering.narrow, aliases=self.manifest.aliases)
 
     def _check_headers(self, sizes: dict[str, int], narrow: bool) -> None:
         """Everything that the headers can tell, before the first tensor is read."""
@@ -172,12 +178,25 @@ class WeightLoader:
     def feed(self, name: str, tensor: Tensor) -> None:
         """Put one tensor to where the rules send it; gaps are reported by :meth:`finish`."""
         name = name.removeprefix(self.prefix)
-        if name in self._seen:
-            self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
-            return
-        self._seen.add(name)
+        seat = self._seats.get(name)
         if tensor.requires_grad:
             tensor = tensor.detach()
+        if seat is None or tensor.dtype is not seat[2].dtype or tensor.shape != seat[2].shape:
+            self._feed_without_seat(name, tensor)
+            return
+        self._seats[name] = None
+        seat[2].put(seat[1], tensor)
+        self._routed.append(seat)
+
+    def _feed_without_seat(self, name: str, tensor: Tensor) -> None:
+        if name in self._seen or self._seats.get(name, False) is None:
+            self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
+            return
+        if self._routes is not None and self._routes.learn(name, self._seen):
+            self.feed(self.prefix + name, tensor)
+            return
+        self._seats.pop(name, None)
+        self._seen.add(name)
         if self._routes is None:
             self._converted = self._decide(name) if self._converted is None else self._converted
             if self._converted is None and len(self._undecided) < MAX_UNDECIDED:
@@ -198,26 +217,19 @@ class WeightLoader:
 
     def _release(self) -> None:
         self._converted = bool(self._converted)
-        self._routes = Routes(self._identity if self._converted else self.lowering)
+        self._routes = Routes(
+            self._identity if self._converted else self.lowering, self.targets, self._store_through_loader
+        )
+        self._seats = self._routes.seats
         waiting, self._undecided = self._undecided, []
         for name, tensor in waiting:
             self._put(name, tensor)
 
     def _put(self, name: str, tensor: Tensor) -> None:
         assert self._routes is not None
-        route = self._routes.find(name)
-        if route is not None and tensor.dtype is route.dtype and tensor.shape == route.shape:
-            target = self.targets.get(f"{route.before}{self._routes.number}{route.after}")
-            if target is not None and target.spec is route.spec:
-                self._routed.append((route, name, target.name))
-                if target.loader is None:
-                    route.put(target, tensor)
-                else:
-                    self._store_through_loader(target, route.write, tensor)
-                return
         write, rule = self._work_out(name, tensor)
         if write is not None and not is_elastic(self.targets[write.target]):
-            self._routes.learn(name, tensor, self.targets[write.target], write, rule)
+            self._routes.show(tensor, self.targets[write.target], write, rule)
 
     def _work_out(self, name: str, tensor: Tensor) -> tuple[Write | None, int]:
         """Put a tensor to where the rules say; returns its write, where others of its kind go the same way."""
@@ -280,9 +292,12 @@ class WeightLoader:
         """A write, placed where it need not wait for other parts; and whether parts like it go to the same place."""
         if write.join is None or write.join.name != "concat":
             return write, write.join is None
-        key = (id(write.join), write.part, write.region, write.shape)
+        join = (id(write.join), write.region)
+        key = (*join, write.part, write.shape)
         if key not in self._known_places:
-            self._known_places[key] = known_place(write, self.lowering.sizes)
+            self._known_places[key] = None
+            for placed in known_places(write, self.lowering.sizes):
+                self._known_places[(*join, placed.part, placed.shape)] = placed.region
         region = self._known_places[key]
         if region is not None:
             return write.placed(region), True
@@ -392,25 +407,34 @@ class WeightLoader:
         """
         if self._routes is None:
             self._release()
-        for route, name, target in self._routed:
-            self._used[route.rule] += 1
-            self._writes[target].append(Write(name, route.steps, target, *route.write[3:]))
-        self._routed = []
+        routed: defaultdict[str, list[Seat]] = defaultdict(list)
+        for seat in self._routed:
+            routed[seat[1].name].append(seat)
         for group in self._waiting.values():
             self._problems += incomplete([write for write, _ in group])
         kept = self._kept()
         blamed = self._blamed | {problem.target for problem in self._problems if problem.target}
         loaded = set(kept)
+        sound: set[tuple[Route, ...]] = set()  # the routes that fill a target fill every target that is like it
         for name in self.targets:
-            problems = self._target_problems(name, name in kept, name in blamed)
-            self._problems += problems
-            if not problems and name not in blamed:
-                loaded.add(name)
+            seats = routed.get(name, ())
+            routes = tuple([seat[2] for seat in seats]) if seats else ()
+            alone = bool(seats) and name not in self._writes
+            if not alone or routes not in sound:
+                self._writes[name] += [Write(source, route.steps, name, *route.write[3:]) for source, _, route in seats]
+                problems = self._target_problems(name, name in kept, name in blamed)
+                self._problems += problems
+                if problems or name in blamed:
+                    continue
+                if alone:
+                    sound.add(routes)
+            loaded.add(name)
         if not self._converted:
             self._problems += dead_rules(self.rules, self._used, kept)
-        files = dict.fromkeys(self._seen, "")
-        problems = diagnose(self._problems, self.rules, files, self.targets, self.lowering.sizes)
-        raise_problems(problems, f"{self.rules.name} does not load {self.manifest.origin} completely")
+        if self._problems:
+            files = dict.fromkeys([*self._seen, *(source for source, _, _ in self._routed)], "")
+            problems = diagnose(self._problems, self.rules, files, self.targets, self.lowering.sizes)
+            raise_problems(problems, f"{self.rules.name} does not load {self.manifest.origin} completely")
         return {self.prefix + name for name in loaded}
 
     def _target_problems(self, name: str, kept: bool, blamed: bool) -> list[Problem]:

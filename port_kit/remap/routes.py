@@ -1,85 +1,84 @@
 """Routes: where the tensors of a layer go, once those of another layer have gone there.
 
 Between two copies of some megabytes nothing is left in the processor's caches, so every line of Python that a tensor
-costs on its way counts several times. The first layer is worked out in full; a tensor of another layer then takes two
-look-ups, and its books are done at the end.
+costs on its way counts several times. The first layer is worked out in full. When the second begins, a seat is kept
+for every tensor of every other layer, in one go: each then takes one look-up, and its books are done at the end.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
-from port_kit.remap.boxes import Box, slices
+from port_kit.remap.boxes import Box, Shape, slices, whole
 from port_kit.remap.lower import Lowering, Write
-from port_kit.remap.names import PROBES, section
-from port_kit.remap.steps import Step, copy_through
+from port_kit.remap.names import PROBES
+from port_kit.remap.steps import copy_through
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-    from port_kit.manifest import TensorSpec
     from port_kit.remap.targets import Target
 
-
-@dataclass(frozen=True)
-class Place:
-    """A box of a parameter, as the cheapest view of it.
-
-    Attributes:
-        narrow: ``(axis, start, length)`` where one axis is cut; None where none is, or several are.
-        index: the box where several axes are cut.
-    """
-
-    narrow: tuple[int, int, int] | None
-    index: tuple[slice, ...] | None
-
-    @classmethod
-    def of(cls, box: Box, shape: tuple[int, ...]) -> Place:
-        """The view of a box in a shape."""
-        cut = [axis for axis, span in enumerate(box) if span != (0, shape[axis])]
-        if len(cut) != 1:
-            return cls(None, slices(box, shape))
-        start, stop = box[cut[0]]
-        return cls((cut[0], start, stop - start), None)
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The box of a tensor."""
-        if self.narrow is not None:
-            return tensor.narrow(*self.narrow)
-        return tensor if self.index is None else tensor[self.index]
+#: Gives a piece to a target's own loader.
+Store = Callable[["Target", Write, "Tensor"], None]
+#: What names that differ in one number have in common: what stands before it, and what behind its dot.
+_Frame = tuple[str, str]
 
 
 class Route:
-    """One tensor of a layer on its way into a target of the same number.
+    """One tensor of a layer on its way into the target of the same layer.
 
     Attributes:
-        before, after: the target's name around the number.
         shape, dtype: those of the source.
-        spec: that of the target; targets that are alike share one object.
         write: the write of the layer in which the route was found; only its names are another layer's.
-        steps: those of the write.
-        place: the write's region in a target without a loader of its own.
         rule: number of the rule.
+        index: the write's region as an index of the target; None where it is all of it.
+        slot: the slot for which a target's own loader takes the tensor as it is; None where it has to be cut first.
+        store: what cuts it then.
     """
 
-    __slots__ = ("after", "before", "dtype", "place", "rule", "shape", "spec", "steps", "write")
+    __slots__ = ("dtype", "index", "rule", "shape", "slot", "steps", "store", "write")
 
-    def __init__(self, ends: tuple[str, str], tensor: torch.Tensor, target: Target, write: Write, rule: int) -> None:
-        self.before, self.after = ends
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-        self.spec: TensorSpec = target.spec
-        self.write, self.rule = write, rule
-        self.steps: tuple[Step, ...] = write.steps
-        self.place = Place.of(write.region, target.spec.shape)
+    def __init__(self, shown: _Shown, store: Store) -> None:
+        write, spec = shown.write, shown.target.spec
+        self.shape, self.dtype = shown.shape, shown.dtype
+        self.write, self.rule, self.steps, self.store = write, shown.rule, write.steps, store
+        self.index = index_of(write.region, spec.shape)
+        slots: Mapping[str, Box] = spec.slots or {"": whole(spec.shape)}
+        as_it_is = not write.steps and "." not in write.slot and slots.get(write.slot) == write.region
+        self.slot = write.slot if as_it_is else None
 
-    def put(self, target: Target, tensor: torch.Tensor) -> None:
-        """Copy a tensor into its place in a target without a loader."""
-        place = self.place.view(target.tensor.data)
-        if self.steps:
-            copy_through(place, tensor, self.steps)
+    def put(self, target: Target, tensor: Tensor) -> None:
+        """Put a tensor to where it goes."""
+        if target.loader is None:
+            into = target.tensor.data
+            if self.index is not None:
+                into = into[self.index]
+            if self.steps:
+                copy_through(into, tensor, self.steps)
+            else:
+                into.copy_(tensor)
+        elif self.slot is not None:
+            target.load(self.slot, tensor)
         else:
-            place.copy_(tensor)
+            self.store(target, self.write, tensor)
+
+
+#: What is kept for one tensor that has not come yet: its name, where it goes, and how.
+Seat = tuple[str, "Target", Route]
+
+
+class _Shown(NamedTuple):
+    """What a layer has shown: its tensor's shape and dtype, where it went, and the only rule that matches it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    target: Target
+    write: Write
+    rule: int
 
 
 class Routes:
@@ -87,52 +86,112 @@ class Routes:
 
     Args:
         lowering: the rules that the load follows.
+        targets: all targets of the module.
+        store: gives a piece to a target's own loader.
+
+    Attributes:
+        seats: ``{source: seat}`` for the tensors whose way another layer has shown; None for one that has come.
     """
 
-    def __init__(self, lowering: Lowering) -> None:
-        self._lowering = lowering
-        self._literal = lowering.matcher.literal
-        self._tables: dict[str, dict[str, Route]] = {}
-        self._table: dict[str, Route] = {}
-        self._start, self._size = "\0", 1
-        #: the layer number of the name that was looked for last
-        self.number = ""
+    def __init__(self, lowering: Lowering, targets: Mapping[str, Target], store: Store) -> None:
+        self.seats: dict[str, Seat | None] = {}
+        self._lowering, self._targets, self._store = lowering, targets, store
+        self._shown: list[_Shown] = []
+        self._frames: set[_Frame] = set()
+        self._known: set[object] = set()
+        self._ends: dict[object, tuple[str, str, str] | None] = {}
+        self._numbers: dict[str, list[str]] = {}
 
-    def find(self, name: str) -> Route | None:
-        """The route of a name, where another layer has shown it."""
-        if not name.startswith(self._start):
-            self._turn(name)
-        return self._table.get(name[self._size :])
-
-    def _turn(self, name: str) -> None:
-        """Go to another layer."""
-        found = section(name, self._literal) if self._literal is not None else None
-        head, self.number = found or (name, "")
-        self._start = f"{head}{self.number}." if found else "\0"
-        self._size = len(self._start) if found else len(name)
-        self._table = self._tables.setdefault(head if found else "\0", {})
-
-    def learn(self, name: str, tensor: torch.Tensor, target: Target, write: Write, rule: int) -> None:
-        """Keep the way that a name took, where the layer number goes through unchanged and changes nothing else.
+    def show(self, tensor: Tensor, target: Target, write: Write, rule: int) -> None:
+        """Note where a tensor went.
 
         Args:
-            name: that :meth:`find` has just been asked for.
-            tensor: what came under it.
+            tensor: the tensor.
             target: where it went.
             write: its only write, placed.
             rule: number of the only rule that matches it.
         """
-        ends = self._ends(name, rule)
-        if ends is not None and self.number.join(ends) == write.target:
-            self._table[name[self._size :]] = Route(ends, tensor, target, write, rule)
+        self._shown.append(_Shown(tensor.shape, tensor.dtype, target, write, rule))
+        self._frames.update((head, tail) for head, _, tail in _numbered(write.source))
 
-    def _ends(self, name: str, rule: int) -> tuple[str, str] | None:
-        if not self.number:
-            return None
-        head, tail = self._start[: -len(self.number) - 1], name[self._size :]
-        made = [self._lowering.fill(rule, f"{head}{probe}.{tail}") for probe in PROBES]
-        one, other = (
-            None if names is None else (*names[0].split(probe), names[1])
-            for names, probe in zip(made, PROBES, strict=True)
+    def learn(self, name: str, seen: Container[str]) -> bool:
+        """Keep seats for all that was shown, where something shown was like this name; returns whether it was.
+
+        Args:
+            name: a name that has no seat that fits.
+            seen: names that have come without a seat, and get none.
+        """
+        if not any((head, tail) in self._frames for head, _, tail in _numbered(name)):
+            return False
+        for shown in self._shown:
+            self._keep_seats(shown, seen)
+        self._shown.clear()
+        self._frames.clear()
+        return True
+
+    def _keep_seats(self, shown: _Shown, seen: Container[str]) -> None:
+        """Keep seats for the other layers, where the layer number goes through unchanged and changes nothing else."""
+        spec = shown.target.spec
+        numbered = (
+            (head, tail, self._ends_of(head, tail, shown.rule)) for head, _, tail in _numbered(shown.write.source)
         )
-        return (one[0], one[1]) if one is not None and len(one) == 3 and one == other else None
+        head, tail, ends = next((found for found in numbered if found[2] is not None), ("", "", None))
+        key = (head, tail, shown.dtype, shown.shape, id(spec))
+        if ends is None or key in self._known:
+            return
+        self._known.add(key)
+        route, (before, after, slot) = Route(shown, self._store), ends
+        literal, seats, targets = self._lowering.matcher.literal, self.seats, self._targets
+        for number in self._numbers_after(before):
+            target = targets.get(f"{before}{number}{after}")
+            if target is None or target.spec is not spec:
+                continue
+            name = f"{head}{number}.{tail}"
+            if name in seen or name in seats and seats[name] is None:
+                continue
+            if (literal is None or number in literal) and self._fill(name, route.rule) != (target.name, slot):
+                continue
+            seats[name] = (name, target, route)
+
+    def _numbers_after(self, before: str) -> list[str]:
+        """The numbers that stand in names of targets after this start."""
+        if before not in self._numbers:
+            found = re.findall(rf"^{re.escape(before)}(\d+)", "\n".join(self._targets), re.MULTILINE)
+            self._numbers[before] = list(dict.fromkeys(found))
+        return self._numbers[before]
+
+    def _ends_of(self, head: str, tail: str, rule: int) -> tuple[str, str, str] | None:
+        """The target's name around the number, and its slot; None where the number does something else."""
+        key = (head, tail, rule)
+        if key not in self._ends:
+            found = {self._around(probe, self._fill(f"{head}{probe}.{tail}", rule)) for probe in PROBES}
+            self._ends[key] = found.pop() if len(found) == 1 else None
+        return self._ends[key]
+
+    @staticmethod
+    def _around(number: str, names: tuple[str, str] | None) -> tuple[str, str, str] | None:
+        pieces = names[0].split(number) if names is not None else []
+        return (pieces[0], pieces[1], names[1]) if names is not None and len(pieces) == 2 else None
+
+    def _fill(self, name: str, rule: int) -> tuple[str, str] | None:
+        """The target and the slot that a rule gives a name; None where another rule matches."""
+        return self._lowering.fill(rule, name) if self._lowering.matches(name) == (rule,) else None
+
+
+def _numbered(name: str) -> Iterator[tuple[str, str, str]]:
+    """A name's numbers that may be a layer's, each with what stands before it and behind its dot."""
+    at = 0
+    for part in name.split(".")[:-1]:
+        end = at + len(part) + 1
+        if part.isdecimal():
+            yield name[:at], part, name[end:]
+        at = end
+
+
+def index_of(box: Box, shape: Shape) -> slice | tuple[slice, ...] | None:
+    """A box as the shortest index of a tensor of this shape; None where it is all of it."""
+    index = slices(box, shape)
+    if index is None:
+        return None
+    cut = max(axis for axis, span in enumerate(box) if span != (0, shape[axis]))
+    return index[0] if cut == 0 else index[: cut + 1]

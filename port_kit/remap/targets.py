@@ -84,6 +84,8 @@ def read_targets(module: nn.Module) -> Targets:
     ranks = 1
     for path, owner in module.named_modules():
         ranks = max(ranks, owner.__dict__.get("tp_size") or 1)
+        if not owner._parameters and not owner._buffers:
+            continue
         prefix = f"{path}." if path else ""
         for leaf, tensor, buffer in _own_tensors(owner):
             name = prefix + leaf
@@ -109,13 +111,15 @@ def read_target(
 ) -> Target:
     """Describe one tensor of the module that owns it; ``alike`` holds what others of the module have."""
     alike = {} if alike is None else alike
+    key = (tensor.shape, tensor.dtype, buffer, type(tensor))
+    plain = not tensor.__dict__  # nothing was set on it
+    if plain and key in alike:
+        return Target(name, tensor, *alike[key])
     local = tuple(tensor.shape)
-    if not tensor.__dict__ and not hasattr(type(tensor), "weight_loader"):  # a plain one: nothing was set on it
-        shards = alike.get(local)
-        if shards is None:
-            box = whole(local)
-            shards = alike[local] = (Shard("", box, box, box),)
-        return Target(name, tensor, _spec(alike, local, tensor, {}, buffer), shards, None)
+    if plain and not hasattr(type(tensor), "weight_loader"):
+        box = whole(local)
+        alike[key] = _spec(alike, local, tensor, {}, buffer), (Shard("", box, box, box),), None
+        return Target(name, tensor, *alike[key])
     shape, shards = _layout(owner, tensor, local)
     shards = alike.setdefault(("shards", shards), shards)
     slots = {shard.slot: shard.box for shard in shards if shard.slot}

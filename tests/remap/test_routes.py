@@ -13,13 +13,15 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.export import convert
+from port_kit.remap.load import WeightLoader
 from port_kit.remap.lower import Lowering
-from port_kit.remap.routes import Place, Routes
+from port_kit.remap.routes import Routes, index_of
 from port_kit.remap.targets import read_targets
 from tests.remap.shapes import manifest_of, module_of
 from tests.remap.worlds import Shapes
 
 JOIN = Op.of("concat", dim=0, parts=("a", "b", "c"))
+SIZED = Op.of("concat", dim=0, parts=("a", "b", "c"), sizes=("part", "part", "part"))
 
 
 def filled(rules: RuleSet, source: Shapes, target: Shapes, folder: Path | None = None) -> dict[str, torch.Tensor]:
@@ -101,31 +103,147 @@ def test_a_tensor_unlike_those_of_other_layers_is_refused(shape: tuple, dtype: s
     assert caught.value.code == code and "b.2.r" in str(caught.value)
 
 
-def test_a_tensor_that_comes_twice_is_refused() -> None:
-    given = [(name, torch.zeros(2)) for name in ("b.0.r", "b.1.r", "b.2.r", "b.1.r")]
+def test_a_tensor_that_comes_twice_is_refused_in_every_layer() -> None:
+    names = ["b.0.r", "b.1.r", "b.2.r"]
+    for at in range(1, 4):
+        for again in names[:at]:
+            given = [(name, torch.zeros(2)) for name in (*names[:at], again, *names[at:])]
+            with pytest.raises(RemapError, match=rf"{again} comes twice") as caught:
+                load_weights(module_of({f"x.{layer}.r": (2,) for layer in range(3)}), given, RuleSet("twice", (ROWS,)))
+            assert caught.value.code == "remap_collision"
+
+
+def test_a_tensor_that_comes_twice_is_refused_after_others_of_another_dtype() -> None:
+    given = [(f"b.{layer}.r", torch.zeros(2, dtype=torch.float16 if layer > 1 else None)) for layer in (0, 1, 2, 3, 1)]
     with pytest.raises(RemapError, match=r"b\.1\.r comes twice"):
-        load_weights(module_of({f"x.{at}.r": (2,) for at in range(3)}), given, RuleSet("twice", (ROWS,)))
+        load_weights(module_of({f"x.{layer}.r": (2,) for layer in range(4)}), given, RuleSet("twice", (ROWS,)))
 
 
-def test_routes_are_found_where_a_layer_shows_them() -> None:
-    """The tests above would hold without routes; this one would not."""
-    source, module = manifest_of({"b.0.r": (2,)}), module_of({f"x.{at}.r": (2,) for at in range(3)})
-    targets = read_targets(module).targets
-    lowering = Lowering(RuleSet("few", (ROWS,)), dict(Manifest.from_module(module)), {})
-    routes, tensor = Routes(lowering), torch.ones(2)
-    assert routes.find("b.0.r") is None
-    write = lowering.lower("b.0.r", source["b.0.r"]).writes[0]
-    routes.learn("b.0.r", tensor, targets["x.0.r"], write, 0)
-    route = routes.find("b.2.r")
-    assert route is not None and (route.before, routes.number, route.after) == ("x.", "2", ".r")
-    assert routes.find("b.2.other") is None and routes.find("c.2.r") is None and routes.find("r") is None
-    route.put(targets["x.2.r"], tensor)
-    assert torch.equal(module.get_parameter("x.2.r"), tensor)
+def test_a_layer_that_another_rule_speaks_of() -> None:
+    """It is square, so that only its values tell that it was turned."""
+    rules = RuleSet("turned", (Rule(r"b\.2\.r", r"x.2.r", op="transpose"), Rule(r"b\.([013-9])\.r", r"x.\1.r")))
+    filled(rules, layers(["r"], (3, 3)), {f"x.{at}.r": (3, 3) for at in range(4)})
+
+
+def test_a_layer_that_two_rules_speak_of_is_ambiguous() -> None:
+    rules = RuleSet("both", (ROWS, Rule(r"b\.2\.r", r"x.2.r", op="transpose")))
+    given = {name: torch.zeros(shape) for name, shape in layers(["r"], (3, 3)).items()}
+    with pytest.raises(RemapError, match=r"b\.2\.r matches 2 rules"):
+        load_weights(module_of({f"x.{at}.r": (3, 3) for at in range(4)}), given.items(), rules)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (2,), (4, 3, 2)])
+def test_a_target_unlike_those_of_other_layers_takes_no_like_tensor(shape: tuple[int, ...]) -> None:
+    given = {name: torch.zeros(shape) for name, shape in layers(["r"], (3, 2), 3).items()}
+    with pytest.raises(RemapError) as caught:
+        load_weights(
+            module_of({"x.0.r": (3, 2), "x.1.r": (3, 2), "x.2.r": shape}), given.items(), RuleSet("u", (ROWS,))
+        )
+    assert caught.value.code == "remap_shape" and "b.2.r" in str(caught.value)
+
+
+PARTS = RuleSet("parts", (Rule(r"b\.(\d+)\.(a|b|c)", r"x.\1", shard=r"\2", op=SIZED),), {"part": 2})
+
+
+@pytest.mark.parametrize("missing", ["b.0.a", "b.1.b", "b.3.c"])
+def test_a_part_that_one_layer_lacks_is_named(missing: str) -> None:
+    given = {name: torch.ones(shape) for name, shape in layers(["a", "b", "c"], (2, 3)).items() if name != missing}
+    with pytest.raises(RemapError) as caught:
+        load_weights(module_of({f"x.{at}": (6, 3) for at in range(4)}), given.items(), PARTS)
+    assert caught.value.code == "remap_incomplete_group"
+    assert [problem["target"] for problem in caught.value.details["problems"]] == [f"x.{missing[2]}"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_parts_that_one_layer_is_blamed_for_are_missed_in_another(order: int) -> None:
+    """A part of a wrong dtype explains what its own layer lacks, and nothing that a like one lacks."""
+    given = {name: torch.ones(shape) for name, shape in layers(["a", "b", "c"], (2, 3)).items() if name != "b.2.a"}
+    given["b.1.a"] = torch.ones(2, 3, dtype=torch.int64)
+    names = sorted(given)[::order]
+    with pytest.raises(RemapError) as caught:
+        load_weights(module_of({f"x.{at}": (6, 3) for at in range(4)}), [(name, given[name]) for name in names], PARTS)
+    found = {problem["target"]: problem["code"] for problem in caught.value.details["problems"]}
+    assert found == {"x.1": "remap_dtype", "x.2": "remap_incomplete_group"}
+
+
+def test_a_part_of_another_dtype_is_loaded_all_the_same() -> None:
+    given = {name: torch.randn(shape) for name, shape in layers(["a", "b", "c"], (2, 3)).items()}
+    given["b.2.b"] = given["b.2.b"].half()
+    module = module_of({f"x.{at}": (6, 3) for at in range(4)})
+    assert len(load_weights(module, given.items(), PARTS)) == 4
+    for at in range(4):
+        assert torch.equal(module.get_parameter(f"x.{at}"), torch.cat([given[f"b.{at}.{part}"] for part in "abc"]))
+
+
+def test_a_part_of_another_dtype_does_not_stand_for_that_of_another_layer() -> None:
+    given = {name: torch.ones(shape) for name, shape in layers(["a", "b", "c"], (2, 3)).items() if name != "b.3.b"}
+    given["b.1.b"] = given["b.1.b"].half()
+    with pytest.raises(RemapError, match=r"x\.3") as caught:
+        load_weights(module_of({f"x.{at}": (6, 3) for at in range(4)}), given.items(), PARTS)
+    assert caught.value.code == "remap_incomplete_group"
+
+
+def test_a_module_that_is_moved_during_a_load_gets_its_values() -> None:
+    """Seats hold parameters, not their memory."""
+    module = module_of({f"x.{at}": (6, 3) for at in range(4)})
+    given = {name: torch.randn(shape) for name, shape in layers(["a", "b", "c"], (2, 3)).items()}
+    loader = WeightLoader(module, PARTS)
+    for number, (name, tensor) in enumerate(given.items()):
+        if number == 6:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.clone()
+        loader.feed(name, tensor)
+    assert len(loader.finish()) == 4
+    for at in range(4):
+        assert torch.equal(module.get_parameter(f"x.{at}"), torch.cat([given[f"b.{at}.{part}"] for part in "abc"]))
+
+
+def routes_of(rules: RuleSet, source: Shapes, target: Shapes) -> tuple[Routes, torch.nn.Module]:
+    """The routes after the first source has gone its way."""
+    module, name = module_of(target), next(iter(source))
+    lowering, targets = Lowering(rules, dict(Manifest.from_module(module)), {}), read_targets(module).targets
+    routes = Routes(lowering, targets, lambda target, write, tensor: pytest.fail("there is no loader"))
+    assert not routes.learn(name, ())
+    write = lowering.lower(name, manifest_of(source)[name]).writes[0]
+    routes.show(torch.ones(source[name]), targets[write.target], write, lowering.matches(name)[0])
+    return routes, module
+
+
+def test_seats_are_kept_where_a_layer_shows_the_way() -> None:
+    """The tests above would hold without seats; this one would not."""
+    routes, module = routes_of(RuleSet("few", (ROWS,)), {"b.0.r": (2,)}, {f"x.{at}.r": (2,) for at in range(4)})
+    assert not routes.learn("b.2.other", ()) and not routes.learn("r", ()) and not routes.seats
+    assert routes.learn("b.2.r", ["b.0.r", "b.3.r"]) and not routes.learn("b.2.r", ())
+    assert set(routes.seats) == {"b.1.r", "b.2.r"}
+    seat = routes.seats["b.2.r"]
+    assert seat is not None and seat[0] == "b.2.r" and seat[1].name == "x.2.r"
+    seat[2].put(seat[1], torch.ones(2))
+    assert torch.equal(module.get_parameter("x.2.r"), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "first", "seats"),
+    [
+        (r"b\.(\d+)\.(ffn\.[02]\.w)", "b.0.ffn.0.w", {"b.0.ffn.0.w", "b.1.ffn.0.w", "b.2.ffn.0.w"}),
+        (r"b\.([0-2])\.(ffn\.0\.w)", "b.0.ffn.0.w", set()),
+        (r"b\.([13]|2|\d\d+)\.(ffn\.0\.w)", "b.1.ffn.0.w", {"b.1.ffn.0.w", "b.2.ffn.0.w"}),
+        (r"b\.(\d\d?|\d+)\.(ffn\.0\.w)", "b.0.ffn.0.w", {"b.0.ffn.0.w", "b.1.ffn.0.w", "b.2.ffn.0.w"}),
+    ],
+)
+def test_numbers_that_patterns_spell_out_get_the_seats_that_their_rule_gives(
+    pattern: str, first: str, seats: set[str]
+) -> None:
+    rules = RuleSet("spelled", (Rule(pattern, r"x.\1.\2"),))
+    routes, _ = routes_of(rules, {first: (2,)}, {f"x.{at}.ffn.0.w": (2,) for at in range(3)})
+    routes.learn("b.7.ffn.0.w", ())
+    assert set(routes.seats) == seats
 
 
 @pytest.mark.parametrize("box", [((0, 4), (0, 6)), ((1, 3), (0, 6)), ((0, 4), (2, 5)), ((1, 2), (3, 6))])
-def test_a_place_is_the_view_of_its_box(box: tuple) -> None:
+def test_an_index_is_the_view_of_its_box(box: tuple) -> None:
     tensor = torch.arange(24).reshape(4, 6)
-    view = Place.of(box, (4, 6)).view(tensor)
+    index = index_of(box, (4, 6))
+    view = tensor if index is None else tensor[index]
     assert torch.equal(view, tensor[tuple(slice(*span) for span in box)])
     assert view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    assert (index is None) == (box == ((0, 4), (0, 6))) and isinstance(index, slice) == (box == ((1, 3), (0, 6)))
