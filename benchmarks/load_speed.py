@@ -18,7 +18,10 @@ engine loads: under one, every call of torch takes a microsecond of Python more.
 
 Prints one JSON object with medians in seconds, medians of the ratios of each round (which a busy machine disturbs
 less), bytes read, and the peak of private memory above the ready parameters. torch's own threads wait for each other
-at the end of every tensor: ``OMP_NUM_THREADS=1`` keeps that out of ``copy`` and ``remap`` on a busy machine.
+at the end of every tensor: ``OMP_NUM_THREADS=1`` keeps that out of ``copy`` and ``remap`` on a busy machine. ``copy``
+and ``remap`` have ``torch_threads``; the rank-local reader has threads of its own, one a core of ``cores`` and at most
+4, whatever torch has. So ``tp2`` compares with ``copy`` where torch has as many, and else with ``local_whole``.
+``tp2_planned`` is what ``tp2`` does before it reads: headers and plan, which do not shrink with the rank's share.
 
     OMP_NUM_THREADS=1 python benchmarks/load_speed.py [--rounds 10] [--blocks 24] [--file FILE]
 """
@@ -39,8 +42,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
+from port_kit.remap.load import WeightLoader
 from port_kit.remap.local import load_local
+from port_kit.remap.plan import check
 
 WIDTH, FFN = 1536, 6912
 BLOCK = {
@@ -211,6 +217,14 @@ def in_tree(module: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> N
         loaded.add(name)
 
 
+def plan(module: nn.Module, file: Path) -> None:
+    """What a rank-local load does before it reads."""
+    loader = WeightLoader(module, SLOTS)
+    source, lowering = Manifest.from_safetensors(file), loader.lowering
+    found = check(SLOTS, source, loader.manifest, elastic=lowering.elastic, lowering=lowering)
+    assert not found.problems
+
+
 def private_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -266,6 +280,7 @@ def measure(file: Path, blocks: int, rounds: int) -> dict[str, object]:
         filled = {"in_tree": modules["vllm"], "remap_vllm": modules["vllm"], "tp2": half, "tp2_one_thread": half}
         for name, run in runs.items():  # this warms the cache too
             _check(name, run, filled.get(name, fused), file)
+        runs["tp2_planned"] = lambda: plan(half, file)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds):
             for name in list(runs)[:: -1 if number % 2 else 1]:
@@ -281,6 +296,8 @@ def measure(file: Path, blocks: int, rounds: int) -> dict[str, object]:
     return {
         "bytes": sum(parameter.nbytes for parameter in modules["copy"].parameters()),
         "rounds": rounds,
+        "torch_threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
         "median_s": {name: round(value, 4) for name, value in medians.items()},
         "best_s": {name: round(min(times), 4) for name, times in seconds.items()},
         "remap_over_copy": _ratio(seconds, "remap", "both_copies"),
