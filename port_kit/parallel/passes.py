@@ -31,6 +31,8 @@ from vllm_omni.diffusion.distributed.parallel_state import (
     is_cfg_group_initialized,
 )
 
+from port_kit.parallel.peers import is_wanted
+
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
@@ -41,9 +43,10 @@ def brings_weights_in(config: OmniDiffusionConfig | None) -> bool:
 
 
 def shares_passes(config: OmniDiffusionConfig) -> bool:
-    """Whether the GPUs of an engine divide the tokens or the heads of a pass."""
+    """Whether the GPUs of an engine divide the tokens or the heads of a pass, and may write to each other's memory."""
     parallel = config.parallel_config
-    return current_platform.is_cuda() and max(parallel.sequence_parallel_size, parallel.tensor_parallel_size) > 1
+    divided = max(parallel.sequence_parallel_size, parallel.tensor_parallel_size) > 1
+    return divided and current_platform.is_cuda() and is_wanted()
 
 
 def passes_go_together(config: OmniDiffusionConfig) -> bool:

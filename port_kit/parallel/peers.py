@@ -5,7 +5,7 @@ transfer begins when they end, even on a stream of its own. Between GPUs that ca
 PyTorch's symmetric memory lets a copy engine do it, while the multiprocessors go on with another pass.
 
 :func:`peers_of` gives a group's mailboxes, or None where its ranks are not on one host, their GPUs do not reach each
-other, or ``PORT_KIT_PEER_COPIES=0`` is set: then NCCL carries everything, with the same results. Groups are
+other, or ``PORT_KIT_PEER_COPIES=0`` is set: then NCCL carries everything. Groups are
 vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on one never waits for another::
 
     boxes = peers.take(x.shape, x.dtype)      # one mailbox a rank, of this shape on each
@@ -169,6 +169,11 @@ def peers_of(group: dist.ProcessGroup, x: Tensor, depth: int = 2) -> Peers | Non
     return _peers(group, torch.cuda.current_stream(x.device).cuda_stream, depth)
 
 
+def is_wanted() -> bool:
+    """Whether mailboxes may be used where they can."""
+    return os.environ.get(VARIABLE) != "0"
+
+
 @cache
 def _peers(group: dist.ProcessGroup, _stream: int, depth: int) -> Peers:
     channel = next(_channels) % CHANNELS
@@ -180,7 +185,7 @@ def _reach_each_other(group: dist.ProcessGroup) -> bool:
     """Whether each rank can write to the memory of each other; all ranks come to the same answer."""
     if group.size() == 1:
         return False
-    here = (socket.gethostname(), torch.cuda.current_device(), os.environ.get(VARIABLE) != "0")
+    here = (socket.gethostname(), torch.cuda.current_device(), is_wanted())
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, here, group=group)
     wanted = all(rank[2] for rank in ranks)

@@ -61,6 +61,8 @@ def test_passes_go_together_where_gpus_share_them(config: Any, expected: bool, m
     assert not passes_go_together(config)  # on a CPU nothing runs while a rank waits
     monkeypatch.setattr(passes, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     assert passes_go_together(config) is expected
+    monkeypatch.setenv("PORT_KIT_PEER_COPIES", "0")
+    assert not passes_go_together(config)
 
 
 @torch.inference_mode()
