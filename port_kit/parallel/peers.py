@@ -26,7 +26,6 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count
 from math import prod
 from typing import Any, Protocol
 
@@ -34,15 +33,16 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from port_kit.parallel import driver
+
 logger = logging.getLogger(__name__)
 
 #: Set to 0, it leaves all transfers to NCCL.
 VARIABLE = "PORT_KIT_PEER_COPIES"
-#: Channels that mailboxes share: PyTorch has room for these in groups of up to 32 ranks.
-CHANNELS = 16
+#: Bytes between the numbers by which ranks meet.
+LINE = 128
 #: Shapes of which a mailbox keeps its views.
 KEPT_SHAPES = 64
-_channels = count()
 #: Calls of :meth:`Peers.meet` in this process, and bytes of the mailboxes that they made readable.
 exchanged: Counter[str] = Counter()
 
@@ -60,31 +60,46 @@ class Memory(Protocol):
 class SymmetricMemory:
     """:class:`Memory` on GPUs, from PyTorch.
 
+    Ranks meet by numbers that they write behind each other's memory and that the driver waits for. PyTorch's own
+    barrier waits in a kernel: it holds a multiprocessor, and a kernel that wants all of them ends late.
+
     Args:
         size: bytes on each rank.
         group: whose ranks have it.
-        channel: on which they meet; memories that are used on different streams need different ones.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup, channel: int) -> None:
-        from torch.distributed import _symmetric_memory
+    def __init__(self, size: int, group: dist.ProcessGroup) -> None:
+        from torch._C._distributed_c10d import _SymmetricMemory
 
         device = torch.device("cuda", torch.cuda.current_device())
-        self.channel = channel
+        self.rank, self.others = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
+        numbers = -(-size // LINE) * LINE
         with torch.inference_mode(False):  # else it could only be written to in inference mode
-            self.own = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-            self.handle = _symmetric_memory.rendezvous(self.own, group)
-        # PyTorch may have cut it out of a larger allocation, whose head is what a handle's buffers begin with
-        self.start = self.own.data_ptr() - self.handle.get_buffer(group.rank(), (1,), torch.uint8).data_ptr()
+            # not from PyTorch's pool of such memory: ranks could take different pieces of it for the same mailbox
+            whole = numbers + LINE * group.size()
+            self.own = _SymmetricMemory.empty_strided_p2p((whole,), (1,), torch.uint8, device)
+            self.own[numbers:].zero_()
+            self.handle = _SymmetricMemory.rendezvous(self.own, group.group_name)
+        place = (group.size(), LINE // 4), torch.int32, numbers // 4
+        self.numbers = [self.handle.get_buffer(rank, *place) for rank in range(group.size())]
+        self.meetings = 0
+        # PyTorch wipes the memory and uploads its addresses on a stream that others do not wait for; all ranks must
+        # have that behind them before one writes to another
+        torch.cuda.synchronize(device)
+        dist.barrier(group, device_ids=[device.index])
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See :class:`Memory`."""
-        view: Tensor = self.handle.get_buffer(rank, tuple(shape), dtype, self.start // dtype.itemsize)
+        view: Tensor = self.handle.get_buffer(rank, tuple(shape), dtype)
         return view
 
     def meet(self) -> None:
         """See :class:`Memory`."""
-        self.handle.barrier(self.channel)
+        self.meetings += 1
+        for rank in self.others:
+            driver.write_number(self.numbers[rank][self.rank], self.meetings)
+        for rank in self.others:
+            driver.wait_for_number(self.numbers[self.rank][rank], self.meetings)
 
 
 class Peers:
@@ -171,13 +186,12 @@ def peers_of(group: dist.ProcessGroup, x: Tensor, depth: int = 2) -> Peers | Non
 
 def is_wanted() -> bool:
     """Whether mailboxes may be used where they can."""
-    return os.environ.get(VARIABLE) != "0"
+    return os.environ.get(VARIABLE) != "0" and driver.is_installed()
 
 
 @cache
 def _peers(group: dist.ProcessGroup, _stream: int, depth: int) -> Peers:
-    channel = next(_channels) % CHANNELS
-    return Peers(group.rank(), group.size(), lambda size: SymmetricMemory(size, group, channel), depth)
+    return Peers(group.rank(), group.size(), lambda size: SymmetricMemory(size, group), depth)
 
 
 @cache
@@ -185,6 +199,8 @@ def _reach_each_other(group: dist.ProcessGroup) -> bool:
     """Whether each rank can write to the memory of each other; all ranks come to the same answer."""
     if group.size() == 1:
         return False
+    if not driver.is_installed():
+        logger.warning("NCCL carries what copy engines could: cuda-bindings is missing (pip install cuda-bindings)")
     here = (socket.gethostname(), torch.cuda.current_device(), is_wanted())
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, here, group=group)
