@@ -43,7 +43,8 @@ VARIABLE = "PORT_KIT_PEER_COPIES"
 LINE = 128
 #: Shapes of which a mailbox keeps its views.
 KEPT_SHAPES = 64
-#: Calls of :meth:`Peers.meet` in this process, and bytes of the mailboxes that they made readable.
+#: Calls of :meth:`Peers.meet` in this process, bytes of the mailboxes that they made readable, and the memory that this
+#: rank's mailboxes take, in bytes. PyTorch's figures of allocated memory do not hold the last.
 exchanged: Counter[str] = Counter()
 
 
@@ -150,6 +151,7 @@ class Peers:
                 torch.cuda.synchronize()  # what is given back has been read
             self._views[self._turn].clear()
             memory = self._memories[self._turn] = self._allocate(size)
+            exchanged["memory"] += size - self._sizes[self._turn]
             self._sizes[self._turn] = size
         return [memory.view(rank, shape, dtype) for rank in range(self.size)]
 

