@@ -14,7 +14,7 @@ from torch import Tensor
 from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.models.wan_fusion.transformer import build_transformer
-from port_kit.parallel import passes
+from port_kit.parallel import driver, passes
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.passes import PassesTogether, passes_go_together
 from port_kit.parallel.verify import Subject, verify_layout
@@ -60,6 +60,9 @@ def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: 
 def test_passes_go_together_where_gpus_share_them(config: Any, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not passes_go_together(config)  # on a CPU nothing runs while a rank waits
     monkeypatch.setattr(passes, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(driver, "is_installed", lambda: False)
+    assert not passes_go_together(config)  # nor where NCCL carries everything
+    monkeypatch.setattr(driver, "is_installed", lambda: True)
     assert passes_go_together(config) is expected
     monkeypatch.setenv("PORT_KIT_PEER_COPIES", "0")
     assert not passes_go_together(config)

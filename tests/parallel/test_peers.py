@@ -23,7 +23,7 @@ from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_att
 from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttention
 
-from port_kit.parallel import exchange, peers, short
+from port_kit.parallel import driver, exchange, peers, short
 from port_kit.parallel.exchange import LeanRing, lean
 from port_kit.parallel.peers import Peers
 from port_kit.runtime.patches import install_worker_fixes
@@ -208,3 +208,18 @@ def test_mailboxes_on_gpus(tmp_path: Path) -> None:
 
 def test_a_cpu_has_no_mailboxes() -> None:
     assert peers.peers_of(SimpleNamespace(), torch.zeros(1)) is None  # type: ignore[arg-type]
+
+
+def test_what_the_driver_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def refuse(*arguments: int) -> tuple[int]:
+        asked.append(arguments)
+        return (801,)
+
+    monkeypatch.setattr(driver, "_driver", lambda: SimpleNamespace(cuStreamWaitValue32=refuse))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    place = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="cuStreamWaitValue32 was refused.*801.*PORT_KIT_PEER_COPIES=0"):
+        driver.wait_for_number(place, 2**32 + 3)
+    assert asked == [(7, place.data_ptr(), 3, 0)]
