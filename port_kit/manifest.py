@@ -8,9 +8,12 @@ what else is known: ``slots`` of a fused parameter, ``buffer``, ``file``. A bare
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Slot = tuple[tuple[int, int], ...]
+Stamp = tuple[int, int, int, int]
 
 #: dtype words of safetensors headers -> the words of manifests, which are torch's.
 SAFETENSORS_DTYPES = {
@@ -63,6 +67,7 @@ ITEM_SIZES = {
 }
 #: Largest safetensors header that is read; the format's own limit.
 MAX_HEADER = 100_000_000
+_INTEGER = frozenset({int})  # True and 1.0 are equal to 1, and no extents
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -95,15 +100,12 @@ class TensorSpec:
             extra["file"] = self.file
         return [list(self.shape), self.dtype, *([extra] if extra else [])]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return self.numel * ITEM_SIZES[self.dtype]
@@ -116,6 +118,8 @@ class Manifest(Mapping[str, TensorSpec]):
         entries: ``{name: TensorSpec}`` or ``{name: (shape, dtype)}``.
         origin: where it comes from, for messages.
         aliases: further names of tensors that a module shares, ``{name: name in the manifest}``.
+        places: of a safetensors checkpoint, ``{name: offset}`` of its bytes in its file.
+        stamps: of one that lies on a disk, what :func:`stamp` said of each file when its header was read.
     """
 
     def __init__(
@@ -124,11 +128,17 @@ class Manifest(Mapping[str, TensorSpec]):
         *,
         origin: str = "",
         aliases: Mapping[str, str] | None = None,
+        places: Mapping[str, int] | None = None,
+        stamps: Mapping[str, Stamp] | None = None,
     ) -> None:
-        self._entries = {name: _spec(name, entry) for name, entry in entries.items()}
+        self._entries = {
+            name: entry if isinstance(entry, TensorSpec) else _spec(name, entry) for name, entry in entries.items()
+        }
         _check_names(self._entries, origin)
         self.origin = origin
         self.aliases = dict(aliases or {})
+        self.places = dict(places or {})
+        self.stamps = dict(stamps or {})
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._entries[name]
@@ -142,13 +152,22 @@ class Manifest(Mapping[str, TensorSpec]):
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
+    def keys(self) -> KeysView[str]:
+        return self._entries.keys()
+
+    def values(self) -> ValuesView[TensorSpec]:
+        return self._entries.values()
+
+    def items(self) -> ItemsView[str, TensorSpec]:
+        return self._entries.items()
+
     def __repr__(self) -> str:
         return f"Manifest({len(self)} tensors, {self.nbytes:,} bytes, {self.origin!r})"
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(spec.nbytes for spec in self.values())
+        return sum([spec.nbytes for spec in self._entries.values()])
 
     # -- JSON --------------------------------------------------------------------------------------------------
 
@@ -233,8 +252,17 @@ class Manifest(Mapping[str, TensorSpec]):
         )
 
     @classmethod
-    def from_header(cls, header: Mapping[str, Any], *, file: str = "", origin: str = "") -> Manifest:
+    def from_header(
+        cls, header: Mapping[str, Any], *, file: str = "", origin: str = "", start: int = 0, stamp: Stamp | None = None
+    ) -> Manifest:
         """Read a parsed safetensors header.
+
+        Args:
+            header: its entries.
+            file: the name of the file.
+            origin: where it comes from, for messages.
+            start: the offset of the file's data.
+            stamp: the file's, where it lies on a disk.
 
         Raises:
             RemapError: ``manifest_invalid`` for an entry that cannot be read, or tensors that do not follow each other.
@@ -242,24 +270,30 @@ class Manifest(Mapping[str, TensorSpec]):
         origin = origin or file
         entries: dict[str, TensorSpec] = {}
         spans: list[tuple[int, int, str]] = []
+        alike: dict[object, TensorSpec] = {}  # most tensors are like one of an earlier layer
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             try:
                 dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-                start, stop = entry["data_offsets"]
+                first, last = entry["data_offsets"]
             except (KeyError, TypeError, ValueError) as error:
                 raise _invalid(f"{origin}: header entry {name!r} cannot be read: {str(entry)[:80]}") from error
-            spec = entries[name] = _checked(name, TensorSpec(shape, dtype, file=file), origin)
-            if type(start) is not int or type(stop) is not int or stop - start != spec.nbytes:
-                raise _invalid(f"{origin}: {name!r} of {spec.nbytes} bytes stands at {start!r} to {stop!r}")
-            spans.append((start, stop, name))
+            spec = alike.get((dtype, shape)) if _INTEGER.issuperset(map(type, shape)) else None
+            if spec is None:
+                spec = _checked(name, TensorSpec(shape, dtype, file=file), origin)
+                alike[dtype, shape] = spec
+            entries[name] = spec
+            if type(first) is not int or type(last) is not int or last - first != spec.nbytes:
+                raise _invalid(f"{origin}: {name!r} of {spec.nbytes} bytes stands at {first!r} to {last!r}")
+            spans.append((first, last, name))
         at = 0
-        for start, stop, name in sorted(spans):
-            if start != at:
-                raise _invalid(f"{origin}: {name!r} stands at {start}; the tensors before it end at {at}")
-            at = stop
-        return cls(entries, origin=origin)
+        for first, last, name in sorted(spans):
+            if first != at:
+                raise _invalid(f"{origin}: {name!r} stands at {first}; the tensors before it end at {at}")
+            at = last
+        places = {name: start + first for first, _, name in spans}
+        return cls(entries, origin=origin, places=places, stamps={} if stamp is None else {file: stamp})
 
     # -- modules -----------------------------------------------------------------------------------------------
 
@@ -288,9 +322,7 @@ class Manifest(Mapping[str, TensorSpec]):
         )
 
 
-def _spec(name: str, entry: TensorSpec | tuple[Iterable[int], str]) -> TensorSpec:
-    if isinstance(entry, TensorSpec):
-        return entry
+def _spec(name: str, entry: tuple[Iterable[int], str]) -> TensorSpec:
     shape, dtype = entry
     return _checked(name, TensorSpec(tuple(shape), dtype), "manifest")
 
@@ -384,17 +416,31 @@ def read_weight_map(text: str, origin: str) -> dict[str, str]:
 
 
 def _joined(parts: list[tuple[str, Manifest]], origin: str) -> Manifest:
+    if len(parts) == 1:
+        parts[0][1].origin = origin
+        return parts[0][1]
     entries: dict[str, TensorSpec] = {}
+    places: dict[str, int] = {}
+    stamps: dict[str, Stamp] = {}
     for file, part in parts:
-        for name, spec in part.items():
-            if name in entries:
-                raise _invalid(f"{name!r} stands in {entries[name].file} and in {file}", "remove one of the files")
-            entries[name] = spec
-    return Manifest(entries, origin=origin)
+        twice = entries.keys() & part.keys()
+        if twice:
+            name = next(name for name in part if name in twice)
+            raise _invalid(f"{name!r} stands in {entries[name].file} and in {file}", "remove one of the files")
+        entries.update(part.items())
+        places.update(part.places)
+        stamps.update(part.stamps)
+    return Manifest(entries, origin=origin, places=places, stamps=stamps)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return a safetensors file's parsed header and the offset of its data.
+def stamp(descriptor: int) -> Stamp:
+    """What tells an open file from another that has its name later, or other content."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _from_header(path: Path) -> Manifest:
+    """Read a safetensors file's header.
 
     Raises:
         RemapError: ``manifest_invalid`` for a missing or broken file.
@@ -404,20 +450,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             start = stream.read(8)
             size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = stream.read(size) if 2 <= size <= MAX_HEADER else b""
+            stamped = stamp(stream.fileno())
         header = parse_json(raw, f"the safetensors header of {path}") if raw and len(raw) == size else None
     except OSError as error:
         raise _invalid(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(header, dict):
         raise _invalid(f"{path} is not a whole safetensors file", "download it again")
-    return header, 8 + size
-
-
-def _from_header(path: Path) -> Manifest:
-    header, start = read_header(path)
-    manifest = Manifest.from_header(header, file=path.name, origin=str(path))
-    size, needed = path.stat().st_size, start + manifest.nbytes
-    if size != needed:
-        raise _invalid(f"{path} has {size} bytes; its header needs {needed}", "download it again")
+    manifest = Manifest.from_header(header, file=path.name, origin=str(path), start=8 + size, stamp=stamped)
+    has, needed = stamped[2], 8 + size + manifest.nbytes
+    if has != needed:
+        raise _invalid(f"{path} has {has} bytes; its header needs {needed}", "download it again")
     return manifest
 
 

@@ -14,17 +14,16 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.manifest import ITEM_SIZES, Manifest
+from port_kit.manifest import ITEM_SIZES, Manifest, TensorSpec
 from port_kit.remap.boxes import Box, intersection, volume
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.lower import Write
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
-from port_kit.remap.reads import File, Part, Read, Readers, pieces
+from port_kit.remap.reads import Cut, File, Part, Read, Readers, cuts
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.steps import Call, Cast, Permute, Reshape, Step, Take, back
 from port_kit.remap.targets import Target
@@ -87,6 +86,21 @@ def load_local(
     return _Reader(plan, loader, root, threads or min(4, len(os.sched_getaffinity(0)))).run(prefix)
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a write's parts come to this rank's tensor.
+
+    Attributes:
+        parts: all that this rank needs of the write.
+        nbytes: bytes of them.
+        cuts: them as bits that go straight from memory to memory; None where they have to be converted or sent on.
+    """
+
+    parts: list[Part]
+    nbytes: int
+    cuts: list[Cut] | None
+
+
 class _Reader:
     """One rank-local load: cuts what it can, reads the rest whole."""
 
@@ -97,7 +111,7 @@ class _Reader:
         self.threads = threads
         self.bytes_read = 0
         self.whole: list[str] = []
-        self._known: dict[object, list[Part] | None] = {}
+        self._ways: dict[object, _Way | None] = {}
 
     def run(self, prefix: str) -> LocalLoad:
         by_file: dict[str, list[str]] = defaultdict(list)
@@ -107,10 +121,9 @@ class _Reader:
         joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
         with Readers(self.threads) as readers:
             for file, names in by_file.items():
-                opened = File(self.root / file)
+                opened = File(self.root / file, self.plan.source)
                 for name in names:
-                    for read in self._source(opened, name, writes[name], joined):
-                        readers.put(read)
+                    self._source(opened, name, writes[name], readers, joined)
             readers.finish()
         for group in joined.values():
             self.loader._finish_group(group)
@@ -123,79 +136,76 @@ class _Reader:
         """Set to zero what pads this rank's part, as the parameter's own loader does."""
         import torch
 
+        padded = [target for target in self.loader.targets.values() if target.padding]
+        written = {write.target for write in self.plan.writes} if padded else set()
         with torch.no_grad():
-            for name in self.plan.by_target():
-                target = self.loader.targets[name]
-                for box in target.padding:
+            for target in padded:
+                for box in target.padding if target.name in written else ():
                     target.tensor.data[_index(box)].zero_()
 
-    def _source(self, opened: File, name: str, writes: list[Write], joined: dict[object, Any]) -> list[Read]:
-        """The reads of a source; one that cannot be cut is stored at once, or put to its group."""
-        found = [self._parts(write) for write in writes]
-        known = [parts for parts in found if parts is not None]
-        if len(known) == len(found):
-            return [
-                read for write, parts in zip(writes, known, strict=True) for read in self._reads(opened, write, parts)
-            ]
-        tensor = opened.tensor(name)
-        self.bytes_read += self.plan.source[name].nbytes
+    def _source(
+        self, opened: File, name: str, writes: list[Write], readers: Readers, joined: dict[object, Any]
+    ) -> None:
+        """Have a source read; one that cannot be cut is stored at once, or put to its group."""
+        spec = self.plan.source[name]
+        targets = [self.loader.targets[write.target] for write in writes]
+        ways = [self._way(write, target, spec) for write, target in zip(writes, targets, strict=True)]
+        known = [way for way in ways if way is not None]
+        if len(known) == len(writes):
+            for target, way in zip(targets, known, strict=True):
+                self.bytes_read += way.nbytes
+                tensor = target.tensor.data
+                if way.cuts is None:
+                    _copy(opened.tensor(name), tensor, way.parts)
+                else:
+                    readers.put(Read(opened, name, tensor, way.cuts))
+            return
+        whole = opened.tensor(name)
+        self.bytes_read += spec.nbytes
         if any(self._is_split(write) for write in writes):
             self.whole.append(name)
         for write in writes:
             if write.join is not None:
-                joined[write.group].append((write, tensor))
+                joined[write.group].append((write, whole))
             else:
-                self.loader._store(write, tensor)
-        return []
+                self.loader._store(write, whole)
 
-    def _parts(self, write: Write) -> list[Part] | None:
-        """:func:`_parts` of a write, worked out once for all layers."""
-        target = self.loader.targets[write.target]
-        key = (id(write.steps), id(write.region), id(write.join), id(target.shards))  # the plan keeps them alive
-        if key not in self._known:
-            self._known[key] = _parts(write, target)
-        return self._known[key]
+    def _way(self, write: Write, target: Target, spec: TensorSpec) -> _Way | None:
+        """The way of a write, worked out once for all layers; None where it cannot be cut out of the source."""
+        tensor = target.tensor
+        ids = (id(write.steps), id(write.region), id(write.join), id(target.shards))  # the plan keeps them alive
+        dtypes = (spec.dtype, target.spec.dtype)
+        key = (*ids, *dtypes, spec.shape, tensor.shape, tensor.stride(), type(tensor), tensor.is_cpu)
+        if key not in self._ways:
+            parts = _parts(write, target)
+            self._ways[key] = None if parts is None else _way(parts, target, spec)
+        return self._ways[key]
 
     def _is_split(self, write: Write) -> bool:
         return self.loader.targets[write.target].tensor.numel() < self.plan.target[write.target].numel
 
-    def _reads(self, opened: File, write: Write, parts: list[Part]) -> list[Read]:
-        spec = self.plan.source[write.source]
-        size = ITEM_SIZES[spec.dtype]
-        self.bytes_read += size * sum(part.numel for part in parts)
-        tensor = self.loader.targets[write.target].tensor.data
-        if not _is_plain(tensor, self.plan.target[write.target].dtype, spec.dtype):
-            self._copy(opened.tensor(write.source), tensor, parts)
-            return []
-        found: list[Read] = []
-        for part in parts:
-            found += pieces(opened, write.source, part, part.numel * size, partial(_bits, tensor))
-        return found
 
-    def _copy(self, source: Tensor, target: Tensor, parts: list[Part]) -> None:
-        """Convert parts of a mapped source, or send them to a device."""
-        import torch
-
-        for part in parts:
-            into, piece = target[part.local], source[part.source]
-            for perm in part.perms:
-                piece = piece.permute(perm)
-            with torch.no_grad():
-                into.copy_(piece.reshape(into.shape))
-
-
-def _is_plain(tensor: Tensor, dtype: str, source: str) -> bool:
-    """Whether a tensor takes a source's very bits, and has them in host memory."""
+def _copy(source: Tensor, target: Tensor, parts: list[Part]) -> None:
+    """Convert parts of a mapped source, or send them to a device."""
     import torch
 
-    return dtype == source and type(tensor) is torch.Tensor and tensor.is_cpu and 0 < tensor.element_size() <= 8
+    for part in parts:
+        into, piece = target[_index(part.local)], source[_index(part.source)]
+        for perm in part.perms:
+            piece = piece.permute(perm)
+        with torch.no_grad():
+            into.copy_(piece.reshape(into.shape))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """A tensor as integers; by way of numpy, so that its copy is written whether or not it knows inference mode."""
+def _way(parts: list[Part], target: Target, spec: TensorSpec) -> _Way:
+    """The way of parts, as cuts where the tensor takes the source's very bits and has them in host memory."""
     import torch
 
-    return torch.from_numpy(tensor.view(getattr(torch, f"int{8 * tensor.element_size()}")).numpy())
+    size, tensor = ITEM_SIZES[spec.dtype], target.tensor.data
+    plain = type(tensor) is torch.Tensor and tensor.is_cpu and size == tensor.element_size() <= 8
+    alike = plain and target.spec.dtype == spec.dtype
+    found = [cut for part in parts for cut in cuts(part, spec.shape, tensor.stride(), size)] if alike else None
+    return _Way(parts, size * sum(part.numel for part in parts), found)
 
 
 def _parts(write: Write, target: Target) -> list[Part] | None:
@@ -214,7 +224,7 @@ def _parts(write: Write, target: Target) -> list[Part] | None:
             return None
         offset = _shifted(wanted, shard.held)
         local = tuple((a + low, b + low) for (a, b), (low, _) in zip(offset, shard.local, strict=True))
-        found.append(Part.of(boxes[0], local, perms))
+        found.append(Part(boxes[0], local, perms))
     return found
 
 

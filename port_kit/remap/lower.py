@@ -152,15 +152,19 @@ class Lowering:
         if fill is None:
             return None
         match = self.matcher.match(number, name)
-        target, shard = self._canonical(fill.target.of(match)), fill.shard.of(match)
+        target, shard = fill.target.of(match), fill.shard.of(match)
+        if self._aliases:
+            target = self._canonical(target)
         goal = self.target.get(target)
         if goal is None:
             return None
         alike = self._alike.get((number, shard, spec.shape, spec.dtype, goal.shape, goal.dtype))
-        if alike is None or alike[1] != goal.slots or self.elastic[1] > 1 and target in self.elastic[0]:
+        if alike is None or self.elastic[1] > 1 and target in self.elastic[0]:
             return None
-        write = alike[0]
-        return Lowered((Write(name, write.steps, target, *write[3:]),), rules=found)
+        write, slots = alike
+        if slots is not goal.slots and slots != goal.slots:
+            return None
+        return Lowered((Write(name, write.steps, target, *write[3:]),), (), (), found)
 
     def _one(self, number: int, name: str, spec: TensorSpec, found: tuple[int, ...]) -> Lowered:
         rule = self.rules[number]

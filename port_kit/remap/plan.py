@@ -57,6 +57,8 @@ class Plan:
 
     def explained(self) -> list[Problem]:
         """The problems, the first of them with the names that are absent and the nearest that exist."""
+        if not self.problems:
+            return []
         files = {name: spec.file for name, spec in self.source.items()}
         return diagnose(self.problems, self.rules, files, list(self.target), self.sizes)
 
@@ -151,7 +153,7 @@ class _Compiler:
         self.blamed: set[str] = set()
 
     def run(self) -> Plan:
-        lowered = {name: self._lower(name) for name in self.source}
+        lowered = {name: self._lower(name, spec) for name, spec in self.source.items()}
         self._place_joins([write for found in lowered.values() for write in found.writes])
         self._account_sources(lowered)
         self._keep()
@@ -173,12 +175,13 @@ class _Compiler:
             self.lowering.sizes,
         )
 
-    def _lower(self, name: str) -> Lowered:
-        found = self.lowering.lower(name, self.source[name])
+    def _lower(self, name: str, spec: TensorSpec) -> Lowered:
+        found = self.lowering.lower(name, spec)
         for number in found.rules:
             self.used[number] += 1
-        self.problems += found.problems
-        self.blamed.update(found.blamed)
+        if found.problems:
+            self.problems += found.problems
+            self.blamed.update(found.blamed)
         return found
 
     def _place_joins(self, writes: Iterable[Write]) -> None:

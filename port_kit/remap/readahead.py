@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import PortKitError, RemapError
-from port_kit.manifest import Manifest, read_header
+from port_kit.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -118,14 +118,11 @@ def _pieces(folder: Path) -> tuple[list[Path], list[_Piece]]:
     manifest = Manifest.from_safetensors(folder)
     root = folder if folder.is_dir() else folder.parent
     files = list(dict.fromkeys(spec.file for spec in manifest.values()))
+    numbers = {file: number for number, file in enumerate(files)}
     pieces = []
-    for number, file in enumerate(files):
-        header, data = read_header(root / file)
-        for name, entry in header.items():
-            if name in manifest and manifest[name].file == file:
-                start, stop = entry["data_offsets"]
-                spec = manifest[name]
-                pieces.append(_Piece(name, number, data + start, data + stop, spec.dtype, spec.shape))
+    for name, spec in manifest.items():
+        start = manifest.places[name]
+        pieces.append(_Piece(name, numbers[spec.file], start, start + spec.nbytes, spec.dtype, spec.shape))
     pieces.sort(key=lambda piece: (piece.file, piece.start, piece.stop))
     return [root / file for file in files], pieces
 

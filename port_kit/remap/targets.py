@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import TensorSpec
@@ -91,7 +92,7 @@ def read_targets(module: nn.Module) -> Targets:
             name = prefix + leaf
             first = known.setdefault(id(tensor), name)
             if first == name:
-                targets[name] = read_target(name, owner, tensor, buffer=buffer, alike=alike)
+                targets[name] = _read_target(name, owner, tensor, buffer, alike)
             else:
                 aliases[name] = first
     return Targets(targets, aliases, ranks)
@@ -106,26 +107,78 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield leaf, buffer, True
 
 
-def read_target(
-    name: str, owner: nn.Module, tensor: Tensor, *, buffer: bool = False, alike: dict[object, Any] | None = None
-) -> Target:
+_ABSENT, _UNKNOWN = object(), object()
+_NUMBERS = frozenset({int, type(None), type(_ABSENT)})
+#: All that a tensor and its owner may tell about its layout, apart from its loader.
+_TENSOR_FACTS = ("full_shape", "output_dim", "input_dim", "needs_scalar_to_array", "_load_into_shard_id")
+_OWNER_FACTS = (
+    *("tp_rank", "tp_size", "input_size", "input_size_per_partition", "output_size", "output_size_per_partition"),
+    *("output_sizes", "head_size", "v_head_size", "total_num_heads", "total_num_kv_heads", "num_heads", "num_kv_heads"),
+    *("num_kv_head_replicas", "num_embeddings_per_partition", "org_vocab_size", "shard_indices", "moe_config"),
+)
+
+
+def _read_target(name: str, owner: nn.Module, tensor: Tensor, buffer: bool, alike: dict[object, Any]) -> Target:
     """Describe one tensor of the module that owns it; ``alike`` holds what others of the module have."""
-    alike = {} if alike is None else alike
-    key = (tensor.shape, tensor.dtype, buffer, type(tensor))
-    plain = not tensor.__dict__  # nothing was set on it
-    if plain and key in alike:
-        return Target(name, tensor, *alike[key])
-    local = tuple(tensor.shape)
-    if plain and not hasattr(type(tensor), "weight_loader"):
+    key: object = (tensor.shape, tensor.dtype, buffer, type(tensor))
+    plain = not tensor.__dict__ and not hasattr(type(tensor), "weight_loader")  # nothing was set on it
+    facts = None if plain else _facts(owner, tensor, alike)
+    if not plain:
+        key = None if facts is None else (key, facts)
+    found = None if key is None else alike.get(key)
+    if found is None:
+        local = tuple(tensor.shape)
         box = whole(local)
-        alike[key] = _spec(alike, local, tensor, {}, buffer), (Shard("", box, box, box),), None
-        return Target(name, tensor, *alike[key])
-    shape, shards = _layout(owner, tensor, local)
-    shards = alike.setdefault(("shards", shards), shards)
-    slots = {shard.slot: shard.box for shard in shards if shard.slot}
-    loader = None if buffer else getattr(tensor, "weight_loader", None)
-    padding = _padding(shards, local) if _is_vocabulary(owner, tensor) else ()
-    return Target(name, tensor, _spec(alike, shape, tensor, slots, buffer), shards, loader, padding)
+        source: Any = owner if facts is None else _told(facts)
+        shape, shards = (local, (Shard("", box, box, box),)) if plain else _layout(source, tensor, local)
+        shards = alike.setdefault(("shards", shards), shards)
+        slots = {shard.slot: shard.box for shard in shards if shard.slot}
+        padding = _padding(shards, local) if not plain and _is_vocabulary(source, tensor) else ()
+        found = _spec(alike, shape, tensor, slots, buffer), shards, padding
+        if key is not None:
+            alike[key] = found
+    spec, shards, padding = found
+    loader = None if plain or buffer else getattr(tensor, "weight_loader", None)
+    return Target(name, tensor, spec, shards, loader, padding)
+
+
+def _facts(owner: nn.Module, tensor: Tensor, alike: dict[object, Any]) -> tuple[object, ...] | None:
+    """What :func:`_layout` goes by where numbers are all of that: the owner's, then the tensor's; else None."""
+    simple = alike.get(type(owner))
+    if simple is None:
+        simple = alike[type(owner)] = _tells_by_instance(type(owner))
+    loader = getattr(tensor, "weight_loader", _ABSENT)
+    lender = getattr(loader, "__self__", None)
+    if not simple or lender is not None and lender is not owner:
+        return None
+    held = owner.__dict__
+    facts = [held.get(name, _ABSENT) for name in _OWNER_FACTS]
+    facts += [getattr(tensor, name, _ABSENT) for name in _TENSOR_FACTS]
+    if not _NUMBERS.issuperset(map(type, facts)):
+        facts = [_frozen(fact) for fact in facts]
+        if _UNKNOWN in facts:
+            return None
+    return (*facts, loader is _ABSENT, lender is None)
+
+
+def _told(facts: tuple[object, ...]) -> SimpleNamespace:
+    """An owner that tells nothing but these facts."""
+    told = zip(_OWNER_FACTS, facts, strict=False)
+    return SimpleNamespace(**{name: fact for name, fact in told if fact is not _ABSENT})
+
+
+def _frozen(fact: object) -> object:
+    """A number, or several, as something that can be compared later."""
+    if isinstance(fact, (list, tuple)) and all(type(number) is int for number in fact):
+        return tuple(fact)
+    return fact if type(fact) in _NUMBERS else _UNKNOWN
+
+
+def _tells_by_instance(kind: type[nn.Module]) -> bool:
+    """Whether what a module tells of layouts is found among its own attributes, and nowhere else."""
+    from torch import nn
+
+    return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in _OWNER_FACTS)
 
 
 def _spec(alike: dict[object, Any], shape: Shape, tensor: Tensor, slots: Mapping[str, Box], buffer: bool) -> TensorSpec:

@@ -62,6 +62,8 @@ HEADERS = {
     "unknown dtype": header({"a": entry(dtype="F4")}, b"1234"),
     "extent text": header({"a": entry(shape=["1"])}, b"1234"),
     "extent float": header({"a": entry(shape=[1.5])}, b"1234"),
+    "extent float beside": header({"a": entry(), "b": entry(shape=[1.0], data_offsets=[4, 8])}, b"1234" * 2),
+    "extent true beside": header({"a": entry(), "b": entry(shape=[True], data_offsets=[4, 8])}, b"1234" * 2),
     "two in one place": header({"a": entry(), "b": entry()}, b"1234"),
     "a hole": header({"a": entry(), "b": entry(data_offsets=[8, 12])}, b"1234" * 3),
     "header list": header([1]),

@@ -15,6 +15,7 @@ from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.local import load_local
+from port_kit.remap.targets import read_targets
 from tests.remap.linears import Linear
 
 RULES = RuleSet(
@@ -139,6 +140,43 @@ def test_a_second_set_of_weights_has_the_slots_of_its_lender(checkpoint: tuple, 
         load_local(local, folder, kept)
         assert torch.equal(streamed["qkv"].weight, own["qkv"].weight)
         assert torch.equal(local["qkv"].weight, own["qkv"].weight)
+
+
+class Told(Linear):
+    """A linear whose rank is not among its own attributes."""
+
+    tp_rank = property(lambda self: self.ranks[-1], lambda self, rank: setattr(self, "ranks", [rank]))
+
+
+def odd_linears() -> dict[str, nn.Module]:
+    """Linears whose parameters look the same, though they hold different parts."""
+    told = Told("column", 6, [16], 0, 2)
+    told.tp_rank = 1
+    return {
+        "first": Linear("qkv", 6, [8, 4, 4], 0, 2, kv=4),
+        "second": Linear("qkv", 6, [8, 4, 4], 1, 2, kv=4),
+        "merged": Linear("merged", 6, [8, 8], 1, 2),
+        "other": Linear("merged", 6, [10, 6], 1, 2),
+        "three": Linear("merged", 6, [10, 4, 2], 1, 2),
+        "column": Linear("column", 6, [16], 0, 2),
+        "alone": Linear("column", 6, [8], 0, 1),
+        "row": Linear("row", 12, [8], 1, 2),
+        "told": told,
+        "borrowed": Second(Linear("merged", 6, [4, 12], 1, 2)),
+    }
+
+
+def test_linears_that_differ_in_one_number_are_told_apart() -> None:
+    """Those that are alike are described once; nobody else is described with them."""
+    layers = [odd_linears(), odd_linears()]
+    together = read_targets(nn.ModuleList([nn.ModuleDict(layer) for layer in layers])).targets
+    assert len({target.shards for target in together.values()}) == len(layers[0]) == len(together) // 2
+    for number, layer in enumerate(layers):
+        for name, linear in layer.items():
+            found, alone = together[f"{number}.{name}.weight"], read_targets(linear).targets["weight"]
+            assert found.tensor.shape == (8, 6) and found.loader == alone.loader is not None
+            assert (found.shards, found.spec, found.spec.slots) == (alone.shards, alone.spec, alone.spec.slots)
+            assert found.shards is together[f"0.{name}.weight"].shards
 
 
 def test_a_gap_is_found_before_anything_is_read(checkpoint: tuple) -> None:

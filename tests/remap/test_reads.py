@@ -16,11 +16,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from port_kit.errors import RemapError
+from port_kit.manifest import Manifest
 from port_kit.remap import Rule, RuleSet
 from port_kit.remap.local import load_local
-from port_kit.remap.reads import File, Part, Readers, pieces
+from port_kit.remap.reads import Cut, File, Part, Read, Readers, Window, cuts
 
 SHAPE = (6, 4, 5)
+
+
+def open_file(path: Path) -> File:
+    return File(path, Manifest.from_safetensors(path))
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def opened(tmp_path: Path) -> tuple[File, numpy.ndarray]:
     """A file whose second tensor counts its elements."""
     values = torch.arange(120, dtype=torch.int16).reshape(SHAPE)
     save_file({"first": torch.zeros(3), "w": values}, tmp_path / "model.safetensors")
-    return File(tmp_path / "model.safetensors"), values.numpy()
+    return open_file(tmp_path / "model.safetensors"), values.numpy()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -47,7 +53,8 @@ def opened(tmp_path: Path) -> tuple[File, numpy.ndarray]:
 def test_parts_arrive(
     opened: tuple, monkeypatch: pytest.MonkeyPatch, threads: int, piece: int, box: tuple, perms: tuple
 ) -> None:
-    monkeypatch.setattr("port_kit.remap.reads.PIECE", piece)
+    for size in ("PIECE", "FIRST", "LEFT"):
+        monkeypatch.setattr(f"port_kit.remap.reads.{size}", piece)
     file, values = opened
     expected = values[tuple(slice(*span) for span in box)]
     for perm in perms:
@@ -56,10 +63,9 @@ def test_parts_arrive(
     for axis in (0, expected.ndim - 1):
         room = numpy.full([extent + 2 * (at == axis) for at, extent in enumerate(expected.shape)], -1, numpy.int16)
         local = tuple((1, extent + 1) if at == axis else (0, extent) for at, extent in enumerate(expected.shape))
-        part = Part.of(box, local, perms)
+        into = torch.from_numpy(room)
         with Readers(threads) as readers:
-            for read in pieces(file, "w", part, expected.nbytes, lambda room=room: torch.from_numpy(room)):
-                readers.put(read)
+            readers.put(Read(file, "w", into, cuts(Part(box, local, perms), SHAPE, into.stride(), 2)))
             readers.finish()
         index = tuple(slice(*span) for span in local)
         assert (room[index] == expected).all()
@@ -67,15 +73,69 @@ def test_parts_arrive(
         assert (room == -1).all()
 
 
+@pytest.mark.parametrize("piece", [10, 1 << 20])
+@pytest.mark.parametrize(("box", "local"), [(((2, 5), (0, 4), (0, 5)), (3, 20)), (((1, 5), (1, 2), (0, 5)), (4, 5))])
+def test_parts_take_another_shape(
+    opened: tuple, monkeypatch: pytest.MonkeyPatch, piece: int, box: tuple, local: tuple[int, int]
+) -> None:
+    """Also where their rows stand apart in the file, and in memory."""
+    monkeypatch.setattr("port_kit.remap.reads.PIECE", piece)
+    file, values = opened
+    room = torch.full((local[1], local[0]), -1, dtype=torch.int16).T
+    found = cuts(Part(box, tuple((0, extent) for extent in local)), SHAPE, room.stride(), 2)
+    assert len(found) == (local[0] if piece == 10 else 1)
+    with Readers(2) as readers:
+        readers.put(Read(file, "w", room, found))
+        readers.finish()
+    assert (room.numpy() == values[tuple(slice(*span) for span in box)].reshape(local)).all()
+
+
+def test_what_was_read_is_unmapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what was asked for last, while the file is still open; and what is unmapped can be read again."""
+    values = {f"{at:02}": torch.full((1 << 18,), at, dtype=torch.int32) for at in range(32)}
+    path = tmp_path / "model.safetensors"
+    save_file(values, path)
+    module = nn.Module()
+    for name, value in values.items():
+        module.register_buffer(name, torch.zeros_like(value))
+
+    def mapped() -> int:
+        rows = Path("/proc/self/smaps").read_text().partition(str(path))[2].splitlines()
+        return 1024 * int(next(row.split()[1] for row in rows if row.startswith("Rss:")))
+
+    whole = Window((1 << 18,), (1,), 0)
+    for left, least, most in ((1 << 40, 30 << 20, 33 << 20), (2 << 20, 0, 12 << 20)):
+        monkeypatch.setattr("port_kit.remap.reads.LEFT", left)
+        file = open_file(path)
+        with Readers(1) as readers:
+            for name, buffer in module.named_buffers():
+                readers.put(Read(file, name, buffer, [Cut(whole, whole, 1 << 20)] * 4))
+            readers.finish()
+        assert least <= mapped() <= most
+        assert all(buffer.equal(values[name]) for name, buffer in module.named_buffers())
+        assert int(file.bits("00")[0][file.bits("31")[1]]) == 31
+        del file
+
+
+def test_a_file_that_is_replaced_after_its_header_was_read(tmp_path: Path) -> None:
+    """By one of the same size, whose tensors stand elsewhere."""
+    path, other = tmp_path / "model.safetensors", tmp_path / "other"
+    save_file({"a": torch.zeros(4), "b": torch.ones(4)}, path)
+    source = Manifest.from_safetensors(path)
+    save_file({"b": torch.ones(4), "a": torch.zeros(4)}, other)
+    other.replace(path)
+    with pytest.raises(RemapError, match="changed or replaced") as caught:
+        File(path, source)
+    assert caught.value.code == "manifest_invalid"
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_error_of_any_thread_ends_all(opened: tuple, threads: int) -> None:
-    file, values = opened
-    room = numpy.zeros(SHAPE, numpy.int16)
-    whole = tuple((0, extent) for extent in SHAPE)
-    with pytest.raises(KeyError, match="gone"), Readers(threads) as readers:
-        for name in ("gone", "w"):
-            for read in pieces(file, name, Part.of(whole, whole, ()), values.nbytes, lambda: torch.from_numpy(room)):
-                readers.put(read)
+    file, room = opened[0], torch.zeros(SHAPE, dtype=torch.int16)
+    whole = Window(SHAPE, (20, 5, 1), 0)
+    wrong = Cut(whole, whole.rows(0, 5), 240)
+    with pytest.raises(RuntimeError, match="size of tensor"), Readers(threads) as readers:
+        readers.put(Read(file, "w", room, (wrong, Cut(whole, whole, 240))))
         readers.finish()
 
 
@@ -85,11 +145,10 @@ def test_torch_has_its_threads_again(opened: tuple, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
+        whole = Window(SHAPE, (20, 5, 1), 0)
         for name in ("w", "gone"):
-            part = Part.of(((0, 6), (0, 4), (0, 5)), ((0, 6), (0, 4), (0, 5)), ())
             with suppress(KeyError), Readers(threads) as readers:
-                for read in pieces(opened[0], name, part, 240, lambda: torch.zeros(SHAPE, dtype=torch.int16)):
-                    readers.put(read)
+                readers.put(Read(opened[0], name, torch.zeros(SHAPE, dtype=torch.int16), [Cut(whole, whole, 240)]))
                 readers.finish()
             assert torch.get_num_threads() == 3
             with ThreadPoolExecutor(1) as pool:
@@ -135,7 +194,9 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
         stream.write(b"abc")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row = File(tmp_path / "m.safetensors").bits("w")[-1]
+        bits, start = open_file(tmp_path / "m.safetensors").bits("w")
+        row = bits[start:][-(1 << 20) :]
+    del bits
     gc.collect()
     assert bytes(row[-4:].tolist()) == b"\0abc"
 
