@@ -229,7 +229,7 @@ class Manifest(Mapping[str, TensorSpec]):
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise _invalid(f"{path} holds no safetensors file", "name a file, a folder of them, or an index")
-        return _joined([(file.name, _from_header(file)) for file in files], str(path))
+        return _joined([(file.name, _from_header(file, file.name)) for file in files], str(path))
 
     @classmethod
     def from_pickle(cls, path: str | Path, wrapper: str = "") -> Manifest:
@@ -391,7 +391,7 @@ def _index_of(path: Path) -> Path | None:
 def _from_index(index: Path) -> Manifest:
     weight_map = read_weight_map(_read_text(index), str(index))
     files = sorted(set(weight_map.values()))
-    manifest = _joined([(file, _from_header(index.parent / file)) for file in files], str(index))
+    manifest = _joined([(file, _from_header(index.parent / file, file)) for file in files], str(index))
     for name, file in weight_map.items():
         actual = manifest[name].file if name in manifest else "no file"
         if actual != file:
@@ -439,8 +439,8 @@ def stamp(descriptor: int) -> Stamp:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _from_header(path: Path) -> Manifest:
-    """Read a safetensors file's header.
+def _from_header(path: Path, file: str) -> Manifest:
+    """Read a safetensors file's header; ``file`` is its name in the checkpoint.
 
     Raises:
         RemapError: ``manifest_invalid`` for a missing or broken file.
@@ -456,7 +456,7 @@ def _from_header(path: Path) -> Manifest:
         raise _invalid(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(header, dict):
         raise _invalid(f"{path} is not a whole safetensors file", "download it again")
-    manifest = Manifest.from_header(header, file=path.name, origin=str(path), start=8 + size, stamp=stamped)
+    manifest = Manifest.from_header(header, file=file, origin=str(path), start=8 + size, stamp=stamped)
     has, needed = stamped[2], 8 + size + manifest.nbytes
     if has != needed:
         raise _invalid(f"{path} has {has} bytes; its header needs {needed}", "download it again")

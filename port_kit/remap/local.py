@@ -121,7 +121,7 @@ class _Reader:
         joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
         with Readers(self.threads) as readers:
             for file, names in by_file.items():
-                opened = File(self.root / file, self.plan.source)
+                opened = File(self.root, file, self.plan.source)
                 for name in names:
                     self._source(opened, name, writes[name], readers, joined)
             readers.finish()

@@ -139,18 +139,19 @@ class File:
     """A safetensors file whose tensors are views of its mapping, as bits or as tensors.
 
     Args:
-        path: the file.
-        source: the manifest of its checkpoint.
+        root: the folder of the checkpoint.
+        file: the file's name in the manifest.
+        source: the manifest of the checkpoint.
 
     Raises:
         RemapError: ``manifest_invalid`` where the file is another than the one whose header was read.
     """
 
-    def __init__(self, path: Path, source: Manifest) -> None:
-        self.path = path
+    def __init__(self, root: Path, file: str, source: Manifest) -> None:
+        self.path = path = root / file
         self._source = source
         with path.open("rb") as stream:
-            if stamp(stream.fileno()) != source.stamps[path.name]:
+            if stamp(stream.fileno()) != source.stamps[file]:
                 raise RemapError(
                     f"{path} was changed or replaced after its header was read",
                     code="manifest_invalid",

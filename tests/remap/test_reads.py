@@ -20,13 +20,14 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Rule, RuleSet
 from port_kit.remap.local import load_local
+from port_kit.remap.readahead import read_ahead
 from port_kit.remap.reads import Cut, File, Part, Read, Readers, Window, cuts
 
 SHAPE = (6, 4, 5)
 
 
 def open_file(path: Path) -> File:
-    return File(path, Manifest.from_safetensors(path))
+    return File(path.parent, path.name, Manifest.from_safetensors(path))
 
 
 @pytest.fixture
@@ -117,6 +118,27 @@ def test_what_was_read_is_unmapped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         del file
 
 
+def test_an_index_of_files_below_it(tmp_path: Path) -> None:
+    """They may have one name in two folders."""
+    module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).requires_grad_(False)
+    weight_map = {name: f"{name[0]}/model.safetensors" for name in module.state_dict()}
+    for layer in "01":
+        (tmp_path / layer).mkdir()
+        save_file(
+            {f"{layer}.{k}": v for k, v in module[int(layer)].state_dict().items()},
+            tmp_path / layer / "model.safetensors",
+        )
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for path in (index, tmp_path):
+        loaded = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).requires_grad_(False)
+        load_local(loaded, path, RuleSet("same", (Rule(r"(.+)", r"\1"),)))
+        assert all(value.equal(module.state_dict()[name]) for name, value in loaded.state_dict().items())
+        assert {name: value.tolist() for name, value in read_ahead(path)} == {
+            name: value.tolist() for name, value in module.state_dict().items()
+        }
+
+
 def test_a_file_that_is_replaced_after_its_header_was_read(tmp_path: Path) -> None:
     """By one of the same size, whose tensors stand elsewhere."""
     path, other = tmp_path / "model.safetensors", tmp_path / "other"
@@ -125,7 +147,7 @@ def test_a_file_that_is_replaced_after_its_header_was_read(tmp_path: Path) -> No
     save_file({"b": torch.ones(4), "a": torch.zeros(4)}, other)
     other.replace(path)
     with pytest.raises(RemapError, match="changed or replaced") as caught:
-        File(path, source)
+        File(path.parent, path.name, source)
     assert caught.value.code == "manifest_invalid"
 
 
