@@ -5,6 +5,7 @@ A kernel that waits holds a multiprocessor. Through NVIDIA's Python bindings, wh
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 #: Numbers are compared in 32 bits that may wrap.
 BITS = 0xFFFFFFFF
 
 
 @cache
 def is_installed() -> bool:
-    """Whether the bindings are there; imports nothing."""
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    """Whether the bindings are there; where they are not, a warning says how to get them. Imports nothing of them."""
+    found = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    if not found:
+        logger.warning("NCCL carries what copy engines could: cuda-bindings is missing (pip install cuda-bindings)")
+    return found
 
 
 def write_number(place: Tensor, number: int) -> None:

@@ -5,8 +5,8 @@ transfer begins when they end, even on a stream of its own. Between GPUs that ca
 PyTorch's symmetric memory lets a copy engine do it, while the multiprocessors go on with another pass.
 
 :func:`peers_of` gives a group's mailboxes, or None where its ranks are not on one host, their GPUs do not reach each
-other, or ``PORT_KIT_PEER_COPIES=0`` is set: then NCCL carries everything. Groups are
-vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on one never waits for another::
+other, NVIDIA's Python bindings are missing, or ``PORT_KIT_PEER_COPIES=0`` is set: then NCCL carries everything. Groups
+are vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on one never waits for another::
 
     boxes = peers.take(x.shape, x.dtype)      # one mailbox a rank, of this shape on each
     for rank in peers.others:
@@ -84,8 +84,8 @@ class SymmetricMemory:
         place = (group.size(), LINE // 4), torch.int32, numbers // 4
         self.numbers = [self.handle.get_buffer(rank, *place) for rank in range(group.size())]
         self.meetings = 0
-        # PyTorch wipes the memory and uploads its addresses on a stream that others do not wait for; all ranks must
-        # have that behind them before one writes to another
+        # Without this, ranks hung or faulted now and then: PyTorch 2.13 seems to wipe the memory, and to upload its
+        # addresses, on a stream that no other waits for. All must have that behind them before one writes to another.
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index])
 
@@ -201,8 +201,6 @@ def _reach_each_other(group: dist.ProcessGroup) -> bool:
     """Whether each rank can write to the memory of each other; all ranks come to the same answer."""
     if group.size() == 1:
         return False
-    if not driver.is_installed():
-        logger.warning("NCCL carries what copy engines could: cuda-bindings is missing (pip install cuda-bindings)")
     here = (socket.gethostname(), torch.cuda.current_device(), is_wanted())
     ranks: list[Any] = [None] * group.size()
     dist.all_gather_object(ranks, here, group=group)

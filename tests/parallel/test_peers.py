@@ -210,6 +210,18 @@ def test_a_cpu_has_no_mailboxes() -> None:
     assert peers.peers_of(SimpleNamespace(), torch.zeros(1)) is None  # type: ignore[arg-type]
 
 
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for absent in ("cuda", "cuda.bindings"):
+        caplog.clear()
+        monkeypatch.setattr(driver, "find_spec", lambda name, absent=absent: None if name == absent else object())
+        assert not driver.is_installed.__wrapped__()
+        assert "pip install cuda-bindings" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(driver, "find_spec", lambda _name: object())
+    assert driver.is_installed.__wrapped__()
+    assert not caplog.text
+
+
 def test_what_the_driver_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
 
