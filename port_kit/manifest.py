@@ -67,6 +67,9 @@ ITEM_SIZES = {
 }
 #: Largest safetensors header that is read; the format's own limit.
 MAX_HEADER = 100_000_000
+#: Key of the safetensors metadata that records whose names a file has, and the values it may have.
+NAMING_KEY = "port_kit.names"
+NAMINGS = ("original", "converted")
 _INTEGER = frozenset({int})  # True and 1.0 are equal to 1, and no extents
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -120,6 +123,8 @@ class Manifest(Mapping[str, TensorSpec]):
         aliases: further names of tensors that a module shares, ``{name: name in the manifest}``.
         places: of a safetensors checkpoint, ``{name: offset}`` of its bytes in its file.
         stamps: of one that lies on a disk, what :func:`stamp` said of each file when its header was read.
+        naming: whose names its files have, as their metadata record it: ``original`` (of the original implementation),
+            ``converted`` (of the module), or empty if nothing is recorded.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class Manifest(Mapping[str, TensorSpec]):
         aliases: Mapping[str, str] | None = None,
         places: Mapping[str, int] | None = None,
         stamps: Mapping[str, Stamp] | None = None,
+        naming: str = "",
     ) -> None:
         self._entries = {
             name: entry if isinstance(entry, TensorSpec) else _spec(name, entry) for name, entry in entries.items()
@@ -139,6 +145,7 @@ class Manifest(Mapping[str, TensorSpec]):
         self.aliases = dict(aliases or {})
         self.places = dict(places or {})
         self.stamps = dict(stamps or {})
+        self.naming = naming
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._entries[name]
@@ -171,9 +178,10 @@ class Manifest(Mapping[str, TensorSpec]):
 
     # -- JSON --------------------------------------------------------------------------------------------------
 
-    def to_json(self, *, with_files: bool = True) -> dict[str, list[Any]]:
-        """The JSON form."""
-        return {name: spec.to_json(with_file=with_files) for name, spec in self.items()}
+    def to_json(self, *, with_files: bool = True) -> dict[str, Any]:
+        """The JSON form; recorded naming stands where a safetensors header has it."""
+        head: dict[str, Any] = {"__metadata__": {NAMING_KEY: self.naming}} if self.naming else {}
+        return head | {name: spec.to_json(with_file=with_files) for name, spec in self.items()}
 
     @classmethod
     def from_json(cls, data: object, *, origin: str = "JSON") -> Manifest:
@@ -188,7 +196,10 @@ class Manifest(Mapping[str, TensorSpec]):
             data = parse_json(data, origin)
         if not isinstance(data, Mapping):
             raise _invalid(f"{origin} is not an object of tensor names")
-        return cls({name: _from_json_entry(name, entry, origin) for name, entry in data.items()}, origin=origin)
+        entries = {
+            name: _from_json_entry(name, entry, origin) for name, entry in data.items() if name != "__metadata__"
+        }
+        return cls(entries, origin=origin, naming=_naming(data, origin))
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -293,7 +304,13 @@ class Manifest(Mapping[str, TensorSpec]):
                 raise _invalid(f"{origin}: {name!r} stands at {first}; the tensors before it end at {at}")
             at = last
         places = {name: start + first for first, _, name in spans}
-        return cls(entries, origin=origin, places=places, stamps={} if stamp is None else {file: stamp})
+        return cls(
+            entries,
+            origin=origin,
+            places=places,
+            stamps={} if stamp is None else {file: stamp},
+            naming=_naming(header, origin),
+        )
 
     # -- modules -----------------------------------------------------------------------------------------------
 
@@ -319,7 +336,35 @@ class Manifest(Mapping[str, TensorSpec]):
             {prefix + name: spec for name, spec in self.items()},
             origin=self.origin,
             aliases={prefix + name: prefix + other for name, other in self.aliases.items()},
+            naming=self.naming,
         )
+
+
+def _naming(header: Mapping[str, Any], origin: str) -> str:
+    """Return the naming that a header's metadata record, empty if there is none."""
+    metadata = header.get("__metadata__")
+    naming = metadata.get(NAMING_KEY, "") if isinstance(metadata, Mapping) else ""
+    if naming and naming not in NAMINGS:
+        raise _invalid(f"{origin} has {NAMING_KEY} = {naming!r}", f"it is one of: {', '.join(NAMINGS)}")
+    return str(naming)
+
+
+def common_naming(files: Mapping[str, str], origin: str) -> str:
+    """Return the naming of a checkpoint from that of its files, empty unless all of them record it.
+
+    Raises:
+        RemapError: ``remap_mixed`` if some have converted names and others do not say so.
+    """
+    namings = set(files.values())
+    if "converted" in namings and len(namings) > 1:
+        converted = next(file for file, naming in files.items() if naming == "converted")
+        other = next(file for file, naming in files.items() if naming != "converted")
+        raise RemapError(
+            f"{origin}: {converted} has converted names, {other} {files[other] or 'records none'}",
+            code="remap_mixed",
+            hint="keep files with original and with converted names in different folders",
+        )
+    return namings.pop() if len(namings) == 1 else ""
 
 
 def _spec(name: str, entry: tuple[Iterable[int], str]) -> TensorSpec:
@@ -430,7 +475,8 @@ def _joined(parts: list[tuple[str, Manifest]], origin: str) -> Manifest:
         entries.update(part.items())
         places.update(part.places)
         stamps.update(part.stamps)
-    return Manifest(entries, origin=origin, places=places, stamps=stamps)
+    naming = common_naming({file: part.naming for file, part in parts}, origin)
+    return Manifest(entries, origin=origin, places=places, stamps=stamps, naming=naming)
 
 
 def stamp(descriptor: int) -> Stamp:

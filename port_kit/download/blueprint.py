@@ -19,6 +19,7 @@ from port_kit.byte_source import ByteSource
 from port_kit.checksums import crc32
 from port_kit.download.layout import Layout, Span, write_all
 from port_kit.errors import CheckpointError
+from port_kit.manifest import NAMING_KEY
 from port_kit.pickle_machine import ITEM_SIZES
 from port_kit.pickles import Storage, Tables, TensorEntry
 
@@ -106,7 +107,7 @@ def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool 
     _check_names(kept, name)
     _check_growth(kept, tables, name)
     kept.sort(key=lambda item: -ITEM_SIZES[item[1].dtype])
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", NAMING_KEY: "original"}
     if remember and (mark := fingerprint(tables)):
         metadata[_SOURCE_KEY] = mark
     header: dict[str, object] = {"__metadata__": metadata}

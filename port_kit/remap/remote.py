@@ -7,7 +7,15 @@ import struct
 from typing import Any, BinaryIO
 
 from port_kit.errors import RemapError
-from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES, Manifest, TensorSpec, parse_json, read_weight_map
+from port_kit.manifest import (
+    MAX_HEADER,
+    PICKLE_SUFFIXES,
+    Manifest,
+    TensorSpec,
+    common_naming,
+    parse_json,
+    read_weight_map,
+)
 
 _REMOTE = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?")
 #: Read ahead of a header: most are smaller, so that one request is enough.
@@ -93,10 +101,13 @@ class _Remote:
 
     def _safetensors(self, paths: list[str]) -> Manifest:
         entries: dict[str, TensorSpec] = {}
+        namings: dict[str, str] = {}
         for path in paths:
             with self.files.open(f"{self.root}/{path}", "rb", block_size=_READ_AHEAD) as stream:
                 header = _header(stream, path)
-            for name, spec in Manifest.from_header(header, file=path, origin=path).items():
+            part = Manifest.from_header(header, file=path, origin=path)
+            namings[path] = part.naming
+            for name, spec in part.items():
                 if name in entries:
                     raise RemapError(
                         f"{name!r} stands in {entries[name].file} and in {path}",
@@ -104,7 +115,7 @@ class _Remote:
                         hint="name one of the files",
                     )
                 entries[name] = spec
-        return Manifest(entries, origin=self.label)
+        return Manifest(entries, origin=self.label, naming=common_naming(namings, self.label))
 
     def _pickle(self, path: str, wrapper: str) -> Manifest:
         from port_kit.pickles import read_tables
