@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from port_kit.checkpoint.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import RemapError
 
 if TYPE_CHECKING:
@@ -25,46 +26,6 @@ if TYPE_CHECKING:
 Slot = tuple[tuple[int, int], ...]
 Stamp = tuple[int, int, int, int]
 
-#: dtype words of safetensors headers -> the words of manifests, which are torch's.
-SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-    "C128": "complex128",
-}
-#: Bytes of one element.
-ITEM_SIZES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "complex64": 8,
-    "complex128": 16,
-}
 #: Largest safetensors header that is read; the format's own limit.
 MAX_HEADER = 100_000_000
 #: Key of the safetensors metadata that records whose names a file has, and the values it may have.
@@ -141,6 +102,7 @@ class Manifest(Mapping[str, TensorSpec]):
             name: entry if isinstance(entry, TensorSpec) else _spec(name, entry) for name, entry in entries.items()
         }
         _check_names(self._entries, origin)
+        _check_dtypes(self._entries, origin)
         self.origin = origin
         self.aliases = dict(aliases or {})
         self.places = dict(places or {})
@@ -286,14 +248,13 @@ class Manifest(Mapping[str, TensorSpec]):
             if name == "__metadata__":
                 continue
             try:
-                dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+                word, values = str(entry["dtype"]), tuple(entry["shape"])
                 first, last = entry["data_offsets"]
             except (KeyError, TypeError, ValueError) as error:
                 raise _invalid(f"{origin}: header entry {name!r} cannot be read: {str(entry)[:80]}") from error
-            spec = alike.get((dtype, shape)) if _INTEGER.issuperset(map(type, shape)) else None
+            spec = alike.get((word, values)) if _INTEGER.issuperset(map(type, values)) else None
             if spec is None:
-                spec = _checked(name, TensorSpec(shape, dtype, file=file), origin)
-                alike[dtype, shape] = spec
+                spec = alike[word, values] = _header_spec(name, word, values, file, origin)
             entries[name] = spec
             if type(first) is not int or type(last) is not int or last - first != spec.nbytes:
                 raise _invalid(f"{origin}: {name!r} of {spec.nbytes} bytes stands at {first!r} to {last!r}")
@@ -385,6 +346,24 @@ def _check_names(names: Collection[str], origin: str) -> None:
         raise _invalid(
             f"{origin or 'manifest'}: {shown!a} is no text", "names are Unicode without surrogates"
         ) from error
+
+
+def _check_dtypes(entries: Mapping[str, TensorSpec], origin: str) -> None:
+    if not ITEM_SIZES.keys() >= {spec.dtype for spec in entries.values()}:
+        for name, spec in entries.items():
+            _checked(name, spec, origin or "manifest")
+
+
+def _header_spec(name: str, word: str, values: tuple[Any, ...], file: str, origin: str) -> TensorSpec:
+    """Return what a safetensors header says of one tensor; its shapes count values, ours elements."""
+    dtype = BY_WORD.get(word)
+    if dtype is None:
+        raise _invalid(f"{origin}: {name!r} has the unknown dtype {word!r}", f"dtypes: {', '.join(BY_WORD)}")
+    spec = _checked(name, TensorSpec(values, dtype.name, file), origin)
+    try:
+        return spec if dtype.packed == 1 else TensorSpec(torch_shape(dtype, values), dtype.name, file)
+    except ValueError as error:
+        raise _invalid(f"{origin}: {name!r}: {error}") from error
 
 
 def _checked(name: str, spec: TensorSpec, origin: str) -> TensorSpec:

@@ -12,22 +12,12 @@ from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
+from port_kit.checkpoint.dtypes import DTYPES
 from port_kit.errors import CheckpointError
 
-#: name of a dtype -> bytes per element
-ITEM_SIZES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1,
-    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
-    "complex64": 8, "complex128": 16,
-    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
-}  # fmt: skip
-_TYPED_STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
-}  # fmt: skip
+_TYPED_STORAGES = {dtype.storage: dtype.name for dtype in DTYPES.values() if dtype.storage}
+#: Dtypes of torch that pickles may have and the table has not: refused once the tensor's name is known.
+_UNSUPPORTED_DTYPES = frozenset(("complex32", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"))
 _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage")}
 LONGEST_PICKLE = 1 << 28
 _MOST_OPCODES = 50_000_000
@@ -245,7 +235,8 @@ def _storage_dtype(found: Global) -> str | None:
 
 
 def _dtype(found: Global) -> str | None:
-    return found.name if found.module == "torch" and found.name in ITEM_SIZES else None
+    known = found.name in DTYPES or found.name in _UNSUPPORTED_DTYPES
+    return found.name if found.module == "torch" and known else None
 
 
 def _storage(identity: Any, where: str) -> StorageRef:

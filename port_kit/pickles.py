@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
 
 from port_kit.byte_source import ByteSource, FileSource, SourceFile, StreamSource
+from port_kit.checkpoint.dtypes import ITEM_SIZES
 from port_kit.errors import CheckpointError
-from port_kit.pickle_machine import ITEM_SIZES, LONGEST_PICKLE, StorageRef, TensorRef, read_pickle
+from port_kit.pickle_machine import LONGEST_PICKLE, StorageRef, TensorRef, read_pickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -430,6 +431,12 @@ def _dotted(way: _Way | None) -> str:
 def _entries(tensors: Mapping[str, TensorRef], storages: Mapping[str, Storage], name: str) -> dict[str, TensorEntry]:
     entries = {}
     for key, tensor in tensors.items():
+        if tensor.dtype not in ITEM_SIZES:
+            raise CheckpointError(
+                f"{name}: tensor {key} has the dtype {tensor.dtype}, which is not read",
+                code="pickle_unsupported",
+                hint=f"save it with another dtype; dtypes: {', '.join(ITEM_SIZES)}",
+            )
         storage = storages.get(tensor.storage.key)
         if storage is None:
             raise CheckpointError(

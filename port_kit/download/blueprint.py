@@ -16,20 +16,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from port_kit.byte_source import ByteSource
+from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.checksums import crc32
 from port_kit.download.layout import Layout, Span, write_all
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
-from port_kit.pickle_machine import ITEM_SIZES
 from port_kit.pickles import Storage, Tables, TensorEntry
 
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
 _ITEM_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _BATCH = 1 << 20
 _SOURCE_KEY = "port_kit_source"
@@ -113,11 +106,7 @@ def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool 
     header: dict[str, object] = {"__metadata__": metadata}
     offsets, position = [], 0
     for key, entry in kept:
-        header[key] = {
-            "dtype": _dtype(entry, key, name),
-            "shape": list(entry.shape),
-            "data_offsets": [position, position + entry.nbytes],
-        }
+        header[key] = _header_entry(entry, key, name, position)
         offsets.append(position)
         position += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -224,12 +213,17 @@ def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, na
         )
 
 
-def _dtype(entry: TensorEntry, key: str, name: str) -> str:
-    if entry.dtype not in _DTYPES:
+def _header_entry(entry: TensorEntry, key: str, name: str, position: int) -> dict[str, object]:
+    dtype = DTYPES[entry.dtype]
+    try:
+        shape = header_shape(dtype, entry.shape)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: tensor {key}: {error}", code="pickle_unsupported") from error
+    if not dtype.word:
         raise CheckpointError(
             f"{name}: tensor {key} is {entry.dtype}, which safetensors cannot hold", code="pickle_unsupported"
         )
-    return _DTYPES[entry.dtype]
+    return {"dtype": dtype.word, "shape": shape, "data_offsets": [position, position + entry.nbytes]}
 
 
 def _direct_names(tensors: Sequence[tuple[str, TensorEntry]]) -> set[str]:

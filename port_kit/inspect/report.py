@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from port_kit.manifest import ITEM_SIZES, Manifest
+from port_kit.checkpoint.dtypes import ITEM_SIZES
+from port_kit.manifest import Manifest
 
 #: supported: vLLM-Omni or a port serves it as it is; diffusers: all classes are in diffusers and transformers; hybrid:
 #: some are; custom: none are; unknown: the files that decide cannot be read (a gate).

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
+from typing import Any
 
 from port_kit.byte_source import ByteSource
+from port_kit.checkpoint.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import CheckpointError
 from port_kit.inspect.gguf import read_gguf
 from port_kit.inspect.report import WeightFile
 from port_kit.inspect.trees import Tree
-from port_kit.manifest import ITEM_SIZES, MAX_HEADER, PICKLE_SUFFIXES, SAFETENSORS_DTYPES
+from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES
 from port_kit.pickles import read_tables
 
 #: What files of these suffixes are called before they are read, and for good where nothing here reads them.
@@ -90,7 +92,7 @@ def _read_safetensors(source: ByteSource, path: str) -> WeightFile:
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
-        entries = {name: (_shape(entry["shape"]), _dtype(entry)) for name, entry in header.items()}
+        entries = {name: _entry(entry) for name, entry in header.items()}
         places = {name: _place(entry["data_offsets"]) for name, entry in header.items()}
         details = {str(key): str(value) for key, value in metadata.items() if len(str(value)) <= 80}
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
@@ -131,9 +133,10 @@ def _misplaced(
         before = stop
 
 
-def _dtype(entry: dict[str, str]) -> str:
-    """Torch's word; of a dtype that is newer than this list, the header's own."""
-    return SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"].lower())
+def _entry(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+    """Return shape and dtype in torch's terms; those of a dtype that the table lacks as the header has them."""
+    shape, dtype = _shape(entry["shape"]), BY_WORD.get(entry["dtype"])
+    return (shape, entry["dtype"].lower()) if dtype is None else (torch_shape(dtype, shape), dtype.name)
 
 
 def _read_torch(source: ByteSource, path: str) -> WeightFile:

@@ -96,7 +96,7 @@ def _part(write: Write, group: Iterable[Write], value: Tensor) -> Tensor:
 
 def inexact(plan: Plan) -> dict[str, str]:
     """Sources that do not come back bit for bit, with the reason."""
-    from port_kit.remap.dtypes import keeps_values
+    from port_kit.checkpoint.dtypes import keeps_values
 
     found: dict[str, str] = {}
     for write in plan.writes:

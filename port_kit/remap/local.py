@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.manifest import ITEM_SIZES, Manifest, TensorSpec
+from port_kit.checkpoint.dtypes import ITEM_SIZES
+from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.boxes import Box, intersection, volume
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.lower import Write

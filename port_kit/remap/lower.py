@@ -10,10 +10,10 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from port_kit.checkpoint.dtypes import both_floating, keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.remap.boxes import Box, Shape, extents, whole
-from port_kit.remap.dtypes import both_floating, keeps_values
 from port_kit.remap.expressions import evaluate_sizes
 from port_kit.remap.matching import Matcher
 from port_kit.remap.ops import JOINING, Scope, axis_of, is_joining, lower_box, lower_op, lower_take

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from port_kit.checkpoint.dtypes import DTYPES
 from port_kit.errors import RemapError
 from port_kit.remap.boxes import Box, Shape
 from port_kit.remap.expressions import evaluate, parse
@@ -36,10 +37,8 @@ OPS: dict[str, tuple[str, ...]] = {
 }
 #: Ops that say where a part of a fused tensor stands; a rule has at most one of them.
 JOINING = ("concat", "stack")
-DTYPES = (
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool "
-    "complex64 complex128"
-).split()
+#: What a cast may lead to; torch casts no dtype that packs several values per element.
+CAST_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.packed == 1)
 
 
 def check_rule_ops(rule: Rule) -> None:
@@ -86,8 +85,8 @@ def _check_arguments(op: Op, rule: Rule) -> None:
         what, holds = _KINDS[f"{key} {kind}" if f"{key} {kind}" in _KINDS else key]
         if not holds(value):
             raise _op_error(f"op {op.name} of rule {rule.label!r} has {key} = {value!r}", f"{key} is {what}")
-    if op.name == "cast" and op.get("dtype") not in DTYPES:
-        raise _op_error(f"cast to {op.get('dtype')!r}", f"dtypes: {', '.join(DTYPES)}")
+    if op.name == "cast" and op.get("dtype") not in CAST_DTYPES:
+        raise _op_error(f"cast to {op.get('dtype')!r}", f"dtypes: {', '.join(CAST_DTYPES)}")
     if op.name == "rearrange":
         _parse_pattern(op.get("pattern"))
     for value in _leaves([value for key, value in op.args if key in ("sizes", "shape", "runs")]):

@@ -25,8 +25,9 @@ from queue import SimpleQueue
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from port_kit.checkpoint.dtypes import ITEM_SIZES
 from port_kit.errors import RemapError
-from port_kit.manifest import ITEM_SIZES, Manifest, stamp
+from port_kit.manifest import Manifest, stamp
 from port_kit.remap.boxes import Box, Shape, extents
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Files = dict[str, bytes]
-_DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2), "float4": ("F4", 1)}
+_DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2), "float6": ("F6_E2M3", 1)}
 
 
 def safetensors(tensors: Mapping[str, tuple[int, ...]], dtype: str = "bfloat16") -> bytes:

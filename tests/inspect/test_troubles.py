@@ -175,8 +175,8 @@ def test_cut_and_foreign_safetensors(folder: Folder) -> None:
 
 
 def test_dtypes_that_are_newer_than_this_kit_are_shown_as_they_are(folder: Folder) -> None:
-    report = inspect(str(folder({"model.safetensors": forge.safetensors({"a": (4, 4)}, "float4")})))
-    assert report.components[0].dtypes == ("f4",) and not report.components[0].manifest
+    report = inspect(str(folder({"model.safetensors": forge.safetensors({"a": (4, 4)}, "float6")})))
+    assert report.components[0].dtypes == ("f6_e2m3",) and not report.components[0].manifest
 
 
 def test_gguf_header(remote: Remote) -> None:
