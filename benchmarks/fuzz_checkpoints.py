@@ -30,9 +30,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.download.convert import convert_file
 from port_kit.errors import PortKitError
-from port_kit.pickles import read_tables
 
 _WATCHED = ("exec", "compile", "subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "import")
 _LONGEST = 1 << 20  # bytes of an input

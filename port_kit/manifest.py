@@ -213,9 +213,9 @@ class Manifest(Mapping[str, TensorSpec]):
             wrapper: the keys above the tensors, dotted (``generator``, ``app.model``).
 
         Raises:
-            CheckpointError: from :func:`port_kit.pickles.read_tables`.
+            CheckpointError: from :func:`port_kit.checkpoint.pickle_reader.read_tables`.
         """
-        from port_kit.pickles import read_tables
+        from port_kit.checkpoint.pickle_reader import read_tables
 
         tensors = read_tables(Path(path), wrapper).tensors
         file = Path(path).name

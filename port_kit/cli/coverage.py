@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
+from port_kit.cli.inputs import read_rules, read_sizes, read_source
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.port import Port, find_port, resolve
 from port_kit.remap.coverage import Coverage, coverage
-from port_kit.remap.sources import read_rules, read_sizes, read_source
 from port_kit.reports import coverage_page, write_page
 
 
@@ -81,7 +81,7 @@ def _write_page(path: Path | None, title: str, reports: Mapping[str, Coverage]) 
 def _of_component(
     port: Port, name: str, source: str, rules: str | None, sizes: dict[str, int], narrow: bool, build: bool
 ) -> Coverage:
-    from port_kit.remap.recorded import component_target
+    from port_kit.runtime.target_cache import component_target
 
     component = port.component(name)
     known = component_target(port, name, build=build)

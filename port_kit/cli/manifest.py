@@ -48,7 +48,7 @@ def command(
     if port is not None:
         manifest, origin = _of_port(port, component, build)
     else:
-        from port_kit.remap.sources import read_source
+        from port_kit.cli.inputs import read_source
 
         manifest, origin = read_source(source or "", wrapper=wrapper), "headers"
     if output is not None:
@@ -61,7 +61,7 @@ def command(
 
 
 def _of_port(name: str, component: str | None, build: bool) -> tuple[Manifest, str]:
-    from port_kit.remap.recorded import component_target
+    from port_kit.runtime.target_cache import component_target
 
     port = find_port(name)
     if component is not None:
@@ -73,7 +73,7 @@ def _of_port(name: str, component: str | None, build: bool) -> tuple[Manifest, s
 
 
 def _record(name: str, component: str | None, as_json: bool) -> None:
-    from port_kit.remap.recorded import record
+    from port_kit.runtime.target_cache import record
 
     port = find_port(name)
     names = [component] if component else [part.name for part in port.components]

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from port_kit.cli.inputs import read_rules, read_sizes, read_source
 from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.manifest import Manifest
 from port_kit.port import find_port, resolve
 from port_kit.remap.rules import RuleSet
-from port_kit.remap.sources import read_rules, read_sizes, read_source
 
 _OPTIONS = (
     click.option("--rules", help="A .toml or .json file of rules, or module:ATTRIBUTE."),
@@ -60,7 +60,7 @@ class Given:
             return read_source(self.options["target"])
         if not self.options["port"]:
             raise click.UsageError("give --target, or --port and --component")
-        from port_kit.remap.recorded import component_target
+        from port_kit.runtime.target_cache import component_target
 
         return component_target(find_port(self.options["port"]), self.options["component"]).manifest
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from port_kit.byte_source import ByteSource
+from port_kit.checkpoint.byte_sources import ByteSource
 from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
+from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry
 from port_kit.checksums import crc32
 from port_kit.download.layout import Layout, Span, write_all
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
-from port_kit.pickles import Storage, Tables, TensorEntry
 
 _ITEM_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _BATCH = 1 << 20
@@ -300,7 +300,7 @@ class DescriptorSource:
         self.name, self.size = name, layout.size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """See :class:`~port_kit.byte_source.ByteSource`."""
+        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`."""
         buffer = bytearray(max(0, min(length, self.size - offset)))
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)

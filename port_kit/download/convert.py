@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from port_kit.byte_source import FileSource
+from port_kit.checkpoint.byte_sources import FileSource
+from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.checksums import crc32
 from port_kit.download.blueprint import Blueprint, draw, is_made_from, require_crc
 from port_kit.download.files import (
@@ -21,7 +22,6 @@ from port_kit.download.files import (
 )
 from port_kit.download.layout import Layout, write_all
 from port_kit.errors import DownloadError
-from port_kit.pickles import read_tables
 
 # Fits a core's cache. Larger pieces are written to larger free pages, and those a virtual machine may have handed back
 # to its host: getting them again took longer than all the rest.

@@ -25,9 +25,9 @@ from port_kit.download.remote import RangeSource, fetch_segment
 from port_kit.errors import DownloadError
 
 if TYPE_CHECKING:
-    from port_kit.byte_source import ByteSource
+    from port_kit.checkpoint.byte_sources import ByteSource
+    from port_kit.checkpoint.pickle_reader import Storage
     from port_kit.download.blueprint import Blueprint
-    from port_kit.pickles import Storage
 
 _SAMPLED_OFFSETS = 5
 
@@ -193,9 +193,9 @@ class Fetcher:
 
     def _draw(self, identity: Identity, local: Path | None) -> Blueprint:
         """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes."""
-        from port_kit.byte_source import CachedSource, FileSource
+        from port_kit.checkpoint.byte_sources import CachedSource, FileSource
+        from port_kit.checkpoint.pickle_reader import read_tables
         from port_kit.download.blueprint import draw
-        from port_kit.pickles import read_tables
 
         if local is not None:
             with FileSource(local) as source:
@@ -225,7 +225,7 @@ class Fetcher:
 
 def _sample_offsets(source: ByteSource, keys: list[str], storages: Mapping[str, Storage]) -> None:
     """Check torch's alignment rule on a few storages before gigabytes are placed by it."""
-    from port_kit.pickles import check_offsets
+    from port_kit.checkpoint.pickle_reader import check_offsets
 
     sampled = {key: storages[key] for key in [*keys[:1], *keys[-_SAMPLED_OFFSETS:]]}
     wrong = check_offsets(source, sampled)

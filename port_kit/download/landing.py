@@ -209,8 +209,8 @@ class Landing:
 
     def _convert(self, blueprint: Blueprint) -> None:
         """The source's hash is right by now: read its tables again, from the bytes that were hashed."""
+        from port_kit.checkpoint.pickle_reader import read_tables
         from port_kit.download.blueprint import DescriptorSource, check_crcs
-        from port_kit.pickles import read_tables
 
         name = f"{self.identity.repo_id}/{self.identity.path}"
         source = DescriptorSource(self.part.descriptor, self.part.layout, name)

@@ -114,7 +114,7 @@ def _copy(response: Response, landing: Landing, offset: int, advance: Callable[[
 
 
 class RangeSource:
-    """A file of the Hub as a :class:`~port_kit.byte_source.ByteSource`: each read is one ranged request."""
+    """A file of the Hub as a :class:`~port_kit.checkpoint.byte_sources.ByteSource`: each read is one ranged request."""
 
     def __init__(self, hub: HubClient, identity: Identity) -> None:
         self._hub, self._identity = hub, identity
@@ -122,7 +122,7 @@ class RangeSource:
         self.size = identity.size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """See :class:`~port_kit.byte_source.ByteSource`."""
+        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`."""
         end = min(offset + length, self.size)
         if end <= offset:
             return b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from port_kit.byte_source import ByteSource
+from port_kit.checkpoint.byte_sources import ByteSource
 from port_kit.errors import CheckpointError
 
 #: Types of metadata values: name of the struct format; 8 is a string and 9 an array.

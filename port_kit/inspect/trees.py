@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from port_kit.byte_source import ByteSource, FileSource
+from port_kit.checkpoint.byte_sources import ByteSource, FileSource
 from port_kit.download.http import HttpClient, Policy
 from port_kit.download.hub import HubClient, HubFile
 from port_kit.download.parts import Identity

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
-from port_kit.byte_source import ByteSource
+from port_kit.checkpoint.byte_sources import ByteSource
 from port_kit.checkpoint.dtypes import BY_WORD, ITEM_SIZES, torch_shape
+from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.errors import CheckpointError
 from port_kit.inspect.gguf import read_gguf
 from port_kit.inspect.report import WeightFile
 from port_kit.inspect.trees import Tree
 from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES
-from port_kit.pickles import read_tables
 
 #: What files of these suffixes are called before they are read, and for good where nothing here reads them.
 FORMATS = {
@@ -71,7 +71,7 @@ class _Headed:
         self._source, self._head = source, source.read_at(0, min(_FIRST_READ, source.size))
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """See :class:`~port_kit.byte_source.ByteSource`."""
+        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`."""
         if min(offset + length, self.size) <= len(self._head):
             return self._head[offset : offset + length]
         return self._source.read_at(offset, length)

@@ -357,7 +357,7 @@ def test_a_legacy_checkpoint_on_the_way(tmp_path: Path) -> None:
 
 
 def test_an_evil_checkpoint_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
-    from test_pickles import Call
+    from tests.checkpoint.test_pickle_reader import Call
 
     marker = tmp_path / "marker"
     torch.save({"a": torch.randn(500_000), "b": Call(os.system, f"touch {marker}")}, tmp_path / "x.pth")
@@ -369,7 +369,7 @@ def test_an_evil_checkpoint_is_refused_before_it_is_fetched(tmp_path: Path) -> N
 
 
 def test_an_unaligned_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    from test_pickles import rezip
+    from tests.checkpoint.test_pickle_reader import rezip
 
     torch.save({"generator": {f"t{n}": torch.randn(n + 1) for n in range(9)}}, tmp_path / "x.pth")
     rezip(tmp_path / "x.pth", lambda entries: entries)

@@ -21,8 +21,8 @@ from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import build_transformer
 from port_kit.pipeline.loading import build_components, load_component_weights
 from port_kit.port import Component
-from port_kit.remap.recorded import component_target
 from port_kit.runtime.local import single_rank
+from port_kit.runtime.target_cache import component_target
 from port_kit.testing.tiny import expand
 from port_kit.testing.tiny_fusion import components
 from tests.conftest import DATA

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from port_kit.cli import main
+from port_kit.cli.inputs import read_rules
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet
 from port_kit.remap.plan import check
-from port_kit.remap.sources import read_rules
 from port_kit.remap.toml import loads
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from port_kit.checkpoint.pickle_reader import check_offsets, read_tables
 from port_kit.errors import CheckpointError, PortKitError
-from port_kit.pickles import check_offsets, read_tables
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 
@@ -218,7 +218,7 @@ def test_sources_of_all_kinds(tmp_path: Path) -> None:
 
 
 def test_torchs_alignment_gives_the_offsets_without_local_headers(tmp_path: Path) -> None:
-    from port_kit.byte_source import FileSource
+    from port_kit.checkpoint.byte_sources import FileSource
 
     path = save({f"block.{n}.weight": torch.randn(n, 7) for n in range(60)}, tmp_path / "x.pth")
     assert read_tables(path, exact_offsets=False) == read_tables(path)

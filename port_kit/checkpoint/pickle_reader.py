@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
 
-from port_kit.byte_source import ByteSource, FileSource, SourceFile, StreamSource
+from port_kit.checkpoint.byte_sources import ByteSource, FileSource, SourceFile, StreamSource
 from port_kit.checkpoint.dtypes import ITEM_SIZES
+from port_kit.checkpoint.unpickler import LONGEST_PICKLE, StorageRef, TensorRef, read_pickle
 from port_kit.errors import CheckpointError
-from port_kit.pickle_machine import LONGEST_PICKLE, StorageRef, TensorRef, read_pickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001

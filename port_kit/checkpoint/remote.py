@@ -118,7 +118,7 @@ class _Remote:
         return Manifest(entries, origin=self.label, naming=common_naming(namings, self.label))
 
     def _pickle(self, path: str, wrapper: str) -> Manifest:
-        from port_kit.pickles import read_tables
+        from port_kit.checkpoint.pickle_reader import read_tables
 
         with self.files.open(f"{self.root}/{path}", "rb", block_size=_READ_AHEAD) as stream:
             tables = read_tables(stream, wrapper, exact_offsets=False)
