@@ -27,7 +27,7 @@ from suggest_written import written_families
 
 from port_kit.manifest import Manifest
 from port_kit.remap.plan import check
-from port_kit.remap.planmap import plan_map
+from port_kit.remap.plan_json import plan_map
 from port_kit.remap.suggest import suggest, vocabulary
 
 ORACLES = Path(__file__).parent.parent / "tests" / "data" / "oracles"

@@ -142,7 +142,7 @@ _HALF = r"(encoder|decoder)"
 
 AUDIO_VAE = RuleSet(
     name="mmaudio_vae_16k",
-    narrow=True,
+    allow_downcast=True,
     rules=(
         Rule(r"data_(mean|std)", r"data_\1"),
         Rule(rf"{_HALF}\.learnable_gain", r"\1.gain"),
@@ -208,4 +208,4 @@ def _activation_rules() -> Iterator[Rule]:
         yield Rule(rf"{source}\.downsample\.lowpass\.filter", f"{target}.downsample_filter")
 
 
-VOCODER = RuleSet(name="bigvgan_16k", narrow=True, rules=(*_convolution_rules(), *_activation_rules()))
+VOCODER = RuleSet(name="bigvgan_16k", allow_downcast=True, rules=(*_convolution_rules(), *_activation_rules()))

@@ -16,7 +16,7 @@ _FLAT_PATCH = Op.of("rearrange", pattern="o c f h w -> o (c f h w)")
 
 TRANSFORMER = RuleSet(
     name="wan_fusion",
-    narrow=True,  # DreamID-Omni publishes float32 and runs it in bfloat16
+    allow_downcast=True,  # DreamID-Omni publishes float32 and runs it in bfloat16
     rules=(
         # stems
         Rule(r"video_model\.patch_embedding\.weight", r"video.patch_embedding.proj.weight", op=(_FLAT_PATCH,)),

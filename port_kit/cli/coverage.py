@@ -27,7 +27,7 @@ from port_kit.reports import coverage_page, write_page
 @click.option("--component", help="The port's component; without it SOURCE is a model directory with one folder each.")
 @click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules.")
 @click.option("--wrapper", default="", help="Keys above the tensors of a pickle checkpoint, such as 'generator'.")
-@click.option("--narrow", is_flag=True, help="Allow rounding to a narrower floating-point dtype.")
+@click.option("--allow-downcast", is_flag=True, help="Allow rounding to a narrower floating-point dtype.")
 @click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the report to this file.")
 @json_option
@@ -40,7 +40,7 @@ def command(
     component: str | None,
     sizes: tuple[str, ...],
     wrapper: str,
-    narrow: bool,
+    allow_downcast: bool,
     build: bool,
     html: Path | None,
     as_json: bool,
@@ -51,7 +51,7 @@ def command(
         if target is None or rules is None:
             raise click.UsageError("give --target and --rules, or --port")
         report = coverage(
-            read_rules(rules), read_source(source, wrapper=wrapper), read_source(target), numbers, narrow=narrow
+            read_rules(rules), read_source(source, wrapper=wrapper), read_source(target), numbers, allow_downcast=allow_downcast
         )
         _write_page(html, source, {"": report})
         emit("coverage", report.to_json(), as_json=as_json, text=report.to_text(), ok=report.ok)
@@ -61,7 +61,7 @@ def command(
     found = find_port(port)
     names = [component] if component else [part.name for part in found.components]
     sources = {name: source if component else str(Path(source) / name) for name in names}
-    reports = {name: _of_component(found, name, sources[name], rules, numbers, narrow, build) for name in names}
+    reports = {name: _of_component(found, name, sources[name], rules, numbers, allow_downcast, build) for name in names}
     _write_page(html, found.name, reports)
     if component:
         report = reports[component]
@@ -79,7 +79,7 @@ def _write_page(path: Path | None, title: str, reports: Mapping[str, Coverage]) 
 
 
 def _of_component(
-    port: Port, name: str, source: str, rules: str | None, sizes: dict[str, int], narrow: bool, build: bool
+    port: Port, name: str, source: str, rules: str | None, sizes: dict[str, int], allow_downcast: bool, build: bool
 ) -> Coverage:
     from port_kit.runtime.target_cache import component_target
 
@@ -87,5 +87,11 @@ def _of_component(
     known = component_target(port, name, build=build)
     component_rules: Any = read_rules(rules) if rules is not None else resolve(component.rules)
     return coverage(
-        component_rules, read_source(source), known.manifest, sizes, narrow=narrow, target_from=known.origin
+        component_rules,
+        read_source(source),
+        known.manifest,
+        sizes,
+        allow_downcast=allow_downcast,
+        target_from=known.origin,
+
     )

@@ -42,9 +42,9 @@ def read_rules(text: str) -> RuleSet:
     path = Path(text)
     if path.suffix in (".toml", ".json") or path.exists():
         return RuleSet.from_file(path)
-    from port_kit.remap.toml import imported
+    from port_kit.remap.rules import import_rules
 
-    return imported(text)
+    return import_rules(text)
 
 
 def read_sizes(items: tuple[str, ...]) -> dict[str, int]:

@@ -129,7 +129,7 @@ def explain_command(name: str, as_json: bool, **options: Any) -> None:
 def plan_command(as_json: bool, **options: Any) -> None:
     """Print what every target element is made of; exit code 1 where the plan is incomplete."""
     from port_kit.remap.plan import check
-    from port_kit.remap.planmap import plan_map
+    from port_kit.remap.plan_json import plan_map
 
     given = Given(options)
     plan = check(given.rules(), given.source(), given.target(), given.sizes)
@@ -211,11 +211,11 @@ def export_command(checkpoint: Path, forward: bool, output: Path, as_json: bool,
     given = Given(options)
     manifest = Manifest.from_safetensors(checkpoint)
     if forward:
-        plan = given.rules().compile(manifest, given.target(), given.sizes, narrow=True)
+        plan = given.rules().compile(manifest, given.target(), given.sizes, allow_downcast=True)
         convert_file(plan, checkpoint_reader(checkpoint, manifest), output)
         lost: dict[str, str] = {}
     else:
-        plan = given.rules().compile(given.source(), manifest, given.sizes, narrow=True)
+        plan = given.rules().compile(given.source(), manifest, given.sizes, allow_downcast=True)
         lost = inexact(plan)
         export_file(plan, checkpoint_reader(checkpoint, manifest), output)
     written = Manifest.from_safetensors(output)

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from port_kit.parallel.memory import give_memory
-from port_kit.remap.boxes import Box
+from port_kit.remap.regions import Region
 from port_kit.remap.targets import Target, read_targets
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class RowWriter:
         slots: where each slot of a fused parameter stands in the whole one; empty for plain parameters.
     """
 
-    slots: Mapping[str, Box]
+    slots: Mapping[str, Region]
 
     @torch.no_grad()
     def __call__(self, parameter: DTensor, piece: Tensor, slot: str | int = "") -> None:

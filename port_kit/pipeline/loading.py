@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineL
 from port_kit.errors import PortKitError
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.port import Component, resolve
-from port_kit.remap import RuleSet, load_components
-from port_kit.remap.ops import OPS
-from port_kit.remap.readahead import read_ahead
+from port_kit.remap import load_components, load_local
 
 
 def read_json(model: str | Path, name: str) -> Mapping[str, Any]:
@@ -66,58 +63,38 @@ def weights_sources(
 def load_component_weights(
     owner: nn.Module, components: Sequence[Component], weights: Iterable[tuple[str, torch.Tensor]], model: str | Path
 ) -> set[str]:
-    """Fill the components from the loader's stream; every tensor is accounted for by its component's rule set.
+    """Fill the components; every tensor is accounted for by its component's rule set.
 
-    On a GPU the kit reads the stream's files itself, ahead (:func:`port_kit.remap.readahead.read_ahead`): mapped files
-    would be read a page at a time. Quantized models keep the stream, which vLLM-Omni may change on its way.
+    Each rank reads the files itself, and only its own part of them (:func:`port_kit.remap.local.load_local`). Quantized
+    models keep the loader's stream, which vLLM-Omni may change on its way.
 
     Args:
         owner: the pipeline; a component is its attribute of the component's name. Its diffusion transformers are
-            sharded first where HSDP is on.
-        components: all of them must be in the stream.
-        weights: ``(component.original_name, tensor)``.
-        model: the directory that the stream comes from: its headers are checked first, and errors name its files.
+            sharded first if HSDP is on.
+        components: all of them must be in the model directory.
+        weights: ``(component.original_name, tensor)``, the loader's stream.
+        model: the model directory.
 
     Returns:
-        Names of the filled parameters and buffers, with the component's name in front.
+        Names of the filled parameters and buffers, with the component's name.
 
     Raises:
-        RemapError: a missing, unexpected, misshapen or repeated tensor; names it, its file and the nearest name.
+        RemapError: a missing, unexpected, misshapen or repeated tensor; names it, its file and the closest name.
     """
     for name in owner._dit_modules:
         shard_before_loading(getattr(owner, name), owner.od_config, get_local_device())
     parts: dict[str, Any] = {
         component.name: (getattr(owner, component.name), resolve(component.rules)) for component in components
     }
-    on_gpu = any(parameter.is_cuda for module, _ in parts.values() for parameter in module.parameters())
-    if not on_gpu or owner.od_config.quantization_config is not None:
+    if owner.od_config.quantization_config is not None:
         return load_components(parts, weights, model=model)
     next(iter(weights), None)  # the loader looks at the files, and starts its clock, when it is asked for the first
-    with closing(read_components(parts, model)) as stream:
-        loaded = load_components(parts, stream, model=model)
-    torch.cuda.empty_cache()  # of the tensors on their way, which had memory of their own
-    return loaded
-
-
-def read_components(
-    parts: Mapping[str, tuple[nn.Module, RuleSet]], model: str | Path, **ring: int
-) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """Stream components' tensors from a model directory, each to the device that its component is on.
-
-    What a rule set computes (a weight norm's fold, say) is computed on the CPU wherever the component is: a GPU would
-    round it otherwise.
-
-    Args:
-        parts: ``{component: (module, rules)}``.
-        model: the model directory.
-        ring: ``block``, ``blocks`` and ``threads`` of :func:`~port_kit.remap.readahead.read_ahead`.
-    """
+    loaded: set[str] = set()
     for name, (module, rules) in parts.items():
-        device = next(module.parameters()).device
-        if any(op.name not in OPS for rule in rules for op in rule.op):
-            device = torch.device("cpu")
-        with closing(read_ahead(Path(model) / name, device=device, prefix=f"{name}.", **ring)) as stream:
-            yield from stream
+        loaded |= load_local(module, Path(model) / name, rules, prefix=f"{name}.").loaded
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of the tensors that were copied through buffers
+    return loaded
 
 
 def _incomplete(problem: str) -> PortKitError:

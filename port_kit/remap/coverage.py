@@ -1,4 +1,4 @@
-"""Coverage: what a plan does, as a report grouped by layer template, for people and as JSON."""
+"""Coverage: the report of a plan by layer template, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from port_kit.manifest import Manifest
-from port_kit.remap.lower import Write
 from port_kit.remap.names import collapse, split_numbers
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import Problem
-from port_kit.remap.rules import RuleSet
-from port_kit.remap.steps import Call, Cast, Fill, Permute, Reorder, Reshape, Step, Take
+from port_kit.remap.resolve import CopyTask
+from port_kit.remap.rule import Rules
+from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
 
 
 @dataclass
 class Line:
-    """All writes of one layer template: what comes from where, how, and how often."""
+    """All copy tasks of one layer template: sources, targets, operations and count."""
 
     sources: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
@@ -39,11 +39,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Coverage:
-    """A plan's report.
+    """The report of a plan.
 
     Attributes:
         plan: the plan, complete or not.
-        target_from: where the target came from: ``recorded``, ``built``, ``manifest`` ...
+        target_from: origin of the target: ``recorded``, ``built``, ``manifest`` ...
     """
 
     plan: Plan
@@ -51,24 +51,24 @@ class Coverage:
 
     @property
     def ok(self) -> bool:
-        """Whether every element on both sides is accounted for."""
+        """Return True if every element on both sides is accounted for."""
         return self.plan.ok
 
     def lines(self) -> list[Line]:
-        """The writes by layer template, in the order of the sources."""
+        """Return the tasks by layer template, in the order of the sources."""
         found: dict[tuple[str, ...], Line] = {}
-        for write in self.plan.writes:
-            source, _ = split_numbers(write.source)
-            target, _ = split_numbers(write.target)
-            how = describe(write)
-            shape = str(list(self.plan.source[write.source].shape))
-            line = found.setdefault((source, target, how, shape), Line(how=how, shape=shape, rule=write.rule.label))
-            line.sources.append(write.source)
-            line.targets.append(write.target)
+        for task in self.plan.tasks:
+            source, _ = split_numbers(task.source)
+            target, _ = split_numbers(task.target)
+            how = describe(task)
+            shape = str(list(self.plan.source[task.source].shape))
+            line = found.setdefault((source, target, how, shape), Line(how=how, shape=shape, rule=task.rule.label))
+            line.sources.append(task.source)
+            line.targets.append(task.target)
         return list(found.values())
 
     def problems(self) -> list[dict[str, Any]]:
-        """Problems, those of one layer template joined: ``names`` lists sources and targets as templates."""
+        """Return the problems, those of one layer template joined, with their sources and targets as templates."""
         groups: dict[tuple[str, str, str, str], list[Problem]] = defaultdict(list)
         for problem in self.plan.explained():
             key = (split_numbers(problem.source)[0], split_numbers(problem.target)[0], problem.code, problem.rule)
@@ -84,13 +84,13 @@ class Coverage:
         return joined
 
     def to_json(self) -> dict[str, Any]:
-        """The report as data."""
+        """Return the report as data."""
         plan = self.plan
         return {
             "ok": plan.ok,
             "rules": {"name": plan.rules.name, "count": len(plan.rules)},
             "converted": plan.converted,
-            "source": _side(plan.source) | {"used": len({write.source for write in plan.writes})},
+            "source": _side(plan.source) | {"used": len({task.source for task in plan.tasks})},
             "target": _side(plan.target) | {"from": self.target_from, "written": self._written()},
             "dropped": dict(plan.dropped),
             "kept": dict(plan.kept),
@@ -101,10 +101,10 @@ class Coverage:
 
     def _written(self) -> int:
         blamed = {problem.target for problem in self.plan.problems}
-        return len({write.target for write in self.plan.writes} - blamed)
+        return len({task.target for task in self.plan.tasks} - blamed)
 
     def to_text(self) -> str:
-        """The report for people."""
+        """Return the report as text."""
         plan = self.plan
         lines = [
             f"source  {plan.source.origin}: {len(plan.source)} tensors, {plan.source.nbytes:,} bytes",
@@ -113,7 +113,7 @@ class Coverage:
             "",
         ]
         if plan.converted:
-            lines.append("the source has the target's names already and passes through unchanged")
+            lines.append("the source has the target's names: rules are not applied")
         for line in [] if plan.converted else self.lines():
             targets = ", ".join(collapse(dict.fromkeys(line.targets)))
             how = f"  [{line.how}]" if line.how else ""
@@ -136,45 +136,45 @@ class Coverage:
 
 
 def coverage(
-    rules: RuleSet,
+    rules: Rules,
     source: Manifest,
     target: Manifest,
     sizes: Mapping[str, int] | None = None,
     *,
-    narrow: bool = False,
+    allow_downcast: bool = False,
     target_from: str = "manifest",
 ) -> Coverage:
-    """Check a rule set against a source and a target; never raises for a gap, the report has them all."""
-    return Coverage(check(rules, source, target, sizes, narrow=narrow), target_from)
+    """Check rules against a source and a target; gaps are reported, not raised."""
+    return Coverage(check(rules, source, target, sizes, allow_downcast=allow_downcast), target_from)
 
 
-def describe(write: Write) -> str:
-    """What happens to a source on its way, in a few words."""
-    words = [_step_text(step) for step in write.steps]
-    if write.join is not None:
-        words.append(f"{write.join.name} as {write.part}")
-    if write.slot:
-        words.append(f"slot {write.slot}")
-    elif write.rule.op and write.rule.op[-1].name == "concat" or write.rule.into:
-        words.append("into " + ", ".join(f"{start}:{stop}" for start, stop in write.region))
+def describe(task: CopyTask) -> str:
+    """Return the operations on a source in a few words."""
+    words = [_op_text(op) for op in task.ops]
+    if task.join is not None:
+        words.append(f"{task.join.name} as {task.role}")
+    if task.shard:
+        words.append(f"shard {task.shard}")
+    elif task.rule.op and task.rule.op[-1].name == "concat" or task.rule.into:
+        words.append("into " + ", ".join(f"{start}:{stop}" for start, stop in task.region))
     return ", ".join(word for word in words if word)
 
 
-def _step_text(step: Step) -> str:
-    if isinstance(step, Take):
-        return "take " + ", ".join(f"{start}:{stop}" for start, stop in step.box)
-    if isinstance(step, Reshape):
-        return f"reshape to {list(step.after)}"
-    if isinstance(step, Permute):
-        return f"transpose {list(step.perm)}"
-    if isinstance(step, Reorder):
-        return f"reorder axis {step.dim} as " + ", ".join(f"{start}:{stop}" for start, stop in step.runs)
-    if isinstance(step, Cast):
-        return f"cast to {step.dtype}"
-    if isinstance(step, Fill):
-        return f"filled into {list(step.after)}"
-    assert isinstance(step, Call)
-    return step.name
+def _op_text(op: TensorOp) -> str:
+    if isinstance(op, Slice):
+        return "take " + ", ".join(f"{start}:{stop}" for start, stop in op.region)
+    if isinstance(op, Reshape):
+        return f"reshape to {list(op.after)}"
+    if isinstance(op, Permute):
+        return f"transpose {list(op.perm)}"
+    if isinstance(op, Reorder):
+        return f"reorder axis {op.dim} as " + ", ".join(f"{start}:{stop}" for start, stop in op.runs)
+    if isinstance(op, Cast):
+        return f"cast to {op.dtype}"
+    if isinstance(op, Fill):
+        return f"filled into {list(op.after)}"
+    assert isinstance(op, Call)
+    return op.name
 
 
 def _side(manifest: Manifest) -> dict[str, Any]:

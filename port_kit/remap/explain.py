@@ -1,4 +1,4 @@
-"""Why a name goes where it goes: the rules that match it, in words, from the same plan as everything else."""
+"""Explanation of one name: the rules that match it, and its copy tasks in the plan."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 from port_kit.manifest import Manifest
 from port_kit.remap.coverage import describe
-from port_kit.remap.matching import Matcher
 from port_kit.remap.plan import check
-from port_kit.remap.problems import nearest
-from port_kit.remap.rules import RuleSet
+from port_kit.remap.problems import closest_match
+from port_kit.remap.resolve import Resolver
+from port_kit.remap.rule import Rules
 
 
 @dataclass
 class Explanation:
-    """What is to be said of one name.
+    """Explanation of one name.
 
     Attributes:
         name: the name.
-        found: whether any rule or manifest knows it.
+        found: a rule matches it, or it is in a manifest.
         rules: ``{"rule", "groups", "target", "shard", "does"}`` of each rule that matches it as a source.
-        writes: what the plan does with it, as source or as target.
-        notes: drops, keeps, problems and near names.
+        tasks: its copy tasks, as source or as target.
+        notes: drops, keeps, problems and similar names.
     """
 
     name: str
     found: bool = False
     rules: list[dict[str, Any]] = field(default_factory=list)
-    writes: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Explanation:
             "name": self.name,
             "found": self.found,
             "rules": self.rules,
-            "writes": self.writes,
+            "tasks": self.tasks,
             "notes": self.notes,
         }
 
@@ -46,38 +46,36 @@ class Explanation:
         for rule in self.rules:
             lines.append(f"  matches rule {rule['number']}: {rule['rule']}")
             lines.append(f"    groups {rule['groups']}; {rule['does']}")
-        return "\n".join([*lines, *(f"  {line}" for line in self.writes + self.notes)])
+        return "\n".join([*lines, *(f"  {line}" for line in self.tasks + self.notes)])
 
 
 def explain(
     name: str,
-    rules: RuleSet,
+    rules: Rules,
     source: Manifest | None = None,
     target: Manifest | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> Explanation:
     """Explain a source or target name; with both manifests also what the plan does with its elements."""
-    told = Explanation(name)
-    _matching(told, rules)
+    result = Explanation(name)
+    _matching(result, rules, sizes or {})
     if source is not None and target is not None:
-        _planned(told, rules, source, target, sizes or {})
+        _planned(result, rules, source, target, sizes or {})
     known = [*(source or ()), *(target or ())]
-    told.found = told.found or name in known
-    if not told.found:
-        near = nearest(name, known)
-        told.notes.append("no rule matches it" + (f"; did you mean {near}?" if near else ""))
-    return told
+    result.found = result.found or name in known
+    if not result.found:
+        near = closest_match(name, known)
+        result.notes.append("no rule matches it" + (f"; did you mean {near}?" if near else ""))
+    return result
 
 
-def _matching(told: Explanation, rules: RuleSet) -> None:
-    matcher = Matcher(rules.rules)
-    for number in matcher.find(told.name):
+def _matching(result: Explanation, rules: Rules, sizes: Mapping[str, int]) -> None:
+    for number, match in Resolver(rules, {}, sizes).matches(result.name):
         rule = rules.rules[number]
-        match = matcher.match(number, told.name)
         does = (
             f"dropped: {rule.drop}" if rule.drop else "to " + ", ".join(match.expand(_plain(t)) for t in rule.targets)
         )
-        told.rules.append(
+        result.rules.append(
             {
                 "number": number + 1,
                 "rule": rule.source,
@@ -88,7 +86,7 @@ def _matching(told: Explanation, rules: RuleSet) -> None:
                 "fallback": rule.fallback,
             }
         )
-    told.found = bool(told.rules)
+    result.found = bool(result.rules)
 
 
 def _plain(template: str) -> str:
@@ -105,19 +103,19 @@ def _pieces(template: str) -> list[str]:
     return [*pieces, rest]
 
 
-def _planned(told: Explanation, rules: RuleSet, source: Manifest, target: Manifest, sizes: Mapping[str, int]) -> None:
+def _planned(result: Explanation, rules: Rules, source: Manifest, target: Manifest, sizes: Mapping[str, int]) -> None:
     plan = check(rules, source, target, sizes)
-    for write in plan.writes:
-        if told.name in (write.source, write.target):
-            how = describe(write)
-            told.writes.append(f"{write.source} -> {write.target}" + (f" [{how}]" if how else ""))
-            told.found = True
+    for task in plan.tasks:
+        if result.name in (task.source, task.target):
+            how = describe(task)
+            result.tasks.append(f"{task.source} -> {task.target}" + (f" [{how}]" if how else ""))
+            result.found = True
     for table, word in ((plan.dropped, "dropped"), (plan.kept, "kept")):
-        if told.name in table:
-            told.notes.append(f"{word}: {table[told.name]}")
-            told.found = True
+        if result.name in table:
+            result.notes.append(f"{word}: {table[result.name]}")
+            result.found = True
     if plan.converted:
-        told.notes.append("the source is already converted: rules are not applied")
-    told.notes += [
-        f"problem: {problem}" for problem in plan.explained() if told.name in (problem.source, problem.target)
+        result.notes.append("the source is already converted: rules are not applied")
+    result.notes += [
+        f"problem: {problem}" for problem in plan.explained() if result.name in (problem.source, problem.target)
     ]

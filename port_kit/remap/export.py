@@ -1,18 +1,25 @@
-"""The way back: the original tensors from a loaded module or a converted checkpoint, by the same plan."""
+"""Conversion by a plan without a module, and the inverse: from targets to the original tensors.
+
+Files record in their metadata which names they have, so that no loader has to guess.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from port_kit.checkpoint.dtypes import keeps_values
 from port_kit.errors import RemapError
-from port_kit.manifest import Manifest
-from port_kit.remap.boxes import volume, whole
-from port_kit.remap.lower import Write
+from port_kit.manifest import NAMING_KEY, Manifest
+from port_kit.remap.executor import Executor, overflows
 from port_kit.remap.plan import Plan
-from port_kit.remap.steps import Call, back, copy_through, gather, scatter
+from port_kit.remap.problems import raise_problems
+from port_kit.remap.regions import full_region, region_index, region_numel
+from port_kit.remap.resolve import CopyTask
+from port_kit.remap.targets import Target, read_targets
+from port_kit.remap.tensor_ops import Call, apply_inverse, source_region
 from port_kit.remap.transforms import find_transform
 
 if TYPE_CHECKING:
@@ -21,11 +28,37 @@ if TYPE_CHECKING:
 Read = Callable[[str], "Tensor"]
 
 
-def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Give back the sources of a plan, one by one.
+def convert(plan: Plan, read: Read | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the target tensors of a plan, one by one, in the target's dtypes.
 
-    Values come back bit for bit, except where a source's dtype is narrower than what it was rounded to on loading, and
-    where a transform says that its inverse is not exact. Sources that were dropped as a whole are left out.
+    Yields:
+        ``(target name, tensor)``; kept targets are left out, because no source has them.
+
+    Raises:
+        RemapError: ``remap_overflow`` for a finite value that the target's dtype cannot represent.
+    """
+    import torch
+
+    tensor_of = _reader(read)
+    for name, tasks in plan.by_target().items():
+        spec = plan.target[name]
+        result = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        executor = Executor({name: Target(name, result, spec, (), None)}, {name: spec})
+        groups: dict[object, list[CopyTask]] = defaultdict(list)
+        for task in tasks:
+            groups[task.group if task.join is not None else task].append(task)
+        with torch.no_grad():
+            for group in groups.values():
+                executor.run(group, {task.source: tensor_of(task.source) for task in group})
+        raise_problems(executor.problems, f"{plan.rules.name} does not convert {name}")
+        yield name, result
+
+
+def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the source tensors of a plan, one by one, from its targets.
+
+    Values are restored bit for bit, unless the source's dtype was rounded on loading or a transform has no exact
+    inverse (see :func:`inexact`). Sources that were dropped completely are left out.
 
     Args:
         plan: the plan of the load.
@@ -35,103 +68,105 @@ def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterato
         ``(source name, tensor)`` in the order of the source manifest.
 
     Raises:
-        RemapError: ``remap_op`` for a transform without an inverse; ``remap_unused`` for a source of which a part was
-            dropped, so that it cannot be made whole.
+        RemapError: ``remap_op`` for a transform without an inverse, or for a source whose copies in several targets
+            differ; ``remap_unused`` for a source of which a part was dropped; ``remap_overflow``.
     """
     tensor_of = _reader(read)
-    joined = _joins(plan)
-    for name, writes in plan.by_source().items():
-        yield name, _source(plan, name, writes, tensor_of, joined)
+    for name, tasks in plan.by_source().items():
+        copies: dict[object, list[CopyTask]] = defaultdict(list)
+        for task in tasks:  # rules with take use parts of one copy
+            copies["" if task.rule.take else task.rule].append(task)
+        restored = [_restore(plan, name, copy, tensor_of) for copy in copies.values()]
+        if any(not _same_bits(other, restored[0]) for other in restored[1:]):
+            raise RemapError(
+                f"{name} cannot be restored: its copies in {', '.join(task.target for task in tasks)} differ",
+                code="remap_op",
+                hint="export with rules that read it from one of them",
+            )
+        yield name, restored[0]
 
 
-def _reader(read: Read | Mapping[str, Tensor] | nn.Module) -> Read:
-    if hasattr(read, "named_parameters"):
-        from port_kit.remap.targets import read_targets
-
-        targets = read_targets(read).targets  # type: ignore[arg-type]  # a module has named_parameters
-        return lambda name: targets[name].tensor.data
-    if isinstance(read, Mapping):
-        return read.__getitem__
-    return read  # type: ignore[return-value]  # what is left is the function
-
-
-def _joins(plan: Plan) -> dict[object, list[Write]]:
-    groups: dict[object, list[Write]] = defaultdict(list)
-    for write in plan.writes:
-        if write.join is not None:
-            groups[write.group].append(write)
-    return groups
-
-
-def _source(plan: Plan, name: str, writes: list[Write], read: Read, joined: Mapping[object, list[Write]]) -> Tensor:
+def _restore(plan: Plan, name: str, tasks: Sequence[CopyTask], read: Read) -> Tensor:
     import torch
 
     spec = plan.source[name]
-    used = sum(_used(write) for write in writes)
+    used = sum(region_numel(part) for task in tasks for part in source_region(task.ops, [full_region(task.shape)]))
     if used != spec.numel:
         raise RemapError(
-            f"{name} cannot be made whole: {spec.numel - used} of its elements were dropped on loading",
+            f"{name} cannot be restored: {spec.numel - used} of its elements were dropped on loading",
             code="remap_unused",
             hint="export needs rules that use all of a source",
         )
-    result = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
-    for write in writes:
-        value = read(write.target)[tuple(slice(start, stop) for start, stop in write.region)]
-        if write.join is not None:
-            value = _part(write, joined[write.group], value)
+    result, joined = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)), plan.joined()
+    for task in tasks:
+        value = read(task.target)[region_index(task.region)]
+        if task.join is not None:
+            shapes = {other.role: other.shape for other in joined[task.group]}
+            value = find_transform(task.join.name).undo(value, dict(task.join.args), shapes)[task.role]
         with torch.no_grad():
-            scatter(result, write.steps, value.reshape(write.shape))
+            apply_inverse(result, task.ops, value.reshape(task.shape))
+        if value.dtype != result.dtype and overflows(result, value):
+            raise RemapError(
+                f"{name} cannot be restored: {task.target} has finite values that {spec.dtype} cannot represent",
+                code="remap_overflow",
+                hint="export into a wider dtype",
+            )
     return result
 
 
-def _used(write: Write) -> int:
-    return sum(map(volume, back(write.steps, [whole(write.shape)])))
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    import torch
 
-
-def _part(write: Write, group: Iterable[Write], value: Tensor) -> Tensor:
-    assert write.join is not None
-    shapes = {other.part: other.shape for other in group}
-    return find_transform(write.join.name).undo(value, dict(write.join.args), shapes)[write.part]
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def inexact(plan: Plan) -> dict[str, str]:
-    """Sources that do not come back bit for bit, with the reason."""
-    from port_kit.checkpoint.dtypes import keeps_values
-
+    """Return the sources that are not restored bit for bit, with the reason."""
     found: dict[str, str] = {}
-    for write in plan.writes:
-        spec, target = plan.source[write.source], plan.target[write.target]
-        names = [step.name for step in write.steps if isinstance(step, Call)]
-        names += [write.join.name] if write.join is not None else []
+    for task in plan.tasks:
+        spec, target = plan.source[task.source], plan.target[task.target]
+        names = [op.name for op in task.ops if isinstance(op, Call)]
+        names += [task.join.name] if task.join is not None else []
         for name in names:
             if not find_transform(name).exact:
-                found[write.source] = f"transform {name} has no exact inverse"
+                found[task.source] = f"transform {name} has no exact inverse"
         if not keeps_values(spec.dtype, target.dtype):
-            found[write.source] = f"{spec.dtype} was rounded to {target.dtype}"
+            found[task.source] = f"{spec.dtype} was rounded to {target.dtype}"
     return found
 
 
+def convert_file(plan: Plan, read: Read | Mapping[str, Tensor], path: str | Path) -> Path:
+    """Write the targets of a plan into one safetensors file; raises as :func:`convert`."""
+    return _save(dict(convert(plan, read)), Path(path), "converted")
+
+
 def export_file(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module, path: str | Path) -> Path:
-    """Write the sources of a plan into one safetensors file.
-
-    Raises:
-        RemapError: as :func:`export`.
-    """
-    return _save(dict(export(plan, read)), Path(path))
+    """Write the sources of a plan into one safetensors file; raises as :func:`export`."""
+    return _save(dict(export(plan, read)), Path(path), "original")
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> Path:
+def _save(tensors: Mapping[str, Tensor], path: Path, naming: str) -> Path:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata={"format": "pt", NAMING_KEY: naming})
     partial.replace(path)
     return path
 
 
+def _reader(read: Read | Mapping[str, Tensor] | nn.Module) -> Read:
+    if hasattr(read, "named_parameters"):
+        targets = read_targets(read).targets  # type: ignore[arg-type]  # a module has named_parameters
+        return lambda name: targets[name].tensor.data
+    if isinstance(read, Mapping):
+        return read.__getitem__
+    return read  # type: ignore[return-value]  # only the function is left
+
+
 def checkpoint_reader(folder: str | Path, manifest: Manifest) -> Read:
-    """A function that reads tensors of a safetensors checkpoint by name, one at a time."""
+    """Return a function that reads tensors of a safetensors checkpoint by name, one at a time."""
     from safetensors import safe_open
 
     root = Path(folder)
@@ -145,39 +180,3 @@ def checkpoint_reader(folder: str | Path, manifest: Manifest) -> Read:
         return opened[file].get_tensor(name)
 
     return read
-
-
-def convert(plan: Plan, read: Read | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The way there without a module: the target tensors of a plan, one by one, in the target's dtypes.
-
-    Yields:
-        ``(target name, tensor)``; kept targets are left out, because no source has them.
-    """
-    import torch
-
-    tensor_of = _reader(read)
-    for name, writes in plan.by_target().items():
-        spec = plan.target[name]
-        result = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
-        groups: dict[object, list[Write]] = defaultdict(list)
-        for write in writes:
-            groups[write.group if write.join is not None else write].append(write)
-        for group in groups.values():
-            part = result[tuple(slice(start, stop) for start, stop in group[0].region)]
-            with torch.no_grad():
-                _fill(part, group, tensor_of)
-        yield name, result
-
-
-def _fill(part: Tensor, group: list[Write], read: Read) -> None:
-    first = group[0]
-    if first.join is None:
-        copy_through(part, read(first.source), first.steps)
-        return
-    parts = {write.part: gather(read(write.source), write.steps) for write in group}
-    part.copy_(find_transform(first.join.name).run(parts, dict(first.join.args), tuple(part.shape)))
-
-
-def convert_file(plan: Plan, read: Read | Mapping[str, Tensor], path: str | Path) -> Path:
-    """Write the targets of a plan into one safetensors file."""
-    return _save(dict(convert(plan, read)), Path(path))

@@ -1,4 +1,4 @@
-"""Sizes as arithmetic over named sizes: parsed into a tree that knows four operations, never evaluated as Python."""
+"""Sizes as integer arithmetic over named sizes: parsed into a syntax tree, never evaluated as Python."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import lru_cache
 
 from port_kit.errors import RemapError
 
-#: Longest expression that is read; real ones have a dozen characters.
+#: Longest accepted expression; real ones have a dozen characters.
 MAX_LENGTH = 200
-#: No tensor of any model has an extent near this; a bigger intermediate is a mistake.
+#: Largest intermediate value; no tensor has an extent near it.
 MAX_VALUE = 1 << 48
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {

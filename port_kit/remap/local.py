@@ -1,47 +1,66 @@
-"""Rank-local loading: read from safetensors only the rows and columns that this rank holds.
+"""Loading from safetensors files: each rank reads only the bytes that its copy tasks need, ahead of their use.
 
-The plan is compiled from headers; the part of each source that this rank needs follows from the plan's own books
-(:func:`port_kit.remap.steps.back`). Where a part cannot be cut out beforehand (a transposed reshape, a transform, a
-parameter that only its own loader understands), the tensor is read whole and goes the way of
-:func:`port_kit.remap.load.load_weights`.
-
-All parts are known before the first is read, so a few threads share them: :mod:`port_kit.remap.reads`.
+A plan says which region of which source each rank needs. A few threads read these regions: contiguous ones with
+``preadv``, others from a mapping of the file. For a target in host memory they are read straight into it. For a target
+on a GPU they are read into page-locked buffers, at most :data:`WINDOW` bytes ahead, from which the device copies. A
+source that cannot be cut (a transform, a transposition of a reshaped tensor, a parameter that only its own loader
+understands) is read completely and executed as in :mod:`port_kit.remap.load`.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections import defaultdict
-from collections.abc import Mapping
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from port_kit.checkpoint.dtypes import ITEM_SIZES
-from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.boxes import Box, intersection, volume
-from port_kit.remap.load import WeightLoader
-from port_kit.remap.lower import Write
+from port_kit.errors import RemapError
+from port_kit.manifest import Manifest, stamp
+from port_kit.remap.executor import Executor
+from port_kit.remap.load import target_manifest
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
-from port_kit.remap.reads import Cut, File, Part, Read, Readers, cuts
-from port_kit.remap.rules import RuleSet
-from port_kit.remap.steps import Call, Cast, Permute, Reshape, Step, Take, back
-from port_kit.remap.targets import Target
+from port_kit.remap.regions import (
+    Region,
+    intersection,
+    region_index,
+    relative_to,
+    shifted,
+)
+from port_kit.remap.resolve import CopyTask, Resolver
+from port_kit.remap.rule import Rules
+from port_kit.remap.targets import Target, read_targets
+from port_kit.remap.tensor_ops import Call, Cast, Permute, Reshape, TensorOp, source_region
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+#: Bytes that one thread reads at a time.
+BLOCK = 16 << 20
+#: Bytes in buffers that are being read or wait to be copied; one larger tensor is read alone.
+WINDOW = 256 << 20
+#: Threads if the target is on a GPU, where they wait for the disk more than they copy.
+GPU_THREADS = 8
+#: Bytes up to which the calling thread reads by itself, because handing them over takes longer.
+SMALL = 1 << 16
+
 
 @dataclass(frozen=True)
 class LocalLoad:
-    """What a rank-local load did.
+    """Result of a load from files.
 
     Attributes:
-        loaded: names of the loaded targets, with the prefix in front.
+        loaded: names of the loaded targets, with the prefix.
         bytes_read: bytes of tensors that were read.
-        bytes_whole: bytes of the checkpoint's tensors.
-        read_whole: sources that had to be read whole although this rank holds a part.
+        bytes_whole: bytes of all tensors in the checkpoint.
+        read_whole: sources that were read completely although this rank holds a part.
     """
 
     loaded: set[str]
@@ -53,202 +72,313 @@ class LocalLoad:
 def load_local(
     module: nn.Module,
     folder: str | Path,
-    rules: RuleSet,
+    rules: Rules,
     *,
     sizes: Mapping[str, int] | None = None,
     prefix: str = "",
-    narrow: bool = True,
+    allow_downcast: bool = True,
     threads: int | None = None,
 ) -> LocalLoad:
-    """Fill this rank's module from a safetensors folder, reading no more than the rank holds.
+    """Fill this rank's module from safetensors files.
 
     Args:
-        module: as in :func:`port_kit.remap.load.load_weights`; its sharded parameters tell what this rank holds.
+        module: as for :func:`port_kit.remap.load.load_weights`; its sharded parameters define this rank's part.
         folder: a safetensors file, folder or index.
-        rules: the rule set.
-        sizes: named sizes on top of the rule set's own.
-        prefix: what stands before the returned names.
-        narrow: floating-point values may be rounded to the module's dtype.
-        threads: how many threads read, at least 1; by default as many as this process has cores, at most 4.
+        rules: the rules.
+        sizes: named sizes on top of the rules' own.
+        prefix: prefix of the returned names.
+        allow_downcast: floating-point values may be rounded to the module's dtype.
+        threads: number of reading threads, at least 1; by default one per core, at most 4, or 8 for a GPU.
 
     Raises:
-        RemapError: every gap, before the first tensor is read.
+        RemapError: every gap, before the first tensor is read; ``checkpoint_corrupt`` or ``checkpoint_unreadable`` for
+            a file that cannot be read to its end.
         ValueError: fewer threads than one.
     """
     if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}: at least one thread has to read")
-    source = Manifest.from_safetensors(folder)
-    loader = WeightLoader(module, rules, sizes=sizes, prefix=prefix, narrow=narrow)
-    plan = check(
-        rules, source, loader.manifest, sizes, narrow=narrow, elastic=loader.lowering.elastic, lowering=loader.lowering
+        raise ValueError(f"threads={threads}: at least 1 is required")
+    import torch
+
+    source, found = Manifest.from_safetensors(folder), read_targets(module)
+    target = target_manifest(module, found)
+    resolver = Resolver(
+        rules, target, sizes or {}, allow_downcast=allow_downcast, aliases=found.aliases, opaque=found.opaque
     )
+    plan = check(rules, source, target, sizes, allow_downcast=allow_downcast, opaque=found.opaque, resolver=resolver)
     raise_problems(plan.explained(), f"{rules.name} does not map {folder} completely")
+    executor = Executor(found.targets, resolver.target)
     root = Path(folder) if Path(folder).is_dir() else Path(folder).parent
-    return _Reader(plan, loader, root, threads or min(4, len(os.sched_getaffinity(0)))).run(prefix)
+    if threads is None:
+        on_gpu = any(each.memory.is_cuda for each in found.targets.values())
+        threads = GPU_THREADS if on_gpu else min(4, len(os.sched_getaffinity(0)))
+    load = _Load(plan, executor, root)
+    torch_threads = torch.get_num_threads()
+    try:
+        with torch.inference_mode():  # tensors that were created in it may be written only in it
+            load.run(threads)
+    finally:
+        torch.set_num_threads(torch_threads)
+    raise_problems(executor.problems, f"{rules.name} does not load {folder} completely")
+    loaded = {prefix + name for name in plan.target}
+    return LocalLoad(loaded, load.bytes_read, source.nbytes, tuple(load.read_whole))
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How a write's parts come to this rank's tensor.
+class Transfer(NamedTuple):
+    """A region of a source that fills a region of this rank's memory, after permutations of its axes."""
 
-    Attributes:
-        parts: all that this rank needs of the write.
-        nbytes: bytes of them.
-        cuts: them as bits that go straight from memory to memory; None where they have to be converted or sent on.
+    task: CopyTask
+    source: Region
+    local: Region
+    permutations: tuple[tuple[int, ...], ...]
+
+
+class _File:
+    """An open safetensors file, its tensors as views of a read-only mapping.
+
+    Raises:
+        RemapError: ``checkpoint_unreadable``; ``manifest_invalid`` if it is not the file whose header was read.
     """
 
-    parts: list[Part]
-    nbytes: int
-    cuts: list[Cut] | None
+    def __init__(self, path: Path, file: str, source: Manifest) -> None:
+        self.path, self._source = path, source
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(path, "opened", error, "check the permissions of the file") from error
+        if stamp(self.descriptor) != source.stamps[file]:
+            self.close()
+            raise RemapError(
+                f"{path} was changed or replaced after its header was read",
+                code="manifest_invalid",
+                hint="load it when no other process writes to it",
+            )
 
+    def close(self) -> None:
+        """Close the descriptor; the mapping ends with the last view of it."""
+        os.close(self.descriptor)
 
-class _Reader:
-    """One rank-local load: cuts what it can, reads the rest whole."""
+    @cached_property
+    def _mapping(self) -> mmap.mmap:
+        return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
 
-    def __init__(self, plan: Plan, loader: WeightLoader, root: Path, threads: int) -> None:
-        self.plan = plan
-        self.loader = loader
-        self.root = root
-        self.threads = threads
-        self.bytes_read = 0
-        self.whole: list[str] = []
-        self._ways: dict[object, _Way | None] = {}
-
-    def run(self, prefix: str) -> LocalLoad:
-        by_file: dict[str, list[str]] = defaultdict(list)
-        writes = self.plan.by_source()
-        for name in writes:
-            by_file[self.plan.source[name].file].append(name)
-        joined: dict[object, list[tuple[Write, Tensor]]] = defaultdict(list)
-        with Readers(self.threads) as readers:
-            for file, names in by_file.items():
-                opened = File(self.root, file, self.plan.source)
-                for name in names:
-                    self._source(opened, name, writes[name], readers, joined)
-            readers.finish()
-        for group in joined.values():
-            self.loader._finish_group(group)
-        self._clear_padding()
-        raise_problems(self.loader._problems, f"{self.plan.rules.name} does not load {self.root} completely")
-        loaded = {prefix + name for name in self.plan.target}
-        return LocalLoad(loaded, self.bytes_read, self.plan.source.nbytes, tuple(self.whole))
-
-    def _clear_padding(self) -> None:
-        """Set to zero what pads this rank's part, as the parameter's own loader does."""
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor whose pages are read when they are touched."""
+        import numpy
         import torch
 
-        padded = [target for target in self.loader.targets.values() if target.padding]
-        written = {write.target for write in self.plan.writes} if padded else set()
-        with torch.no_grad():
-            for target in padded:
-                for box in target.padding if target.name in written else ():
-                    target.tensor.data[_index(box)].zero_()
+        spec = self._source[name]
+        dtype = getattr(torch, spec.dtype)
+        if not spec.numel:
+            return torch.empty(spec.shape, dtype=dtype)
+        bits = numpy.dtype(f"u{dtype.itemsize}" if dtype.itemsize <= 8 else "c16")
+        view = numpy.frombuffer(self._mapping, bits, spec.numel, self._source.places[name])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it cannot be written; nobody writes it
+            return torch.from_numpy(view).view(dtype).view(spec.shape)
 
-    def _source(
-        self, opened: File, name: str, writes: list[Write], readers: Readers, joined: dict[object, Any]
-    ) -> None:
-        """Have a source read; one that cannot be cut is stored at once, or put to its group."""
-        spec = self.plan.source[name]
-        targets = [self.loader.targets[write.target] for write in writes]
-        ways = [self._way(write, target, spec) for write, target in zip(writes, targets, strict=True)]
-        known = [way for way in ways if way is not None]
-        if len(known) == len(writes):
-            for target, way in zip(targets, known, strict=True):
-                self.bytes_read += way.nbytes
-                tensor = target.tensor.data
-                if way.cuts is None:
-                    _copy(opened.tensor(name), tensor, way.parts)
-                else:
-                    readers.put(Read(opened, name, tensor, way.cuts))
+    def reads(self, name: str, piece: Tensor, into: Tensor) -> Iterator[Callable[[], object]]:
+        """Yield the reads of a view of a tensor into memory of its shape and dtype, about :data:`BLOCK` bytes each."""
+        import torch
+
+        if not into.numel():
             return
-        whole = opened.tensor(name)
-        self.bytes_read += spec.nbytes
-        if any(self._is_split(write) for write in writes):
-            self.whole.append(name)
-        for write in writes:
-            if write.join is not None:
-                joined[write.group].append((write, whole))
-            else:
-                self.loader._store(write, whole)
+        if piece.is_contiguous() and into.is_contiguous():
+            memory = memoryview(into.view(-1).view(torch.uint8).numpy())
+            start = self._source.places[name] + piece.storage_offset() * piece.element_size()
+            for at in range(0, len(memory), BLOCK):
+                yield partial(self._read, memory[at : at + BLOCK], start + at)
+            return
+        rows = max(1, len(into) * BLOCK // into.nbytes)
+        for at in range(0, len(into), rows):
+            yield partial(into[at : at + rows].copy_, piece[at : at + rows])
 
-    def _way(self, write: Write, target: Target, spec: TensorSpec) -> _Way | None:
-        """The way of a write, worked out once for all layers; None where it cannot be cut out of the source."""
-        tensor = target.tensor
-        ids = (id(write.steps), id(write.region), id(write.join), id(target.shards))  # the plan keeps them alive
-        dtypes = (spec.dtype, target.spec.dtype)
-        key = (*ids, *dtypes, spec.shape, tensor.shape, tensor.stride(), type(tensor), tensor.is_cpu)
-        if key not in self._ways:
-            parts = _parts(write, target)
-            self._ways[key] = None if parts is None else _way(parts, target, spec)
-        return self._ways[key]
+    def _read(self, memory: memoryview, start: int) -> None:
+        at = start
+        try:
+            # Ask for the whole block at once: the system's own read-ahead asks for a few pages at a time.
+            os.posix_fadvise(self.descriptor, start, len(memory), os.POSIX_FADV_WILLNEED)
+            while len(memory):
+                got = os.preadv(self.descriptor, [memory], at)
+                if not got:
+                    raise RemapError(
+                        f"{self.path} ends at byte {at:,}: expected {len(memory):,} bytes more",
+                        code="checkpoint_corrupt",
+                        hint="the file was truncated; download it again",
+                    )
+                memory, at = memory[got:], at + got
+        except OSError as error:
+            hint = "check the disk, or the network that the file is on"
+            raise _unreadable(self.path, f"read at byte {at:,}", error, hint) from error
 
-    def _is_split(self, write: Write) -> bool:
-        return self.loader.targets[write.target].tensor.numel() < self.plan.target[write.target].numel
+
+class _Staged(NamedTuple):
+    """A region that is being read into a page-locked buffer, and the copy that follows."""
+
+    buffer: Tensor
+    reads: list[Future[object]]
+    copy: Callable[[Tensor], None]
 
 
-def _copy(source: Tensor, target: Tensor, parts: list[Part]) -> None:
-    """Convert parts of a mapped source, or send them to a device."""
-    import torch
+class _Load:
+    """One load: decides what is read, reads ahead, and executes."""
 
-    for part in parts:
-        into, piece = target[_index(part.local)], source[_index(part.source)]
-        for perm in part.perms:
+    def __init__(self, plan: Plan, executor: Executor, root: Path) -> None:
+        self.plan, self.executor, self.root = plan, executor, root
+        self.bytes_read = 0
+        self.read_whole: list[str] = []
+        self._joined = plan.joined()
+        self._waiting: dict[object, dict[str, Tensor]] = {}
+        self._staged: deque[_Staged] = deque()
+        self._reads: list[Future[object]] = []
+
+    def run(self, threads: int) -> None:
+        """Read and execute everything, in the order of the files."""
+        import torch
+
+        tasks, source = self.plan.by_source(), self.plan.source
+        with ExitStack() as opened:
+            files = {}
+            for name in dict.fromkeys(source[name].file for name in tasks):
+                files[name] = _File(self.root / name, name, source)
+                opened.callback(files[name].close)
+            torch.set_num_threads(1)  # the threads of the pool divide the work
+            pool = ThreadPoolExecutor(threads, "port-kit-read", torch.set_num_threads, (1,))
+            opened.callback(pool.shutdown, cancel_futures=True)
+            for name in sorted(tasks, key=lambda name: (source[name].file, source.places[name])):
+                self._source(files[source[name].file], name, tasks[name], pool)
+            while self._staged:
+                self._finish(self._staged.popleft())
+            for read in self._reads:
+                read.result()
+        for target in {task.target for task in self.plan.tasks}:
+            self._clear_padding(self.executor.targets[target])
+
+    def _source(self, file: _File, name: str, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> None:
+        """Read what the tasks of one source need."""
+        transfers = [_transfers(task, self.executor.targets[task.target]) for task in tasks]
+        tensor = file.tensor(name)
+        if all(found is not None for found in transfers):
+            for transfer in [transfer for found in transfers for transfer in found or ()]:
+                self._transfer(file, name, tensor, transfer, pool)
+            return
+        specs, targets = self.executor.specs, self.executor.targets
+        if any(targets[task.target].memory.numel() < specs[task.target].numel for task in tasks):
+            self.read_whole.append(name)
+        self._stage(file, name, tensor, partial(self._run, tasks), pool, tasks)
+
+    def _transfer(self, file: _File, name: str, tensor: Tensor, transfer: Transfer, pool: ThreadPoolExecutor) -> None:
+        """Read a region into this rank's memory, through a buffer if that is on a GPU."""
+        memory = self.executor.targets[transfer.task.target].memory
+        piece, into = tensor[region_index(transfer.source)], memory[region_index(transfer.local)]
+        if memory.is_cuda:
+            self._stage(file, name, piece, partial(self._write, transfer, into), pool, [transfer.task])
+            return
+        self.bytes_read += piece.nbytes
+        for perm in transfer.permutations:
             piece = piece.permute(perm)
-        with torch.no_grad():
-            into.copy_(piece.reshape(into.shape))
+        if piece.is_contiguous():
+            piece = piece.view(into.shape)
+        if piece.dtype == into.dtype and piece.shape == into.shape:
+            self._submit(file.reads(name, piece, into), piece.nbytes, pool)
+        else:
+            self._submit([partial(self._write, transfer._replace(permutations=()), into, piece)], piece.nbytes, pool)
+
+    def _submit(self, reads: Iterable[Callable[[], object]], nbytes: int, pool: ThreadPoolExecutor) -> None:
+        for read in reads:
+            if nbytes <= SMALL:
+                read()
+            else:
+                self._reads.append(pool.submit(_in_inference_mode, read))
+
+    def _stage(
+        self,
+        file: _File,
+        name: str,
+        piece: Tensor,
+        copy: Callable[[Tensor], None],
+        pool: ThreadPoolExecutor,
+        tasks: Sequence[CopyTask],
+    ) -> None:
+        """Read into a buffer ahead of its copy to a GPU; the mapping serves targets in host memory."""
+        import torch
+
+        self.bytes_read += piece.nbytes
+        if not any(self.executor.targets[task.target].memory.is_cuda for task in tasks):
+            copy(piece)
+            return
+        while self._staged and sum(each.buffer.nbytes for each in self._staged) + piece.nbytes > WINDOW:
+            self._finish(self._staged.popleft())
+        buffer = torch.empty(piece.shape, dtype=piece.dtype, device="cpu", pin_memory=True)
+        reads = [pool.submit(_in_inference_mode, read) for read in file.reads(name, piece, buffer)]
+        self._staged.append(_Staged(buffer, reads, copy))
+
+    @staticmethod
+    def _finish(staged: _Staged) -> None:
+        for read in staged.reads:
+            read.result()
+        staged.copy(staged.buffer)
+
+    def _write(self, transfer: Transfer, into: Tensor, piece: Tensor) -> None:
+        """Copy a region into this rank's memory; casts and permutations are done on its device."""
+        piece = piece.to(into.device, non_blocking=True)
+        for perm in transfer.permutations:
+            piece = piece.permute(perm)
+        self.executor.write(transfer.task._replace(ops=()), into, piece.reshape(into.shape))
+
+    def _run(self, tasks: Sequence[CopyTask], tensor: Tensor) -> None:
+        """Execute the tasks of a source that is read completely; transforms wait for their other sources."""
+        for task in tasks:
+            group = self._joined[task.group] if task.join is not None else [task]
+            tensors = self._waiting.setdefault(task.group, {}) if task.join is not None else {}
+            tensors[task.source] = self._on_device(task, tensor)
+            if len(tensors) == len(group):
+                self.executor.run(group, tensors)
+                self._waiting.pop(task.group, None)
+
+    def _on_device(self, task: CopyTask, tensor: Tensor) -> Tensor:
+        """Return a source on its target's device; computed values stay on the CPU, as a GPU rounds differently."""
+        if task.join is not None or any(isinstance(op, Call) for op in task.ops):
+            return tensor
+        return tensor.to(self.executor.targets[task.target].memory.device, non_blocking=True)
+
+    @staticmethod
+    def _clear_padding(target: Target) -> None:
+        """Zero the padding of this rank's part, as the parameter's own loader does."""
+        for region in target.padding:
+            target.memory[region_index(region)].zero_()
 
 
-def _way(parts: list[Part], target: Target, spec: TensorSpec) -> _Way:
-    """The way of parts, as cuts where the tensor takes the source's very bits and has them in host memory."""
+def _in_inference_mode(read: Callable[[], object]) -> None:
     import torch
 
-    size, tensor = ITEM_SIZES[spec.dtype], target.tensor.data
-    plain = type(tensor) is torch.Tensor and tensor.is_cpu and size == tensor.element_size() <= 8
-    alike = plain and target.spec.dtype == spec.dtype
-    found = [cut for part in parts for cut in cuts(part, spec.shape, tensor.stride(), size)] if alike else None
-    return _Way(parts, size * sum(part.numel for part in parts), found)
+    with torch.inference_mode():
+        read()
 
 
-def _parts(write: Write, target: Target) -> list[Part] | None:
-    """What this rank needs of a write; None where it cannot be cut out of the source."""
-    if write.join is not None or not _cuttable(write.steps) or not _held_whole(target):
+def _unreadable(path: Path, what: str, error: OSError, hint: str) -> RemapError:
+    return RemapError(f"{path} cannot be {what}: {error.strerror}", code="checkpoint_unreadable", hint=hint)
+
+
+def _transfers(task: CopyTask, target: Target) -> list[Transfer] | None:
+    """Return the transfers of a task for this rank, or None if its source has to be read completely."""
+    if task.join is not None or not _can_cut(task.ops) or not target.is_described:
         return None
-    perms = tuple(step.perm for step in write.steps if isinstance(step, Permute))
-    found: list[Part] = []
-    for shard in target.shards:
-        wanted = intersection(write.region, shard.held)
-        if wanted is None:
+    permutations = tuple(op.perm for op in task.ops if isinstance(op, Permute))
+    found: list[Transfer] = []
+    for shard in target.shards or ():
+        needed = intersection(task.region, shard.held)
+        if needed is None:
             continue
-        inner = _shifted(wanted, write.region)
-        boxes = back(write.steps, [inner])
-        if len(boxes) != 1:
+        regions = source_region(task.ops, [relative_to(needed, task.region)])
+        if len(regions) != 1:
             return None
-        offset = _shifted(wanted, shard.held)
-        local = tuple((a + low, b + low) for (a, b), (low, _) in zip(offset, shard.local, strict=True))
-        found.append(Part(boxes[0], local, perms))
+        local = shifted(relative_to(needed, shard.held), shard.local)
+        found.append(Transfer(task, regions[0], local, permutations))
     return found
 
 
-def _cuttable(steps: tuple[Step, ...]) -> bool:
-    """Whether a box of the result is a box of the source with its elements in the same order, axes apart."""
-    permutes = any(isinstance(step, Permute) for step in steps)
-    reshapes = any(isinstance(step, Reshape) for step in steps)
-    known = all(isinstance(step, (Take, Permute, Reshape, Cast)) for step in steps)
-    return known and not (permutes and reshapes) and not any(isinstance(step, (Call, Cast)) for step in steps)
-
-
-def _held_whole(target: Target) -> bool:
-    """Whether the shards tell about every element of this rank's tensor."""
-    if not target.shards:
-        return False
-    local = [*[shard.local for shard in target.shards], *target.padding]
-    same_rank = all(len(box) == target.tensor.dim() for box in local)
-    return same_rank and sum(map(volume, local)) == target.tensor.numel()
-
-
-def _index(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in box)
-
-
-def _shifted(box: Box, base: Box) -> Box:
-    return tuple((a - low, b - low) for (a, b), (low, _) in zip(box, base, strict=True))
+def _can_cut(ops: Sequence[TensorOp]) -> bool:
+    """Return True if a region of the result is a region of the source, with its elements in order up to the axes."""
+    permutes = any(isinstance(op, Permute) for op in ops)
+    reshapes = any(isinstance(op, Reshape) for op in ops)
+    return not (permutes and reshapes) and not any(isinstance(op, (Call, Cast)) or hasattr(op, "invert") for op in ops)

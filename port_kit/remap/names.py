@@ -1,40 +1,28 @@
-"""Names by layer template: ``blocks.0.attn.q.weight`` to ``blocks.29.attn.q.weight`` as one line of a report."""
+"""Layer templates of names: ``blocks.0.attn.q.weight`` to ``blocks.29.attn.q.weight`` as one line of a report."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-#: A number that stands alone between dots.
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-#: Stand-ins for a layer number, to see where it goes in a target.
-PROBES = ("7340033", "104395301")
+#: A number between dots, in its canonical form: ``007`` is not a layer number.
+NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+
+
+def template_of(name: str) -> str:
+    """Return the layer template of a name: ``blocks.3.attn.0.weight`` -> ``blocks.#.attn.#.weight``."""
+    return NUMBER.sub("#", name)
 
 
 def split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
-    """``blocks.3.attn.0.weight`` -> ``("blocks.#.attn.#.weight", (3, 0))``."""
-    return NUMBER.sub("#", name), tuple(map(int, NUMBER.findall(name)))
-
-
-def section(name: str, literal: Container[str]) -> tuple[str, str] | None:
-    """What stands before the first layer number of a name, and that number; None where the name has none.
-
-    Args:
-        name: a name; its last part is never a layer number.
-        literal: the numbers that patterns spell out.
-    """
-    at = 0
-    for part in name.split(".")[:-1]:
-        if part.isdecimal() and part not in literal:
-            return name[:at], part
-        at += len(part) + 1
-    return None
+    """Return ``("blocks.#.attn.#.weight", (3, 0))`` for ``blocks.3.attn.0.weight``."""
+    return template_of(name), tuple(map(int, NUMBER.findall(name)))
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """``{0, 1, 2, 5}`` -> ``0..2,5``."""
+    """Return ``0..2,5`` for ``{0, 1, 2, 5}``."""
     parts: list[str] = []
     ordered = sorted(set(numbers))
     start = 0
@@ -47,7 +35,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def parse_ranges(text: str) -> list[int]:
-    """The inverse of :func:`ranges`."""
+    """Invert :func:`ranges`."""
     numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("..")
@@ -56,13 +44,13 @@ def parse_ranges(text: str) -> list[int]:
 
 
 def fill(template: str, fillings: Sequence[object]) -> str:
-    """Put one filling in the place of each ``#``."""
+    """Replace each ``#`` of a template."""
     pieces = template.split("#")
     return pieces[0] + "".join(str(value) + piece for value, piece in zip(fillings, pieces[1:], strict=True))
 
 
 def collapse(names: Iterable[str]) -> list[str]:
-    """Write names as templates with ranges: ``blocks.{0..29}.attn.q.weight``; what does not fit stays as it is."""
+    """Write names as templates with ranges: ``blocks.{0..29}.attn.q.weight``; others stay as they are."""
     groups: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
         template, numbers = split_numbers(name)
@@ -78,12 +66,12 @@ def collapse(names: Iterable[str]) -> list[str]:
 
 
 def axis_text(axis: Sequence[int]) -> str:
-    """One number, or ``{0..29}``."""
+    """Return one number, or ``{0..29}``."""
     return str(axis[0]) if len(axis) == 1 else "{" + ranges(axis) + "}"
 
 
 def product_axes(rows: Sequence[tuple[int, ...]]) -> list[list[int]] | None:
-    """The axes whose product the rows are, or None where they are no product."""
+    """Return the axes whose product the rows are, or None if they are no product."""
     axes = [sorted(set(column)) for column in zip(*rows, strict=True)]
     if math.prod(map(len, axes)) != len(set(rows)) or len(set(rows)) != len(rows):
         return None
@@ -91,5 +79,5 @@ def product_axes(rows: Sequence[tuple[int, ...]]) -> list[list[int]] | None:
 
 
 def expand(template: str, axes: Sequence[Sequence[int]]) -> list[str]:
-    """All names of a template."""
+    """Return all names of a template."""
     return [fill(template, row) for row in itertools.product(*axes)]

@@ -1,48 +1,60 @@
-"""The compiler: a rule set, a source and a target become a plan in which every element is accounted for.
+"""The plan: every element of a checkpoint and of a module accounted for, as a list of copy tasks.
 
-A plan is right when every target element is written exactly once and every source element is used exactly once or
-dropped with a reason. All that is wrong is found in one pass and reported together.
+Coverage, loading, conversion, export, LoRA mapping and explanations all read the tasks of one plan. A plan is complete
+if every target element is written exactly once, and every source element is used or dropped with a reason.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.boxes import Box, Shape, first_overlap, gaps, intersection, tiles, volume, whole
-from port_kit.remap.diagnosis import diagnose
-from port_kit.remap.joins import check_transform, place_parts
-from port_kit.remap.lower import Lowered, Lowering, Write
+from port_kit.remap.concat import incomplete, place_group, place_part, roles_of
+from port_kit.remap.error_context import add_context
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.problems import Problem, raise_problems
-from port_kit.remap.rules import Rule, RuleSet
-from port_kit.remap.steps import back
+from port_kit.remap.regions import (
+    Region,
+    covers_exactly,
+    first_overlap,
+    full_region,
+    intersection,
+    region_numel,
+    region_text,
+    uncovered_numel,
+)
+from port_kit.remap.resolve import CopyTask, Resolved, Resolver, unmatched
+from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.tensor_ops import source_region
+
+#: The rules of a checkpoint that already has the target's names.
+IDENTITY = Rules("identity", (Rule(r"(.+)", r"\1"),))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a rule set does with one checkpoint and one module.
+    """The copy tasks of a rule set for one checkpoint and one module.
 
     Attributes:
-        rules: the rule set.
+        rules: the rules.
         source: the checkpoint.
         target: the module.
-        writes: all writes, in the order of the sources.
+        tasks: all copy tasks, in the order of the sources.
         dropped: ``{source: reason}`` of sources that are not used at all.
-        kept: ``{target: reason}`` of targets that keep what they were built with.
-        converted: the checkpoint has the target's names already and passes through unchanged.
-        problems: all gaps; none in a plan that :func:`compile_plan` returned.
+        kept: ``{target: reason}`` of targets that keep their initial values.
+        converted: the checkpoint has the target's names, and rules are not applied.
+        problems: all gaps; empty in a plan of :func:`compile_plan`.
         rules_used: number of sources by the position of their rule.
+        sizes: the named sizes, evaluated.
     """
 
-    rules: RuleSet
+    rules: Rules
     source: Manifest
     target: Manifest
-    writes: tuple[Write, ...]
+    tasks: tuple[CopyTask, ...]
     dropped: Mapping[str, str]
     kept: Mapping[str, str]
     converted: bool = False
@@ -52,302 +64,311 @@ class Plan:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return True if there are no problems."""
         return not self.problems
 
     def explained(self) -> list[Problem]:
-        """The problems, the first of them with the names that are absent and the nearest that exist."""
+        """Return the problems, the first of them with the names that are absent and the closest existing names."""
         if not self.problems:
             return []
         files = {name: spec.file for name, spec in self.source.items()}
-        return diagnose(self.problems, self.rules, files, list(self.target), self.sizes)
+        return add_context(self.problems, self.rules, files, list(self.target), self.sizes)
 
-    def by_target(self) -> dict[str, list[Write]]:
-        """The writes of each target."""
-        found: dict[str, list[Write]] = defaultdict(list)
-        for write in self.writes:
-            found[write.target].append(write)
-        return dict(found)
+    def by_target(self) -> dict[str, list[CopyTask]]:
+        """Return the tasks of each target."""
+        return _grouped(self.tasks, "target")
 
-    def by_source(self) -> dict[str, list[Write]]:
-        """The writes of each source."""
-        found: dict[str, list[Write]] = defaultdict(list)
-        for write in self.writes:
-            found[write.source].append(write)
-        return dict(found)
+    def by_source(self) -> dict[str, list[CopyTask]]:
+        """Return the tasks of each source."""
+        return _grouped(self.tasks, "source")
+
+    def joined(self) -> dict[object, list[CopyTask]]:
+        """Return the tasks of each transform with several sources."""
+        return _grouped([task for task in self.tasks if task.join is not None], "group")
+
+
+def _grouped(tasks: Iterable[CopyTask], key: str) -> dict[object, list[CopyTask]]:  # type: ignore[misc]
+    found: dict[object, list[CopyTask]] = defaultdict(list)
+    for task in tasks:
+        found[getattr(task, key)].append(task)
+    return dict(found)
 
 
 def compile_plan(
-    rules: RuleSet, source: Manifest, target: Manifest, sizes: Mapping[str, int], *, narrow: bool = False
+    rules: Rules, source: Manifest, target: Manifest, sizes: Mapping[str, int], *, allow_downcast: bool = False
 ) -> Plan:
-    """Compile a rule set.
+    """Compile rules against two manifests.
 
     Args:
-        rules: the rule set.
-        source: names, shapes and dtypes of the checkpoint.
-        target: those of the module.
-        sizes: named sizes on top of the rule set's own.
-        narrow: allow floating-point values to be rounded to the target's dtype.
+        rules: the rules.
+        source: names, shapes and dtypes of the checkpoint; its ``naming`` says if it is converted already.
+        target: names, shapes and dtypes of the module.
+        sizes: named sizes on top of the rules' own.
+        allow_downcast: floating-point values may be rounded to the target's dtype.
 
     Raises:
         RemapError: with every gap in ``details["problems"]``; the code is theirs, or ``remap_failed`` for several.
     """
-    plan = check(rules, source, target, sizes, narrow=narrow)
+    plan = check(rules, source, target, sizes, allow_downcast=allow_downcast)
     raise_problems(plan.explained(), f"{rules.name} does not map {source.origin or 'the source'} completely")
     return plan
 
 
 def check(
-    rules: RuleSet,
+    rules: Rules,
     source: Manifest,
     target: Manifest,
     sizes: Mapping[str, int] | None = None,
     *,
-    narrow: bool = False,
-    elastic: tuple[Set[str], int] = (frozenset(), 1),
-    lowering: Lowering | None = None,
+    allow_downcast: bool = False,
+    opaque: tuple[Set[str], int] = (frozenset(), 1),
+    resolver: Resolver | None = None,
 ) -> Plan:
     """Compile without raising: the plan of what works, and the problems of what does not.
 
-    ``elastic`` is explained at :class:`~port_kit.remap.lower.Lowering`; one that is given is used again.
+    Args:
+        rules, source, target, sizes, allow_downcast: as for :func:`compile_plan`.
+        opaque: as for :class:`~port_kit.remap.resolve.Resolver`.
+        resolver: one to use again, made of the same rules and target.
     """
-    lowering = lowering or Lowering(rules, target, sizes or {}, narrow=narrow, aliases=target.aliases, elastic=elastic)
-    if is_converted(lowering, source, target):
-        lowering = Lowering(IDENTITY, target, sizes or {}, narrow=narrow or rules.narrow)
-        return _Compiler(lowering, rules, source, target, converted=True).run()
-    return _Compiler(lowering, rules, source, target).run()
+    builder = PlanBuilder(
+        rules, target, sizes, naming=source.naming, allow_downcast=allow_downcast, opaque=opaque, resolver=resolver
+    )
+    for name, spec in source.items():
+        builder.add(name, spec)
+    return builder.finish(source)
 
 
-#: What an already converted checkpoint is loaded with.
-IDENTITY = RuleSet("converted", (Rule(r"(.+)", r"\1", fallback=True),))
+class PlanBuilder:
+    """A plan in progress: :meth:`add` sources in any order, then :meth:`finish`.
 
+    Rules are applied unless the checkpoint is known to be converted. That is recorded (``naming``), or follows without
+    ambiguity: no rule matches any of its names, and all of them are names of the target.
 
-def is_converted(lowering: Lowering, source: Manifest, target: Manifest) -> bool:
-    """Whether a checkpoint has the target's names and shapes already, and not the names that the rules expect."""
-    if set(source) != set(target) or any(source[name].shape != target[name].shape for name in source):
-        return False
-    return any(not _is_original(lowering, name) for name in source)
-
-
-def _is_original(lowering: Lowering, name: str) -> bool:
-    """Whether an ordinary rule speaks of the name."""
-    return any(not lowering.rules[number].fallback for number in lowering.matches(name))
-
-
-class _Compiler:
-    """One compilation: lowers all sources, resolves joins, then does the books."""
+    Args:
+        rules, target, sizes, allow_downcast, opaque, resolver: as for :func:`check`.
+        naming: ``original`` or ``converted`` if recorded in the checkpoint or given, else empty.
+    """
 
     def __init__(
-        self, lowering: Lowering, rules: RuleSet, source: Manifest, target: Manifest, *, converted: bool = False
+        self,
+        rules: Rules,
+        target: Manifest,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        naming: str = "",
+        allow_downcast: bool = False,
+        opaque: tuple[Set[str], int] = (frozenset(), 1),
+        resolver: Resolver | None = None,
     ) -> None:
-        self.lowering = lowering
-        self.rules = rules
-        self.source = source
-        self.target = target
-        self.converted = converted
-        self.problems: list[Problem] = []
-        self.writes: list[Write] = []
-        self.used: dict[int, int] = defaultdict(int)
-        self.dropped: dict[str, str] = {}
-        self.kept: dict[str, str] = {}
-        self.blamed: set[str] = set()
+        self.rules, self.target, self.naming = rules, target, naming
+        options: Any = {"allow_downcast": allow_downcast or rules.allow_downcast, "opaque": opaque}
+        options["aliases"] = target.aliases
+        self.resolver = resolver or Resolver(rules, target, sizes or {}, **options)
+        self._identity = Resolver(IDENTITY, self.resolver.target, {}, **options)
+        self._identity.target = self.resolver.target
+        self._specs: dict[str, TensorSpec] = {}
+        self._tasks: list[CopyTask] = []
+        self._groups: dict[object, list[CopyTask]] = defaultdict(list)
+        self._by_name: list[CopyTask] = []
+        self._unmatched: list[Problem] = []
+        self._problems: list[Problem] = []
+        self._affected: set[str] = set()
+        self._dropped: dict[str, str] = {}
+        self._used: dict[int, int] = defaultdict(int)
+        #: number of tasks of each source that have not been returned by add()
+        self.pending: dict[str, int] = defaultdict(int)
 
-    def run(self) -> Plan:
-        lowered = {name: self._lower(name, spec) for name, spec in self.source.items()}
-        self._place_joins([write for found in lowered.values() for write in found.writes])
-        self._account_sources(lowered)
-        self._keep()
-        self._account_targets()
-        if not self.converted:
-            self.problems += dead_rules(self.rules, self.used, self.kept)
-        order = {name: at for at, name in enumerate(self.source)}
-        self.writes.sort(key=lambda write: order[write.source])
+    def add(self, name: str, spec: TensorSpec) -> list[list[CopyTask]]:
+        """Add one source.
+
+        Returns:
+            The groups of tasks that can be executed now: single ones, and the tasks of a transform with several
+            sources together. A part of a join that waits for the others is returned with the last of them.
+        """
+        self._specs[name] = spec
+        known = self.naming == "converted" or self.target.aliases.get(name, name) in self.target
+        if self.naming != "original" and known and not self.resolver.matches(name) or self.naming == "converted":
+            found = self._identity.resolve(name, spec)
+            self._problems += found.problems
+            self._by_name += found.tasks
+            self._unmatched.append(unmatched(name, spec.file))
+            return [[task] for task in found.tasks if not found.problems]
+        found = self.resolver.resolve(name, spec)
+        for number in found.rules:
+            self._used[number] += 1
+        self._problems += found.problems
+        if found.problems:
+            self._affected.update(found.affected)
+            return []
+        self._account_source(name, spec, found)
+        return [group for task in found.tasks for group in self._ready(task)]
+
+    def finish(self, source: Manifest | None = None) -> Plan:
+        """Account for everything and return the plan, complete or not."""
+        converted = self.naming == "converted" or bool(self._unmatched) and not self._used
+        problems = self._problems + ([] if converted else self._unmatched)
+        tasks = self._by_name if converted else self._tasks
+        for group in self._groups.values():
+            lacking = incomplete(group)
+            placed, wrong = ([], lacking) if lacking else place_group(group, self.resolver.sizes)
+            tasks, problems = tasks + placed, problems + wrong
+        kept, collisions = self._kept({task.target for task in tasks}, converted=converted)
+        problems += collisions
+        problems += self._account_targets(tasks, kept, problems)
+        if not converted:
+            problems += dead_rules(self.rules, self._used, kept)
+        order = {name: at for at, name in enumerate(self._specs)}
+        tasks = sorted(tasks, key=lambda task: order[task.source])
+        source = Manifest(self._specs) if source is None else source
         return Plan(
             self.rules,
-            self.source,
+            source,
             self.target,
-            tuple(self.writes),
-            self.dropped,
-            self.kept,
-            self.converted,
-            tuple(self.problems),
-            dict(self.used),
-            self.lowering.sizes,
+            tuple(tasks),
+            self._dropped,
+            kept,
+            converted,
+            tuple(problems),
+            dict(self._used),
+            self.resolver.sizes,
         )
 
-    def _lower(self, name: str, spec: TensorSpec) -> Lowered:
-        found = self.lowering.lower(name, spec)
-        for number in found.rules:
-            self.used[number] += 1
-        if found.problems:
-            self.problems += found.problems
-            self.blamed.update(found.blamed)
+    def _ready(self, task: CopyTask) -> list[list[CopyTask]]:
+        if task.join is None:
+            self._tasks.append(task)
+            return [[task]]
+        group, sizes = self._groups[task.group], self.resolver.sizes
+        group.append(task)
+        early = place_part(task, sizes)
+        if early is not None:
+            return [[early]]
+        self.pending[task.source] += 1
+        if len(group) != len(roles_of(task)):
+            return []
+        placed, _ = place_group(group, sizes)  # finish() reports what is wrong
+        waiting = {part.source for part in group if place_part(part, sizes) is None}
+        placed = [part for part in placed if part.source in waiting]
+        for part in placed:
+            self.pending[part.source] -= 1
+        return [[part] for part in placed] if task.join.name == "concat" else [placed] if placed else []
+
+    def _account_source(self, name: str, spec: TensorSpec, found: Resolved) -> None:
+        """Check that every source element is used once per rule, or dropped.
+
+        Rules with ``take`` use disjoint parts. Several rules without it each use the complete source.
+        """
+        dropped = [region for region, _ in found.dropped]
+        parts, copies = list(dropped), defaultdict(list)
+        for task in found.tasks:
+            used = source_region(task.ops, [full_region(task.shape)])
+            if task.rule.take:
+                parts += used
+            else:
+                copies[task.rule] += used
+        if not found.tasks and uncovered_numel(dropped, spec.shape) == 0:
+            self._dropped[name] = found.dropped[0][1].drop
+        for regions in [parts, *([*dropped, *regions] for regions in copies.values())]:
+            twice = first_overlap(regions)
+            if twice is not None:
+                one, other = (region_text(regions[at]) for at in twice)
+                self._report("remap_overlap", f"{name} is used twice, in {one} and in {other}", name, spec)
+                return
+        unused = min((uncovered_numel([*dropped, *regions], spec.shape) for regions in copies.values()), default=-1)
+        unused = uncovered_numel(parts, spec.shape) if unused < 0 else unused
+        if unused:
+            self._report("remap_unused", f"{unused} of {spec.numel} elements of {name} are not used", name, spec)
+
+    def _report(self, code: str, message: str, name: str, spec: TensorSpec) -> None:
+        self._problems.append(Problem(code, message, source=name, file=spec.file))
+
+    def _kept(self, written: Set[str], *, converted: bool) -> tuple[dict[str, str], list[Problem]]:
+        """Return the targets that keep their initial values; a converted checkpoint may hold them or not."""
+        kept: dict[str, str] = {}
+        problems = []
+        for rule in self.rules.rules:
+            pattern = compile_pattern(str(rule.target)) if rule.keep else None
+            for name in filter(pattern.fullmatch, self.target) if pattern is not None else ():
+                if name in written and converted:
+                    continue
+                kept[name] = rule.keep
+                if name in written and not rule.optional:
+                    message = f"{name} is kept ({rule.keep}) and written"
+                    problems.append(Problem("remap_collision", message, rule.label, target=name))
+        return kept, problems
+
+    def _account_targets(
+        self, tasks: Sequence[CopyTask], kept: Mapping[str, str], problems: Sequence[Problem]
+    ) -> list[Problem]:
+        """Check that every target element is written once, or kept."""
+        reported = self._affected | {problem.target for problem in problems if problem.target}
+        by_target = _grouped(tasks, "target")
+        found = []
+        for name, spec in self.resolver.target.items():
+            written = by_target.get(name, [])
+            if written:
+                found += target_problems(name, spec, written, reported=name in reported)
+            elif name not in kept and name not in reported:
+                message = f"{name} {list(spec.shape)} is not written by any source"
+                found.append(Problem("remap_missing", message, target=name))
         return found
 
-    def _place_joins(self, writes: Iterable[Write]) -> None:
-        groups: dict[object, list[Write]] = defaultdict(list)
-        for write in writes:
-            if write.join is None:
-                self.writes.append(write)
-            else:
-                groups[write.group].append(write)
-        for parts in groups.values():
-            if parts[0].join is not None and parts[0].join.name == "concat":
-                placed, problems = place_parts(parts, self.lowering.sizes)
-                self.writes += placed
-            else:
-                problems = check_transform(parts)
-                self.writes += [] if problems else parts
-            self.problems += problems
 
-    def _account_sources(self, lowered: Mapping[str, Lowered]) -> None:
-        """Every source element is used once, or dropped with a reason."""
-        sound: set[object] = set()
-        for name, found in lowered.items():
-            if found.problems:
-                continue
-            spec = self.source[name]
-            if not found.dropped:
-                key = (spec.shape, tuple(write.steps for write in found.writes))
-                if key in sound:
-                    continue
-                if tiles(
-                    spec.shape, [box for write in found.writes for box in back(write.steps, [whole(write.shape)])]
-                ):
-                    sound.add(key)
-                    continue
-            boxes = [box for box, _ in found.dropped]
-            for write in found.writes:
-                boxes += back(write.steps, [whole(write.shape)])
-            if not found.writes and found.dropped and gaps(boxes, spec.shape) == 0:
-                self.dropped[name] = found.dropped[0][1].drop
-            self._account(name, boxes, spec.shape)
-
-    def _account(self, name: str, boxes: list[Box], shape: tuple[int, ...]) -> None:
-        facts: dict[str, Any] = {"source": name, "file": self.source[name].file}
-        twice = first_overlap(boxes)
-        if twice is not None:
-            message = f"{name} is used twice in {_box_text(boxes[twice[0]])} and {_box_text(boxes[twice[1]])}"
-            self.problems.append(Problem("remap_overlap", message, **facts))
-            return
-        unused = gaps(boxes, shape)
-        if unused:
-            message = f"{unused} of {unused + sum(map(volume, boxes))} elements of {name} are neither used nor dropped"
-            self.problems.append(Problem("remap_unused", message, **facts))
-
-    def _keep(self) -> None:
-        written = {write.target for write in self.writes}
-        for rule in self.rules:
-            if not rule.keep or self.converted:
-                continue
-            pattern = compile_pattern(str(rule.target))
-            for name in self.target:
-                if pattern.fullmatch(name):
-                    self.kept[name] = rule.keep
-                    if name in written and not rule.optional:
-                        message = f"{name} is kept ({rule.keep}) and written"
-                        self.problems.append(Problem("remap_collision", message, rule.label, target=name))
-
-    def _account_targets(self) -> None:
-        """Every target element is written once, or kept with a reason."""
-        incomplete = self.blamed | {problem.target for problem in self.problems if problem.target}
-        by_target: dict[str, list[Write]] = defaultdict(list)
-        for write in self.writes:
-            by_target[write.target].append(write)
-        for name, spec in self.lowering.target.items():
-            writes = by_target.get(name, [])
-            if name in self.kept and not writes:
-                continue
-            if not writes:
-                if name not in incomplete:
-                    message = f"{name} {list(spec.shape)} is not written by any source"
-                    self.problems.append(Problem("remap_missing", message, target=name))
-                continue
-            self.problems += target_problems(name, self.lowering.target, writes, blamed=name in incomplete)
-
-
-def target_problems(
-    name: str, target: Mapping[str, TensorSpec], writes: list[Write], *, blamed: bool = False
-) -> list[Problem]:
-    """Collisions, overlaps and missing parts of one target.
+def target_problems(name: str, spec: TensorSpec, tasks: Sequence[CopyTask], *, reported: bool = False) -> list[Problem]:
+    """Return collisions, overlaps and missing parts of one target.
 
     Args:
         name: the target.
-        target: its manifest.
-        writes: all writes to it, joins placed.
-        blamed: something else was already said of it, so that a missing part needs no second message.
+        spec: its shape and shards.
+        tasks: all tasks that write it, joins placed.
+        reported: another problem already accounts for what is missing.
     """
-    spec = target[name]
-    if _filled(spec.shape, tuple(write.region if write.join is None else None for write in writes)):
+    places = {task.group if task.join is not None else at: (task.region, task) for at, task in enumerate(tasks)}
+    regions = [region for region, _ in places.values()]  # the sources of a transform fill one region together
+    if covers_exactly(spec.shape, regions):
         return []
-    places: dict[object, tuple[Box, Write]] = {}
-    regions: list[tuple[Box, Write]] = []
-    for write in writes:  # the sources of a transform fill one region together
-        if write.join is None:
-            regions.append((write.region, write))
-        else:
-            places.setdefault(write.group, (write.region, write))
-    regions += places.values()
-    twice = first_overlap([region for region, _ in regions])
+    twice = first_overlap(regions)
     if twice is not None:
-        (one, first), (other, second) = regions[twice[0]], regions[twice[1]]
+        (one, first), (other, second) = (list(places.values())[at] for at in twice)
         code = "remap_collision" if one == other else "remap_overlap"
-        message = f"{first.source} and {second.source} are both written to {name} {_box_text(other)}"
+        message = f"{first.source} and {second.source} are both written to {name} {region_text(other)}"
         return [Problem(code, message, second.rule.label, second.source, target=name)]
-    missing = gaps([region for region, _ in regions], spec.shape)
-    if not missing or blamed:
+    if reported:
         return []
-    slots = [slot for slot, box in spec.slots.items() if not _covers(box, regions)]
-    what = f"slots {', '.join(slots)}" if slots else f"{missing} of {spec.numel} elements"
-    sources = ", ".join(write.source for write in writes[:4])
-    message = f"{name} lacks {what}; it got {sources}"
-    return [Problem("remap_incomplete_group", message, writes[0].rule.label, target=name, missing=tuple(slots))]
+    shards = tuple(shard for shard, region in spec.slots.items() if not _covered(region, regions))
+    missing = uncovered_numel(regions, spec.shape)
+    what = f"shards {', '.join(shards)}" if shards else f"{missing} of {spec.numel} elements"
+    message = f"{name} lacks {what}; it got {', '.join(task.source for task in tasks[:4])}"
+    return [Problem("remap_incomplete_group", message, tasks[0].rule.label, target=name, missing=shards)]
 
 
-@lru_cache(maxsize=8192)
-def _filled(shape: Shape, regions: tuple[Box | None, ...]) -> bool:
-    """Whether regions fill a shape, each element once; most targets are alike. None: a part of a join."""
-    return tiles(shape, [region for region in regions if region is not None]) and None not in regions
+def _covered(region: Region, regions: Sequence[Region]) -> bool:
+    common = [intersection(region, other) for other in regions]
+    return sum(region_numel(part) for part in common if part) == region_numel(region)
 
 
-def _covers(box: Box, regions: list[tuple[Box, Write]]) -> bool:
-    found = [intersection(box, region) for region, _ in regions]
-    return sum(volume(common) for common in found if common) == volume(box)
-
-
-def dead_rules(rules: RuleSet, used: Mapping[int, int], kept: Mapping[str, str]) -> list[Problem]:
-    """Rules that matched nothing, choices of which no spelling or more than one was found."""
+def dead_rules(rules: Rules, used: Mapping[int, int], kept: Mapping[str, str]) -> list[Problem]:
+    """Return rules that match nothing, and choices of which not exactly one spelling is in the checkpoint."""
     problems = []
-    choices: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for number, rule in enumerate(rules):
-        count = used.get(number, 0)
-        if rule.keep:
-            count = sum(1 for name in kept if compile_pattern(str(rule.target)).fullmatch(name))
-        if rule.variant:
-            choice, _, spelling = rule.variant.partition(":")
-            choices[choice][spelling] += count
-        elif not count and not rule.optional and not rule.fallback:
-            problems.append(Problem("remap_dead_rule", f"rule {rule.label} matches nothing", rule.label))
-    for choice, spellings in choices.items():
-        found = [spelling for spelling, count in spellings.items() if count]
-        if not found:
-            message = f"no spelling of {choice} is in the checkpoint: {', '.join(spellings)}"
+    spellings: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for number, rule in enumerate(rules.rules):
+        choice, _, spelling = rule.variant.partition(":")
+        if choice:
+            spellings[choice][spelling] += used.get(number, 0)
+    found = {choice: [text for text, count in counts.items() if count] for choice, counts in spellings.items()}
+    for choice, present in found.items():
+        if not present:
+            message = f"no spelling of {choice} is in the checkpoint: {', '.join(spellings[choice])}"
             problems.append(Problem("remap_dead_rule", message))
-        elif len(found) > 1:
-            message = f"more than one spelling of {choice} is in the checkpoint: {', '.join(found)}"
+        elif len(present) > 1:
+            message = f"more than one spelling of {choice} is in the checkpoint: {', '.join(present)}"
             problems.append(Problem("remap_ambiguous", message))
-        problems += _dead_in_variant(rules, used, choice, found)
+    for number, rule in enumerate(rules.rules):
+        choice, _, spelling = rule.variant.partition(":")
+        alive = used.get(number, 0)
+        if rule.keep:
+            alive = any(compile_pattern(str(rule.target)).fullmatch(name) for name in kept)
+        expected = spelling in found[choice] if choice else not rule.fallback
+        if not alive and expected and not rule.optional:
+            problems.append(Problem("remap_dead_rule", f"rule {rule.label} matches nothing", rule.label))
     return problems
-
-
-def _dead_in_variant(rules: RuleSet, used: Mapping[int, int], choice: str, found: list[str]) -> list[Problem]:
-    """Rules of the spelling that was found must match like any other."""
-    return [
-        Problem("remap_dead_rule", f"rule {rule.label} matches nothing", rule.label)
-        for number, rule in enumerate(rules)
-        if rule.variant in {f"{choice}:{spelling}" for spelling in found} and not used.get(number) and not rule.optional
-    ]
-
-
-def _box_text(box: Box) -> str:
-    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

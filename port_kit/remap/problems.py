@@ -1,4 +1,4 @@
-"""What is wrong with a rule set, a checkpoint and a module together: one record a gap, one error for all of them."""
+"""Problems of a rule set, a checkpoint and a module: one record per gap, one error for all of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.remap.names import NUMBER, template_of
 
-#: Problems of one error that are written out, and for which the nearest name is looked up.
+#: Problems of one error that are written out, and for which the closest name is searched.
 SHOWN = 12
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Problem:
 
     Attributes:
         code: a ``remap_...`` code.
-        message: what was found and what is required.
-        rule: the pattern of the rule, where one is involved.
+        message: what was found and what is expected.
+        rule: the pattern of the rule, if one is involved.
         source: the source tensor.
-        file: where the source tensor stands.
+        file: the file of the source tensor.
         target: the target tensor.
-        near: the nearest name that exists, where a name does not.
-        missing: slots of a fused target, or parts of a join, that nothing came for.
+        near: the closest existing name, if a name does not exist.
+        missing: shards of a fused target, or parts of a join, that no source fills.
     """
 
     code: str
@@ -41,7 +41,7 @@ class Problem:
     missing: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that are set."""
+        """Return the fields that are set."""
         return {key: value for key, value in asdict(self).items() if value}
 
     def __str__(self) -> str:
@@ -58,31 +58,26 @@ class Problem:
 
 
 HINTS = {
-    "remap_ambiguous": "narrow one of the patterns, or give each rule the part that it takes",
+    "remap_ambiguous": "restrict one of the patterns, or give each rule its part of the source (take)",
     "remap_beyond_layers": "the checkpoint has more layers than the module: check the configuration",
     "remap_collision": "two rules must not write the same elements: correct a target or a shard",
     "remap_dead_rule": "correct the pattern, remove the rule, or mark it optional",
-    "remap_dtype": "add a cast, set narrow on the rule set, or build the module in the checkpoint's dtype",
+    "remap_dtype": "add a cast, set allow_downcast on the rule set, or build the module in the checkpoint's dtype",
     "remap_failed": "see the problems one by one",
-    "remap_incomplete_group": "the checkpoint lacks a part, or no rule sends it here",
+    "remap_incomplete_group": "the checkpoint lacks a part, or no rule maps it here",
     "remap_missing": "add a rule for it, or keep it with a reason",
     "remap_mixed": "load either the original or the converted checkpoint",
-    "remap_op": "correct the op",
+    "remap_op": "check the op against the shapes in the message",
     "remap_overlap": "check take, into and the sizes of split and concat",
     "remap_shape": "compare the rule with both shapes; the configuration may not be the checkpoint's",
-    "remap_slot": "use a slot that the target has, or concat for a plain parameter",
+    "remap_slot": "use a shard that the target has, or concat for a plain parameter",
     "remap_unexpected": "add a rule for it, or drop it with a reason",
     "remap_unused": "use the rest of the source, or drop it with a reason (drop with take)",
 }
 
 
-def template_of(name: str) -> str:
-    """The name with its layer numbers taken out: ``blocks.#.attn.q.weight``."""
-    return _NUMBER.sub("#", name)
-
-
 class Names(Collection[str]):
-    """Names that others are compared with, many times: their layer templates are taken once."""
+    """Names that many others are compared with; their layer templates are computed once."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = dict.fromkeys(names)
@@ -98,15 +93,15 @@ class Names(Collection[str]):
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """The first name of each template."""
+        """Return the first name of each template."""
         found: dict[str, str] = {}
         for name in self._names:
             found.setdefault(template_of(name), name)
         return found
 
 
-def nearest(name: str, names: Collection[str], cutoff: float = 0.6) -> str:
-    """The most similar name that exists; empty where none is similar.
+def closest_match(name: str, names: Collection[str], cutoff: float = 0.6) -> str:
+    """Return the most similar existing name, or an empty text.
 
     Names are compared by layer template first: among thousands of names only a few dozen templates differ.
     """
@@ -114,16 +109,16 @@ def nearest(name: str, names: Collection[str], cutoff: float = 0.6) -> str:
     found = difflib.get_close_matches(template_of(name), known.templates, n=1, cutoff=cutoff)
     if not found:
         return ""
-    numbers = iter(_NUMBER.findall(name))
+    numbers = iter(NUMBER.findall(name))
     guess = re.sub("#", lambda match: next(numbers, "0"), found[0])
     return guess if guess in known else known.templates[found[0]]
 
 
 def raise_problems(problems: Sequence[Problem], subject: str) -> None:
-    """Raise one error for all problems; does nothing where there are none.
+    """Raise one error for all problems, if there are any.
 
     Raises:
-        RemapError: with the one code of all problems, or ``remap_failed`` and the problems in ``details``.
+        RemapError: with the code that all problems share, or ``remap_failed``; the problems are in ``details``.
     """
     if not problems:
         return
@@ -142,5 +137,5 @@ def raise_problems(problems: Sequence[Problem], subject: str) -> None:
 
 
 def problem_from(error: RemapError, **facts: Any) -> Problem:
-    """A gap that an op or size reported while it was lowered."""
+    """Return the problem that an error of an op or a size stands for."""
     return Problem(error.code, error.message, **facts)

@@ -1,19 +1,18 @@
-"""The tensors of a module that a checkpoint has to fill: whole shapes, fused slots, and this rank's part of each.
+"""Targets of a load: the complete shapes of a module's tensors, their shards, and this rank's part of each.
 
-vLLM's parallel linears are recognised by what they have, not by their class, so that this needs no vLLM and works for
-classes derived from them. A parameter that is sharded in a way of its own may say its whole shape in ``full_shape``.
+vLLM's parallel linears are recognized by their attributes, not by their class. So this module needs no vLLM, and
+derived classes work. A parameter that is sharded in another way can declare its complete shape in ``full_shape``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import TensorSpec
-from port_kit.remap.boxes import Box, Shape, extents, whole
+from port_kit.remap.regions import Region, Shape, full_region, intersection, region_numel, with_span
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,77 +21,98 @@ Loader = Callable[..., None]
 
 
 class Shard(NamedTuple):
-    """One slot of a parameter (the whole of it, slot ``""``, where it is not fused).
+    """One shard of a fused parameter, or all of a plain one (with an empty name).
 
     Attributes:
-        box: the slot in the whole parameter.
-        held: the part of the whole parameter that this rank holds of the slot.
-        local: where that part stands in this rank's tensor; empty where only the parameter's own loader knows.
+        name: the ``shard_id``: ``q``, ``0``, ``3.w1``.
+        region: the shard in the complete parameter.
+        held: the part of the complete parameter that this rank holds of the shard.
+        local: that part in this rank's tensor; empty if only the parameter's own loader knows it.
     """
 
-    slot: str
-    box: Box
-    held: Box
-    local: Box
+    name: str
+    region: Region
+    held: Region
+    local: Region
 
 
 class Target(NamedTuple):
     """One parameter or buffer of a module.
 
     Attributes:
-        tensor: the parameter or buffer itself; never read, only written.
-        spec: whole shape, dtype and slots; targets of a module that are alike share one object, as they do
-            ``shards``.
-        shards: the slots with this rank's part of each; empty where only the parameter's own loader knows them.
+        tensor: the parameter or buffer; only written.
+        spec: complete shape, dtype and shards.
+        shards: the shards with this rank's part of each; None if only the parameter's own loader knows them.
         loader: the parameter's ``weight_loader``, or None.
-        padding: the boxes of this rank's tensor that no checkpoint fills and that are zero: rows that pad a vocabulary.
+        padding: regions of this rank's tensor that no checkpoint fills and that are zero, such as a padded vocabulary.
     """
 
     name: str
     tensor: Tensor
     spec: TensorSpec
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...] | None
     loader: Loader | None
-    padding: tuple[Box, ...] = ()
+    padding: tuple[Region, ...] = ()
 
-    def load(self, slot: str, piece: Tensor) -> None:
-        """Give one whole slot to the parameter's loader."""
+    @property
+    def memory(self) -> Tensor:
+        """The plain tensor in this rank's memory; of an FSDP parameter its local shard."""
+        tensor: Any = self.tensor
+        memory: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor.data
+        return memory
+
+    @property
+    def is_opaque(self) -> bool:
+        """Return True if only the parameter's own loader knows how its complete shape relates to this rank's tensor."""
+        return self.loader is not None and self.shards is None and math.prod(self.spec.shape) > 0
+
+    @property
+    def is_described(self) -> bool:
+        """Return True if the shards describe every element of this rank's memory."""
+        if self.shards is None or not all(len(shard.local) == self.tensor.dim() for shard in self.shards):
+            return False
+        local = [*(shard.local for shard in self.shards), *self.padding]
+        return sum(map(region_numel, local)) == self.memory.numel()
+
+    def load(self, shard: str, value: Tensor) -> None:
+        """Give one complete shard to the parameter's loader."""
         assert self.loader is not None
-        if not slot:
-            self.loader(self.tensor, piece)
-        elif "." in slot:
-            expert, _, part = slot.partition(".")
-            self.loader(self.tensor, piece, self.name, shard_id=part, expert_id=int(expert))
+        if not shard:
+            self.loader(self.tensor, value)
+        elif "." in shard:
+            expert, _, part = shard.partition(".")
+            self.loader(self.tensor, value, self.name, shard_id=part, expert_id=int(expert))
         else:
-            self.loader(self.tensor, piece, int(slot) if slot.isdigit() else slot)
+            self.loader(self.tensor, value, int(shard) if shard.isdigit() else shard)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """All targets of a module by name, the second names of tensors that it shares, and its tensor-parallel size."""
+    """All targets of a module by name, further names of shared tensors, and the tensor-parallel size."""
 
     targets: dict[str, Target]
     aliases: dict[str, str]
     ranks: int
 
+    @property
+    def opaque(self) -> tuple[frozenset[str], int]:
+        """The opaque targets and the tensor-parallel size, as :class:`~port_kit.remap.resolve.Resolver` takes them."""
+        return frozenset(name for name, target in self.targets.items() if target.is_opaque), self.ranks
+
 
 def read_targets(module: nn.Module) -> Targets:
-    """List a module's parameters and persistent buffers."""
+    """List the parameters and persistent buffers of a module."""
     targets: dict[str, Target] = {}
     aliases: dict[str, str] = {}
     known: dict[int, str] = {}
-    alike: dict[object, Any] = {}
     ranks = 1
-    for path, owner in module.named_modules():
+    for path, owner in module.named_modules(remove_duplicate=False):
         ranks = max(ranks, owner.__dict__.get("tp_size") or 1)
-        if not owner._parameters and not owner._buffers:
-            continue
-        prefix = f"{path}." if path else ""
         for leaf, tensor, buffer in _own_tensors(owner):
-            name = prefix + leaf
+            name = f"{path}.{leaf}" if path else leaf
             first = known.setdefault(id(tensor), name)
             if first == name:
-                targets[name] = _read_target(name, owner, tensor, buffer, alike)
+                targets[name] = _read_target(name, owner, tensor, buffer)
             else:
                 aliases[name] = first
     return Targets(targets, aliases, ranks)
@@ -107,94 +127,47 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield leaf, buffer, True
 
 
-_ABSENT, _UNKNOWN = object(), object()
-_NUMBERS = frozenset({int, type(None), type(_ABSENT)})
-#: All that a tensor and its owner may tell about its layout, apart from its loader.
-_TENSOR_FACTS = ("full_shape", "output_dim", "input_dim", "needs_scalar_to_array", "_load_into_shard_id")
-_OWNER_FACTS = (
-    *("tp_rank", "tp_size", "input_size", "input_size_per_partition", "output_size", "output_size_per_partition"),
-    *("output_sizes", "head_size", "v_head_size", "total_num_heads", "total_num_kv_heads", "num_heads", "num_kv_heads"),
-    *("num_kv_head_replicas", "num_embeddings_per_partition", "org_vocab_size", "shard_indices", "moe_config"),
-)
-
-
-def _read_target(name: str, owner: nn.Module, tensor: Tensor, buffer: bool, alike: dict[object, Any]) -> Target:
-    """Describe one tensor of the module that owns it; ``alike`` holds what others of the module have."""
-    key: object = (tensor.shape, tensor.dtype, buffer, type(tensor))
-    plain = not tensor.__dict__ and not hasattr(type(tensor), "weight_loader")  # nothing was set on it
-    facts = None if plain else _facts(owner, tensor, alike)
+def _read_target(name: str, owner: nn.Module, tensor: Tensor, buffer: bool) -> Target:
+    local = tuple(tensor.shape)
+    region = full_region(local)
+    shape: Shape = local
+    shards: tuple[Shard, ...] | None = (Shard("", region, region, region),)
+    plain = not tensor.__dict__ and not hasattr(type(tensor), "weight_loader")  # no attribute describes it
     if not plain:
-        key = None if facts is None else (key, facts)
-    found = None if key is None else alike.get(key)
-    if found is None:
-        local = tuple(tensor.shape)
-        box = whole(local)
-        source: Any = owner if facts is None else _told(facts)
-        shape, shards = (local, (Shard("", box, box, box),)) if plain else _layout(source, tensor, local)
-        shards = alike.setdefault(("shards", shards), shards)
-        slots = {shard.slot: shard.box for shard in shards if shard.slot}
-        padding = _padding(shards, local) if not plain and _is_vocabulary(source, tensor) else ()
-        found = _spec(alike, shape, tensor, slots, buffer), shards, padding
-        if key is not None:
-            alike[key] = found
-    spec, shards, padding = found
-    loader = None if plain or buffer else getattr(tensor, "weight_loader", None)
-    return Target(name, tensor, spec, shards, loader, padding)
+        shape, shards = _layout(owner, tensor, local)
+    slots = {shard.name: shard.region for shard in shards or () if shard.name}
+    padding = _padding(shards, local) if shards and not plain and _is_vocabulary(owner, tensor) else ()
+    if shards is not None and _is_dtensor(tensor):
+        shards = _local_rows(tensor, shards)
+    spec = TensorSpec(shape, str(tensor.dtype).removeprefix("torch."), slots=slots, buffer=buffer)
+    return Target(name, tensor, spec, shards, None if buffer else getattr(tensor, "weight_loader", None), padding)
 
 
-def _facts(owner: nn.Module, tensor: Tensor, alike: dict[object, Any]) -> tuple[object, ...] | None:
-    """What :func:`_layout` goes by where numbers are all of that: the owner's, then the tensor's; else None."""
-    simple = alike.get(type(owner))
-    if simple is None:
-        simple = alike[type(owner)] = _tells_by_instance(type(owner))
-    loader = getattr(tensor, "weight_loader", _ABSENT)
-    lender = getattr(loader, "__self__", None)
-    if not simple or lender is not None and lender is not owner:
-        return None
-    held = owner.__dict__
-    facts = [held.get(name, _ABSENT) for name in _OWNER_FACTS]
-    facts += [getattr(tensor, name, _ABSENT) for name in _TENSOR_FACTS]
-    if not _NUMBERS.issuperset(map(type, facts)):
-        facts = [_frozen(fact) for fact in facts]
-        if _UNKNOWN in facts:
-            return None
-    return (*facts, loader is _ABSENT, lender is None)
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
 
 
-def _told(facts: tuple[object, ...]) -> SimpleNamespace:
-    """An owner that tells nothing but these facts."""
-    told = zip(_OWNER_FACTS, facts, strict=False)
-    return SimpleNamespace(**{name: fact for name, fact in told if fact is not _ABSENT})
+def _local_rows(tensor: Any, shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
+    """Return the parts of shards that are in this rank's rows of an FSDP parameter, which is cut as by torch.chunk."""
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    start = min(-(-rows // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1), rows)
+    mine = with_span(full_region(tuple(tensor.shape)), 0, start, start + tensor.to_local().shape[0])
+    found = []
+    for shard in shards:
+        common = intersection(shard.local, mine)
+        if common is not None:
+            low, high = common[0]
+            first = shard.held[0][0] + low - shard.local[0][0]
+            held = with_span(shard.held, 0, first, first + high - low)
+            found.append(shard._replace(held=held, local=with_span(common, 0, low - start, high - start)))
+    return tuple(found)
 
 
-def _frozen(fact: object) -> object:
-    """A number, or several, as something that can be compared later."""
-    if isinstance(fact, (list, tuple)) and all(type(number) is int for number in fact):
-        return tuple(fact)
-    return fact if type(fact) in _NUMBERS else _UNKNOWN
-
-
-def _tells_by_instance(kind: type[nn.Module]) -> bool:
-    """Whether what a module tells of layouts is found among its own attributes, and nowhere else."""
-    from torch import nn
-
-    return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in _OWNER_FACTS)
-
-
-def _spec(alike: dict[object, Any], shape: Shape, tensor: Tensor, slots: Mapping[str, Box], buffer: bool) -> TensorSpec:
-    key = (shape, tensor.dtype, buffer, tuple(slots.items()))
-    spec: TensorSpec | None = alike.get(key)
-    if spec is None:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        spec = alike[key] = TensorSpec(shape, dtype, slots=slots, buffer=buffer)
-    return spec
-
-
-def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
-    """The whole shape and the shards of a parameter."""
+def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...] | None]:
+    """Return the complete shape and the shards of a parameter."""
     full = getattr(tensor, "full_shape", None)
     if full is not None:
-        return tuple(full), ()
+        return tuple(full), None
     if _is_vocabulary(owner, tensor):
         return _vocabulary(owner, local)
     if getattr(owner, "moe_config", None) is not None and len(local) == 3:
@@ -202,28 +175,25 @@ def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tupl
         if experts is not None:
             return experts
     lender = _laid_out_by(owner, tensor)
-    slots = _fused_slots(lender, tensor, local) or _scale_slots(lender, tensor, local)
-    if slots is not None:
-        return slots
-    return _linear(owner, tensor, local)
+    return _fused(lender, tensor, local) or _scales(lender, tensor, local) or _linear(owner, tensor, local)
 
 
 def _laid_out_by(owner: nn.Module, tensor: Tensor) -> Any:
-    """The linear whose slots a parameter has: its owner, or the one whose loader a second set of weights borrows."""
+    """Return the linear whose shards a parameter has: its owner, or the owner of the loader that it borrows."""
     lender = getattr(getattr(tensor, "weight_loader", None), "__self__", None)
     alike = lender is not None and getattr(lender, "output_size", None) == getattr(owner, "output_size", "none")
     return lender if alike and _fused_parts(owner) is None else owner
 
 
-def _linear(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
-    """A column- or row-parallel linear: one axis is this rank's share of the whole.
+def _linear(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...] | None]:
+    """Return the layout of a column- or row-parallel linear; the shards are None if only the loader knows them.
 
-    Anything else that brings its own loader gets no shards: only that loader knows what it does.
+    The loader of an FSDP parameter takes complete tensors, so that such a parameter is described like a plain one.
     """
     known = hasattr(owner, "output_size") and (hasattr(tensor, "output_dim") or hasattr(tensor, "input_dim"))
-    if not known and hasattr(tensor, "weight_loader"):
-        return local, ()
-    full, held = list(local), list(whole(local))
+    if not known and hasattr(tensor, "weight_loader") and not _is_dtensor(tensor):
+        return local, None
+    full, held = list(local), list(full_region(local))
     rank = getattr(owner, "tp_rank", 0)
     for axis_name, side in (("output_dim", "output_size"), ("input_dim", "input_size")):
         axis, total = getattr(tensor, axis_name, None), getattr(owner, side, None)
@@ -235,11 +205,11 @@ def _linear(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tupl
         if count > 1:
             held[axis] = (rank * local[axis], (rank + 1) * local[axis])
     shape = tuple(full)
-    return shape, (Shard("", whole(shape), tuple(held), whole(local)),)
+    return shape, (Shard("", full_region(shape), tuple(held), full_region(local)),)
 
 
-def _fused_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
-    """A fused column-parallel linear: one slot a projection, each split over the ranks on its own."""
+def _fused(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
+    """Return the layout of a fused column-parallel linear: one shard per projection, each split over the ranks."""
     axis = getattr(tensor, "output_dim", None)
     parts = _fused_parts(owner)
     if axis is None or parts is None:
@@ -247,7 +217,7 @@ def _fused_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape,
     local_total = sum(part.local for part in parts)
     if not local_total or local[axis] % local_total and local_total % local[axis]:
         return None
-    # a packed parameter (several values an element) has its slots in proportion
+    # a packed parameter (several values per element) has its shards in proportion
     scale = local[axis] / local_total
     full_total = sum(part.full for part in parts)
     shape = (*local[:axis], round(full_total * scale), *local[axis + 1 :])
@@ -257,31 +227,31 @@ def _fused_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape,
         start = at + part.index * mine
         shards.append(
             Shard(
-                part.slot,
-                _span(shape, axis, at, at + size),
-                _span(shape, axis, start, start + mine),
-                _span(local, axis, local_at, local_at + mine),
+                part.shard,
+                with_span(full_region(shape), axis, at, at + size),
+                with_span(full_region(shape), axis, start, start + mine),
+                with_span(full_region(local), axis, local_at, local_at + mine),
             )
         )
         at, local_at = at + size, local_at + mine
     return shape, tuple(shards)
 
 
-def _scale_slots(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
-    """The scales of a fused linear whose projections are quantized each by itself: one value a slot, on every rank."""
+def _scales(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
+    """Return the layout of the scales of a fused linear: one value per projection, on every rank."""
     by_slot = hasattr(tensor, "_load_into_shard_id") or getattr(tensor, "needs_scalar_to_array", False)
     parts = _fused_parts(owner) if by_slot else None
     if parts is None or local != (len(parts),):
         return None
-    boxes = [((at, at + 1),) for at in range(len(parts))]
-    return local, tuple(Shard(part.slot, box, box, box) for part, box in zip(parts, boxes, strict=True))
+    regions = [((at, at + 1),) for at in range(len(parts))]
+    return local, tuple(Shard(part.shard, region, region, region) for part, region in zip(parts, regions, strict=True))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One projection of a fused linear: extents in values, and which of its parts this rank holds."""
+    """One projection of a fused linear: extents in values, and the index of this rank's part."""
 
-    slot: str
+    shard: str
     full: int
     local: int
     index: int
@@ -306,28 +276,28 @@ def _fused_parts(owner: Any) -> list[_Part] | None:
 
 
 def _is_vocabulary(owner: Any, tensor: Tensor) -> bool:
-    """Whether the rows are words (a packed embedding has others, and the scales of one have none)."""
+    """Return True if the rows are words; those of a packed embedding or of its scales are not."""
     words = getattr(owner, "num_embeddings_per_partition", None)
     known = hasattr(owner, "org_vocab_size") and hasattr(owner, "shard_indices")
     return known and getattr(tensor, "output_dim", None) == 0 and tuple(tensor.shape[:1]) == (words,)
 
 
-def _padding(shards: tuple[Shard, ...], local: Shape) -> tuple[Box, ...]:
-    """The rows after those of the words."""
+def _padding(shards: tuple[Shard, ...], local: Shape) -> tuple[Region, ...]:
+    """Return the rows after those of the words."""
     stop = shards[0].local[0][1]
-    return (((stop, local[0]), *whole(local[1:])),) if stop < local[0] else ()
+    return (((stop, local[0]), *full_region(local[1:])),) if stop < local[0] else ()
 
 
 def _vocabulary(owner: Any, local: Shape) -> tuple[Shape, tuple[Shard, ...]]:
-    """A vocabulary split over the ranks and padded: the checkpoint has the words alone."""
+    """Return the layout of a vocabulary that is split over the ranks and padded; checkpoints have no padding."""
     shape = (owner.org_vocab_size, *local[1:])
     start, stop = owner.shard_indices.org_vocab_start_index, owner.shard_indices.org_vocab_end_index
-    held = ((start, stop), *whole(local[1:]))
-    return shape, (Shard("", whole(shape), held, ((0, stop - start), *whole(local[1:]))),)
+    held = ((start, stop), *full_region(local[1:]))
+    return shape, (Shard("", full_region(shape), held, ((0, stop - start), *full_region(local[1:]))),)
 
 
 def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...]] | None:
-    """vLLM's fused experts: slots ``expert.w1``, ``expert.w3`` (halves of ``w13``) and ``expert.w2``."""
+    """Return the layout of vLLM's fused experts: shards ``expert.w1``, ``expert.w3`` (``w13``) and ``expert.w2``."""
     names = {id(parameter): leaf for leaf, parameter in owner._parameters.items()}
     leaf = names.get(id(tensor), "")
     total = getattr(owner, "global_num_experts", local[0])
@@ -343,7 +313,7 @@ def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Sha
     else:
         return None
     rank = getattr(layout, "tp_rank", 0)
-    # spread over ranks by expert, quantized or turned: only the layer's own loader knows what this rank holds
+    # with expert parallelism, quantization or transposition only the layer's own loader knows what this rank holds
     known = total == local[0] and getattr(owner, "quant_config", None) is None and not hasattr(tensor, "is_transposed")
     rows, own = shape[1] // len(halves), local[1] // len(halves)
     shards = []
@@ -351,24 +321,10 @@ def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Sha
         one = (expert, expert + 1)
         for number, half in enumerate(halves):
             top = number * rows
-            box = (one, (top, top + rows), (0, shape[2]))
+            region = (one, (top, top + rows), (0, shape[2]))
             mine = rank * local[2] if half == "w2" and ranks > 1 else 0
             start = top + rank * own if half != "w2" else 0
             held = (one, (start, start + own), (mine, mine + local[2]))
             here = (one, (number * own, (number + 1) * own), (0, local[2]))
-            shards.append(Shard(f"{expert}.{half}", box, held if known else box, here if known else ()))
+            shards.append(Shard(f"{expert}.{half}", region, held if known else region, here if known else ()))
     return shape, tuple(shards)
-
-
-def _span(shape: Shape, axis: int, start: int, stop: int) -> Box:
-    return (*whole(shape[:axis]), (start, stop), *whole(shape[axis + 1 :]))
-
-
-def slot_shape(target: Target, slot: str) -> Shape:
-    """The shape of one slot in a checkpoint."""
-    return extents(target.spec.slots[slot]) if slot else target.spec.shape
-
-
-def is_elastic(target: Target) -> bool:
-    """Whether only the parameter's own loader knows how its whole shape relates to this rank's tensor."""
-    return target.loader is not None and not target.shards and math.prod(target.spec.shape) > 0

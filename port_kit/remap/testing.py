@@ -16,31 +16,31 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.boxes import Shape
 from port_kit.remap.coverage import Coverage
-from port_kit.remap.lower import Lowered, Lowering
 from port_kit.remap.plan import Plan, check
-from port_kit.remap.rules import RuleSet
-from port_kit.remap.steps import Reshape
+from port_kit.remap.regions import Shape
+from port_kit.remap.resolve import Resolved, Resolver
+from port_kit.remap.rule import Rules
+from port_kit.remap.tensor_ops import Reshape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def assert_covers(
-    rules: RuleSet,
+    rules: Rules,
     source: Manifest,
     target: Manifest,
     sizes: Mapping[str, int] | None = None,
     *,
-    narrow: bool = False,
+    allow_downcast: bool = False,
 ) -> Plan:
     """Assert that every element of both sides is accounted for; returns the plan.
 
     Raises:
         AssertionError: with the report of all gaps.
     """
-    plan = check(rules, source, target, sizes, narrow=narrow)
+    plan = check(rules, source, target, sizes, allow_downcast=allow_downcast)
     assert plan.ok, Coverage(plan).to_text()
     return plan
 
@@ -71,7 +71,7 @@ def assert_round_trip(plan: Plan) -> None:
     targets = dict(convert(plan, sources))
     lossy = inexact(plan)
     returned = dict(export(plan, targets))
-    expected = {write.source for write in plan.writes}
+    expected = {task.source for task in plan.tasks}
     assert set(returned) == expected, sorted(set(returned) ^ expected)
     for name, tensor in returned.items():
         if name not in lossy:
@@ -135,14 +135,14 @@ class Mutated:
 
 def mutated(plan: Plan) -> Mutated:
     """Try every mutation of :func:`mutations` on a plan."""
-    memory = _Memory(plan.rules, plan.target, plan.sizes, narrow=plan.rules.narrow, aliases=plan.target.aliases)
+    resolver = _CachedResolver(plan.rules, plan.target, plan.sizes, aliases=plan.target.aliases)
     expected = _bytes_moved(plan)
     same: list[str] = []
     uncaught: list[str] = []
     count = 0
     for what, source in mutations(plan):
         count += 1
-        other = check(plan.rules, source, plan.target, plan.sizes, lowering=memory)
+        other = check(plan.rules, source, plan.target, plan.sizes, resolver=resolver)
         if other.ok:
             (same if _bytes_moved(other) == expected else uncaught).append(what)
     return Mutated(count, tuple(same), tuple(uncaught))
@@ -156,23 +156,23 @@ def uncaught_mutations(plan: Plan) -> list[str]:
 def _bytes_moved(plan: Plan) -> set[tuple[object, ...]]:
     """Which bytes of which source go where: all of a plan but how its sources call the shape of the same bytes."""
     moved: set[tuple[object, ...]] = set()
-    for write in plan.writes:
-        spec = plan.source[write.source]
-        shape, steps = spec.shape, list(write.steps)
-        while steps and isinstance(steps[0], Reshape):
-            shape = steps.pop(0).after
-        moved.add((write.source, spec.dtype, shape, tuple(steps), write.target, write.region, write.join, write.part))
+    for task in plan.tasks:
+        spec = plan.source[task.source]
+        shape, ops = spec.shape, list(task.ops)
+        while ops and isinstance(ops[0], Reshape):
+            shape = ops.pop(0).after
+        moved.add((task.source, spec.dtype, shape, tuple(ops), task.target, task.region, task.join, task.role))
     return moved
 
 
-class _Memory(Lowering):
-    """A lowering that remembers what it made of a tensor: a mutation changes one of hundreds."""
+class _CachedResolver(Resolver):
+    """A resolver that caches its results: a mutation changes one of hundreds of tensors."""
 
-    def lower(self, name: str, spec: TensorSpec) -> Lowered:
-        known: dict[object, Lowered] = self.__dict__.setdefault("known", {})
+    def resolve(self, name: str, spec: TensorSpec) -> Resolved:
+        known: dict[object, Resolved] = self.__dict__.setdefault("known", {})
         key = (name, spec.shape, spec.dtype)
         if key not in known:
-            known[key] = super().lower(name, spec)
+            known[key] = super().resolve(name, spec)
         return known[key]
 
 

@@ -1,12 +1,12 @@
-"""Named transforms: computations that no rearrangement can express, with their shape, their inverse and its exactness.
+"""Registered transforms: computations that no rearrangement can express, with their shape and inverse.
 
-A transform is registered once, where its port is imported, and named in rules like any op::
+A transform is registered when its port is imported, and named in rules like any op::
 
     @transform("centre", shape=lambda parts, args: parts[""])
     def centre(parts, args):            # {"": tensor} -> tensor
         return parts[""] - parts[""].mean()
 
-A transform with ``roles`` joins several sources: a rule's ``shard`` says which role its source plays.
+A transform with ``roles`` joins several sources: a rule's ``shard`` names the role of its source.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import RemapError
-from port_kit.remap.boxes import Shape
+from port_kit.remap.regions import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +33,12 @@ class Transform:
     """A registered transform.
 
     Attributes:
-        name: how rules call it.
+        name: its name in rules.
         forward: ``(parts, args) -> tensor``; ``parts`` is ``{"": tensor}`` or ``{role: tensor}``.
         shape: ``({role: shape}, args) -> shape`` of the result; runs without torch.
-        inverse: ``(tensor, args, {role: shape}) -> parts``, or None where there is no way back.
-        exact: whether ``inverse`` gives back the very bits.
-        roles: what the sources of a joining transform are called; empty for a transform of one tensor.
+        inverse: ``(tensor, args, {role: shape}) -> parts``, or None if there is none.
+        exact: ``inverse`` restores the same bits.
+        roles: names of the sources of a joining transform; empty for a transform of one tensor.
         args: names of the arguments that rules may give.
     """
 
@@ -51,11 +51,15 @@ class Transform:
     args: tuple[str, ...] = ()
 
     def run(self, parts: Parts, args: Args, expected: Shape) -> Tensor:
-        """Run forward and check the declared shape."""
+        """Run forward.
+
+        Raises:
+            RemapError: ``remap_op`` if the result does not have the declared shape.
+        """
         result = self.forward(parts, args)
         if tuple(result.shape) != tuple(expected):
             raise RemapError(
-                f"transform {self.name} declares shape {list(expected)} and gives {list(result.shape)}",
+                f"transform {self.name} failed: expected shape {list(expected)}, got {list(result.shape)}",
                 code="remap_op",
                 hint="correct the transform's shape function",
             )
@@ -65,13 +69,13 @@ class Transform:
         """Run backwards.
 
         Raises:
-            RemapError: ``remap_op`` where the transform declares no inverse.
+            RemapError: ``remap_op`` if the transform declares no inverse.
         """
         if self.inverse is None:
             raise RemapError(
                 f"transform {self.name} has no inverse",
                 code="remap_op",
-                hint="declare one where it is registered, or export without this tensor",
+                hint="register it with inverse=..., or export without this tensor",
             )
         return self.inverse(tensor, args, shapes)
 
@@ -91,7 +95,7 @@ def transform(
     """Register a transform; see :class:`Transform` for the arguments.
 
     Raises:
-        RemapError: ``remap_op`` where another function has the name already.
+        RemapError: ``remap_op`` if another function is registered under the name.
     """
 
     def register(forward: Forward) -> Forward:
@@ -108,7 +112,7 @@ def find_transform(name: str) -> Transform:
     """Return the transform called ``name``.
 
     Raises:
-        RemapError: ``remap_op`` where none is registered.
+        RemapError: ``remap_op`` if none is registered.
     """
     if name not in _REGISTRY:
         raise RemapError(
@@ -134,19 +138,20 @@ def _weight_norm_shape(parts: Mapping[str, Shape], args: Args) -> Shape:
 
 
 def _weight_norm_parts(weight: Tensor, args: Args, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """One of the many ways back: the weight is its own direction, its norm the magnitude."""
-    return {"v": weight, "g": _norm(weight, args.get("dim", 0)).reshape(shapes["g"])}
-
-
-def _norm(weight: Tensor, dim: int) -> Tensor:
+    """Return one of many possible pairs: the weight as direction, its norm as magnitude."""
     import torch
 
-    return torch.norm_except_dim(weight, 2, dim)
+    norm = torch.norm_except_dim(weight, 2, args.get("dim", 0))
+    return {"v": weight, "g": norm.reshape(shapes["g"])}
 
 
 @transform("weight_norm", shape=_weight_norm_shape, inverse=_weight_norm_parts, roles=("g", "v"), args=("dim",))
 def weight_norm(parts: Parts, args: Args) -> Tensor:
-    """Fold ``g * v / |v|`` with the very kernel that :func:`torch.nn.utils.weight_norm` runs."""
+    """Fold ``g * v / |v|`` with the kernel of :func:`torch.nn.utils.weight_norm`, in float32 or wider.
+
+    Half-precision storage is widened first: original implementations load it into float32 modules and fold there.
+    """
     import torch
 
-    return torch._weight_norm(parts["v"], parts["g"], args.get("dim", 0))
+    v, g = (part if part.dtype == torch.float64 else part.float() for part in (parts["v"], parts["g"]))
+    return torch._weight_norm(v, g, args.get("dim", 0))

@@ -139,7 +139,7 @@ def _decoder_values(port: NewPort) -> dict[str, str]:
         else (
             "DECODER = RuleSet(\n"
             f'    name="{port.name}_decoder",\n'
-            "    narrow=True,\n"
+            "    allow_downcast=True,\n"
             '    rules=(Rule(r"proj\\.(weight|bias)", r"proj.\\1"),),\n'
             ")"
         )

@@ -53,7 +53,7 @@ def test_rules_cover_the_published_checkpoint(name: str) -> None:
     build, config, rule_set = FULL_SIZE[name]
     source, target = published(name), on_meta(build, config)
     plan = rule_set.compile(source, target)
-    assert {write.target for write in plan.writes} == set(target)
+    assert {task.target for task in plan.tasks} == set(target)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -100,7 +100,7 @@ def test_checkpoints_in_the_names_of_diffusers_and_transformers_pass_through(nam
     build, config, rule_set = FULL_SIZE[name]
     target = on_meta(build, config)
     plan = rule_set.compile(Manifest({key: (spec.shape, spec.dtype) for key, spec in target.items()}), target)
-    assert {write.source: write.target for write in plan.writes} == {key: key for key in target}
+    assert {task.source: task.target for task in plan.tasks} == {key: key for key in target}
 
 
 def test_unit_filters_have_unit_norm_and_a_way_back() -> None:

@@ -48,8 +48,8 @@ def test_every_published_tensor_has_its_place(published: Manifest) -> None:
     with single_rank(torch.bfloat16), torch.device("meta"):
         target = Manifest.from_module(build_transformer(OVI_TRANSFORMER_CONFIG))
     plan = TRANSFORMER.compile(published, target)
-    assert {write.source for write in plan.writes} == set(published)
-    assert {write.target for write in plan.writes} == set(target)
+    assert {task.source for task in plan.tasks} == set(published)
+    assert {task.target for task in plan.tasks} == set(target)
     assert sum(parameter.numel for parameter in target.values()) == 11_660_753_108
 
 

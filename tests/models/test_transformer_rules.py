@@ -49,8 +49,8 @@ def test_every_published_tensor_has_its_place() -> None:
     with single_rank(torch.bfloat16), torch.device("meta"):
         target = Manifest.from_module(build_transformer(TRANSFORMER_CONFIG))
     plan = TRANSFORMER.compile(source, target)
-    assert {write.source for write in plan.writes} == set(source)
-    assert {write.target for write in plan.writes} == set(target)
+    assert {task.source for task in plan.tasks} == set(source)
+    assert {task.target for task in plan.tasks} == set(target)
     assert time.process_time() - started < 5
 
 

@@ -96,7 +96,7 @@ def test_incomplete_groups_name_what_they_lack() -> None:
     rules = RuleSet("slots", (Rule(r"(q|k|v)", "qkv", shard=r"\1"),))
     plan = check(rules, manifest_of({"q": (2, 3), "v": (1, 3)}), target)
     assert [problem.code for problem in plan.problems] == ["remap_incomplete_group"]
-    assert "lacks slots k" in plan.problems[0].message
+    assert plan.problems[0].missing == ("k",)
     concat = RuleSet("c", (Rule(r"(q|k)", "y", shard=r"\1", op=Op.of("concat", dim=0, parts=["q", "k"])),))
     assert "missing: k" in problems_of({"q": (2,)}, {"y": (4,)}, concat)["remap_incomplete_group"]
     wrong = RuleSet("slots", (Rule(r"(q|k|v|o)", "qkv", shard=r"\1"),))

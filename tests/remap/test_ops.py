@@ -146,8 +146,8 @@ def test_take_lets_rules_share_a_source() -> None:
         {"h": 2},
     )
     plan = assert_covers(rules, manifest_of({"linear1": (16, 3)}), manifest_of({"qkv": (6, 3), "mlp": (3, 8)}))
-    assert {write.target for write in plan.writes} == {"qkv", "mlp"}
-    with pytest.raises(RemapError, match="cannot be made whole"):
+    assert {task.target for task in plan.tasks} == {"qkv", "mlp"}
+    with pytest.raises(RemapError, match="cannot be restored"):
         dict(export(plan, values(plan.target)))
 
 
@@ -226,9 +226,9 @@ def test_cast_allows_a_loss_and_nothing_else_does() -> None:
         RuleSet("r", (Rule("x", "x"),)).compile(source, target)
     assert caught.value.code == "remap_dtype"
     assert_covers(RuleSet("r", (Rule("x", "x", op=Op.of("cast", dtype="bfloat16")),)), source, target)
-    assert_covers(RuleSet("r", (Rule("x", "x"),), narrow=True), source, target)
+    assert_covers(RuleSet("r", (Rule("x", "x"),), allow_downcast=True), source, target)
     with pytest.raises(RemapError) as caught:
-        RuleSet("r", (Rule("x", "x"),), narrow=True).compile(source, manifest_of({"x": (2,)}, "int64"))
+        RuleSet("r", (Rule("x", "x"),), allow_downcast=True).compile(source, manifest_of({"x": (2,)}, "int64"))
     assert caught.value.code == "remap_dtype"
 
 

@@ -12,10 +12,10 @@ from port_kit.manifest import Manifest
 from port_kit.remap import Rule, RuleSet
 from port_kit.remap.export import convert
 from port_kit.remap.invert import invert
-from port_kit.remap.lower import Write
 from port_kit.remap.names import split_numbers
 from port_kit.remap.plan import Plan, check
-from port_kit.remap.planmap import plan_map
+from port_kit.remap.plan_json import plan_map
+from port_kit.remap.resolve import CopyTask
 from port_kit.remap.testing import assert_covers, assert_mutations_caught, assert_round_trip, values
 from tests.remap.oracles import FAMILIES, oracle, pack
 
@@ -58,13 +58,13 @@ def test_pack_survives_toml(family: str) -> None:
 
 def one_of_each_kind(plan: Plan) -> Plan:
     """The plan of one layer of each list: for every rule and template the first source, and what shares its targets."""
-    first: dict[tuple[Rule, str], Write] = {}
-    for write in plan.writes:
-        first.setdefault((write.rule, split_numbers(write.source)[0]), write)
-    targets = {write.target for write in first.values()}
+    first: dict[tuple[Rule, str], CopyTask] = {}
+    for task in plan.tasks:
+        first.setdefault((task.rule, split_numbers(task.source)[0]), task)
+    targets = {task.target for task in first.values()}
     while True:  # a split source brings its other targets, a fused target its other sources
-        sources = {write.source for write in plan.writes if write.target in targets}
-        more = {write.target for write in plan.writes if write.source in sources}
+        sources = {task.source for task in plan.tasks if task.target in targets}
+        more = {task.target for task in plan.tasks if task.source in sources}
         if more == targets:
             break
         targets = more

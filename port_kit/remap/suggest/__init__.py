@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from port_kit.remap.plan import check
-from port_kit.remap.planmap import plan_map
+from port_kit.remap.plan_json import plan_map
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.suggest.confidence import GUESS, LIKELY, Judge
 from port_kit.remap.suggest.conventions import apply_conventions
@@ -76,7 +76,7 @@ def _proposal(item: Match, judge: Judge, names: Mapping[str, Shape]) -> Proposal
 def _kept(proposals: Sequence[Proposal], found: Sequence[Match], source: Manifest, target: Manifest) -> list[Proposal]:
     """The proposals that are more than a guess and whose rules, compiled, do what the match says."""
     rules = RuleSet("suggested", tuple(rule for proposal in proposals for rule in proposal.rules))
-    compiled = plan_map(check(rules, source, target, narrow=True))
+    compiled = plan_map(check(rules, source, target, allow_downcast=True))
     return [
         proposal
         for proposal, item in zip(proposals, found, strict=True)

@@ -71,12 +71,12 @@ class Suggestion:
     def rules(self) -> RuleSet:
         """All proposed rules as one set; each carries its confidence and a note."""
         rules = tuple(rule for proposal in self.proposals for rule in proposal.annotated())
-        return RuleSet(self.name, rules, narrow=self.narrow)
+        return RuleSet(self.name, rules, allow_downcast=self.narrow)
 
     def only(self, confidence: str) -> RuleSet:
         """The rules of one confidence."""
         chosen = tuple(rule for rule in self.rules if rule.confidence == confidence)
-        return RuleSet(self.name, chosen, narrow=self.narrow)
+        return RuleSet(self.name, chosen, allow_downcast=self.narrow)
 
     def explained(self) -> Counter[str]:
         """Confidence -> number of target tensors."""

@@ -1,4 +1,4 @@
-"""From gaps to names that their reader knows: which tensor is absent, from which file, and what comes nearest to it."""
+"""Context of problems: the name of the absent tensor, its file, and the closest existing name."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from port_kit.remap.expected import expected_sources
-from port_kit.remap.problems import SHOWN, Names, Problem, nearest, template_of
-from port_kit.remap.rules import RuleSet
+from port_kit.remap.expected_sources import expected_sources
+from port_kit.remap.names import template_of
+from port_kit.remap.problems import SHOWN, Names, Problem, closest_match
+from port_kit.remap.rule import Rules
 
-#: Names that fit a gap equally well, of which so many are told.
+#: Equally likely names that are listed for one gap.
 _ALTERNATIVES = 4
 _ABSENT = ("remap_missing", "remap_incomplete_group")
 
 
-def diagnose(
+def add_context(
     problems: Sequence[Problem],
-    rules: RuleSet,
+    rules: Rules,
     sources: Mapping[str, str],
     targets: Collection[str],
     sizes: Mapping[str, int],
 ) -> list[Problem]:
-    """Complete the problems that are shown.
+    """Return the problems, those that are shown with their context.
 
-    A target that nothing fills is traced back to the source name that the rules would have taken, and a source that
-    no rule takes is compared with those names first: a renamed tensor shows up as both.
+    A target that no source fills is traced back to the source name that the rules expect. A source that no rule matches
+    is compared with those names first, because a renamed tensor results in both problems.
 
     Args:
-        problems: as the plan or the load found them.
+        problems: all problems of a plan.
         rules: the rule set.
         sources: ``{name: file}`` of the checkpoint; the file may be empty.
         targets: the names of the module.
         sizes: named sizes, all of them integers.
     """
     result = list(problems)
-    strangers = Names(problem.source for problem in problems if problem.code == "remap_unexpected")
+    unexpected = Names(problem.source for problem in problems if problem.code == "remap_unexpected")
     present = _Present(sources)
-    known = Names([*targets, *(name for name in sources if name not in strangers)])
+    known = Names([*targets, *(name for name in sources if name not in unexpected)])
     absent: list[str] = []
     shown = range(min(SHOWN, len(result)))
     for at in shown:
         if result[at].code in _ABSENT and not result[at].source:
             names = _expected(result[at], rules, present, sizes)
             absent += [name for names_of_part in names for name in names_of_part.split(" or ")]
-            result[at] = _with_absent(result[at], names, sources, present.names, strangers)
+            result[at] = _with_absent(result[at], names, sources, present.names, unexpected)
     for at in shown:
         problem = result[at]
         if problem.code == "remap_unexpected":
-            near = nearest(problem.source, absent) or nearest(problem.target or problem.source, known)
+            near = closest_match(problem.source, absent) or closest_match(problem.target or problem.source, known)
             result[at] = replace(problem, near=near)
         elif problem.source and not problem.file:
             result[at] = replace(problem, file=sources.get(problem.source, ""))
@@ -56,31 +57,31 @@ def diagnose(
 
 
 class _Present:
-    """What the names of a checkpoint are made of."""
+    """The names of a checkpoint and their parts."""
 
     def __init__(self, sources: Iterable[str]) -> None:
         self.names = Names(sources)
 
     @cached_property
     def leaves(self) -> set[str]:
-        """Last parts of the names."""
+        """Return the last parts of the names."""
         return {name.rpartition(".")[2] for name in self.names}
 
     @cached_property
     def modules(self) -> set[str]:
-        """All modules above a tensor."""
+        """Return all modules that contain a tensor."""
         return {module for name in self.names for module in _modules(name)}
 
     def likeness(self, name: str) -> tuple[bool, bool, int]:
-        """How much of a name that is not there is there."""
+        """Return how much of an absent name exists: its template, its last part, its modules."""
         depth = sum(module in self.modules for module in _modules(name))
         return template_of(name) in self.names.templates, name.rpartition(".")[2] in self.leaves, depth
 
 
-def _expected(problem: Problem, rules: RuleSet, present: _Present, sizes: Mapping[str, int]) -> list[str]:
-    """The absent source names of a gap, one for each missing part: those that look most like what is there.
+def _expected(problem: Problem, rules: Rules, present: _Present, sizes: Mapping[str, int]) -> list[str]:
+    """Return the absent source names of a gap, one for each missing part: the most similar to existing names.
 
-    A rule may leave a number open that its target does not have; names that fit equally well are told together.
+    A rule may have a number that its target does not have; equally likely names are listed together.
     """
     found = []
     for part in problem.missing or ("",):
@@ -93,7 +94,7 @@ def _expected(problem: Problem, rules: RuleSet, present: _Present, sizes: Mappin
 
 
 def _modules(name: str) -> Iterator[str]:
-    """All modules above a tensor."""
+    """Yield all modules that contain a tensor."""
     at = name.find(".")
     while at >= 0:
         yield name[:at]
@@ -101,12 +102,12 @@ def _modules(name: str) -> Iterator[str]:
 
 
 def _with_absent(
-    problem: Problem, names: list[str], sources: Mapping[str, str], known: Names, strangers: Names
+    problem: Problem, names: list[str], sources: Mapping[str, str], known: Names, unexpected: Names
 ) -> Problem:
     if not names:
-        return replace(problem, near=nearest(problem.target, known))
+        return replace(problem, near=closest_match(problem.target, known))
     first = names[0].partition(" or ")[0]
-    near = nearest(first, strangers) or nearest(first, known, cutoff=0.4)
+    near = closest_match(first, unexpected) or closest_match(first, known, cutoff=0.4)
     files = {*sources.values()}
     file = files.pop() if len(files) == 1 else sources.get(near, "")
     where = f"missing from {file}" if file else "missing"

@@ -1,8 +1,7 @@
-"""What the checkpoint should have called a tensor that it lacks: rules read backwards, from a target's name.
+"""Expected source names of a missing target, for error messages: rules inverted from the name of a target.
 
-A template's holes are read off the target (and off the slot or part that is missing), the source pattern is spelt out
-with them, and a spelling counts only where the rule sends it back to exactly that place. Nothing here decides what is
-loaded; it makes errors name the missing tensor as its owner knows it.
+The placeholders of a template are read from the target (and from the missing shard or part), and the source pattern is
+spelled out with them. A spelling counts only if the rule maps it to exactly that target.
 """
 
 from __future__ import annotations
@@ -12,31 +11,30 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
-from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from port_kit.errors import RemapError
-from port_kit.remap.lower import expand
-from port_kit.remap.ops import Scope
-from port_kit.remap.patterns import compile_pattern, parse_template
-from port_kit.remap.rules import Rule, RuleSet
+from port_kit.remap.patterns import REPEATS, compile_pattern, parse_pattern, parse_template
+from port_kit.remap.resolve import expand
+from port_kit.remap.resolve_ops import Scope
+from port_kit.remap.rule import Rule, Rules
 
-#: Spellings of one pattern that are tried, and layer numbers that are tried for a hole that says nothing of its own.
+#: Largest number of spellings of one pattern, and of layer numbers for a placeholder with no known value.
 MAX_SPELLINGS = 512
 MAX_NUMBER = 128
 
 
-def expected_sources(rules: RuleSet, target: str, part: str = "", sizes: Mapping[str, int] | None = None) -> list[str]:
+def expected_sources(rules: Rules, target: str, part: str = "", sizes: Mapping[str, int] | None = None) -> list[str]:
     """Return the source names that would fill a target.
 
     Args:
         rules: the rule set.
         target: a target's name.
-        part: the slot of a fused target, or the part of a join, that is wanted; empty for the whole.
+        part: the shard of a fused target, or the part of a join; empty for the whole target.
         sizes: named sizes, for templates with arithmetic.
 
     Returns:
-        Names in the order of the rules; empty where no rule leads there or its pattern cannot be spelt out.
+        Names in the order of the rules; empty if no rule maps there or its pattern cannot be spelled out.
     """
     scope = {**{name: value for name, value in rules.sizes.items() if isinstance(value, int)}, **(sizes or {})}
     found = (name for rule in rules if rule.source and rule.target for name in _spellings(rule, target, part, scope))
@@ -51,12 +49,12 @@ def _spellings(rule: Rule, target: str, part: str, sizes: Mapping[str, int]) -> 
             continue
         groups = compile_pattern(rule.source).groupindex
         known = {str(groups.get(name, name)): value for name, value in {**held, **held_by_part}.items()}
-        names = itertools.islice(_spell(list(parser.parse(rule.source)), known), MAX_SPELLINGS)
+        names = itertools.islice(_spell(list(parse_pattern(rule.source)), known), MAX_SPELLINGS)
         yield from (name for name in names if _leads_to(rule, name, template, target, shard, part, sizes))
 
 
 def _held(template: str, text: str) -> dict[str, str] | None:
-    """What a template's groups hold in a text; None where the text is none of the template's."""
+    """Return the values of a template's groups in a text, or None if the template cannot yield the text."""
     match = re.fullmatch(_reader(template), text)
     if match is None:
         return None
@@ -65,7 +63,7 @@ def _held(template: str, text: str) -> dict[str, str] | None:
 
 @lru_cache(maxsize=1024)
 def _reader(template: str) -> str:
-    """The template as a pattern: groups by name, arithmetic as any number."""
+    """Return the template as a pattern: groups by name, arithmetic as any number."""
     pieces, seen = [], set()
     for piece in parse_template(template).parts:
         if isinstance(piece, str):
@@ -79,7 +77,7 @@ def _reader(template: str) -> str:
 
 
 def _spell(tree: list[Any], known: Mapping[str, str]) -> Iterator[str]:
-    """Spell out a parsed pattern, groups as they are known."""
+    """Yield the spellings of a parsed pattern with the known values of its groups."""
     if not tree:
         yield ""
         return
@@ -100,10 +98,10 @@ def _spell_one(code: Any, value: Any, known: Mapping[str, str]) -> Iterator[str]
     elif code is sre.BRANCH:
         for branch in value[1]:
             yield from _spell(list(branch), known)
-    elif code in (sre.MAX_REPEAT, sre.MIN_REPEAT) and value[:2] == (0, 1):
+    elif code in REPEATS and value[:2] == (0, 1):
         yield from _spell(list(value[2]), known)
         yield ""
-    elif code in (sre.MAX_REPEAT, sre.MIN_REPEAT) and _is_number(value[2]):
+    elif code in REPEATS and _is_number(value[2]):
         yield from map(str, range(MAX_NUMBER))
     elif code is sre.IN and all(kind is sre.LITERAL for kind, _ in value):
         yield from (chr(character) for _, character in value)

@@ -1,0 +1,343 @@
+"""From a rule and one source tensor to copy tasks: the only place where the meaning of a rule is computed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from port_kit.checkpoint.dtypes import both_floating, keeps_values
+from port_kit.errors import RemapError
+from port_kit.manifest import TensorSpec
+from port_kit.remap.expressions import evaluate_sizes
+from port_kit.remap.names import template_of
+from port_kit.remap.ops import Op
+from port_kit.remap.patterns import MAX_NAME_LENGTH, compile_pattern, parse_template
+from port_kit.remap.problems import Problem, problem_from
+from port_kit.remap.regions import Region, Shape, full_region, region_shape, shifted, with_span
+from port_kit.remap.resolve_ops import Scope, axis_of, resolve_op, resolve_region, resolve_take
+from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.tensor_ops import Cast, Reshape, Slice, TensorOp
+
+#: Operations, the region that their result fills, and its shape.
+Branch = tuple[list[TensorOp], Region, Shape]
+
+
+class CopyTask(NamedTuple):
+    """One part of one source that is copied into one part of one target.
+
+    Attributes:
+        source: name of the source tensor.
+        ops: operations on the source, with all numbers known.
+        target: name of the target tensor.
+        region: region of the whole target that is written; for a part of ``concat`` whose place depends on the other
+            parts, the region that all parts fill together.
+        rule: the rule that the task results from.
+        shard: the shard of a fused target, or empty.
+        join: the joining op (``concat`` before its parts are placed, or a transform), or None.
+        role: the part that this source is in the join.
+        shape: shape of the result of the operations.
+    """
+
+    source: str
+    ops: tuple[TensorOp, ...]
+    target: str
+    region: Region
+    rule: Rule
+    shard: str = ""
+    join: Op | None = None
+    role: str = ""
+    shape: Shape = ()
+
+    @property
+    def group(self) -> tuple[str, Region, Op | None]:
+        """What the parts of one join have in common."""
+        return (self.target, self.region, self.join)
+
+
+class Resolved(NamedTuple):
+    """What rules make of one source.
+
+    Attributes:
+        tasks: the copy tasks.
+        dropped: regions that are not used, with their rules.
+        problems: what is wrong; a source with problems has no tasks that can be used.
+        rules: positions of the rules that match.
+        affected: targets that the problems already account for.
+    """
+
+    tasks: tuple[CopyTask, ...] = ()
+    dropped: tuple[tuple[Region, Rule], ...] = ()
+    problems: tuple[Problem, ...] = ()
+    rules: tuple[int, ...] = ()
+    affected: tuple[str, ...] = ()
+
+
+class Resolver:
+    """Resolves sources by rules towards the targets of a manifest.
+
+    Args:
+        rules: the rules.
+        target: the target tensors.
+        sizes: named sizes on top of the rules' own.
+        allow_downcast: floating-point values may be rounded to the target's dtype.
+        aliases: further names of targets, ``{alias: name}``.
+        opaque: targets whose own loader alone knows their complete shape, and the tensor-parallel size. Such a target
+            accepts a source that is that many times its size on one axis.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        target: Mapping[str, TensorSpec],
+        sizes: Mapping[str, int],
+        *,
+        allow_downcast: bool = False,
+        aliases: Mapping[str, str] | None = None,
+        opaque: tuple[Set[str], int] = (frozenset(), 1),
+    ) -> None:
+        self.rules = rules.rules
+        self.target = dict(target)
+        self.opaque = opaque
+        self.sizes = evaluate_sizes(rules.sizes, sizes)
+        self.allow_downcast = allow_downcast or rules.allow_downcast
+        self.aliases = dict(aliases or {})
+        patterns = [(number, compile_pattern(rule.source)) for number, rule in enumerate(self.rules) if rule.source]
+        self._ordinary = [pattern for pattern in patterns if not self.rules[pattern[0]].fallback]
+        self._fallback = [pattern for pattern in patterns if self.rules[pattern[0]].fallback]
+
+    def matches(self, name: str) -> list[tuple[int, re.Match[str]]]:
+        """Return the rules that match a name: all ordinary ones, else the fallback ones."""
+        if len(name) > MAX_NAME_LENGTH:
+            return []
+        for patterns in (self._ordinary, self._fallback):
+            found = [(number, match) for number, pattern in patterns if (match := pattern.fullmatch(name))]
+            if found:
+                return found
+        return []
+
+    def resolve(self, name: str, spec: TensorSpec) -> Resolved:
+        """Return the copy tasks of one source; problems are returned, not raised."""
+        found = self.matches(name)
+        if len(found) == 1:
+            return self._by_rule(*found[0], name, spec)
+        if not found:
+            return Resolved(problems=(unmatched(name, spec.file),))
+        rules = [self.rules[number] for number, _ in found]
+        if not all(rule.take for rule in rules) and len({rule.source for rule in rules}) > 1:
+            labels = " and ".join(rule.label for rule in rules)
+            message = f"{name} matches {len(found)} rules: {labels}"
+            problem = Problem("remap_ambiguous", message, source=name, file=spec.file)
+            return Resolved(problems=(problem,), rules=tuple(number for number, _ in found))
+        each = [self._by_rule(number, match, name, spec) for number, match in found]
+        return Resolved(*(tuple(item for one in each for item in one[field]) for field in range(len(Resolved._fields))))
+
+    def _by_rule(self, number: int, match: re.Match[str], name: str, spec: TensorSpec) -> Resolved:
+        rule = self.rules[number]
+        scope = Scope(self.sizes, rule.label, name, match, spec.shape)
+        try:
+            if rule.drop:
+                ops = resolve_take(rule.take, spec.shape, scope)
+                region = ops[0].region if ops and isinstance(ops[0], Slice) else full_region(spec.shape)
+                return Resolved(dropped=((region, rule),), rules=(number,))
+            return self._map(number, scope, match, name, spec)
+        except RemapError as error:
+            problem = problem_from(error, rule=rule.label, source=name, file=spec.file)
+            return Resolved(problems=(problem,), rules=(number,))
+
+    def _map(self, number: int, scope: Scope, match: re.Match[str], name: str, spec: TensorSpec) -> Resolved:
+        rule = self.rules[number]
+        targets = [expand(text, match, scope) for text in rule.targets]
+        targets = [self.aliases.get(target, target) for target in targets]
+        shards = [expand(text, match, scope) for text in rule.shards]
+        problems = [self._no_target(rule, name, spec, target) for target in targets if target not in self.target]
+        if problems:
+            return Resolved(problems=tuple(problems), rules=(number,))
+        try:
+            for target in targets:
+                self._infer_full_shape(rule, target, spec)
+            places = [self._place(rule, target, shard) for target, shard in zip(targets, shards, strict=True)]
+            branches = _branches(rule, spec, scope, places)
+        except RemapError as error:
+            problem = problem_from(error, rule=rule.label, source=name, file=spec.file, target=targets[0])
+            return Resolved(problems=(problem,), rules=(number,), affected=tuple(targets))
+        join = rule.join if rule.join is not None and rule.join.name != "stack" else None
+        tasks = tuple(
+            CopyTask(name, tuple(ops), place.target, region, rule, place.shard, join, place.role if join else "", shape)
+            for place, (ops, region, shape) in zip(places, branches, strict=True)
+        )
+        problems = [problem for task in tasks for problem in self._check_dtype(task, spec)]
+        return Resolved(tasks, problems=tuple(problems), rules=(number,))
+
+    def _place(self, rule: Rule, target: str, shard: str) -> _Place:
+        """Return the base region of a target: the shard that is named, or all of it."""
+        spec = self.target[target]
+        if not shard or rule.join is not None:
+            return _Place(target, "", shard, full_region(spec.shape))
+        if shard not in spec.slots:
+            known = ", ".join(spec.slots) or "none, it is a plain tensor"
+            raise RemapError(
+                f"{target} has no shard {shard!r}; its shards: {known}",
+                code="remap_slot",
+                hint="use a shard that the target has, or concat for a plain tensor",
+            )
+        return _Place(target, shard, "", spec.slots[shard])
+
+    def _infer_full_shape(self, rule: Rule, target: str, spec: TensorSpec) -> None:
+        """Take the complete shape of an opaque target from the first source that is mapped to it."""
+        opaque, ranks = self.opaque
+        if ranks < 2 or target not in opaque or rule.op or rule.take or rule.into:
+            return
+        local = self.target[target]
+        pairs = [pair for pair in zip(spec.shape, local.shape, strict=False) if pair[0] != pair[1]]
+        if len(spec.shape) == len(local.shape) and len(pairs) == 1 and pairs[0][0] == pairs[0][1] * ranks:
+            self.target[target] = replace(local, shape=spec.shape)
+
+    @cached_property
+    def _templates(self) -> Counter[str]:
+        return Counter(map(template_of, self.target))
+
+    def _no_target(self, rule: Rule, name: str, spec: TensorSpec, target: str) -> Problem:
+        template = template_of(target)
+        layers = self._templates[template] if template != target else 0
+        code, what = "remap_unexpected", "which does not exist"
+        if layers:
+            code, what = "remap_beyond_layers", f"a layer that the target does not have ({layers} exist)"
+        return Problem(code, f"{name} is mapped to {target}, {what}", rule.label, name, spec.file, target)
+
+    def _check_dtype(self, task: CopyTask, spec: TensorSpec) -> list[Problem]:
+        dtype, wanted = spec.dtype, self.target[task.target].dtype
+        for op in task.ops:
+            if isinstance(op, Cast):
+                dtype = op.dtype
+        if keeps_values(dtype, wanted) or self.allow_downcast and both_floating(dtype, wanted):
+            return []
+        message = f"{task.source} is {dtype}; {task.target} is {wanted}, which cannot represent all of its values"
+        return [Problem("remap_dtype", message, task.rule.label, task.source, spec.file, task.target)]
+
+
+def unmatched(name: str, file: str = "") -> Problem:
+    """Return the problem of a source that no rule matches."""
+    message = f"{name} matches no rule"
+    if len(name) > MAX_NAME_LENGTH:
+        message = f"{name[:60]}... has {len(name)} characters; at most {MAX_NAME_LENGTH} are matched"
+    return Problem("remap_unexpected", message, source=name, file=file)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Destination of one branch of a rule: a target, its shard or the role in a join, and the base region."""
+
+    target: str
+    shard: str
+    role: str
+    base: Region
+
+
+def expand(text: str, match: re.Match[str], scope: Scope) -> str:
+    """Fill a template."""
+    filled = []
+    for part in parse_template(text).parts:
+        if isinstance(part, str):
+            filled.append(part)
+        elif part[0] == "group":
+            filled.append(match[int(part[1]) if part[1].isdigit() else part[1]] or "")
+        else:
+            filled.append(str(scope.size(part[1])))
+    return "".join(filled)
+
+
+def _branches(rule: Rule, spec: TensorSpec, scope: Scope, places: Sequence[_Place]) -> list[Branch]:
+    """Return the operations, the region and the result's shape for each target of a rule."""
+    ops = resolve_take(rule.take, spec.shape, scope)
+    shape = ops[-1].after if ops else spec.shape
+    regions = [_region(rule, place, scope) for place in places]
+    names = [op.name for op in rule.op]
+    at = names.index("split") if "split" in names else len(rule.op)
+    ops, shape = _run(rule.op[:at], ops, shape, scope, regions[0][1])
+    results = [(ops, shape)]
+    if at < len(rule.op):
+        rest = rule.op[at + 1 :]
+        parts = _split(rule.op[at], shape, scope, [content for _, content in regions], bool(rest))
+        results = [
+            _run(rest, [*ops, Slice(part, shape)], region_shape(part), scope, content)
+            for part, (_, content) in zip(parts, regions, strict=True)
+        ]
+    return [
+        _fit(rule, list(ops), shape, region, content, scope)
+        for (ops, shape), (region, content) in zip(results, regions, strict=True)
+    ]
+
+
+def _region(rule: Rule, place: _Place, scope: Scope) -> tuple[Region, Shape]:
+    """Return the region of the whole target that a branch fills, and the shape of its content."""
+    base, content = place.base, region_shape(place.base)
+    stack = next((op for op in rule.op if op.name == "stack"), None)
+    if stack is not None and rule.into:
+        raise RemapError(f"{scope.where}: stack with into", code="remap_op", hint="write the stacked axis in into")
+    if stack is not None:
+        axis = axis_of(stack, content, scope)
+        if not place.role.isdecimal() or int(place.role) >= content[axis]:
+            raise RemapError(
+                f"{scope.where}: part {place.role!r} of a stack of {content[axis]} in {place.target}",
+                code="remap_beyond_layers" if place.role.isdecimal() else "remap_op",
+                hint="shard must be a number from 0 up to the extent of the stacked axis",
+            )
+        start = base[axis][0] + int(place.role)
+        return with_span(base, axis, start, start + 1), (*content[:axis], *content[axis + 1 :])
+    if "." in place.shard:  # one expert of fused experts, whose axis its sources do not have
+        content = content[1:]
+    if rule.into:
+        region, content = resolve_region(rule.into, content, scope)
+        return shifted(region, base), content
+    return base, content
+
+
+def _run(
+    ops: Sequence[Op], done: Sequence[TensorOp], shape: Shape, scope: Scope, content: Shape
+) -> tuple[list[TensorOp], Shape]:
+    """Append the operations of plain ops; joining ops only say which part a source is."""
+    done = list(done)
+    for op in ops:
+        more = [] if op.joins else resolve_op(op, shape, scope, content)
+        done += more
+        shape = more[-1].after if more else shape
+    return done, shape
+
+
+def _split(op: Op, shape: Shape, scope: Scope, contents: list[Shape], more: bool) -> list[Region]:
+    """Return the regions of a split's parts: given sizes, else the targets' own extents, else equal parts."""
+    axis = axis_of(op, shape, scope)
+    if op.get("sizes") is not None:
+        sizes = [scope.size(size) for size in op.get("sizes")]
+    elif not more and all(len(content) == len(shape) for content in contents):
+        sizes = [content[axis] for content in contents]
+    else:
+        sizes = [shape[axis] // len(contents)] * len(contents)
+    if len(sizes) != len(contents) or sum(sizes) != shape[axis] or min(sizes) < 1:
+        raise RemapError(
+            f"{scope.where}: split of {shape[axis]} on axis {axis} in {sizes} for {len(contents)} targets",
+            code="remap_shape",
+            hint="give one size per target; they must add up to the extent of the axis",
+        )
+    ends = [sum(sizes[: at + 1]) for at in range(len(sizes))]
+    return [with_span(full_region(shape), axis, end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _fit(rule: Rule, ops: list[TensorOp], shape: Shape, region: Region, content: Shape, scope: Scope) -> Branch:
+    """Check that the result has the shape of its region; the parts of a join are checked together."""
+    if rule.join is not None and rule.join.name != "stack":
+        return ops, region, shape
+    extents = region_shape(region)
+    if shape == content:
+        return (ops if shape == extents else [*ops, Reshape(shape, extents)]), region, extents
+    if not shape and content == (1,) == extents:  # a scale is stored as a number or as a vector of one
+        return [*ops, Reshape(shape, extents)], region, extents
+    raise RemapError(
+        f"{scope.where} results in shape {list(shape)}; the target takes {list(content)}",
+        code="remap_shape",
+        hint="compare the rule with both shapes; the configuration may not be the checkpoint's",
+    )

@@ -1,0 +1,235 @@
+"""From the ops of a rule to tensor operations, once shapes and sizes are known.
+
+``split``, ``concat``, ``stack`` and joining transforms decide which source and target a part belongs to; see
+:mod:`port_kit.remap.resolve`. The ops here map one tensor to one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from port_kit.errors import RemapError
+from port_kit.remap.expressions import evaluate
+from port_kit.remap.ops import Op, parse_rearrange, region_bounds
+from port_kit.remap.patterns import normalize
+from port_kit.remap.regions import Region, Shape
+from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
+from port_kit.remap.transforms import find_transform
+
+
+class Scope:
+    """The names that a rule's expressions may use for one source tensor, computed on first use."""
+
+    def __init__(
+        self, sizes: Mapping[str, int], rule: str, name: str, match: re.Match[str] | None, shape: Shape
+    ) -> None:
+        self._sizes, self._rule, self._name, self._match, self._shape = sizes, rule, name, match, shape
+        self._names: dict[str, int] | None = None
+
+    @property
+    def where(self) -> str:
+        """The rule and the tensor, for messages."""
+        return f"rule {self._rule!r} on {self._name}"
+
+    @property
+    def names(self) -> Mapping[str, int]:
+        """Named sizes, the source's extents (``in0`` ...), and the numeric groups (``_1`` ... and by name)."""
+        if self._names is None:
+            self._names = {**self._sizes, **{f"in{axis}": extent for axis, extent in enumerate(self._shape)}}
+            if self._match is not None:
+                groups = {f"_{number}": text for number, text in enumerate(self._match.groups(), 1)}
+                groups.update(self._match.groupdict())
+                self._names.update({key: int(text) for key, text in groups.items() if text and text.isdecimal()})
+        return self._names
+
+    def size(self, expression: int | str) -> int:
+        """Evaluate a size; raises ``remap_size``."""
+        text = normalize(expression) if isinstance(expression, str) else expression
+        return evaluate(text, self.names, self.where)
+
+
+def resolve_op(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    """Return the tensor operations of an op that maps one tensor to one tensor.
+
+    Args:
+        op: any op but split, concat, stack and joining transforms.
+        shape: the shape of its input.
+        scope: the names of size expressions.
+        target: the shape of the target region, for ``reshape`` without a shape.
+
+    Raises:
+        RemapError: ``remap_shape`` or ``remap_size`` if the op does not fit the shape.
+    """
+    return _RESOLVERS.get(op.name, _resolve_call)(op, shape, scope, target)
+
+
+def _resolve_copy(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    return []
+
+
+def _resolve_reshape(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    if op.get("shape") is None:
+        after = target
+        if after is None:
+            raise _shape_error("reshape without a shape", "a known target", scope)
+    else:
+        after = tuple(scope.size(size) for size in op.get("shape"))
+        if after.count(-1) == 1:
+            known = -math.prod(after)
+            after = tuple(math.prod(shape) // known if size == -1 and known else size for size in after)
+    if math.prod(after) != math.prod(shape) or min(after, default=0) < 0:
+        raise _shape_error(f"reshape of {list(shape)} to {list(after)}", "the same number of elements", scope)
+    return [Reshape(shape, after)] if after != shape else []
+
+
+def _resolve_transpose(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    rank = len(shape)
+    perm = op.get("perm")
+    if perm is None:
+        perm = (*range(rank - 2), rank - 1, rank - 2) if rank > 1 else (0,) * rank
+    if sorted(perm) != list(range(rank)):
+        raise _shape_error(f"transpose {list(perm)} of shape {list(shape)}", f"each of {rank} axes once", scope)
+    return [Permute(tuple(perm), shape)] if list(perm) != list(range(rank)) else []
+
+
+def _resolve_reorder(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    dim = axis_of(op, shape, scope)
+    if op.get("runs") is not None:
+        runs = tuple((scope.size(start), scope.size(stop)) for start, stop in op.get("runs"))
+    else:
+        parts, order = scope.size(op.get("parts", 2)), op.get("order", (1, 0))
+        if parts < 1 or shape[dim] % parts or sorted(order) != list(range(parts)):
+            raise _shape_error(
+                f"reorder of {shape[dim]} in {parts} parts as {list(order)}", "equal parts, each once", scope
+            )
+        size = shape[dim] // parts
+        runs = tuple((part * size, (part + 1) * size) for part in order)
+    ordered = sorted(runs)
+    sound = all(0 <= start < stop <= shape[dim] for start, stop in runs)
+    if not sound or any(one[1] > two[0] for one, two in zip(ordered, ordered[1:], strict=False)):
+        raise _shape_error(f"runs {list(runs)} on an axis of {shape[dim]}", "disjoint runs inside it", scope)
+    return [Reorder(dim, runs, shape)]
+
+
+def _resolve_cast(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    return [Cast(op.get("dtype"), shape)]
+
+
+def _resolve_fill(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    if math.prod(shape) != 1 or target is None:
+        raise _shape_error(f"fill with shape {list(shape)}", "a source of one value and a known target", scope)
+    return [Fill(shape, target)] if target != shape else []
+
+
+def _resolve_call(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    after = find_transform(op.name).shape({"": shape}, dict(op.args))
+    return [Call(op.name, op.args, shape, tuple(after))]
+
+
+def axis_of(op: Op, shape: Shape, scope: Scope) -> int:
+    """Return the axis of an op; negative ones count from the end."""
+    dim = op.get("dim")
+    if not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
+        raise _shape_error(f"{op.name} on axis {dim} of shape {list(shape)}", "an axis that exists", scope)
+    return dim % len(shape)
+
+
+def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+    left, right = parse_rearrange(op.get("pattern"))
+    given = {name: scope.size(size) for name, size in op.get("sizes", ())}
+    rest = len(shape) - len(left) + 1
+    if ["..."] in left:
+        if rest < 0:
+            raise _shape_error(f"rearrange {op.get('pattern')!r} of shape {list(shape)}", "more axes", scope)
+        hidden = [[f"...{number}"] for number in range(rest)]
+        left, right = (_unfold(side, hidden) for side in (left, right))
+    if len(left) != len(shape):
+        raise _shape_error(f"rearrange {op.get('pattern')!r} of shape {list(shape)}", f"{len(left)} axes", scope)
+    sizes = dict(given)
+    for axis, extent in zip(left, shape, strict=True):
+        _infer(axis, extent, sizes, scope)
+    atoms = [name for axis in left for name in axis]
+    order = [name for axis in right for name in axis]
+    split = tuple(sizes[name] for name in atoms)
+    perm = tuple(atoms.index(name) for name in order)
+    after = tuple(math.prod(sizes[name] for name in axis) for axis in right)
+    ops: list[TensorOp] = [Reshape(shape, split), Permute(perm, split)]
+    ops.append(Reshape(ops[-1].after, after))
+    return [each for each in ops if not _is_identity(each)]
+
+
+def _unfold(side: list[list[str]], hidden: list[list[str]]) -> list[list[str]]:
+    at = side.index(["..."])
+    return [*side[:at], *hidden, *side[at + 1 :]]
+
+
+def _infer(axis: list[str], extent: int, sizes: dict[str, int], scope: Scope) -> None:
+    unknown = [name for name in axis if name not in sizes]
+    known = math.prod(sizes[name] for name in axis if name in sizes)
+    if len(unknown) == 1 and known > 0 and extent % known == 0:
+        sizes[unknown[0]] = extent // known
+    elif unknown or known != extent:
+        raise _shape_error(
+            f"an axis of {extent} as ({' '.join(axis)})", "sizes for all but one name that multiply to it", scope
+        )
+
+
+def _is_identity(op: TensorOp) -> bool:
+    if isinstance(op, Permute):
+        return list(op.perm) == list(range(len(op.perm)))
+    return isinstance(op, Reshape) and op.before == op.after
+
+
+def resolve_region(text: str, shape: Shape, scope: Scope) -> tuple[Region, Shape]:
+    """Read ``[\\2, 0:f]`` for a shape.
+
+    Returns:
+        The region, and the shape of its content without the axes that are given by an index.
+    """
+    parts = region_bounds(text)
+    if len(parts) > len(shape):
+        raise _shape_error(f"part {text} of shape {list(shape)}", "at most one entry per axis", scope)
+    region, content = [], []
+    for axis, extent in enumerate(shape):
+        part = parts[axis] if axis < len(parts) else ("", "")
+        start = scope.size(part[0]) if part[0] else 0
+        stop = start + 1 if len(part) == 1 else scope.size(part[1]) if part[1] else extent
+        if not 0 <= start < stop <= extent:
+            raise _shape_error(f"part {text} of shape {list(shape)}: {start}:{stop}", "a part inside it", scope)
+        region.append((start, stop))
+        if len(part) > 1:
+            content.append(stop - start)
+    return tuple(region), tuple(content)
+
+
+def resolve_take(text: str, shape: Shape, scope: Scope) -> list[TensorOp]:
+    """Return the operations of a rule's ``take``."""
+    if not text:
+        return []
+    region, content = resolve_region(text, shape, scope)
+    ops: list[TensorOp] = [Slice(region, shape)]
+    if content != ops[0].after:
+        ops.append(Reshape(ops[0].after, content))
+    return ops
+
+
+def _shape_error(given: str, required: str, scope: Scope) -> RemapError:
+    return RemapError(
+        f"{scope.where}: found {given}; expected {required}",
+        code="remap_shape",
+        hint="compare the rule with both shapes",
+    )
+
+
+_RESOLVERS: dict[str, Callable[[Any, Shape, Scope, Shape | None], list[TensorOp]]] = {
+    "copy": _resolve_copy,
+    "reshape": _resolve_reshape,
+    "transpose": _resolve_transpose,
+    "rearrange": _resolve_rearrange,
+    "reorder": _resolve_reorder,
+    "cast": _resolve_cast,
+    "fill": _resolve_fill,
+}

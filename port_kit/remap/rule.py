@@ -1,0 +1,224 @@
+"""Rules as data: what a port says about its checkpoint. See :mod:`port_kit.remap` for the language.
+
+A rule is checked when it is made: patterns, templates, size expressions and op arguments that cannot work raise
+:class:`~port_kit.errors.RemapError`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from port_kit.errors import RemapError
+from port_kit.remap.expressions import parse
+from port_kit.remap.ops import Op, check_ops, check_region
+from port_kit.remap.patterns import compile_pattern, parse_template
+
+_TEXT_FIELDS = ("source", "target", "shard", "take", "into", "drop", "keep", "variant", "confidence", "note")
+_FLAGS = ("optional", "fallback")
+_SIZE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""One rule. The fields that are given decide its kind: map (``target``), ``drop``, or ``keep``.
+
+    Attributes:
+        source: regular expression that matches a complete source name.
+        target: template of the target name over the groups, ``blocks.\1.attn.qkv.\2``; several for ``split``.
+            With ``keep``: a regular expression over target names.
+        shard: template of the shard of a fused target (``q``, ``\3``, ``0``), or of the part of ``concat``, ``stack``
+            or a joining transform; several for ``split``, one per part.
+        op: an :class:`Op`, its name if it needs no arguments, or several, applied in order.
+        take: region of the source that this rule uses, before its ops, as ``[0:3*h, :]``.
+        into: region of the target that is written, after its ops, as ``[\2, 0:ffn]``.
+        drop: the reason why the matching sources are not used.
+        keep: the reason why the matching targets keep their initial values.
+        optional: the rule may match nothing.
+        fallback: the rule is tried only on names that no other rule matches (``Rule(r"(.*)", r"\1", fallback=True)``).
+        variant: ``choice:spelling``; of the rules of one choice exactly one spelling must be in the checkpoint.
+        confidence: of a suggested rule, ``certain`` or ``likely``; has no effect.
+        note: a comment; has no effect.
+    """
+
+    source: str = ""
+    target: str | tuple[str, ...] = ""
+    shard: str | tuple[str, ...] = ""
+    op: tuple[Op, ...] = ()
+    take: str = ""
+    into: str = ""
+    drop: str = ""
+    keep: str = ""
+    optional: bool = False
+    fallback: bool = False
+    variant: str = ""
+    confidence: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", Op.many(self.op))
+        for name in ("target", "shard"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        self._check_types()
+        self._check_purpose()
+        if self.source:
+            self._check_mapping()
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The target templates, one per shard."""
+        if isinstance(self.target, str):
+            return (self.target,) * (len(self.shard) if isinstance(self.shard, tuple) else 1)
+        return self.target
+
+    @cached_property
+    def shards(self) -> tuple[str, ...]:
+        """The shard templates, one per target."""
+        return self.shard if isinstance(self.shard, tuple) else (self.shard,) * len(self.targets)
+
+    @cached_property
+    def join(self) -> Op | None:
+        """The op that joins several sources, if there is one."""
+        return self.op[-1] if self.op and self.op[-1].joins else None
+
+    @property
+    def label(self) -> str:
+        """The rule's name in messages."""
+        return self.source or f"keep {self.target}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the form in TOML and JSON: only the fields that are set."""
+        data: dict[str, Any] = {}
+        for name in _TEXT_FIELDS:
+            value = getattr(self, name)
+            if value:
+                data[name] = list(value) if isinstance(value, tuple) else value
+        if self.op:
+            data["op"] = [op.to_dict() for op in self.op]
+        return data | {name: True for name in _FLAGS if getattr(self, name)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rule:
+        """Read the form of :meth:`to_dict`.
+
+        Raises:
+            RemapError: ``remap_rules`` for an unknown field.
+        """
+        unknown = set(data) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise rules_error(
+                f"rule {data.get('source')!r} has unknown fields {sorted(unknown)}",
+                f"fields: {', '.join(cls.__dataclass_fields__)}",
+            )
+        return cls(**data)
+
+    def _check_types(self) -> None:
+        for name in _TEXT_FIELDS:
+            value = getattr(self, name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise rules_error(f"{name} is {value!r}", "it must be a text")
+        for name in _FLAGS:
+            if type(getattr(self, name)) is not bool:
+                raise rules_error(f"{name} is {getattr(self, name)!r}", "it must be true or false")
+
+    def _check_purpose(self) -> None:
+        purposes = [name for name in ("target", "drop", "keep") if getattr(self, name)]
+        if purposes not in (["target"], ["drop"], ["target", "keep"]):
+            raise rules_error(
+                f"rule {self.label!r} has {' and '.join(purposes) or 'neither target, drop nor keep'}",
+                "a rule has a source with a target, a source with drop, or a target with keep",
+            )
+        if bool(self.source) == bool(self.keep):
+            raise rules_error(
+                f"rule {self.label!r} needs {'no source' if self.keep else 'a source'}", "keep is about targets"
+            )
+        if self.keep and not isinstance(self.target, str):
+            raise rules_error(f"rule {self.label!r} keeps several targets", "write them as one regular expression")
+        if self.keep:
+            compile_pattern(str(self.target))
+
+    def _check_mapping(self) -> None:
+        if len(self.shards) != len(self.targets):
+            raise rules_error(
+                f"rule {self.label!r} has {len(self.targets)} targets and {len(self.shards)} shards",
+                "give one shard per target, or one target for all shards",
+            )
+        if self.variant and self.variant.count(":") != 1:
+            raise rules_error(f"variant {self.variant!r} is not choice:spelling", "for example weight_norm:g_v")
+        pattern = compile_pattern(self.source)
+        for text in (*self.targets, *self.shards):
+            _check_template(text, pattern)
+        check_ops(self.op, self.label, len(self.targets), has_shard=bool(self.shard))
+        check_region(self.take)
+        check_region(self.into)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """An ordered collection of rules with its named sizes; :class:`~port_kit.remap.rules.RuleSet` composes them.
+
+    Attributes:
+        name: the name in messages and reports.
+        rules: the rules; their order decides only the order of reports.
+        sizes: named sizes, integers or expressions over other sizes; ``sizes=`` of a compilation adds and overrides.
+        allow_downcast: floating-point values may be rounded to the target's dtype.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    sizes: Mapping[str, int | str] = field(default_factory=dict, hash=False)
+    allow_downcast: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "sizes", dict(self.sizes))
+        for size, value in self.sizes.items():
+            if not _SIZE_NAME.fullmatch(size):
+                raise rules_error(f"size name {size!r} is not a word", "letters, digits and _, not starting with _")
+            if isinstance(value, str):
+                parse(value)
+        seen: set[Rule] = set()
+        for rule in self.rules:
+            if rule in seen:
+                raise rules_error(f"rule {rule.label!r} is in {self.name} twice", "remove one of them")
+            seen.add(rule)
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+
+def rules_error(message: str, hint: str) -> RemapError:
+    """Return a ``remap_rules`` error."""
+    return RemapError(message, code="remap_rules", hint=hint)
+
+
+def _texts(field_name: str, value: object) -> str | tuple[str, ...]:
+    """Read a text or several; a number is read as its digits."""
+    if type(value) is int or isinstance(value, str):
+        return str(value)
+    if isinstance(value, (list, tuple)) and value and all(type(item) is int or isinstance(item, str) for item in value):
+        return tuple(map(str, value))
+    raise rules_error(f"{field_name} is {value!r}", "it must be a text, or a list of texts")
+
+
+def _check_template(text: str, pattern: re.Pattern[str]) -> None:
+    for group in parse_template(text).groups():
+        known = int(group) <= pattern.groups if group.isdigit() else group in pattern.groupindex
+        if not known or group == "0":
+            raise RemapError(
+                f"template {text!r} refers to group {group}, which pattern {pattern.pattern!r} does not have",
+                code="remap_template",
+                hint=f"the pattern has {pattern.groups} groups",
+                template=text,
+                rule=pattern.pattern,
+            )
+    for part in parse_template(text).parts:
+        if not isinstance(part, str) and part[0] == "size":
+            parse(part[1])

@@ -1,0 +1,242 @@
+"""Tensor operations between a checkpoint and a parameter, with all numbers known.
+
+Each operation knows its shapes, maps regions of its result to regions of its input, and runs on tensors, as a view if
+possible. :func:`apply_inverse` writes a value to the elements that :func:`apply` would read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from port_kit.errors import RemapError
+from port_kit.remap.regions import Region, Shape, full_region, region_index, region_shape, reshaped, shifted, with_span
+from port_kit.remap.transforms import find_transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Run = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Select one region."""
+
+    region: Region
+    before: Shape
+
+    @property
+    def after(self) -> Shape:
+        return region_shape(self.region)
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        return tensor[region_index(self.region)]
+
+    def source_region(self, regions: Sequence[Region]) -> list[Region]:
+        return [shifted(region, self.region) for region in regions]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """View the same elements, in row-major order, under another shape."""
+
+    before: Shape
+    after: Shape
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.after)
+
+    def source_region(self, regions: Sequence[Region]) -> list[Region]:
+        return reshaped(regions, self.after, self.before)
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Permute the axes: output axis i is input axis ``perm[i]``."""
+
+    perm: tuple[int, ...]
+    before: Shape
+
+    @property
+    def after(self) -> Shape:
+        return tuple(self.before[axis] for axis in self.perm)
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(self.perm)
+
+    def source_region(self, regions: Sequence[Region]) -> list[Region]:
+        order = sorted(range(len(self.perm)), key=self.perm.__getitem__)
+        return [tuple(region[axis] for axis in order) for region in regions]
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """Concatenate runs of one axis in a new order; runs that leave something out also select."""
+
+    dim: int
+    runs: tuple[Run, ...]
+    before: Shape
+
+    @property
+    def after(self) -> Shape:
+        size = sum(stop - start for start, stop in self.runs)
+        return (*self.before[: self.dim], size, *self.before[self.dim + 1 :])
+
+    def moves(self) -> list[tuple[int, int, int]]:
+        """Return ``(start in the result, start in the input, length)`` of every run."""
+        found, at = [], 0
+        for start, stop in self.runs:
+            found.append((at, start, stop - start))
+            at += stop - start
+        return found
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        import torch
+
+        return torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in self.runs], self.dim)
+
+    def source_region(self, regions: Sequence[Region]) -> list[Region]:
+        found = []
+        for region in regions:
+            low, high = region[self.dim]
+            for at, start, length in self.moves():
+                first, last = max(low, at), min(high, at + length)
+                if first < last:
+                    found.append(with_span(region, self.dim, first - at + start, last - at + start))
+        return found
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Change the dtype because a rule asks for it."""
+
+    dtype: str
+    before: Shape
+
+    @property
+    def after(self) -> Shape:
+        return self.before
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        import torch
+
+        return tensor.to(getattr(torch, self.dtype))
+
+    def source_region(self, regions: Sequence[Region]) -> list[Region]:
+        return list(regions)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Repeat one value in every element of a shape, such as a scale that all shards of a parameter share."""
+
+    before: Shape
+    after: Shape
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(()).expand(self.after)
+
+    def source_region(self, regions: Sequence[Region]) -> list[Region]:
+        return [full_region(self.before)] if regions else []
+
+    def invert(self, tensor: Tensor) -> Tensor:
+        """Return the one value.
+
+        Raises:
+            RemapError: ``remap_op`` if the elements differ.
+        """
+        one = tensor.reshape(-1)[:1]
+        if not bool((tensor == one).all()):
+            raise RemapError(
+                f"fill cannot be inverted: expected {tensor.numel()} equal elements, "
+                f"found {len(tensor.unique())} different values",
+                code="remap_op",
+                hint="export the elements by rules of their own",
+            )
+        return one.reshape(self.before)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run a registered transform of one tensor; any element of the result may depend on any element of the input."""
+
+    name: str
+    args: tuple[tuple[str, object], ...]
+    before: Shape
+    after: Shape
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        return find_transform(self.name).run({"": tensor}, dict(self.args), self.after)
+
+    def source_region(self, regions: Sequence[Region]) -> list[Region]:
+        return [full_region(self.before)] if regions else []
+
+    def invert(self, tensor: Tensor) -> Tensor:
+        return find_transform(self.name).undo(tensor, dict(self.args), {"": self.before})[""]
+
+
+TensorOp = Slice | Reshape | Permute | Reorder | Cast | Fill | Call
+
+
+def source_region(ops: Sequence[TensorOp], regions: Sequence[Region]) -> list[Region]:
+    """Return the regions of the input that some regions of the result come from."""
+    found = list(regions)
+    for op in reversed(ops):
+        found = op.source_region(found)
+    return found
+
+
+def apply(tensor: Tensor, ops: Sequence[TensorOp]) -> Tensor:
+    """Run operations on a tensor; returns a view of it if no operation copies or computes elements."""
+    for op in ops:
+        tensor = op.apply(tensor)
+    return tensor
+
+
+def copy_into(destination: Tensor, tensor: Tensor, ops: Sequence[TensorOp]) -> None:
+    """Write ``apply(tensor, ops)`` into ``destination``, copying each element once.
+
+    A last :class:`Reorder` is copied run by run, and a last :class:`Cast` to the destination's dtype is left to the
+    copy, so that neither allocates a temporary tensor.
+    """
+    ops = list(ops)
+    while ops and isinstance(ops[-1], Cast) and str(destination.dtype) == f"torch.{ops[-1].dtype}":
+        ops.pop()
+    last = ops[-1] if ops else None
+    if isinstance(last, Reorder):
+        tensor = apply(tensor, ops[:-1])
+        for at, start, length in last.moves():
+            destination.narrow(last.dim, at, length).copy_(tensor.narrow(last.dim, start, length))
+        return
+    destination.copy_(apply(tensor, ops))
+
+
+def apply_inverse(destination: Tensor, ops: Sequence[TensorOp], value: Tensor) -> None:
+    """Write ``value`` to the elements of ``destination`` that ``apply(destination, ops)`` would read.
+
+    This inverts a load. It is exact for all operations but casts and transforms, which round as their inverse does.
+    """
+    if not ops:
+        destination.copy_(value)
+        return
+    op, rest = ops[0], ops[1:]
+    if isinstance(op, (Slice, Permute)):
+        apply_inverse(op.apply(destination), rest, value)
+    elif isinstance(op, Cast):
+        apply_inverse(destination, rest, value)
+    elif isinstance(op, (Call, Fill)):
+        result = destination.new_empty(op.after)
+        apply_inverse(result, rest, value)
+        destination.copy_(op.invert(result))
+    elif isinstance(op, Reshape):
+        shaped = op.apply(destination)
+        apply_inverse(shaped, rest, value)
+        if shaped.data_ptr() != destination.data_ptr():
+            destination.copy_(shaped.reshape(op.before))
+    else:
+        moved = op.apply(destination)
+        apply_inverse(moved, rest, value)
+        for at, start, length in op.moves():
+            destination.narrow(op.dim, start, length).copy_(moved.narrow(op.dim, at, length))
