@@ -44,9 +44,10 @@ from torch import nn
 
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
-from port_kit.remap.load import WeightLoader
+from port_kit.remap.load import target_manifest
 from port_kit.remap.local import load_local
 from port_kit.remap.plan import check
+from port_kit.remap.targets import read_targets
 
 WIDTH, FFN = 1536, 6912
 BLOCK = {
@@ -219,10 +220,8 @@ def in_tree(module: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> N
 
 def plan(module: nn.Module, file: Path) -> None:
     """What a rank-local load does before it reads."""
-    loader = WeightLoader(module, SLOTS)
-    source, lowering = Manifest.from_safetensors(file), loader.lowering
-    found = check(SLOTS, source, loader.manifest, elastic=lowering.elastic, lowering=lowering)
-    assert not found.problems
+    source, targets = Manifest.from_safetensors(file), read_targets(module)
+    assert check(SLOTS, source, target_manifest(module, targets), opaque=targets.opaque).ok
 
 
 def private_bytes() -> int:

@@ -9,7 +9,6 @@ from port_kit.errors import RemapError
 from port_kit.remap.problems import Problem, problem_from
 from port_kit.remap.regions import Shape, region_shape, with_span
 from port_kit.remap.resolve import CopyTask
-from port_kit.remap.resolve_ops import Scope
 from port_kit.remap.transforms import find_transform
 
 
@@ -43,7 +42,7 @@ def incomplete(group: Sequence[CopyTask]) -> list[Problem]:
     return problems
 
 
-def place_group(group: Sequence[CopyTask], sizes: dict[str, int]) -> tuple[list[CopyTask], list[Problem]]:
+def place_group(group: Sequence[CopyTask]) -> tuple[list[CopyTask], list[Problem]]:
     """Return the tasks of a join that can be executed, or its problems.
 
     The parts of a ``concat`` get regions of their own and no join. The parts of a transform stay together.
@@ -55,7 +54,7 @@ def place_group(group: Sequence[CopyTask], sizes: dict[str, int]) -> tuple[list[
     assert first.join is not None
     try:
         if first.join.name == "concat":
-            return _placed(sorted(group, key=lambda task: roles_of(first).index(task.role)), sizes), []
+            return _placed(sorted(group, key=lambda task: roles_of(first).index(task.role))), []
         problems = _check_transform(group)
         return ([] if problems else list(group)), problems
     except RemapError as error:
@@ -64,37 +63,16 @@ def place_group(group: Sequence[CopyTask], sizes: dict[str, int]) -> tuple[list[
         return [], [replace(found, message=f"{found.message}; from {sources}")]
 
 
-def place_part(task: CopyTask, sizes: dict[str, int]) -> CopyTask | None:
-    """Return one part of a ``concat`` in its region if the op gives all sizes, so that it need not wait, or None."""
-    if task.join is None or task.join.name != "concat" or task.join.get("sizes") is None:
-        return None
-    roles, full = roles_of(task), region_shape(task.region)
-    axis = task.join.get("dim") % max(len(full), 1)
-    scope = Scope(sizes, task.rule.label, task.target, None, task.shape)
-    widths = dict(zip(roles, map(scope.size, task.join.get("sizes")), strict=False))
-    if task.role not in widths or len(task.shape) != len(full) or not full:
-        return None
-    start = task.region[axis][0] + sum(widths[role] for role in roles[: roles.index(task.role)])
-    region = with_span(task.region, axis, start, start + widths[task.role])
-    fits = region_shape(region) == task.shape and start + widths[task.role] <= task.region[axis][1]
-    return task._replace(region=region, join=None) if fits else None
-
-
-def _placed(ordered: Sequence[CopyTask], sizes: dict[str, int]) -> list[CopyTask]:
+def _placed(ordered: Sequence[CopyTask]) -> list[CopyTask]:
     first = ordered[0]
     assert first.join is not None
     full = region_shape(first.region)
     axis = first.join.get("dim") % max(len(full), 1)
     if not full:
         raise _misfit(first, full, axis)
-    given = first.join.get("sizes")
-    if given is None:
-        widths = [task.shape[axis] if axis < len(task.shape) else -1 for task in ordered]
-    else:
-        scope = Scope(sizes, first.rule.label, first.target, None, first.shape)
-        widths = [scope.size(size) for size in given]
     at, placed = first.region[axis][0], []
-    for task, width in zip(ordered, widths, strict=True):
+    for task in ordered:
+        width = task.shape[axis] if axis < len(task.shape) else -1
         if task.shape != (*full[:axis], width, *full[axis + 1 :]) or at + width > first.region[axis][1]:
             raise _misfit(task, full, axis)
         placed.append(task._replace(region=with_span(first.region, axis, at, at + width), join=None))

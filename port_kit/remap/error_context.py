@@ -50,7 +50,7 @@ def add_context(
         problem = result[at]
         if problem.code == "remap_unexpected":
             near = closest_match(problem.source, absent) or closest_match(problem.target or problem.source, known)
-            result[at] = replace(problem, near=near)
+            result[at] = replace(problem, near="" if near == problem.source else near)
         elif problem.source and not problem.file:
             result[at] = replace(problem, file=sources.get(problem.source, ""))
     return result

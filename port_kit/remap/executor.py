@@ -109,6 +109,8 @@ class Executor:
 
 def can_overflow(task: CopyTask, source: Tensor, destination: Tensor) -> bool:
     """Return True if a cast on the way can turn a finite value into an infinite one."""
+    if source.dtype == destination.dtype and not task.ops:
+        return False
     names = [str(source.dtype), *(op.dtype for op in task.ops if isinstance(op, Cast)), str(destination.dtype)]
     dtypes = [name.removeprefix("torch.") for name in names]
     steps = zip(dtypes, dtypes[1:], strict=False)

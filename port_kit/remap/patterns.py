@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -143,6 +143,15 @@ class Template:
 
     text: str
     parts: tuple[str | tuple[str, str], ...]
+
+    @cached_property
+    def format(self) -> tuple[str, tuple[int | str, ...]] | None:
+        """A ``%`` format and the groups that fill it, or None if the template has expressions."""
+        groups = tuple(self.groups())
+        if any(not isinstance(part, str) and part[0] == "size" for part in self.parts):
+            return None
+        text = "".join(part.replace("%", "%%") if isinstance(part, str) else "%s" for part in self.parts)
+        return text, tuple(int(group) if group.isdigit() else group for group in groups)
 
     def groups(self) -> Iterator[str]:
         """Yield the groups that the template refers to, numbers as digits."""

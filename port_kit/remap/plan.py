@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.concat import incomplete, place_group, place_part, roles_of
+from port_kit.remap.concat import incomplete, place_group, roles_of
 from port_kit.remap.error_context import add_context
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.problems import Problem, raise_problems
@@ -28,10 +28,12 @@ from port_kit.remap.regions import (
 )
 from port_kit.remap.resolve import CopyTask, Resolved, Resolver, unmatched
 from port_kit.remap.rule import Rule, Rules
-from port_kit.remap.tensor_ops import source_region
+from port_kit.remap.tensor_ops import Reorder, Slice, source_region
 
 #: The rules of a checkpoint that already has the target's names.
 IDENTITY = Rules("identity", (Rule(r"(.+)", r"\1"),))
+#: Operations that may use a part of their input.
+_PARTIAL = (Slice, Reorder)
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class PlanBuilder:
         tasks = self._by_name if converted else self._tasks
         for group in self._groups.values():
             lacking = incomplete(group)
-            placed, wrong = ([], lacking) if lacking else place_group(group, self.resolver.sizes)
+            placed, wrong = ([], lacking) if lacking else place_group(group)
             tasks, problems = tasks + placed, problems + wrong
         kept, collisions = self._kept({task.target for task in tasks}, converted=converted)
         problems += collisions
@@ -238,17 +240,12 @@ class PlanBuilder:
         if task.join is None:
             self._tasks.append(task)
             return [[task]]
-        group, sizes = self._groups[task.group], self.resolver.sizes
+        group = self._groups[task.group]
         group.append(task)
-        early = place_part(task, sizes)
-        if early is not None:
-            return [[early]]
         self.pending[task.source] += 1
         if len(group) != len(roles_of(task)):
             return []
-        placed, _ = place_group(group, sizes)  # finish() reports what is wrong
-        waiting = {part.source for part in group if place_part(part, sizes) is None}
-        placed = [part for part in placed if part.source in waiting]
+        placed, _ = place_group(group)  # finish() reports what is wrong
         for part in placed:
             self.pending[part.source] -= 1
         return [[part] for part in placed] if task.join.name == "concat" else [placed] if placed else []
@@ -258,6 +255,12 @@ class PlanBuilder:
 
         Rules with ``take`` use disjoint parts. Several rules without it each use the complete source.
         """
+        if (
+            len(found.tasks) == 1
+            and not found.dropped
+            and not any(isinstance(op, _PARTIAL) for op in found.tasks[0].ops)
+        ):
+            return
         dropped = [region for region, _ in found.dropped]
         parts, copies = list(dropped), defaultdict(list)
         for task in found.tasks:

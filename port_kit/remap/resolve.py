@@ -108,6 +108,8 @@ class Resolver:
         patterns = [(number, compile_pattern(rule.source)) for number, rule in enumerate(self.rules) if rule.source]
         self._ordinary = [pattern for pattern in patterns if not self.rules[pattern[0]].fallback]
         self._fallback = [pattern for pattern in patterns if self.rules[pattern[0]].fallback]
+        #: tasks by everything that they depend on but names: layers are alike, and resolving one takes long
+        self._alike: dict[object, list[CopyTask]] = {}
 
     def matches(self, name: str) -> list[tuple[int, re.Match[str]]]:
         """Return the rules that match a name: all ordinary ones, else the fallback ones."""
@@ -153,24 +155,34 @@ class Resolver:
         targets = [expand(text, match, scope) for text in rule.targets]
         targets = [self.aliases.get(target, target) for target in targets]
         shards = [expand(text, match, scope) for text in rule.shards]
-        problems = [self._no_target(rule, name, spec, target) for target in targets if target not in self.target]
-        if problems:
-            return Resolved(problems=tuple(problems), rules=(number,))
+        for target in targets:
+            if target not in self.target:
+                return Resolved(problems=(self._no_target(rule, name, spec, target),), rules=(number,))
+            self._infer_full_shape(rule, target, spec)
+        kinds = [(self.target[target], shard) for target, shard in zip(targets, shards, strict=True)]
+        groups = match.groups() if rule.uses_groups else ()
+        key = (number, spec.shape, spec.dtype, groups, tuple(kinds))
+        if key in self._alike:
+            tasks = [
+                task._replace(source=name, target=target)
+                for task, target in zip(self._alike[key], targets, strict=True)
+            ]
+            return Resolved(tuple(tasks), rules=(number,))
         try:
-            for target in targets:
-                self._infer_full_shape(rule, target, spec)
             places = [self._place(rule, target, shard) for target, shard in zip(targets, shards, strict=True)]
             branches = _branches(rule, spec, scope, places)
         except RemapError as error:
             problem = problem_from(error, rule=rule.label, source=name, file=spec.file, target=targets[0])
             return Resolved(problems=(problem,), rules=(number,), affected=tuple(targets))
-        join = rule.join if rule.join is not None and rule.join.name != "stack" else None
-        tasks = tuple(
+        join = rule.join if rule.join is not None and not _is_placed(rule.join) else None
+        tasks = [
             CopyTask(name, tuple(ops), place.target, region, rule, place.shard, join, place.role if join else "", shape)
             for place, (ops, region, shape) in zip(places, branches, strict=True)
-        )
+        ]
         problems = [problem for task in tasks for problem in self._check_dtype(task, spec)]
-        return Resolved(tasks, problems=tuple(problems), rules=(number,))
+        if not problems:
+            self._alike[key] = tasks
+        return Resolved(tuple(tasks), problems=tuple(problems), rules=(number,))
 
     def _place(self, rule: Rule, target: str, shard: str) -> _Place:
         """Return the base region of a target: the shard that is named, or all of it."""
@@ -275,25 +287,55 @@ def _branches(rule: Rule, spec: TensorSpec, scope: Scope, places: Sequence[_Plac
 def _region(rule: Rule, place: _Place, scope: Scope) -> tuple[Region, Shape]:
     """Return the region of the whole target that a branch fills, and the shape of its content."""
     base, content = place.base, region_shape(place.base)
-    stack = next((op for op in rule.op if op.name == "stack"), None)
-    if stack is not None and rule.into:
-        raise RemapError(f"{scope.where}: stack with into", code="remap_op", hint="write the stacked axis in into")
-    if stack is not None:
-        axis = axis_of(stack, content, scope)
-        if not place.role.isdecimal() or int(place.role) >= content[axis]:
+    if rule.join is not None and _is_placed(rule.join):
+        if rule.into:
             raise RemapError(
-                f"{scope.where}: part {place.role!r} of a stack of {content[axis]} in {place.target}",
-                code="remap_beyond_layers" if place.role.isdecimal() else "remap_op",
-                hint="shard must be a number from 0 up to the extent of the stacked axis",
+                f"{scope.where}: {rule.join.name} with into", code="remap_op", hint="write the joined axis in into"
             )
-        start = base[axis][0] + int(place.role)
-        return with_span(base, axis, start, start + 1), (*content[:axis], *content[axis + 1 :])
+        return _part(rule.join, place, content, scope)
     if "." in place.shard:  # one expert of fused experts, whose axis its sources do not have
         content = content[1:]
     if rule.into:
         region, content = resolve_region(rule.into, content, scope)
         return shifted(region, base), content
     return base, content
+
+
+def _is_placed(join: Op) -> bool:
+    """Return True if a join says where its parts are, so that none has to wait for the others."""
+    return join.name == "stack" or join.name == "concat" and join.get("sizes") is not None
+
+
+def _part(join: Op, place: _Place, content: Shape, scope: Scope) -> tuple[Region, Shape]:
+    """Return the region of one part of a stack, or of a concatenation with sizes, and the shape of its content."""
+    axis = axis_of(join, content, scope)
+    start = place.base[axis][0]
+    if join.name == "stack":
+        if not place.role.isdecimal() or int(place.role) >= content[axis]:
+            raise RemapError(
+                f"{scope.where}: part {place.role!r} of a stack of {content[axis]} in {place.target}",
+                code="remap_beyond_layers" if place.role.isdecimal() else "remap_op",
+                hint="shard must be a number from 0 up to the extent of the stacked axis",
+            )
+        start += int(place.role)
+        return with_span(place.base, axis, start, start + 1), (*content[:axis], *content[axis + 1 :])
+    roles, sizes = [str(role) for role in join.get("parts")], [scope.size(size) for size in join.get("sizes")]
+    if place.role not in roles:
+        raise RemapError(
+            f"{scope.where}: part {place.role!r} of {place.target}; expected one of {', '.join(roles)}",
+            code="remap_slot",
+            hint="shard must be one of the parts",
+        )
+    if len(sizes) != len(roles) or sum(sizes) != content[axis] or min(sizes) < 1:
+        raise RemapError(
+            f"{scope.where}: parts of {sizes} for {content[axis]} on axis {axis} of {place.target}",
+            code="remap_shape",
+            hint="give one size per part; they must add up to the extent of the axis",
+        )
+    at = roles.index(place.role)
+    start += sum(sizes[:at])
+    region = with_span(place.base, axis, start, start + sizes[at])
+    return region, region_shape(region)
 
 
 def _run(
@@ -328,8 +370,8 @@ def _split(op: Op, shape: Shape, scope: Scope, contents: list[Shape], more: bool
 
 
 def _fit(rule: Rule, ops: list[TensorOp], shape: Shape, region: Region, content: Shape, scope: Scope) -> Branch:
-    """Check that the result has the shape of its region; the parts of a join are checked together."""
-    if rule.join is not None and rule.join.name != "stack":
+    """Check that the result has the shape of its region; the parts of other joins are checked together."""
+    if rule.join is not None and not _is_placed(rule.join):
         return ops, region, shape
     extents = region_shape(region)
     if shape == content:

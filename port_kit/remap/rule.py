@@ -84,6 +84,13 @@ class Rule:
         """The op that joins several sources, if there is one."""
         return self.op[-1] if self.op and self.op[-1].joins else None
 
+    @cached_property
+    def uses_groups(self) -> bool:
+        """Numbers in the rule's regions or ops depend on the groups of its pattern."""
+        texts = [self.take, self.into, *(str(op.args) for op in self.op)]
+        names = "|".join([r"_\d+", *(compile_pattern(self.source).groupindex if self.source else ())])
+        return any("\\" in text or re.search(rf"\b(?:{names})\b", text) is not None for text in texts if text)
+
     @property
     def label(self) -> str:
         """The rule's name in messages."""
