@@ -11,6 +11,7 @@ from port_kit.errors import CheckpointError
 _MOST_NAMES = 1_000_000
 _MOST_PLACES = 64
 _SHOWN_PLACES = 8
+_BY_NAME = "load it with torch and save a dict of tensors by name"
 
 
 def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
@@ -29,7 +30,9 @@ def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
             )
         root = root[key]
     if not isinstance(root, dict):
-        raise CheckpointError(f"{name} holds a {_kind(root)}, not tensors by name", code="pickle_unsupported")
+        raise CheckpointError(
+            f"{name} holds a {_kind(root)}, not tensors by name", code="pickle_unsupported", hint=_BY_NAME
+        )
     return root
 
 
@@ -155,7 +158,7 @@ def refuse_unselected(elsewhere: tuple[Place, ...], name: str) -> None:
         raise CheckpointError(
             f"{name}: no tensor has a name; they lie under {describe_places(elsewhere)}",
             code="pickle_unsupported",
-            hint="load it with torch and save a dict of tensors by name",
+            hint=_BY_NAME,
         )
     raise CheckpointError(
         f"{name}: the tensors lie under {describe_places(elsewhere)}",
