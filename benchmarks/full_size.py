@@ -74,7 +74,7 @@ def write_tensors(
     """Write safetensors files one tensor after the other, so that no more than one is in memory."""
     from port_kit.testing.tiny import fill
 
-    sizes = {name: math.prod(shape) * (2 if dtype == "bfloat16" else 4) for name, (shape, dtype) in tensors.items()}
+    sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (shape, dtype) in tensors.items()}
     total, at, parts = sum(sizes.values()), 0, [list[str]() for _ in range(files)]
     for name, size in sizes.items():
         parts[min(at * files // total, files - 1)].append(name)
