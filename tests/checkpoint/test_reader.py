@@ -13,7 +13,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from port_kit.checkpoint.remote import HubFiles
 from port_kit.cli import main
 from port_kit.errors import PortKitError
 from port_kit.manifest import Manifest
@@ -52,45 +51,22 @@ def refused(path: Path, wrapper: str = "") -> PortKitError:
     return caught.value
 
 
-class OnDisk:
-    """What :class:`HubFiles` calls of ``HfFileSystem``, on a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def ls(self, path: str, detail: bool) -> list[dict[str, str]]:
-        found = sorted((self._folder / path).iterdir())
-        return [
-            {"name": str(item.relative_to(self._folder)), "type": "directory" if item.is_dir() else "file"}
-            for item in found
-        ]
-
-    def open(self, path: str, mode: str, block_size: int) -> Any:
-        return (self._folder / path).open(mode)
-
-
 # -- indexes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("named", ["the folder", "the index", "a repository"])
+@pytest.mark.parametrize("named", ["the folder", "the index"])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_an_index_decides_which_copy_counts(tmp_path: Path, suffix: str, named: str) -> None:
     one, two = f"one.{suffix}", f"sub/two.{suffix}"
-    folder = tmp_path / "owner/name"
-    write(folder, {one: {"a": 2, "x": 3, "stale": 1}, two: {"x": 4, "b": 5, "a": 9}, f"stray.{suffix}": {"c": 1}})
-    index = write_index(folder, FORMATS[suffix], {"a": one, "x": two, "b": two})
-    if named == "a repository":
-        from port_kit.checkpoint.reader import read_checkpoint
-
-        manifest = read_checkpoint(HubFiles(OnDisk(tmp_path), "owner/name"), "")
-    else:
-        manifest = Manifest.from_checkpoint(folder if named == "the folder" else index)
+    write(tmp_path, {one: {"a": 2, "x": 3, "stale": 1}, two: {"x": 4, "b": 5, "a": 9}, f"stray.{suffix}": {"c": 1}})
+    index = write_index(tmp_path, FORMATS[suffix], {"a": one, "x": two, "b": two})
+    manifest = Manifest.from_checkpoint(tmp_path if named == "the folder" else index)
     assert found_in(manifest) == {"a": (one, 2), "x": (two, 4), "b": (two, 5)}
     assert len(manifest.notes) == 2
     assert "stale" in manifest.notes[0] and "x" in manifest.notes[0] and "a" in manifest.notes[1]
     if suffix == "safetensors":
         assert set(manifest.places) == {"a", "x", "b"}
-        content = (folder / two).read_bytes()
+        content = (tmp_path / two).read_bytes()
         assert len(content) >= manifest.places["x"] + 16
 
 
