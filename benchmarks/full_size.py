@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from port_kit.checkpoint.dtypes import DTYPES
+
 OUTLINES = {
     "transformer": "wan_fusion",
     "text_encoder": "umt5_xxl_encoder",
@@ -23,8 +25,6 @@ OUTLINES = {
     "audio_vae": "mmaudio_vae_16k",
     "vocoder": "bigvgan_16k",
 }
-#: safetensors' words for the dtypes of the outlines.
-WORDS = {"float32": "F32", "bfloat16": "BF16"}
 PIECE = 64 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -74,7 +74,7 @@ def write_tensors(
     """Write safetensors files one tensor after the other, so that no more than one is in memory."""
     from port_kit.testing.tiny import fill
 
-    sizes = {name: math.prod(shape) * (2 if dtype == "bfloat16" else 4) for name, (shape, dtype) in tensors.items()}
+    sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (shape, dtype) in tensors.items()}
     total, at, parts = sum(sizes.values()), 0, [list[str]() for _ in range(files)]
     for name, size in sizes.items():
         parts[min(at * files // total, files - 1)].append(name)
@@ -85,7 +85,7 @@ def write_tensors(
         for name in names:
             shape, dtype = tensors[name]
             header[name] = {
-                "dtype": WORDS[dtype],
+                "dtype": DTYPES[dtype].word,
                 "shape": list(shape),
                 "data_offsets": [offset, offset + sizes[name]],
             }

@@ -70,7 +70,7 @@ CODES: dict[str, str] = {
     "code_clash": "a module of git code would hide or be hidden by another one",
     "code_url": "a git URL is not one that is fetched from",
     "install_target": "this environment's site-packages cannot be written",
-    "checkpoint_format": "a file is not a torch checkpoint (an error page, an LFS pointer, another format)",
+    "checkpoint_format": "a file is of a format that is not read (an error page, an LFS pointer, GGUF, ONNX, ...)",
     "checkpoint_corrupt": "a safetensors or GGUF file is cut short, damaged, or contradicts its header",
     "checkpoint_unreadable": "the system cannot read a checkpoint's file, or not to its end",
     "scaffold_name": "a new port's name is no module's name, is taken, or would mislead vLLM-Omni",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,13 +25,10 @@ if TYPE_CHECKING:
 Slot = tuple[tuple[int, int], ...]
 Stamp = tuple[int, int, int, int]
 
-#: Largest safetensors header that is read; the format's own limit.
-MAX_HEADER = 100_000_000
 #: Key of the safetensors metadata that records whose names a file has, and the values it may have.
 NAMING_KEY = "port_kit.names"
 NAMINGS = ("original", "converted")
 _INTEGER = frozenset({int})  # True and 1.0 are equal to 1, and no extents
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,7 @@ class Manifest(Mapping[str, TensorSpec]):
         stamps: of one that lies on a disk, what :func:`stamp` said of each file when its header was read.
         naming: whose names its files have, as their metadata record it: ``original`` (of the original implementation),
             ``converted`` (of the module), or empty if nothing is recorded.
+        notes: what was left out when it was read, one sentence each.
     """
 
     def __init__(
@@ -97,6 +94,7 @@ class Manifest(Mapping[str, TensorSpec]):
         places: Mapping[str, int] | None = None,
         stamps: Mapping[str, Stamp] | None = None,
         naming: str = "",
+        notes: Iterable[str] = (),
     ) -> None:
         self._entries = {
             name: entry if isinstance(entry, TensorSpec) else _spec(name, entry) for name, entry in entries.items()
@@ -108,6 +106,7 @@ class Manifest(Mapping[str, TensorSpec]):
         self.places = dict(places or {})
         self.stamps = dict(stamps or {})
         self.naming = naming
+        self.notes = tuple(notes)
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._entries[name]
@@ -157,7 +156,7 @@ class Manifest(Mapping[str, TensorSpec]):
         if isinstance(data, str):
             data = parse_json(data, origin)
         if not isinstance(data, Mapping):
-            raise _invalid(f"{origin} is not an object of tensor names")
+            raise invalid_manifest(f"{origin} is not an object of tensor names")
         entries = {
             name: _from_json_entry(name, entry, origin) for name, entry in data.items() if name != "__metadata__"
         }
@@ -167,62 +166,49 @@ class Manifest(Mapping[str, TensorSpec]):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, wrapper: str = "") -> Manifest:
-        """Read a file or folder: safetensors (single, several, with an index), else a pickle checkpoint, else JSON.
+        """Read a file, an index or a folder: safetensors, else torch checkpoints, else JSON; no tensor is read.
+
+        An index says which files are read and which tensors of them count.
 
         Args:
             path: the file or folder.
-            wrapper: for a pickle checkpoint, the keys above its tensors.
+            wrapper: of a torch checkpoint, the keys above its tensors, dotted (``generator``, ``app.model``); ``.`` for
+                the top level of a file that has tensors elsewhere, too.
 
         Raises:
-            RemapError: ``manifest_invalid`` where nothing readable is there.
+            RemapError: ``manifest_invalid`` for a missing file, a broken header, a name in two files without an index,
+                or an index that disagrees with its files; ``remap_mixed`` for files that record different namings.
+            CheckpointError: from :func:`port_kit.checkpoint.pickle_reader.read_tables`, and ``checkpoint_format`` for
+                a format that is not read.
         """
         path = Path(path)
         if path.suffix == ".json" and not path.name.endswith(".index.json"):
             return cls.from_json(path)
-        if path.suffix in PICKLE_SUFFIXES:
-            return cls.from_pickle(path, wrapper)
-        if path.is_dir() and not any(path.glob("*.safetensors*")):
-            pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
-            if pickles:
-                return _joined([(file.name, cls.from_pickle(file, wrapper)) for file in pickles], str(path))
-        return cls.from_safetensors(path)
+        from port_kit.checkpoint.reader import read_local
+
+        return read_local(path, wrapper)
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> Manifest:
-        """Read the headers of a file, of a folder of files, or of what an index names; nothing else is read.
+        """Read safetensors headers: of a file, of a folder of files, or of what an index names.
 
         Raises:
-            RemapError: ``manifest_invalid`` for a missing file, a broken header, a name in two files, or an index that
-                disagrees with its files.
+            RemapError, CheckpointError: see :meth:`from_checkpoint`.
         """
-        path = Path(path)
-        index = _index_of(path)
-        if index is not None:
-            return _from_index(index)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files:
-            raise _invalid(f"{path} holds no safetensors file", "name a file, a folder of them, or an index")
-        return _joined([(file.name, _from_header(file, file.name)) for file in files], str(path))
+        from port_kit.checkpoint.reader import read_local
+
+        return read_local(Path(path), formats=("safetensors",))
 
     @classmethod
     def from_pickle(cls, path: str | Path, wrapper: str = "") -> Manifest:
-        """Read the tables of a ``.pth``, ``.pt`` or ``.bin`` without running anything in it; no tensor is read.
-
-        Args:
-            path: the file.
-            wrapper: the keys above the tensors, dotted (``generator``, ``app.model``).
+        """Read the tables of a torch checkpoint, whatever its suffix, without running anything in it.
 
         Raises:
-            CheckpointError: from :func:`port_kit.checkpoint.pickle_reader.read_tables`.
+            RemapError, CheckpointError: see :meth:`from_checkpoint`.
         """
-        from port_kit.checkpoint.pickle_reader import read_tables
+        from port_kit.checkpoint.reader import read_local
 
-        tensors = read_tables(Path(path), wrapper).tensors
-        file = Path(path).name
-        return cls(
-            {name: TensorSpec(tuple(entry.shape), entry.dtype, file) for name, entry in tensors.items()},
-            origin=str(path),
-        )
+        return read_local(Path(path), wrapper, formats=("torch",))
 
     @classmethod
     def from_header(
@@ -251,18 +237,18 @@ class Manifest(Mapping[str, TensorSpec]):
                 word, values = str(entry["dtype"]), tuple(entry["shape"])
                 first, last = entry["data_offsets"]
             except (KeyError, TypeError, ValueError) as error:
-                raise _invalid(f"{origin}: header entry {name!r} cannot be read: {str(entry)[:80]}") from error
+                raise invalid_manifest(f"{origin}: header entry {name!r} cannot be read: {str(entry)[:80]}") from error
             spec = alike.get((word, values)) if _INTEGER.issuperset(map(type, values)) else None
             if spec is None:
                 spec = alike[word, values] = _header_spec(name, word, values, file, origin)
             entries[name] = spec
             if type(first) is not int or type(last) is not int or last - first != spec.nbytes:
-                raise _invalid(f"{origin}: {name!r} of {spec.nbytes} bytes stands at {first!r} to {last!r}")
+                raise invalid_manifest(f"{origin}: {name!r} of {spec.nbytes} bytes stands at {first!r} to {last!r}")
             spans.append((first, last, name))
         at = 0
         for first, last, name in sorted(spans):
             if first != at:
-                raise _invalid(f"{origin}: {name!r} stands at {first}; the tensors before it end at {at}")
+                raise invalid_manifest(f"{origin}: {name!r} stands at {first}; the tensors before it end at {at}")
             at = last
         places = {name: start + first for first, _, name in spans}
         return cls(
@@ -298,6 +284,7 @@ class Manifest(Mapping[str, TensorSpec]):
             origin=self.origin,
             aliases={prefix + name: prefix + other for name, other in self.aliases.items()},
             naming=self.naming,
+            notes=self.notes,
         )
 
 
@@ -306,26 +293,8 @@ def _naming(header: Mapping[str, Any], origin: str) -> str:
     metadata = header.get("__metadata__")
     naming = metadata.get(NAMING_KEY, "") if isinstance(metadata, Mapping) else ""
     if naming and naming not in NAMINGS:
-        raise _invalid(f"{origin} has {NAMING_KEY} = {naming!r}", f"it is one of: {', '.join(NAMINGS)}")
+        raise invalid_manifest(f"{origin} has {NAMING_KEY} = {naming!r}", f"it is one of: {', '.join(NAMINGS)}")
     return str(naming)
-
-
-def common_naming(files: Mapping[str, str], origin: str) -> str:
-    """Return the naming of a checkpoint from that of its files, empty unless all of them record it.
-
-    Raises:
-        RemapError: ``remap_mixed`` if some have converted names and others do not say so.
-    """
-    namings = set(files.values())
-    if "converted" in namings and len(namings) > 1:
-        converted = next(file for file, naming in files.items() if naming == "converted")
-        other = next(file for file, naming in files.items() if naming != "converted")
-        raise RemapError(
-            f"{origin}: {converted} has converted names, {other} {files[other] or 'records none'}",
-            code="remap_mixed",
-            hint="keep files with original and with converted names in different folders",
-        )
-    return namings.pop() if len(namings) == 1 else ""
 
 
 def _spec(name: str, entry: tuple[Iterable[int], str]) -> TensorSpec:
@@ -338,12 +307,14 @@ def _check_names(names: Collection[str], origin: str) -> None:
     text = "".join(names)
     if "#" in text:
         marked = next(name for name in names if "#" in name)
-        raise _invalid(f"{origin or 'manifest'}: {marked!r} has a #", "# stands for a layer number: rename the tensor")
+        raise invalid_manifest(
+            f"{origin or 'manifest'}: {marked!r} has a #", "# stands for a layer number: rename the tensor"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         shown = error.object[max(error.start - 20, 0) : error.end + 20]
-        raise _invalid(
+        raise invalid_manifest(
             f"{origin or 'manifest'}: {shown!a} is no text", "names are Unicode without surrogates"
         ) from error
 
@@ -358,19 +329,19 @@ def _header_spec(name: str, word: str, values: tuple[Any, ...], file: str, origi
     """Return what a safetensors header says of one tensor; its shapes count values, ours elements."""
     dtype = BY_WORD.get(word)
     if dtype is None:
-        raise _invalid(f"{origin}: {name!r} has the unknown dtype {word!r}", f"dtypes: {', '.join(BY_WORD)}")
+        raise invalid_manifest(f"{origin}: {name!r} has the unknown dtype {word!r}", f"dtypes: {', '.join(BY_WORD)}")
     spec = _checked(name, TensorSpec(values, dtype.name, file), origin)
     try:
         return spec if dtype.packed == 1 else TensorSpec(torch_shape(dtype, values), dtype.name, file)
     except ValueError as error:
-        raise _invalid(f"{origin}: {name!r}: {error}") from error
+        raise invalid_manifest(f"{origin}: {name!r}: {error}") from error
 
 
 def _checked(name: str, spec: TensorSpec, origin: str) -> TensorSpec:
     if type(spec.dtype) is not str or spec.dtype not in ITEM_SIZES:
-        raise _invalid(f"{origin}: {name!r} has the dtype {spec.dtype!r}", f"dtypes: {', '.join(ITEM_SIZES)}")
+        raise invalid_manifest(f"{origin}: {name!r} has the dtype {spec.dtype!r}", f"dtypes: {', '.join(ITEM_SIZES)}")
     if any(type(extent) is not int or extent < 0 for extent in spec.shape):
-        raise _invalid(f"{origin}: {name!r} has the shape {spec.shape!r}", "extents are integers from 0 up")
+        raise invalid_manifest(f"{origin}: {name!r} has the shape {spec.shape!r}", "extents are integers from 0 up")
     return spec
 
 
@@ -383,7 +354,7 @@ def parse_json(text: str | bytes, origin: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _invalid(f"{origin} is not JSON: {error}") from error
+        raise invalid_manifest(f"{origin} is not JSON: {error}") from error
 
 
 def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
@@ -391,71 +362,14 @@ def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
     if isinstance(entry, (list, tuple)) and all(type(extent) is int for extent in entry):
         entry = (entry, "float32")  # names and shapes alone, as tables of other tools have them
     if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3) or not isinstance(entry[0], (list, tuple)):
-        raise _invalid(wrong, 'an entry is [[extents], "dtype"] or has a third item with slots, buffer or file')
+        raise invalid_manifest(wrong, 'an entry is [[extents], "dtype"] or has a third item with slots, buffer or file')
     extra = entry[2] if len(entry) == 3 else {}
     try:
         slots = {str(slot): tuple((int(a), int(b)) for a, b in box) for slot, box in extra.get("slots", {}).items()}
         buffer, file = bool(extra.get("buffer", False)), str(extra.get("file", ""))
     except (AttributeError, TypeError, ValueError) as error:
-        raise _invalid(wrong, "slots are {slot: [[start, stop], ...]}") from error
+        raise invalid_manifest(wrong, "slots are {slot: [[start, stop], ...]}") from error
     return _checked(name, TensorSpec(tuple(entry[0]), entry[1], file, slots, buffer), origin)
-
-
-def _index_of(path: Path) -> Path | None:
-    if path.name.endswith(".index.json"):
-        return path
-    found = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
-    if len(found) > 1:
-        raise _invalid(
-            f"{path} holds {len(found)} indexes: {', '.join(file.name for file in found)}", "name one of them"
-        )
-    return found[0] if found else None
-
-
-def _from_index(index: Path) -> Manifest:
-    weight_map = read_weight_map(_read_text(index), str(index))
-    files = sorted(set(weight_map.values()))
-    manifest = _joined([(file, _from_header(index.parent / file, file)) for file in files], str(index))
-    for name, file in weight_map.items():
-        actual = manifest[name].file if name in manifest else "no file"
-        if actual != file:
-            raise _invalid(f"{index.name} places {name!r} in {file}; it is in {actual}", "download both again")
-    return manifest
-
-
-def read_weight_map(text: str, origin: str) -> dict[str, str]:
-    """Return ``{tensor: file}`` of a safetensors index; every file stands beside the index or below it.
-
-    Raises:
-        RemapError: ``manifest_invalid`` where it is none.
-    """
-    data = parse_json(text, origin)
-    found = data.get("weight_map") if isinstance(data, Mapping) else None
-    if not isinstance(found, Mapping) or not all(isinstance(file, str) and file for file in found.values()):
-        raise _invalid(f"{origin} has no weight_map of file names", "it must be a safetensors index")
-    outside = next((file for file in found.values() if ".." in Path(file).parts or Path(file).is_absolute()), None)
-    if outside is not None:
-        raise _invalid(f"{origin} names the file {outside!r}", "files of an index stand beside it or below it")
-    return dict(found)
-
-
-def _joined(parts: list[tuple[str, Manifest]], origin: str) -> Manifest:
-    if len(parts) == 1:
-        parts[0][1].origin = origin
-        return parts[0][1]
-    entries: dict[str, TensorSpec] = {}
-    places: dict[str, int] = {}
-    stamps: dict[str, Stamp] = {}
-    for file, part in parts:
-        twice = entries.keys() & part.keys()
-        if twice:
-            name = next(name for name in part if name in twice)
-            raise _invalid(f"{name!r} stands in {entries[name].file} and in {file}", "remove one of the files")
-        entries.update(part.items())
-        places.update(part.places)
-        stamps.update(part.stamps)
-    naming = common_naming({file: part.naming for file, part in parts}, origin)
-    return Manifest(entries, origin=origin, places=places, stamps=stamps, naming=naming)
 
 
 def stamp(descriptor: int) -> Stamp:
@@ -464,36 +378,13 @@ def stamp(descriptor: int) -> Stamp:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _from_header(path: Path, file: str) -> Manifest:
-    """Read a safetensors file's header; ``file`` is its name in the checkpoint.
-
-    Raises:
-        RemapError: ``manifest_invalid`` for a missing or broken file.
-    """
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            raw = stream.read(size) if 2 <= size <= MAX_HEADER else b""
-            stamped = stamp(stream.fileno())
-        header = parse_json(raw, f"the safetensors header of {path}") if raw and len(raw) == size else None
-    except OSError as error:
-        raise _invalid(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(header, dict):
-        raise _invalid(f"{path} is not a whole safetensors file", "download it again")
-    manifest = Manifest.from_header(header, file=file, origin=str(path), start=8 + size, stamp=stamped)
-    has, needed = stamped[2], 8 + size + manifest.nbytes
-    if has != needed:
-        raise _invalid(f"{path} has {has} bytes; its header needs {needed}", "download it again")
-    return manifest
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _invalid(f"{path} cannot be read: {error}") from error
+        raise invalid_manifest(f"{path} cannot be read: {error}") from error
 
 
-def _invalid(message: str, hint: str = "check the file and how it was made") -> RemapError:
-    return RemapError(message, code="manifest_invalid", hint=hint)
+def invalid_manifest(message: str, hint: str = "check the file and how it was made", **details: object) -> RemapError:
+    """Return the error for a manifest, or a checkpoint, that cannot be read."""
+    return RemapError(message, code="manifest_invalid", hint=hint, **details)

@@ -53,6 +53,11 @@ class FileSource:
         """Fill ``buffer`` from ``offset``; return how many bytes were read."""
         return os.preadv(self._descriptor, [buffer], offset)
 
+    @property
+    def descriptor(self) -> int:
+        """The open file's descriptor."""
+        return self._descriptor
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)

@@ -20,7 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
 
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource, SourceFile, StreamSource
+from port_kit.checkpoint.containers import describe_zip, looks_like_safetensors, looks_like_torch, refuse_foreign
 from port_kit.checkpoint.dtypes import ITEM_SIZES
+from port_kit.checkpoint.state_dicts import Place, count_elsewhere, flatten, refuse_unselected, unwrap
 from port_kit.checkpoint.unpickler import LONGEST_PICKLE, StorageRef, TensorRef, read_pickle
 from port_kit.errors import CheckpointError
 
@@ -28,9 +30,6 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_MOST_NAMES = 1_000_000
-_DEEPEST = 32
-_MOST_PATHS = 64
 _HUGE = 0xFFFFFFFF
 
 
@@ -79,6 +78,7 @@ class Tables:
         others: values beside the tensors that are not tensors, ``{name: kind}``.
         container: ``zip`` or ``legacy``.
         size: of the file, bytes.
+        elsewhere: where further tensors lie, those of most names first.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -86,6 +86,7 @@ class Tables:
     others: Mapping[str, str]
     container: str
     size: int
+    elsewhere: tuple[Place, ...] = ()
 
 
 def read_tables(source: str | Path | BinaryIO | ByteSource, wrapper: str = "", *, exact_offsets: bool = True) -> Tables:
@@ -93,13 +94,14 @@ def read_tables(source: str | Path | BinaryIO | ByteSource, wrapper: str = "", *
 
     Args:
         source: a path, an open binary file, or anything with ``name``, ``size`` and ``read_at``.
-        wrapper: the keys above the tensors, dotted (``generator``, ``app.model``); empty for a bare state dict.
+        wrapper: the keys above the tensors, dotted (``generator``, ``app.model``); empty, or ``.``, for a bare state
+            dict.
         exact_offsets: read each storage's local header. Without it the offsets follow from torch's alignment
             rule, which saves a request a tensor on a remote file; check them with :func:`check_offsets`.
 
     Raises:
         CheckpointError: ``checkpoint_format`` for what is no torch file, ``pickle_unsafe`` for a pickle that asks for
-            more than tensors, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` where the tensors lie
+            more than tensors, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` if all tensors lie
             under other keys.
     """
     with _open(source) as opened:
@@ -109,8 +111,12 @@ def read_tables(source: str | Path | BinaryIO | ByteSource, wrapper: str = "", *
             container, root, storages = "zip", *_read_zip(stream, opened, exact_offsets)
         else:
             container, root, storages = "legacy", *_read_legacy(stream, opened, exact_offsets)
-        tensors, others = _flatten(_unwrap(root, wrapper, opened.name), wrapper, opened.name)
-        return Tables(_entries(tensors, storages, opened.name), storages, others, container, opened.size)
+        selected = unwrap(root, wrapper, opened.name)
+        tensors, others = flatten(selected, opened.name)
+        elsewhere = count_elsewhere(root, selected)
+        if not tensors:
+            refuse_unselected(elsewhere, opened.name)
+        return Tables(_entries(tensors, storages, opened.name), storages, others, container, opened.size, elsewhere)
 
 
 def check_offsets(source: ByteSource, storages: Mapping[str, Storage]) -> list[str]:
@@ -130,25 +136,14 @@ def _open(source: str | Path | BinaryIO | ByteSource) -> AbstractContextManager[
 
 def _check_first_bytes(source: ByteSource) -> None:
     """Name what is often saved as a ``.pth`` and is none: error pages, LFS pointers, archives of other kinds."""
-    head = source.read_at(0, 512)
-    text = head.lstrip()[:64].lower()
+    refuse_foreign(source)
     found = ""
-    if not head:
+    if not source.size:
         found = "is empty"
-    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        found = "is an HTML page, probably a server's error message"
-    elif head.startswith(b"version https://git-lfs.github.com"):
-        found = "is a Git LFS pointer; the content was never fetched (git lfs pull)"
-    elif text.startswith(b"{"):
-        found = "is JSON text"
-    elif head[257:262] == b"ustar":
-        found = "is a tar archive, the format of torch 0.1"
-    elif head[:2] == b"\x1f\x8b":
-        found = "is gzip-compressed"
-    elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < source.size:
+    elif looks_like_safetensors(source):
         found = "is a safetensors file already"
-    elif head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":
-        found = f"begins with {head[:8]!r}"
+    elif not looks_like_torch(source):
+        found = f"begins with {source.read_at(0, 8)!r}"
     if found:
         raise CheckpointError(
             f"{source.name} {found}; a torch checkpoint (zip or legacy pickle container) is required",
@@ -189,10 +184,12 @@ def _unique_names(entries: list[zipfile.ZipInfo], name: str) -> dict[str, zipfil
 
 def _prefix(by_name: Mapping[str, zipfile.ZipInfo], name: str) -> str:
     found = [entry.rpartition("/")[0] for entry in by_name if entry.rpartition("/")[2] == "data.pkl"]
-    if len(found) != 1:
+    if not found:
+        container = describe_zip(by_name)
+        raise CheckpointError(f"{name} {container.what}", code="checkpoint_format", hint=container.hint)
+    if len(found) > 1:
         raise CheckpointError(
-            f"{name} holds {len(found)} data.pkl entries; a torch checkpoint holds one",
-            code="pickle_unsafe" if found else "checkpoint_format",
+            f"{name} holds {len(found)} data.pkl entries; a torch checkpoint holds one", code="pickle_unsafe"
         )
     return found[0]
 
@@ -357,75 +354,6 @@ def _storage_refs(root: Any, name: str) -> Iterator[StorageRef]:
         elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             stack.extend(value.values() if isinstance(value, dict) else value)
-
-
-def _unwrap(root: Any, wrapper: str, name: str) -> Any:
-    for key in filter(None, wrapper.split(".")):
-        if not isinstance(root, dict) or key not in root:
-            known = ", ".join(map(str, list(root)[:8])) if isinstance(root, dict) else type(root).__name__
-            raise CheckpointError(
-                f"{name} has no key {key!r} of the wrapper {wrapper!r}; there is: {known}",
-                code="pickle_wrapper",
-                hint="name the keys above the tensors, dotted",
-            )
-        root = root[key]
-    if not isinstance(root, dict):
-        raise CheckpointError(f"{name} holds a {type(root).__name__}, not tensors by name", code="pickle_unsupported")
-    return root
-
-
-def _flatten(root: dict[Any, Any], wrapper: str, name: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """Split a state dict into tensors and other values; tensors in dicts below it need a wrapper."""
-    tensors: dict[str, TensorRef] = {}
-    others: dict[str, str] = {}
-    nested: list[str] = []
-    for key, value in root.items():
-        if not isinstance(key, str):
-            others[repr(key)[:80]] = type(value).__name__
-        elif isinstance(value, TensorRef):
-            tensors[key] = value
-        else:
-            others[key[:80]] = "dict" if isinstance(value, dict) else type(value).__name__
-            nested += _paths_to_tensors(value, key) if len(nested) < _MOST_PATHS else []
-    if nested and not tensors:
-        paths = [f"{wrapper}.{path}" if wrapper else path for path in nested]
-        raise CheckpointError(
-            f"{name}: the tensors lie under {', '.join(paths[:8])}",
-            code="pickle_wrapper",
-            hint=f"name the one that you want: --wrapper {paths[0]}",
-            wrappers=paths,
-        )
-    if len(tensors) > _MOST_NAMES:
-        raise CheckpointError(f"{name} names {len(tensors)} tensors", code="pickle_unsupported")
-    return tensors, others
-
-
-def _paths_to_tensors(value: Any, path: str) -> list[str]:
-    """Dotted paths of the dicts below ``value`` that hold tensors directly; shared dicts are walked once."""
-    found: list[str] = []
-    stack: list[tuple[Any, _Way, int]] = [(value, (None, path), 0)]
-    seen = set()
-    while stack and len(found) < _MOST_PATHS:
-        item, way, depth = stack.pop()
-        if not isinstance(item, dict) or id(item) in seen or depth > _DEEPEST:
-            continue
-        seen.add(id(item))
-        if any(isinstance(child, TensorRef) for child in item.values()):
-            found.append(_dotted(way))
-        stack += [(child, (way, key), depth + 1) for key, child in item.items() if isinstance(child, dict)]
-    return found
-
-
-#: the keys above a dict, the nearest last: ``(way to the dict above it, key)``
-_Way = tuple[Any, Any]
-
-
-def _dotted(way: _Way | None) -> str:
-    keys = []
-    while way is not None:
-        way, key = way
-        keys.append(str(key))
-    return ".".join(reversed(keys))
 
 
 def _entries(tensors: Mapping[str, TensorRef], storages: Mapping[str, Storage], name: str) -> dict[str, TensorEntry]:

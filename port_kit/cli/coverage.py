@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from port_kit.cli.inputs import read_rules, read_sizes, read_source
+from port_kit.cli.inputs import read_rules, read_sizes, read_source, wrapper_option
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.port import Port, find_port, resolve
 from port_kit.remap.coverage import Coverage, coverage
@@ -26,7 +26,7 @@ from port_kit.reports import coverage_page, write_page
 @click.option("--port", help="Take target and rules of this port.")
 @click.option("--component", help="The port's component; without it SOURCE is a model directory with one folder each.")
 @click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules.")
-@click.option("--wrapper", default="", help="Keys above the tensors of a pickle checkpoint, such as 'generator'.")
+@wrapper_option
 @click.option("--allow-downcast", is_flag=True, help="Allow rounding to a narrower floating-point dtype.")
 @click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the report to this file.")

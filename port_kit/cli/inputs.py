@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
+
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
+from port_kit.plain import plain
 from port_kit.remap.rules import RuleSet
+
+wrapper_option = click.option(
+    "--wrapper",
+    default="",
+    metavar="KEYS",
+    help="Keys above the tensors of a torch checkpoint, dotted (generator, app.model); . for the top level.",
+)
 
 
 def read_source(text: str, *, wrapper: str = "") -> Manifest:
@@ -14,23 +24,32 @@ def read_source(text: str, *, wrapper: str = "") -> Manifest:
 
     Args:
         text: a manifest (``.json``), a checkpoint's file or folder, or a Hub repository with a folder or file in it.
-        wrapper: for a pickle checkpoint, the keys above its tensors.
+        wrapper: of a torch checkpoint, the keys above its tensors.
 
     Raises:
-        RemapError: ``manifest_invalid`` where nothing is there.
+        RemapError: ``manifest_invalid`` if nothing is there, and what
+            :meth:`~port_kit.manifest.Manifest.from_checkpoint` raises.
+        CheckpointError: see there.
     """
     path = Path(text)
     if path.exists():
-        return Manifest.from_checkpoint(path, wrapper)
+        return _noted(Manifest.from_checkpoint(path, wrapper))
     from port_kit.checkpoint.remote import looks_remote, read_remote
 
     if looks_remote(text):
-        return read_remote(text, wrapper=wrapper)
+        return _noted(read_remote(text, wrapper=wrapper))
     raise RemapError(
         f"{text} does not exist",
         code="manifest_invalid",
         hint="name a manifest, a checkpoint, or a Hub repository as owner/name[@revision][:path]",
     )
+
+
+def _noted(manifest: Manifest) -> Manifest:
+    """Print what was left out; nothing of a checkpoint stays unmentioned."""
+    for note in manifest.notes:
+        click.echo(plain(f"note: {note}"), err=True)
+    return manifest
 
 
 def read_rules(text: str) -> RuleSet:

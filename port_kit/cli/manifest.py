@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from port_kit.cli.inputs import read_source, wrapper_option
 from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.manifest import Manifest
 from port_kit.port import find_port
@@ -20,7 +21,7 @@ from port_kit.port import find_port
 @click.argument("source", required=False)
 @click.option("--port", help="A port's modules instead of a checkpoint, at full size.")
 @click.option("--component", help="One component of the port.  [default: all]")
-@click.option("--wrapper", default="", help="Keys above the tensors of a pickle checkpoint, such as 'generator'.")
+@wrapper_option
 @click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
 @click.option("--record", is_flag=True, help="Build, and write the recording in the port's folder.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the manifest here.")
@@ -48,14 +49,21 @@ def command(
     if port is not None:
         manifest, origin = _of_port(port, component, build)
     else:
-        from port_kit.cli.inputs import read_source
-
         manifest, origin = read_source(source or "", wrapper=wrapper), "headers"
     if output is not None:
         write_text(output, json.dumps(manifest.to_json(), indent=1) + "\n")
-    summary = {"origin": manifest.origin, "from": origin, "tensors": len(manifest), "bytes": manifest.nbytes}
+    summary: dict[str, object] = {
+        "origin": manifest.origin,
+        "from": origin,
+        "tensors": len(manifest),
+        "bytes": manifest.nbytes,
+    }
     text = "\n".join(f"{name}\t{list(spec.shape)}\t{spec.dtype}" for name, spec in manifest.items())
     text += f"\n{len(manifest)} tensors, {manifest.nbytes:,} bytes ({origin})"
+    if manifest.naming:
+        summary["names"] = manifest.naming
+    if manifest.notes:
+        summary["notes"] = list(manifest.notes)
     data = summary if output is not None else {**summary, "manifest": manifest.to_json()}
     emit("manifest", data, as_json=as_json, text=f"{output}: {len(manifest)} tensors" if output else text)
 

@@ -8,13 +8,13 @@ from math import prod
 from typing import Any
 
 from port_kit.checkpoint.byte_sources import ByteSource
+from port_kit.checkpoint.containers import LEFTOVERS, MAX_HEADER, PICKLE_SUFFIXES
 from port_kit.checkpoint.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.errors import CheckpointError
 from port_kit.inspect.gguf import read_gguf
 from port_kit.inspect.report import WeightFile
 from port_kit.inspect.trees import Tree
-from port_kit.manifest import MAX_HEADER, PICKLE_SUFFIXES
 
 #: What files of these suffixes are called before they are read, and for good where nothing here reads them.
 FORMATS = {
@@ -28,8 +28,6 @@ FORMATS = {
     ".npz": "numpy npz",
     ".tflite": "tflite",
 }
-#: What trainers leave beside weights: state that no pipeline loads.
-LEFTOVERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler")
 _FIRST_READ = 1 << 16
 _LFS = b"version https://git-lfs.github.com"
 

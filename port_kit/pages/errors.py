@@ -69,11 +69,10 @@ def _exceptions() -> dict[str, type[PortKitError]]:
 
 
 def _scan(folder: Path) -> Iterator[Raised]:
-    for file in _files(folder):
-        tree = ast.parse(file.read_bytes())
-        makers = {
-            node.name: made for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and (made := _maker(node))
-        }
+    trees = [ast.parse(file.read_bytes()) for file in _files(folder)]
+    shared = {name: made for tree in trees for name, made in _makers(tree).items() if not name.startswith("_")}
+    for tree in trees:
+        makers = shared | _makers(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id in _exceptions():
@@ -88,6 +87,10 @@ def _built(call: ast.Call) -> Raised:
     exception = call.func.id
     code = _literal(_argument(call, 9, "code")) or _exceptions()[exception].default_code or ""
     return Raised(exception, code, _literal(_argument(call, 0, "message")), _literal(_argument(call, 9, "hint")))
+
+
+def _makers(tree: ast.Module) -> dict[str, tuple[ast.FunctionDef, ast.Call]]:
+    return {node.name: made for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and (made := _maker(node))}
 
 
 def _maker(function: ast.FunctionDef) -> tuple[ast.FunctionDef, ast.Call] | None:

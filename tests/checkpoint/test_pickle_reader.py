@@ -177,7 +177,8 @@ def test_compressed_and_doubled_entries_are_refused(tmp_path: Path) -> None:
         (b"x" * 257 + b"ustar" + b"x" * 300, "tar"),
         (b"\x1f\x8b" + b"x" * 600, "gzip"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + b" " * 600, "safetensors"),
-        (b"GGUF" + b"x" * 600, "begins with"),
+        (b"GGUF" + b"x" * 600, "GGUF"),
+        (b"unheard of" + b"x" * 600, "begins with"),
         (pickle.dumps({"a": 1}), "plain pickle|pickle"),
     ],
 )

@@ -126,3 +126,33 @@ def test_what_cannot_be_read_says_why(files: dict, tmp_path: Path) -> None:
             assert code == 1 and envelope["error"]["code"] == "manifest_invalid" and envelope["error"]["hint"]
         code, envelope = manifest(hub, "owner/other:x.safetensors", tmp_path)
         assert code == 1 and envelope["error"]["code"] == "manifest_invalid"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_remote_index_decides_and_its_files_must_be_there(tmp_path: Path, suffix: str) -> None:
+    def content(**tensors: int) -> bytes:
+        path = tmp_path / f"part.{suffix}"
+        values = {name: torch.zeros(length) for name, length in tensors.items()}
+        if suffix == "bin":
+            torch.save(values, path)
+        else:
+            save_file(values, path, metadata={"port_kit.names": "converted"})
+        return path.read_bytes()
+
+    one, two = f"one.{suffix}", f"two.{suffix}"
+    index = json.dumps({"weight_map": {"a": one, "x": two}}).encode()
+    files = {f"whole/{one}": content(a=2, x=3), f"whole/{two}": content(x=4)}
+    files |= {f"half/{one}": content(a=2), "other/model.gguf": b"GGUF" + bytes(20)}
+    files |= {f"{folder}/net.{suffix}.index.json": index for folder in ("whole", "half")}
+    with Hub({"owner/model": files}) as hub:
+        code, envelope = manifest(hub, "owner/model:whole", tmp_path / "home")
+        assert code == 0, envelope
+        found = {name: entry[0] for name, entry in envelope["data"]["manifest"].items() if name != "__metadata__"}
+        assert found == {"a": [2], "x": [4]} and "x" in envelope["data"]["notes"][0]
+        assert envelope["data"].get("names", "") == ("" if suffix == "bin" else "converted")
+        code, envelope = manifest(hub, "owner/model:half", tmp_path / "home")
+        assert code == 1 and envelope["error"]["code"] == "manifest_invalid"
+        assert envelope["error"]["details"]["missing"] == [two]
+        for path in ("other", "other/model.gguf"):
+            code, envelope = manifest(hub, f"owner/model:{path}", tmp_path / "home")
+            assert code == 1 and envelope["error"]["code"] == "checkpoint_format", envelope

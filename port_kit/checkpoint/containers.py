@@ -1,0 +1,155 @@
+"""Names what a file or folder is that is no checkpoint to read, and says what to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from port_kit.checkpoint.byte_sources import ByteSource
+from port_kit.errors import CheckpointError
+
+SAFETENSORS_SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+#: Largest safetensors header that is read; the format's own limit.
+MAX_HEADER = 100_000_000
+#: What trainers leave beside weights: state that no pipeline loads.
+LEFTOVERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler")
+_DCP_METADATA = ".metadata"
+
+
+class Container(NamedTuple):
+    """A format that is not read: what messages call it, what to do, and how it is recognized.
+
+    Attributes:
+        what: completes "this file ...".
+        hint: what to do.
+        suffixes: of names.
+        magic: ``(offset, bytes)`` of contents.
+    """
+
+    what: str
+    hint: str
+    suffixes: tuple[str, ...] = ()
+    magic: tuple[tuple[int, bytes], ...] = ()
+
+
+_FETCH = "fetch the file again"
+_UNPACK = "unpack it and name the checkpoint inside"
+_NUMPY = "read its arrays with {} and save them with safetensors.numpy.save_file"
+_DCP = Container(
+    "is a checkpoint of torch.distributed.checkpoint (DCP)",
+    "join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt; then name model.pt",
+    (".distcp",),
+)
+_HTML = "is an HTML page, probably a server's error message"
+_CONTAINERS = (
+    Container(_HTML, _FETCH, magic=((0, b"<!doctype"), (0, b"<html"), (0, b"<?xml"))),
+    Container(
+        "is a Git LFS pointer; the content was never fetched",
+        "fetch it with git lfs pull",
+        magic=((0, b"version https://git-lfs.github.com"),),
+    ),
+    Container(
+        "is a GGUF file: tensors of llama.cpp's names, mostly quantized",
+        "name the safetensors or torch checkpoint that it was made from; port-kit inspect lists its tensors",
+        (".gguf",),
+        ((0, b"GGUF"),),
+    ),
+    _DCP,
+    Container("is a NumPy array", _NUMPY.format("numpy.load"), (".npy",), ((0, b"\x93NUMPY"),)),
+    Container("is a NumPy archive (npz)", _NUMPY.format("numpy.load"), (".npz",)),
+    Container("is an HDF5 file", _NUMPY.format("h5py"), (".h5", ".hdf5"), ((0, b"\x89HDF\r\n\x1a\n"),)),
+    Container("is a Keras archive", _NUMPY.format("keras.saving.load_model"), (".keras",)),
+    Container(
+        "is an ONNX graph",
+        "name the checkpoint that it was exported from",
+        (".onnx", ".onnx_data"),
+    ),
+    Container(
+        "is a Flax checkpoint (msgpack)",
+        "read it with flax.serialization.msgpack_restore and save it with safetensors.flax.save_file",
+        (".msgpack",),
+    ),
+    Container("is a TFLite model", "name the checkpoint that it was converted from", (".tflite",), ((4, b"TFL3"),)),
+    Container("is a TensorFlow graph", "name the checkpoint that it was exported from", (".pb",)),
+    Container("is a Core ML model", "name the checkpoint that it was converted from", (".mlmodel",)),
+    Container("is a TensorRT engine", "name the checkpoint that it was built from", (".engine", ".plan")),
+    Container("is a tar archive", _UNPACK, (".tar", ".nemo"), ((257, b"ustar"),)),
+    Container("is gzip-compressed", _UNPACK, (".gz", ".tgz"), ((0, b"\x1f\x8b"),)),
+    Container("is a Zstandard archive", _UNPACK, (".zst",), ((0, b"\x28\xb5\x2f\xfd"),)),
+    Container("is a 7z archive", _UNPACK, (".7z",), ((0, b"7z\xbc\xaf\x27\x1c"),)),
+    Container("is an xz archive", _UNPACK, (".xz",), ((0, b"\xfd7zXZ\x00"),)),
+    Container("is JSON text", _FETCH, magic=((0, b"{"), (0, b"["))),
+)
+
+
+def looks_like_safetensors(source: ByteSource) -> bool:
+    """Return True if a file begins with the length of a JSON object that fits into it."""
+    head = source.read_at(0, 9)
+    length = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and 2 <= length <= min(MAX_HEADER, source.size - 8)
+
+
+def looks_like_torch(source: ByteSource) -> bool:
+    """Return True if a file begins as what torch.save writes: a zip archive or a pickle."""
+    head = source.read_at(0, 4)
+    return head == b"PK\x03\x04" or head[:1] == b"\x80"
+
+
+def refuse_foreign(source: ByteSource) -> None:
+    """Raise if a file is of a format that is known and not read.
+
+    Raises:
+        CheckpointError: ``checkpoint_format`` with what the file is and what to do.
+    """
+    if looks_like_safetensors(source):
+        return
+    head = source.read_at(0, 512)
+    text = head.lstrip()[:64].lower()
+    for container in _CONTAINERS:
+        for at, magic in container.magic:
+            if head[at : at + len(magic)] == magic or (at == 0 and text.startswith(magic)):
+                raise _foreign(source.name, container)
+    refuse_foreign_name(source.name)
+
+
+def refuse_foreign_name(name: str) -> None:
+    """Raise if a file is of a format that is known by its name and not read.
+
+    Raises:
+        CheckpointError: ``checkpoint_format``.
+    """
+    base = name.replace("\\", "/").rpartition("/")[2].lower()
+    for container in _CONTAINERS:
+        if base.endswith(container.suffixes or (" ",)) or (container is _DCP and base == _DCP_METADATA):
+            raise _foreign(name, container)
+
+
+def refuse_dcp(folder: str, names: Iterable[str]) -> None:
+    """Raise if a folder of these files is a checkpoint of torch.distributed.checkpoint.
+
+    Raises:
+        CheckpointError: ``checkpoint_format``.
+    """
+    bases = {name.rpartition("/")[2] for name in names}
+    if _DCP_METADATA in bases or any(base.endswith(_DCP.suffixes) for base in bases):
+        raise _foreign(folder, _DCP)
+
+
+def describe_zip(names: Iterable[str]) -> Container:
+    """Return what a zip archive without data.pkl is, from the names of its entries."""
+    listed = list(names)
+    if listed and all(name.endswith(".npy") for name in listed):
+        return next(container for container in _CONTAINERS if ".npz" in container.suffixes)
+    if "model.weights.h5" in listed:
+        return next(container for container in _CONTAINERS if ".keras" in container.suffixes)
+    shown = ", ".join(listed[:4]) or "nothing"
+    return Container(f"is a zip archive without data.pkl; it holds {shown}", _UNPACK)
+
+
+def _foreign(name: str, container: Container) -> CheckpointError:
+    return CheckpointError(
+        f"{name} {container.what}; a safetensors file or a torch checkpoint is required",
+        code="checkpoint_format",
+        hint=container.hint,
+    )

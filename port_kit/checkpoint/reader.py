@@ -1,0 +1,283 @@
+"""The manifest of a checkpoint, local or remote: one file, a folder of files, or what an index names.
+
+Safetensors are preferred to torch checkpoints, and an index to the files beside it. Only headers are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from port_kit.checkpoint.byte_sources import ByteSource, FileSource
+from port_kit.checkpoint.containers import (
+    LEFTOVERS,
+    MAX_HEADER,
+    PICKLE_SUFFIXES,
+    SAFETENSORS_SUFFIX,
+    looks_like_safetensors,
+    looks_like_torch,
+    refuse_dcp,
+    refuse_foreign,
+    refuse_foreign_name,
+)
+from port_kit.checkpoint.index import INDEX_SUFFIX, read_weight_map, select
+from port_kit.checkpoint.pickle_reader import read_tables
+from port_kit.checkpoint.state_dicts import describe_places
+from port_kit.errors import CheckpointError, RemapError
+from port_kit.manifest import Manifest, Stamp, TensorSpec, invalid_manifest, parse_json, stamp
+
+#: Formats that are read, the preferred one first, and the suffixes by which a folder's files are known.
+SUFFIXES: dict[str, tuple[str, ...]] = {"safetensors": (SAFETENSORS_SUFFIX,), "torch": PICKLE_SUFFIXES}
+_LARGEST_INDEX = 1 << 28
+_SHOWN = 8
+
+
+class CheckpointFiles(Protocol):
+    """Files by path below a folder or a repository.
+
+    Attributes:
+        exact_offsets: reading a few bytes is cheap, so that offsets in pickles are read and not computed.
+    """
+
+    exact_offsets: bool
+
+    def shown(self, path: str) -> str:
+        """Return what messages call a path."""
+
+    def is_folder(self, path: str) -> bool:
+        """Return True if a path is a folder."""
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of what stands right in a folder, those of folders with a slash at the end."""
+
+    def open(self, path: str) -> AbstractContextManager[ByteSource]:
+        """Open a file; raises FileNotFoundError if it is missing, OSError if it cannot be read."""
+
+
+class LocalFiles:
+    """A folder on a disk as :class:`CheckpointFiles`."""
+
+    exact_offsets = True
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def shown(self, path: str) -> str:
+        """See :class:`CheckpointFiles`."""
+        return str(self._root / path)
+
+    def is_folder(self, path: str) -> bool:
+        """See :class:`CheckpointFiles`."""
+        return (self._root / path).is_dir()
+
+    def names(self, folder: str) -> list[str]:
+        """See :class:`CheckpointFiles`."""
+        with os.scandir(self._root / folder) as entries:
+            return sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+
+    def open(self, path: str) -> AbstractContextManager[ByteSource]:
+        """See :class:`CheckpointFiles`."""
+        return FileSource(self._root / path)
+
+
+def read_local(path: Path, wrapper: str = "", *, formats: Sequence[str] = tuple(SUFFIXES)) -> Manifest:
+    """Read a file or folder on a disk; see :meth:`port_kit.manifest.Manifest.from_checkpoint`."""
+    root, name = (path, "") if path.is_dir() else (path.parent, path.name)
+    try:
+        return read_checkpoint(LocalFiles(root), name, wrapper, formats=formats)
+    except OSError as error:
+        raise invalid_manifest(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_checkpoint(
+    files: CheckpointFiles, path: str, wrapper: str = "", *, formats: Sequence[str] = tuple(SUFFIXES)
+) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Args:
+        files: where it lies.
+        path: the file, index or folder; empty for the whole.
+        wrapper: of torch checkpoints, the keys above the tensors.
+        formats: keys of :data:`SUFFIXES` that may be read.
+
+    Raises:
+        RemapError, CheckpointError: see :meth:`port_kit.manifest.Manifest.from_checkpoint`.
+        OSError: a file cannot be read.
+    """
+    reader = _Reader(files, wrapper, formats)
+    if files.is_folder(path):
+        return reader.read_folder(path)
+    if path.endswith(INDEX_SUFFIX):
+        return reader.read_index(path)
+    return reader.read_file(path, path.rpartition("/")[2])
+
+
+class _Reader:
+    """Reads one checkpoint; ``file`` is a path relative to the folder of the checkpoint."""
+
+    def __init__(self, files: CheckpointFiles, wrapper: str, formats: Sequence[str]) -> None:
+        self._files, self._wrapper, self._formats = files, wrapper, formats
+
+    def read_folder(self, folder: str) -> Manifest:
+        shown, names = self._files.shown(folder), self._files.names(folder)
+        base = f"{folder}/" if folder else ""
+        for word in self._formats:
+            if word == "torch":
+                refuse_dcp(shown, names)
+            suffixes = SUFFIXES[word]
+            indexes = [name for name in names if name.endswith(tuple(suffix + INDEX_SUFFIX for suffix in suffixes))]
+            if len(indexes) > 1:
+                listed = ", ".join(indexes)
+                raise invalid_manifest(f"{shown} holds {len(indexes)} indexes: {listed}", "name one of them")
+            if indexes:
+                return self.read_index(base + indexes[0])
+            found = [name for name in names if name.endswith(suffixes)]
+            if found:
+                return self._join_files(base, found, shown)
+        for name in names:
+            refuse_foreign_name(self._files.shown(base + name))
+        listed = ", ".join(names[:_SHOWN]) or "nothing"
+        raise invalid_manifest(
+            f"{shown} holds no {' and no '.join(self._formats)} checkpoint; there is: {listed}",
+            "name a file, a folder of them, or an index",
+        )
+
+    def _join_files(self, base: str, found: list[str], shown: str) -> Manifest:
+        weights = [name for name in found if not name.startswith(LEFTOVERS)] or found
+        left_out = [name for name in found if name not in weights]
+        notes = [f"{name} is left out: trainers keep their own state under such names" for name in left_out]
+        return join([(name, self.read_file(base + name, name)) for name in weights], shown, notes)
+
+    def read_index(self, path: str) -> Manifest:
+        shown, folder = self._files.shown(path), path.rpartition("/")[0]
+        base = f"{folder}/" if folder else ""
+        with self._files.open(path) as source:
+            weight_map = read_weight_map(source.read_at(0, min(source.size, _LARGEST_INDEX)), shown)
+        parts: dict[str, Manifest] = {}
+        missing: list[str] = []
+        for file in sorted(set(weight_map.values())):
+            try:
+                parts[file] = self.read_file(base + file, file)
+            except FileNotFoundError:
+                missing.append(file)
+        if missing:
+            raise invalid_manifest(
+                f"{shown} names {len(missing)} files that are missing: {', '.join(missing[:_SHOWN])}",
+                "download them: a checkpoint is read whole",
+                missing=missing,
+            )
+        return join(select(weight_map, parts, path.rpartition("/")[2]), shown)
+
+    def read_file(self, path: str, file: str) -> Manifest:
+        """Read one file; ``file`` is what its tensors' specs call it."""
+        shown = self._files.shown(path)
+        with self._files.open(path) as source:
+            source.name = shown
+            if self._format(source, path) == "safetensors":
+                return _read_safetensors(source, file)
+            return _read_torch(source, file, self._wrapper, exact_offsets=self._files.exact_offsets)
+
+    def _format(self, source: ByteSource, path: str) -> str:
+        if len(self._formats) == 1:
+            return self._formats[0]
+        for word in self._formats:
+            if path.endswith(SUFFIXES[word]):
+                return word
+        refuse_foreign(source)
+        if looks_like_safetensors(source):
+            return "safetensors"
+        if looks_like_torch(source):
+            return "torch"
+        raise invalid_manifest(f"{source.name} is no safetensors file and no torch checkpoint", "check the path")
+
+
+def _read_safetensors(source: ByteSource, file: str) -> Manifest:
+    """Read a safetensors header.
+
+    Raises:
+        RemapError: ``manifest_invalid`` for a broken file.
+        CheckpointError: ``checkpoint_format`` for a file of another known format.
+    """
+    if source.size:
+        refuse_foreign(source)
+    head = source.read_at(0, 8)
+    size = int.from_bytes(head, "little") if len(head) == 8 else 0
+    raw = source.read_at(8, size) if 2 <= size <= MAX_HEADER else b""
+    header = parse_json(raw, f"the safetensors header of {source.name}") if raw and len(raw) == size else None
+    if not isinstance(header, dict):
+        raise invalid_manifest(f"{source.name} is not a whole safetensors file", "download it again")
+    stamped: Stamp | None = stamp(source.descriptor) if isinstance(source, FileSource) else None
+    manifest = Manifest.from_header(header, file=file, origin=source.name, start=8 + size, stamp=stamped)
+    if source.size != 8 + size + manifest.nbytes:
+        raise invalid_manifest(
+            f"{source.name} has {source.size} bytes; its header needs {8 + size + manifest.nbytes}", "download it again"
+        )
+    return manifest
+
+
+def _read_torch(source: ByteSource, file: str, wrapper: str, *, exact_offsets: bool) -> Manifest:
+    """Read a torch checkpoint's tables. Tensors that are not selected are noted if a wrapper selects, else refused.
+
+    Raises:
+        CheckpointError: ``pickle_wrapper`` if tensors lie at several places and no wrapper says which, and whatever
+            :func:`~port_kit.checkpoint.pickle_reader.read_tables` raises.
+    """
+    tables = read_tables(source, wrapper, exact_offsets=exact_offsets)
+    if tables.elsewhere and not wrapper:
+        wrappers = [place.path for place in tables.elsewhere if place.path and place.named]
+        raise CheckpointError(
+            f"{source.name} has {len(tables.tensors)} tensors at the top level and further ones under "
+            f"{describe_places(tables.elsewhere)}",
+            code="pickle_wrapper",
+            hint=f"name the one that you want: {' or '.join(f'--wrapper {path}' for path in (*wrappers[:1], '.'))} "
+            "(. is the top level)",
+            wrappers=wrappers,
+        )
+    notes = []
+    if tables.elsewhere:
+        notes.append(f"{source.name}: tensors under {describe_places(tables.elsewhere)} are left out")
+    entries = {name: TensorSpec(tuple(entry.shape), entry.dtype, file) for name, entry in tables.tensors.items()}
+    return Manifest(entries, origin=source.name, notes=notes)
+
+
+def join(parts: Sequence[tuple[str, Manifest]], origin: str, notes: Iterable[str] = ()) -> Manifest:
+    """Return the manifest of a checkpoint from those of its files.
+
+    Raises:
+        RemapError: ``manifest_invalid`` for a name in two files, ``remap_mixed`` for files of different naming.
+    """
+    entries: dict[str, TensorSpec] = {}
+    places: dict[str, int] = {}
+    stamps: dict[str, Stamp] = {}
+    told = list(notes)
+    for file, part in parts:
+        twice = entries.keys() & part.keys()
+        if twice:
+            name = next(name for name in part if name in twice)
+            raise invalid_manifest(
+                f"{name!r} stands in {entries[name].file} and in {file}",
+                "name one of the files, or an index that says which copy counts",
+            )
+        entries.update(part.items())
+        places.update(part.places)
+        stamps.update(part.stamps)
+        told += part.notes
+    naming = _common_naming({file: part.naming for file, part in parts}, origin)
+    return Manifest(entries, origin=origin, places=places, stamps=stamps, naming=naming, notes=told)
+
+
+def _common_naming(files: Mapping[str, str], origin: str) -> str:
+    """Return the naming of a checkpoint from that of its files, empty unless all of them record it."""
+    namings = set(files.values())
+    if "converted" in namings and len(namings) > 1:
+        converted = next(file for file, naming in files.items() if naming == "converted")
+        other = next(file for file, naming in files.items() if naming != "converted")
+        raise RemapError(
+            f"{origin}: {converted} has converted names, {other} {files[other] or 'records none'}",
+            code="remap_mixed",
+            hint="keep files with original and with converted names in different folders",
+        )
+    return namings.pop() if len(namings) == 1 else ""
