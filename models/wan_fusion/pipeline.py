@@ -27,6 +27,7 @@ from port_kit.manifest import Manifest
 from port_kit.models.wan_fusion.batching import groups, join
 from port_kit.models.wan_fusion.denoising import Conditions, Denoising, Job, Step, draw_noise
 from port_kit.models.wan_fusion.layouts import refuse_impossible
+from port_kit.models.wan_fusion.lora_names import WAN_NAMES
 from port_kit.models.wan_fusion.prompts import tokenize
 from port_kit.models.wan_fusion.request import (
     AUDIO_LATENT_CHANNELS,
@@ -251,7 +252,9 @@ class FusionPipeline(
         return self.text_encoder(ids, torch.ones_like(ids)).to(self.dtype)
 
     def _load_diffusion_lora_adapter(self, *, lora_request: Any, lora_path: str, dtype: torch.dtype) -> Any:
-        """Read a LoRA with the transformer's original names; vLLM-Omni's LoRA manager asks for it.
+        """Read a LoRA with the transformer's original names, or with those of Wan 2.2 for the video tower.
+
+        vLLM-Omni's LoRA manager asks for it.
 
         Raises:
             OmniClientError: the file is not one for this model.
@@ -262,7 +265,13 @@ class FusionPipeline(
         rules: Any = resolve(part.rules)
         try:
             return read_adapter(
-                lora_path, self.transformer, rules, adapter=lora_request.lora_int_id, dtype=dtype, modules=modules
+                lora_path,
+                self.transformer,
+                rules,
+                adapter=lora_request.lora_int_id,
+                dtype=dtype,
+                modules=modules,
+                other_names=WAN_NAMES,
             )
         except (InputError, RemapError) as error:
             raise refusal(error) from error

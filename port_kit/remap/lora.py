@@ -1,43 +1,36 @@
-"""LoRA files by the rules of their base model: adapters take the names of the port's modules.
+"""LoRA files mapped by the rules of their base model: an adapter follows the copy tasks of the weight that it adapts.
 
-An adapter belongs to a module, so its names follow those of the module's weight. Parts of a fused projection keep names
-of their own (``self_attn.q`` beside ``self_attn.k``), as vLLM-Omni's LoRA manager wants them together with
-:func:`port_kit.remap.mapper.stacked_params_mapping`. Where loading splits a weight by rows, or puts its rows in another
-order, every part gets its rows of B and the whole of A; by columns, its columns of A and the whole of B.
+The adapter of module M changes ``M.weight`` by ``B @ A``. Its rows are rows of B, its columns are columns of A. A copy
+task that selects whole rows and whole columns is therefore followed exactly: B, biases and DoRA magnitudes by rows, A
+by columns. :mod:`port_kit.remap.selection` measures whether it does, so built-in ops and registered transforms are
+treated alike. Everything else is refused by name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
-from port_kit.remap.boxes import Shape, whole
-from port_kit.remap.lower import Lowering, Write
-from port_kit.remap.mapper import NameMapper
-from port_kit.remap.matching import Matcher
-from port_kit.remap.problems import Problem, nearest, problem_from, raise_problems
-from port_kit.remap.rules import Rule, RuleSet
-from port_kit.remap.steps import Cast, Permute, Reorder, Reshape, Step, Take, gather
+from port_kit.remap.lora_names import PREFIXES, Entry, read_entry, read_other, restore_names, without_prefixes
+from port_kit.remap.problems import Problem, closest_match, problem_from, raise_problems
+from port_kit.remap.regions import Shape, full_region, region_shape
+from port_kit.remap.resolve import CopyTask, Resolver, expand
+from port_kit.remap.resolve_ops import Scope
+from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.selection import Selection, select
+from port_kit.remap.tensor_ops import Call, Cast, apply
+
+__all__ = ["PREFIXES", "read_entry", "remap_lora", "restore_names"]
 
 Value = TypeVar("Value")
-
-#: What stands before the module in files of PEFT, diffusers and kohya-style trainers.
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "")
-_ADAPTER = re.compile(r"(.+?)\.(lora_(?:A|B|up|down|embedding_[AB])(?:\.\w+)?(?:\.weight)?|alpha|dora_scale|diff_b?)")
-#: What stands before a module in kohya's files, where the dots of the module are underscores.
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_")
-#: The two matrices by the words of trainers: A is (rank, inputs), B is (outputs, rank).
-_MATRICES = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
-#: Ops that change which elements a module's weight has or where: a rename alone does not follow them.
-_MOVING = ("split", "concat", "stack", "reorder", "rearrange", "transpose")
 
 
 def remap_lora(
     tensors: Mapping[str, Value],
-    rules: RuleSet,
+    rules: Rules,
     *,
     sizes: Mapping[str, int] | None = None,
     prefixes: Iterable[str] = PREFIXES,
@@ -46,182 +39,261 @@ def remap_lora(
 ) -> dict[str, Value]:
     """Return a LoRA file's tensors under the names of the port's modules.
 
-    Values are not touched, but for adapters of weights that loading splits: those give parts, which are views.
+    With ``target``, adapters are checked against the weights that they adapt, and follow what loading selects of them.
+    Without it, adapters are renamed only, whatever their values are.
 
     Args:
         tensors: the file's tensors by name.
         rules: the rule set of the base model's component.
         sizes: named sizes, as for loading.
-        prefixes: what may stand before a module's name; the first under which the rules know it is taken off.
-        target: the manifest of the port's module; without it, adapters of weights that loading splits are refused.
-        parts: what the parts of a fused module are called, in the order of its slots: the module's
-            ``packed_modules_mapping``. A part that is not in it is called by its slot, or ``module_slot`` where that is
-            a number.
+        prefixes: prefixes of modules that are removed; the first under which the rules know the module counts.
+        target: the manifest of the port's module.
+        parts: names of the shards of fused modules, in the order of the shards: the module's
+            ``packed_modules_mapping``. A shard without such a name has that of the source module, or of the shard
+            (``module_shard`` if that is a number) if the source is fused.
 
     Raises:
-        RemapError: ``remap_unexpected`` for an adapter of a module that the rules do not know or drop, ``remap_op`` for
-            one that cannot follow what they do with the weight, ``remap_collision`` for two that get one name.
+        RemapError: ``lora_file`` for kinds of adapters that are not read, ``remap_unexpected`` for a module that the
+            rules do not know or drop, ``remap_beyond_layers`` and ``remap_shape`` for one that does not fit the target,
+            ``remap_incomplete_group`` if one of A and B is missing, ``remap_op`` if the adapter cannot follow what the
+            rules do with the weight, ``remap_collision`` for two tensors of one name.
     """
-    mapper, matcher = NameMapper(rules, sizes).get_rename_mapper(), Matcher(rules.rules)
+    mapping = _Mapping(rules, sizes or {}, target, parts or {})
+    modules, problems = _by_module(tensors, mapping, tuple(prefixes))
     renamed: dict[str, Value] = {}
-    problems: list[Problem] = []
-    moved: dict[str, dict[str, tuple[str, Any]]] = {}
-    for name, value in tensors.items():
-        found = _ADAPTER.fullmatch(name)
-        module = _module(found[1], matcher, tuple(prefixes)) if found is not None else None
-        if found is None or module is None:
-            near = nearest(name, [rule.source for rule in rules])
-            message = f"{name} belongs to no module that {rules.name} maps"
-            problems.append(Problem("remap_unexpected", message, source=name, near=near))
-            continue
-        rule = rules.rules[matcher.find(f"{module}.weight")[0]]
-        problem = _obstacle(name, rule)
-        if problem is not None and target is not None:
-            moved.setdefault(module, {})[found[2]] = (name, value)
-            continue
-        mapped = mapper.map(f"{module}.weight")
-        assert mapped is not None
-        new = f"{mapped[0].removesuffix('.weight')}.{found[2]}"
-        problems += [problem] if problem is not None else _put(renamed, new, name, value, rule)
-    if moved and target is not None:
-        lowering = Lowering(rules, target, sizes or {}, narrow=True)
-        for module, adapter in moved.items():
-            try:
-                for new, name, value in split_adapter(module, adapter, lowering, parts or {}):
-                    problems += _put(renamed, new, name, value, None)
-            except RemapError as error:
-                problems.append(problem_from(error, source=next(iter(adapter.values()))[0]))
-    raise_problems(problems, f"{rules.name} does not map the LoRA file")
+    hint = ""
+    for module, entries in modules.items():
+        try:
+            for new, entry, value in _follow(module, entries, tensors, mapping):
+                if new in renamed:
+                    message = f"{entry.name} and another tensor are both {new}"
+                    problems.append(Problem("remap_collision", message, source=entry.name))
+                renamed[new] = value
+        except RemapError as error:
+            problems.append(problem_from(error, source=entries[0].name))
+            hint = hint or error.hint
+    hint = hint or "the file may be made for another base model"
+    raise_problems(problems, f"{rules.name} does not map the LoRA file", hint)
     return renamed
 
 
-def _put(renamed: dict[str, Value], new: str, name: str, value: Value, rule: Rule | None) -> list[Problem]:
-    if new in renamed:
-        label = rule.label if rule is not None else ""
-        return [Problem("remap_collision", f"{name} and another adapter are both {new}", label, name)]
-    renamed[new] = value
-    return []
+def _by_module(
+    names: Collection[str], mapping: _Mapping, prefixes: tuple[str, ...]
+) -> tuple[dict[str, list[Entry]], list[Problem]]:
+    """The entries of each module by its original name, and what has none."""
+    modules: dict[str, list[Entry]] = {}
+    problems: list[Problem] = []
+    others = {name: other for name in names if read_entry(name) is None and (other := read_other(name)) is not None}
+    for kind in dict.fromkeys(kind for kind, _ in others.values()):
+        found = [name for name, other in others.items() if other[0] == kind]
+        message = f"{found[0]}: {kind} is not read ({len(found)} tensors); LoRA with matrices A and B is"
+        problems.append(Problem("lora_file", message, source=found[0]))
+    refused = {module for _, module in others.values()}
+    for name in names:
+        entry = read_entry(name)
+        module = mapping.module_of(entry, prefixes) if entry is not None else None
+        if name in others or entry is not None and entry.module in refused:
+            continue
+        if entry is None:
+            problems.append(Problem("remap_unexpected", f"{name} is no tensor of a LoRA", source=name))
+        elif module is None:
+            near = closest_match(name, [rule.source for rule in mapping.rules if rule.source])
+            message = f"{name} belongs to no module that {mapping.name} maps"
+            problems.append(Problem("remap_unexpected", message, source=name, near=near))
+        else:
+            modules.setdefault(module, []).append(entry)
+    return modules, problems
 
 
-def split_adapter(
-    module: str, adapter: Mapping[str, tuple[str, Any]], lowering: Lowering, parts: Mapping[str, Sequence[str]]
-) -> Iterator[tuple[str, str, Any]]:
-    """The parts of an adapter whose weight goes to several places, or changes the order of its rows or columns.
+class _Place(NamedTuple):
+    """A module, or the shard of a fused one, that an adapter goes to, with the ops that its weight goes through."""
 
-    Args:
-        module: the adapted module by its original name.
-        adapter: ``{what it is: (name, tensor)}``.
-        lowering: the rules and the port's module.
-        parts: as for :func:`remap_lora`.
-
-    Yields:
-        ``(new name, name, tensor)``.
-
-    Raises:
-        RemapError: ``remap_op`` where the adapter is incomplete or cannot follow; what the rules say of the weight.
-    """
-    kinds = {what: _MATRICES.get(what.split(".")[0], what) for what in adapter}
-    known = {kinds[what]: tensor for what, (_, tensor) in adapter.items()}
-    strange = [name for what, (name, _) in adapter.items() if kinds[what] not in ("A", "B", "alpha")]
-    if strange or not {"A", "B"} <= set(known) or known["A"].ndim != 2 or known["B"].ndim != 2:
-        shown = ", ".join(strange) or f"{module} has {', '.join(name for name, _ in adapter.values())}"
-        raise _cannot_follow(
-            f"{shown}: the weight is rearranged on loading, which matrices A and B of two axes each can follow"
-        )
-    shape = (known["B"].shape[0], known["A"].shape[1])
-    found = lowering.lower(f"{module}.weight", TensorSpec(shape, "bfloat16"))
-    raise_problems(
-        list(found.problems),
-        f"{module} is rearranged on loading, and an adapter of {shape[0]} x {shape[1]} does not fit it",
-    )
-    for write in found.writes:
-        steps = {kind: _along(write, lowering.target[write.target], shape, known[kind], kind) for kind in "AB"}
-        followed = [kind for kind in "BA" if steps[kind] is not None]
-        if not followed:
-            raise _cannot_follow(f"{module} is rearranged on loading in more than its rows, or more than its columns")
-        new = _part_name(write, lowering.target[write.target], parts)
-        for what, (name, tensor) in adapter.items():
-            follows = steps[followed[0]] if kinds[what] == followed[0] else None
-            yield f"{new}.{what}", name, tensor if follows is None else gather(tensor, follows)
+    module: str
+    task: CopyTask | None
 
 
-def _along(write: Write, spec: TensorSpec, shape: Shape, matrix: Any, kind: str) -> list[Step] | None:
-    """A write's steps for a matrix that has its rows (B) or its columns (A); None where they touch the other axis."""
-    other, rank = (1, matrix.shape[1]) if kind == "B" else (0, matrix.shape[0])
-    size = shape[other]
-    if write.join is not None or len(spec.shape) != 2 or write.region != spec.slots.get(write.slot, whole(spec.shape)):
-        return None
+class _Mapping:
+    """Where the tensors of modules go: by the resolver, or by the names of rules alone if no target is known."""
 
-    def with_rank(extents: Shape) -> Shape:
-        return (*extents[:-1], rank) if other else (rank, *extents[1:])
+    def __init__(
+        self,
+        rules: Rules,
+        sizes: Mapping[str, int],
+        target: Mapping[str, TensorSpec] | None,
+        parts: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.name, self.rules, self._target, self._parts = rules.name, rules.rules, target, parts
+        self.checks = target is not None
+        aliases = getattr(target, "aliases", None)
+        self._resolver = Resolver(rules, target or {}, sizes, allow_downcast=True, aliases=aliases)
+        self._selections: dict[object, Selection | None] = {}
 
-    moved: list[Step] = []
-    for step in write.steps:
-        at = -1 if other else 0
-        if not step.before or not step.after or step.before[at] != size or step.after[at] != size:
-            return None
-        if isinstance(step, Take) and step.box[at] == (0, size):
-            box = (*step.box[:-1], (0, rank)) if other else ((0, rank), *step.box[1:])
-            moved.append(Take(box, with_rank(step.before)))
-        elif isinstance(step, Reorder) and step.dim != at % len(step.before):
-            moved.append(Reorder(step.dim, step.runs, with_rank(step.before)))
-        elif isinstance(step, Permute) and step.perm[at] == at % len(step.before):
-            moved.append(Permute(step.perm, with_rank(step.before)))
-        elif isinstance(step, Reshape):  # the elements of the other axis stay together: only the rest is counted anew
-            moved.append(Reshape(with_rank(step.before), with_rank(step.after)))
-        elif not isinstance(step, Cast):
-            return None
-    return moved
+    def module_of(self, entry: Entry, prefixes: tuple[str, ...]) -> str | None:
+        """The original name of an entry's module; None if the rules know none, or drop it."""
+        bare = without_prefixes(entry.module, prefixes)
+        return next((module for module in bare if self.source(module, entry.kind) is not None), None)
+
+    def source(self, module: str, kind: str) -> str | None:
+        """The tensor that an entry changes: the weight, the bias, or a parameter that is no module's."""
+        names = [f"{module}.bias"] if kind == "diff_b" else [f"{module}.weight"]
+        names += [module] if kind == "diff" else []
+        return next((name for name in names if any(not rule.drop for rule, _ in self._matching(name))), None)
+
+    def _matching(self, name: str) -> list[tuple[Rule, re.Match[str]]]:
+        return [(self.rules[number], match) for number, match in self._resolver.matches(name)]
+
+    def places(self, source: str, shape: Shape) -> list[_Place]:
+        """Where a tensor of this shape goes.
+
+        Raises:
+            RemapError: what the resolver finds wrong; ``remap_op`` for a place that no adapter can have.
+        """
+        if not self.checks:
+            return self._renamed(source)
+        found = self._resolver.resolve(source, TensorSpec(shape, "bfloat16"))
+        if found.problems:
+            problem = found.problems[0]
+            raise _wrong(problem.code, f"an adapter of {list(shape)} does not fit {source}: {problem.message}")
+        return [_Place(self._place_name(task, len(found.tasks) == 1), task) for task in found.tasks]
+
+    def has_places(self, source: str, shape: Shape) -> bool:
+        """Return True if the target has the tensor, and this shape fits it."""
+        if not self.checks:
+            return False
+        found = self._resolver.resolve(source, TensorSpec(shape, "bfloat16"))
+        return bool(found.tasks) and not found.problems
+
+    def carry(self, place: _Place, kind: str, name: str, value: Any, shape: Shape) -> Any:
+        """An adapter's tensor as it is in a place.
+
+        Raises:
+            RemapError: ``remap_op`` if it cannot follow what happens to the weight.
+        """
+        if place.task is None:
+            return value
+        ops = place.task.ops
+        if kind in ("diff", "diff_b"):
+            if not any(isinstance(op, Call) for op in ops):  # whatever moves elements moves differences
+                return apply(value, [op for op in ops if not isinstance(op, Cast)])
+            kind = "diff"
+        if (ops, shape) not in self._selections:
+            self._selections[ops, shape] = select(ops, shape)
+        selection = self._selections[ops, shape]
+        found = selection.of(kind, value) if selection is not None else None
+        if found is None:
+            what = "other than whole rows and columns" if selection is None else "part of what it belongs to"
+            raise _cannot_follow(f"{name}: loading takes {what} of {place.task.source}")
+        return found
+
+    def _renamed(self, source: str) -> list[_Place]:
+        places, matching = [], self._matching(source)
+        if len({rule.source for rule, _ in matching}) > 1:
+            labels = " and ".join(rule.label for rule, _ in matching)
+            raise RemapError(f"{source} matches {len(matching)} rules: {labels}", code="remap_ambiguous")
+        for rule, match in matching:
+            moving = [op.name for op in rule.op if op.name not in ("copy", "cast")]
+            if moving or rule.take or rule.into or len(rule.targets) > 1:
+                what = ", ".join(moving) or "a part of it"
+                raise _cannot_follow(f"{source} is rearranged ({what}); following it needs the module's manifest")
+            scope = Scope(self._resolver.sizes, rule.label, source, match, ())
+            target, shard = (expand(one[0], match, scope) if one else "" for one in (rule.targets, rule.shards))
+            if not rule.drop:
+                places.append(_Place(self._shard_name(target, shard, ("q", "k", "v"), source), None))
+        return places
+
+    def _place_name(self, task: CopyTask, alone: bool) -> str:
+        assert self._target is not None
+        spec = self._target[task.target]
+        own = task.source if alone else ""
+        if task.join is not None:
+            by_rows = task.join.name == "concat" and task.join.get("dim") in (0, -len(spec.shape))
+            known = region_shape(spec.slots[task.role])[:1] if task.role in spec.slots else ()
+            if by_rows and (task.shape[1:] != spec.shape[1:] or known and task.shape[:1] != known):
+                raise _wrong("remap_shape", f"{task.source} gives {list(task.shape)} for a part of {list(spec.shape)}")
+            if by_rows and (known or _leaf(task.target) in self._parts):
+                return self._shard_name(task.target, task.role, [str(part) for part in task.join.get("parts")], own)
+        elif task.shard and task.region == spec.slots[task.shard]:
+            return self._shard_name(task.target, task.shard, list(spec.slots), own)
+        elif task.region == full_region(spec.shape):
+            return _module(task.target)
+        raise _cannot_follow(f"{task.source} is a part of {task.target} that has no name of its own")
+
+    def _shard_name(self, target: str, shard: str, shards: Sequence[str], source: str) -> str:
+        """The name of the shard of a fused module; ``source`` is the tensor that fills it alone, or empty."""
+        module, leaf = _module(target), _leaf(target)
+        if not shard:
+            return module
+        names = self._parts.get(leaf, ())
+        at = shards.index(shard) if shard in shards else int(shard) if shard.isdecimal() else len(names)
+        own = f"{leaf}_{shard}" if shard.isdecimal() else shard
+        name = names[at] if at < len(names) else _leaf(source) or own
+        return module.removesuffix(leaf) + name
 
 
-def _part_name(write: Write, spec: TensorSpec, parts: Mapping[str, Sequence[str]]) -> str:
-    module = write.target.removesuffix(".weight")
-    if not write.slot:
-        return module
-    parent, dot, leaf = module.rpartition(".")
-    own = f"{leaf}_{write.slot}" if write.slot.isdecimal() else write.slot
-    names, at = parts.get(leaf, ()), list(spec.slots).index(write.slot)
-    return f"{parent}{dot}{names[at] if at < len(names) else own}"
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
+def _leaf(tensor: str) -> str:
+    return _module(tensor).rpartition(".")[2]
 
 
 def _cannot_follow(message: str) -> RemapError:
     return RemapError(message, code="remap_op", hint="merge the adapter into the base model's weights before loading")
 
 
-def unflatten(tensors: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
-    """Return a LoRA file's tensors with the dots put back that kohya's trainers write as underscores.
-
-    Args:
-        tensors: by name; names without one of :data:`FLAT_PREFIXES`, or of no known module, stay as they are.
-        modules: names of the base model's modules, as its checkpoint has them.
-    """
-    known = {module.replace(".", "_"): module for module in modules}
-
-    def dotted(name: str) -> str:
-        module, dot, rest = name.partition(".")
-        for prefix in FLAT_PREFIXES:
-            if module.startswith(prefix):
-                return known.get(module.removeprefix(prefix), module) + dot + rest
-        return name
-
-    return {dotted(name): value for name, value in tensors.items()}
+def _follow(
+    module: str, entries: Sequence[Entry], tensors: Mapping[str, Any], mapping: _Mapping
+) -> Iterator[tuple[str, Entry, Any]]:
+    """``(new name, entry, value)`` of each tensor of one module's adapters in each place that it goes to."""
+    product = _check(module, entries, tensors) if mapping.checks else ()
+    for entry in entries:
+        value, kind, source = tensors[entry.name], entry.kind, mapping.source(module, entry.kind)
+        assert source is not None
+        if kind == "B.bias" and mapping.has_places(f"{module}.bias", product[:1]):
+            kind, source = "diff_b", f"{module}.bias"
+        shape = tuple(value.shape) if kind in ("diff", "diff_b") and mapping.checks else product
+        for place in mapping.places(source, shape):
+            yield place.module + entry.suffix, entry, mapping.carry(place, kind, entry.name, value, shape)
 
 
-def _module(name: str, matcher: Matcher, prefixes: tuple[str, ...]) -> str | None:
-    for prefix in prefixes:
-        bare = name.removeprefix(prefix) if name.startswith(prefix) else None
-        if bare is None:
-            continue
-        found = matcher.find(f"{bare}.weight")
-        if found and not matcher.rules[found[0]].drop:
-            return bare
-    return None
+def _check(module: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) -> Shape:
+    """Check that the tensors of a module fit each other, and return the shape of the weight that they change."""
+    halves: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.kind in ("A", "B"):
+            pair = halves.setdefault(entry.adapter, {})
+            if entry.kind in pair:
+                raise _wrong("remap_collision", f"{entry.name} and another tensor are both {entry.kind} of {module}")
+            pair[entry.kind] = tensors[entry.name]
+    shapes = {_product(module, pair) for pair in halves.values()}
+    if not shapes:  # a difference of the weight; those of biases are checked where they go
+        shapes = {tuple(tensors[entry.name].shape) for entry in entries if entry.kind == "diff"}
+    if len(shapes) != 1 and any(entry.kind != "diff_b" for entry in entries):
+        code = "remap_shape" if shapes else "remap_incomplete_group"
+        found = " and ".join(map(str, map(list, sorted(shapes)))) or "neither A nor B"
+        raise _wrong(code, f"{', '.join(entry.name for entry in entries)}: one shape is needed, found {found}")
+    shape = shapes.pop() if shapes else ()
+    for entry in entries:
+        value = tensors[entry.name]
+        rank = halves.get(entry.adapter, {}).get("A", value).shape[:1]
+        along = shape[1:2] if value.ndim == 2 and value.shape[0] == 1 else shape[:1]  # of a magnitude over inputs
+        wanted = {"alpha": (1,), "A.bias": tuple(rank), "B.bias": shape[:1], "magnitude": along}.get(entry.kind)
+        if wanted is not None and (value.numel(),) != wanted:
+            raise _wrong("remap_shape", f"{entry.name} has {list(value.shape)}; {module} needs {list(wanted)} values")
+    return shape
 
 
-def _obstacle(name: str, rule: Rule) -> Problem | None:
-    moving = [op.name for op in rule.op if op.name in _MOVING]
-    if not moving and not rule.take and not rule.into:
-        return None
-    message = f"{name} adapts a weight that is rearranged on loading ({', '.join(moving) or 'a part of it'})"
-    message += "; the manifest of the module is required to follow"
-    return Problem("remap_op", message, rule.label, name)
+def _product(module: str, pair: Mapping[str, Any]) -> Shape:
+    """The shape of ``B @ A``."""
+    if len(pair) < 2:
+        missing = "B (lora_B, lora_up)" if "A" in pair else "A (lora_A, lora_down)"
+        raise _wrong("remap_incomplete_group", f"{module} lacks {missing}")
+    a, b = pair["A"].shape, pair["B"].shape
+    if min(len(a), len(b)) < 2 or a[0] != b[1] or any(extent != 1 for extent in b[2:]):
+        raise _wrong("remap_shape", f"{module} has A {list(a)} and B {list(b)}: (rank, inputs) and (outputs, rank) fit")
+    return (b[0], *a[1:])
+
+
+def _wrong(code: str, message: str) -> RemapError:
+    return RemapError(message, code=code, hint="the file may be damaged, or made for another base model")

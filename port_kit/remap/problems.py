@@ -114,8 +114,8 @@ def closest_match(name: str, names: Collection[str], cutoff: float = 0.6) -> str
     return guess if guess in known else known.templates[found[0]]
 
 
-def raise_problems(problems: Sequence[Problem], subject: str) -> None:
-    """Raise one error for all problems, if there are any.
+def raise_problems(problems: Sequence[Problem], subject: str, hint: str = "") -> None:
+    """Raise one error for all problems, if there are any. Without a hint, it has that of the first problem.
 
     Raises:
         RemapError: with the code that all problems share, or ``remap_failed``; the problems are in ``details``.
@@ -131,7 +131,7 @@ def raise_problems(problems: Sequence[Problem], subject: str) -> None:
     raise RemapError(
         "\n".join([f"{subject}: {count}", *shown]),
         code=code,
-        hint=HINTS.get(problems[0].code, "see the problems one by one"),
+        hint=hint or HINTS.get(problems[0].code, "see the problems one by one"),
         problems=[problem.to_json() for problem in problems],
     )
 

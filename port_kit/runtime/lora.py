@@ -1,40 +1,33 @@
-"""A LoRA file with the base model's original names, as what vLLM-Omni's LoRA manager takes.
+"""A LoRA file with the base model's original names, as vLLM-Omni's LoRA manager takes it.
 
 The manager reads PEFT folders whose names are the port's own. A pipeline that has ``_load_diffusion_lora_adapter``
 is asked first: there a port calls :func:`read_adapter`, and files of PEFT, diffusers, kohya-style trainers or the
-original code work, renamed by the rules that load the base model. What does not fit is refused by name before any layer
-changes.
+original code work, renamed by the rules that load the base model. What does not fit, and what the manager cannot apply
+(DoRA, biases, differences of weights), is refused by name before any layer changes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import InputError
-from port_kit.manifest import Manifest
+from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import RuleSet
-from port_kit.remap.lora import remap_lora, unflatten
+from port_kit.remap.lora import read_entry, remap_lora, restore_names
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-#: Ends of names, without ``.weight`` and an adapter's own name, and which of the two matrices they are.
-_MATRICES = {"lora_A": "a", "lora_down": "a", "lora_B": "b", "lora_up": "b"}
+#: What the manager's layers apply.
+_APPLIED = ("A", "B", "alpha")
 #: Settings of PEFT's ``adapter_config.json`` that would change the result and are not supported.
 _UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")
-
-
-class Sizes(NamedTuple):
-    """Inputs and outputs of a linear, or of one projection in a fused one; full sizes, not a rank's part."""
-
-    inputs: int
-    outputs: int
 
 
 def read_adapter(
@@ -45,6 +38,7 @@ def read_adapter(
     adapter: int,
     dtype: dtype,
     modules: Iterable[str] = (),
+    other_names: Iterable[tuple[str, str]] = (),
     component: str = "transformer",
 ) -> tuple[LoRAModel, PEFTHelper]:
     """Read a LoRA file for a component.
@@ -56,6 +50,8 @@ def read_adapter(
         adapter: the request's ``lora_int_id``.
         dtype: in which the matrices are kept.
         modules: names of modules in the base model's checkpoint, for files that write them with underscores.
+        other_names: further names under which files know these modules, as for
+            :func:`~port_kit.remap.lora.restore_names`.
         component: the component's name in the pipeline.
 
     Raises:
@@ -67,15 +63,17 @@ def read_adapter(
     from vllm.lora.peft_helper import PEFTHelper
 
     file, settings = _find(Path(path))
-    sizes = adaptable(module)
-    tensors = unflatten(_read(file), modules)
+    packed: Mapping[str, list[str]] = getattr(module, "packed_modules_mapping", {})
+    tensors = restore_names(_supported(_read(file), file), modules, other_names)
     loras = {}
-    renamed = remap_lora(tensors, rules, target=_base(module), parts=getattr(module, "packed_modules_mapping", None))
-    for name, parts in _matrices(renamed, file).items():
-        a, b = parts["a"], parts["b"]
-        _check(name, a, b, sizes.get(name), file)
+    linears = _linears(module)
+    adaptable = {name for path, spec in linears.items() for name in _names(path, spec, packed)}
+    for name, found in _matrices(remap_lora(tensors, rules, target=_base(module, linears), parts=packed), file).items():
+        if name not in adaptable:
+            raise _bad(file, f"{name} is no linear of this model")
+        a, b = found["A"], found["B"]
         rank = a.shape[0]
-        alpha = float(parts["alpha"]) if "alpha" in parts else settings.get("lora_alpha", rank)
+        alpha = float(found["alpha"]) if "alpha" in found else settings.get("lora_alpha", rank)
         scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         full = f"{component}.{name}"
         loras[full] = LoRALayerWeights(full, rank, rank, a.to(dtype), b.to(dtype).clone(), scaling)
@@ -85,34 +83,46 @@ def read_adapter(
     return LoRAModel(adapter, rank, loras), PEFTHelper(r=rank, lora_alpha=rank, target_modules=list(loras))
 
 
-def _base(module: nn.Module) -> Manifest:
-    """The manifest of a module as it was before an earlier adapter wrapped its linears."""
-    found = Manifest.from_module(module)
-    return Manifest({name.replace(".base_layer.", "."): spec for name, spec in found.items()}, origin=found.origin)
+def _linears(module: nn.Module) -> dict[str, TensorSpec]:
+    """The full shape of each linear's weight, and its shards; an earlier adapter may have wrapped it.
 
-
-def adaptable(module: nn.Module) -> dict[str, Sizes]:
-    """Return the linears of a module that can be adapted; the parts of a fused one by names of their own."""
+    The weight itself may be quantized, and is not asked.
+    """
     from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
-    packed: Mapping[str, list[str]] = getattr(module, "packed_modules_mapping", {})
     found = {}
     for path, layer in module.named_modules():
         if not isinstance(layer, LinearBase):
             continue
         own: Any = layer  # the sizes below are attributes of some linears only
-        name = path.removesuffix(".base_layer")  # an earlier adapter has wrapped it
-        parent, dot, leaf = name.rpartition(".")
-        if leaf not in packed:
-            found[name] = Sizes(own.input_size, own.output_size)
-            continue
-        outputs = list(own.output_sizes)
+        outputs = {str(shard): size for shard, size in enumerate(getattr(own, "output_sizes", ()))}
         if isinstance(own, QKVParallelLinear):
-            key = own.total_num_kv_heads * own.head_size
-            outputs = [own.total_num_heads * own.head_size, key, own.total_num_kv_heads * own.v_head_size]
-        for part, size in zip(packed[leaf], outputs, strict=True):
-            found[f"{parent}{dot}{part}"] = Sizes(own.input_size, size)
+            q, k, v = own.total_num_heads, own.total_num_kv_heads, own.total_num_kv_heads
+            outputs = {"q": q * own.head_size, "k": k * own.head_size, "v": v * own.v_head_size}
+        slots, at = {}, 0
+        for shard, size in outputs.items() if len(outputs) > 1 else ():
+            slots[shard] = ((at, at + size), (0, own.input_size))
+            at += size
+        shape = (at or own.output_size, own.input_size)
+        found[path.removesuffix(".base_layer")] = TensorSpec(shape, "bfloat16", slots=slots)
     return found
+
+
+def _names(path: str, spec: TensorSpec, packed: Mapping[str, Sequence[str]]) -> list[str]:
+    """The names by which the manager knows a linear: those of its projections if it is fused."""
+    parent, dot, leaf = path.rpartition(".")
+    return [f"{parent}{dot}{name}" for name in packed[leaf]] if spec.slots and leaf in packed else [path]
+
+
+def _base(module: nn.Module, linears: Mapping[str, TensorSpec]) -> Manifest:
+    """The manifest of a module as it was before quantization and earlier adapters changed its linears."""
+    found = Manifest.from_module(module)
+    entries = {name.replace(".base_layer.", "."): spec for name, spec in found.items()}
+    aliases = {
+        name.replace(".base_layer.", "."): other.replace(".base_layer.", ".") for name, other in found.aliases.items()
+    }
+    entries |= {f"{path}.weight": spec for path, spec in linears.items() if f"{path}.weight" not in aliases}
+    return Manifest(entries, origin=found.origin, aliases=aliases)
 
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -146,30 +156,26 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise _bad(file, f"it cannot be read: {error}") from error
 
 
+def _supported(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Refuse what the rules can map and the manager's layers cannot apply."""
+    for name in tensors:
+        entry = read_entry(name)
+        if entry is not None and entry.kind not in _APPLIED:
+            raise _bad(file, f"{name} is a tensor of kind {entry.kind}; only matrices A and B and alpha can be applied")
+    return tensors
+
+
 def _matrices(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
-    """Sort a renamed file by module; every module has both matrices."""
+    """Sort a renamed file by module."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        module, mark, rest = name.partition(".lora_")
-        kind = _MATRICES.get(f"lora_{rest.split('.')[0]}") if mark else None
-        if name.endswith(".alpha"):
-            module, kind = name.removesuffix(".alpha"), "alpha"
-        if kind is None:
-            raise _bad(file, f"{name} is no LoRA matrix; LoRA's two matrices and alpha are supported")
-        found.setdefault(module, {})[kind] = tensor
-    for module, parts in found.items():
-        missing = [kind for kind in ("a", "b") if kind not in parts]
-        if missing:
-            raise _bad(file, f"{module} lacks {'lora_A (lora_down)' if missing[0] == 'a' else 'lora_B (lora_up)'}")
+        entry = read_entry(name)
+        assert entry is not None
+        parts = found.setdefault(entry.module, {})
+        if entry.kind in parts:
+            raise _bad(file, f"{name} is of a second adapter of {entry.module}; one is required")
+        parts[entry.kind] = tensor
     return found
-
-
-def _check(name: str, a: Tensor, b: Tensor, sizes: Sizes | None, file: Path) -> None:
-    if sizes is None:
-        raise _bad(file, f"{name} is no linear of this model")
-    wanted = (sizes.outputs, sizes.inputs)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != wanted:
-        raise _bad(file, f"{name} has A {list(a.shape)} and B {list(b.shape)}; {wanted[0]} x {wanted[1]} is adapted")
 
 
 def _bad(path: Path, problem: str) -> InputError:

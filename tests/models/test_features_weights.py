@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,14 @@ def test_an_adapter_by_original_names_is_the_merged_weights(
     ("change", "says"),
     [
         (lambda a, b: {"video_model.blocks.0.self_attn.z": (a, b)}, "belongs to no module"),
-        (lambda a, b: {"video_model.blocks.9.self_attn.q": (a, b)}, "blocks.9.video.self_attn.q is no linear"),
-        (lambda a, b: {"video_model.blocks.0.self_attn.q": (a[:, 1:].contiguous(), b)}, "is adapted"),
-        (lambda a, b: {"audio_model.patch_embedding.0": (a, b)}, "rearranged on loading"),
+        (lambda a, b: {"video_model.blocks.9.self_attn.q": (a, b)}, "blocks.9.video.self_attn.qkv"),
+        (lambda a, b: {"video_model.blocks.0.self_attn.q": (a[:, 1:].contiguous(), b)}, "does not fit"),
+        (lambda a, b: {"audio_model.patch_embedding.0": (a, b)}, "does not fit"),
+        (lambda a, b: {"blocks.0.cross_attn.k_img": (a, b)}, "blocks.0.cross_attn.k_img"),
+        (lambda a, b: {"blocks.9.self_attn.q": (a, b)}, "blocks.9.self_attn.q"),
         (lambda a, b: {}, "it holds no adapter"),
     ],
-    ids=["name", "layer", "shape", "convolution", "empty"],
+    ids=["name", "layer", "shape", "convolution", "wan image attention", "wan layer", "empty"],
 )
 def test_an_adapter_of_another_model_is_the_clients_error_and_changes_nothing(
     pipeline: FusionPipeline, adapters: Adapters, tmp_path: Path, change: Callable[..., Adapters], says: str
@@ -169,6 +172,81 @@ def test_an_adapter_of_another_model_is_the_clients_error_and_changes_nothing(
     with pytest.raises(OmniClientError, match=says):
         manager.set_active_adapter(LoRARequest("bad", 7, str(file)))
     assert not manager._lora_modules and manager._active_adapter_id is None
+
+
+#: A module of Wan2.2-TI2V-5B in its own repository, in diffusers, and the video tower's.
+WAN_MODULES = {
+    "blocks.0.self_attn.q": ("blocks.0.attn1.to_q", "video_model.blocks.0.self_attn.q"),
+    "blocks.2.self_attn.o": ("blocks.2.attn1.to_out.0", "video_model.blocks.2.self_attn.o"),
+    "blocks.1.cross_attn.k": ("blocks.1.attn2.to_k", "video_model.blocks.1.cross_attn.k"),
+    "blocks.1.cross_attn.q": ("blocks.1.attn2.to_q", "video_model.blocks.1.cross_attn.q"),
+    "blocks.0.ffn.0": ("blocks.0.ffn.net.0.proj", "video_model.blocks.0.ffn.0"),
+    "blocks.2.ffn.2": ("blocks.2.ffn.net.2", "video_model.blocks.2.ffn.2"),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2", "video_model.text_embedding.2"),
+    "time_projection.1": ("condition_embedder.time_proj", "video_model.time_projection.1"),
+    "head.head": ("proj_out", "video_model.head.head"),
+}
+WAN_PATCH = "video_model.patch_embedding"
+
+
+def _wan_file(form: str, adapters: Adapters) -> dict[str, Tensor]:
+    """The same adapters by the names of a trainer."""
+    marks = {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora_A", "lora_B"), "wan": ("lora_A", "lora_B")}[form]
+    others = {ours: (wan, theirs) for wan, (theirs, ours) in WAN_MODULES.items()}
+    others[WAN_PATCH] = ("patch_embedding", "patch_embedding")
+    tensors = {}
+    for module, pair in adapters.items():
+        wan, theirs = others[module]
+        name = {
+            "wan": f"diffusion_model.{wan}",
+            "diffusers": f"transformer.{theirs}",
+            "kohya": f"lora_unet_{wan.replace('.', '_')}",
+        }[form]
+        tensors |= {f"{name}.{mark}.weight": matrix for mark, matrix in zip(marks, pair, strict=True)}
+        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
+@pytest.mark.parametrize("form", ["wan", "diffusers", "kohya"])
+def test_an_adapter_of_wan_is_one_of_the_video_tower(
+    form: str, ovi_model: Path, original: dict[str, Tensor], tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    adapters, merged = {}, {name: tensor.float() for name, tensor in original.items()}
+    for module in [*[ours for _, ours in WAN_MODULES.values()], WAN_PATCH]:
+        rows, *columns = original[f"{module}.weight"].shape
+        a = torch.randn(RANK, *columns, generator=generator) / math.prod(columns) ** 0.5
+        b = torch.randn(rows, RANK, *[1] * (len(columns) - 1), generator=generator)
+        adapters[module] = a, b
+        merged[f"{module}.weight"] += ALPHA / RANK * (b.flatten(1) @ a.flatten(1)).reshape(rows, *columns)
+    save_file(_wan_file(form, adapters), tmp_path / "wan.safetensors")
+    config = FusionConfig.from_dict(read_json(ovi_model, "transformer/config.json"))
+    with single_rank(torch.float32), torch.inference_mode():
+        expected = WanFusionTransformer(config)
+        load_weights(expected, merged.items(), TRANSFORMER)
+        pipeline = load_pipeline(ovi_model)
+        before = flows(pipeline.transformer)
+        manager = DiffusionLoRAManager(pipeline, torch.device("cpu"), torch.float32)
+        manager.set_active_adapter(LoRARequest("wan", 1, str(tmp_path / "wan.safetensors")))
+        adapted, wanted = flows(pipeline.transformer), flows(expected)
+        assert (wanted - before).abs().max() > 0.01
+        assert (adapted - wanted).abs().max() < TOLERANCE
+        changed = {name for name, layer in manager._lora_modules.items() if layer.lora_b_stacked[0].any()}
+        assert changed and not any(".audio." in name for name in changed)
+
+
+@pytest.mark.parametrize("leaf", ["dora_scale", "diff", "diff_b", "lora_B.bias", "lora_magnitude_vector"])
+def test_what_the_manager_cannot_apply_is_refused_by_its_name(
+    pipeline: FusionPipeline, adapters: Adapters, tmp_path: Path, leaf: str
+) -> None:
+    a, b = adapters["video_model.blocks.0.self_attn.o"]
+    name = "blocks.0.self_attn.o"
+    value = b @ a if leaf == "diff" else torch.ones(b.shape[0])
+    file = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.{leaf}": value}
+    save_file(file, tmp_path / "lora.safetensors")
+    manager = DiffusionLoRAManager(pipeline, torch.device("cpu"), torch.float32)
+    with pytest.raises(OmniClientError, match=f"{name}.{leaf}"):
+        manager.set_active_adapter(LoRARequest("bad", 8, str(tmp_path / "lora.safetensors")))
 
 
 class PlainFp8(OnlineLinearBase):
