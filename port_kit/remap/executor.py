@@ -58,6 +58,9 @@ class Executor:
     def copy(self, task: CopyTask, tensor: Tensor) -> None:
         """Execute one task, through the parameter's own loader if it has one."""
         target = self.targets[task.target]
+        if target.loader is None and not task.ops and tensor.dtype == target.tensor.dtype:
+            _view(target.tensor.data, task.region).copy_(tensor)
+            return
         if target.loader is None:
             self.write(task, _view(target.tensor.data, task.region), tensor)
             return
@@ -143,16 +146,10 @@ def check_streamable(name: str, tensor: Tensor) -> None:
     Raises:
         RemapError: ``remap_tensor`` for a sparse tensor or one on the meta device.
     """
-    if tensor.is_meta or tensor.is_sparse or tensor.layout != _strided():
-        kind = "on the meta device" if tensor.is_meta else f"{str(tensor.layout).removeprefix('torch.')}"
+    if tensor.is_meta or str(tensor.layout) != "torch.strided":
+        kind = "on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
         raise RemapError(
             f"{name} cannot be loaded: expected a dense tensor, found one that is {kind}",
             code="remap_tensor",
             hint="convert it to a dense tensor in memory before loading",
         )
-
-
-def _strided() -> object:
-    import torch
-
-    return torch.strided

@@ -147,6 +147,7 @@ class WeightLoader:
         self._pending = self._builder.pending
         self._planned: dict[str, list[list[CopyTask]]] | None = None
         self._specs: Mapping[str, TensorSpec] = {}
+        self._known_specs: dict[object, TensorSpec] = {}
         self._waiting: dict[str, Tensor] = {}
         self._seen: set[str] = set()
         self._problems: list[Problem] = []
@@ -171,7 +172,8 @@ class WeightLoader:
             return
         self._seen.add(name)
         check_streamable(name, tensor)
-        tensor = tensor.detach()
+        if tensor.requires_grad:
+            tensor = tensor.detach()
         for group in self._ready(name, tensor):
             tensors = {task.source: self._waiting.get(task.source, tensor) for task in group}
             self._executor.run(group, tensors)
@@ -180,12 +182,15 @@ class WeightLoader:
                     self._pending[task.source] -= 1
         if self._pending.get(name):
             self._hold(name, tensor)
-        for waiting in [waiting for waiting in self._waiting if not self._pending.get(waiting)]:
-            del self._waiting[waiting]
+        if self._waiting:
+            self._waiting = {held: kept for held, kept in self._waiting.items() if self._pending.get(held)}
 
     def _ready(self, name: str, tensor: Tensor) -> list[list[CopyTask]]:
         """Return the groups of tasks whose sources have all arrived, this one last."""
-        spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        spec = self._known_specs.get((tensor.shape, tensor.dtype))
+        if spec is None:
+            spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            self._known_specs[tensor.shape, tensor.dtype] = spec
         if self._planned is None:
             return self._builder.add(name, spec)
         planned = self._specs.get(name)

@@ -9,6 +9,7 @@ understands) is read completely and executed as in :mod:`port_kit.remap.load`.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import warnings
@@ -21,6 +22,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from port_kit.checkpoint.dtypes import ITEM_SIZES
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, stamp
 from port_kit.remap.executor import Executor
@@ -29,10 +31,14 @@ from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
 from port_kit.remap.regions import (
     Region,
+    full_region,
     intersection,
     region_index,
+    region_numel,
+    region_shape,
     relative_to,
     shifted,
+    to_intervals,
 )
 from port_kit.remap.resolve import CopyTask, Resolver
 from port_kit.remap.rule import Rules
@@ -48,8 +54,6 @@ BLOCK = 16 << 20
 WINDOW = 256 << 20
 #: Threads if the target is on a GPU, where they wait for the disk more than they copy.
 GPU_THREADS = 8
-#: Bytes up to which the calling thread reads by itself, because handing them over takes longer.
-SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -176,21 +180,21 @@ class _File:
             warnings.simplefilter("ignore")  # that it cannot be written; nobody writes it
             return torch.from_numpy(view).view(dtype).view(spec.shape)
 
-    def reads(self, name: str, piece: Tensor, into: Tensor) -> Iterator[Callable[[], object]]:
-        """Yield the reads of a view of a tensor into memory of its shape and dtype, about :data:`BLOCK` bytes each."""
-        import torch
-
-        if not into.numel():
-            return
-        if piece.is_contiguous() and into.is_contiguous():
-            memory = memoryview(into.view(-1).view(torch.uint8).numpy())
-            start = self._source.places[name] + piece.storage_offset() * piece.element_size()
-            for at in range(0, len(memory), BLOCK):
-                yield partial(self._read, memory[at : at + BLOCK], start + at)
-            return
-        rows = max(1, len(into) * BLOCK // into.nbytes)
-        for at in range(0, len(into), rows):
-            yield partial(into[at : at + rows].copy_, piece[at : at + rows])
+    def reads(self, name: str, region: Region, into: Tensor) -> Iterator[Callable[[], object]]:
+        """Yield the reads of a region into memory of its shape and dtype, about :data:`BLOCK` bytes each."""
+        spec = self._source[name]
+        runs = to_intervals(region, spec.shape) if into.is_contiguous() and into.numel() else []
+        if len(runs) == 1:
+            start = self._source.places[name] + runs[0][0] * into.element_size()
+            for at in range(0, into.nbytes, BLOCK):
+                size = min(BLOCK, into.nbytes - at)
+                memory = (ctypes.c_char * size).from_address(into.data_ptr() + at)
+                yield partial(self._read, memoryview(memory).cast("B"), start + at)
+        elif into.numel():
+            piece = self.tensor(name)[region_index(region)]
+            rows = max(1, len(into) * BLOCK // into.nbytes)
+            for at in range(0, len(into), rows):
+                yield partial(into[at : at + rows].copy_, piece[at : at + rows])
 
     def _read(self, memory: memoryview, start: int) -> None:
         at = start
@@ -215,7 +219,7 @@ class _Staged(NamedTuple):
     """A region that is being read into a page-locked buffer, and the copy that follows."""
 
     buffer: Tensor
-    reads: list[Future[object]]
+    reads: list[Future[None]]
     copy: Callable[[Tensor], None]
 
 
@@ -229,7 +233,10 @@ class _Load:
         self._joined = plan.joined()
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._staged: deque[_Staged] = deque()
-        self._reads: list[Future[object]] = []
+        self._reads: list[Future[None]] = []
+        self._batch: list[Callable[[], object]] = []
+        self._batched = 0
+        self._pool: ThreadPoolExecutor
 
     def run(self, threads: int) -> None:
         """Read and execute everything, in the order of the files."""
@@ -242,10 +249,11 @@ class _Load:
                 files[name] = _File(self.root / name, name, source)
                 opened.callback(files[name].close)
             torch.set_num_threads(1)  # the threads of the pool divide the work
-            pool = ThreadPoolExecutor(threads, "port-kit-read", torch.set_num_threads, (1,))
-            opened.callback(pool.shutdown, cancel_futures=True)
+            self._pool = ThreadPoolExecutor(threads, "port-kit-read", torch.set_num_threads, (1,))
+            opened.callback(self._pool.shutdown, cancel_futures=True)
             for name in sorted(tasks, key=lambda name: (source[name].file, source.places[name])):
-                self._source(files[source[name].file], name, tasks[name], pool)
+                self._source(files[source[name].file], name, tasks[name])
+            self._flush()
             while self._staged:
                 self._finish(self._staged.popleft())
             for read in self._reads:
@@ -253,63 +261,58 @@ class _Load:
         for target in {task.target for task in self.plan.tasks}:
             self._clear_padding(self.executor.targets[target])
 
-    def _source(self, file: _File, name: str, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> None:
+    def _source(self, file: _File, name: str, tasks: Sequence[CopyTask]) -> None:
         """Read what the tasks of one source need."""
-        transfers = [_transfers(task, self.executor.targets[task.target]) for task in tasks]
-        tensor = file.tensor(name)
+        targets, spec = self.executor.targets, self.plan.source[name]
+        transfers = [_transfers(task, targets[task.target]) for task in tasks]
         if all(found is not None for found in transfers):
             for transfer in [transfer for found in transfers for transfer in found or ()]:
-                self._transfer(file, name, tensor, transfer, pool)
+                self._transfer(file, name, transfer)
             return
-        specs, targets = self.executor.specs, self.executor.targets
-        if any(targets[task.target].memory.numel() < specs[task.target].numel for task in tasks):
+        if any(targets[task.target].memory.numel() < self.executor.specs[task.target].numel for task in tasks):
             self.read_whole.append(name)
-        self._stage(file, name, tensor, partial(self._run, tasks), pool, tasks)
-
-    def _transfer(self, file: _File, name: str, tensor: Tensor, transfer: Transfer, pool: ThreadPoolExecutor) -> None:
-        """Read a region into this rank's memory, through a buffer if that is on a GPU."""
-        memory = self.executor.targets[transfer.task.target].memory
-        piece, into = tensor[region_index(transfer.source)], memory[region_index(transfer.local)]
-        if memory.is_cuda:
-            self._stage(file, name, piece, partial(self._write, transfer, into), pool, [transfer.task])
-            return
-        self.bytes_read += piece.nbytes
-        for perm in transfer.permutations:
-            piece = piece.permute(perm)
-        if piece.is_contiguous():
-            piece = piece.view(into.shape)
-        if piece.dtype == into.dtype and piece.shape == into.shape:
-            self._submit(file.reads(name, piece, into), piece.nbytes, pool)
+        self.bytes_read += spec.nbytes
+        if any(targets[task.target].memory.is_cuda for task in tasks):
+            self._stage(file, name, full_region(spec.shape), partial(self._run, tasks))
         else:
-            self._submit([partial(self._write, transfer._replace(permutations=()), into, piece)], piece.nbytes, pool)
+            self._run(tasks, file.tensor(name))
 
-    def _submit(self, reads: Iterable[Callable[[], object]], nbytes: int, pool: ThreadPoolExecutor) -> None:
-        for read in reads:
-            if nbytes <= SMALL:
-                read()
-            else:
-                self._reads.append(pool.submit(_in_inference_mode, read))
+    def _transfer(self, file: _File, name: str, transfer: Transfer) -> None:
+        """Read a region into this rank's memory, through a buffer if that is on a GPU."""
+        memory, region = self.executor.targets[transfer.task.target].memory, transfer.source
+        into, extents = memory[region_index(transfer.local)], region_shape(region)
+        self.bytes_read += region_numel(region) * ITEM_SIZES[self.plan.source[name].dtype]
+        same_bytes = str(into.dtype) == f"torch.{self.plan.source[name].dtype}" and not transfer.permutations
+        if memory.is_cuda:
+            self._stage(file, name, region, partial(self._write, transfer, into))
+        elif same_bytes and (into.is_contiguous() or not transfer.task.ops):
+            self._submit(file.reads(name, region, into.view(extents)), into.nbytes)
+        else:
+            piece = file.tensor(name)[region_index(region)]
+            self._submit([partial(self._write, transfer, into, piece)], into.nbytes)
 
-    def _stage(
-        self,
-        file: _File,
-        name: str,
-        piece: Tensor,
-        copy: Callable[[Tensor], None],
-        pool: ThreadPoolExecutor,
-        tasks: Sequence[CopyTask],
-    ) -> None:
-        """Read into a buffer ahead of its copy to a GPU; the mapping serves targets in host memory."""
+    def _submit(self, reads: Iterable[Callable[[], object]], nbytes: int) -> None:
+        """Hand reads over to the threads, many small ones together."""
+        self._batch += reads
+        self._batched += nbytes
+        if self._batched >= BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._batch:
+            self._reads.append(self._pool.submit(_run_all, self._batch))
+        self._batch, self._batched = [], 0
+
+    def _stage(self, file: _File, name: str, region: Region, copy: Callable[[Tensor], None]) -> None:
+        """Read into a page-locked buffer, ahead of its copy to a GPU."""
         import torch
 
-        self.bytes_read += piece.nbytes
-        if not any(self.executor.targets[task.target].memory.is_cuda for task in tasks):
-            copy(piece)
-            return
-        while self._staged and sum(each.buffer.nbytes for each in self._staged) + piece.nbytes > WINDOW:
+        spec = self.plan.source[name]
+        size = region_numel(region) * ITEM_SIZES[spec.dtype]
+        while self._staged and sum(each.buffer.nbytes for each in self._staged) + size > WINDOW:
             self._finish(self._staged.popleft())
-        buffer = torch.empty(piece.shape, dtype=piece.dtype, device="cpu", pin_memory=True)
-        reads = [pool.submit(_in_inference_mode, read) for read in file.reads(name, piece, buffer)]
+        buffer = torch.empty(region_shape(region), dtype=getattr(torch, spec.dtype), device="cpu", pin_memory=True)
+        reads = [self._pool.submit(_run_all, [read]) for read in file.reads(name, region, buffer)]
         self._staged.append(_Staged(buffer, reads, copy))
 
     @staticmethod
@@ -348,11 +351,12 @@ class _Load:
             target.memory[region_index(region)].zero_()
 
 
-def _in_inference_mode(read: Callable[[], object]) -> None:
+def _run_all(reads: Iterable[Callable[[], object]]) -> None:
     import torch
 
-    with torch.inference_mode():
-        read()
+    with torch.inference_mode():  # it is a property of the thread
+        for read in reads:
+            read()
 
 
 def _unreadable(path: Path, what: str, error: OSError, hint: str) -> RemapError:

@@ -159,15 +159,14 @@ class Resolver:
             if target not in self.target:
                 return Resolved(problems=(self._no_target(rule, name, spec, target),), rules=(number,))
             self._infer_full_shape(rule, target, spec)
-        kinds = [(self.target[target], shard) for target, shard in zip(targets, shards, strict=True)]
-        groups = match.groups() if rule.uses_groups else ()
-        key = (number, spec.shape, spec.dtype, groups, tuple(kinds))
-        if key in self._alike:
-            tasks = [
-                task._replace(source=name, target=target)
-                for task, target in zip(self._alike[key], targets, strict=True)
-            ]
-            return Resolved(tuple(tasks), rules=(number,))
+        key: list[object] = [number, spec.shape, spec.dtype, match.groups() if rule.uses_groups else ()]
+        for target, shard in zip(targets, shards, strict=True):
+            goal = self.target[target]
+            key += [shard, goal.shape, goal.dtype, goal.slots.get(shard)]
+        known = self._alike.get(tuple(key))
+        if known is not None:
+            alike = zip(known, targets, strict=True)
+            return Resolved(tuple([CopyTask(name, t.ops, target, *t[3:]) for t, target in alike]), rules=(number,))
         try:
             places = [self._place(rule, target, shard) for target, shard in zip(targets, shards, strict=True)]
             branches = _branches(rule, spec, scope, places)
@@ -181,7 +180,7 @@ class Resolver:
         ]
         problems = [problem for task in tasks for problem in self._check_dtype(task, spec)]
         if not problems:
-            self._alike[key] = tasks
+            self._alike[tuple(key)] = tasks
         return Resolved(tuple(tasks), problems=tuple(problems), rules=(number,))
 
     def _place(self, rule: Rule, target: str, shard: str) -> _Place:
@@ -250,9 +249,13 @@ class _Place:
 
 
 def expand(text: str, match: re.Match[str], scope: Scope) -> str:
-    """Fill a template."""
+    """Fill a template; a group that took no part in the match is empty."""
+    template = parse_template(text)
+    if template.format is not None:
+        form, groups = template.format
+        return form % tuple([match[group] or "" for group in groups])
     filled = []
-    for part in parse_template(text).parts:
+    for part in template.parts:
         if isinstance(part, str):
             filled.append(part)
         elif part[0] == "group":

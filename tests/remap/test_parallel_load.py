@@ -204,7 +204,6 @@ def test_threads_share_the_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, into: str, threads: int
 ) -> None:
     monkeypatch.setattr("port_kit.remap.local.BLOCK", 1000)  # many blocks
-    monkeypatch.setattr("port_kit.remap.local.SMALL", 0)
     rules = RuleSet("big", (Rule(r"b\.(q|k|v)", "qkv.weight", shard=r"\1"), Rule(r"b\.o", "o.weight")))
     shapes = {"b.q": (128, 65), "b.k": (32, 65), "b.v": (32, 65), "b.o": (65, 128)}
     tensors = {name: torch.randn(shape).to(getattr(torch, dtype)) for name, shape in shapes.items()}
