@@ -91,6 +91,7 @@ CODES: dict[str, str] = {
     "remap_failed": "several kinds of gaps at once: see the problems",
     "remap_incomplete_group": "a fused tensor did not get all of its parts",
     "remap_missing": "a target tensor is not written by any source",
+    "remap_interop": "an entry of another library's mapping that rules cannot express, or the reverse",
     "remap_mixed": "original and already converted names in one checkpoint",
     "remap_op": "an op does not exist, has wrong arguments, or has no inverse",
     "remap_overlap": "two copy tasks write, or use, the same elements",

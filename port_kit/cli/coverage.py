@@ -51,7 +51,11 @@ def command(
         if target is None or rules is None:
             raise click.UsageError("give --target and --rules, or --port")
         report = coverage(
-            read_rules(rules), read_source(source, wrapper=wrapper), read_source(target), numbers, allow_downcast=allow_downcast
+            read_rules(rules),
+            read_source(source, wrapper=wrapper),
+            read_source(target),
+            numbers,
+            allow_downcast=allow_downcast,
         )
         _write_page(html, source, {"": report})
         emit("coverage", report.to_json(), as_json=as_json, text=report.to_text(), ok=report.ok)
@@ -93,5 +97,4 @@ def _of_component(
         sizes,
         allow_downcast=allow_downcast,
         target_from=known.origin,
-
     )

@@ -1,4 +1,4 @@
-"""``port-kit rules``: rule sets as data: valid? why this name? what does the plan do? and the way back."""
+"""``port-kit rules``: check, explain, suggest, invert, import and export rule sets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 from port_kit.cli.inputs import read_rules, read_sizes, read_source
 from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.manifest import Manifest
+from port_kit.plain import plain
 from port_kit.port import find_port, resolve
 from port_kit.remap.rules import RuleSet
 
@@ -183,32 +184,87 @@ def invert_command(output: Path | None, as_json: bool, **options: Any) -> None:
 
     given = Given(options)
     back = invert(given.rules().compile(given.source(), given.target(), given.sizes))
-    text = back.to_toml()
-    if output is not None:
-        write_text(output, text)
-    data = {"rules": back.to_dict(), "output": str(output) if output else None}
-    emit("rules invert", data, as_json=as_json, text=f"{output}: {len(back)} rules" if output else text.rstrip())
+    _emit_text("rules invert", back.to_toml(), output, {"rules": back.to_dict()}, f"{len(back)} rules", as_json)
+
+
+@command.command(
+    "import",
+    epilog="Examples:  port-kit rules import transformers:mixtral --source checkpoint/ -o rules.toml  |  "
+    "port-kit rules import vllm.model_executor.models.llava:LlavaForConditionalGeneration.hf_to_vllm_mapper",
+)
+@click.argument("mapping")
+@click.option("--source", help="The checkpoint to be mapped: a manifest, a checkpoint, or a Hub repository.")
+@click.option("--name", default="imported", show_default=True, help="The name of the rule set.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the rules here, as TOML.")
+@json_option
+@handles_errors("rules import")
+def import_command(mapping: str, source: str | None, name: str, output: Path | None, as_json: bool) -> None:
+    """Translate a weight mapping of vLLM, transformers or SGLang into rules.
+
+    MAPPING is module:attribute of a WeightsMapper, of a list of WeightRenaming and WeightConverter, or of a dictionary
+    of name patterns; or transformers:MODEL_TYPE. Its rewrites depend on each other: with --source each name of the
+    checkpoint is mapped; without it, only independent entries are accepted.
+    """
+    from port_kit.interop.imports import import_mapping, read_mapping
+
+    rules = import_mapping(read_mapping(mapping), read_source(source) if source else None, name=name)
+    _emit_text("rules import", rules.to_toml(), output, {"rules": rules.to_dict()}, f"{len(rules)} rules", as_json)
 
 
 @command.command(
     "export",
     epilog="Examples:  port-kit rules export converted/ -o original.safetensors --rules rules.toml --source S.json  |  "
-    "port-kit rules export original/ -o converted.safetensors --forward --rules rules.toml --target T.json",
+    "port-kit rules export original/ -o converted.safetensors --forward --rules rules.toml --target T.json  |  "
+    "port-kit rules export --as vllm --rules rules.toml -o mapper.py",
 )
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", required=False, type=click.Path(exists=True, path_type=Path))
 @_rule_options
 @click.option("--forward", is_flag=True, help="CHECKPOINT has the original names: write it with the target's.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
+@click.option("--as", "form", type=click.Choice(["vllm", "transformers"]), help="Write the rules, as Python source.")
+@click.option("--partial", is_flag=True, help="With --as: leave out the rules that do more than rename, and list them.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The safetensors file, or the Python source.")
 @json_option
 @handles_errors("rules export")
-def export_command(checkpoint: Path, forward: bool, output: Path, as_json: bool, **options: Any) -> None:
-    """Write CHECKPOINT, which has the target's names, with the original names; bit for bit.
+def export_command(
+    checkpoint: Path | None,
+    forward: bool,
+    form: str | None,
+    partial: bool,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write a checkpoint with its original names, or rules in the form of another library.
 
-    The manifest of the other side is --source (with --forward: --target, or a port's component).
+    CHECKPOINT has the target's names; it is written with the original names, bit for bit. The manifest of the other
+    side is --source (with --forward: --target, or a port's component).
+
+    With --as and without CHECKPOINT, the rules are written as a WeightsMapper or as a list of WeightRenaming.
     """
+    given = Given(options)
+    if form is not None:
+        if checkpoint is not None or forward:
+            raise click.UsageError("--as writes rules: leave out CHECKPOINT and --forward")
+        _export_rules(given.rules(), form, partial, output, as_json)
+    elif checkpoint is None or output is None or partial:
+        raise click.UsageError("give CHECKPOINT and -o; or --as with --rules, where --partial may stand")
+    else:
+        _export_checkpoint(given, checkpoint, forward, output, as_json)
+
+
+def _export_rules(rules: RuleSet, form: str, partial: bool, output: Path | None, as_json: bool) -> None:
+    from port_kit.interop.exports import export_mapping
+
+    text, left_out = export_mapping(rules, form, partial=partial)
+    for label, why in left_out.items():
+        click.echo(plain(f"left out: {label}: {why}"), err=True)
+    data = {"python": text, "left_out": dict(left_out)}
+    _emit_text("rules export", text, output, data, f"{len(rules) - len(left_out)} rules", as_json)
+
+
+def _export_checkpoint(given: Given, checkpoint: Path, forward: bool, output: Path, as_json: bool) -> None:
     from port_kit.remap.export import checkpoint_reader, convert_file, export_file, inexact
 
-    given = Given(options)
     manifest = Manifest.from_safetensors(checkpoint)
     if forward:
         plan = given.rules().compile(manifest, given.target(), given.sizes, allow_downcast=True)
@@ -222,3 +278,13 @@ def export_command(checkpoint: Path, forward: bool, output: Path, as_json: bool,
     data = {"output": str(output), "tensors": len(written), "bytes": written.nbytes, "inexact": lost}
     text = f"{output}: {len(written)} tensors, {written.nbytes:,} bytes"
     emit("rules export", data, as_json=as_json, text="\n".join([text, *(f"{n}: {why}" for n, why in lost.items())]))
+
+
+def _emit_text(
+    command_name: str, text: str, output: Path | None, data: dict[str, Any], summary: str, as_json: bool
+) -> None:
+    """Write a text to a file and say so, or print it."""
+    if output is not None:
+        write_text(output, text)
+    shown = f"{output}: {summary}" if output else text.rstrip()
+    emit(command_name, {**data, "output": str(output) if output else None}, as_json=as_json, text=shown)

@@ -137,10 +137,10 @@ def test_plan_prints_the_map(world: World) -> None:
 @pytest.mark.parametrize("name", ["b.1.k.weight", "layers.1.attn.qkv.weight", "ema.x"])
 def test_explain_knows_both_sides(world: World, name: str) -> None:
     data = world.json("rules", "explain", name, *world.sides())["data"]
-    assert data["found"] and (data["writes"] or data["notes"])
+    assert data["found"] and (data["tasks"] or data["notes"])
     if name == "b.1.k.weight":
         assert data["rules"][0]["groups"] == ["1", "k"] and data["rules"][0]["shard"] == r"\2"
-        assert data["writes"] == ["b.1.k.weight -> layers.1.attn.qkv.weight [into 4:6, 0:4]"]
+        assert data["tasks"] == ["b.1.k.weight -> layers.1.attn.qkv.weight [into 4:6, 0:4]"]
 
 
 def test_explain_of_an_unknown_name_offers_the_nearest(world: World) -> None:
@@ -287,6 +287,31 @@ def test_an_unwritable_way_back_is_said(world: World) -> None:
     assert error["code"] == "remap_op" and "export" in error["hint"]
 
 
+def test_import_and_export_of_another_librarys_mapping(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world.folder / "foreign_mapping.py").write_text(r"NAMES = {r'^b\.(\d+)\.': r'layers.\1.attn.', r'^ema\.': 'e.'}")
+    monkeypatch.syspath_prepend(str(world.folder))
+    out = world.folder / "imported.toml"
+    data = world.json("rules", "import", "foreign_mapping:NAMES", "-o", out, "--name", "mine")["data"]
+    assert data["output"] == str(out) and RuleSet.from_file(out).to_dict() == data["rules"]
+    text = world.json("rules", "export", "--as", "vllm", "--rules", out)["data"]["python"]
+    assert "WeightsMapper(" in text and "re.compile(" in text
+    data = world.json("rules", "import", "foreign_mapping:NAMES", "--source", world.checkpoint)["data"]
+    targets = {rule.get("target") for rule in data["rules"]["rule"]}
+    assert r"layers.\1.attn.o.weight" in targets and "e.x" in targets
+    error = world.json("rules", "import", "foreign_mapping:OTHER", code=1)["error"]
+    assert error["code"] == "remap_rules"
+
+
+def test_export_for_a_library_names_what_it_leaves_out(world: World) -> None:
+    words = ("rules", "export", "--as", "transformers", "--rules", world.rules)
+    error = world.json(*words, code=1)["error"]
+    assert error["code"] == "remap_interop" and len(error["details"]["refused"]) == 3
+    file = world.folder / "mapping.py"
+    done = world.run(*words, "--partial", "-o", file)
+    assert done.exit_code == 0 and done.stderr.count("left out: ") == 3
+    assert file.read_text().count("# left out: ") == 3
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -295,6 +320,12 @@ def test_an_unwritable_way_back_is_said(world: World) -> None:
         ("rules", "check", "--port", "dreamid_omni"),
         ("rules", "suggest", "--source", "S.json"),
         ("rules", "export", "."),
+        ("rules", "export", "--rules", "x.toml", "-o", "y"),
+        ("rules", "export", ".", "--as", "vllm", "--rules", "x.toml"),
+        ("rules", "export", "--as", "vllm", "--forward", "--rules", "x.toml"),
+        ("rules", "export", "--as", "sglang", "--rules", "x.toml"),
+        ("rules", "export", ".", "-o", "y", "--partial", "--rules", "x.toml", "--source", "S.json"),
+        ("rules", "import"),
         ("rules", "nothing"),
         ("coverage", "--source", "S.json"),
         ("coverage", "--source", "S.json", "--target", "T.json", "--port", "dreamid_omni"),

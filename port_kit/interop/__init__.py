@@ -1,0 +1,1 @@
+"""Weight mappings of other libraries, to rules and back: vLLM, transformers and SGLang."""

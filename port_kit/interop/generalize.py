@@ -1,0 +1,93 @@
+"""From what happens to single names to rules: names that differ in numbers alone share a rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from port_kit.remap.names import NUMBER
+from port_kit.remap.patterns import literal_template
+from port_kit.remap.rules import Op, Rule
+
+
+class Route(NamedTuple):
+    """Where one source tensor goes.
+
+    Attributes:
+        targets: names of the targets; none if the tensor is dropped.
+        shard: the rule's ``shard``.
+        op: the rule's ops.
+        position: index on the stacked axis, for ``into``.
+        into: the rule's ``into``, with ``{}`` for the position.
+    """
+
+    targets: tuple[str, ...]
+    shard: str = ""
+    op: tuple[Op, ...] = ()
+    position: str = ""
+    into: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything that may depend on the numbers in the source name."""
+        return (*self.targets, self.shard, self.position)
+
+    @property
+    def kind(self) -> object:
+        """The route without its numbers."""
+        return (len(self.targets), self.op, self.into, *(tuple(NUMBER.split(text)) for text in self.texts))
+
+
+Routes = Mapping[str, tuple[Route, ...]]
+
+
+def generalize(routes: Routes) -> Iterator[Rule]:
+    """Yield rules that give each name exactly its routes; each name matches one pattern.
+
+    A number is a group of the pattern if it differs between names. If patterns would match each other's names, or a
+    number of a target is none of the source's, each name gets a pattern of its own.
+    """
+    alike: dict[tuple[str, ...], dict[str, tuple[Route, ...]]] = {}
+    for name, found in routes.items():
+        alike.setdefault(tuple(NUMBER.split(name)), {})[name] = found
+    for members in alike.values():
+        groups: dict[object, dict[str, tuple[Route, ...]]] = {}
+        for name, found in members.items():
+            groups.setdefault(tuple(route.kind for route in found), {})[name] = found
+        made = [_rules(group) for group in groups.values()]
+        patterns = [rules[0].source for rules in made if rules]
+        if not all(sum(re.fullmatch(text, name) is not None for text in patterns) == 1 for name in members):
+            made = [_rules({name: found}) for name, found in members.items()]
+        yield from (rule for rules in made for rule in rules)
+
+
+def _rules(group: Routes) -> list[Rule]:
+    """Write the rules for names that have the same kind of routes; none if their numbers do not allow it."""
+    pieces = map(re.escape, NUMBER.split(next(iter(group))))
+    columns = list(zip(*map(NUMBER.findall, group), strict=True))
+    varying = [column for column in columns if len(set(column)) > 1]
+    numbers = [r"(\d+)" if column in varying else column[0] for column in columns]
+    source = "".join(text for pair in zip(pieces, [*numbers, ""], strict=True) for text in pair)
+    rules = []
+    for routes in zip(*group.values(), strict=True):
+        texts = [_template(column, varying) for column in zip(*(route.texts for route in routes), strict=True)]
+        *targets, shard, position = [text for text in texts if text is not None]
+        if len(targets) + 2 < len(texts):
+            return []
+        if not targets:
+            rules.append(Rule(source, drop="the imported mapping drops it"))
+            continue
+        target, into = targets[0] if len(targets) == 1 else tuple(targets), routes[0].into.replace("{}", position)
+        rules.append(Rule(source, target, shard, routes[0].op, into=into))
+    return rules
+
+
+def _template(texts: Sequence[str], varying: Sequence[tuple[str, ...]]) -> str | None:
+    r"""Return the template of texts that differ in numbers; None if a number is none of the source's."""
+    first, *pieces = map(literal_template, NUMBER.split(texts[0]))
+    for column, piece in zip(zip(*map(NUMBER.findall, texts), strict=True), pieces, strict=True):
+        if column not in varying and len(set(column)) > 1:
+            return None
+        first += (rf"\{varying.index(column) + 1}" if column in varying else column[0]) + piece
+    return first
