@@ -47,7 +47,7 @@ from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.load import target_manifest
 from port_kit.remap.local import load_local
 from port_kit.remap.plan import check
-from port_kit.remap.targets import read_targets
+from port_kit.targets import read_targets
 
 WIDTH, FFN = 1536, 6912
 BLOCK = {

@@ -27,8 +27,8 @@ from suggest_written import written_families
 
 from port_kit.manifest import Manifest
 from port_kit.remap.plan import check
-from port_kit.remap.plan_json import plan_map
 from port_kit.remap.suggest import suggest, vocabulary
+from port_kit.reports.plan_json import plan_map
 
 ORACLES = Path(__file__).parent.parent / "tests" / "data" / "oracles"
 Table = dict[str, Shape]

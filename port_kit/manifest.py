@@ -268,7 +268,7 @@ class Manifest(Mapping[str, TensorSpec]):
         vLLM's parallel linears are known by what they have (``output_sizes``, ``total_num_kv_heads``): shapes are those
         of the whole parameter, whatever the tensor-parallel size, and fused ones have their slots.
         """
-        from port_kit.remap.targets import read_targets
+        from port_kit.targets import read_targets
 
         found = read_targets(module)
         return cls(

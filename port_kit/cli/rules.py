@@ -130,7 +130,7 @@ def explain_command(name: str, as_json: bool, **options: Any) -> None:
 def plan_command(as_json: bool, **options: Any) -> None:
     """Print what every target element is made of; exit code 1 where the plan is incomplete."""
     from port_kit.remap.plan import check
-    from port_kit.remap.plan_json import plan_map
+    from port_kit.reports.plan_json import plan_map
 
     given = Given(options)
     plan = check(given.rules(), given.source(), given.target(), given.sizes)

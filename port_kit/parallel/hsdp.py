@@ -30,8 +30,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from port_kit.parallel.memory import give_memory
-from port_kit.remap.regions import Region
-from port_kit.remap.targets import Target, read_targets
+from port_kit.regions import Region
+from port_kit.targets import Target, read_targets
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig

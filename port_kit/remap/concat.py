@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from port_kit.errors import RemapError
+from port_kit.regions import Shape, region_shape, with_span
 from port_kit.remap.problems import Problem, problem_from
-from port_kit.remap.regions import Shape, region_shape, with_span
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.transforms import find_transform
 
@@ -26,13 +26,12 @@ def incomplete(group: Sequence[CopyTask]) -> list[Problem]:
     have = [task.role for task in group]
     problems = []
     for task in group:
-        facts = {"rule": task.rule.label, "source": task.source, "target": task.target}
         if task.role not in needed:
             message = f"{task.source} is part {task.role!r} of {task.target}; expected one of {', '.join(needed)}"
-            problems.append(Problem("remap_slot", message, **facts))
+            problems.append(Problem("remap_slot", message, task.rule.label, task.source, target=task.target))
         elif have.count(task.role) > 1:
             message = f"part {task.role!r} of {task.target} has more than one source: {task.source}"
-            problems.append(Problem("remap_collision", message, **facts))
+            problems.append(Problem("remap_collision", message, task.rule.label, task.source, target=task.target))
     missing = tuple(role for role in needed if role not in have)
     if missing:
         message = f"{first.target} got {', '.join(have)}; missing: {', '.join(missing)}"

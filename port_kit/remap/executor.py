@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from port_kit.checkpoint.dtypes import both_floating, keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
-from port_kit.remap.problems import Problem
-from port_kit.remap.regions import (
+from port_kit.regions import (
     Region,
     full_region,
     intersection,
@@ -18,10 +17,11 @@ from port_kit.remap.regions import (
     region_shape,
     relative_to,
 )
+from port_kit.remap.problems import Problem
 from port_kit.remap.resolve import CopyTask
-from port_kit.remap.targets import Target
 from port_kit.remap.tensor_ops import Cast, apply, copy_into
 from port_kit.remap.transforms import find_transform
+from port_kit.targets import Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,8 +90,8 @@ class Executor:
 
         if common != region:
             key = (target.name, shard)
-            empty = (torch.empty(region_shape(region), dtype=value.dtype, device=value.device), 0)
-            held, count = self._partial.pop(key, None) or empty
+            empty = torch.empty(region_shape(region), dtype=value.dtype, device=value.device)
+            held, count = self._partial.pop(key, (empty, 0))
             _view(held, relative_to(common, region)).copy_(value)
             if count + region_numel(common) < region_numel(region):
                 self._partial[key] = (held, count + region_numel(common))

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from port_kit.checkpoint.dtypes import keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import NAMING_KEY, Manifest
+from port_kit.regions import full_region, region_index, region_numel
 from port_kit.remap.executor import Executor, overflows
 from port_kit.remap.plan import Plan
 from port_kit.remap.problems import raise_problems
-from port_kit.remap.regions import full_region, region_index, region_numel
 from port_kit.remap.resolve import CopyTask
-from port_kit.remap.targets import Target, read_targets
 from port_kit.remap.tensor_ops import Call, apply_inverse, source_region
 from port_kit.remap.transforms import find_transform
+from port_kit.targets import Target, read_targets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

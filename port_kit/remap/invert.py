@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.regions import Region, full_region, region_text
 from port_kit.remap.names import split_numbers
 from port_kit.remap.patterns import literal_template
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
-from port_kit.remap.regions import Region, full_region, region_text
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.rules import Op, Rule, RuleSet
 from port_kit.remap.tensor_ops import Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
@@ -115,8 +115,9 @@ def _body(plan: Plan, task: CopyTask) -> dict[str, Any]:
         raise _one_way(task, f"{task.join.name} joins several sources")
     forward = list(task.ops)
     into: Region = full_region(spec.shape)
-    if forward and isinstance(forward[0], Slice):
-        into = forward.pop(0).region
+    first = forward[0] if forward else None
+    if isinstance(first, Slice):
+        into, forward = first.region, forward[1:]
     ops = [inverse for op in reversed(forward) for inverse in _backwards(op, task)]
     if spec.dtype != target.dtype:
         ops.append(Op.of("cast", dtype=spec.dtype))

@@ -17,7 +17,7 @@ from port_kit.remap.plan import PlanBuilder, check
 from port_kit.remap.problems import Problem, raise_problems
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.rule import Rules
-from port_kit.remap.targets import Targets, read_targets
+from port_kit.targets import Targets, read_targets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

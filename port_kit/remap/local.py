@@ -9,27 +9,20 @@ understands) is read completely and executed as in :mod:`port_kit.remap.load`.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from port_kit.checkpoint.dtypes import ITEM_SIZES
-from port_kit.errors import RemapError
-from port_kit.manifest import Manifest, stamp
-from port_kit.remap.executor import Executor
-from port_kit.remap.load import target_manifest
-from port_kit.remap.plan import Plan, check
-from port_kit.remap.problems import raise_problems
-from port_kit.remap.regions import (
+from port_kit.checkpoint.safetensors_file import BLOCK, SafetensorsFile
+from port_kit.manifest import Manifest
+from port_kit.regions import (
     Region,
     full_region,
     intersection,
@@ -38,18 +31,19 @@ from port_kit.remap.regions import (
     region_shape,
     relative_to,
     shifted,
-    to_intervals,
 )
+from port_kit.remap.executor import Executor
+from port_kit.remap.load import target_manifest
+from port_kit.remap.plan import Plan, check
+from port_kit.remap.problems import raise_problems
 from port_kit.remap.resolve import CopyTask, Resolver
 from port_kit.remap.rule import Rules
-from port_kit.remap.targets import Target, read_targets
 from port_kit.remap.tensor_ops import Call, Cast, Permute, Reshape, TensorOp, source_region
+from port_kit.targets import Target, read_targets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Bytes that one thread reads at a time.
-BLOCK = 16 << 20
 #: Bytes in buffers that are being read or wait to be copied; one larger tensor is read alone.
 WINDOW = 256 << 20
 #: Threads if the target is on a GPU, where they wait for the disk more than they copy.
@@ -136,85 +130,6 @@ class Transfer(NamedTuple):
     permutations: tuple[tuple[int, ...], ...]
 
 
-class _File:
-    """An open safetensors file, its tensors as views of a read-only mapping.
-
-    Raises:
-        RemapError: ``checkpoint_unreadable``; ``manifest_invalid`` if it is not the file whose header was read.
-    """
-
-    def __init__(self, path: Path, file: str, source: Manifest) -> None:
-        self.path, self._source = path, source
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise _unreadable(path, "opened", error, "check the permissions of the file") from error
-        if stamp(self.descriptor) != source.stamps[file]:
-            self.close()
-            raise RemapError(
-                f"{path} was changed or replaced after its header was read",
-                code="manifest_invalid",
-                hint="load it when no other process writes to it",
-            )
-
-    def close(self) -> None:
-        """Close the descriptor; the mapping ends with the last view of it."""
-        os.close(self.descriptor)
-
-    @cached_property
-    def _mapping(self) -> mmap.mmap:
-        return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor whose pages are read when they are touched."""
-        import numpy
-        import torch
-
-        spec = self._source[name]
-        dtype = getattr(torch, spec.dtype)
-        if not spec.numel:
-            return torch.empty(spec.shape, dtype=dtype)
-        bits = numpy.dtype(f"u{dtype.itemsize}" if dtype.itemsize <= 8 else "c16")
-        view = numpy.frombuffer(self._mapping, bits, spec.numel, self._source.places[name])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot be written; nobody writes it
-            return torch.from_numpy(view).view(dtype).view(spec.shape)
-
-    def reads(self, name: str, region: Region, into: Tensor) -> Iterator[Callable[[], object]]:
-        """Yield the reads of a region into memory of its shape and dtype, about :data:`BLOCK` bytes each."""
-        spec = self._source[name]
-        runs = to_intervals(region, spec.shape) if into.is_contiguous() and into.numel() else []
-        if len(runs) == 1:
-            start = self._source.places[name] + runs[0][0] * into.element_size()
-            for at in range(0, into.nbytes, BLOCK):
-                size = min(BLOCK, into.nbytes - at)
-                memory = (ctypes.c_char * size).from_address(into.data_ptr() + at)
-                yield partial(self._read, memoryview(memory).cast("B"), start + at)
-        elif into.numel():
-            piece = self.tensor(name)[region_index(region)]
-            rows = max(1, len(into) * BLOCK // into.nbytes)
-            for at in range(0, len(into), rows):
-                yield partial(into[at : at + rows].copy_, piece[at : at + rows])
-
-    def _read(self, memory: memoryview, start: int) -> None:
-        at = start
-        try:
-            # Ask for the whole block at once: the system's own read-ahead asks for a few pages at a time.
-            os.posix_fadvise(self.descriptor, start, len(memory), os.POSIX_FADV_WILLNEED)
-            while len(memory):
-                got = os.preadv(self.descriptor, [memory], at)
-                if not got:
-                    raise RemapError(
-                        f"{self.path} ends at byte {at:,}: expected {len(memory):,} bytes more",
-                        code="checkpoint_corrupt",
-                        hint="the file was truncated; download it again",
-                    )
-                memory, at = memory[got:], at + got
-        except OSError as error:
-            hint = "check the disk, or the network that the file is on"
-            raise _unreadable(self.path, f"read at byte {at:,}", error, hint) from error
-
-
 class _Staged(NamedTuple):
     """A region that is being read into a page-locked buffer, and the copy that follows."""
 
@@ -246,7 +161,7 @@ class _Load:
         with ExitStack() as opened:
             files = {}
             for name in dict.fromkeys(source[name].file for name in tasks):
-                files[name] = _File(self.root / name, name, source)
+                files[name] = SafetensorsFile(self.root / name, name, source)
                 opened.callback(files[name].close)
             torch.set_num_threads(1)  # the threads of the pool divide the work
             self._pool = ThreadPoolExecutor(threads, "port-kit-read", torch.set_num_threads, (1,))
@@ -261,7 +176,7 @@ class _Load:
         for target in {task.target for task in self.plan.tasks}:
             self._clear_padding(self.executor.targets[target])
 
-    def _source(self, file: _File, name: str, tasks: Sequence[CopyTask]) -> None:
+    def _source(self, file: SafetensorsFile, name: str, tasks: Sequence[CopyTask]) -> None:
         """Read what the tasks of one source need."""
         targets, spec = self.executor.targets, self.plan.source[name]
         transfers = [_transfers(task, targets[task.target]) for task in tasks]
@@ -277,7 +192,7 @@ class _Load:
         else:
             self._run(tasks, file.tensor(name))
 
-    def _transfer(self, file: _File, name: str, transfer: Transfer) -> None:
+    def _transfer(self, file: SafetensorsFile, name: str, transfer: Transfer) -> None:
         """Read a region into this rank's memory, through a buffer if that is on a GPU."""
         memory, region = self.executor.targets[transfer.task.target].memory, transfer.source
         into, extents = memory[region_index(transfer.local)], region_shape(region)
@@ -303,7 +218,7 @@ class _Load:
             self._reads.append(self._pool.submit(_run_all, self._batch))
         self._batch, self._batched = [], 0
 
-    def _stage(self, file: _File, name: str, region: Region, copy: Callable[[Tensor], None]) -> None:
+    def _stage(self, file: SafetensorsFile, name: str, region: Region, copy: Callable[[Tensor], None]) -> None:
         """Read into a page-locked buffer, ahead of its copy to a GPU."""
         import torch
 
@@ -357,10 +272,6 @@ def _run_all(reads: Iterable[Callable[[], object]]) -> None:
     with torch.inference_mode():  # it is a property of the thread
         for read in reads:
             read()
-
-
-def _unreadable(path: Path, what: str, error: OSError, hint: str) -> RemapError:
-    return RemapError(f"{path} cannot be {what}: {error.strerror}", code="checkpoint_unreadable", hint=hint)
 
 
 def _transfers(task: CopyTask, target: Target) -> list[Transfer] | None:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from port_kit.checkpoint.lora_names import PREFIXES, Entry, read_entry, read_other, restore_names, without_prefixes
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
-from port_kit.remap.lora_names import PREFIXES, Entry, read_entry, read_other, restore_names, without_prefixes
+from port_kit.regions import Shape, full_region, region_shape
 from port_kit.remap.problems import Problem, closest_match, problem_from, raise_problems
-from port_kit.remap.regions import Shape, full_region, region_shape
 from port_kit.remap.resolve import CopyTask, Resolver, expand
 from port_kit.remap.resolve_ops import Scope
 from port_kit.remap.rule import Rule, Rules

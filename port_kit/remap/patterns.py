@@ -65,7 +65,7 @@ def _atoms(tree: Any, pattern: str, repeated: bool = False) -> Iterator[tuple[fr
         if code in _SINGLE:
             yield _characters(code, value), False
         elif code in REPEATS:
-            yield from _repeat(*value, pattern, repeated)
+            yield from _repeat(value, pattern, repeated)
         elif code is sre.SUBPATTERN:
             yield from _atoms(value[3], pattern, repeated)
         elif code is sre.BRANCH:
@@ -77,7 +77,8 @@ def _atoms(tree: Any, pattern: str, repeated: bool = False) -> Iterator[tuple[fr
             raise _bad(pattern, f"uses {str(code).lower()}, which has no bounded matching time")
 
 
-def _repeat(low: int, high: int, body: Any, pattern: str, repeated: bool) -> Iterator[tuple[frozenset[str], bool]]:
+def _repeat(value: Any, pattern: str, repeated: bool) -> Iterator[tuple[frozenset[str], bool]]:
+    low, high, body = value
     if high is not sre.MAXREPEAT:
         if high > MAX_COUNTED:
             raise _bad(pattern, f"repeats something up to {high} times")

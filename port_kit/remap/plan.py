@@ -12,11 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.concat import incomplete, place_group, roles_of
-from port_kit.remap.error_context import add_context
-from port_kit.remap.patterns import compile_pattern
-from port_kit.remap.problems import Problem, raise_problems
-from port_kit.remap.regions import (
+from port_kit.regions import (
     Region,
     covers_exactly,
     first_overlap,
@@ -26,6 +22,10 @@ from port_kit.remap.regions import (
     region_text,
     uncovered_numel,
 )
+from port_kit.remap.concat import incomplete, place_group, roles_of
+from port_kit.remap.error_context import add_context
+from port_kit.remap.patterns import compile_pattern
+from port_kit.remap.problems import Problem, raise_problems
 from port_kit.remap.resolve import CopyTask, Resolved, Resolver, unmatched
 from port_kit.remap.rule import Rule, Rules
 from port_kit.remap.tensor_ops import Reorder, Slice, source_region
@@ -89,8 +89,8 @@ class Plan:
         return _grouped([task for task in self.tasks if task.join is not None], "group")
 
 
-def _grouped(tasks: Iterable[CopyTask], key: str) -> dict[object, list[CopyTask]]:  # type: ignore[misc]
-    found: dict[object, list[CopyTask]] = defaultdict(list)
+def _grouped(tasks: Iterable[CopyTask], key: str) -> dict[Any, list[CopyTask]]:
+    found: dict[Any, list[CopyTask]] = defaultdict(list)
     for task in tasks:
         found[getattr(task, key)].append(task)
     return dict(found)
@@ -262,7 +262,8 @@ class PlanBuilder:
         ):
             return
         dropped = [region for region, _ in found.dropped]
-        parts, copies = list(dropped), defaultdict(list)
+        parts = list(dropped)
+        copies: dict[Rule, list[Region]] = defaultdict(list)
         for task in found.tasks:
             used = source_region(task.ops, [full_region(task.shape)])
             if task.rule.take:

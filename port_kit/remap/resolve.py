@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from port_kit.checkpoint.dtypes import both_floating, keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
+from port_kit.regions import Region, Shape, full_region, region_shape, shifted, with_span
 from port_kit.remap.expressions import evaluate_sizes
 from port_kit.remap.names import template_of
 from port_kit.remap.ops import Op
 from port_kit.remap.patterns import MAX_NAME_LENGTH, compile_pattern, parse_template
 from port_kit.remap.problems import Problem, problem_from
-from port_kit.remap.regions import Region, Shape, full_region, region_shape, shifted, with_span
 from port_kit.remap.resolve_ops import Scope, axis_of, resolve_op, resolve_region, resolve_take
 from port_kit.remap.rule import Rule, Rules
 from port_kit.remap.tensor_ops import Cast, Reshape, Slice, TensorOp
@@ -135,7 +135,8 @@ class Resolver:
             problem = Problem("remap_ambiguous", message, source=name, file=spec.file)
             return Resolved(problems=(problem,), rules=tuple(number for number, _ in found))
         each = [self._by_rule(number, match, name, spec) for number, match in found]
-        return Resolved(*(tuple(item for one in each for item in one[field]) for field in range(len(Resolved._fields))))
+        merged: list[Any] = [sum(fields, ()) for fields in zip(*each, strict=True)]
+        return Resolved(*merged)
 
     def _by_rule(self, number: int, match: re.Match[str], name: str, spec: TensorSpec) -> Resolved:
         rule = self.rules[number]

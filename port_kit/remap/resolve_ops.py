@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.regions import Region, Shape
 from port_kit.remap.expressions import evaluate
 from port_kit.remap.ops import Op, parse_rearrange, region_bounds
 from port_kit.remap.patterns import normalize
-from port_kit.remap.regions import Region, Shape
 from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
 from port_kit.remap.transforms import find_transform
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from port_kit.remap.regions import Shape
+from port_kit.regions import Shape
 from port_kit.remap.tensor_ops import Call, Cast, TensorOp, apply
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from port_kit.errors import RemapError
-from port_kit.remap.regions import Region, Shape, full_region, region_index, region_shape, reshaped, shifted, with_span
+from port_kit.regions import Region, Shape, full_region, region_index, region_shape, reshaped, shifted, with_span
 from port_kit.remap.transforms import find_transform
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import RemapError
-from port_kit.remap.regions import Shape
+from port_kit.regions import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor

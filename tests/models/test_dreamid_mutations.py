@@ -65,7 +65,7 @@ def targets_of(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> d
     source = Manifest({key: TensorSpec(tuple(tensor.shape), "float32") for key, tensor in tensors.items()})
     rules: RuleSet = resolve(PORT.component(name).rules)
     plan = rules.compile(source, Manifest.from_module(module))
-    return {key: [task.target for write in writes] for key, writes in plan.by_source().items()}
+    return {key: [task.target for task in tasks] for key, tasks in plan.by_source().items()}
 
 
 def sample(name: str, tensors: Mapping[str, Tensor]) -> list[str]:

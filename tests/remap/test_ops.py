@@ -11,7 +11,7 @@ from port_kit.errors import RemapError
 from port_kit.remap import Op, Rule, RuleSet, load_weights, transform
 from port_kit.remap.export import export
 from port_kit.remap.invert import invert
-from port_kit.remap.testing import assert_covers, assert_mutations_caught, assert_round_trip, values
+from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip, values
 from tests.remap.shapes import manifest_of, module_of
 
 X = torch.arange(24.0).reshape(4, 6)

@@ -14,9 +14,9 @@ from port_kit.remap.export import convert
 from port_kit.remap.invert import invert
 from port_kit.remap.names import split_numbers
 from port_kit.remap.plan import Plan, check
-from port_kit.remap.plan_json import plan_map
 from port_kit.remap.resolve import CopyTask
-from port_kit.remap.testing import assert_covers, assert_mutations_caught, assert_round_trip, values
+from port_kit.reports.plan_json import plan_map
+from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip, values
 from tests.remap.oracles import FAMILIES, oracle, pack
 
 

@@ -15,7 +15,7 @@ from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.local import load_local
-from port_kit.remap.targets import read_targets
+from port_kit.targets import read_targets
 from tests.remap.linears import Linear
 
 RULES = RuleSet(

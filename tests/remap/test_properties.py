@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap import Op, Rule, RuleSet, load_weights
-from port_kit.remap.regions import (
+from port_kit.regions import (
     first_overlap,
     full_region,
     intersection,
@@ -23,10 +22,11 @@ from port_kit.remap.regions import (
     to_intervals,
     to_regions,
 )
+from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.export import convert, export, inexact
 from port_kit.remap.invert import invert
 from port_kit.remap.plan import check
-from port_kit.remap.testing import values
+from port_kit.testing.rules import values
 from tests.remap.shapes import manifest_of, module_of
 from tests.remap.worlds import KINDS, World, folded, worlds
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from port_kit.manifest import Manifest
 from port_kit.remap import RuleSet
 from port_kit.remap.plan import check
-from port_kit.remap.plan_json import plan_map
 from port_kit.remap.suggest import Suggestion, suggest
 from port_kit.remap.suggest.assign import best_assignment
 from port_kit.remap.suggest.indices import index_expressions
 from port_kit.remap.suggest.units import has_own_order, units_of
 from port_kit.remap.suggest.vocabulary import words
+from port_kit.reports.plan_json import plan_map
 from tests.remap.oracles import FAMILIES, oracle
 
 

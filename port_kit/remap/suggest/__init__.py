@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from port_kit.remap.plan import check
-from port_kit.remap.plan_json import plan_map
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.suggest.confidence import GUESS, LIKELY, Judge
 from port_kit.remap.suggest.conventions import apply_conventions
@@ -26,6 +25,7 @@ from port_kit.remap.suggest.shapes import squeezed
 from port_kit.remap.suggest.suggestion import Proposal, Suggestion
 from port_kit.remap.suggest.units import Shape
 from port_kit.remap.suggest.vocabulary import words
+from port_kit.reports.plan_json import plan_map
 
 if TYPE_CHECKING:
     from port_kit.manifest import Manifest

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from port_kit.manifest import Manifest, TensorSpec
+from port_kit.regions import Shape
 from port_kit.remap.coverage import Coverage
 from port_kit.remap.plan import Plan, check
-from port_kit.remap.regions import Shape
 from port_kit.remap.resolve import Resolved, Resolver
 from port_kit.remap.rule import Rules
 from port_kit.remap.tensor_ops import Reshape

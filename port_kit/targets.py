@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import TensorSpec
-from port_kit.remap.regions import Region, Shape, full_region, intersection, region_numel, with_span
+from port_kit.regions import Region, Shape, full_region, intersection, region_numel, with_span
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

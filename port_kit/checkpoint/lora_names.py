@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from port_kit.errors import RemapError
-from port_kit.remap.patterns import compile_pattern
 
 Value = TypeVar("Value")
 
@@ -95,7 +94,7 @@ def restore_names(
         other_names: further names under which LoRA files know modules: a pattern of names in the base checkpoint, and a
             template of the other name.
     """
-    modules, patterns = list(modules), [(compile_pattern(pattern), template) for pattern, template in other_names]
+    modules, patterns = list(modules), [(re.compile(pattern), template) for pattern, template in other_names]
     known = {module: module for module in modules}
     for module in modules:
         for pattern, template in patterns:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from port_kit.regions import Shape, full_region
 from port_kit.remap.plan import Plan
-from port_kit.remap.regions import Shape, full_region
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Run, Slice, TensorOp, source_region
 
