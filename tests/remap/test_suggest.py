@@ -16,9 +16,9 @@ from port_kit.remap import RuleSet
 from port_kit.remap.plan import check
 from port_kit.remap.plan_json import plan_map
 from port_kit.remap.suggest import Suggestion, suggest
-from port_kit.remap.suggest.assign import best_assignment
-from port_kit.remap.suggest.indices import index_expressions
-from port_kit.remap.suggest.units import has_own_order, units_of
+from port_kit.remap.suggest.assignment import best_assignment
+from port_kit.remap.suggest.index_expressions import index_expressions
+from port_kit.remap.suggest.module_groups import group_modules, has_own_order
 from port_kit.remap.suggest.vocabulary import words
 from tests.remap.oracles import FAMILIES, oracle
 
@@ -335,11 +335,11 @@ def test_units_keep_slots_and_abstract_layers() -> None:
         for slot in (0, 2)
         for leaf in ("weight", "bias")
     }
-    units = {str(unit): unit for unit in units_of(names)}
+    units = {str(unit): unit for unit in group_modules(names)}
     assert set(units) == {"blocks.{}.mlp.0", "blocks.{}.mlp.2"}
     assert units["blocks.{}.mlp.2"].instances == ((0,), (1,), (2,))
     assert units["blocks.{}.mlp.2"].roles == ("bias", "weight")
-    assert len(units_of(names, "tensors")) == len(names)
+    assert len(group_modules(names, "tensors")) == len(names)
 
 
 def test_a_sorted_or_scattered_file_has_no_order_of_its_own() -> None:

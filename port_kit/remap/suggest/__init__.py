@@ -1,9 +1,9 @@
 """Propose a rule set from two manifests alone: names and shapes, nothing else.
 
-The modules of both sides are matched as templates over layers (:mod:`.units`), with fused projections and stacks of
-experts as further candidates (:mod:`.groups`), by what their names mean (:mod:`.vocabulary`), by the sizes of the
-modules around them, by their neighbours and by their order (:mod:`.score`). The assignment is global (:mod:`.assign`).
-Each pair becomes rules (:mod:`.emit`) and gets a verdict (:mod:`.confidence`): ``certain`` only where nothing else is
+The modules of both sides are matched as templates over layers (:mod:`.module_groups`), with fused projections and stacks of
+experts as further candidates (:mod:`.virtual_groups`), by what their names mean (:mod:`.vocabulary`), by the sizes of the
+modules around them, by their neighbours and by their order (:mod:`.scores`). The assignment is global (:mod:`.assignment`).
+Each pair becomes rules (:mod:`.rule_writer`) and gets a verdict (:mod:`.classify`): ``certain`` only where nothing else is
 possible, ``likely`` with the doubts in words. What nothing speaks for is left out and listed.
 """
 
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from port_kit.remap.plan import check
 from port_kit.remap.plan_json import plan_map
 from port_kit.remap.rules import RuleSet
-from port_kit.remap.suggest.confidence import GUESS, LIKELY, Judge
+from port_kit.remap.suggest.alignment import drop_unit_dims
+from port_kit.remap.suggest.classify import GUESS, LIKELY, Judge
 from port_kit.remap.suggest.conventions import apply_conventions
-from port_kit.remap.suggest.emit import drop_rules, rules_of
-from port_kit.remap.suggest.entries import Entry, entries_of
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.matcher import match
-from port_kit.remap.suggest.shapes import squeezed
+from port_kit.remap.suggest.match_entries import Entry, entries_of
+from port_kit.remap.suggest.module_groups import Shape
+from port_kit.remap.suggest.rule_writer import drop_rules, rules_of
+from port_kit.remap.suggest.search import match
 from port_kit.remap.suggest.suggestion import Proposal, Suggestion
-from port_kit.remap.suggest.units import Shape
 from port_kit.remap.suggest.vocabulary import words
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def _shapes(manifest: Manifest) -> dict[str, Shape]:
 def _missing(targets: Mapping[str, Shape], unused: Mapping[str, Shape]) -> dict[str, tuple[str, ...]]:
     fitting: dict[Shape, list[str]] = defaultdict(list)
     for name, shape in unused.items():
-        fitting[squeezed(shape)].append(name)
-    return {name: tuple(fitting[squeezed(shape)]) for name, shape in targets.items()}
+        fitting[drop_unit_dims(shape)].append(name)
+    return {name: tuple(fitting[drop_unit_dims(shape)]) for name, shape in targets.items()}
 
 
 def _tied(

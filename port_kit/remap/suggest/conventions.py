@@ -6,7 +6,7 @@
   both into its ``w1`` has the gate first.
 * ``Conv1D`` weights are stored transposed; where every other linear of a model is, its square ones are too.
 
-Nothing here is certain: see :mod:`port_kit.remap.suggest.confidence`.
+Nothing here is certain: see :mod:`port_kit.remap.suggest.classify`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.units import HOLE, Index, Unit
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup
 
 
 def apply_conventions(found: Sequence[Match]) -> list[Match]:
     """The same matches, those split or changed that a convention speaks about."""
-    modules = {unit.parts for item in found for unit in (item.source, item.target)}
-    widths = {unit.parts: _columns(unit) for item in found for unit in (item.source, item.target)}
+    modules = {group.parts for item in found for group in (item.source, item.target)}
+    widths = {group.parts: _columns(group) for item in found for group in (item.source, item.target)}
     return _transposed([part for item in found for part in _swapped(_value_first(item, widths), modules)])
 
 
@@ -30,17 +30,17 @@ def _value_first(item: Match, widths: Mapping[tuple[str, ...], int]) -> Match:
     """The match with its halves swapped where one side is diffusers' gated projection and the other a fused ``w1``."""
     for ours, theirs in ((item.target, item.source), (item.source, item.target)):
         gated = 2 * widths.get((*ours.parts[:-2], "2"), 0) == _rows(ours) > 0
-        if ours.parts[-3:] == ("net", HOLE, "proj") and theirs.parts[-1] in ("w1", "w12") and gated:
+        if ours.parts[-3:] == ("net", INDEX_SLOT, "proj") and theirs.parts[-1] in ("w1", "w12") and gated:
             return replace(item, change="swap")
     return item
 
 
-def _rows(unit: Unit) -> int:
-    return next((shape[0] for shape in unit.shapes.get("weight", {}).values() if len(shape) == 2), 0)
+def _rows(group: ModuleGroup) -> int:
+    return next((shape[0] for shape in group.shapes.get("weight", {}).values() if len(shape) == 2), 0)
 
 
-def _columns(unit: Unit) -> int:
-    return next((shape[1] for shape in unit.shapes.get("weight", {}).values() if len(shape) == 2), 0)
+def _columns(group: ModuleGroup) -> int:
+    return next((shape[1] for shape in group.shapes.get("weight", {}).values() if len(shape) == 2), 0)
 
 
 def _swapped(item: Match, modules: set[tuple[str, ...]]) -> Iterator[Match]:
@@ -68,17 +68,17 @@ def _continuous_norms(item: Match, modules: set[tuple[str, ...]]) -> set[Index]:
     return doubled if len(set(chunks.values())) > 1 else set()
 
 
-def _norm_linear(unit: Unit) -> bool:
-    return len(unit.parts) > 1 and unit.parts[-1] == "linear" and unit.parts[-2].startswith("norm")
+def _norm_linear(group: ModuleGroup) -> bool:
+    return len(group.parts) > 1 and group.parts[-1] == "linear" and group.parts[-2].startswith("norm")
 
 
-def _rows_per_column(unit: Unit, index: Index) -> float:
-    shape = unit.shapes["weight"].get(index, ()) if "weight" in unit.shapes else ()
+def _rows_per_column(group: ModuleGroup, index: Index) -> float:
+    shape = group.shapes["weight"].get(index, ()) if "weight" in group.shapes else ()
     return shape[0] / shape[1] if len(shape) == 2 and shape[1] else 0.0
 
 
-def _even_rows(unit: Unit) -> bool:
-    return all(shape and shape[0] % 2 == 0 for row in unit.shapes.values() for shape in row.values())
+def _even_rows(group: ModuleGroup) -> bool:
+    return all(shape and shape[0] % 2 == 0 for row in group.shapes.values() for shape in row.values())
 
 
 def _transposed(found: Sequence[Match]) -> list[Match]:
@@ -91,26 +91,26 @@ def _transposed(found: Sequence[Match]) -> list[Match]:
     for item in found:
         if _is_linear(item):
             groups[_stored_as(item)].append(item)
-    turned: set[int] = set()
+    transposed: set[int] = set()
     for (given, wanted, _), items in groups.items():
         uneven = [item for item in items if not _square(item)]
-        turns = all(item.alignment.relation == "transpose" for item in uneven)
-        if turns and (uneven or {given, wanted} == {"kernel", "weight"}):
-            turned |= {id(item) for item in items if _square(item)}
-    return [replace(item, change="transpose") if id(item) in turned else item for item in found]
+        transposes = all(item.alignment.relation == "transpose" for item in uneven)
+        if transposes and (uneven or {given, wanted} == {"kernel", "weight"}):
+            transposed |= {id(item) for item in items if _square(item)}
+    return [replace(item, change="transpose") if id(item) in transposed else item for item in found]
 
 
 def _stored_as(item: Match) -> tuple[str, str, bool]:
     """What the tensors of a linear are called on both sides, and whether it is one of a list of layers."""
-    names = [next(iter(unit.names["weight"].values())).rpartition(".")[2] for unit in (item.source, item.target)]
-    return names[0], names[1], any(HOLE in part for part in item.target.parts)
+    names = [next(iter(group.names["weight"].values())).rpartition(".")[2] for group in (item.source, item.target)]
+    return names[0], names[1], any(INDEX_SLOT in part for part in item.target.parts)
 
 
 def _is_linear(item: Match) -> bool:
-    units = (item.source, item.target)
-    if any(unit.members or "weight" not in unit.roles for unit in units):
+    groups = (item.source, item.target)
+    if any(group.members or "weight" not in group.roles for group in groups):
         return False
-    embeds = any({"token", "position"} & unit.words for unit in units) or item.target.leaf_words == ("embed",)
+    embeds = any({"token", "position"} & group.words for group in groups) or item.target.leaf_words == ("embed",)
     return not embeds and all(len(item.target.shapes["weight"][index]) == 2 for index in item.alignment.pairs)
 
 

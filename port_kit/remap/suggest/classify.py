@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from port_kit.remap.suggest.alignment import alignments, signature
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.shapes import alignments, signature
-from port_kit.remap.suggest.units import HOLE, Unit
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, ModuleGroup
 from port_kit.remap.suggest.vocabulary import words
 
 CERTAIN, LIKELY, GUESS = "certain", "likely", "guess"
@@ -50,13 +50,13 @@ class Judge:
         #: nothing at all is done but to change what stands before the names
         self._identity = same == len(found)
         self._turns = any(item.change == "transpose" or item.alignment.relation == "transpose" for item in found)
-        #: modules whose w1 and w2 have one shape: gate and up, in an order of their own
+        #: modules whose w1 and w2 have one shape: gate and up, in an order of their own_vote
         self._other_gates = _other_gates(
-            [unit for item in found for unit in (*item.source.leaves, *item.target.leaves)]
+            [group for item in found for group in (*item.source.leaves, *item.target.leaves)]
         )
         #: modules under which positions are learned, on both sides
         self._learned = tuple(
-            {unit.parts[: _component_depth(unit)] for unit in side if _is_position_table(unit)}
+            {group.parts[: _component_depth(group)] for group in side if _is_position_table(group)}
             for side in ([item.source for item in found], [item.target for item in found])
         )
         for item in found:
@@ -88,14 +88,14 @@ class Judge:
         same_leaf = _leaf_name(item.source) == _leaf_name(item.target)
         alike = same_leaf and self._same_code
         leaf = set(item.source.leaf_words) | set(item.target.leaf_words)
-        near = leaf | {word for unit in (item.source, item.target) for word, far in unit.tokens if far < 2}
+        near = leaf | {word for group in (item.source, item.target) for word, far in group.tokens if far < 2}
         if {"q", "k", "v"} <= near:
             yield "rows of a fused projection may be interleaved by head"
         elif near & {"q", "k"} and not alike and not self._has_positions(item):
             yield "rows of query and key may be permuted for another rotary convention"
         if not alike and (near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source)):
             yield "chunks of a modulation (shift, scale, gate) may have another order"
-        if not same_leaf and any(unit.parts[:-1] in self._other_gates for unit in (item.source, item.target)):
+        if not same_leaf and any(group.parts[:-1] in self._other_gates for group in (item.source, item.target)):
             yield "w1 and w2 are of one shape: they are not what llama-style code calls so"
         if {"gate", "up"} <= near or not alike and self._gated(item.target):
             yield "halves of a gated projection may have changed places"
@@ -103,14 +103,14 @@ class Judge:
     def _has_positions(self, item: Match) -> bool:
         """Whether the component around a module learns its positions on both sides: then nothing is rotated."""
         return all(
-            any(unit.parts[: len(path)] == path for path in known)
-            for unit, known in zip((item.source, item.target), self._learned, strict=True)
+            any(group.parts[: len(path)] == path for path in known)
+            for group, known in zip((item.source, item.target), self._learned, strict=True)
         )
 
-    def _gated(self, unit: Unit) -> bool:
+    def _gated(self, group: ModuleGroup) -> bool:
         """Whether a projection is twice as wide as what its sibling takes."""
-        columns = self._columns[unit.parts[:-2]] | self._columns[unit.parts[:-1]]
-        return "ff" in unit.words and any(rows % 2 == 0 and rows // 2 in columns for rows in _sizes(unit, 0))
+        columns = self._columns[group.parts[:-2]] | self._columns[group.parts[:-1]]
+        return "ff" in group.words and any(rows % 2 == 0 and rows // 2 in columns for rows in _sizes(group, 0))
 
     def _doubts_of_names(self, item: Match) -> Iterator[str]:
         kept = self._kept[_block(item.target)]
@@ -136,7 +136,7 @@ def _doubts_of_kind(item: Match) -> Iterator[str]:
         yield "transposed as the other linears of the model are; a square shape cannot show it"
     elif item.alignment.relation in ("transpose", "flatten"):
         yield f"the shapes fit by {item.alignment.relation} only"
-    kinds = {unit.kind for unit in (item.source, item.target, *item.source.members, *item.target.members)}
+    kinds = {group.kind for group in (item.source, item.target, *item.source.members, *item.target.members)}
     if "concat" in kinds:
         yield "the parts are taken to lie one after another, not interleaved, in this order"
 
@@ -158,22 +158,26 @@ def _doubts_of_order(item: Match) -> Iterator[str]:
 
 def _may_count_down(item: Match) -> bool:
     """Whether the outer list is a decoder's upward path that the two sides call by different names."""
-    lists = [_list_name(unit) for unit in (item.source, item.target)]
+    lists = [_list_name(group) for group in (item.source, item.target)]
     upward = any("up" in words(name) or "upsample" in words(name) for name in lists)
     orders = {choice.order for choice in alignments(item.source, item.target)} if upward else set()
     return lists[0] != lists[1] and "reversed" in orders
 
 
-def _list_name(unit: Unit) -> str:
-    """What the outermost list of a unit is called."""
-    depth = next((depth for depth, part in enumerate(unit.parts) if HOLE in part), 0)
-    return unit.parts[depth - 1] if unit.parts[depth] == HOLE and depth else unit.parts[depth].replace(HOLE, "")
+def _list_name(group: ModuleGroup) -> str:
+    """What the outermost list of a group is called."""
+    depth = next((depth for depth, part in enumerate(group.parts) if INDEX_SLOT in part), 0)
+    return (
+        group.parts[depth - 1]
+        if group.parts[depth] == INDEX_SLOT and depth
+        else group.parts[depth].replace(INDEX_SLOT, "")
+    )
 
 
-def _block(unit: Unit) -> tuple[str, ...]:
-    """The innermost repeated container of a unit, or the model."""
-    depths = [depth for depth, part in enumerate(unit.parts[:-1]) if "{}" in part]
-    return unit.parts[: depths[0] + 1] if depths else ()
+def _block(group: ModuleGroup) -> tuple[str, ...]:
+    """The innermost repeated container of a group, or the model."""
+    depths = [depth for depth, part in enumerate(group.parts[:-1]) if "{}" in part]
+    return group.parts[: depths[0] + 1] if depths else ()
 
 
 def _same_name(item: Match) -> bool:
@@ -182,20 +186,20 @@ def _same_name(item: Match) -> bool:
     return bool(one) and two[-len(one) :] == one
 
 
-def _leaf_name(unit: Unit) -> tuple[str, ...]:
+def _leaf_name(group: ModuleGroup) -> tuple[str, ...]:
     """The innermost component that is not a bare number, and what follows it."""
-    for depth in range(len(unit.parts) - 1, -1, -1):
-        if not unit.parts[depth].isdigit() and unit.parts[depth] != "{}":
-            return unit.parts[depth:]
-    return unit.parts
+    for depth in range(len(group.parts) - 1, -1, -1):
+        if not group.parts[depth].isdigit() and group.parts[depth] != "{}":
+            return group.parts[depth:]
+    return group.parts
 
 
-def _norm_projection(unit: Unit) -> bool:
-    return len(unit.parts) > 1 and unit.parts[-1].startswith("linear") and "norm" in unit.parts[-2]
+def _norm_projection(group: ModuleGroup) -> bool:
+    return len(group.parts) > 1 and group.parts[-1].startswith("linear") and "norm" in group.parts[-2]
 
 
-def _other_gates(units: Iterable[Unit]) -> set[tuple[str, ...]]:
-    shapes = {unit.parts: next(iter(unit.shapes["weight"].values())) for unit in units if "weight" in unit.shapes}
+def _other_gates(groups: Iterable[ModuleGroup]) -> set[tuple[str, ...]]:
+    shapes = {group.parts: next(iter(group.shapes["weight"].values())) for group in groups if "weight" in group.shapes}
     return {
         parts[:-1]
         for parts, shape in shapes.items()
@@ -203,14 +207,14 @@ def _other_gates(units: Iterable[Unit]) -> set[tuple[str, ...]]:
     }
 
 
-def _is_position_table(unit: Unit) -> bool:
+def _is_position_table(group: ModuleGroup) -> bool:
     """Whether a tensor is a table of learned positions, by its own name."""
-    return {"position", "embed"} <= set(unit.leaf_words) and not unit.members and unit.roles == ("weight",)
+    return {"position", "embed"} <= set(group.leaf_words) and not group.members and group.roles == ("weight",)
 
 
-def _component_depth(unit: Unit) -> int:
+def _component_depth(group: ModuleGroup) -> int:
     """How much of the name of a position table is the component that it serves."""
-    return max(0, len(unit.parts) - (2 if "embed" in words(unit.parts[-2]) else 1)) if len(unit.parts) > 1 else 0
+    return max(0, len(group.parts) - (2 if "embed" in words(group.parts[-2]) else 1)) if len(group.parts) > 1 else 0
 
 
 def _square(item: Match) -> bool:
@@ -219,9 +223,9 @@ def _square(item: Match) -> bool:
     return any(len(shape) in (2, 3) and shape[-2] == shape[-1] > 1 for shape in shapes)
 
 
-def _tensor_names(unit: Unit) -> frozenset[str]:
-    """What the matrices of a unit are called in their modules (``weight``, ``kernel``)."""
-    leaves = {leaf for part in unit.leaves for leaf in map(_last, part.names.get("weight", {}).values())}
+def _tensor_names(group: ModuleGroup) -> frozenset[str]:
+    """What the matrices of a group are called in their modules (``weight``, ``kernel``)."""
+    leaves = {leaf for part in group.leaves for leaf in map(_last, part.names.get("weight", {}).values())}
     return frozenset(leaves)
 
 
@@ -229,6 +233,6 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _sizes(unit: Unit, axis: int) -> list[int]:
-    shapes = unit.shapes.get("weight", {}).values()
+def _sizes(group: ModuleGroup, axis: int) -> list[int]:
+    shapes = group.shapes.get("weight", {}).values()
     return [shape[axis] for shape in shapes if len(shape) == 2]

@@ -7,22 +7,22 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from port_kit.remap.rules import Op, Rule
-from port_kit.remap.suggest.groups import role_of
-from port_kit.remap.suggest.indices import index_expressions
+from port_kit.remap.suggest.alignment import relation
+from port_kit.remap.suggest.index_expressions import index_expressions
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.shapes import relation
-from port_kit.remap.suggest.units import HOLE, Index, Shape, Unit
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
+from port_kit.remap.suggest.virtual_groups import role_of
 
 _SWAP = Op.of("reorder", dim=0, parts=2, order=(1, 0))
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One rule to be: which tensors of a source unit go, by which fields, to which target units.
+class RuleDraft:
+    """One rule to be: which tensors of a source group go, by which fields, to which target groups.
 
     Attributes:
-        source: a plain unit.
-        targets: plain units; several for a split.
+        source: a plain group.
+        targets: plain groups; several for a split.
         role: the parameter of the modules.
         pairs: (target instance, source instance), the source's with all of its numbers.
         fields: the rule's other fields; ``{axis}`` in ``shard``, ``into`` and ``take`` is the stacked number.
@@ -30,8 +30,8 @@ class Piece:
         given: the parameter of the source's modules, where it is another one.
     """
 
-    source: Unit
-    targets: tuple[Unit, ...]
+    source: ModuleGroup
+    targets: tuple[ModuleGroup, ...]
     role: str
     pairs: tuple[tuple[Index, Index], ...]
     op: tuple[Op, ...] = ()
@@ -54,10 +54,10 @@ def rules_of(item: Match, names: Collection[str]) -> list[Rule]:
         item: the match.
         names: all source names: a rule must not match more of them than the match explains.
     """
-    pieces = [piece for role in item.target.roles for piece in _pieces(item, role)]
+    drafts = [draft for role in item.target.roles for draft in _drafts(item, role)]
     rules: list[Rule] = []
-    for group in _alike(pieces):
-        rules.extend(_rules_of_pieces(group, names))
+    for capture in _merge_by_parameter(drafts):
+        rules.extend(_rules_of_drafts(capture, names))
     return rules
 
 
@@ -66,12 +66,12 @@ def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> lis
     with anything used (another component in the same file), one for every other name.
     """
     kept = {tuple(parts[:depth]) for parts in (name.split(".") for name in used) for depth in range(len(parts) + 1)}
-    groups: dict[tuple[str, ...], list[str]] = {}
+    captures: dict[tuple[str, ...], list[str]] = {}
     for name in unused:
         parts = tuple(name.split("."))
         depth = next((depth for depth in range(1, len(parts)) if parts[:depth] not in kept), len(parts))
-        groups.setdefault(parts[:depth], []).append(name)
-    return [(Rule(_everything_under(module, names), drop=reason), names) for module, names in groups.items()]
+        captures.setdefault(parts[:depth], []).append(name)
+    return [(Rule(_everything_under(module, names), drop=reason), names) for module, names in captures.items()]
 
 
 def _everything_under(module: tuple[str, ...], names: Sequence[str]) -> str:
@@ -81,23 +81,23 @@ def _everything_under(module: tuple[str, ...], names: Sequence[str]) -> str:
 # -- what a match consists of ------------------------------------------------------------------------------------------
 
 
-def _pieces(item: Match, role: str) -> Iterator[Piece]:
+def _drafts(item: Match, role: str) -> Iterator[RuleDraft]:
     pairs = tuple(item.alignment.pairs.items())
     if item.target.kind == "concat":
         given, first = _example(item, role)
         dim = item.target.joined_along(given)
         later = () if dim or (first[0], *given[1:]) == first else (Op("reshape"),)
-        yield Piece(item.source, item.target.members, role, pairs, (Op.of("split", dim=dim), *later))
+        yield RuleDraft(item.source, item.target.members, role, pairs, (Op.of("split", dim=dim), *later))
     elif item.target.kind == "stack":
         yield from _unstacked(item, role, pairs)
     elif item.source.kind == "concat":
         yield from _joined(item, role, pairs)
     elif item.source.kind == "stack":
         yield from _stacked(item, role, pairs)
-    elif item.source.kind == "fold":
-        yield from _folded(item, role, pairs)
+    elif item.source.kind == "weight_norm":
+        yield from _weight_norm(item, role, pairs)
     else:
-        yield Piece(item.source, (item.target,), role, pairs, _plain_op(item, role))
+        yield RuleDraft(item.source, (item.target,), role, pairs, _plain_op(item, role))
 
 
 def _example(item: Match, role: str) -> tuple[Shape, Shape]:
@@ -121,21 +121,21 @@ def _plain_op(item: Match, role: str) -> tuple[Op, ...]:
     return (Op("transpose"),) if kinds <= {"transpose"} else (Op("reshape"),)
 
 
-def _joined(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+def _joined(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
     parts = part_names(item.source.members)
     dim = item.source.joined_along(item.target.shapes[role][pairs[0][0]])
     op = Op.of("concat", dim=dim, parts=parts)
     for part, member in zip(parts, item.source.members, strict=True):
-        yield Piece(member, (item.target,), role, pairs, (op,), shard=part)
+        yield RuleDraft(member, (item.target,), role, pairs, (op,), shard=part)
 
 
-def part_names(members: Sequence[Unit]) -> tuple[str, ...]:
+def part_names(members: Sequence[ModuleGroup]) -> tuple[str, ...]:
     """What the parts of a fused tensor are called: q, k, v or gate, up where the names say so, else numbers."""
     named = tuple(filter(None, map(role_of, members)))
     return named if len(set(named)) == len(members) else tuple(str(at) for at in range(len(members)))
 
 
-def _stacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+def _stacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
     (member,) = item.source.members
     axis = item.source.axis
     spread = tuple(
@@ -151,29 +151,31 @@ def _stacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> 
         turn = () if _fits_upright(member, role, spread[0][1], inner) else (Op("transpose"),)
         if member.members:
             rows = f"[{{axis}}, {start}:{start + shape[0]}]"
-            yield Piece(leaf, (item.target,), role, spread, turn, into=rows, axis=axis)
+            yield RuleDraft(leaf, (item.target,), role, spread, turn, into=rows, axis=axis)
         else:
-            yield Piece(leaf, (item.target,), role, spread, (*turn, Op.of("stack", dim=0)), shard="{axis}", axis=axis)
+            yield RuleDraft(
+                leaf, (item.target,), role, spread, (*turn, Op.of("stack", dim=0)), shard="{axis}", axis=axis
+            )
         start += shape[0]
 
 
-def _folded(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+def _weight_norm(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
     (member,) = item.source.members
     if role != "weight":
-        yield Piece(member, (item.target,), role, pairs)
+        yield RuleDraft(member, (item.target,), role, pairs)
         return
     magnitude = member.shapes["weight_g"][pairs[0][1]]
     dim = next((axis for axis, extent in enumerate(magnitude) if extent != 1), 0)
     op = Op.of("weight_norm", **({"dim": dim} if dim else {}))
     for part in "gv":
-        yield Piece(member, (item.target,), role, pairs, (op,), shard=part, given=f"weight_{part}")
+        yield RuleDraft(member, (item.target,), role, pairs, (op,), shard=part, given=f"weight_{part}")
 
 
-def _fits_upright(member: Unit, role: str, index: Index, inner: Shape) -> bool:
+def _fits_upright(member: ModuleGroup, role: str, index: Index, inner: Shape) -> bool:
     return relation(member.shapes[role][index], inner) in ("copy", "reshape")
 
 
-def _unstacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[Piece]:
+def _unstacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
     (member,) = item.target.members
     axis = item.target.axis
     for value in range(item.target.shapes[role][pairs[0][0]][0]):
@@ -183,44 +185,44 @@ def _unstacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -
             rows = leaf.shapes[role][placed[0][0]][0]
             cut = f"[{value}, {start}:{start + rows}]" if member.members else f"[{value}]"
             start += rows
-            yield Piece(item.source, (leaf,), role, placed, take=cut)
+            yield RuleDraft(item.source, (leaf,), role, placed, take=cut)
 
 
-# -- pieces to rules ---------------------------------------------------------------------------------------------------
+# -- drafts to rules ---------------------------------------------------------------------------------------------------
 
 
-def _alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def _merge_by_parameter(drafts: Sequence[RuleDraft]) -> list[list[RuleDraft]]:
     """Pieces of one module that differ in the parameter only (weight, bias) and keep its name."""
-    groups: dict[object, list[Piece]] = {}
-    for piece in pieces:
-        units = (piece.source, *piece.targets)
-        kept = not piece.given and len({_leaf(unit, piece.role) for unit in units}) == 1
-        alone = piece.source_role if not kept else tuple(_stem(unit, piece.role) for unit in units)
-        key = (piece.source, piece.targets, piece.pairs, piece.op, piece.shard, piece.into, piece.take, alone)
-        groups.setdefault(key, []).append(piece)
-    return list(groups.values())
+    captures: dict[object, list[RuleDraft]] = {}
+    for draft in drafts:
+        groups = (draft.source, *draft.targets)
+        kept = not draft.given and len({_leaf(group, draft.role) for group in groups}) == 1
+        alone = draft.source_role if not kept else tuple(_stem(group, draft.role) for group in groups)
+        key = (draft.source, draft.targets, draft.pairs, draft.op, draft.shard, draft.into, draft.take, alone)
+        captures.setdefault(key, []).append(draft)
+    return list(captures.values())
 
 
-def _rules_of_pieces(pieces: Sequence[Piece], names: Collection[str]) -> list[Rule]:
-    first = pieces[0]
-    roles = tuple(piece.source_role for piece in pieces)
+def _rules_of_drafts(drafts: Sequence[RuleDraft], names: Collection[str]) -> list[Rule]:
+    first = drafts[0]
+    roles = tuple(draft.source_role for draft in drafts)
     columns = _columns([origin for _, origin in first.pairs])
-    groups = _groups(columns)
-    expressions = index_expressions(first.pairs, groups)
+    captures = _captures(columns)
+    expressions = index_expressions(first.pairs, captures)
     wanted = {first.source.names[role][origin] for role in roles for _, origin in first.pairs}
     pattern = _pattern(first.source, roles, columns, wanted, names)
     if pattern is not None and expressions is not None:
-        axis = rf"\{groups[first.axis]}" if first.axis >= 0 else ""
-        return [_rule(pieces, pattern, expressions, axis, 1 + max(groups.values(), default=0))]
-    return [_literal_rule(pieces, pair) for pair in first.pairs]
+        axis = rf"\{captures[first.axis]}" if first.axis >= 0 else ""
+        return [_rule(drafts, pattern, expressions, axis, 1 + max(captures.values(), default=0))]
+    return [_literal_rule(drafts, pair) for pair in first.pairs]
 
 
-def _literal_rule(pieces: Sequence[Piece], pair: tuple[Index, Index]) -> Rule:
+def _literal_rule(drafts: Sequence[RuleDraft], pair: tuple[Index, Index]) -> Rule:
     """A rule for one instance, its numbers written out."""
-    first, (index, origin) = pieces[0], pair
-    pattern = _source_pattern(first.source, [piece.source_role for piece in pieces], list(map(str, origin)))
+    first, (index, origin) = drafts[0], pair
+    pattern = _source_pattern(first.source, [draft.source_role for draft in drafts], list(map(str, origin)))
     axis = str(origin[first.axis]) if first.axis >= 0 else ""
-    return _rule(pieces, pattern, list(map(str, index)), axis, 1)
+    return _rule(drafts, pattern, list(map(str, index)), axis, 1)
 
 
 def _columns(instances: Sequence[Index]) -> list[list[int]]:
@@ -228,64 +230,69 @@ def _columns(instances: Sequence[Index]) -> list[list[int]]:
     return [sorted(set(column)) for column in zip(*instances, strict=True)]
 
 
-def _groups(columns: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Which group of the pattern holds which number; numbers with one value are written out."""
+def _captures(columns: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Which capture of the pattern holds which number; numbers with one value are written out."""
     varying = [axis for axis, values in enumerate(columns) if len(values) > 1]
-    return {axis: group for group, axis in enumerate(varying, start=1)}
+    return {axis: capture for capture, axis in enumerate(varying, start=1)}
 
 
 def _pattern(
-    unit: Unit, roles: Sequence[str], columns: Sequence[Sequence[int]], wanted: Collection[str], names: Collection[str]
+    group: ModuleGroup,
+    roles: Sequence[str],
+    columns: Sequence[Sequence[int]],
+    wanted: Collection[str],
+    names: Collection[str],
 ) -> str | None:
     """A pattern that matches the wanted names and no others, or None."""
     for any_number in (True, False):
-        holes = [
+        slots = [
             str(values[0]) if len(values) == 1 else r"(\d+)" if any_number else f"({'|'.join(map(str, values))})"
             for values in columns
         ]
-        pattern = _source_pattern(unit, roles, holes)
+        pattern = _source_pattern(group, roles, slots)
         if {name for name in names if re.fullmatch(pattern, name)} == set(wanted):
             return pattern
     return None
 
 
-def _leaf(unit: Unit, role: str) -> str:
+def _leaf(group: ModuleGroup, role: str) -> str:
     """The tensor's own name in its module."""
-    return next(iter(unit.names[role].values())).rpartition(".")[2]
+    return next(iter(group.names[role].values())).rpartition(".")[2]
 
 
-def _stem(unit: Unit, role: str) -> str:
+def _stem(group: ModuleGroup, role: str) -> str:
     """The rest of the tensor's name."""
-    return next(iter(unit.names[role].values())).rpartition(".")[0]
+    return next(iter(group.names[role].values())).rpartition(".")[0]
 
 
-def _components(unit: Unit, role: str) -> list[str]:
-    """A name of the unit with holes where its numbers stand."""
-    components = next(iter(unit.names[role].values())).split(".")
-    for depth, part in enumerate(unit.parts[: len(components)]):
-        if HOLE in part:
+def _components(group: ModuleGroup, role: str) -> list[str]:
+    """A name of the group with slots where its numbers stand."""
+    components = next(iter(group.names[role].values())).split(".")
+    for depth, part in enumerate(group.parts[: len(components)]):
+        if INDEX_SLOT in part:
             components[depth] = part
     return components
 
 
-def _source_pattern(unit: Unit, roles: Sequence[str], holes: Sequence[str]) -> str:
-    components = _components(unit, roles[0])
+def _source_pattern(group: ModuleGroup, roles: Sequence[str], slots: Sequence[str]) -> str:
+    components = _components(group, roles[0])
     if len(roles) > 1:
         components[-1] = ""
-    remaining = iter(holes)
+    remaining = iter(slots)
     texts = [
-        re.escape(part).replace(r"\{\}", next(remaining)) if HOLE in part else re.escape(part) for part in components
+        re.escape(part).replace(r"\{\}", next(remaining)) if INDEX_SLOT in part else re.escape(part)
+        for part in components
     ]
     if len(roles) > 1:
-        texts[-1] = f"({'|'.join(re.escape(_leaf(unit, role)) for role in roles)})"
+        texts[-1] = f"({'|'.join(re.escape(_leaf(group, role)) for role in roles)})"
     return r"\.".join(texts)
 
 
-def _rule(pieces: Sequence[Piece], pattern: str, expressions: Sequence[str], axis: str, last: int) -> Rule:
-    """The rule of pieces that differ in the parameter; ``last`` is the group that holds its name."""
-    first = pieces[0]
-    leaf = rf"\{last}" if len(pieces) > 1 else ""
-    targets = tuple(_target(unit, first.role, expressions, leaf) for unit in first.targets)
+def _rule(drafts: Sequence[RuleDraft], pattern: str, expressions: Sequence[str], axis: str, last: int) -> Rule:
+    """The rule of drafts that differ in the parameter; ``last`` is the capture that holds its name."""
+    first = drafts[0]
+    leaf = rf"\{last}" if len(drafts) > 1 else ""
+    targets = tuple(_target(group, first.role, expressions, leaf) for group in first.targets)
     return Rule(
         pattern,
         targets if len(targets) > 1 else targets[0],
@@ -296,9 +303,9 @@ def _rule(pieces: Sequence[Piece], pattern: str, expressions: Sequence[str], axi
     )
 
 
-def _target(unit: Unit, role: str, expressions: Sequence[str], leaf: str) -> str:
-    components = _components(unit, role)
+def _target(group: ModuleGroup, role: str, expressions: Sequence[str], leaf: str) -> str:
+    components = _components(group, role)
     if leaf:
         components[-1] = leaf
     remaining = iter(expressions)
-    return ".".join(part.replace(HOLE, next(remaining)) if HOLE in part else part for part in components)
+    return ".".join(part.replace(INDEX_SLOT, next(remaining)) if INDEX_SLOT in part else part for part in components)

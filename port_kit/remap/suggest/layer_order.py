@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from port_kit.remap.suggest.alignment import Alignment, alignments
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.shapes import Alignment, alignments
-from port_kit.remap.suggest.units import HOLE, Unit
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, ModuleGroup
 
 #: (list of the source, list of the target)
 _Lists = tuple[tuple[str, ...], tuple[str, ...]]
@@ -19,12 +19,12 @@ _Lists = tuple[tuple[str, ...], tuple[str, ...]]
 _Votes = dict[_Lists, Counter[tuple[int, int]]]
 
 
-def settle(found: Sequence[Match]) -> list[Match]:
+def resolve_layer_order(found: Sequence[Match]) -> list[Match]:
     """Give every match whose order is open the order of its surroundings."""
     options = [list(alignments(item.source, item.target)) for item in found]
     votes = _votes(found, options)
     return [
-        _settled(item, choices, votes) if len(choices) > 1 else item
+        _best_supported(item, choices, votes) if len(choices) > 1 else item
         for item, choices in zip(found, options, strict=True)
     ]
 
@@ -38,7 +38,7 @@ def _votes(found: Sequence[Match], options: Sequence[Sequence[Alignment]]) -> _V
     return votes
 
 
-def _settled(item: Match, choices: Sequence[Alignment], votes: _Votes) -> Match:
+def _best_supported(item: Match, choices: Sequence[Alignment], votes: _Votes) -> Match:
     def support(choice: Alignment) -> int:
         return sum(votes[lists][pair] for lists, pair in _outer_pairs(item, choice) if lists in votes)
 
@@ -52,6 +52,6 @@ def _outer_pairs(item: Match, choice: Alignment) -> Iterator[tuple[_Lists, tuple
             yield lists, (source[0], target[0])
 
 
-def _outer_list(unit: Unit) -> tuple[str, ...]:
-    depth = next((depth for depth, part in enumerate(unit.parts) if HOLE in part), len(unit.parts))
-    return unit.parts[: depth + 1]
+def _outer_list(group: ModuleGroup) -> tuple[str, ...]:
+    depth = next((depth for depth, part in enumerate(group.parts) if INDEX_SLOT in part), len(group.parts))
+    return group.parts[: depth + 1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from port_kit.remap.suggest.alignment import drop_unit_dims
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.shapes import squeezed
-from port_kit.remap.suggest.units import Index, Shape, Unit
+from port_kit.remap.suggest.module_groups import Index, ModuleGroup, Shape
 
 #: ``{"from": [names], "op": ..., "detail": {...}}``
 Entry = dict[str, Any]
@@ -36,40 +36,40 @@ def _changed(entry: Entry, change: str, shape: Shape) -> Entry:
     return entry
 
 
-def _entry(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
+def _entry(source: ModuleGroup, role: str, index: Index, shape: Shape) -> Entry:
     if source.kind == "concat":
         return _concat(source, role, index)
     if source.kind == "stack":
         return _stack(source, role, index, shape)
-    if source.kind == "fold":
-        return _fold(source.members[0], role, index)
+    if source.kind == "weight_norm":
+        return _weight_norm(source.members[0], role, index)
     return _single(source.names[role][index], source.shapes[role][index], shape)
 
 
 def _single(name: str, given: Shape, shape: Shape) -> Entry:
     if given == shape:
         return {"from": [name], "op": "copy", "detail": {}}
-    if squeezed(given) != squeezed(shape) and sorted(given) == sorted(shape) and len(given) in (2, 3):
+    if drop_unit_dims(given) != drop_unit_dims(shape) and sorted(given) == sorted(shape) and len(given) in (2, 3):
         perm = [*range(len(given) - 2), len(given) - 1, len(given) - 2]
         return {"from": [name], "op": "transpose", "detail": {"perm": perm}}
     return {"from": [name], "op": "reshape", "detail": {"shape": list(shape)}}
 
 
-def _fold(member: Unit, role: str, index: Index) -> Entry:
+def _weight_norm(member: ModuleGroup, role: str, index: Index) -> Entry:
     if role != "weight":
         return {"from": [member.names[role][index]], "op": "copy", "detail": {}}
     names = [member.names[part][index] for part in ("weight_g", "weight_v")]
     return {"from": names, "op": "computed", "detail": {"steps": ["weight_norm"]}}
 
 
-def _concat(source: Unit, role: str, index: Index) -> Entry:
-    names = [unit.names[role][index] for unit in source.members]
+def _concat(source: ModuleGroup, role: str, index: Index) -> Entry:
+    names = [group.names[role][index] for group in source.members]
     parts = [{"source": name, "start": None, "stop": None} for name in names]
     dim = source.joined_along(source.shapes[role][index])
     return {"from": names, "op": "concat", "detail": {"dim": dim, "parts": parts}}
 
 
-def _stack(source: Unit, role: str, index: Index, shape: Shape) -> Entry:
+def _stack(source: ModuleGroup, role: str, index: Index, shape: Shape) -> Entry:
     (member,) = source.members
     axis = source.axis
     inner = [_entry(member, role, index[:axis] + (value,) + index[axis:], shape[1:]) for value in range(shape[0])]

@@ -1,6 +1,6 @@
-"""The units that are matched: modules with their own parameters, one unit for all layers that repeat it.
+"""The groups that are matched: modules with their own parameters, one group for all layers that repeat it.
 
-``blocks.0.attn.q.weight``, ``blocks.0.attn.q.bias``, ``blocks.1.attn.q.weight`` ... are one unit: parts
+``blocks.0.attn.q.weight``, ``blocks.0.attn.q.bias``, ``blocks.1.attn.q.weight`` ... are one group: parts
 ``("blocks", "{}", "attn", "q")``, instances ``(0,), (1,) ...``, roles ``weight`` and ``bias``.
 A number that names a slot of a ``Sequential`` (``mlp.0.weight``) stays in the parts: its siblings are other things.
 """
@@ -19,9 +19,9 @@ from port_kit.remap.suggest.vocabulary import LEAVES, natural_key, words
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-#: Role of a parameter that is a unit of its own (``scale_shift_table``, ``pos_embed``).
-OWN = "weight"
-HOLE = "{}"
+#: Role of a parameter that is a group of its own (``scale_shift_table``, ``pos_embed``).
+WEIGHT = "weight"
+INDEX_SLOT = "{}"
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _ITEM = re.compile(r"([A-Za-z_]+?)(0|[1-9][0-9]*)")
 _LIST_LENGTH = 3  # fewer numbered words are different things: attn1 and attn2
@@ -30,17 +30,17 @@ _BLOCK_SIZE = 5  # and so are small modules: norm1, norm2 and norm3
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class ModuleGroup:
     """One module template (or a virtual one: a fused group, a stack of experts).
 
     Attributes:
         parts: components of the module's name, ``{}`` where an index stands.
-        names: role -> instance -> the tensor's full name (empty for a virtual unit).
+        names: role -> instance -> the tensor's full name (empty for a virtual group).
         shapes: role -> instance -> shape.
-        order: position among the units of its manifest.
+        order: position among the groups of its manifest.
         kind: ``plain``, ``concat`` (members' rows or columns one after another), ``stack`` (one member's last index) or
             ``fold`` (direction and magnitude of one member's weight norm).
-        members: the plain units a virtual unit is made of, in row order.
+        members: the plain groups a virtual group is made of, in row order.
         axis: for a stack, which index of the members is stacked; for a concat, the axis of its matrices.
     """
 
@@ -49,7 +49,7 @@ class Unit:
     shapes: Mapping[str, Mapping[Index, Shape]]
     order: float
     kind: str = "plain"
-    members: tuple[Unit, ...] = ()
+    members: tuple[ModuleGroup, ...] = ()
     axis: int = -1
     tokens: tuple[tuple[str, int], ...] = field(default=())
 
@@ -76,8 +76,8 @@ class Unit:
         return ()
 
     @property
-    def leaves(self) -> tuple[Unit, ...]:
-        """The plain units under this one (itself where it is plain)."""
+    def leaves(self) -> tuple[ModuleGroup, ...]:
+        """The plain groups under this one (itself where it is plain)."""
         return (self,) if not self.members else tuple(leaf for part in self.members for leaf in part.leaves)
 
     def joined_along(self, shape: Shape) -> int:
@@ -109,7 +109,7 @@ class Ordinals:
         found: list[tuple[str, int]] = []
         distance = 0
         for depth in range(len(parts) - 1, -1, -1):
-            if parts[depth] == HOLE:
+            if parts[depth] == INDEX_SLOT:
                 continue
             found.extend((word, distance) for word in words(parts[depth]) if not word.startswith("#"))
             stem, digits = _stem(parts[depth])
@@ -136,15 +136,15 @@ def split_leaf(name: str) -> tuple[list[str], str]:
     for suffix in ("_weight", "_bias"):
         if leaf.endswith(suffix):
             return [*components[:-1], leaf.removesuffix(suffix)], suffix[1:]
-    return components, OWN
+    return components, WEIGHT
 
 
-#: How much :func:`units_of` groups: all layers, all but the innermost list, nothing (one unit a tensor).
+#: How much :func:`group_modules` groups: all layers, all but the innermost list, nothing (one group a tensor).
 GROUPINGS = ("layers", "outer", "tensors")
 
 
-def units_of(manifest: Mapping[str, Shape], grouping: str = "layers") -> list[Unit]:
-    """Group a manifest's tensors into units, in the manifest's order.
+def group_modules(manifest: Mapping[str, Shape], grouping: str = "layers") -> list[ModuleGroup]:
+    """Group a manifest's tensors into groups, in the manifest's order.
 
     Args:
         manifest: name -> shape.
@@ -152,7 +152,7 @@ def units_of(manifest: Mapping[str, Shape], grouping: str = "layers") -> list[Un
     """
     ranks = _ranks(manifest)
     if grouping == "tensors":
-        return _with_tokens([_literal_unit(name, shape, ranks[name]) for name, shape in manifest.items()])
+        return _with_tokens([_single_tensor_group(name, shape, ranks[name]) for name, shape in manifest.items()])
     names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
     split = {name: split_leaf(name) for name in manifest}
     lists = _numbered_lists(components for components, _ in split.values())
@@ -161,17 +161,17 @@ def units_of(manifest: Mapping[str, Shape], grouping: str = "layers") -> list[Un
         parts, index = _template(components, lists, outer=grouping == "outer")
         if index in names[parts][role]:  # two spellings of one role in one module (weight and scale)
             parts, index = (*parts, name.rpartition(".")[2]), index
-            role = OWN
+            role = WEIGHT
         names[parts][role][index] = name
-    units: list[Unit] = []
+    groups: list[ModuleGroup] = []
     for parts, roles in names.items():
-        units.extend(_even_units(parts, roles, manifest, ranks))
-    return _with_tokens(sorted(units, key=lambda unit: unit.order))
+        groups.extend(_uniform_groups(parts, roles, manifest, ranks))
+    return _with_tokens(sorted(groups, key=lambda group: group.order))
 
 
-def _with_tokens(units: list[Unit]) -> list[Unit]:
-    ordinals = Ordinals(unit.parts for unit in units)
-    return [replace(unit, tokens=ordinals.tokens(unit.parts)) for unit in units]
+def _with_tokens(groups: list[ModuleGroup]) -> list[ModuleGroup]:
+    ordinals = Ordinals(group.parts for group in groups)
+    return [replace(group, tokens=ordinals.tokens(group.parts)) for group in groups]
 
 
 def has_own_order(manifest: Mapping[str, Shape]) -> bool:
@@ -221,59 +221,59 @@ def _even_lists(
 def _template(
     components: list[str], lists: set[tuple[tuple[str, ...], str]], *, outer: bool
 ) -> tuple[tuple[str, ...], Index]:
-    """Replace the numbers of inner components by holes; the innermost one is a slot and stays."""
+    """Replace the numbers of inner components by slots; the innermost one is a slot and stays."""
     index: list[int] = []
     parts: list[str] = []
     for depth, component in enumerate(components[:-1]):
         found = _ITEM.fullmatch(component)
         if _NUMBER.fullmatch(component):
-            parts.append(HOLE)
+            parts.append(INDEX_SLOT)
             index.append(int(component))
         elif found and (tuple(components[:depth]), found[1]) in lists:
-            parts.append(found[1] + HOLE)
+            parts.append(found[1] + INDEX_SLOT)
             index.append(int(found[2]))
         else:
             parts.append(component)
     if _NUMBER.fullmatch(components[-1]) and (tuple(components[:-1]), "") in lists:
-        parts.append(HOLE)
+        parts.append(INDEX_SLOT)
         index.append(int(components[-1]))
     else:
         parts.append(components[-1])
     if outer and index:
-        depth = max(depth for depth, part in enumerate(parts) if HOLE in part)
-        parts[depth] = parts[depth].replace(HOLE, str(index.pop()))
+        depth = max(depth for depth, part in enumerate(parts) if INDEX_SLOT in part)
+        parts[depth] = parts[depth].replace(INDEX_SLOT, str(index.pop()))
     return tuple(parts), tuple(index)
 
 
-def _literal_unit(name: str, shape: Shape, rank: float) -> Unit:
+def _single_tensor_group(name: str, shape: Shape, rank: float) -> ModuleGroup:
     components, role = split_leaf(name)
     parts = tuple(components)
-    return Unit(parts, {role: {(): name}}, {role: {(): shape}}, rank)
+    return ModuleGroup(parts, {role: {(): name}}, {role: {(): shape}}, rank)
 
 
-def _even_units(
+def _uniform_groups(
     parts: tuple[str, ...],
     roles: Mapping[str, Mapping[Index, str]],
     manifest: Mapping[str, Shape],
     ranks: Mapping[str, float],
-) -> list[Unit]:
-    """One unit for all instances that have the same roles: layers without a bias are a unit of their own."""
+) -> list[ModuleGroup]:
+    """One group for all instances that have the same roles: layers without a bias are a group of their own."""
     by_roles: dict[tuple[str, ...], list[Index]] = defaultdict(list)
     for index in sorted({index for instances in roles.values() for index in instances}):
         by_roles[tuple(role for role in sorted(roles) if index in roles[role])].append(index)
-    units = []
+    groups = []
     for present, indices in by_roles.items():
         names = {role: {index: roles[role][index] for index in indices} for role in present}
         shapes = {role: {index: manifest[name] for index, name in row.items()} for role, row in names.items()}
         order = min(ranks[name] for row in names.values() for name in row.values())
-        units.append(Unit(parts, names, shapes, order))
-    return units
+        groups.append(ModuleGroup(parts, names, shapes, order))
+    return groups
 
 
-def size_of(unit: Unit) -> dict[Index, int]:
+def size_of(group: ModuleGroup) -> dict[Index, int]:
     """Elements of each instance."""
     total: dict[Index, int] = defaultdict(int)
-    for row in unit.shapes.values():
+    for row in group.shapes.values():
         for index, shape in row.items():
             total[index] += math.prod(shape)
     return dict(total)
