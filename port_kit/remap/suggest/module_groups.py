@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -79,6 +79,12 @@ class ModuleGroup:
     def leaves(self) -> tuple[ModuleGroup, ...]:
         """The plain groups under this one (itself where it is plain)."""
         return (self,) if not self.members else tuple(leaf for part in self.members for leaf in part.leaves)
+
+    def tensor_names(self) -> Iterator[str]:
+        """Yield the names of all tensors of the group."""
+        for leaf in self.leaves:
+            for row in leaf.names.values():
+                yield from row.values()
 
     def joined_along(self, shape: Shape) -> int:
         """For a concat, the axis along which tensors of this shape are joined: vectors have but one."""
@@ -174,7 +180,7 @@ def _with_tokens(groups: list[ModuleGroup]) -> list[ModuleGroup]:
     return [replace(group, tokens=ordinals.tokens(group.parts)) for group in groups]
 
 
-def has_own_order(manifest: Mapping[str, Shape]) -> bool:
+def has_own_order(manifest: Iterable[str]) -> bool:
     """Whether the names come in an order of their own (a module's): not sorted, and modules not scattered."""
     given = list(manifest)
     if given in (sorted(given), sorted(given, key=natural_key)):
@@ -184,7 +190,7 @@ def has_own_order(manifest: Mapping[str, Shape]) -> bool:
     return runs <= _SCATTERED * len(set(modules))
 
 
-def _ranks(manifest: Mapping[str, Shape]) -> dict[str, float]:
+def _ranks(manifest: Iterable[str]) -> dict[str, float]:
     """Order of the names: the file's own where it has one, else natural order."""
     given = list(manifest) if has_own_order(manifest) else sorted(manifest, key=natural_key)
     return {name: float(rank) for rank, name in enumerate(given)}

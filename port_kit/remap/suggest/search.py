@@ -11,12 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from port_kit.manifest import TensorSpec
 from port_kit.remap.suggest.alignment import Alignment, align, signature
 from port_kit.remap.suggest.assignment import best_assignment
 from port_kit.remap.suggest.layer_order import resolve_layer_order
 from port_kit.remap.suggest.match import NO_RIVAL, Match
 from port_kit.remap.suggest.match_entries import entries_of
 from port_kit.remap.suggest.module_groups import GROUPINGS, WEIGHT, ModuleGroup, Shape, group_modules, has_own_order
+from port_kit.remap.suggest.number_kinds import number_kinds
 from port_kit.remap.suggest.scores import (
     NAME_WEIGHT,
     NEIGHBOR_WEIGHT,
@@ -41,13 +43,19 @@ class _RoundManifest:
     free: list[ModuleGroup]
     done: list[ModuleGroup]
     ordered: bool
+    kinds: Mapping[str, str]
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Shape], used: Container[str], grouping: str) -> _RoundManifest:
+    def of(cls, manifest: Mapping[str, TensorSpec], used: Container[str], grouping: str) -> _RoundManifest:
         """Group the used and the unused tensors of a manifest, each by themselves."""
-        free = {name: shape for name, shape in manifest.items() if name not in used}
-        done = {name: shape for name, shape in manifest.items() if name in used}
-        return cls(group_modules(free, grouping), group_modules(done, grouping), has_own_order(manifest))
+        free = {name: spec.shape for name, spec in manifest.items() if name not in used}
+        done = {name: spec.shape for name, spec in manifest.items() if name in used}
+        groups = group_modules(free, grouping), group_modules(done, grouping)
+        return cls(*groups, has_own_order(manifest), number_kinds(manifest))
+
+    def kinds_of(self, group: ModuleGroup) -> frozenset[str]:
+        """Return the kinds of numbers in a group of this manifest."""
+        return frozenset(map(self.kinds.__getitem__, group.tensor_names()))
 
 
 class Search:
@@ -69,6 +77,8 @@ class Search:
         self.round = round_
         self.sources = [*sources, *virtual_groups(sources, targets), *weight_norm_groups(sources, targets)]
         self.targets = [*targets, *virtual_groups(targets, sources)]
+        self.kinds = {group: left.kinds_of(group) for group in self.sources}
+        self.kinds |= {group: right.kinds_of(group) for group in self.targets}
         self.candidates = self._candidates()
         self.static = {pair: self._static(*pair) for pair in self.candidates}
         self.scores: dict[tuple[ModuleGroup, ModuleGroup], float] = dict(self.static)
@@ -100,7 +110,7 @@ class Search:
             if not near and not target.members:
                 near = by_signature[target.roles, len(target.instances[0]), "arity"]
             for source in near:
-                if source.members and target.members:
+                if source.members and target.members or self.kinds[source] != self.kinds[target]:
                     continue
                 alignment = align(source, target)
                 if alignment is not None and (source.kind != "weight_norm" or alignment.relation == "copy"):
@@ -190,8 +200,8 @@ def _tensor_name(group: ModuleGroup) -> str:
     return next(iter(group.names[WEIGHT].values())).rpartition(".")[2]
 
 
-def match(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> list[Match]:
-    """All pairs found between two manifests (name -> shape), in the order of the target."""
+def match(source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec]) -> list[Match]:
+    """All pairs found between two manifests, in the order of the target."""
     found: list[Match] = []
     for round_, grouping in enumerate(GROUPINGS, start=1):
         links = [(name, entry["from"]) for item in found for name, entry in entries_of(item)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ class Suggestion:
         missing: target tensors that nothing explains, with the sources that would fit by shape.
         narrow: the sides differ in dtypes, so values may have to be rounded.
         tied: missing targets that may be the same tensor as another target, with that one: embedding and output head.
+        scales: sources that no rule reads or drops, because they may be the scales of quantized values.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Suggestion:
     missing: Mapping[str, tuple[str, ...]]
     narrow: bool = False
     tied: Mapping[str, str] = field(default_factory=dict)
+    scales: tuple[str, ...] = ()
 
     @property
     def rules(self) -> RuleSet:
@@ -97,6 +99,7 @@ class Suggestion:
             "proposals": [proposal.to_json() for proposal in self.proposals],
             "missing": {name: list(fitting) for name, fitting in self.missing.items()},
             "tied": dict(self.tied),
+            "scales": list(self.scales),
             "targets_explained": dict(self.explained()),
         }
 
@@ -111,12 +114,15 @@ class Suggestion:
         for name, fitting in self.missing.items():
             twin = f"; keep it if the module ties it to {self.tied[name]}" if name in self.tied else ""
             lines.append(f"not explained: {name}{_fitting(fitting)}{twin}")
+        if self.scales:
+            lines.append(f"neither read nor dropped, may hold quantized values or their scales: {_first(self.scales)}")
         return "\n".join(lines)
 
 
-def _fitting(names: Iterable[str]) -> str:
-    shown = list(names)
-    if not shown:
-        return " (no unused source has its size)"
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return f" (would fit: {', '.join(shown[:3])}{more})"
+def _fitting(names: Sequence[str]) -> str:
+    return f" (would fit: {_first(names)})" if names else " (no unused source has its size)"
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
