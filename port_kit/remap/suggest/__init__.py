@@ -14,13 +14,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from port_kit.remap.plan import check
-from port_kit.remap.plan_json import plan_map
 from port_kit.remap.rules import RuleSet
 from port_kit.remap.suggest.alignment import drop_unit_dims
 from port_kit.remap.suggest.classify import LIKELY, REJECTED, Classifier
 from port_kit.remap.suggest.conventions import apply_conventions
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.match_entries import Entry, entries_of
 from port_kit.remap.suggest.module_groups import Shape
 from port_kit.remap.suggest.number_kinds import possible_scales
 from port_kit.remap.suggest.rule_writer import drop_rules, rules_of
@@ -71,31 +69,25 @@ def _without_template_signs(manifest: Manifest) -> dict[str, TensorSpec]:
 
 def _proposal(item: Match, classifier: Classifier, names: Collection[str]) -> Proposal:
     confidence = classifier.classify(item)
-    entries = dict(entries_of(item))
-    sources = tuple(dict.fromkeys(origin for entry in entries.values() for origin in entry["from"]))
+    links = item.links()
+    sources = tuple(dict.fromkeys(origin for origins in links.values() for origin in origins))
     rules = () if confidence.level == REJECTED else tuple(rules_of(item, names))
     what = f"{item.source} -> {item.target}"
-    return Proposal(rules, confidence.level, what, tuple(entries), sources, confidence.doubts)
+    return Proposal(rules, confidence.level, what, tuple(links), sources, confidence.doubts)
 
 
 def _verified(
     proposals: Sequence[Proposal], found: Sequence[Match], source: Manifest, target: Manifest
 ) -> list[Proposal]:
-    """Return the proposals that are not rejected and whose rules, compiled, do what the match says."""
+    """Return the proposals that are not rejected and whose rules, compiled, read what the match says."""
     rules = RuleSet("suggested", tuple(rule for proposal in proposals for rule in proposal.rules))
-    compiled = plan_map(check(rules, source, target, allow_downcast=True))
+    plan = check(rules, source, target, allow_downcast=True)
+    compiled = {name: {task.source for task in tasks} for name, tasks in plan.by_target().items()}
     return [
         proposal
         for proposal, item in zip(proposals, found, strict=True)
-        if proposal.rules and all(_same(compiled.get(name), entry) for name, entry in entries_of(item))
+        if proposal.rules and all(compiled.get(name) == set(origins) for name, origins in item.links().items())
     ]
-
-
-def _same(one: Entry | None, other: Entry) -> bool:
-    """Return True if two entries are equal; the parts of a computation have no order."""
-    if one is None or other["op"] != "computed":
-        return one == other
-    return {**one, "from": sorted(one["from"])} == {**other, "from": sorted(other["from"])}
 
 
 def _missing(targets: Mapping[str, Shape], unused: Mapping[str, Shape]) -> dict[str, tuple[str, ...]]:

@@ -81,15 +81,20 @@ def _orders(source: tuple[Index, ...], target: tuple[Index, ...]) -> Iterator[tu
 
 
 def _worst_relation(source: ModuleGroup, target: ModuleGroup, pairs: Mapping[Index, Index]) -> str | None:
-    worst = "copy"
+    """The relation furthest from a copy; None if tensors do not fit, or if only some tensors of a role are transposed."""
+    worst = ["copy"]
     for role, row in target.shapes.items():
-        shapes = source.shapes[role]
-        for index, shape in row.items():
-            found = relation(shapes[pairs[index]], shape)
-            if found is None:
-                return None
-            worst = max(worst, found, key=PENALTY.__getitem__)
-    return worst
+        found = {relation(source.shapes[role][pairs[index]], shape) for index, shape in row.items()}
+        if None in found or "transpose" in found and len(found) > 1:
+            return None
+        worst += filter(None, found)
+    return max(worst, key=PENALTY.__getitem__)
+
+
+def shape_class(group: ModuleGroup) -> tuple[int, tuple[tuple[str, Shape], ...]]:
+    """Groups of one class differ in name only: same count of instances, roles and shapes of the first instance."""
+    first = group.instances[0]
+    return len(group.instances), tuple((role, drop_unit_dims(group.shapes[role][first])) for role in group.roles)
 
 
 def signature(group: ModuleGroup) -> tuple[object, ...]:

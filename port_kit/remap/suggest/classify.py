@@ -31,11 +31,9 @@ from port_kit.remap.suggest.vocabulary import words
 CERTAIN, LIKELY, REJECTED = "certain", "likely", "rejected"
 
 _NAME = 0.3  # names share this much of their words
-_NAME_MARGIN = 0.08  # and this much more than any rival's
 _MARGIN = 0.2  # all evidence together exceeds any rival's by this much
 _NO_EVIDENCE = 0.3  # score below which nothing speaks for a match
 _MODULATION = {"modulation", "shift", "table"}
-_SINGLE_TENSORS = 3  # the round that matches tensor by tensor
 _MIN_TENSORS = 3  # fewer tensors do not show the width of a model
 
 
@@ -159,8 +157,6 @@ def _doubts_of_names(item: Match) -> Iterator[str]:
         return
     if item.name < _NAME:
         yield "the names have little in common"
-    if item.name_margin < _NAME_MARGIN:
-        yield "only order and surroundings tell it from others of its shape"
     if item.margin < _MARGIN:
         yield "others of its shape fit nearly as well"
 
@@ -178,8 +174,6 @@ def _doubts_of_relation(item: Match) -> Iterator[str]:
 
 
 def _doubts_of_layers(item: Match) -> Iterator[str]:
-    if item.round == _SINGLE_TENSORS and not _same_name(item):
-        yield "found tensor by tensor among what the lists of layers left over"
     if len(item.alignment.pairs) < 2:
         return
     orders = {choice.order for choice in alignments(item.source, item.target)}

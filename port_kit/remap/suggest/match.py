@@ -22,8 +22,6 @@ class Match:
         score: evidence for the pair.
         margin: by how much the score exceeds that of the best other use of either group (4.0: there is none).
         name: the part of the evidence that comes from names, in [0, 1].
-        name_margin: by how much that part exceeds the best other use of either group (4.0: there is none).
-        round: 1 for templates, 3 for single tensors.
         change: what a convention adds that shapes cannot show: ``swap`` (two halves) or ``transpose`` (a square).
     """
 
@@ -33,16 +31,16 @@ class Match:
     score: float
     margin: float
     name: float
-    name_margin: float
-    round: int
     change: str = ""
 
-    def tensor_pairs(self, role: str) -> list[tuple[str, str]]:
-        """(source name, target name) of every instance of one role, for two plain groups."""
-        return [
-            (self.source.names[role][origin], self.target.names[role][index])
+    def links(self) -> dict[str, list[str]]:
+        """Return the sources of every target tensor that the match explains."""
+        return {
+            name: self.source.tensors(role, origin)
             for index, origin in self.alignment.pairs.items()
-        ]
+            for role in self.target.roles
+            for name in self.target.tensors(role, index)
+        }
 
     def only(self, instances: Container[Index], change: str = "") -> Match:
         """The match of some target instances."""

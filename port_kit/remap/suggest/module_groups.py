@@ -86,6 +86,19 @@ class ModuleGroup:
             for row in leaf.names.values():
                 yield from row.values()
 
+    def tensors(self, role: str, index: Index) -> list[str]:
+        """Return the names of the tensors that one parameter of one instance consists of."""
+        if self.kind == "stack":
+            (member,) = self.members
+            axis, count = self.axis, self.shapes[role][index][0]
+            inner = [index[:axis] + (value,) + index[axis:] for value in range(count)]
+            return [name for at in inner for name in member.tensors(role, at)]
+        if self.kind == "weight_norm" and role == "weight":
+            return [self.members[0].names[part][index] for part in ("weight_g", "weight_v")]
+        if self.members:
+            return [name for member in self.members for name in member.tensors(role, index)]
+        return [self.names[role][index]]
+
     def joined_along(self, shape: Shape) -> int:
         """For a concat, the axis along which tensors of this shape are joined: vectors have but one."""
         return self.axis if len(shape) > 1 else 0

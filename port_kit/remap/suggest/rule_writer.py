@@ -56,8 +56,8 @@ def rules_of(item: Match, names: Collection[str]) -> list[Rule]:
     """
     drafts = [draft for role in item.target.roles for draft in _drafts(item, role)]
     rules: list[Rule] = []
-    for capture in _merge_by_parameter(drafts):
-        rules.extend(_rules_of_drafts(capture, names))
+    for merged in _merge_by_parameter(drafts):
+        rules.extend(_rules_of_drafts(merged, names))
     return rules
 
 
@@ -66,12 +66,12 @@ def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> lis
     with anything used (another component in the same file), one for every other name.
     """
     kept = {tuple(parts[:depth]) for parts in (name.split(".") for name in used) for depth in range(len(parts) + 1)}
-    captures: dict[tuple[str, ...], list[str]] = {}
+    dropped: dict[tuple[str, ...], list[str]] = {}
     for name in unused:
         parts = tuple(name.split("."))
         depth = next((depth for depth in range(1, len(parts)) if parts[:depth] not in kept), len(parts))
-        captures.setdefault(parts[:depth], []).append(name)
-    return [(Rule(_everything_under(module, names), drop=reason), names) for module, names in captures.items()]
+        dropped.setdefault(parts[:depth], []).append(name)
+    return [(Rule(_everything_under(module, names), drop=reason), names) for module, names in dropped.items()]
 
 
 def _everything_under(module: tuple[str, ...], names: Sequence[str]) -> str:
@@ -192,15 +192,15 @@ def _unstacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -
 
 
 def _merge_by_parameter(drafts: Sequence[RuleDraft]) -> list[list[RuleDraft]]:
-    """Pieces of one module that differ in the parameter only (weight, bias) and keep its name."""
-    captures: dict[object, list[RuleDraft]] = {}
+    """Drafts of one module that differ in the parameter only (weight, bias) and keep its name."""
+    merged: dict[object, list[RuleDraft]] = {}
     for draft in drafts:
         groups = (draft.source, *draft.targets)
         kept = not draft.given and len({_leaf(group, draft.role) for group in groups}) == 1
         alone = draft.source_role if not kept else tuple(_stem(group, draft.role) for group in groups)
         key = (draft.source, draft.targets, draft.pairs, draft.op, draft.shard, draft.into, draft.take, alone)
-        captures.setdefault(key, []).append(draft)
-    return list(captures.values())
+        merged.setdefault(key, []).append(draft)
+    return list(merged.values())
 
 
 def _rules_of_drafts(drafts: Sequence[RuleDraft], names: Collection[str]) -> list[Rule]:

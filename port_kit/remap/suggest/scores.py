@@ -16,12 +16,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
+from port_kit.remap.suggest.alignment import shape_class
 from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, size_of
 from port_kit.remap.suggest.vocabulary import natural_key, position, secondary_rank, weight_of
 
 NAME_WEIGHT, SIZE_WEIGHT, NEIGHBOR_WEIGHT, ORDER_WEIGHT = 1.0, 0.5, 0.7, 0.35
 _MAX_ANCESTORS = 4  # ancestors looked at, innermost first
-_MAX_SHARE = 0.9  # a module with more than this share of all groups says nothing, unless it is a layer
 
 _FILE_ORDER, _SORTED_ORDER = 0.8, 0.4  # order_weight in the order of names that differ in words
 _NEAR = 2  # components from the innermost one that say where in its layer a module stands
@@ -42,32 +42,19 @@ class ManifestView:
             for depth in range(1, len(group.parts)):
                 self.descendants[group.parts[:depth]].append(group)
 
-    @cached_property
-    def frequency(self) -> Counter[str]:
-        """In how many groups each word occurs."""
-        return Counter(word for group in self.groups for word in group.words)
-
     def weights(self, group: ModuleGroup) -> dict[str, float]:
         """The words of a group's name with how much each says."""
         if group not in self._weights:
             weights: dict[str, float] = {}
             for word, distance in group.tokens:
-                value = weight_of(word) * (0.3 + 0.7 * self.rarity(word)) * max(0.35, 0.8**distance)
+                value = weight_of(word) * max(0.35, 0.8**distance)
                 weights[word] = max(value, weights.get(word, 0.0))
             self._weights[group] = weights
         return self._weights[group]
 
-    def rarity(self, word: str) -> float:
-        """Close to 1 for a word of one group, 0 for a word of all."""
-        count = self.frequency.get(word, 0)
-        total = len(self.groups)
-        return 1.0 if not count or total < 2 else math.log((total + 1) / count) / math.log(total + 1)
-
     def ancestors(self, group: ModuleGroup) -> list[Path]:
         """The modules around a group, innermost first, without the root."""
-        limit = _MAX_SHARE * len(self.groups)
-        paths = (group.parts[:depth] for depth in range(len(group.parts) - 1, 0, -1))
-        return [path for path in paths if len(self.descendants[path]) <= limit or INDEX_SLOT in path[-1]]
+        return [group.parts[:depth] for depth in range(len(group.parts) - 1, 0, -1)]
 
     def order_weight(self, peers: Sequence[ModuleGroup]) -> float:
         """How much the order of some groups means: all where only numbers tell them apart, little in a sorted file whose
@@ -209,12 +196,3 @@ class NeighborScores:
                 classes[shape_class(other)].append(other)
             self._order[key] = classes
         return self._order[key][shape_class(group)]
-
-
-def shape_class(group: ModuleGroup) -> tuple[object, ...]:
-    """Units of one class differ in name only: same count of instances, roles and sizes of the first instance."""
-    first = group.instances[0]
-    return (
-        len(group.instances),
-        tuple((role, tuple(size for size in group.shapes[role][first] if size != 1)) for role in group.roles),
-    )

@@ -16,7 +16,6 @@ from port_kit.remap.suggest.alignment import Alignment, align, signature
 from port_kit.remap.suggest.assignment import best_assignment
 from port_kit.remap.suggest.layer_order import resolve_layer_order
 from port_kit.remap.suggest.match import NO_RIVAL, Match
-from port_kit.remap.suggest.match_entries import entries_of
 from port_kit.remap.suggest.module_groups import GROUPINGS, WEIGHT, ModuleGroup, Shape, group_modules, has_own_order
 from port_kit.remap.suggest.number_kinds import number_kinds
 from port_kit.remap.suggest.scores import (
@@ -32,7 +31,6 @@ from port_kit.remap.suggest.scores import (
 from port_kit.remap.suggest.virtual_groups import virtual_groups, weight_norm_groups
 
 _ITERATIONS = 4
-_WEAK, _WEAK_GROUP, _WEAK_MARGIN = 0.6, 0.9, 0.1  # scores below which a match waits for the next round
 _NEEDLESS_TRANSPOSE = 0.4  # what a transposition costs that the counts of shapes do not ask for
 
 
@@ -66,7 +64,6 @@ class Search:
         left: _RoundManifest,
         right: _RoundManifest,
         known: Sequence[tuple[ModuleGroup, ModuleGroup, float]] = (),
-        round_: int = 1,
     ) -> None:
         sources, targets = left.free, right.free
         ordered = left.ordered and right.ordered  # an order is compared with an order of the same kind
@@ -74,7 +71,6 @@ class Search:
         self.right = ManifestView([*targets, *right.done], ordered=ordered)
         self.left_shapes, self.right_shapes = _matrices(self.left.groups), _matrices(self.right.groups)
         self.known = known
-        self.round = round_
         self.sources = [*sources, *virtual_groups(sources, targets), *weight_norm_groups(sources, targets)]
         self.targets = [*targets, *virtual_groups(targets, sources)]
         self.kinds = {group: left.kinds_of(group) for group in self.sources}
@@ -174,20 +170,15 @@ class Search:
     def _match(self, source: ModuleGroup, target: ModuleGroup) -> Match:
         pair = (source, target)
         rivals = [other for other in self.scores if (other[0] is source) != (other[1] is target)]
-        score, name = self.scores[pair], self._name(pair)
+        score = self.scores[pair]
         return Match(
             source,
             target,
             self.candidates[pair],
             score,
             score - max(self.scores[other] for other in rivals) if rivals else NO_RIVAL,
-            name,
-            name - max(map(self._name, rivals)) if rivals else NO_RIVAL,
-            self.round,
+            name_score(source, target, self.left, self.right, numbers=False),
         )
-
-    def _name(self, pair: tuple[ModuleGroup, ModuleGroup]) -> float:
-        return name_score(*pair, self.left, self.right, numbers=False)
 
 
 def _matrices(groups: Iterable[ModuleGroup]) -> Counter[Shape]:
@@ -203,22 +194,15 @@ def _tensor_name(group: ModuleGroup) -> str:
 def match(source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec]) -> list[Match]:
     """All pairs found between two manifests, in the order of the target."""
     found: list[Match] = []
-    for round_, grouping in enumerate(GROUPINGS, start=1):
-        links = [(name, entry["from"]) for item in found for name, entry in entries_of(item)]
+    for grouping in GROUPINGS:
+        links = [link for item in found for link in item.links().items()]
         used = {name for _, names in links for name in names}, {name for name, _ in links}
         if used[0] >= set(source) or used[1] >= set(target):
             break
         left, right = _RoundManifest.of(source, used[0], grouping), _RoundManifest.of(target, used[1], grouping)
-        search = Search(left, right, _known(links, left.done, right.done), round_)
-        last = grouping == GROUPINGS[-1]
-        found = resolve_layer_order([*found, *(item for item in search.run() if last or not _is_tentative(item))])
+        search = Search(left, right, _known(links, left.done, right.done))
+        found = resolve_layer_order([*found, *search.run()])
     return sorted(found, key=lambda item: item.target.order)
-
-
-def _is_tentative(item: Match) -> bool:
-    """Whether a match is so weak that a later, finer round should look again."""
-    fused = bool(item.source.members or item.target.members)
-    return item.score < (_WEAK_GROUP if fused else _WEAK) and item.margin < _WEAK_MARGIN
 
 
 def _known(

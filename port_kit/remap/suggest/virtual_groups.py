@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
-from port_kit.remap.suggest.alignment import drop_unit_dims
+from port_kit.remap.suggest.alignment import drop_unit_dims, shape_class
 from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
 from port_kit.remap.suggest.vocabulary import natural_key
 
@@ -27,11 +27,11 @@ def virtual_groups(parts: Sequence[ModuleGroup], wholes: Iterable[ModuleGroup]) 
     Returns:
         concat and stack groups, each of which fits at least one of ``wholes``.
     """
-    wanted = {_fingerprint(group) for group in wholes}
+    wanted = {shape_class(group) for group in wholes}
     concats = [*_concats(parts), *_numbered(parts)]
-    found = [group for group in concats if _fingerprint(group) in wanted]
-    found += [group for group in _concats(parts, axis=1) if _fingerprint(group) in wanted]
-    found += [group for group in _with_extras(parts, concats) if _fingerprint(group) in wanted]
+    found = [group for group in concats if shape_class(group) in wanted]
+    found += [group for group in _concats(parts, axis=1) if shape_class(group) in wanted]
+    found += [group for group in _with_extras(parts, concats) if shape_class(group) in wanted]
     for group in [*parts, *concats]:
         found += [stack for stack in _stacks(group) if _stack_wanted(stack, wanted)]
     return found
@@ -41,9 +41,9 @@ def weight_norm_groups(parts: Iterable[ModuleGroup], wholes: Iterable[ModuleGrou
     """Modules with a weight norm (direction and magnitude) as modules with a plain weight, where the other side has
     such a one; the way back is not unique and is never proposed.
     """
-    wanted = {_fingerprint(group) for group in wholes}
+    wanted = {shape_class(group) for group in wholes}
     found = [_weight_norm(group) for group in parts if {"weight_g", "weight_v"} <= set(group.roles)]
-    return [group for group in found if _fingerprint(group) in wanted]
+    return [group for group in found if shape_class(group) in wanted]
 
 
 def _weight_norm(group: ModuleGroup) -> ModuleGroup:
@@ -52,13 +52,8 @@ def _weight_norm(group: ModuleGroup) -> ModuleGroup:
     return ModuleGroup(group.parts, {}, shapes, group.order, "weight_norm", (group,), tokens=group.tokens)
 
 
-def _fingerprint(group: ModuleGroup) -> tuple[int, tuple[tuple[str, Shape], ...]]:
-    first = group.instances[0]
-    return len(group.instances), tuple((role, drop_unit_dims(group.shapes[role][first])) for role in group.roles)
-
-
 def _stack_wanted(stack: ModuleGroup, wanted: set[tuple[int, tuple[tuple[str, Shape], ...]]]) -> bool:
-    count, roles = _fingerprint(stack)
+    count, roles = shape_class(stack)
     transposed = tuple((role, (*shape[:1], *reversed(shape[1:]))) for role, shape in roles)
     return (count, roles) in wanted or (len(roles[0][1]) == 3 and (count, transposed) in wanted)
 
@@ -161,20 +156,12 @@ def _fit_along(groups: Sequence[ModuleGroup], axis: int) -> bool:
     ) and any(len(shape) == 2 for row in groups[0].shapes.values() for shape in row.values())
 
 
-def _side_by_side(members: Sequence[ModuleGroup]) -> dict[str, dict[Index, Shape]]:
-    """Shapes of matrices joined along their columns, and of vectors joined along their only axis."""
-    return {
-        role: {
-            index: (*row[index][:-1], sum(group.shapes[role][index][-1] for group in members))
-            for index in members[0].instances
-        }
-        for role, row in members[0].shapes.items()
-    }
-
-
 def concat(members: Sequence[ModuleGroup], axis: int = 0) -> ModuleGroup:
     """The group whose rows (with axis 1: columns) are the members' one after another."""
-    shapes = _side_by_side(members) if axis else _one_below_the_other(members)
+    shapes = {
+        role: {index: _joined([group.shapes[role][index] for group in members], axis) for index in row}
+        for role, row in members[0].shapes.items()
+    }
     shared = _shared_prefix([group.parts for group in members])
     name = "+".join(".".join(group.parts[len(shared) :]) for group in members)
     tokens = _joined_tokens(members)
@@ -182,18 +169,10 @@ def concat(members: Sequence[ModuleGroup], axis: int = 0) -> ModuleGroup:
     return ModuleGroup((*shared, name), {}, shapes, order, "concat", tuple(members), axis, tokens)
 
 
-def _one_below_the_other(members: Sequence[ModuleGroup]) -> dict[str, dict[Index, Shape]]:
-    first = members[0]
-    return {
-        role: {
-            index: (
-                sum(group.shapes[role][index][0] for group in members),
-                *min((group.shapes[role][index][1:] for group in members), key=len),
-            )
-            for index in first.instances
-        }
-        for role in first.roles
-    }
+def _joined(shapes: Sequence[Shape], axis: int) -> Shape:
+    if axis:
+        return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    return (sum(shape[0] for shape in shapes), *min((shape[1:] for shape in shapes), key=len))
 
 
 def _stacks(group: ModuleGroup) -> list[ModuleGroup]:
