@@ -23,6 +23,7 @@ from port_kit.remap.suggest.scores import (
     NEIGHBOR_WEIGHT,
     ORDER_WEIGHT,
     SIZE_WEIGHT,
+    Link,
     ManifestView,
     NeighborScores,
     name_score,
@@ -63,7 +64,7 @@ class Search:
         self,
         left: _RoundManifest,
         right: _RoundManifest,
-        known: Sequence[tuple[ModuleGroup, ModuleGroup, float]] = (),
+        known: Sequence[Link] = (),
     ) -> None:
         sources, targets = left.free, right.free
         ordered = left.ordered and right.ordered  # an order is compared with an order of the same kind
@@ -83,7 +84,10 @@ class Search:
         """The assignment after the evidence has flowed between neighbours."""
         assigned = self._assign(self.static)
         for _ in range(_ITERATIONS):
-            neighbors = NeighborScores(assigned, self.known, self.left, self.right)
+            links = [
+                (source, target, 1 / max(len(source.leaves), len(target.leaves))) for target, source in assigned.items()
+            ]
+            neighbors = NeighborScores([*self.known, *links], self.left, self.right)
             self.scores = {
                 pair: value + NEIGHBOR_WEIGHT * neighbors.score(*pair) + ORDER_WEIGHT * neighbors.order_score(*pair)
                 for pair, value in self.static.items()
@@ -114,7 +118,7 @@ class Search:
         return found
 
     def _static(self, source: ModuleGroup, target: ModuleGroup) -> float:
-        names = NAME_WEIGHT * name_score(source, target, self.left, self.right)
+        names = NAME_WEIGHT * name_score(source, target)
         sizes = SIZE_WEIGHT * size_score(source.leaves[0], target.leaves[0], self.left, self.right)
         needless = _NEEDLESS_TRANSPOSE if self._transposes_needlessly(source, target) else 0.0
         return 0.05 + names + sizes - self.candidates[source, target].penalty - needless
@@ -177,7 +181,7 @@ class Search:
             self.candidates[pair],
             score,
             score - max(self.scores[other] for other in rivals) if rivals else NO_RIVAL,
-            name_score(source, target, self.left, self.right, numbers=False),
+            name_score(source, target, numbers=False),
         )
 
 
@@ -207,9 +211,9 @@ def match(source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec]) ->
 
 def _known(
     links: Iterable[tuple[str, Sequence[str]]], sources: Sequence[ModuleGroup], targets: Sequence[ModuleGroup]
-) -> list[tuple[ModuleGroup, ModuleGroup, float]]:
-    """What earlier rounds found, in the groups of this one: (source, target, share)."""
-    owner = {name: group for group in [*sources, *targets] for row in group.names.values() for name in row.values()}
+) -> list[Link]:
+    """What earlier rounds found, in the groups of this one."""
+    owner = {name: group for group in [*sources, *targets] for name in group.tensor_names()}
     votes: dict[tuple[ModuleGroup, ModuleGroup], int] = defaultdict(int)
     total: dict[ModuleGroup, int] = defaultdict(int)
     for name, origins in links:
