@@ -1,10 +1,10 @@
 """Propose a rule set from two manifests alone: names, shapes and dtypes, nothing else.
 
-Modules of both sides are grouped over layers (:mod:`.module_groups`); fused projections and stacks of experts are further
-candidates (:mod:`.virtual_groups`). Pairs are scored by the meaning of their names (:mod:`.vocabulary`), the sizes of the
-modules around them, their neighbors and their order (:mod:`.scores`), and assigned globally (:mod:`.assignment`). Dtypes
-decide what can be copied at all (:mod:`.number_kinds`). Each pair becomes rules (:mod:`.rule_writer`) of a confidence that
-:mod:`.classify` defines. What nothing speaks for is left out and listed.
+Modules of both sides are grouped over layers (:mod:`.module_groups`); fused projections and stacks of experts are
+further candidates (:mod:`.virtual_groups`). Pairs are scored by the meaning of their names (:mod:`.vocabulary`), the
+sizes of the modules around them, their neighbors and their order (:mod:`.scores`), and assigned globally
+(:mod:`.assignment`). Dtypes decide what can be copied at all (:mod:`.number_kinds`). Each pair becomes rules
+(:mod:`.rule_writer`) of a confidence that :mod:`.classify` defines. What has no evidence is left out and listed.
 """
 
 from __future__ import annotations

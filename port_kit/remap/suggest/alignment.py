@@ -81,7 +81,7 @@ def _orders(source: tuple[Index, ...], target: tuple[Index, ...]) -> Iterator[tu
 
 
 def _worst_relation(source: ModuleGroup, target: ModuleGroup, pairs: Mapping[Index, Index]) -> str | None:
-    """The relation furthest from a copy; None if tensors do not fit, or if only some tensors of a role are transposed."""
+    """The relation furthest from a copy; None if tensors do not fit, or if only some of a role are transposed."""
     worst = ["copy"]
     for role, row in target.shapes.items():
         found = {relation(source.shapes[role][pairs[index]], shape) for index, shape in row.items()}

@@ -3,22 +3,22 @@
 A match is *certain* if shapes, counts and dtypes leave one possibility. Names cannot make it certain, equal names
 neither; they can only cast doubt on it. All of this must hold for every tensor of the match:
 
-* Pairing: it stands outside of repeated layers, and no other such tensor of its manifest has as many elements. Siblings
-  of one size may have exchanged their names, and layers may be counted backwards.
+* Pairing: it stands outside of repeated layers, and no other such tensor of its manifest has as many elements.
+  Siblings of one size may have exchanged their names, and layers may be counted backwards.
 * Order of the elements: it has one element, or it is a vector along the width of the model, the smallest extent that
-  more than half of the tensors share. A matrix may be transposed, and its rows or columns may be permuted (heads, rotary
-  pairs, shift and scale, gate and up); a vector of another length may consist of such parts.
+  more than half of the tensors share. A matrix may be transposed, and its rows or columns may be permuted (heads,
+  rotary pairs, shift and scale, gate and up); a vector of another length may consist of such parts.
 * Values: neither manifest holds a quantized dtype.
 * Names: they have much in common, and they speak of nothing that code bases are known to order differently.
 
-Everything else that has evidence is *likely* and carries its doubts; without evidence it is *rejected*.
+Everything else that has evidence is *likely* and carries its doubts; without evidence it is *rejected*. Both levels
+speak of the place of each value, not of arithmetic: a norm that is stored as its difference from one looks the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from port_kit.manifest import TensorSpec
@@ -45,30 +45,29 @@ class Confidence:
     doubts: tuple[str, ...] = ()
 
 
-class _ShapeEvidence:
-    """What the shapes of one manifest prove about its tensors."""
+class _Evidence:
+    """What the shapes of one manifest prove about its tensors.
+
+    Attributes:
+        unique: tensors outside of repeated layers that share their number of elements with no other such tensor.
+        width: the smallest extent that more than half of the tensors share, or 0.
+    """
 
     def __init__(self, manifest: Mapping[str, TensorSpec]) -> None:
-        shapes = {name: spec.shape for name, spec in manifest.items()}
-        single = [
-            (name, spec.numel)
-            for group in group_modules(shapes)
-            if len(group.instances) == 1
-            for row in group.names.values()
-            for name, spec in ((name, manifest[name]) for name in row.values())
-        ]
-        counts = Counter(numel for _, numel in single)
-        self.unique = {name for name, numel in single if counts[numel] == 1}
-        self.width = _width(list(shapes.values()))
+        self.manifest = manifest
+        groups = group_modules({name: spec.shape for name, spec in manifest.items()})
+        single = [name for group in groups if len(group.instances) == 1 for name in group.tensor_names()]
+        counts = Counter(manifest[name].numel for name in single)
+        self.unique = {name for name in single if counts[manifest[name].numel] == 1}
+        axes = [extents for spec in manifest.values() if (extents := set(drop_unit_dims(spec.shape)))]
+        shared = Counter(extent for extents in axes for extent in extents)
+        enough = max(_MIN_TENSORS, len(axes) // 2 + 1)
+        self.width = min((extent for extent, count in shared.items() if count >= enough), default=0)
 
-
-def _width(shapes: Sequence[Shape]) -> int:
-    """The smallest extent that more than half of the tensors share, or 0."""
-    axes = [set(drop_unit_dims(shape)) for shape in shapes]
-    axes = [found for found in axes if found]
-    shared = Counter(extent for found in axes for extent in found)
-    enough = max(_MIN_TENSORS, len(axes) // 2 + 1)
-    return min((extent for extent, count in shared.items() if count >= enough), default=0)
+    def fixes_order(self, name: str) -> bool:
+        """Return True if the elements of a tensor can have one order only."""
+        spec = self.manifest[name]
+        return spec.numel == 1 or drop_unit_dims(spec.shape) == (self.width,)
 
 
 class Classifier:
@@ -77,9 +76,8 @@ class Classifier:
     def __init__(
         self, found: Sequence[Match], source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec]
     ) -> None:
-        self._sides = (source, target)
-        self._evidence = (_ShapeEvidence(source), _ShapeEvidence(target))
-        self._quantized = any(is_quantized(spec.dtype) for side in self._sides for spec in side.values())
+        self._source, self._target = _Evidence(source), _Evidence(target)
+        self._quantized = any(is_quantized(spec.dtype) for spec in (*source.values(), *target.values()))
         self._unsupported = Counter(signature(item.target) for item in found if _is_unsupported(item))
         self._columns: dict[tuple[str, ...], set[int]] = defaultdict(set)
         for item in found:
@@ -89,48 +87,37 @@ class Classifier:
         """Return the confidence of one match."""
         if _is_unsupported(item) and self._unsupported[signature(item.target)] > 1:
             return Confidence(REJECTED, ("neither names nor surroundings speak for it",))
+        tensors = [(name, self._source) for name in item.source.tensor_names()]
+        tensors += [(name, self._target) for name in item.target.tensor_names()]
         doubts = (
-            *self._doubts_of_dtypes(item),
+            *self._doubts_of_dtypes({side.manifest[name].dtype for name, side in tensors}),
             *_doubts_of_relation(item),
             *_doubts_of_layers(item),
             *self._doubts_of_conventions(item),
             *_doubts_of_names(item),
-            *self._doubts_of_shapes(item),
+            *_doubts_of_shapes(tensors),
         )
         return Confidence(LIKELY if doubts else CERTAIN, doubts)
 
-    def _doubts_of_dtypes(self, item: Match) -> Iterator[str]:
-        dtypes = {side[name].dtype for group, side in self._grouped(item) for name in group.tensor_names()}
+    def _doubts_of_dtypes(self, dtypes: Iterable[str]) -> Iterator[str]:
         quantized = sorted(filter(is_quantized, dtypes))
         if quantized:
             yield f"{' and '.join(quantized)} values may be quantized: they mean nothing without their scale"
         elif self._quantized:
             yield "other tensors are quantized: this one may be a scale or scaled"
 
-    def _doubts_of_shapes(self, item: Match) -> Iterator[str]:
-        names = [(name, evidence) for group, evidence in self._with_evidence(item) for name in group.tensor_names()]
-        if not all(name in evidence.unique for name, evidence in names):
-            yield "other tensors or layers have its size: only names and order tell them apart"
-        shapes = [side[name].shape for group, side in self._grouped(item) for name in group.tensor_names()]
-        widths = {evidence.width for evidence in self._evidence}
-        if not all(
-            math.prod(shape) == 1 or {drop_unit_dims(shape)} == {(width,) for width in widths} for shape in shapes
-        ):
-            yield "its elements may have another order; shapes cannot show it"
-
     def _doubts_of_conventions(self, item: Match) -> Iterator[str]:
         """What code bases are known to order differently without changing a shape."""
         near = {word for group in (item.source, item.target) for word, distance in group.tokens if distance < 2}
         near |= set(item.source.leaf_words) | set(item.target.leaf_words)
-        if not item.change and any(
-            _has_equal_axes(shape) for row in item.target.shapes.values() for shape in row.values()
-        ):
+        shapes = [shape for row in item.target.shapes.values() for shape in row.values()]
+        if not item.change and any(map(_has_equal_axes, shapes)):
             yield "axes of equal extent: a square shape cannot show whether it is stored transposed"
         if {"q", "k", "v"} <= near:
             yield "rows of a fused projection may be interleaved by head"
         elif near & {"q", "k"}:
             yield "rows of query and key may be permuted for another rotary convention"
-        if near & _MODULATION or _norm_projection(item.target) or _norm_projection(item.source):
+        if near & _MODULATION or any(map(_is_norm_projection, (item.source, item.target))):
             yield "chunks of a modulation (shift, scale, gate) may have another order"
         if {"gate", "up"} <= near or self._is_gated(item.target):
             yield "halves of a gated projection may have changed places or be interleaved"
@@ -140,11 +127,12 @@ class Classifier:
         columns = self._columns[group.parts[:-2]] | self._columns[group.parts[:-1]]
         return "ff" in group.words and any(rows % 2 == 0 and rows // 2 in columns for rows in _extents(group, 0))
 
-    def _grouped(self, item: Match) -> list[tuple[ModuleGroup, Mapping[str, TensorSpec]]]:
-        return list(zip((item.source, item.target), self._sides, strict=True))
 
-    def _with_evidence(self, item: Match) -> list[tuple[ModuleGroup, _ShapeEvidence]]:
-        return list(zip((item.source, item.target), self._evidence, strict=True))
+def _doubts_of_shapes(tensors: Sequence[tuple[str, _Evidence]]) -> Iterator[str]:
+    if not all(name in side.unique for name, side in tensors):
+        yield "other tensors or layers have its size: only names and order tell them apart"
+    if not all(side.fixes_order(name) for name, side in tensors):
+        yield "its elements may have another order; shapes cannot show it"
 
 
 def _is_unsupported(item: Match) -> bool:
@@ -202,7 +190,7 @@ def _same_name(item: Match) -> bool:
     return bool(one) and two[-len(one) :] == one
 
 
-def _norm_projection(group: ModuleGroup) -> bool:
+def _is_norm_projection(group: ModuleGroup) -> bool:
     return len(group.parts) > 1 and group.parts[-1].startswith("linear") and "norm" in group.parts[-2]
 
 

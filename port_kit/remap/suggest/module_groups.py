@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from port_kit.remap.suggest.vocabulary import LEAVES, natural_key, words
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-#: Role of a parameter that is a group of its own (``scale_shift_table``, ``pos_embed``).
+#: Role of a module's main parameter, and of a parameter that is a group of its own (``scale_shift_table``).
 WEIGHT = "weight"
 INDEX_SLOT = "{}"
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
@@ -39,9 +39,10 @@ class ModuleGroup:
         shapes: role -> instance -> shape.
         order: position among the groups of its manifest.
         kind: ``plain``, ``concat`` (members' rows or columns one after another), ``stack`` (one member's last index) or
-            ``fold`` (direction and magnitude of one member's weight norm).
-        members: the plain groups a virtual group is made of, in row order.
+            ``weight_norm`` (direction and magnitude of one member's weight norm).
+        members: the groups that a virtual group is made of, in row order.
         axis: for a stack, which index of the members is stacked; for a concat, the axis of its matrices.
+        tokens: words of the name with their distance from the innermost component.
     """
 
     parts: tuple[str, ...]
@@ -70,9 +71,8 @@ class ModuleGroup:
     def leaf_words(self) -> tuple[str, ...]:
         """Words of the innermost named component (slots of a ``Sequential`` do not name anything)."""
         for part in reversed(self.parts):
-            found = tuple(word for word in words(part) if not word.startswith("#"))
-            if found:
-                return found
+            if words(part):
+                return words(part)
         return ()
 
     @property
@@ -107,37 +107,6 @@ class ModuleGroup:
         return ".".join(self.parts)
 
 
-class Ordinals:
-    """The rank of a numbered component among its numbered siblings.
-
-    ``norm1, norm2``, ``block_1, block_2`` and ``0, 2`` all become first and second: code bases disagree about where
-    to start and what to count, but seldom about the order.
-    """
-
-    def __init__(self, templates: Iterable[tuple[str, ...]]) -> None:
-        numbers: dict[tuple[tuple[str, ...], str], set[tuple[int, ...]]] = defaultdict(set)
-        for parts in templates:
-            for depth, part in enumerate(parts):
-                stem, digits = _stem(part)
-                if digits:
-                    numbers[parts[:depth], stem].add(digits)
-        self._ranks = {key: sorted(values) for key, values in numbers.items()}
-
-    def tokens(self, parts: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-        """Words of a template with their distance from the innermost component; a number is ``#rank``."""
-        found: list[tuple[str, int]] = []
-        distance = 0
-        for depth in range(len(parts) - 1, -1, -1):
-            if parts[depth] == INDEX_SLOT:
-                continue
-            found.extend((word, distance) for word in words(parts[depth]) if not word.startswith("#"))
-            stem, digits = _stem(parts[depth])
-            if digits:
-                found.append((f"#{self._ranks[parts[:depth], stem].index(digits)}", distance))
-            distance += 1
-        return tuple(found)
-
-
 @lru_cache(maxsize=1 << 16)
 def _stem(part: str) -> tuple[str, tuple[int, ...]]:
     return re.sub(r"\d+", "#", part), tuple(int(digits) for digits in re.findall(r"\d+", part))
@@ -145,10 +114,9 @@ def _stem(part: str) -> tuple[str, tuple[int, ...]]:
 
 def split_leaf(name: str) -> tuple[list[str], str]:
     """A tensor's name as (components of its module, role of the tensor in it)."""
-    parts = name.replace("parametrizations.weight.original0", "weight_g").replace(
-        "parametrizations.weight.original1", "weight_v"
-    )
-    components = parts.split(".")
+    for part, original in (("weight_g", "original0"), ("weight_v", "original1")):
+        name = name.replace(f"parametrizations.weight.{original}", part)
+    components = name.split(".")
     leaf = components[-1]
     if leaf in LEAVES and len(components) > 1:
         return components[:-1], LEAVES[leaf]
@@ -169,9 +137,9 @@ def group_modules(manifest: Mapping[str, Shape], grouping: str = "layers") -> li
         manifest: name -> shape.
         grouping: one of :data:`GROUPINGS`.
     """
-    ranks = _ranks(manifest)
+    positions = _positions(manifest)
     if grouping == "tensors":
-        return _with_tokens([_single_tensor_group(name, shape, ranks[name]) for name, shape in manifest.items()])
+        return _with_tokens([_single_tensor_group(name, shape, positions[name]) for name, shape in manifest.items()])
     names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
     split = {name: split_leaf(name) for name in manifest}
     lists = _numbered_lists(components for components, _ in split.values())
@@ -179,22 +147,40 @@ def group_modules(manifest: Mapping[str, Shape], grouping: str = "layers") -> li
     for name, (components, role) in split.items():
         parts, index = _template(components, lists, outer=grouping == "outer")
         if index in names[parts][role]:  # two spellings of one role in one module (weight and scale)
-            parts, index = (*parts, name.rpartition(".")[2]), index
-            role = WEIGHT
+            parts, role = (*parts, name.rpartition(".")[2]), WEIGHT
         names[parts][role][index] = name
     groups: list[ModuleGroup] = []
     for parts, roles in names.items():
-        groups.extend(_uniform_groups(parts, roles, manifest, ranks))
+        groups.extend(_uniform_groups(parts, roles, manifest, positions))
     return _with_tokens(sorted(groups, key=lambda group: group.order))
 
 
-def _with_tokens(groups: list[ModuleGroup]) -> list[ModuleGroup]:
-    ordinals = Ordinals(group.parts for group in groups)
-    return [replace(group, tokens=ordinals.tokens(group.parts)) for group in groups]
+def _with_tokens(groups: Sequence[ModuleGroup]) -> list[ModuleGroup]:
+    """Give every group the words of its name with their distance from the innermost component.
+
+    A number becomes its ordinal among its numbered siblings, ``#0`` for the first: code bases disagree about where to
+    start and what to count (``norm1, norm2``, ``block_1, block_2``, ``0, 2``), but seldom about the order.
+    """
+    numbers: dict[tuple[tuple[str, ...], str], set[tuple[int, ...]]] = defaultdict(set)
+    for group in groups:
+        for depth, part in enumerate(group.parts):
+            stem, digits = _stem(part)
+            numbers[group.parts[:depth], stem].add(digits)
+    ordered = {siblings: sorted(found) for siblings, found in numbers.items()}
+
+    def tokens(parts: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+        named = [depth for depth in reversed(range(len(parts))) if parts[depth] != INDEX_SLOT]
+        for distance, depth in enumerate(named):
+            yield from ((word, distance) for word in words(parts[depth]))
+            stem, digits = _stem(parts[depth])
+            if digits:
+                yield f"#{ordered[parts[:depth], stem].index(digits)}", distance
+
+    return [replace(group, tokens=tuple(tokens(group.parts))) for group in groups]
 
 
 def has_own_order(manifest: Iterable[str]) -> bool:
-    """Whether the names come in an order of their own (a module's): not sorted, and modules not scattered."""
+    """Return True if the names come in an order of their own (a module's): not sorted, and modules not scattered."""
     given = list(manifest)
     if given in (sorted(given), sorted(given, key=natural_key)):
         return False
@@ -203,10 +189,10 @@ def has_own_order(manifest: Iterable[str]) -> bool:
     return runs <= _SCATTERED * len(set(modules))
 
 
-def _ranks(manifest: Iterable[str]) -> dict[str, float]:
+def _positions(manifest: Iterable[str]) -> dict[str, float]:
     """Order of the names: the file's own where it has one, else natural order."""
     given = list(manifest) if has_own_order(manifest) else sorted(manifest, key=natural_key)
-    return {name: float(rank) for rank, name in enumerate(given)}
+    return {name: float(position) for position, name in enumerate(given)}
 
 
 def _numbered_lists(names: Iterable[list[str]]) -> set[tuple[tuple[str, ...], str]]:
@@ -240,7 +226,7 @@ def _even_lists(
 def _template(
     components: list[str], lists: set[tuple[tuple[str, ...], str]], *, outer: bool
 ) -> tuple[tuple[str, ...], Index]:
-    """Replace the numbers of inner components by slots; the innermost one is a slot and stays."""
+    """Replace the numbers of inner components by index slots; an innermost number is a name and stays."""
     index: list[int] = []
     parts: list[str] = []
     for depth, component in enumerate(components[:-1]):
@@ -264,17 +250,16 @@ def _template(
     return tuple(parts), tuple(index)
 
 
-def _single_tensor_group(name: str, shape: Shape, rank: float) -> ModuleGroup:
+def _single_tensor_group(name: str, shape: Shape, order: float) -> ModuleGroup:
     components, role = split_leaf(name)
-    parts = tuple(components)
-    return ModuleGroup(parts, {role: {(): name}}, {role: {(): shape}}, rank)
+    return ModuleGroup(tuple(components), {role: {(): name}}, {role: {(): shape}}, order)
 
 
 def _uniform_groups(
     parts: tuple[str, ...],
     roles: Mapping[str, Mapping[Index, str]],
     manifest: Mapping[str, Shape],
-    ranks: Mapping[str, float],
+    positions: Mapping[str, float],
 ) -> list[ModuleGroup]:
     """One group for all instances that have the same roles: layers without a bias are a group of their own."""
     by_roles: dict[tuple[str, ...], list[Index]] = defaultdict(list)
@@ -284,7 +269,7 @@ def _uniform_groups(
     for present, indices in by_roles.items():
         names = {role: {index: roles[role][index] for index in indices} for role in present}
         shapes = {role: {index: manifest[name] for index, name in row.items()} for role, row in names.items()}
-        order = min(ranks[name] for row in names.values() for name in row.values())
+        order = min(positions[name] for row in names.values() for name in row.values())
         groups.append(ModuleGroup(parts, names, shapes, order))
     return groups
 

@@ -13,6 +13,9 @@ from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
 from port_kit.remap.suggest.virtual_groups import role_of
 
+#: (target instance, source instance)
+Pairs = tuple[tuple[Index, Index], ...]
+
 _SWAP = Op.of("reorder", dim=0, parts=2, order=(1, 0))
 
 
@@ -25,15 +28,15 @@ class RuleDraft:
         targets: plain groups; several for a split.
         role: the parameter of the modules.
         pairs: (target instance, source instance), the source's with all of its numbers.
-        fields: the rule's other fields; ``{axis}`` in ``shard``, ``into`` and ``take`` is the stacked number.
+        op, shard, into, take: the rule's other fields; ``{axis}`` in them is the stacked number.
         axis: which number of the source is stacked, or -1.
-        given: the parameter of the source's modules, where it is another one.
+        given: the parameter of the source's modules, if it is another one.
     """
 
     source: ModuleGroup
     targets: tuple[ModuleGroup, ...]
     role: str
-    pairs: tuple[tuple[Index, Index], ...]
+    pairs: Pairs
     op: tuple[Op, ...] = ()
     shard: str = ""
     into: str = ""
@@ -55,10 +58,7 @@ def rules_of(item: Match, names: Collection[str]) -> list[Rule]:
         names: all source names: a rule must not match more of them than the match explains.
     """
     drafts = [draft for role in item.target.roles for draft in _drafts(item, role)]
-    rules: list[Rule] = []
-    for merged in _merge_by_parameter(drafts):
-        rules.extend(_rules_of_drafts(merged, names))
-    return rules
+    return [rule for merged in _merge_by_parameter(drafts) for rule in _rules_of_drafts(merged, names)]
 
 
 def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> list[tuple[Rule, list[str]]]:
@@ -71,11 +71,10 @@ def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> lis
         parts = tuple(name.split("."))
         depth = next((depth for depth in range(1, len(parts)) if parts[:depth] not in kept), len(parts))
         dropped.setdefault(parts[:depth], []).append(name)
-    return [(Rule(_everything_under(module, names), drop=reason), names) for module, names in dropped.items()]
-
-
-def _everything_under(module: tuple[str, ...], names: Sequence[str]) -> str:
-    return re.escape(names[0]) if len(names) == 1 else rf"{re.escape('.'.join(module))}\..+"
+    return [
+        (Rule(re.escape(found[0]) if len(found) == 1 else rf"{re.escape('.'.join(module))}\..+", drop=reason), found)
+        for module, found in dropped.items()
+    ]
 
 
 # -- what a match consists of ------------------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ def _plain_op(item: Match, role: str) -> tuple[Op, ...]:
     return (Op("transpose"),) if kinds <= {"transpose"} else (Op("reshape"),)
 
 
-def _joined(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
+def _joined(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     parts = part_names(item.source.members)
     dim = item.source.joined_along(item.target.shapes[role][pairs[0][0]])
     op = Op.of("concat", dim=dim, parts=parts)
@@ -130,12 +129,12 @@ def _joined(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> I
 
 
 def part_names(members: Sequence[ModuleGroup]) -> tuple[str, ...]:
-    """What the parts of a fused tensor are called: q, k, v or gate, up where the names say so, else numbers."""
+    """Names for the parts of a fused tensor: q, k, v or gate, up if the names say so, else numbers."""
     named = tuple(filter(None, map(role_of, members)))
     return named if len(set(named)) == len(members) else tuple(str(at) for at in range(len(members)))
 
 
-def _stacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
+def _stacked(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     (member,) = item.source.members
     axis = item.source.axis
     spread = tuple(
@@ -159,7 +158,7 @@ def _stacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> 
         start += shape[0]
 
 
-def _weight_norm(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
+def _weight_norm(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     (member,) = item.source.members
     if role != "weight":
         yield RuleDraft(member, (item.target,), role, pairs)
@@ -175,7 +174,7 @@ def _fits_upright(member: ModuleGroup, role: str, index: Index, inner: Shape) ->
     return relation(member.shapes[role][index], inner) in ("copy", "reshape")
 
 
-def _unstacked(item: Match, role: str, pairs: tuple[tuple[Index, Index], ...]) -> Iterator[RuleDraft]:
+def _unstacked(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     (member,) = item.target.members
     axis = item.target.axis
     for value in range(item.target.shapes[role][pairs[0][0]][0]):
@@ -196,8 +195,9 @@ def _merge_by_parameter(drafts: Sequence[RuleDraft]) -> list[list[RuleDraft]]:
     merged: dict[object, list[RuleDraft]] = {}
     for draft in drafts:
         groups = (draft.source, *draft.targets)
-        kept = not draft.given and len({_leaf(group, draft.role) for group in groups}) == 1
-        alone = draft.source_role if not kept else tuple(_stem(group, draft.role) for group in groups)
+        split = [_first_name(group, draft.source_role if group is draft.source else draft.role) for group in groups]
+        modules, leaves = zip(*((module, leaf) for module, _, leaf in split), strict=True)
+        alone = draft.source_role if draft.given or len(set(leaves)) > 1 else modules
         key = (draft.source, draft.targets, draft.pairs, draft.op, draft.shard, draft.into, draft.take, alone)
         merged.setdefault(key, []).append(draft)
     return list(merged.values())
@@ -255,14 +255,9 @@ def _pattern(
     return None
 
 
-def _leaf(group: ModuleGroup, role: str) -> str:
-    """The tensor's own name in its module."""
-    return next(iter(group.names[role].values())).rpartition(".")[2]
-
-
-def _stem(group: ModuleGroup, role: str) -> str:
-    """The rest of the tensor's name."""
-    return next(iter(group.names[role].values())).rpartition(".")[0]
+def _first_name(group: ModuleGroup, role: str) -> tuple[str, str, str]:
+    """The first name of a role, split into module, dot and the parameter's own name."""
+    return next(iter(group.names[role].values())).rpartition(".")
 
 
 def _components(group: ModuleGroup, role: str) -> list[str]:
@@ -284,7 +279,7 @@ def _source_pattern(group: ModuleGroup, roles: Sequence[str], slots: Sequence[st
         for part in components
     ]
     if len(roles) > 1:
-        texts[-1] = f"({'|'.join(re.escape(_leaf(group, role)) for role in roles)})"
+        texts[-1] = f"({'|'.join(re.escape(_first_name(group, role)[2]) for role in roles)})"
     return r"\.".join(texts)
 
 
