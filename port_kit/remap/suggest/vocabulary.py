@@ -1,8 +1,7 @@
-"""What the words in parameter names mean, so that two code bases that name one thing differently can be compared.
+"""Meaning of the words in parameter names, so that names of different code bases can be compared.
 
-The tables hold the vocabulary of the field, not of any one model: how query, key and value projections, norms,
-feed-forward layers, embedders and the two streams of a joint block are called. A word that is not listed stands
-for itself.
+The tables hold the vocabulary of the field, not of any one model: names of query, key and value projections, norms,
+feed-forward layers, embedders and the two streams of a joint block. A word that is not listed stands for itself.
 """
 
 from __future__ import annotations
@@ -61,16 +60,8 @@ _PHRASES: tuple[tuple[str, str], ...] = (
 
 #: Where in a block a word puts its module: before or after, attention or feed-forward. Unlisted words say 1.
 _POSITIONS: dict[str, int] = {
-    "pre": 0,
-    "before": 0,
-    "in": 0,
-    "up": 2,
-    "cross": 3,
-    "post": 4,
-    "after": 4,
-    "out": 4,
-    "ff": 5,
-    "final": 6,
+    "pre": 0, "before": 0, "in": 0, "up": 2, "cross": 3,
+    "post": 4, "after": 4, "out": 4, "ff": 5, "final": 6,
 }
 
 #: Words that put a module behind the attention that its name speaks of.
@@ -120,31 +111,18 @@ _WORDS = _by_spelling(
 
 #: Words that many unrelated modules share: agreeing on them proves little.
 _WEAK: dict[str, float] = {
-    "proj": 0.3,
-    "linear": 0.3,
-    "block": 0.3,
-    "embed": 0.5,
-    "in": 0.5,
-    "out": 0.7,
-    "img": 0.6,
-    "conv": 0.7,
-    "final": 0.8,
+    "proj": 0.3, "linear": 0.3, "block": 0.3, "embed": 0.5, "in": 0.5,
+    "img": 0.6, "out": 0.7, "conv": 0.7, "final": 0.8,
 }
 
 #: Leaf names of a module's own parameters, by role. A leaf that is not here is a parameter in its own right.
-LEAVES: dict[str, str] = {
-    "weight": "weight",
-    "scale": "weight",
-    "gamma": "weight",
-    "kernel": "weight",
-    "bias": "bias",
-    "beta": "bias",
-    "running_mean": "running_mean",
-    "running_var": "running_var",
-    "num_batches_tracked": "num_batches_tracked",
-    "weight_g": "weight_g",
-    "weight_v": "weight_v",
-}
+LEAVES = _by_spelling(
+    {
+        "weight": "weight scale gamma kernel",
+        "bias": "bias beta",
+        **{leaf: leaf for leaf in ("running_mean", "running_var", "num_batches_tracked", "weight_g", "weight_v")},
+    }
+)
 
 
 @cache
