@@ -16,50 +16,46 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
 
 
 def apply_conventions(found: Sequence[Match]) -> list[Match]:
-    """The same matches, those split or changed that a convention speaks about."""
+    """Return the matches, with those split or changed that a convention applies to."""
     modules = {group.parts for item in found for group in (item.source, item.target)}
-    widths = {group.parts: _columns(group) for item in found for group in (item.source, item.target)}
+    widths = {group.parts: _matrix(group)[1] for item in found for group in (item.source, item.target)}
     return _transposed([part for item in found for part in _swapped(_value_first(item, widths), modules)])
 
 
 def _value_first(item: Match, widths: Mapping[tuple[str, ...], int]) -> Match:
-    """The match with its halves swapped where one side is diffusers' gated projection and the other a fused ``w1``."""
-    for ours, theirs in ((item.target, item.source), (item.source, item.target)):
-        gated = 2 * widths.get((*ours.parts[:-2], "2"), 0) == _rows(ours) > 0
-        if ours.parts[-3:] == ("net", INDEX_SLOT, "proj") and theirs.parts[-1] in ("w1", "w12") and gated:
+    """Swap the halves if one side is diffusers' gated projection and the other a fused ``w1``."""
+    for diffusers, other in ((item.target, item.source), (item.source, item.target)):
+        gated = 2 * widths.get((*diffusers.parts[:-2], "2"), 0) == _matrix(diffusers)[0] > 0
+        if diffusers.parts[-3:] == ("net", INDEX_SLOT, "proj") and other.parts[-1] in ("w1", "w12") and gated:
             return replace(item, change="swap")
     return item
 
 
-def _rows(group: ModuleGroup) -> int:
-    return next((shape[0] for shape in group.shapes.get("weight", {}).values() if len(shape) == 2), 0)
-
-
-def _columns(group: ModuleGroup) -> int:
-    return next((shape[1] for shape in group.shapes.get("weight", {}).values() if len(shape) == 2), 0)
+def _matrix(group: ModuleGroup) -> Shape:
+    """The shape of the first matrix of a group, or (0, 0)."""
+    return next((shape for shape in group.shapes.get("weight", {}).values() if len(shape) == 2), (0, 0))
 
 
 def _swapped(item: Match, modules: set[tuple[str, ...]]) -> Iterator[Match]:
     chosen = set() if item.source.members or item.target.members else _continuous_norms(item, modules)
-    rest = set(item.alignment.pairs) - chosen
     if not chosen or item.change:
         yield item
         return
     yield item.only(chosen, "swap")
-    if rest:
+    if rest := set(item.alignment.pairs) - chosen:
         yield item.only(rest)
 
 
 def _continuous_norms(item: Match, modules: set[tuple[str, ...]]) -> set[Index]:
     """Instances of the target that are the projection of a continuous adaptive norm on one side only."""
-    ours, theirs = _norm_linear(item.target), _norm_linear(item.source)
-    if ours == theirs:
+    diffusers, other = _norm_linear(item.target), _norm_linear(item.source)
+    if diffusers == other:
         return set()
-    named = item.target if ours else item.source
+    named = item.target if diffusers else item.source
     if named.parts[-2] == "norm_out" and not any("{}" in part for part in named.parts):
         has_own_norm = (*named.parts[:-1], "norm") in modules
         return set() if has_own_norm or not _even_rows(item.target) else set(item.alignment.pairs)
@@ -82,10 +78,10 @@ def _even_rows(group: ModuleGroup) -> bool:
 
 
 def _transposed(found: Sequence[Match]) -> list[Match]:
-    """Square matrices follow the others that are called as they are, where those agree.
+    """Transpose square matrices if all other linears with the same parameter names are transposed.
 
-    Linears of layers and those outside are asked apart (GPT-2's head is not stored as its layers are), embeddings not
-    at all. Where there is no other, a flax ``kernel`` has its inputs first and a torch ``weight`` its outputs.
+    Linears of layers and those outside count apart (GPT-2's head is not stored as its layers are), embeddings not at
+    all. If there are no others, a flax ``kernel`` has its inputs first and a torch ``weight`` its outputs.
     """
     groups: dict[tuple[str, str, bool], list[Match]] = defaultdict(list)
     for item in found:
@@ -101,9 +97,9 @@ def _transposed(found: Sequence[Match]) -> list[Match]:
 
 
 def _stored_as(item: Match) -> tuple[str, str, bool]:
-    """What the tensors of a linear are called on both sides, and whether it is one of a list of layers."""
-    names = [next(iter(group.names["weight"].values())).rpartition(".")[2] for group in (item.source, item.target)]
-    return names[0], names[1], any(INDEX_SLOT in part for part in item.target.parts)
+    """Names of the parameter of a linear on both sides, and True if it is in a list of layers."""
+    leaves = [group.first_name("weight").rpartition(".")[2] for group in (item.source, item.target)]
+    return leaves[0], leaves[1], any(INDEX_SLOT in part for part in item.target.parts)
 
 
 def _is_linear(item: Match) -> bool:

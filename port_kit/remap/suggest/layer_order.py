@@ -1,11 +1,11 @@
-"""Which layer of one list is which of another, where shapes alone allow more than one order.
+"""Order of layers if shapes alone allow more than one.
 
-The members of a block move together: what the unambiguous ones say about their outer index decides for the rest.
+The members of a block move together: the matches whose shapes allow one order decide for the others.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,43 +13,30 @@ from port_kit.remap.suggest.alignment import Alignment, alignments
 from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.module_groups import INDEX_SLOT, ModuleGroup
 
-#: (list of the source, list of the target)
-_Lists = tuple[tuple[str, ...], tuple[str, ...]]
-#: list pair -> (source index, target index) -> how many tensors say so
-_Votes = dict[_Lists, Counter[tuple[int, int]]]
+#: (list of the source, list of the target, index in the source, index in the target)
+_Vote = tuple[tuple[str, ...], tuple[str, ...], int, int]
 
 
 def resolve_layer_order(found: Sequence[Match]) -> list[Match]:
-    """Give every match whose order is open the order of its surroundings."""
+    """Give every match of open order the one that most of its surroundings have."""
     options = [list(alignments(item.source, item.target)) for item in found]
-    votes = _votes(found, options)
+    votes: Counter[_Vote] = Counter()
+    for item, choices in zip(found, options, strict=True):
+        if len(choices) == 1:
+            votes.update(_votes(item, choices[0]))
     return [
-        _best_supported(item, choices, votes) if len(choices) > 1 else item
+        replace(item, alignment=max(choices, key=lambda choice: sum(votes[vote] for vote in _votes(item, choice))))
+        if len(choices) > 1
+        else item
         for item, choices in zip(found, options, strict=True)
     ]
 
 
-def _votes(found: Sequence[Match], options: Sequence[Sequence[Alignment]]) -> _Votes:
-    votes: _Votes = defaultdict(Counter)
-    for item, choices in zip(found, options, strict=True):
-        if len(choices) == 1:
-            for lists, pair in _outer_pairs(item, choices[0]):
-                votes[lists][pair] += 1
-    return votes
-
-
-def _best_supported(item: Match, choices: Sequence[Alignment], votes: _Votes) -> Match:
-    def support(choice: Alignment) -> int:
-        return sum(votes[lists][pair] for lists, pair in _outer_pairs(item, choice) if lists in votes)
-
-    return replace(item, alignment=max(choices, key=support))
-
-
-def _outer_pairs(item: Match, choice: Alignment) -> Iterator[tuple[_Lists, tuple[int, int]]]:
-    lists = (_outer_list(item.source), _outer_list(item.target))
+def _votes(item: Match, choice: Alignment) -> Iterator[_Vote]:
+    lists = _outer_list(item.source), _outer_list(item.target)
     for target, source in choice.pairs.items():
         if source and target:
-            yield lists, (source[0], target[0])
+            yield *lists, source[0], target[0]
 
 
 def _outer_list(group: ModuleGroup) -> tuple[str, ...]:

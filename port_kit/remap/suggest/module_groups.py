@@ -80,6 +80,10 @@ class ModuleGroup:
         """The plain groups under this one (itself where it is plain)."""
         return (self,) if not self.members else tuple(leaf for part in self.members for leaf in part.leaves)
 
+    def first_name(self, role: str) -> str:
+        """Return the name of a parameter in the first instance of a plain group."""
+        return next(iter(self.names[role].values()))
+
     def tensor_names(self) -> Iterator[str]:
         """Yield the names of all tensors of the group."""
         for leaf in self.leaves:

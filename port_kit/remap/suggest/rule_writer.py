@@ -195,9 +195,10 @@ def _merge_by_parameter(drafts: Sequence[RuleDraft]) -> list[list[RuleDraft]]:
     merged: dict[object, list[RuleDraft]] = {}
     for draft in drafts:
         groups = (draft.source, *draft.targets)
-        split = [_first_name(group, draft.source_role if group is draft.source else draft.role) for group in groups]
-        modules, leaves = zip(*((module, leaf) for module, _, leaf in split), strict=True)
-        alone = draft.source_role if draft.given or len(set(leaves)) > 1 else modules
+        names = [group.first_name(draft.source_role if group is draft.source else draft.role) for group in groups]
+        leaves = {name.rpartition(".")[2] for name in names}
+        modules = tuple(name.rpartition(".")[0] for name in names)
+        alone = draft.source_role if draft.given or len(leaves) > 1 else modules
         key = (draft.source, draft.targets, draft.pairs, draft.op, draft.shard, draft.into, draft.take, alone)
         merged.setdefault(key, []).append(draft)
     return list(merged.values())
@@ -255,14 +256,9 @@ def _pattern(
     return None
 
 
-def _first_name(group: ModuleGroup, role: str) -> tuple[str, str, str]:
-    """The first name of a role, split into module, dot and the parameter's own name."""
-    return next(iter(group.names[role].values())).rpartition(".")
-
-
 def _components(group: ModuleGroup, role: str) -> list[str]:
     """A name of the group with slots where its numbers stand."""
-    components = next(iter(group.names[role].values())).split(".")
+    components = group.first_name(role).split(".")
     for depth, part in enumerate(group.parts[: len(components)]):
         if INDEX_SLOT in part:
             components[depth] = part
@@ -279,7 +275,7 @@ def _source_pattern(group: ModuleGroup, roles: Sequence[str], slots: Sequence[st
         for part in components
     ]
     if len(roles) > 1:
-        texts[-1] = f"({'|'.join(re.escape(_first_name(group, role)[2]) for role in roles)})"
+        texts[-1] = f"({'|'.join(re.escape(group.first_name(role).rpartition('.')[2]) for role in roles)})"
     return r"\.".join(texts)
 
 

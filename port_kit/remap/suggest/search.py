@@ -124,14 +124,16 @@ class Search:
         return 0.05 + names + sizes - self.candidates[source, target].penalty - needless
 
     def _transposes_needlessly(self, source: ModuleGroup, target: ModuleGroup) -> bool:
-        """Whether a plain matrix would be transposed although both sides have as many of each shape.
+        """Return True if a plain matrix would be transposed although both sides have as many of each shape.
 
-        Where the two sides call their tensors otherwise (``kernel``, ``weight``) that many may well be transposed.
+        If the parameter names differ (``kernel``, ``weight``), all matrices may well be transposed.
         """
         if self.candidates[source, target].relation != "transpose" or source.roles != (WEIGHT,):
             return False
         pair = [next(iter(group.leaves[0].shapes[WEIGHT].values())) for group in (source, target)]
-        if source.members or target.members or _tensor_name(source) != _tensor_name(target):
+        if source.members or target.members:
+            return False
+        if len({group.first_name(WEIGHT).rpartition(".")[2] for group in (source, target)}) > 1:
             return False
         return all(self.left_shapes[shape] == self.right_shapes[shape] for shape in pair)
 
@@ -188,11 +190,6 @@ class Search:
 def _matrices(groups: Iterable[ModuleGroup]) -> Counter[Shape]:
     """How many matrices of each shape there are."""
     return Counter(shape for group in groups for shape in group.shapes.get(WEIGHT, {}).values() if len(shape) == 2)
-
-
-def _tensor_name(group: ModuleGroup) -> str:
-    """What the first tensor of a group is called in its module."""
-    return next(iter(group.names[WEIGHT].values())).rpartition(".")[2]
 
 
 def match(source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec]) -> list[Match]:

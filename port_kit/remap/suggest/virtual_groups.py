@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
+from os.path import commonprefix
 
 from port_kit.remap.suggest.alignment import drop_unit_dims, shape_class
 from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
@@ -32,9 +33,8 @@ def virtual_groups(parts: Sequence[ModuleGroup], wholes: Iterable[ModuleGroup]) 
     found = [group for group in concats if shape_class(group) in wanted]
     found += [group for group in _concats(parts, axis=1) if shape_class(group) in wanted]
     found += [group for group in _with_extras(parts, concats) if shape_class(group) in wanted]
-    for group in [*parts, *concats]:
-        found += [stack for stack in _stacks(group) if _stack_wanted(stack, wanted)]
-    return found
+    stacks = (_stack(group, axis) for group in [*parts, *concats] for axis in range(len(group.instances[0])))
+    return found + [stack for stack in stacks if stack is not None and _stack_wanted(stack, wanted)]
 
 
 def weight_norm_groups(parts: Iterable[ModuleGroup], wholes: Iterable[ModuleGroup]) -> list[ModuleGroup]:
@@ -82,12 +82,13 @@ def _concats(parts: Sequence[ModuleGroup], axis: int = 0) -> list[ModuleGroup]:
         )
         families[(group.parts[:-1], rest, group.instances, group.roles)][role] = group
         families[(group.parts[:-2], rest, group.instances, group.roles)].setdefault(role, group)
-    return _distinct(
+    found = (
         concat([members[role] for role in roles], axis)
         for members in families.values()
         for roles in FUSED
         if set(roles) <= set(members) and _fit_along([members[role] for role in roles], axis)
     )
+    return list({group.members: group for group in found}.values())
 
 
 def _numbered(parts: Sequence[ModuleGroup]) -> list[ModuleGroup]:
@@ -162,7 +163,7 @@ def concat(members: Sequence[ModuleGroup], axis: int = 0) -> ModuleGroup:
         role: {index: _joined([group.shapes[role][index] for group in members], axis) for index in row}
         for role, row in members[0].shapes.items()
     }
-    shared = _shared_prefix([group.parts for group in members])
+    shared = commonprefix([group.parts[:-1] for group in members])
     name = "+".join(".".join(group.parts[len(shared) :]) for group in members)
     tokens = _joined_tokens(members)
     order = min(group.order for group in members)
@@ -175,13 +176,8 @@ def _joined(shapes: Sequence[Shape], axis: int) -> Shape:
     return (sum(shape[0] for shape in shapes), *min((shape[1:] for shape in shapes), key=len))
 
 
-def _stacks(group: ModuleGroup) -> list[ModuleGroup]:
-    """The group with one of its indices transposed into a leading dimension, for every index that allows it."""
-    arity = len(group.instances[0])
-    return [stack for axis in range(arity) if (stack := _stack(group, axis)) is not None]
-
-
 def _stack(group: ModuleGroup, axis: int) -> ModuleGroup | None:
+    """The group with one of its indices turned into a leading dimension, or None if its shapes do not allow it."""
     rows: dict[Index, list[int]] = defaultdict(list)
     for index in group.instances:
         rows[index[:axis] + index[axis + 1 :]].append(index[axis])
@@ -208,15 +204,6 @@ def _stack(group: ModuleGroup, axis: int) -> ModuleGroup | None:
     return ModuleGroup(parts, {}, shapes, group.order, "stack", (group,), axis, group.tokens)
 
 
-def _shared_prefix(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    shared: list[str] = []
-    for column in zip(*(name[:-1] for name in names), strict=False):
-        if len(set(column)) != 1:
-            break
-        shared.append(column[0])
-    return tuple(shared)
-
-
 def _joined_tokens(members: Sequence[ModuleGroup]) -> tuple[tuple[str, int], ...]:
     nearest: dict[str, int] = {}
     for group in members:
@@ -224,7 +211,3 @@ def _joined_tokens(members: Sequence[ModuleGroup]) -> tuple[tuple[str, int], ...
             if not word.startswith("#"):
                 nearest[word] = min(distance, nearest.get(word, distance))
     return tuple(nearest.items())
-
-
-def _distinct(groups: Iterable[ModuleGroup]) -> list[ModuleGroup]:
-    return list({tuple(map(id, group.members)): group for group in groups}.values())

@@ -60,8 +60,16 @@ _PHRASES: tuple[tuple[str, str], ...] = (
 
 #: Where in a block a word puts its module: before or after, attention or feed-forward. Unlisted words say 1.
 _POSITIONS: dict[str, int] = {
-    "pre": 0, "before": 0, "in": 0, "up": 2, "cross": 3,
-    "post": 4, "after": 4, "out": 4, "ff": 5, "final": 6,
+    "pre": 0,
+    "before": 0,
+    "in": 0,
+    "up": 2,
+    "cross": 3,
+    "post": 4,
+    "after": 4,
+    "out": 4,
+    "ff": 5,
+    "final": 6,
 }
 
 #: Words that put a module behind the attention that its name speaks of.
@@ -111,8 +119,15 @@ _WORDS = _by_spelling(
 
 #: Words that many unrelated modules share: agreeing on them proves little.
 _WEAK: dict[str, float] = {
-    "proj": 0.3, "linear": 0.3, "block": 0.3, "embed": 0.5, "in": 0.5,
-    "img": 0.6, "out": 0.7, "conv": 0.7, "final": 0.8,
+    "proj": 0.3,
+    "linear": 0.3,
+    "block": 0.3,
+    "embed": 0.5,
+    "in": 0.5,
+    "img": 0.6,
+    "out": 0.7,
+    "conv": 0.7,
+    "final": 0.8,
 }
 
 #: Leaf names of a module's own parameters, by role. A leaf that is not here is a parameter in its own right.
