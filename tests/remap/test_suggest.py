@@ -149,9 +149,9 @@ def test_parametrized_weights_keep_their_long_names() -> None:
 
 def test_sides_of_different_dtypes_give_rules_that_may_round() -> None:
     source, target = Manifest({"a.q.weight": ([4, 4], "float32")}), Manifest({"b.q.weight": ([4, 4], "bfloat16")})
-    assert suggest(source, target).rules.narrow
+    assert suggest(source, target).rules.allow_downcast
     assert check(suggest(source, target).rules, source, target).ok
-    assert not suggest(source, source).rules.narrow
+    assert not suggest(source, source).rules.allow_downcast
 
 
 def test_stacked_experts_both_ways() -> None:
@@ -304,7 +304,7 @@ def test_weight_norms_are_folded_but_never_made(leaves: tuple[str, str]) -> None
     assert plan.ok, [str(problem) for problem in plan.problems]
     found = plan_map(plan)
     assert set(found["ups.1.weight"]["from"]) == {f"g.ups.1.{magnitude}", f"g.ups.1.{direction}"}
-    assert found["ups.1.weight"]["detail"] == {"steps": ["weight_norm"]}
+    assert found["ups.1.weight"]["detail"] == {"ops": ["weight_norm"]}
     assert "ups.1.weight_v" not in proposed(suggest(target, source), target, source)
 
 

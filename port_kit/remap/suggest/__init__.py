@@ -52,14 +52,18 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
     proposals = _verified([_proposal(item, classifier, source) for item in found], found, source, target)
     explained = {tensor for proposal in proposals for tensor in proposal.targets}
     used = {tensor for proposal in proposals for tensor in proposal.sources}
-    unused = {tensor: spec.shape for tensor, spec in source.items() if tensor not in used}
-    missing = _missing({tensor: spec.shape for tensor, spec in target.items() if tensor not in explained}, unused)
+    unused = [tensor for tensor in source if tensor not in used]
+    fitting: dict[Shape, list[str]] = defaultdict(list)
+    for tensor in unused:
+        fitting[drop_unit_dims(source[tensor].shape)].append(tensor)
+    missing = {
+        tensor: tuple(fitting[drop_unit_dims(spec.shape)]) for tensor, spec in target.items() if tensor not in explained
+    }
     scales = possible_scales(unused, used, {spec.dtype for spec in source.values()})
     if not missing:
         proposals += _drops([tensor for tensor in unused if tensor not in scales], used)
-    narrow = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
-    shapes = {tensor: spec.shape for tensor, spec in target.items()}
-    return Suggestion(name, tuple(proposals), missing, narrow, _tied(missing, explained, shapes), tuple(scales))
+    allow_downcast = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
+    return Suggestion(name, tuple(proposals), missing, allow_downcast, _tied(missing, explained, target), tuple(scales))
 
 
 def _without_template_signs(manifest: Manifest) -> dict[str, TensorSpec]:
@@ -68,12 +72,11 @@ def _without_template_signs(manifest: Manifest) -> dict[str, TensorSpec]:
 
 
 def _proposal(item: Match, classifier: Classifier, names: Collection[str]) -> Proposal:
-    confidence = classifier.classify(item)
+    confidence, doubts = classifier.classify(item)
     links = item.links()
     sources = tuple(dict.fromkeys(origin for origins in links.values() for origin in origins))
-    rules = () if confidence.level == REJECTED else tuple(rules_of(item, names))
-    what = f"{item.source} -> {item.target}"
-    return Proposal(rules, confidence.level, what, tuple(links), sources, confidence.doubts)
+    rules = () if confidence == REJECTED else tuple(rules_of(item, names))
+    return Proposal(rules, confidence, f"{item.source} -> {item.target}", tuple(links), sources, doubts)
 
 
 def _verified(
@@ -90,31 +93,21 @@ def _verified(
     ]
 
 
-def _missing(targets: Mapping[str, Shape], unused: Mapping[str, Shape]) -> dict[str, tuple[str, ...]]:
-    fitting: dict[Shape, list[str]] = defaultdict(list)
-    for name, shape in unused.items():
-        fitting[drop_unit_dims(shape)].append(name)
-    return {name: tuple(fitting[drop_unit_dims(shape)]) for name, shape in targets.items()}
-
-
-def _tied(
-    missing: Mapping[str, tuple[str, ...]], explained: Collection[str], wanted: Mapping[str, Shape]
-) -> dict[str, str]:
+def _tied(missing: Mapping[str, tuple[str, ...]], explained: Collection[str], target: Manifest) -> dict[str, str]:
     """Missing token tables with the explained one that they may share.
 
     A rule that keeps them would leave the head of a module that does not tie them uninitialized, so none is proposed.
     """
-    tables = [tensor for tensor in explained if _is_token_table(tensor, wanted[tensor])]
-    found: dict[str, str] = {}
-    for tensor, fitting in missing.items():
-        twin = min((table for table in tables if wanted[table] == wanted[tensor]), default=None)
-        if twin is not None and not fitting and _is_token_table(tensor, wanted[tensor]):
-            found[tensor] = twin
-    return found
+    tables = {
+        target[tensor].shape: tensor for tensor in sorted(explained, reverse=True) if _is_token_table(tensor, target)
+    }
+    heads = (tensor for tensor, fitting in missing.items() if not fitting and _is_token_table(tensor, target))
+    return {tensor: tables[target[tensor].shape] for tensor in heads if target[tensor].shape in tables}
 
 
-def _is_token_table(name: str, shape: Shape) -> bool:
+def _is_token_table(name: str, target: Manifest) -> bool:
     """Return True if a tensor has a row per word and a name that an embedding or an output head has."""
+    shape = target[name].shape
     found = {word for part in name.split(".") for word in words(part)}
     return len(shape) == 2 and shape[0] > shape[1] and bool(found & _TABLE_WORDS)
 

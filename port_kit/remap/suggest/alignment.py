@@ -37,7 +37,7 @@ def drop_unit_dims(shape: Shape) -> Shape:
 
 
 def relation(source: Shape, target: Shape) -> str | None:
-    """What transposes one shape into the other: a key of :data:`PENALTY`, or None."""
+    """Return what turns one shape into the other: a key of :data:`PENALTY`, or None."""
     if source == target:
         return "copy"
     if drop_unit_dims(source) == drop_unit_dims(target):
@@ -60,11 +60,6 @@ def alignments(source: ModuleGroup, target: ModuleGroup) -> Iterator[Alignment]:
         worst = _worst_relation(source, target, pairs)
         if worst is not None:
             yield Alignment(pairs, worst, order)
-
-
-def align(source: ModuleGroup, target: ModuleGroup) -> Alignment | None:
-    """The most natural of :func:`alignments`; None where no order fits."""
-    return next(alignments(source, target), None)
 
 
 def _orders(source: tuple[Index, ...], target: tuple[Index, ...]) -> Iterator[tuple[str, dict[Index, Index]]]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from port_kit.manifest import TensorSpec
 from port_kit.remap.suggest.alignment import alignments, drop_unit_dims, signature
@@ -35,14 +34,6 @@ _MARGIN = 0.2  # all evidence together exceeds any rival's by this much
 _NO_EVIDENCE = 0.3  # score below which nothing speaks for a match
 _MODULATION = {"modulation", "shift", "table"}
 _MIN_TENSORS = 3  # fewer tensors do not show the width of a model
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """``level`` is certain, likely or rejected; ``doubts`` say what keeps it from being certain."""
-
-    level: str
-    doubts: tuple[str, ...] = ()
 
 
 class _Evidence:
@@ -83,10 +74,10 @@ class Classifier:
         for item in found:
             self._columns[item.target.parts[:-2]] |= set(_extents(item.target, 1))
 
-    def classify(self, item: Match) -> Confidence:
-        """Return the confidence of one match."""
+    def classify(self, item: Match) -> tuple[str, tuple[str, ...]]:
+        """Return the confidence of one match, and the doubts that keep it from being certain."""
         if _is_unsupported(item) and self._unsupported[signature(item.target)] > 1:
-            return Confidence(REJECTED, ("neither names nor surroundings speak for it",))
+            return REJECTED, ("neither names nor surroundings speak for it",)
         tensors = [(name, self._source) for name in item.source.tensor_names()]
         tensors += [(name, self._target) for name in item.target.tensor_names()]
         doubts = (
@@ -97,7 +88,7 @@ class Classifier:
             *_doubts_of_names(item),
             *_doubts_of_shapes(tensors),
         )
-        return Confidence(LIKELY if doubts else CERTAIN, doubts)
+        return LIKELY if doubts else CERTAIN, doubts
 
     def _doubts_of_dtypes(self, dtypes: Iterable[str]) -> Iterator[str]:
         quantized = sorted(filter(is_quantized, dtypes))

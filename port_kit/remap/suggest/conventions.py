@@ -1,10 +1,10 @@
-"""Differences between code bases that leave no trace in shapes, proposed where their names give them away.
+"""Differences between code bases that leave no trace in shapes, proposed if names give them away.
 
 * The last adaptive norm: the original projects to (shift, scale), diffusers' ``AdaLayerNormContinuous`` (a ``linear``
   under ``norm_out``, or under the norm of a stream's last block) to (scale, shift).
 * diffusers' gated feed-forward (``net.0.proj``) holds the value first and the gate second; llama-style code that fuses
   both into its ``w1`` has the gate first.
-* ``Conv1D`` weights are stored transposed; where every other linear of a model is, its square ones are too.
+* ``Conv1D`` weights are stored transposed; if every other linear of a model is, its square ones are too.
 
 Nothing here is certain: see :mod:`port_kit.remap.suggest.classify`.
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from port_kit.remap.suggest.alignment import Alignment
 from port_kit.remap.suggest.module_groups import Index, ModuleGroup
 
-#: Margin of a pair where neither group fits anything else.
+#: Margin of a pair of groups that fit nothing else.
 NO_RIVAL = 4.0
 
 

@@ -34,7 +34,7 @@ class ModuleGroup:
     """One module template (or a virtual one: a fused group, a stack of experts).
 
     Attributes:
-        parts: components of the module's name, ``{}`` where an index stands.
+        parts: components of the module's name, ``{}`` for an index.
         names: role -> instance -> the tensor's full name (empty for a virtual group).
         shapes: role -> instance -> shape.
         order: position among the groups of its manifest.
@@ -77,7 +77,7 @@ class ModuleGroup:
 
     @property
     def leaves(self) -> tuple[ModuleGroup, ...]:
-        """The plain groups under this one (itself where it is plain)."""
+        """The plain groups under this one (itself if it is plain)."""
         return (self,) if not self.members else tuple(leaf for part in self.members for leaf in part.leaves)
 
     def first_name(self, role: str) -> str:
@@ -130,7 +130,7 @@ def split_leaf(name: str) -> tuple[list[str], str]:
     return components, WEIGHT
 
 
-#: How much :func:`group_modules` groups: all layers, all but the innermost list, nothing (one group a tensor).
+#: How much :func:`group_modules` groups: all layers, all but the innermost list, nothing (one group per tensor).
 GROUPINGS = ("layers", "outer", "tensors")
 
 
@@ -142,10 +142,14 @@ def group_modules(manifest: Mapping[str, Shape], grouping: str = "layers") -> li
         grouping: one of :data:`GROUPINGS`.
     """
     positions = _positions(manifest)
-    if grouping == "tensors":
-        return _with_tokens([_single_tensor_group(name, shape, positions[name]) for name, shape in manifest.items()])
-    names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
     split = {name: split_leaf(name) for name in manifest}
+    if grouping == "tensors":
+        singles = [
+            ModuleGroup(tuple(components), {role: {(): name}}, {role: {(): manifest[name]}}, positions[name])
+            for name, (components, role) in split.items()
+        ]
+        return _with_tokens(singles)
+    names: dict[tuple[str, ...], dict[str, dict[Index, str]]] = defaultdict(lambda: defaultdict(dict))
     lists = _numbered_lists(components for components, _ in split.values())
     lists |= _even_lists(split, manifest)
     for name, (components, role) in split.items():
@@ -194,7 +198,7 @@ def has_own_order(manifest: Iterable[str]) -> bool:
 
 
 def _positions(manifest: Iterable[str]) -> dict[str, float]:
-    """Order of the names: the file's own where it has one, else natural order."""
+    """Order of the names: the file's own if it has one, else natural order."""
     given = list(manifest) if has_own_order(manifest) else sorted(manifest, key=natural_key)
     return {name: float(position) for position, name in enumerate(given)}
 
@@ -252,11 +256,6 @@ def _template(
         depth = max(depth for depth, part in enumerate(parts) if INDEX_SLOT in part)
         parts[depth] = parts[depth].replace(INDEX_SLOT, str(index.pop()))
     return tuple(parts), tuple(index)
-
-
-def _single_tensor_group(name: str, shape: Shape, order: float) -> ModuleGroup:
-    components, role = split_leaf(name)
-    return ModuleGroup(tuple(components), {role: {(): name}}, {role: {(): shape}}, order)
 
 
 def _uniform_groups(

@@ -12,6 +12,7 @@ from port_kit.remap.suggest.vocabulary import LEAVES
 
 #: dtypes that store values as they are; quantized formats use all others.
 _PLAIN = frozenset({"float64", "float32", "float16", "bfloat16", "complex128", "complex64", "int64", "bool"})
+_PARAMETERS = LEAVES.keys() - {"scale"}
 _SCALE = re.compile(r"scale|scb|absmax|amax|quant|q?zeros?\b|zero_point", re.IGNORECASE)
 
 
@@ -53,14 +54,11 @@ def _has_companion(name: str, names: Sequence[str]) -> bool:
     prefix = module if module and leaf in LEAVES else name
     following = islice(names, bisect_left(names, prefix), None)
     return any(
-        other != name and other[len(prefix) : len(prefix) + 1] in (".", "_") and not _is_plain_parameter(other, prefix)
+        other != name
+        and other[len(prefix) : len(prefix) + 1] in (".", "_")
+        and other.removeprefix(f"{prefix}.") not in _PARAMETERS
         for other in takewhile(lambda other: other.startswith(prefix), following)
     )
-
-
-def _is_plain_parameter(name: str, module: str) -> bool:
-    leaf = name.removeprefix(module + ".")
-    return leaf != "scale" and leaf in LEAVES
 
 
 def _modules(name: str) -> list[str]:

@@ -10,7 +10,7 @@ from port_kit.remap.rules import Op, Rule
 from port_kit.remap.suggest.alignment import relation
 from port_kit.remap.suggest.index_expressions import index_expressions
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup
 from port_kit.remap.suggest.virtual_groups import role_of
 
 #: (target instance, source instance)
@@ -83,7 +83,8 @@ def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> lis
 def _drafts(item: Match, role: str) -> Iterator[RuleDraft]:
     pairs = tuple(item.alignment.pairs.items())
     if item.target.kind == "concat":
-        given, first = _example(item, role)
+        index, origin = pairs[0]
+        given, first = item.source.shapes[role][origin], item.target.leaves[0].shapes[role][index]
         dim = item.target.joined_along(given)
         later = () if dim or (first[0], *given[1:]) == first else (Op("reshape"),)
         yield RuleDraft(item.source, item.target.members, role, pairs, (Op.of("split", dim=dim), *later))
@@ -97,12 +98,6 @@ def _drafts(item: Match, role: str) -> Iterator[RuleDraft]:
         yield from _weight_norm(item, role, pairs)
     else:
         yield RuleDraft(item.source, (item.target,), role, pairs, _plain_op(item, role))
-
-
-def _example(item: Match, role: str) -> tuple[Shape, Shape]:
-    """Shapes of one instance: the source's, and the (first member of the) target's."""
-    index, origin = next(iter(item.alignment.pairs.items()))
-    return item.source.shapes[role][origin], item.target.leaves[0].shapes[role][index]
 
 
 def _plain_op(item: Match, role: str) -> tuple[Op, ...]:
@@ -144,16 +139,17 @@ def _stacked(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     )
     index = pairs[0][0]
     inner = item.target.shapes[role][index][1:]
+    upright = relation(member.shapes[role][spread[0][1]], inner) in ("copy", "reshape")
+    transpose = () if upright else (Op("transpose"),)
     start = 0
     for leaf in member.leaves:
         shape = leaf.shapes[role][spread[0][1]]
-        turn = () if _fits_upright(member, role, spread[0][1], inner) else (Op("transpose"),)
         if member.members:
             rows = f"[{{axis}}, {start}:{start + shape[0]}]"
-            yield RuleDraft(leaf, (item.target,), role, spread, turn, into=rows, axis=axis)
+            yield RuleDraft(leaf, (item.target,), role, spread, transpose, into=rows, axis=axis)
         else:
             yield RuleDraft(
-                leaf, (item.target,), role, spread, (*turn, Op.of("stack", dim=0)), shard="{axis}", axis=axis
+                leaf, (item.target,), role, spread, (*transpose, Op.of("stack", dim=0)), shard="{axis}", axis=axis
             )
         start += shape[0]
 
@@ -168,10 +164,6 @@ def _weight_norm(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     op = Op.of("weight_norm", **({"dim": dim} if dim else {}))
     for part in "gv":
         yield RuleDraft(member, (item.target,), role, pairs, (op,), shard=part, given=f"weight_{part}")
-
-
-def _fits_upright(member: ModuleGroup, role: str, index: Index, inner: Shape) -> bool:
-    return relation(member.shapes[role][index], inner) in ("copy", "reshape")
 
 
 def _unstacked(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
@@ -207,7 +199,7 @@ def _merge_by_parameter(drafts: Sequence[RuleDraft]) -> list[list[RuleDraft]]:
 def _rules_of_drafts(drafts: Sequence[RuleDraft], names: Collection[str]) -> list[Rule]:
     first = drafts[0]
     roles = tuple(draft.source_role for draft in drafts)
-    columns = _columns([origin for _, origin in first.pairs])
+    columns = [sorted(set(column)) for column in zip(*(origin for _, origin in first.pairs), strict=True)]
     captures = _captures(columns)
     expressions = index_expressions(first.pairs, captures)
     wanted = {first.source.names[role][origin] for role in roles for _, origin in first.pairs}
@@ -224,11 +216,6 @@ def _literal_rule(drafts: Sequence[RuleDraft], pair: tuple[Index, Index]) -> Rul
     pattern = _source_pattern(first.source, [draft.source_role for draft in drafts], list(map(str, origin)))
     axis = str(origin[first.axis]) if first.axis >= 0 else ""
     return _rule(drafts, pattern, list(map(str, index)), axis, 1)
-
-
-def _columns(instances: Sequence[Index]) -> list[list[int]]:
-    """The values of each number."""
-    return [sorted(set(column)) for column in zip(*instances, strict=True)]
 
 
 def _captures(columns: Sequence[Sequence[int]]) -> dict[int, int]:
@@ -257,7 +244,7 @@ def _pattern(
 
 
 def _components(group: ModuleGroup, role: str) -> list[str]:
-    """A name of the group with slots where its numbers stand."""
+    """A name of the group with index slots for its numbers."""
     components = group.first_name(role).split(".")
     for depth, part in enumerate(group.parts[: len(components)]):
         if INDEX_SLOT in part:

@@ -24,7 +24,7 @@ from port_kit.remap.suggest.vocabulary import natural_key, position, secondary_r
 NAME_WEIGHT, SIZE_WEIGHT, NEIGHBOR_WEIGHT, ORDER_WEIGHT = 1.0, 0.5, 0.7, 0.35
 _MAX_ANCESTORS = 4
 _FILE_ORDER, _SORTED_ORDER = 0.8, 0.4  # reliability of an order of names that differ in words
-_NEAR = 2  # components from the innermost one that say where in its layer a module stands
+_NEAR = 2  # components from the innermost one that tell the position of a module in its layer
 _AGREED = 0.2  # agreement from which two modules count as corresponding
 
 Path = tuple[str, ...]
@@ -50,7 +50,7 @@ class ManifestView:
 
     def order_weight(self, peers: Sequence[ModuleGroup]) -> float:
         """Reliability of the order of some groups: full if only numbers tell them apart, low in a sorted file if their
-        names do not say where in a block they stand.
+        names do not tell their positions in a block.
         """
         names = {tuple(word for word, _ in group.tokens if not word.startswith("#")) for group in peers}
         if len(names) == 1:
@@ -89,7 +89,7 @@ class ManifestView:
 
 
 def _position(group: ModuleGroup) -> int:
-    """Where the words of a group put it among its siblings."""
+    """Position among its siblings that the words of a group give it."""
     return position(word for word, distance in group.tokens if distance <= _NEAR)
 
 

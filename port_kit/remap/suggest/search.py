@@ -1,8 +1,8 @@
-"""The search: pairs of groups that explain each other best, in rounds.
+"""The search for the pairs of groups that explain each other best, in rounds.
 
 The first round matches module templates (all layers at once), with fused groups and stacks as further candidates. What
-is left is matched again with the innermost lists taken apart, and at last tensor by tensor, each round led by what
-the earlier ones found around it.
+is left is matched again with the innermost lists split, and at last tensor by tensor. Each round uses what the earlier
+ones found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from port_kit.manifest import TensorSpec
-from port_kit.remap.suggest.alignment import Alignment, align, signature
+from port_kit.remap.suggest.alignment import Alignment, alignments, signature
 from port_kit.remap.suggest.assignment import best_assignment
 from port_kit.remap.suggest.layer_order import resolve_layer_order
 from port_kit.remap.suggest.match import NO_RIVAL, Match
@@ -81,7 +81,7 @@ class Search:
         self.scores: dict[tuple[ModuleGroup, ModuleGroup], float] = dict(self.static)
 
     def run(self) -> list[Match]:
-        """The assignment after the evidence has flowed between neighbours."""
+        """The assignment after the evidence has flowed between neighbors."""
         assigned = self._assign(self.static)
         for _ in range(_ITERATIONS):
             links = [
@@ -112,7 +112,7 @@ class Search:
             for source in near:
                 if source.members and target.members or self.kinds[source] != self.kinds[target]:
                     continue
-                alignment = align(source, target)
+                alignment = next(alignments(source, target), None)
                 if alignment is not None and (source.kind != "weight_norm" or alignment.relation == "copy"):
                     found[source, target] = alignment
         return found

@@ -57,7 +57,7 @@ class Suggestion:
         name: name of the rule set.
         proposals: the proposed rules, in the order of the target.
         missing: target tensors that nothing explains, with the sources that would fit by shape.
-        narrow: the sides differ in dtypes, so values may have to be rounded.
+        allow_downcast: the sides differ in dtypes, so values may have to be rounded.
         tied: missing targets that may be the same tensor as another target, with that one: embedding and output head.
         scales: sources that no rule reads or drops, because they may be the scales of quantized values.
     """
@@ -65,7 +65,7 @@ class Suggestion:
     name: str
     proposals: tuple[Proposal, ...]
     missing: Mapping[str, tuple[str, ...]]
-    narrow: bool = False
+    allow_downcast: bool = False
     tied: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
 
@@ -73,12 +73,12 @@ class Suggestion:
     def rules(self) -> RuleSet:
         """All proposed rules as one set; each carries its confidence and a note."""
         rules = tuple(rule for proposal in self.proposals for rule in proposal.annotated())
-        return RuleSet(self.name, rules, allow_downcast=self.narrow)
+        return RuleSet(self.name, rules, allow_downcast=self.allow_downcast)
 
     def only(self, confidence: str) -> RuleSet:
         """The rules of one confidence."""
-        chosen = tuple(rule for rule in self.rules if rule.confidence == confidence)
-        return RuleSet(self.name, chosen, allow_downcast=self.narrow)
+        everything = self.rules
+        return replace(everything, rules=tuple(rule for rule in everything if rule.confidence == confidence))
 
     def explained(self) -> Counter[str]:
         """Confidence -> number of target tensors."""

@@ -38,8 +38,9 @@ def virtual_groups(parts: Sequence[ModuleGroup], wholes: Iterable[ModuleGroup]) 
 
 
 def weight_norm_groups(parts: Iterable[ModuleGroup], wholes: Iterable[ModuleGroup]) -> list[ModuleGroup]:
-    """Modules with a weight norm (direction and magnitude) as modules with a plain weight, where the other side has
-    such a one; the way back is not unique and is never proposed.
+    """Modules with a weight norm (direction and magnitude) as modules with a plain weight, if the other side has such.
+
+    The way back is not unique and is never proposed.
     """
     wanted = {shape_class(group) for group in wholes}
     found = [_weight_norm(group) for group in parts if {"weight_g", "weight_v"} <= set(group.roles)]
@@ -64,7 +65,7 @@ def roles_of(group: ModuleGroup) -> list[str]:
 
 
 def role_of(group: ModuleGroup) -> str:
-    """The one role that a group plays in a fused group, ``kv`` where keys and values are one already; else empty."""
+    """The one role that a group plays in a fused group, ``kv`` if keys and values are one already; else empty."""
     roles = set(roles_of(group))
     return "kv" if roles == {"k", "v"} else roles.pop() if len(roles) == 1 else ""
 
@@ -144,7 +145,7 @@ def _same_columns(groups: Sequence[ModuleGroup]) -> bool:
 
 
 def _fit_along(groups: Sequence[ModuleGroup], axis: int) -> bool:
-    """Whether tensors can be joined along an axis; along the second one only matrices that have no other way."""
+    """Return True if tensors can be joined along an axis; along the second one only matrices that have no other way."""
     if not axis:
         return _same_columns(groups)
     return all(

@@ -58,7 +58,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     ("c_proj", "proj"),
 )
 
-#: Where in a block a word puts its module: before or after, attention or feed-forward. Unlisted words say 1.
+#: Position in a block that a word gives its module: before or after, attention or feed-forward. Unlisted words: 1.
 _POSITIONS: dict[str, int] = {
     "pre": 0,
     "before": 0,
@@ -161,7 +161,7 @@ def weight_of(word: str) -> float:
 
 
 def position(found: Iterable[str]) -> int:
-    """Where words put a module among its siblings: 0 for the first, more for later ones."""
+    """Position among its siblings that words give a module: 0 for the first, more for later ones."""
     words = set(found)
     if "attn" in words and not words & _AFTER_ATTENTION:
         return _POSITIONS["cross"] if "cross" in words else 1
