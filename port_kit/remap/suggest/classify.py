@@ -3,12 +3,12 @@
 A match is *certain* if shapes, counts and dtypes leave one possibility. Names cannot make it certain, equal names
 neither; they can only cast doubt on it. All of this must hold for every tensor of the match:
 
-* Pairing: it stands outside of repeated layers, and no other such tensor of its manifest has as many elements.
-  Siblings of one size may have exchanged their names, and layers may be counted backwards.
+* Pairing: it stands outside of lists of layers, and no other tensor that exists once in its manifest has as many
+  elements. Siblings of one size may have exchanged their names, and layers may be counted backwards.
 * Order of the elements: it has one element, or it is a vector along the width of the model, the smallest extent that
   more than half of the tensors share. A matrix may be transposed, and its rows or columns may be permuted (heads,
   rotary pairs, shift and scale, gate and up); a vector of another length may consist of such parts.
-* Values: neither manifest holds a quantized dtype.
+* Values: it is named no scale, and neither manifest holds a quantized dtype.
 * Names: they have much in common, and they speak of nothing that code bases are known to order differently.
 
 Everything else that has evidence is *likely* and carries its doubts; without evidence it is *rejected*. Both levels
@@ -18,13 +18,13 @@ speak of the place of each value, not of arithmetic: a norm that is stored as it
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from port_kit.manifest import TensorSpec
 from port_kit.remap.suggest.alignment import alignments, drop_unit_dims, signature
 from port_kit.remap.suggest.match import Match
 from port_kit.remap.suggest.module_groups import ModuleGroup, Shape, group_modules
-from port_kit.remap.suggest.number_kinds import is_quantized
+from port_kit.remap.suggest.number_kinds import is_named_scale, is_quantized
 from port_kit.remap.suggest.vocabulary import words
 
 CERTAIN, LIKELY, REJECTED = "certain", "likely", "rejected"
@@ -40,16 +40,17 @@ class _Evidence:
     """What the shapes of one manifest prove about its tensors.
 
     Attributes:
-        unique: tensors outside of repeated layers that share their number of elements with no other such tensor.
+        unique: tensors outside of lists of layers that share their number of elements with no other single tensor.
         width: the smallest extent that more than half of the tensors share, or 0.
     """
 
     def __init__(self, manifest: Mapping[str, TensorSpec]) -> None:
         self.manifest = manifest
         groups = group_modules({name: spec.shape for name, spec in manifest.items()})
-        single = [name for group in groups if len(group.instances) == 1 for name in group.tensor_names()]
-        counts = Counter(manifest[name].numel for name in single)
-        self.unique = {name for name in single if counts[manifest[name].numel] == 1}
+        single = [group for group in groups if len(group.instances) == 1]
+        counts = Counter(manifest[name].numel for group in single for name in group.tensor_names())
+        outside = (name for group in single if group.instances == ((),) for name in group.tensor_names())
+        self.unique = {name for name in outside if counts[manifest[name].numel] == 1}
         axes = [extents for spec in manifest.values() if (extents := set(drop_unit_dims(spec.shape)))]
         shared = Counter(extent for extents in axes for extent in extents)
         enough = max(_MIN_TENSORS, len(axes) // 2 + 1)
@@ -81,7 +82,7 @@ class Classifier:
         tensors = [(name, self._source) for name in item.source.tensor_names()]
         tensors += [(name, self._target) for name in item.target.tensor_names()]
         doubts = (
-            *self._doubts_of_dtypes({side.manifest[name].dtype for name, side in tensors}),
+            *self._doubts_of_values(tensors),
             *_doubts_of_relation(item),
             *_doubts_of_layers(item),
             *self._doubts_of_conventions(item),
@@ -90,12 +91,14 @@ class Classifier:
         )
         return LIKELY if doubts else CERTAIN, doubts
 
-    def _doubts_of_dtypes(self, dtypes: Iterable[str]) -> Iterator[str]:
-        quantized = sorted(filter(is_quantized, dtypes))
+    def _doubts_of_values(self, tensors: Sequence[tuple[str, _Evidence]]) -> Iterator[str]:
+        quantized = sorted(filter(is_quantized, {side.manifest[name].dtype for name, side in tensors}))
         if quantized:
             yield f"{' and '.join(quantized)} values may be quantized: they mean nothing without their scale"
         elif self._quantized:
             yield "other tensors are quantized: this one may be a scale or scaled"
+        if any(is_named_scale(name) for name, _ in tensors):
+            yield "a scale may be stored as its inverse or its logarithm"
 
     def _doubts_of_conventions(self, item: Match) -> Iterator[str]:
         """What code bases are known to order differently without changing a shape."""

@@ -40,8 +40,14 @@ def possible_scales(unused: Iterable[str], used: Collection[str], dtypes: Collec
     """
     if any(map(is_quantized, dtypes)):
         return list(unused)
-    modules = {module for name in used for module in _modules(name)}
-    return [name for name in unused if _SCALE.search(name.rpartition(".")[2]) and name.rpartition(".")[0] in modules]
+    modules = {""} | {name[:end] for name in used for end, sign in enumerate(name) if sign == "."}
+    return [name for name in unused if is_named_scale(name) and name.rpartition(".")[0] in modules]
+
+
+def is_named_scale(name: str) -> bool:
+    """Return True if the name of a tensor is one for the scale or the zero point of quantized values."""
+    leaf = name.rpartition(".")[2]
+    return leaf not in LEAVES and bool(_SCALE.search(leaf))
 
 
 def _kind(dtype: str) -> str:
@@ -59,9 +65,3 @@ def _has_companion(name: str, names: Sequence[str]) -> bool:
         and other.removeprefix(f"{prefix}.") not in _PARAMETERS
         for other in takewhile(lambda other: other.startswith(prefix), following)
     )
-
-
-def _modules(name: str) -> list[str]:
-    """Return all modules around a tensor, the root included."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts))]

@@ -200,7 +200,8 @@ def _rules_of_drafts(drafts: Sequence[RuleDraft], names: Collection[str]) -> lis
     first = drafts[0]
     roles = tuple(draft.source_role for draft in drafts)
     columns = [sorted(set(column)) for column in zip(*(origin for _, origin in first.pairs), strict=True)]
-    captures = _captures(columns)
+    varying = [axis for axis, values in enumerate(columns) if len(values) > 1]
+    captures = {axis: capture for capture, axis in enumerate(varying, start=1)}  # one value is written out
     expressions = index_expressions(first.pairs, captures)
     wanted = {first.source.names[role][origin] for role in roles for _, origin in first.pairs}
     pattern = _pattern(first.source, roles, columns, wanted, names)
@@ -216,12 +217,6 @@ def _literal_rule(drafts: Sequence[RuleDraft], pair: tuple[Index, Index]) -> Rul
     pattern = _source_pattern(first.source, [draft.source_role for draft in drafts], list(map(str, origin)))
     axis = str(origin[first.axis]) if first.axis >= 0 else ""
     return _rule(drafts, pattern, list(map(str, index)), axis, 1)
-
-
-def _captures(columns: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Which capture of the pattern holds which number; numbers with one value are written out."""
-    varying = [axis for axis, values in enumerate(columns) if len(values) > 1]
-    return {axis: capture for capture, axis in enumerate(varying, start=1)}
 
 
 def _pattern(

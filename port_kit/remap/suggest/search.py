@@ -52,10 +52,6 @@ class _RoundManifest:
         groups = group_modules(free, grouping), group_modules(done, grouping)
         return cls(*groups, has_own_order(manifest), number_kinds(manifest))
 
-    def kinds_of(self, group: ModuleGroup) -> frozenset[str]:
-        """Return the kinds of numbers in a group of this manifest."""
-        return frozenset(map(self.kinds.__getitem__, group.tensor_names()))
-
 
 class Search:
     """One round over the groups of both sides."""
@@ -74,8 +70,11 @@ class Search:
         self.known = known
         self.sources = [*sources, *virtual_groups(sources, targets), *weight_norm_groups(sources, targets)]
         self.targets = [*targets, *virtual_groups(targets, sources)]
-        self.kinds = {group: left.kinds_of(group) for group in self.sources}
-        self.kinds |= {group: right.kinds_of(group) for group in self.targets}
+        self.kinds = {
+            group: {side.kinds[name] for name in group.tensor_names()}
+            for groups, side in ((self.sources, left), (self.targets, right))
+            for group in groups
+        }
         self.candidates = self._candidates()
         self.static = {pair: self._static(*pair) for pair in self.candidates}
         self.scores: dict[tuple[ModuleGroup, ModuleGroup], float] = dict(self.static)

@@ -113,14 +113,11 @@ class Suggestion:
         ]
         for name, fitting in self.missing.items():
             twin = f"; keep it if the module ties it to {self.tied[name]}" if name in self.tied else ""
-            lines.append(f"not explained: {name}{_fitting(fitting)}{twin}")
+            fits = f"would fit: {_first(fitting)}" if fitting else "no unused source has its size"
+            lines.append(f"not explained: {name} ({fits}){twin}")
         if self.scales:
             lines.append(f"neither read nor dropped, may hold quantized values or their scales: {_first(self.scales)}")
         return "\n".join(lines)
-
-
-def _fitting(names: Sequence[str]) -> str:
-    return f" (would fit: {_first(names)})" if names else " (no unused source has its size)"
 
 
 def _first(names: Sequence[str]) -> str:
