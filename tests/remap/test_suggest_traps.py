@@ -74,6 +74,7 @@ SILENT: dict[str, dict[str, Shape]] = {
         {"norm2.weight": (12,), "norm2.bias": (12,), "norm3.weight": (12,), "norm3.bias": (12,)}
     ),
     "norms outside of layers": {"norm_in.weight": (12,), "norm_out.weight": (12,), "proj.weight": (12, 5)},
+    "a vector of the model's width that is no norm": {"frequencies": (12,)},
     "siblings of one shape": {"txt_in.weight": (12, 9), "img_in.weight": (12, 9)},
     "scale and offset of one norm": {"norm.weight": (12,), "norm.bias": (12,), "a.weight": (12, 5)},
     "levels counted backwards": {f"decoder.up.{level}.conv.weight": (12, 6, 3, 3) for level in LAYERS},

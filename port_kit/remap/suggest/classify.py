@@ -5,9 +5,9 @@ neither; they can only cast doubt on it. All of this must hold for every tensor 
 
 * Pairing: it stands outside of lists of layers, and no other tensor that exists once in its manifest has as many
   elements. Siblings of one size may have exchanged their names, and layers may be counted backwards.
-* Order of the elements: it has one element, or it is a vector along the width of the model, the smallest extent that
-  more than half of the tensors share. A matrix may be transposed, and its rows or columns may be permuted (heads,
-  rotary pairs, shift and scale, gate and up); a vector of another length may consist of such parts.
+* Order of the elements: it has one element, or it is the vector of a norm along the width of the model, the smallest
+  extent that more than half of the tensors share. A matrix may be transposed, and its rows or columns may be permuted
+  (heads, rotary pairs, shift and scale, gate and up); other vectors may consist of such parts.
 * Values: it is named no scale, and neither manifest holds a quantized dtype.
 * Names: they have much in common, and they speak of nothing that code bases are known to order differently.
 
@@ -56,10 +56,10 @@ class _Evidence:
         enough = max(_MIN_TENSORS, len(axes) // 2 + 1)
         self.width = min((extent for extent, count in shared.items() if count >= enough), default=0)
 
-    def fixes_order(self, name: str) -> bool:
-        """Return True if the elements of a tensor can have one order only."""
+    def fixes_order(self, name: str, *, norm: bool) -> bool:
+        """Return True if the elements of a tensor, of a norm or not, can have one order only."""
         spec = self.manifest[name]
-        return spec.numel == 1 or drop_unit_dims(spec.shape) == (self.width,)
+        return spec.numel == 1 or norm and drop_unit_dims(spec.shape) == (self.width,)
 
 
 class Classifier:
@@ -87,7 +87,7 @@ class Classifier:
             *_doubts_of_layers(item),
             *self._doubts_of_conventions(item),
             *_doubts_of_names(item),
-            *_doubts_of_shapes(tensors),
+            *_doubts_of_shapes(item, tensors),
         )
         return LIKELY if doubts else CERTAIN, doubts
 
@@ -122,10 +122,11 @@ class Classifier:
         return "ff" in group.words and any(rows % 2 == 0 and rows // 2 in columns for rows in _extents(group, 0))
 
 
-def _doubts_of_shapes(tensors: Sequence[tuple[str, _Evidence]]) -> Iterator[str]:
+def _doubts_of_shapes(item: Match, tensors: Sequence[tuple[str, _Evidence]]) -> Iterator[str]:
     if not all(name in side.unique for name, side in tensors):
         yield "other tensors or layers have its size: only names and order tell them apart"
-    if not all(side.fixes_order(name) for name, side in tensors):
+    norm = "norm" in item.source.words & item.target.words
+    if not all(side.fixes_order(name, norm=norm) for name, side in tensors):
         yield "its elements may have another order; shapes cannot show it"
 
 
@@ -167,7 +168,7 @@ def _doubts_of_layers(item: Match) -> Iterator[str]:
     elif item.alignment.order == "sequence":
         yield "layers are matched by their order, not by their number"
     elif len(orders) > 1:
-        yield "the layers count backwards as their neighbours do; shapes allow both"
+        yield "the layers count backwards as their neighbors do; shapes allow both"
 
 
 def _is_upward(group: ModuleGroup) -> bool:
