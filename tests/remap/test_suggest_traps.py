@@ -186,6 +186,12 @@ def test_a_cast_to_float8_without_any_scale_is_doubted() -> None:
     assert all("quantized" in " ".join(item.doubts) for item in suggestion.proposals)
 
 
+def test_ordinary_modules_beside_a_cast_weight_are_no_scales() -> None:
+    shapes = {"proj.weight": (8, 16), "proj.bias": (8,), "proj_out.weight": (16, 8), "proj.lora_A.weight": (2, 16)}
+    source, target = plain(shapes, "float8_e4m3fn"), plain(shapes)
+    assert not suggest(source, target).missing
+
+
 def test_integers_are_no_floats() -> None:
     """Positions of tokens have the shape of a table, and counters that of a scale."""
     source = Manifest(

@@ -92,7 +92,7 @@ class Classifier:
         return LIKELY if doubts else CERTAIN, doubts
 
     def _doubts_of_values(self, tensors: Sequence[tuple[str, _Evidence]]) -> Iterator[str]:
-        quantized = sorted(filter(is_quantized, {side.manifest[name].dtype for name, side in tensors}))
+        quantized = sorted(filter(is_quantized, {evidence.manifest[name].dtype for name, evidence in tensors}))
         if quantized:
             yield f"{' and '.join(quantized)} values may be quantized: they mean nothing without their scale"
         elif self._quantized:
@@ -123,10 +123,10 @@ class Classifier:
 
 
 def _doubts_of_shapes(item: Match, tensors: Sequence[tuple[str, _Evidence]]) -> Iterator[str]:
-    if not all(name in side.unique for name, side in tensors):
+    if not all(name in evidence.unique for name, evidence in tensors):
         yield "other tensors or layers have its size: only names and order tell them apart"
     norm = "norm" in item.source.words & item.target.words
-    if not all(side.fixes_order(name, norm=norm) for name, side in tensors):
+    if not all(evidence.fixes_order(name, norm=norm) for name, evidence in tensors):
         yield "its elements may have another order; shapes cannot show it"
 
 

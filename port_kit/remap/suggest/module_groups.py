@@ -24,9 +24,9 @@ WEIGHT = "weight"
 INDEX_SLOT = "{}"
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 _ITEM = re.compile(r"([A-Za-z_]+?)(0|[1-9][0-9]*)")
-_LIST_LENGTH = 3  # fewer numbered words are different things: attn1 and attn2
+_LIST_LENGTH = 3  # fewer numbered words are no list of layers: attn1 and attn2
+_BLOCK_SIZE = 5  # tensors; smaller modules are no list of layers: norm1, norm2 and norm3
 _SCATTERED = 1.3  # runs of names under one module, over modules, above which a file has no order
-_BLOCK_SIZE = 5  # and so are small modules: norm1, norm2 and norm3
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,6 @@ def _has_companion(name: str, names: Sequence[str]) -> bool:
     return any(
         other != name
         and other[len(prefix) : len(prefix) + 1] in (".", "_")
-        and other.removeprefix(f"{prefix}.") not in _PARAMETERS
+        and other.rpartition(".")[2] not in _PARAMETERS
         for other in takewhile(lambda other: other.startswith(prefix), following)
     )

@@ -71,8 +71,8 @@ class Search:
         self.sources = [*sources, *virtual_groups(sources, targets), *weight_norm_groups(sources, targets)]
         self.targets = [*targets, *virtual_groups(targets, sources)]
         self.kinds = {
-            group: {side.kinds[name] for name in group.tensor_names()}
-            for groups, side in ((self.sources, left), (self.targets, right))
+            group: {manifest.kinds[name] for name in group.tensor_names()}
+            for groups, manifest in ((self.sources, left), (self.targets, right))
             for group in groups
         }
         self.candidates = self._candidates()
