@@ -323,7 +323,7 @@ def hifigan(*, parametrized: bool) -> Conversion:
     def fold(source: str, target: str, *shape: int) -> None:
         names = [f"{source}.{magnitude}", f"{source}.{direction}"]
         one.source |= {names[0]: (shape[0], 1, 1), names[1]: shape}
-        one._add(f"{target}.weight", shape, names, "computed", steps=["weight_norm"])
+        one._add(f"{target}.weight", shape, names, "computed", ops=["weight_norm"])
 
     fold("generator.conv_pre", "vocoder.conv_pre", 32, 10, 7)
     one.copy("generator.conv_pre.bias", "vocoder.conv_pre.bias", 32)

@@ -1,139 +1,121 @@
-"""Propose a rule set from two manifests alone: names and shapes, nothing else.
+"""Propose a rule set from two manifests alone: names, shapes and dtypes, nothing else.
 
-The modules of both sides are matched as templates over layers (:mod:`.units`), with fused projections and stacks of
-experts as further candidates (:mod:`.groups`), by what their names mean (:mod:`.vocabulary`), by the sizes of the
-modules around them, by their neighbours and by their order (:mod:`.score`). The assignment is global (:mod:`.assign`).
-Each pair becomes rules (:mod:`.emit`) and gets a verdict (:mod:`.confidence`): ``certain`` only where nothing else is
-possible, ``likely`` with the doubts in words. What nothing speaks for is left out and listed.
+Modules of both sides are grouped over layers (:mod:`.module_groups`); fused projections and stacks of experts are
+further candidates (:mod:`.virtual_groups`). Pairs are scored by the meaning of their names (:mod:`.vocabulary`), the
+sizes of the modules around them, their neighbors and their order (:mod:`.scores`), and assigned globally
+(:mod:`.assignment`). Dtypes decide what can be copied at all (:mod:`.number_kinds`). Each pair becomes rules
+(:mod:`.rule_writer`) of a confidence that :mod:`.classify` defines. What has no evidence is left out and listed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from port_kit.remap.plan import check
 from port_kit.remap.rules import RuleSet
-from port_kit.remap.suggest.confidence import GUESS, LIKELY, Judge
+from port_kit.remap.suggest.alignment import drop_unit_dims
+from port_kit.remap.suggest.classify import LIKELY, REJECTED, Classifier
 from port_kit.remap.suggest.conventions import apply_conventions
-from port_kit.remap.suggest.emit import drop_rules, rules_of
-from port_kit.remap.suggest.entries import Entry, entries_of
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.matcher import match
-from port_kit.remap.suggest.shapes import squeezed
+from port_kit.remap.suggest.module_groups import Shape
+from port_kit.remap.suggest.number_kinds import possible_scales
+from port_kit.remap.suggest.rule_writer import drop_rules, rules_of
+from port_kit.remap.suggest.search import match
 from port_kit.remap.suggest.suggestion import Proposal, Suggestion
-from port_kit.remap.suggest.units import Shape
 from port_kit.remap.suggest.vocabulary import words
 from port_kit.reports.plan_json import plan_map
 
 if TYPE_CHECKING:
-    from port_kit.manifest import Manifest
+    from port_kit.manifest import Manifest, TensorSpec
 
 __all__ = ["Proposal", "Suggestion", "suggest"]
 
-_VOCABULARY = ("token", "embed", "head", "out", "shared", "logits")  # one of these is in the name of such a table
-_NO_USE = "nothing in the target has a place for it"
+_TABLE_WORDS = {"token", "embed", "head", "out", "shared", "logits"}
+_DROP_REASON = "nothing in the target has a place for it"
 
 
 def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Suggestion:
     """Propose rules that map one manifest onto another.
 
     Args:
-        source: names and shapes of the checkpoint.
-        target: names and shapes of the module.
+        source: names, shapes and dtypes of the checkpoint.
+        target: names, shapes and dtypes of the module.
         name: name of the proposed rule set.
 
     Returns:
-        The proposal; its rules compile wherever nothing is missing.
+        The proposal; its rules compile if nothing is missing.
     """
-    given, wanted = _shapes(source), _shapes(target)
-    found, judge = _matches(_plain(given), _plain(wanted))
-    proposals = _kept([_proposal(item, judge, given) for item in found], found, source, target)
+    given, wanted = _without_template_signs(source), _without_template_signs(target)
+    found = apply_conventions(match(given, wanted))
+    classifier = Classifier(found, given, wanted)
+    proposals = _verified([_proposal(item, classifier, source) for item in found], found, source, target)
     explained = {tensor for proposal in proposals for tensor in proposal.targets}
     used = {tensor for proposal in proposals for tensor in proposal.sources}
-    unused = {tensor: shape for tensor, shape in given.items() if tensor not in used}
-    missing = _missing({tensor: shape for tensor, shape in wanted.items() if tensor not in explained}, unused)
+    unused = [tensor for tensor in source if tensor not in used]
+    fitting: dict[Shape, list[str]] = defaultdict(list)
+    for tensor in unused:
+        fitting[drop_unit_dims(source[tensor].shape)].append(tensor)
+    missing = {
+        tensor: tuple(fitting[drop_unit_dims(spec.shape)]) for tensor, spec in target.items() if tensor not in explained
+    }
+    scales = possible_scales(unused, used, {spec.dtype for spec in source.values()})
     if not missing:
-        proposals += _drops(unused, used)
-    narrow = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
-    return Suggestion(name, tuple(proposals), missing, narrow, _tied(missing, explained, wanted))
+        proposals += _drops([tensor for tensor in unused if tensor not in scales], used)
+    allow_downcast = {spec.dtype for spec in source.values()} != {spec.dtype for spec in target.values()}
+    return Suggestion(name, tuple(proposals), missing, allow_downcast, _tied(missing, explained, target), tuple(scales))
 
 
-def _plain(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The names without signs that mean something in templates: nothing is proposed for the others."""
-    return {name: shape for name, shape in shapes.items() if not set(name) & set("\\{}")}
+def _without_template_signs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """Leave out names with signs that mean something in templates: nothing is proposed for them."""
+    return {name: spec for name, spec in manifest.items() if not set(name) & set("\\{}")}
 
 
-def _proposal(item: Match, judge: Judge, names: Mapping[str, Shape]) -> Proposal:
-    verdict = judge.verdict(item)
-    entries = dict(entries_of(item))
-    sources = tuple(dict.fromkeys(origin for entry in entries.values() for origin in entry["from"]))
-    rules = () if verdict.level == GUESS else tuple(rules_of(item, names))
-    return Proposal(rules, verdict.level, f"{item.source} -> {item.target}", tuple(entries), sources, verdict.doubts)
+def _proposal(item: Match, classifier: Classifier, names: Collection[str]) -> Proposal:
+    confidence, doubts = classifier.classify(item)
+    links = item.links()
+    sources = tuple(dict.fromkeys(origin for origins in links.values() for origin in origins))
+    rules = () if confidence == REJECTED else tuple(rules_of(item, names))
+    return Proposal(rules, confidence, f"{item.source} -> {item.target}", tuple(links), sources, doubts)
 
 
-def _kept(proposals: Sequence[Proposal], found: Sequence[Match], source: Manifest, target: Manifest) -> list[Proposal]:
-    """The proposals that are more than a guess and whose rules, compiled, do what the match says."""
+def _verified(
+    proposals: Sequence[Proposal], found: Sequence[Match], source: Manifest, target: Manifest
+) -> list[Proposal]:
+    """Return the proposals that are not rejected and whose rules, compiled, read what the match says."""
     rules = RuleSet("suggested", tuple(rule for proposal in proposals for rule in proposal.rules))
-    compiled = plan_map(check(rules, source, target, allow_downcast=True))
+    plan = check(rules, source, target, allow_downcast=True)
+    compiled = {name: {task.source for task in tasks} for name, tasks in plan.by_target().items()}
     return [
         proposal
         for proposal, item in zip(proposals, found, strict=True)
-        if proposal.rules and all(_same(compiled.get(name), entry) for name, entry in entries_of(item))
+        if proposal.rules and all(compiled.get(name) == set(origins) for name, origins in item.links().items())
     ]
 
 
-def _same(one: Entry | None, other: Entry) -> bool:
-    """Whether two entries say the same; the parts of a computation have no order."""
-    if one is None or other["op"] != "computed":
-        return one == other
-    return {**one, "from": sorted(one["from"])} == {**other, "from": sorted(other["from"])}
+def _tied(missing: Mapping[str, tuple[str, ...]], explained: Collection[str], target: Manifest) -> dict[str, str]:
+    """Missing token tables with the explained one that they may share.
 
-
-def _matches(source: Mapping[str, Shape], target: Mapping[str, Shape]) -> tuple[list[Match], Judge]:
-    found = apply_conventions(match(source, target))
-    return found, Judge(found)
-
-
-def _shapes(manifest: Manifest) -> dict[str, Shape]:
-    return {name: tuple(spec.shape) for name, spec in manifest.items()}
-
-
-def _missing(targets: Mapping[str, Shape], unused: Mapping[str, Shape]) -> dict[str, tuple[str, ...]]:
-    fitting: dict[Shape, list[str]] = defaultdict(list)
-    for name, shape in unused.items():
-        fitting[squeezed(shape)].append(name)
-    return {name: tuple(fitting[squeezed(shape)]) for name, shape in targets.items()}
-
-
-def _tied(
-    missing: Mapping[str, tuple[str, ...]], explained: Collection[str], wanted: Mapping[str, Shape]
-) -> dict[str, str]:
-    """Missing tables of a vocabulary with the explained one that they may share: it is for the module to say.
-
-    A rule that keeps what may be tied would leave a head uninitialised where it is not, so none is proposed.
+    A rule that keeps them would leave the head of a module that does not tie them uninitialized, so none is proposed.
     """
-    tables = [tensor for tensor in explained if _is_vocabulary(tensor, wanted[tensor])]
-    found: dict[str, str] = {}
-    for tensor, fitting in missing.items():
-        twin = min((table for table in tables if wanted[table] == wanted[tensor]), default=None)
-        if twin is not None and not fitting and _is_vocabulary(tensor, wanted[tensor]):
-            found[tensor] = twin
-    return found
+    tables = {
+        target[tensor].shape: tensor for tensor in sorted(explained, reverse=True) if _is_token_table(tensor, target)
+    }
+    heads = (tensor for tensor, fitting in missing.items() if not fitting and _is_token_table(tensor, target))
+    return {tensor: tables[target[tensor].shape] for tensor in heads if target[tensor].shape in tables}
 
 
-def _is_vocabulary(name: str, shape: Shape) -> bool:
-    """Whether a tensor has a row a word and a name that an embedding or an output head has."""
-    meant = {word for part in name.split(".") for word in words(part)}
-    return (
-        len(shape) == 2 and shape[0] > shape[1] and bool(meant & {"token", "embed", "head", "out", "shared", "logits"})
-    )
+def _is_token_table(name: str, target: Manifest) -> bool:
+    """Return True if a tensor has a row per word and a name that an embedding or an output head has."""
+    shape = target[name].shape
+    found = {word for part in name.split(".") for word in words(part)}
+    return len(shape) == 2 and shape[0] > shape[1] and bool(found & _TABLE_WORDS)
 
 
-def _drops(unused: Iterable[str], used: Collection[str]) -> list[Proposal]:
+def _drops(unused: Sequence[str], used: Collection[str]) -> list[Proposal]:
     """Rules for the sources that no target takes; likely, because a missing target would look the same."""
     return [
         Proposal((rule,), LIKELY, f"{rule.source} is dropped", (), tuple(names), ("every target is explained",))
-        for rule, names in drop_rules(unused, used, _NO_USE)
+        for rule, names in drop_rules(unused, used, _DROP_REASON)
     ]

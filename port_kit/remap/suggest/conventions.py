@@ -1,12 +1,12 @@
-"""Differences between code bases that leave no trace in shapes, proposed where their names give them away.
+"""Differences between code bases that leave no trace in shapes, proposed if names give them away.
 
 * The last adaptive norm: the original projects to (shift, scale), diffusers' ``AdaLayerNormContinuous`` (a ``linear``
   under ``norm_out``, or under the norm of a stream's last block) to (scale, shift).
 * diffusers' gated feed-forward (``net.0.proj``) holds the value first and the gate second; llama-style code that fuses
   both into its ``w1`` has the gate first.
-* ``Conv1D`` weights are stored transposed; where every other linear of a model is, its square ones are too.
+* ``Conv1D`` weights are stored transposed; if every other linear of a model is, its square ones are too.
 
-Nothing here is certain: see :mod:`port_kit.remap.suggest.confidence`.
+Nothing here is certain: see :mod:`port_kit.remap.suggest.classify`.
 """
 
 from __future__ import annotations
@@ -16,50 +16,46 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.units import HOLE, Index, Unit
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
 
 
 def apply_conventions(found: Sequence[Match]) -> list[Match]:
-    """The same matches, those split or changed that a convention speaks about."""
-    modules = {unit.parts for item in found for unit in (item.source, item.target)}
-    widths = {unit.parts: _columns(unit) for item in found for unit in (item.source, item.target)}
+    """Return the matches, with those split or changed that a convention applies to."""
+    modules = {group.parts for item in found for group in (item.source, item.target)}
+    widths = {group.parts: _matrix(group)[1] for item in found for group in (item.source, item.target)}
     return _transposed([part for item in found for part in _swapped(_value_first(item, widths), modules)])
 
 
 def _value_first(item: Match, widths: Mapping[tuple[str, ...], int]) -> Match:
-    """The match with its halves swapped where one side is diffusers' gated projection and the other a fused ``w1``."""
-    for ours, theirs in ((item.target, item.source), (item.source, item.target)):
-        gated = 2 * widths.get((*ours.parts[:-2], "2"), 0) == _rows(ours) > 0
-        if ours.parts[-3:] == ("net", HOLE, "proj") and theirs.parts[-1] in ("w1", "w12") and gated:
+    """Swap the halves if one side is diffusers' gated projection and the other a fused ``w1``."""
+    for diffusers, other in ((item.target, item.source), (item.source, item.target)):
+        gated = 2 * widths.get((*diffusers.parts[:-2], "2"), 0) == _matrix(diffusers)[0] > 0
+        if diffusers.parts[-3:] == ("net", INDEX_SLOT, "proj") and other.parts[-1] in ("w1", "w12") and gated:
             return replace(item, change="swap")
     return item
 
 
-def _rows(unit: Unit) -> int:
-    return next((shape[0] for shape in unit.shapes.get("weight", {}).values() if len(shape) == 2), 0)
-
-
-def _columns(unit: Unit) -> int:
-    return next((shape[1] for shape in unit.shapes.get("weight", {}).values() if len(shape) == 2), 0)
+def _matrix(group: ModuleGroup) -> Shape:
+    """The shape of the first matrix of a group, or (0, 0)."""
+    return next((shape for shape in group.shapes.get("weight", {}).values() if len(shape) == 2), (0, 0))
 
 
 def _swapped(item: Match, modules: set[tuple[str, ...]]) -> Iterator[Match]:
     chosen = set() if item.source.members or item.target.members else _continuous_norms(item, modules)
-    rest = set(item.alignment.pairs) - chosen
     if not chosen or item.change:
         yield item
         return
     yield item.only(chosen, "swap")
-    if rest:
+    if rest := set(item.alignment.pairs) - chosen:
         yield item.only(rest)
 
 
 def _continuous_norms(item: Match, modules: set[tuple[str, ...]]) -> set[Index]:
     """Instances of the target that are the projection of a continuous adaptive norm on one side only."""
-    ours, theirs = _norm_linear(item.target), _norm_linear(item.source)
-    if ours == theirs:
+    diffusers, other = _norm_linear(item.target), _norm_linear(item.source)
+    if diffusers == other:
         return set()
-    named = item.target if ours else item.source
+    named = item.target if diffusers else item.source
     if named.parts[-2] == "norm_out" and not any("{}" in part for part in named.parts):
         has_own_norm = (*named.parts[:-1], "norm") in modules
         return set() if has_own_norm or not _even_rows(item.target) else set(item.alignment.pairs)
@@ -68,49 +64,49 @@ def _continuous_norms(item: Match, modules: set[tuple[str, ...]]) -> set[Index]:
     return doubled if len(set(chunks.values())) > 1 else set()
 
 
-def _norm_linear(unit: Unit) -> bool:
-    return len(unit.parts) > 1 and unit.parts[-1] == "linear" and unit.parts[-2].startswith("norm")
+def _norm_linear(group: ModuleGroup) -> bool:
+    return len(group.parts) > 1 and group.parts[-1] == "linear" and group.parts[-2].startswith("norm")
 
 
-def _rows_per_column(unit: Unit, index: Index) -> float:
-    shape = unit.shapes["weight"].get(index, ()) if "weight" in unit.shapes else ()
+def _rows_per_column(group: ModuleGroup, index: Index) -> float:
+    shape = group.shapes["weight"].get(index, ()) if "weight" in group.shapes else ()
     return shape[0] / shape[1] if len(shape) == 2 and shape[1] else 0.0
 
 
-def _even_rows(unit: Unit) -> bool:
-    return all(shape and shape[0] % 2 == 0 for row in unit.shapes.values() for shape in row.values())
+def _even_rows(group: ModuleGroup) -> bool:
+    return all(shape and shape[0] % 2 == 0 for row in group.shapes.values() for shape in row.values())
 
 
 def _transposed(found: Sequence[Match]) -> list[Match]:
-    """Square matrices follow the others that are called as they are, where those agree.
+    """Transpose square matrices if all other linears with the same parameter names are transposed.
 
-    Linears of layers and those outside are asked apart (GPT-2's head is not stored as its layers are), embeddings not
-    at all. Where there is no other, a flax ``kernel`` has its inputs first and a torch ``weight`` its outputs.
+    Linears of layers and those outside count apart (GPT-2's head is not stored as its layers are), embeddings not at
+    all. If there are no others, a flax ``kernel`` has its inputs first and a torch ``weight`` its outputs.
     """
     groups: dict[tuple[str, str, bool], list[Match]] = defaultdict(list)
     for item in found:
         if _is_linear(item):
             groups[_stored_as(item)].append(item)
-    turned: set[int] = set()
+    transposed: set[int] = set()
     for (given, wanted, _), items in groups.items():
         uneven = [item for item in items if not _square(item)]
-        turns = all(item.alignment.relation == "transpose" for item in uneven)
-        if turns and (uneven or {given, wanted} == {"kernel", "weight"}):
-            turned |= {id(item) for item in items if _square(item)}
-    return [replace(item, change="transpose") if id(item) in turned else item for item in found]
+        transposes = all(item.alignment.relation == "transpose" for item in uneven)
+        if transposes and (uneven or {given, wanted} == {"kernel", "weight"}):
+            transposed |= {id(item) for item in items if _square(item)}
+    return [replace(item, change="transpose") if id(item) in transposed else item for item in found]
 
 
 def _stored_as(item: Match) -> tuple[str, str, bool]:
-    """What the tensors of a linear are called on both sides, and whether it is one of a list of layers."""
-    names = [next(iter(unit.names["weight"].values())).rpartition(".")[2] for unit in (item.source, item.target)]
-    return names[0], names[1], any(HOLE in part for part in item.target.parts)
+    """Names of the parameter of a linear on both sides, and True if it is in a list of layers."""
+    leaves = [group.first_name("weight").rpartition(".")[2] for group in (item.source, item.target)]
+    return leaves[0], leaves[1], any(INDEX_SLOT in part for part in item.target.parts)
 
 
 def _is_linear(item: Match) -> bool:
-    units = (item.source, item.target)
-    if any(unit.members or "weight" not in unit.roles for unit in units):
+    groups = (item.source, item.target)
+    if any(group.members or "weight" not in group.roles for group in groups):
         return False
-    embeds = any({"token", "position"} & unit.words for unit in units) or item.target.leaf_words == ("embed",)
+    embeds = any({"token", "position"} & group.words for group in groups) or item.target.leaf_words == ("embed",)
     return not embeds and all(len(item.target.shapes["weight"][index]) == 2 for index in item.alignment.pairs)
 
 

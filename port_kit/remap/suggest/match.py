@@ -1,48 +1,46 @@
-"""One pair of units that the search has found."""
+"""One pair of groups that the search has found."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from port_kit.remap.suggest.shapes import Alignment
-from port_kit.remap.suggest.units import Index, Unit
+from port_kit.remap.suggest.alignment import Alignment
+from port_kit.remap.suggest.module_groups import Index, ModuleGroup
 
-#: Margin of a pair where neither unit fits anything else.
+#: Margin of a pair of groups that fit nothing else.
 NO_RIVAL = 4.0
 
 
 @dataclass(frozen=True)
 class Match:
-    """A pair of units, and how sure the search is of it.
+    """A pair of groups, and how sure the search is of it.
 
     Attributes:
         source, target: at most one of them is virtual.
         alignment: which instance becomes which.
         score: evidence for the pair.
-        margin: by how much the score exceeds that of the best other use of either unit (4.0: there is none).
+        margin: by how much the score exceeds that of the best other use of either group (4.0: there is none).
         name: the part of the evidence that comes from names, in [0, 1].
-        name_margin: by how much that part exceeds the best other use of either unit (4.0: there is none).
-        round: 1 for templates, 3 for single tensors.
         change: what a convention adds that shapes cannot show: ``swap`` (two halves) or ``transpose`` (a square).
     """
 
-    source: Unit
-    target: Unit
+    source: ModuleGroup
+    target: ModuleGroup
     alignment: Alignment
     score: float
     margin: float
     name: float
-    name_margin: float
-    round: int
     change: str = ""
 
-    def tensor_pairs(self, role: str) -> list[tuple[str, str]]:
-        """(source name, target name) of every instance of one role, for two plain units."""
-        return [
-            (self.source.names[role][origin], self.target.names[role][index])
+    def links(self) -> dict[str, list[str]]:
+        """Return the sources of every target tensor that the match explains."""
+        return {
+            name: self.source.tensors(role, origin)
             for index, origin in self.alignment.pairs.items()
-        ]
+            for role in self.target.roles
+            for name in self.target.tensors(role, index)
+        }
 
     def only(self, instances: Container[Index], change: str = "") -> Match:
         """The match of some target instances."""

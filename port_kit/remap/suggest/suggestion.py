@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,26 +57,28 @@ class Suggestion:
         name: name of the rule set.
         proposals: the proposed rules, in the order of the target.
         missing: target tensors that nothing explains, with the sources that would fit by shape.
-        narrow: the sides differ in dtypes, so values may have to be rounded.
+        allow_downcast: the sides differ in dtypes, so values may have to be rounded.
         tied: missing targets that may be the same tensor as another target, with that one: embedding and output head.
+        scales: sources that no rule reads or drops, because they may be the scales of quantized values.
     """
 
     name: str
     proposals: tuple[Proposal, ...]
     missing: Mapping[str, tuple[str, ...]]
-    narrow: bool = False
+    allow_downcast: bool = False
     tied: Mapping[str, str] = field(default_factory=dict)
+    scales: tuple[str, ...] = ()
 
     @property
     def rules(self) -> RuleSet:
         """All proposed rules as one set; each carries its confidence and a note."""
         rules = tuple(rule for proposal in self.proposals for rule in proposal.annotated())
-        return RuleSet(self.name, rules, allow_downcast=self.narrow)
+        return RuleSet(self.name, rules, allow_downcast=self.allow_downcast)
 
     def only(self, confidence: str) -> RuleSet:
         """The rules of one confidence."""
-        chosen = tuple(rule for rule in self.rules if rule.confidence == confidence)
-        return RuleSet(self.name, chosen, allow_downcast=self.narrow)
+        everything = self.rules
+        return replace(everything, rules=tuple(rule for rule in everything if rule.confidence == confidence))
 
     def explained(self) -> Counter[str]:
         """Confidence -> number of target tensors."""
@@ -97,6 +99,7 @@ class Suggestion:
             "proposals": [proposal.to_json() for proposal in self.proposals],
             "missing": {name: list(fitting) for name, fitting in self.missing.items()},
             "tied": dict(self.tied),
+            "scales": list(self.scales),
             "targets_explained": dict(self.explained()),
         }
 
@@ -110,13 +113,13 @@ class Suggestion:
         ]
         for name, fitting in self.missing.items():
             twin = f"; keep it if the module ties it to {self.tied[name]}" if name in self.tied else ""
-            lines.append(f"not explained: {name}{_fitting(fitting)}{twin}")
+            fits = f"would fit: {_first(fitting)}" if fitting else "no unused source has its size"
+            lines.append(f"not explained: {name} ({fits}){twin}")
+        if self.scales:
+            lines.append(f"neither read nor dropped, may hold quantized values or their scales: {_first(self.scales)}")
         return "\n".join(lines)
 
 
-def _fitting(names: Iterable[str]) -> str:
-    shown = list(names)
-    if not shown:
-        return " (no unused source has its size)"
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return f" (would fit: {', '.join(shown[:3])}{more})"
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

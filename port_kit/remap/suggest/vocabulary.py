@@ -1,58 +1,53 @@
-"""What the words in parameter names mean, so that two code bases that name one thing differently can be compared.
+"""Meaning of the words in parameter names, so that names of different code bases can be compared.
 
-The tables hold the vocabulary of the field, not of any one model: how query, key and value projections, norms,
-feed-forward layers, embedders and the two streams of a joint block are called. A word that is not listed stands
-for itself.
+The tables hold the vocabulary of the field, not of any one model: names of query, key and value projections, norms,
+feed-forward layers, embedders and the two streams of a joint block. A word that is not listed stands for itself.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 
-#: Spellings of one component that mean the same as a list of plain words. Matched against a whole component.
-_COMPONENTS: dict[str, str] = {
-    "nin_shortcut": "shortcut",
-    "conv_shortcut": "shortcut",
-    "skip_connection": "shortcut",
-    "input_layernorm": "norm pre attn",
-    "post_attention_layernorm": "norm post ff",
-    "embed_tokens": "token embed",
-    "word_embeddings": "token embed",
-    "wte": "token embed",
-    "wpe": "position embed",
-    "tok_embeddings": "token embed",
-    "token_embd": "token embed",
-    "ln_f": "norm final",
-    "dense_h_to_4h": "ff up",
-    "dense_4h_to_h": "ff down",
-    "wi_0": "gate",
-    "wi_1": "up",
-    "wo": "out",
-    "w1": "gate",
-    "w2": "down",
-    "w3": "up",
-    "nin": "shortcut",
-    "relative_attention_bias": "relative attention bias",
-    "final_layer": "final",
-    "norm_out": "norm final",
-    "proj_out": "proj out final",
-    "attn1": "attn",
-    "attn2": "cross attn",
-    "multihead_attn": "cross attn",
-    "emb_layers": "time embed proj",
-    "time_emb_proj": "time embed proj",
-    "patchify_proj": "patch embed proj",
-    "x_embedder": "img embed",
-    "y_embedder": "ctx embed pooled",
-    "t_embedder": "time embed",
-    "block_sparse_moe": "ff",
-    "ln_1": "norm",
-    "ln_2": "norm post",
-}
+
+def _by_spelling(spellings: Mapping[str, str]) -> dict[str, str]:
+    """Invert a table of meaning -> spellings."""
+    return {spelling: meaning for meaning, found in spellings.items() for spelling in found.split()}
+
+
+#: Whole components of names -> the words that they mean; written as words -> components.
+_COMPONENTS = _by_spelling(
+    {
+        "shortcut": "nin_shortcut conv_shortcut skip_connection nin",
+        "norm pre attn": "input_layernorm",
+        "norm post ff": "post_attention_layernorm",
+        "token embed": "embed_tokens word_embeddings wte tok_embeddings token_embd",
+        "position embed": "wpe",
+        "norm final": "ln_f norm_out",
+        "ff up": "dense_h_to_4h",
+        "ff down": "dense_4h_to_h",
+        "gate": "wi_0 w1",
+        "up": "wi_1 w3",
+        "out": "wo",
+        "down": "w2",
+        "relative attention bias": "relative_attention_bias",
+        "final": "final_layer",
+        "proj out final": "proj_out",
+        "attn": "attn1",
+        "cross attn": "attn2 multihead_attn",
+        "time embed proj": "emb_layers time_emb_proj",
+        "patch embed proj": "patchify_proj",
+        "img embed": "x_embedder",
+        "ctx embed pooled": "y_embedder",
+        "time embed": "t_embedder",
+        "ff": "block_sparse_moe",
+        "norm": "ln_1",
+        "norm post": "ln_2",
+    }
+)
 
 #: Phrases inside a component that another phrase says more plainly.
 _PHRASES: tuple[tuple[str, str], ...] = (
@@ -63,7 +58,7 @@ _PHRASES: tuple[tuple[str, str], ...] = (
     ("c_proj", "proj"),
 )
 
-#: Where in a block a word puts its module: before or after, attention or feed-forward. Unlisted words say 1.
+#: Position in a block that a word gives its module: before or after, attention or feed-forward. Unlisted words: 1.
 _POSITIONS: dict[str, int] = {
     "pre": 0,
     "before": 0,
@@ -80,118 +75,47 @@ _POSITIONS: dict[str, int] = {
 #: Words that put a module behind the attention that its name speaks of.
 _AFTER_ATTENTION = {"pre", "before", "post", "after", "ff", "final"}
 
-#: Words -> the concepts they stand for. An empty value: the word says nothing.
-_WORDS: dict[str, str] = {
-    "self": "",
-    "c": "ctx",
-    "query": "q",
-    "queries": "q",
-    "wq": "q",
-    "key": "k",
-    "keys": "k",
-    "wk": "k",
-    "value": "v",
-    "values": "v",
-    "val": "v",
-    "wv": "v",
-    "qkv": "q k v",
-    "wqkv": "q k v",
-    "kv": "k v",
-    "qk": "q k",
-    "o": "out",
-    "output": "out",
-    "attention": "attn",
-    "att": "attn",
-    "xattn": "cross attn",
-    "mha": "attn",
-    "ff": "ff",
-    "ffn": "ff",
-    "mlp": "ff",
-    "feedforward": "ff",
-    "feed": "ff",
-    "forward": "",
-    "fc": "linear",
-    "lin": "linear",
-    "dense": "linear",
-    "ln": "norm",
-    "layernorm": "norm",
-    "norms": "norm",
-    "rms": "norm",
-    "rmsnorm": "norm",
-    "groupnorm": "norm",
-    "group": "",
-    "mod": "modulation",
-    "ada": "modulation",
-    "adaln": "modulation",
-    "scaleshift": "modulation",
-    "txt": "ctx",
-    "text": "ctx",
-    "context": "ctx",
-    "caption": "ctx",
-    "cap": "ctx",
-    "prompt": "ctx",
-    "cond": "ctx",
-    "condition": "ctx",
-    "add": "ctx",
-    "added": "ctx",
-    "y": "ctx",
-    "image": "img",
-    "x": "img",
-    "vid": "video",
-    "t": "time",
-    "timestep": "time",
-    "timesteps": "time",
-    "temb": "time embed",
-    "emb": "embed",
-    "embeds": "embed",
-    "embd": "embed",
-    "embedder": "embed",
-    "embedding": "embed",
-    "embeddings": "embed",
-    "in": "embed in",
-    "input": "in",
-    "pos": "position",
-    "positional": "position",
-    "blocks": "block",
-    "layers": "block",
-    "layer": "block",
-    "h": "block",
-    "resblocks": "block",
-    "resnets": "resnet",
-    "res": "resnet",
-    "residual": "resnet",
-    "attentions": "attn",
-    "downsample": "downsample",
-    "downsamplers": "downsample",
-    "downsampler": "downsample",
-    "downsamples": "down",
-    "upsample": "upsample",
-    "upsamplers": "upsample",
-    "upsampler": "upsample",
-    "upsamples": "up",
-    "op": "conv",
-    "middle": "mid",
-    "expert": "expert",
-    "experts": "expert",
-    "vector": "ctx pooled",
-    "head": "head",
-    "last": "final",
-    "tok": "token",
-    "tokens": "token",
-    "vocab": "token",
-    "patchify": "patch",
-    "refiner": "refiner",
-    "to": "",
-    "with": "",
-    "mqa": "",
-    "net": "",
-    "module": "",
-    "modules": "",
-    "model": "",
-    "weight": "",
-    "bias": "",
-    "w": "",
-}
+#: Words -> the concepts that they stand for; written as concepts -> words. The first entry: words without a meaning.
+_WORDS = _by_spelling(
+    {
+        "": "self forward group to with mqa net module modules model weight bias w",
+        "ctx": "c txt text context caption cap prompt cond condition add added y",
+        "q": "query queries wq",
+        "k": "key keys wk",
+        "v": "value values val wv",
+        "q k v": "qkv wqkv",
+        "k v": "kv",
+        "q k": "qk",
+        "out": "o output",
+        "attn": "attention att mha attentions",
+        "cross attn": "xattn",
+        "ff": "ffn mlp feedforward feed",
+        "linear": "fc lin dense",
+        "norm": "ln layernorm norms rms rmsnorm groupnorm",
+        "modulation": "mod ada adaln scaleshift",
+        "img": "image x",
+        "video": "vid",
+        "time": "t timestep timesteps",
+        "time embed": "temb",
+        "embed": "emb embeds embd embedder embedding embeddings",
+        "embed in": "in",
+        "in": "input",
+        "position": "pos positional",
+        "block": "blocks layers layer h resblocks",
+        "resnet": "resnets res residual",
+        "downsample": "downsamplers downsampler",
+        "down": "downsamples",
+        "upsample": "upsamplers upsampler",
+        "up": "upsamples",
+        "conv": "op",
+        "mid": "middle",
+        "expert": "experts",
+        "ctx pooled": "vector",
+        "final": "last",
+        "token": "tok tokens vocab",
+        "patch": "patchify",
+    }
+)
 
 #: Words that many unrelated modules share: agreeing on them proves little.
 _WEAK: dict[str, float] = {
@@ -200,26 +124,20 @@ _WEAK: dict[str, float] = {
     "block": 0.3,
     "embed": 0.5,
     "in": 0.5,
-    "out": 0.7,
     "img": 0.6,
+    "out": 0.7,
     "conv": 0.7,
     "final": 0.8,
 }
 
 #: Leaf names of a module's own parameters, by role. A leaf that is not here is a parameter in its own right.
-LEAVES: dict[str, str] = {
-    "weight": "weight",
-    "scale": "weight",
-    "gamma": "weight",
-    "kernel": "weight",
-    "bias": "bias",
-    "beta": "bias",
-    "running_mean": "running_mean",
-    "running_var": "running_var",
-    "num_batches_tracked": "num_batches_tracked",
-    "weight_g": "weight_g",
-    "weight_v": "weight_v",
-}
+LEAVES = _by_spelling(
+    {
+        "weight": "weight scale gamma kernel",
+        "bias": "bias beta",
+        **{leaf: leaf for leaf in ("running_mean", "running_var", "num_batches_tracked", "weight_g", "weight_v")},
+    }
+)
 
 
 @cache
@@ -243,7 +161,7 @@ def weight_of(word: str) -> float:
 
 
 def position(found: Iterable[str]) -> int:
-    """Where words put a module among its siblings: 0 for the first, more for later ones."""
+    """Position among its siblings that words give a module: 0 for the first, more for later ones."""
     words = set(found)
     if "attn" in words and not words & _AFTER_ATTENTION:
         return _POSITIONS["cross"] if "cross" in words else 1
@@ -251,7 +169,7 @@ def position(found: Iterable[str]) -> int:
     return 0 if 0 in places else max(places, default=1)
 
 
-def markedness(word: str) -> int:
+def secondary_rank(word: str) -> int:
     """How much a word marks its module as the special one among siblings: the second stream most, numbers not."""
     return 0 if word.startswith("#") else 3 if word == "ctx" else 1
 

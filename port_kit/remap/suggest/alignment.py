@@ -1,4 +1,4 @@
-"""Which unit can become which: shapes, and the order in which layers correspond."""
+"""Which group can become which: shapes, and the order in which layers correspond."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from port_kit.remap.suggest.units import Index, Shape, Unit
+from port_kit.remap.suggest.module_groups import Index, ModuleGroup, Shape
 
 #: How far a relation is from a plain copy; subtracted from a pair's score.
 PENALTY: dict[str, float] = {"copy": 0.0, "reshape": 0.03, "transpose": 0.15, "flatten": 0.2}
@@ -14,7 +14,7 @@ PENALTY: dict[str, float] = {"copy": 0.0, "reshape": 0.03, "transpose": 0.15, "f
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the instances of a target unit correspond to those of a source unit.
+    """How the instances of a target group correspond to those of a source group.
 
     Attributes:
         pairs: target instance -> source instance.
@@ -31,16 +31,16 @@ class Alignment:
         return PENALTY[self.relation] + (0.3 if self.order == "subset" else 0.0)
 
 
-def squeezed(shape: Shape) -> Shape:
+def drop_unit_dims(shape: Shape) -> Shape:
     """The shape without its dimensions of size one."""
     return tuple(size for size in shape if size != 1)
 
 
 def relation(source: Shape, target: Shape) -> str | None:
-    """What turns one shape into the other: a key of :data:`PENALTY`, or None."""
+    """Return what turns one shape into the other: a key of :data:`PENALTY`, or None."""
     if source == target:
         return "copy"
-    if squeezed(source) == squeezed(target):
+    if drop_unit_dims(source) == drop_unit_dims(target):
         return "reshape"
     if len(source) == len(target) == 2 and source == target[::-1]:
         return "transpose"
@@ -52,7 +52,7 @@ def relation(source: Shape, target: Shape) -> str | None:
     return None
 
 
-def alignments(source: Unit, target: Unit) -> Iterator[Alignment]:
+def alignments(source: ModuleGroup, target: ModuleGroup) -> Iterator[Alignment]:
     """All orders of instances under which every tensor of the target fits its source, most natural first."""
     if source.roles != target.roles:
         return
@@ -60,11 +60,6 @@ def alignments(source: Unit, target: Unit) -> Iterator[Alignment]:
         worst = _worst_relation(source, target, pairs)
         if worst is not None:
             yield Alignment(pairs, worst, order)
-
-
-def align(source: Unit, target: Unit) -> Alignment | None:
-    """The most natural of :func:`alignments`; None where no order fits."""
-    return next(alignments(source, target), None)
 
 
 def _orders(source: tuple[Index, ...], target: tuple[Index, ...]) -> Iterator[tuple[str, dict[Index, Index]]]:
@@ -80,21 +75,26 @@ def _orders(source: tuple[Index, ...], target: tuple[Index, ...]) -> Iterator[tu
         yield "reversed", dict(zip(target, flipped, strict=True))
 
 
-def _worst_relation(source: Unit, target: Unit, pairs: Mapping[Index, Index]) -> str | None:
-    worst = "copy"
+def _worst_relation(source: ModuleGroup, target: ModuleGroup, pairs: Mapping[Index, Index]) -> str | None:
+    """The relation furthest from a copy; None if tensors do not fit, or if only some of a role are transposed."""
+    worst = ["copy"]
     for role, row in target.shapes.items():
-        shapes = source.shapes[role]
-        for index, shape in row.items():
-            found = relation(shapes[pairs[index]], shape)
-            if found is None:
-                return None
-            worst = max(worst, found, key=PENALTY.__getitem__)
-    return worst
+        found = {relation(source.shapes[role][pairs[index]], shape) for index, shape in row.items()}
+        if None in found or "transpose" in found and len(found) > 1:
+            return None
+        worst += filter(None, found)
+    return max(worst, key=PENALTY.__getitem__)
 
 
-def signature(unit: Unit) -> tuple[object, ...]:
-    """What two units share if one might become the other: count of instances and element counts by role."""
+def shape_class(group: ModuleGroup) -> tuple[int, tuple[tuple[str, Shape], ...]]:
+    """Groups of one class differ in name only: same count of instances, roles and shapes of the first instance."""
+    first = group.instances[0]
+    return len(group.instances), tuple((role, drop_unit_dims(group.shapes[role][first])) for role in group.roles)
+
+
+def signature(group: ModuleGroup) -> tuple[object, ...]:
+    """What two groups share if one might become the other: count of instances and element counts by role."""
     return (
-        len(unit.instances),
-        tuple((role, tuple(sorted(math.prod(s) for s in unit.shapes[role].values()))) for role in unit.roles),
+        len(group.instances),
+        tuple((role, tuple(sorted(math.prod(s) for s in group.shapes[role].values()))) for role in group.roles),
     )

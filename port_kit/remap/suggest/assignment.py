@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 S = TypeVar("S", bound=Hashable)
 T = TypeVar("T", bound=Hashable)
 
-_NONE = 0.0  # what a pair counts that never meets: as much as leaving both alone
+_NONE = 0.0  # score of a pair that is not allowed: as much as leaving both unassigned
 
 
 def best_assignment(scores: Mapping[tuple[S, T], float]) -> dict[T, S]:
     """Assign targets to sources so that the sum of scores is greatest.
 
-    Pairs that are not in ``scores`` never meet. The problem falls apart into connected components, which are small
-    because only tensors of equal size compete.
+    Pairs that are not in ``scores`` are not assigned. The connected components of the problem are solved one by one;
+    they are small, because only tensors of equal size compete.
 
     Args:
-        scores: (source, target) -> score, positive where the pair is better than none.
+        scores: (source, target) -> score, positive if the pair is better than none.
 
     Returns:
         target -> source for every assigned target.
@@ -33,28 +33,24 @@ def best_assignment(scores: Mapping[tuple[S, T], float]) -> dict[T, S]:
     return assigned
 
 
-def _components(scores: Mapping[tuple[S, T], float]) -> list[tuple[list[S], list[T]]]:
-    neighbours: dict[tuple[str, Hashable], list[tuple[str, Hashable]]] = defaultdict(list)
-    for source, target in scores:
-        neighbours[("s", source)].append(("t", target))
-        neighbours[("t", target)].append(("s", source))
-    seen: set[tuple[str, Hashable]] = set()
-    found: list[tuple[list[S], list[T]]] = []
-    for start in neighbours:
-        if start in seen:
-            continue
-        seen.add(start)
-        members, frontier = [start], [start]
-        while frontier:
-            for node in neighbours[frontier.pop()]:
-                if node not in seen:
-                    seen.add(node)
-                    members.append(node)
-                    frontier.append(node)
-        rows = [node for side, node in members if side == "s"]
-        columns = [node for side, node in members if side == "t"]
-        found.append((rows, columns))  # type: ignore[arg-type]
-    return found
+def _components(pairs: Iterable[tuple[S, T]]) -> Iterator[tuple[list[S], list[T]]]:
+    """Yield the rows and columns of every connected component."""
+    columns_of: dict[S, list[T]] = defaultdict(list)
+    rows_of: dict[T, list[S]] = defaultdict(list)
+    for row, column in pairs:
+        columns_of[row].append(column)
+        rows_of[column].append(row)
+    while columns_of:
+        rows: dict[S, None] = dict.fromkeys([next(iter(columns_of))])
+        columns: list[T] = []
+        pending = list(rows)
+        while pending:
+            reached = [column for column in columns_of.pop(pending.pop()) if column in rows_of]
+            columns += reached
+            found = [row for column in reached for row in rows_of.pop(column)]
+            pending += [row for row in dict.fromkeys(found) if row not in rows]
+            rows |= dict.fromkeys(found)
+        yield list(rows), columns
 
 
 def _solve(scores: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
