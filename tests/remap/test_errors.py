@@ -183,7 +183,7 @@ def zeros(shapes: dict) -> dict[str, torch.Tensor]:
         (lambda t: t.update({"head.weight": torch.zeros(1)}), "remap_shape"),
         (lambda t: t.update({"head.weight": torch.zeros(3, 4, dtype=torch.int32)}), "remap_dtype"),
         (lambda t: t.update({"blocks.7.attn.q.weight": torch.zeros(4, 4)}), "remap_beyond_layers"),
-        (lambda t: t.update({"out.weight": torch.zeros(3, 4)}), "remap_mixed"),
+        (lambda t: t.update({"out.weight": torch.zeros(3, 4)}), "remap_unexpected"),
     ],
 )
 def test_loading_is_strict(change: Callable, code: str) -> None:

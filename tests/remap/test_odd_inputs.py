@@ -210,7 +210,7 @@ def test_names_sizes_of_rearrange_may_be_a_table() -> None:
     assert RuleSet.from_toml(rules.to_toml()) == rules
 
 
-#: Names with signs of templates, and one of two lines: mapped, but nothing is proposed for them.
+#: Names with signs of templates, for which nothing is proposed, and one with a newline.
 SIGNS = {"a\nb": [4], "q'\"\\": [2], "{a}": [12], "\\1": [13], "b.3.{x}.w": [3], "b.4.{x}.w": [3]}
 ODD = {
     "блоки.0.вес": [2, 3],
@@ -251,7 +251,7 @@ def test_names_with_signs_of_templates(tmp_path: Path) -> None:
     assert run("rules", "invert", *sides, "--rules", rules, "-o", back).exit_code == 0
     assert run("coverage", *sides, "--rules", back).exit_code == 0
     done = run("rules", "suggest", *sides)
-    assert done.exit_code == 0 and set(json.loads(done.stdout)["data"]["missing"]) == set(SIGNS)
+    assert done.exit_code == 0 and set(json.loads(done.stdout)["data"]["missing"]) == set(SIGNS) - {"a\nb"}
 
 
 def test_ten_thousands_of_gaps_take_seconds() -> None:

@@ -25,7 +25,6 @@ from port_kit.remap.suggest.rule_writer import drop_rules, rules_of
 from port_kit.remap.suggest.search import match
 from port_kit.remap.suggest.suggestion import Proposal, Suggestion
 from port_kit.remap.suggest.vocabulary import words
-from port_kit.reports.plan_json import plan_map
 
 if TYPE_CHECKING:
     from port_kit.manifest import Manifest, TensorSpec
