@@ -121,8 +121,13 @@ def can_overflow(task: CopyTask, source: Tensor, destination: Tensor) -> bool:
 
 
 def overflows(result: Tensor, source: Tensor) -> bool:
-    """Return True if a tensor has values that are not finite, and the one that it was computed from has none."""
-    return not _all_finite(result) and _all_finite(source)
+    """Return True if finite values of a tensor are not finite, or clamped, in the one that was computed from it."""
+    import torch
+
+    if result.dtype.itemsize > 1 or not result.numel():
+        return not _all_finite(result) and _all_finite(source)
+    limit = torch.finfo(result.dtype)  # casts to some float8 dtypes clamp
+    return _all_finite(source) and bool((source.double().abs() > limit.max * (1 + limit.eps / 2)).any())
 
 
 def _all_finite(tensor: Tensor) -> bool:

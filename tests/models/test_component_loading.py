@@ -1,4 +1,4 @@
-"""Loading on a GPU reads the files itself, ahead: the same bits as through vLLM-Omni's loader, for every component."""
+"""Loading reads the files itself: the same bits as through vLLM-Omni's loader, for every component."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from vllm.config import LoadConfig
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
 from port_kit.models.dreamid_omni.weights import COMPONENTS
-from port_kit.pipeline.loading import (
-    build_components,
-    load_component_weights,
-    read_components,
-    weights_sources,
-)
+from port_kit.pipeline.loading import build_components, load_component_weights, weights_sources
 from port_kit.port import resolve
 from port_kit.remap import load_components
 from port_kit.runtime.local import single_rank
@@ -43,8 +38,6 @@ class Owner(nn.Module):
         if self.way == "port":
             return load_component_weights(self, COMPONENTS, weights, self.model)
         parts: Any = {part.name: (getattr(self, part.name), resolve(part.rules)) for part in COMPONENTS}
-        if self.way == "ahead":
-            weights = read_components(parts, self.model, block=5000, blocks=3, threads=2)
         return load_components(parts, weights, model=self.model)
 
 
@@ -63,14 +56,12 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_files_read_ahead_fill_every_component_with_the_same_bits(dreamid_model: Path, dtype: torch.dtype) -> None:
-    stream = load(dreamid_model, "stream", dtype)
-    assert_same_bits(load(dreamid_model, "ahead", dtype), stream)
-    assert_same_bits(load(dreamid_model, "port", dtype), stream)
+def test_every_component_has_the_same_bits(dreamid_model: Path, dtype: torch.dtype) -> None:
+    assert_same_bits(load(dreamid_model, "port", dtype), load(dreamid_model, "stream", dtype))
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_too(dreamid_model: Path) -> None:
     expected = load(dreamid_model, "stream", torch.bfloat16)
-    for way in ("stream", "ahead", "port"):
+    for way in ("stream", "port"):
         assert_same_bits(load(dreamid_model, way, torch.bfloat16, "cuda"), expected)
