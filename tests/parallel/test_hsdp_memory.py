@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.parallel import hsdp
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.memory import local_bytes
+from port_kit.remap.local import LocalLoad, load_local
 from port_kit.testing.workers import run_workers
 from tests.parallel import probe_pipeline
 
@@ -110,3 +112,38 @@ def test_no_rank_holds_a_whole_model_while_it_loads(deep_model: Path) -> None:
     for peak, held in load(deep_model, "hsdp4"):
         assert held <= 0.28 * whole
         assert peak <= 0.44 * whole
+
+
+def _load_from_files(self: Any, weights: Any) -> set[str]:
+    """Load as the shipped pipelines do: every rank reads its own part of the files."""
+    next(iter(weights), None)
+    hsdp.shard_before_loading(self.transformer, self.od_config, torch.device("cpu"))
+    folder = Path(self.od_config.model) / "transformer"
+    self.done = load_local(self.transformer, folder, TRANSFORMER, prefix="transformer.")
+    return self.done.loaded
+
+
+def _shards(pipeline: Any) -> tuple[dict[str, Tensor], LocalLoad | None]:
+    torch.distributed.barrier()
+    state = {
+        name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
+        for name, tensor in pipeline.transformer.state_dict().items()
+    }
+    return state, getattr(pipeline, "done", None)
+
+
+@pytest.mark.parametrize("layout", ["hsdp2", "hsdp4", "tp2"])
+def test_ranks_read_only_their_own_shards(deep_model: Path, layout: str) -> None:
+    def from_files() -> None:
+        probe_pipeline.register()
+        probe_pipeline.ProbePipeline.load_weights = _load_from_files
+
+    config = {"parallel_config": Layout.parse(layout).parallel_config}
+    streamed = run_workers(deep_model, [], config=config, setup=probe_pipeline.register, probe=_shards)
+    read = run_workers(deep_model, [], config=config, setup=from_files, probe=_shards)
+    for one, other in zip(streamed, read, strict=True):
+        state, done = other.probe
+        assert state.keys() == one.probe[0].keys()
+        assert all(torch.equal(tensor, one.probe[0][name]) for name, tensor in state.items())
+        # everything outside of the blocks is complete on every rank
+        assert done.bytes_read < {"hsdp2": 0.6, "hsdp4": 0.4, "tp2": 0.65}[layout] * done.bytes_whole
