@@ -105,6 +105,7 @@ def read_targets(module: nn.Module) -> Targets:
     targets: dict[str, Target] = {}
     aliases: dict[str, str] = {}
     known: dict[int, str] = {}
+    alike: dict[object, Target] = {}
     ranks = 1
     for path, owner in module.named_modules(remove_duplicate=False):
         ranks = max(ranks, owner.__dict__.get("tp_size") or 1)
@@ -112,7 +113,14 @@ def read_targets(module: nn.Module) -> Targets:
             name = f"{path}.{leaf}" if path else leaf
             first = known.setdefault(id(tensor), name)
             if first == name:
-                targets[name] = _read_target(name, owner, tensor, buffer)
+                plain = not tensor.__dict__ and not hasattr(type(tensor), "weight_loader")  # no attribute describes it
+                key = (tensor.shape, tensor.dtype, buffer)
+                if not plain:
+                    targets[name] = _read_target(name, owner, tensor, buffer, plain=False)
+                elif key in alike:
+                    targets[name] = Target(name, tensor, *alike[key][2:])
+                else:
+                    targets[name] = alike[key] = _read_target(name, owner, tensor, buffer, plain=True)
             else:
                 aliases[name] = first
     return Targets(targets, aliases, ranks)
@@ -127,12 +135,11 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield leaf, buffer, True
 
 
-def _read_target(name: str, owner: nn.Module, tensor: Tensor, buffer: bool) -> Target:
+def _read_target(name: str, owner: nn.Module, tensor: Tensor, buffer: bool, *, plain: bool) -> Target:
     local = tuple(tensor.shape)
     region = full_region(local)
     shape: Shape = local
     shards: tuple[Shard, ...] | None = (Shard("", region, region, region),)
-    plain = not tensor.__dict__ and not hasattr(type(tensor), "weight_loader")  # no attribute describes it
     if not plain:
         shape, shards = _layout(owner, tensor, local)
     slots = {shard.name: shard.region for shard in shards or () if shard.name}

@@ -175,8 +175,10 @@ class WeightLoader:
         if tensor.requires_grad:
             tensor = tensor.detach()
         for group in self._ready(name, tensor):
-            tensors = {task.source: self._waiting.get(task.source, tensor) for task in group}
-            self._executor.run(group, tensors)
+            if len(group) == 1 and group[0].source == name:
+                self._executor.copy(group[0], tensor)
+            else:
+                self._executor.run(group, {task.source: self._waiting.get(task.source, tensor) for task in group})
             if self._planned is not None:
                 for task in group:
                     self._pending[task.source] -= 1

@@ -150,6 +150,7 @@ class _Load:
         self._staged: deque[_Staged] = deque()
         self._reads: list[Future[None]] = []
         self._batch: list[Callable[[], object]] = []
+        self._alike: dict[object, list[Transfer] | None] = {}
         self._batched = 0
         self._pool: ThreadPoolExecutor
 
@@ -179,7 +180,7 @@ class _Load:
     def _source(self, file: SafetensorsFile, name: str, tasks: Sequence[CopyTask]) -> None:
         """Read what the tasks of one source need."""
         targets, spec = self.executor.targets, self.plan.source[name]
-        transfers = [_transfers(task, targets[task.target]) for task in tasks]
+        transfers = [self._transfers(task) for task in tasks]
         if all(found is not None for found in transfers):
             for transfer in [transfer for found in transfers for transfer in found or ()]:
                 self._transfer(file, name, transfer)
@@ -191,6 +192,15 @@ class _Load:
             self._stage(file, name, full_region(spec.shape), partial(self._run, tasks))
         else:
             self._run(tasks, file.tensor(name))
+
+    def _transfers(self, task: CopyTask) -> list[Transfer] | None:
+        """Return the transfers of a task, computed once for tasks that are alike."""
+        target = self.executor.targets[task.target]
+        key = (task.ops, task.region, task.join, target.shards, target.memory.shape)
+        if key not in self._alike:
+            self._alike[key] = _transfers(task, target)
+        found = self._alike[key]
+        return None if found is None else [Transfer(task, *transfer[1:]) for transfer in found]
 
     def _transfer(self, file: SafetensorsFile, name: str, transfer: Transfer) -> None:
         """Read a region into this rank's memory, through a buffer if that is on a GPU."""
