@@ -42,6 +42,7 @@ from port_kit.remap.tensor_ops import Call, Cast, Permute, Reshape, TensorOp, so
 from port_kit.targets import Target, read_targets
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 #: Bytes in buffers that are being read or wait to be copied; one larger tensor is read alone.
@@ -138,6 +139,13 @@ class _Staged(NamedTuple):
     copy: Callable[[Tensor], None]
 
 
+class _Copying(NamedTuple):
+    """A buffer that a GPU copies from, until the event has occurred."""
+
+    buffer: Tensor
+    copied: torch.cuda.Event
+
+
 class _Load:
     """One load: decides what is read, reads ahead, and executes."""
 
@@ -148,7 +156,9 @@ class _Load:
         self._joined = plan.joined()
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._staged: deque[_Staged] = deque()
-        self._reads: list[Future[None]] = []
+        self._copying: deque[_Copying] = deque()
+        self._buffered = 0
+        self._reads: deque[Future[None]] = deque()
         self._batch: list[Callable[[], object]] = []
         self._alike: dict[object, list[Transfer] | None] = {}
         self._batched = 0
@@ -224,6 +234,8 @@ class _Load:
             self._flush()
 
     def _flush(self) -> None:
+        while self._reads and self._reads[0].done():
+            self._reads.popleft().result()
         if self._batch:
             self._reads.append(self._pool.submit(_run_all, self._batch))
         self._batch, self._batched = [], 0
@@ -234,20 +246,34 @@ class _Load:
 
         spec = self.plan.source[name]
         size = region_numel(region) * ITEM_SIZES[spec.dtype]
-        while self._staged and sum(each.buffer.nbytes for each in self._staged) + size > WINDOW:
+        while self._staged and all(read.done() for read in self._staged[0].reads):
             self._finish(self._staged.popleft())
+        while self._buffered and self._buffered + size > WINDOW:
+            if not self._copying:
+                self._finish(self._staged.popleft())
+            buffer, copied = self._copying.popleft()
+            copied.synchronize()
+            self._buffered -= buffer.nbytes
         buffer = torch.empty(region_shape(region), dtype=getattr(torch, spec.dtype), device="cpu", pin_memory=True)
         reads = [self._pool.submit(_run_all, [read]) for read in file.reads(name, region, buffer)]
         self._staged.append(_Staged(buffer, reads, copy))
+        self._buffered += buffer.nbytes
 
-    @staticmethod
-    def _finish(staged: _Staged) -> None:
+    def _finish(self, staged: _Staged) -> None:
+        import torch
+
         for read in staged.reads:
             read.result()
         staged.copy(staged.buffer)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._copying.append(_Copying(staged.buffer, copied))
 
     def _write(self, transfer: Transfer, into: Tensor, piece: Tensor) -> None:
         """Copy a region into this rank's memory; casts and permutations are done on its device."""
+        if piece.dtype == into.dtype and not transfer.permutations:
+            into.copy_(piece.reshape(into.shape), non_blocking=True)
+            return
         piece = piece.to(into.device, non_blocking=True)
         for perm in transfer.permutations:
             piece = piece.permute(perm)
