@@ -81,7 +81,8 @@ class Manifest(Mapping[str, TensorSpec]):
         places: of a safetensors checkpoint, ``{name: offset}`` of its bytes in its file.
         stamps: of one that lies on a disk, what :func:`stamp` said of each file when its header was read.
         naming: whose names its files have, as their metadata record it: ``original`` (of the original implementation),
-            ``converted`` (of the module), or empty if nothing is recorded.
+            ``converted`` (of the module) or ``converted:NAME`` (by the rule set of that name), or empty if nothing is
+            recorded.
         notes: what was left out when it was read, one sentence each.
     """
 
@@ -107,6 +108,14 @@ class Manifest(Mapping[str, TensorSpec]):
         self.stamps = dict(stamps or {})
         self.naming = naming
         self.notes = tuple(notes)
+
+    def naming_for(self, rules: str) -> str:
+        """Return ``original``, ``converted`` or an empty text: the recorded naming as far as a rule set is concerned.
+
+        Names that another rule set converted may be the original names of this one.
+        """
+        kind, _, converter = self.naming.partition(":")
+        return kind if converter in ("", rules) else ""
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._entries[name]
@@ -292,7 +301,7 @@ def _naming(header: Mapping[str, Any], origin: str) -> str:
     """Return the naming that a header's metadata record, empty if there is none."""
     metadata = header.get("__metadata__")
     naming = metadata.get(NAMING_KEY, "") if isinstance(metadata, Mapping) else ""
-    if naming and naming not in NAMINGS:
+    if naming and str(naming).partition(":")[0] not in NAMINGS:
         raise invalid_manifest(f"{origin} has {NAMING_KEY} = {naming!r}", f"it is one of: {', '.join(NAMINGS)}")
     return str(naming)
 

@@ -272,11 +272,11 @@ def join(parts: Sequence[tuple[str, Manifest]], origin: str, notes: Iterable[str
 def _common_naming(files: Mapping[str, str], origin: str) -> str:
     """Return the naming of a checkpoint from that of its files, empty unless all of them record it."""
     namings = set(files.values())
-    if "converted" in namings and len(namings) > 1:
-        converted = next(file for file, naming in files.items() if naming == "converted")
-        other = next(file for file, naming in files.items() if naming != "converted")
+    converted = next((file for file, naming in files.items() if naming.startswith("converted")), "")
+    if converted and len(namings) > 1:
+        other = next(file for file, naming in files.items() if naming != files[converted])
         raise RemapError(
-            f"{origin}: {converted} has converted names, {other} {files[other] or 'records none'}",
+            f"{origin}: {converted} is {files[converted]}, {other} {files[other] or 'records none'}",
             code="remap_mixed",
             hint="keep files with original and with converted names in different folders",
         )

@@ -69,8 +69,15 @@ def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterato
 
     Raises:
         RemapError: ``remap_op`` for a transform without an inverse, or for a source whose copies in several targets
-            differ; ``remap_unused`` for a source of which a part was dropped; ``remap_overflow``.
+            differ; ``remap_mixed`` for targets that record original names; ``remap_unused`` for a source of which a
+            part was dropped; ``remap_overflow``.
     """
+    if plan.target.naming == "original":
+        raise RemapError(
+            f"{plan.target.origin or 'the checkpoint'} records original names: expected those of the module",
+            code="remap_mixed",
+            hint="export the converted checkpoint, or convert this one (--forward)",
+        )
     tensor_of = _reader(read)
     for name, tasks in plan.by_source().items():
         copies: dict[object, list[CopyTask]] = defaultdict(list)
@@ -137,7 +144,7 @@ def inexact(plan: Plan) -> dict[str, str]:
 
 def convert_file(plan: Plan, read: Read | Mapping[str, Tensor], path: str | Path) -> Path:
     """Write the targets of a plan into one safetensors file; raises as :func:`convert`."""
-    return _save(dict(convert(plan, read)), Path(path), "converted")
+    return _save(dict(convert(plan, read)), Path(path), f"converted:{plan.rules.name}")
 
 
 def export_file(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module, path: str | Path) -> Path:

@@ -134,7 +134,13 @@ def check(
         resolver: one to use again, made of the same rules and target.
     """
     builder = PlanBuilder(
-        rules, target, sizes, naming=source.naming, allow_downcast=allow_downcast, opaque=opaque, resolver=resolver
+        rules,
+        target,
+        sizes,
+        naming=source.naming_for(rules.name),
+        allow_downcast=allow_downcast,
+        opaque=opaque,
+        resolver=resolver,
     )
     for name, spec in source.items():
         builder.add(name, spec)

@@ -347,7 +347,7 @@ def test_converted_files_record_it_and_are_not_converted_again(tmp_path: Path) -
     plan = SWAP.compile(Manifest.from_checkpoint(original), manifest_of(SWAPPED))
     convert_file(plan, checkpoint_reader(original, plan.source), converted / "m.safetensors")
     assert Manifest.from_checkpoint(original).naming == ""
-    assert Manifest.from_checkpoint(converted).naming == "converted"
+    assert Manifest.from_checkpoint(converted).naming == "converted:swap"
     one, two, explicit = (module_of(SWAPPED) for _ in range(3))
     load_local(one, original, SWAP)
     load_local(two, converted, SWAP)
@@ -355,6 +355,10 @@ def test_converted_files_record_it_and_are_not_converted_again(tmp_path: Path) -
     assert check(SWAP, Manifest.from_checkpoint(converted), manifest_of(SWAPPED)).converted
     for name, tensor in one.named_parameters():
         assert torch.equal(two.get_parameter(name), tensor) and torch.equal(explicit.get_parameter(name), tensor)
+    inverse = invert(plan).compile(Manifest.from_checkpoint(converted), plan.source)  # not converted by these rules
+    assert not inverse.converted
+    restored = dict(convert(inverse, load_file(converted / "m.safetensors")))
+    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
     export_file(plan, two, back / "m.safetensors")
     assert Manifest.from_checkpoint(back).naming == "original"
     restored = load_file(back / "m.safetensors")
