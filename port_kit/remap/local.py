@@ -9,13 +9,14 @@ understands) is read completely and executed as in :mod:`port_kit.remap.load`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,13 +25,13 @@ from port_kit.checkpoint.safetensors_file import BLOCK, SafetensorsFile
 from port_kit.manifest import Manifest
 from port_kit.regions import (
     Region,
-    full_region,
     intersection,
     region_index,
     region_numel,
     region_shape,
     relative_to,
     shifted,
+    with_span,
 )
 from port_kit.remap.executor import Executor
 from port_kit.remap.load import target_manifest
@@ -131,19 +132,55 @@ class Transfer(NamedTuple):
     permutations: tuple[tuple[int, ...], ...]
 
 
-class _Staged(NamedTuple):
-    """A region that is being read into a page-locked buffer, and the copy that follows."""
+@dataclass
+class _Staged:
+    """A region on its way to a GPU: being read into page-locked memory, then being copied.
 
-    buffer: Tensor
+    Attributes:
+        reads: the reads into that memory.
+        copy: starts the copy to the GPU.
+        copied: occurs when the GPU has copied it; None until the copy has started.
+    """
+
     reads: list[Future[None]]
-    copy: Callable[[Tensor], None]
+    copy: Callable[[], None]
+    copied: torch.cuda.Event | None = None
+
+    def start_copy(self) -> torch.cuda.Event:
+        """Wait for the reads, and start the copy if it has not started."""
+        import torch
+
+        if self.copied is None:
+            for read in self.reads:
+                read.result()
+            self.copy()
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        return self.copied
 
 
-class _Copying(NamedTuple):
-    """A buffer that a GPU copies from, until the event has occurred."""
+class Ring:
+    """Spans of a memory of fixed size, which are taken and given back in the same order."""
 
-    buffer: Tensor
-    copied: torch.cuda.Event
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._spans: deque[tuple[int, int]] = deque()
+
+    def take(self, size: int) -> int | None:
+        """Return the start of a free span, aligned to 64 bytes, or None until older ones are given back."""
+        first, last = (self._spans[0][0], self._spans[-1]) if self._spans else (0, (0, 0))
+        start = -(-last[1] // 64) * 64
+        limit = self._size if last[0] >= first else first - 1
+        if start + size > limit and last[0] >= first:
+            start, limit = 0, first - 1 if self._spans else self._size
+        if start + size > limit:
+            return None
+        self._spans.append((start, start + size))
+        return start
+
+    def give_back(self) -> None:
+        """Free the oldest span."""
+        self._spans.popleft()
 
 
 class _Load:
@@ -156,8 +193,7 @@ class _Load:
         self._joined = plan.joined()
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._staged: deque[_Staged] = deque()
-        self._copying: deque[_Copying] = deque()
-        self._buffered = 0
+        self._ring = Ring(WINDOW)
         self._reads: deque[Future[None]] = deque()
         self._batch: list[Callable[[], object]] = []
         self._alike: dict[object, list[Transfer] | None] = {}
@@ -180,8 +216,8 @@ class _Load:
             for name in sorted(tasks, key=lambda name: (source[name].file, source.places[name])):
                 self._source(files[source[name].file], name, tasks[name])
             self._flush()
-            while self._staged:
-                self._finish(self._staged.popleft())
+            for staged in self._staged:
+                staged.start_copy()
             for read in self._reads:
                 read.result()
         for target in {task.target for task in self.plan.tasks}:
@@ -198,10 +234,7 @@ class _Load:
         if any(targets[task.target].memory.numel() < self.executor.specs[task.target].numel for task in tasks):
             self.read_whole.append(name)
         self.bytes_read += spec.nbytes
-        if any(targets[task.target].memory.is_cuda for task in tasks):
-            self._stage(file, name, full_region(spec.shape), partial(self._run, tasks))
-        else:
-            self._run(tasks, file.tensor(name))
+        self._run(tasks, file.tensor(name))
 
     def _transfers(self, task: CopyTask) -> list[Transfer] | None:
         """Return the transfers of a task, computed once for tasks that are alike."""
@@ -219,7 +252,7 @@ class _Load:
         self.bytes_read += region_numel(region) * ITEM_SIZES[self.plan.source[name].dtype]
         same_bytes = str(into.dtype) == f"torch.{self.plan.source[name].dtype}" and not transfer.permutations
         if memory.is_cuda:
-            self._stage(file, name, region, partial(self._write, transfer, into))
+            self._stage(file, name, transfer, into)
         elif same_bytes and (into.is_contiguous() or not transfer.task.ops):
             self._submit(file.reads(name, region, into.view(extents)), into.nbytes)
         else:
@@ -240,34 +273,46 @@ class _Load:
             self._reads.append(self._pool.submit(_run_all, self._batch))
         self._batch, self._batched = [], 0
 
-    def _stage(self, file: SafetensorsFile, name: str, region: Region, copy: Callable[[Tensor], None]) -> None:
-        """Read into a page-locked buffer, ahead of its copy to a GPU."""
+    def _stage(self, file: SafetensorsFile, name: str, transfer: Transfer, into: Tensor) -> None:
+        """Read a region into page-locked memory ahead of its copy to a GPU, in blocks of rows if the axes stay."""
         import torch
 
-        spec = self.plan.source[name]
-        size = region_numel(region) * ITEM_SIZES[spec.dtype]
-        while self._staged and all(read.done() for read in self._staged[0].reads):
-            self._finish(self._staged.popleft())
-        while self._buffered and self._buffered + size > WINDOW:
-            if not self._copying:
-                self._finish(self._staged.popleft())
-            buffer, copied = self._copying.popleft()
-            copied.synchronize()
-            self._buffered -= buffer.nbytes
-        buffer = torch.empty(region_shape(region), dtype=getattr(torch, spec.dtype), device="cpu", pin_memory=True)
-        reads = [self._pool.submit(_run_all, [read]) for read in file.reads(name, region, buffer)]
-        self._staged.append(_Staged(buffer, reads, copy))
-        self._buffered += buffer.nbytes
+        dtype, extents = getattr(torch, self.plan.source[name].dtype), region_shape(transfer.source)
+        size = math.prod(extents) * dtype.itemsize
+        same_rows = bool(extents) and not transfer.permutations and into.shape[:1] == extents[:1]
+        rows = extents[0] if same_rows else 1
+        count = min(rows, -(-size // BLOCK))
+        if size > count * WINDOW:
+            self._write(transfer, into, file.tensor(name)[region_index(transfer.source)])
+            return
+        for at in range(count):
+            low, high = rows * at // count, rows * (at + 1) // count
+            region, part = transfer.source, into
+            if count > 1:
+                first = region[0][0]
+                region, part = with_span(region, 0, first + low, first + high), into[low:high]
+            start, length = self._reserve(size * (high - low) // rows), size * (high - low) // rows
+            buffer = self._page_locked[start : start + length].view(dtype).view(region_shape(region))
+            reads = [self._pool.submit(_run_all, [read]) for read in file.reads(name, region, buffer)]
+            self._staged.append(_Staged(reads, partial(self._write, transfer, part, buffer)))
 
-    def _finish(self, staged: _Staged) -> None:
+    @cached_property
+    def _page_locked(self) -> Tensor:
         import torch
 
-        for read in staged.reads:
-            read.result()
-        staged.copy(staged.buffer)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._copying.append(_Copying(staged.buffer, copied))
+        return torch.empty(WINDOW, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def _reserve(self, size: int) -> int:
+        """Return the start of a free span of the page-locked memory."""
+        for staged in self._staged:
+            if staged.copied is None and not all(read.done() for read in staged.reads):
+                break
+            staged.start_copy()
+        while (start := self._ring.take(size)) is None:
+            oldest = self._staged.popleft()
+            oldest.start_copy().synchronize()
+            self._ring.give_back()
+        return start
 
     def _write(self, transfer: Transfer, into: Tensor, piece: Tensor) -> None:
         """Copy a region into this rank's memory; casts and permutations are done on its device."""

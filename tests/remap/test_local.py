@@ -6,13 +6,17 @@ import json
 import os
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +25,7 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.regions import region_index, region_shape
 from port_kit.remap import Op, Rule, RuleSet, load_weights
-from port_kit.remap.local import load_local
+from port_kit.remap.local import Ring, load_local
 
 SAME = RuleSet("same", (Rule(r"(.+)", r"\1"),))
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8)
@@ -209,6 +213,22 @@ def test_odd_addresses_and_inference_mode(tmp_path: Path, mode: Callable[[], Abs
         assert_equal(module, values | {"t": values["t"].T.contiguous()})
 
 
+@given(st.lists(st.integers(1, 300), max_size=80), st.randoms(use_true_random=False))
+def test_spans_of_a_ring_never_overlap_and_are_used_again(sizes: list[int], random: Random) -> None:
+    ring, held = Ring(1000), deque[tuple[int, int]]()
+    for size in sizes:
+        while (start := ring.take(size)) is None:
+            assert held, "an empty ring has room for everything"
+            held.popleft()
+            ring.give_back()
+        assert start % 64 == 0 and start + size <= 1000
+        assert all(stop <= start or start + size <= low for low, stop in held)
+        held.append((start, start + size))
+        if held and random.random() < 0.3:
+            held.popleft()
+            ring.give_back()
+
+
 # -- what goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -297,6 +317,7 @@ def test_tensors_reach_a_gpu(tmp_path: Path, many: dict[str, Tensor], monkeypatc
     for block, window in ((4096, 20_000), (1 << 24, 1 << 28)):
         monkeypatch.setattr(BLOCK, block)
         monkeypatch.setattr("port_kit.remap.local.WINDOW", window)
+        monkeypatch.setattr("port_kit.remap.local.BLOCK", block)
         module = module_like(many).cuda()
         assert load_local(module, tmp_path, SAME).bytes_read == sum(tensor.nbytes for tensor in many.values())
         assert_equal(module.cpu(), many)
