@@ -132,31 +132,25 @@ class Transfer(NamedTuple):
     permutations: tuple[tuple[int, ...], ...]
 
 
-@dataclass
-class _Staged:
-    """A region on its way to a GPU: being read into page-locked memory, then being copied.
+class _Staged(NamedTuple):
+    """A region that is read into page-locked memory: its batch of reads, and what starts its copy to the GPU."""
 
-    Attributes:
-        reads: the reads into that memory.
-        copy: starts the copy to the GPU.
-        copied: occurs when the GPU has copied it; None until the copy has started.
-    """
-
-    reads: list[Future[None]]
+    batch: _Batch
     copy: Callable[[], None]
-    copied: torch.cuda.Event | None = None
 
-    def start_copy(self) -> torch.cuda.Event:
-        """Wait for the reads, and start the copy if it has not started."""
-        import torch
 
-        if self.copied is None:
-            for read in self.reads:
-                read.result()
-            self.copy()
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        return self.copied
+class _Batch:
+    """Reads that one thread executes after each other."""
+
+    def __init__(self) -> None:
+        self.reads: list[Callable[[], object]] = []
+        self.nbytes = 0
+        self.result: Future[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Return True if all reads have ended."""
+        return self.result is not None and self.result.done()
 
 
 class Ring:
@@ -192,12 +186,12 @@ class _Load:
         self.read_whole: list[str] = []
         self._joined = plan.joined()
         self._waiting: dict[object, dict[str, Tensor]] = {}
-        self._staged: deque[_Staged] = deque()
-        self._ring = Ring(WINDOW)
-        self._reads: deque[Future[None]] = deque()
-        self._batch: list[Callable[[], object]] = []
         self._alike: dict[object, list[Transfer] | None] = {}
-        self._batched = 0
+        self._batch = _Batch()
+        self._submitted: deque[Future[None]] = deque()
+        self._staged: deque[_Staged] = deque()
+        self._copying: deque[torch.cuda.Event] = deque()
+        self._ring = Ring(WINDOW)
         self._pool: ThreadPoolExecutor
 
     def run(self, threads: int) -> None:
@@ -216,10 +210,10 @@ class _Load:
             for name in sorted(tasks, key=lambda name: (source[name].file, source.places[name])):
                 self._source(files[source[name].file], name, tasks[name])
             self._flush()
-            for staged in self._staged:
-                staged.start_copy()
-            for read in self._reads:
-                read.result()
+            while self._staged:
+                self._start_copy()
+            for result in self._submitted:
+                result.result()
         for target in {task.target for task in self.plan.tasks}:
             self._clear_padding(self.executor.targets[target])
 
@@ -259,19 +253,22 @@ class _Load:
             piece = file.tensor(name)[region_index(region)]
             self._submit([partial(self._write, transfer, into, piece)], into.nbytes)
 
-    def _submit(self, reads: Iterable[Callable[[], object]], nbytes: int) -> None:
+    def _submit(self, reads: Iterable[Callable[[], object]], nbytes: int) -> _Batch:
         """Hand reads over to the threads, many small ones together."""
-        self._batch += reads
-        self._batched += nbytes
-        if self._batched >= BLOCK:
+        batch = self._batch
+        batch.reads += reads
+        batch.nbytes += nbytes
+        if batch.nbytes >= BLOCK:
             self._flush()
+        return batch
 
     def _flush(self) -> None:
-        while self._reads and self._reads[0].done():
-            self._reads.popleft().result()
-        if self._batch:
-            self._reads.append(self._pool.submit(_run_all, self._batch))
-        self._batch, self._batched = [], 0
+        while self._submitted and self._submitted[0].done():
+            self._submitted.popleft().result()
+        if self._batch.reads:
+            self._batch.result = self._pool.submit(_run_all, self._batch.reads)
+            self._submitted.append(self._batch.result)
+        self._batch = _Batch()
 
     def _stage(self, file: SafetensorsFile, name: str, transfer: Transfer, into: Tensor) -> None:
         """Read a region into page-locked memory ahead of its copy to a GPU, in blocks of rows if the axes stay."""
@@ -291,10 +288,11 @@ class _Load:
             if count > 1:
                 first = region[0][0]
                 region, part = with_span(region, 0, first + low, first + high), into[low:high]
-            start, length = self._reserve(size * (high - low) // rows), size * (high - low) // rows
+            length = size * (high - low) // rows
+            start = self._reserve(length)
             buffer = self._page_locked[start : start + length].view(dtype).view(region_shape(region))
-            reads = [self._pool.submit(_run_all, [read]) for read in file.reads(name, region, buffer)]
-            self._staged.append(_Staged(reads, partial(self._write, transfer, part, buffer)))
+            batch = self._submit(file.reads(name, region, buffer), length)
+            self._staged.append(_Staged(batch, partial(self._write, transfer, part, buffer)))
 
     @cached_property
     def _page_locked(self) -> Tensor:
@@ -304,15 +302,27 @@ class _Load:
 
     def _reserve(self, size: int) -> int:
         """Return the start of a free span of the page-locked memory."""
-        for staged in self._staged:
-            if staged.copied is None and not all(read.done() for read in staged.reads):
-                break
-            staged.start_copy()
+        while self._staged and self._staged[0].batch.done:
+            self._start_copy()
         while (start := self._ring.take(size)) is None:
-            oldest = self._staged.popleft()
-            oldest.start_copy().synchronize()
+            if not self._copying:
+                self._start_copy()
+            self._copying.popleft().synchronize()
             self._ring.give_back()
         return start
+
+    def _start_copy(self) -> None:
+        """Wait for the oldest region that is being read, and start its copy."""
+        import torch
+
+        batch, copy = self._staged.popleft()
+        if batch.result is None:
+            self._flush()
+        assert batch.result is not None
+        batch.result.result()
+        copy()
+        self._copying.append(torch.cuda.Event())
+        self._copying[-1].record()
 
     def _write(self, transfer: Transfer, into: Tensor, piece: Tensor) -> None:
         """Copy a region into this rank's memory; casts and permutations are done on its device."""
