@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.models.dreamid_omni import PORT
-from port_kit.pipeline.loading import build_components, load_component_weights
+from port_kit.pipeline.loading import build_components
 from port_kit.port import resolve
-from port_kit.remap import RuleSet
+from port_kit.remap import RuleSet, load_components, load_local
 from port_kit.runtime.local import single_rank
 
 #: One of so many tensors is mutated; all of the query, key and value of one layer are.
@@ -36,13 +36,11 @@ def modules(dreamid_model: Path) -> Iterator[dict[str, nn.Module]]:
 def load(
     module: nn.Module, name: str, tensors: Mapping[str, Tensor] | list[tuple[str, Tensor]], folder: Path
 ) -> set[str]:
-    """Load one component as the pipeline does, from a stream, with its folder's headers at hand."""
-    owner = nn.Module()
-    owner._dit_modules = ()
-    owner.add_module(name, module)
+    """Load one component from a stream, with the headers of its folder."""
+    rules: RuleSet = resolve(PORT.component(name).rules)
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
     stream = ((f"{name}.{key}", tensor) for key, tensor in items)
-    return load_component_weights(owner, [PORT.component(name)], stream, folder)
+    return load_components({name: (module, rules)}, stream, model=folder)
 
 
 def checkpoint(model: Path, name: str) -> dict[str, Tensor]:
@@ -57,6 +55,9 @@ def refused(module: nn.Module, name: str, tensors: Mapping[str, Tensor], folder:
     save_file(dict(tensors), folder / name / "model.safetensors")
     with pytest.raises(RemapError) as caught:
         load(module, name, tensors, folder)
+    with pytest.raises(RemapError) as local:  # the files alone give the same error
+        load_local(module, folder / name, resolve(PORT.component(name).rules), prefix=f"{name}.")
+    assert str(local.value) == str(caught.value)
     return str(caught.value)
 
 

@@ -19,8 +19,9 @@ from port_kit.models.ovi.recipe import RECIPE
 from port_kit.models.wan_fusion.config import OVI_TRANSFORMER_CONFIG
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import build_transformer
-from port_kit.pipeline.loading import build_components, load_component_weights
+from port_kit.pipeline.loading import build_components
 from port_kit.port import Component
+from port_kit.remap import load_components
 from port_kit.runtime.local import single_rank
 from port_kit.runtime.target_cache import component_target
 from port_kit.testing.tiny import expand
@@ -88,17 +89,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     (tmp_path / "transformer").mkdir()
     save_file(tensors, tmp_path / "transformer" / "model.safetensors")
     with pytest.raises(RemapError) as caught:
-        load_component_weights(
-            Owner(transformer), PORT.components[:1], [(f"transformer.{key}", value) for key, value in stream], tmp_path
+        load_components(
+            {"transformer": (transformer, TRANSFORMER)},
+            [(f"transformer.{key}", value) for key, value in stream],
+            model=tmp_path,
         )
     assert name in str(caught.value)
-
-
-class Owner(nn.Module):
-    """A pipeline that has nothing but its transformer."""
-
-    _dit_modules = ()
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
