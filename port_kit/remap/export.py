@@ -104,15 +104,16 @@ def _restore(plan: Plan, name: str, tasks: Sequence[CopyTask], read: Read) -> Te
             code="remap_unused",
             hint="export needs rules that use all of a source",
         )
-    result, joined = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)), plan.joined()
+    result, joined = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)), plan.joined()
     for task in tasks:
         value = read(task.target)[region_index(task.region)]
         if task.join is not None:
             shapes = {other.role: other.shape for other in joined[task.group]}
             value = find_transform(task.join.name).undo(value, dict(task.join.args), shapes)[task.role]
+        rounded = value.to(result.dtype)
         with torch.no_grad():
-            apply_inverse(result, task.ops, value.reshape(task.shape))
-        if value.dtype != result.dtype and overflows(result, value):
+            apply_inverse(result, task.ops, rounded.reshape(task.shape))
+        if rounded.dtype != value.dtype and overflows(rounded, value):
             raise RemapError(
                 f"{name} cannot be restored: {task.target} has finite values that {spec.dtype} cannot represent",
                 code="remap_overflow",
