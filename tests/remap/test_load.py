@@ -501,6 +501,19 @@ def test_a_copy_that_uses_a_part_only_is_an_error() -> None:
     assert [problem.code for problem in plan.problems] == ["remap_collision"]
 
 
+@pytest.mark.parametrize("part", [{"take": "[0:2]"}, {"op": Op.of("reorder", dim=0, runs=[[0, 2]])}])
+def test_a_source_is_restored_from_its_complete_copy(part: dict) -> None:
+    rules = RuleSet("part", (Rule("wq", "b", **part), Rule("wq", "a")))
+    plan = rules.compile(manifest_of({"wq": (4,)}), manifest_of({"a": (4,), "b": (2,)}))
+    given = {"wq": torch.randn(4)}
+    converted = dict(convert(plan, given))
+    assert torch.equal(dict(export(plan, converted))["wq"], given["wq"])
+    converted["b"] += 1
+    with pytest.raises(RemapError) as caught:
+        dict(export(plan, converted))
+    assert caught.value.code == "remap_op"
+
+
 def test_shards_of_a_fused_target_are_known_by_name() -> None:
     slots = {"q": ((0, 2), (0, 3)), "k": ((2, 3), (0, 3))}
     target = Manifest({"qk": TensorSpec((3, 3), "float32", slots=slots)})
