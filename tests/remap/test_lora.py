@@ -229,6 +229,13 @@ def test_an_adapter_of_no_rank_is_refused() -> None:
     assert caught.value.code == "remap_shape"
 
 
+def test_flat_names_of_two_modules_are_refused() -> None:
+    with pytest.raises(RemapError) as caught:
+        restore_names({"lora_unet_a_b_c.alpha": 0}, ["a.b_c", "a_b.c"])
+    assert caught.value.code == "remap_ambiguous"
+    assert list(restore_names({"a.b_c.alpha": 0}, ["a.b_c", "a_b.c"])) == ["a.b_c.alpha"]
+
+
 def test_names_of_other_trainers_become_those_of_the_base_checkpoint() -> None:
     modules = ["tower.blocks.0.self_attn.q", "tower.blocks.0.ffn.0", "tower.blocks.0.fusion"]
     others = [
