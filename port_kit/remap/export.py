@@ -84,6 +84,7 @@ def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterato
         for task in tasks:  # rules with take use parts of one copy
             copies["" if task.rule.take else task.rule].append(task)
         whole = [copy for copy in copies.values() if _used(copy) == plan.source[name].numel] or list(copies.values())
+        whole = [copy for copy in whole if _keeps_values(plan, copy)] or whole
         restored = [_restore(plan, name, copy, tensor_of) for copy in whole]
         parts = [task for copy in copies.values() if copy not in whole for task in copy]
         if any(not _same_bits(other, restored[0]) for other in restored[1:]) or not all(
@@ -130,8 +131,12 @@ def _used(tasks: Sequence[CopyTask]) -> int:
     return sum(region_numel(part) for task in tasks for part in source_region(task.ops, [full_region(task.shape)]))
 
 
+def _keeps_values(plan: Plan, tasks: Sequence[CopyTask]) -> bool:
+    return all(keeps_values(plan.source[task.source].dtype, plan.target[task.target].dtype) for task in tasks)
+
+
 def _agrees(task: CopyTask, source: Tensor, target: Tensor) -> bool:
-    """Return True if a task that uses a part of its source would write what the target has."""
+    """Return True if a task would write what the target has."""
     if task.join is not None:
         return True
     value = target[region_index(task.region)]

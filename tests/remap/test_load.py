@@ -514,6 +514,13 @@ def test_a_source_is_restored_from_its_complete_copy(part: dict) -> None:
     assert caught.value.code == "remap_op"
 
 
+def test_a_source_is_restored_from_its_exact_copy() -> None:
+    rules = RuleSet("rounded", (Rule("wq", "b"), Rule("wq", "a")))
+    target = Manifest({"a": ((2,), "float32"), "b": ((2,), "bfloat16")})
+    plan, given = rules.compile(manifest_of({"wq": (2,)}), target, allow_downcast=True), torch.tensor([1.001, 2.0])
+    assert torch.equal(dict(export(plan, dict(convert(plan, {"wq": given}))))["wq"], given)
+
+
 def test_shards_of_a_fused_target_are_known_by_name() -> None:
     slots = {"q": ((0, 2), (0, 3)), "k": ((2, 3), (0, 3))}
     target = Manifest({"qk": TensorSpec((3, 3), "float32", slots=slots)})
