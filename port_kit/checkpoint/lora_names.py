@@ -101,7 +101,10 @@ def restore_names(
             match = pattern.fullmatch(module)
             if match is not None:
                 known.setdefault(match.expand(template), module)
-    flat = {prefix + name.replace(".", "_"): module for prefix in FLAT_PREFIXES for name, module in known.items()}
+    flat: dict[str, set[str]] = {}
+    for name, module in known.items():
+        for prefix in FLAT_PREFIXES:
+            flat.setdefault(prefix + name.replace(".", "_"), set()).add(module)
 
     def restored(name: str) -> str:
         entry = read_entry(name)
@@ -109,7 +112,14 @@ def restore_names(
         for bare in without_prefixes(module, PREFIXES):
             if bare in known:
                 return known[bare] + name.removeprefix(module)
-        return flat.get(module, module) + name.removeprefix(module)
+        meant = flat.get(module, {module})
+        if len(meant) > 1:
+            raise RemapError(
+                f"{name} may belong to {' or '.join(sorted(meant))}",
+                code="remap_ambiguous",
+                hint="name the modules with dots in the file",
+            )
+        return next(iter(meant)) + name.removeprefix(module)
 
     result: dict[str, Value] = {}
     for name, value in tensors.items():

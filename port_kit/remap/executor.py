@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from port_kit.checkpoint.dtypes import both_floating, keeps_values
+from port_kit.checkpoint.dtypes import ITEM_SIZES, both_floating, keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.regions import (
@@ -100,14 +101,25 @@ class Executor:
         target.load(shard, value[0] if "." in shard else value)
 
     def _check_finite(self, task: CopyTask, result: Tensor, source: Tensor) -> None:
+        """Report a finite value that one of the task's casts, or the last one to the target's dtype, loses."""
         import torch
 
-        if overflows(result, source):
-            message = (
-                f"{task.source} has finite values that {task.target} cannot represent: "
-                f"expected at most {torch.finfo(result.dtype).max:.6g}, found {source.double().abs().max().item():.6g}"
-            )
-            self.problems.append(Problem("remap_overflow", message, task.rule.label, task.source, target=task.target))
+        clamps = any(isinstance(op, Cast) and ITEM_SIZES[op.dtype] == 1 for op in task.ops)
+        if not clamps and result.dtype.itemsize > 1 and _all_finite(result):
+            return
+        value = source
+        for op in (*task.ops, None):
+            after = result if op is None else op.apply(value)
+            if (op is None or isinstance(op, Cast)) and after.dtype.is_floating_point and overflows(after, value):
+                finite = value.double().abs().nan_to_num(posinf=0.0)
+                message = (
+                    f"{task.source} has finite values that {task.target} cannot represent: "
+                    f"expected at most {torch.finfo(after.dtype).max:.6g}, found {finite.max().item():.6g}"
+                )
+                problem = Problem("remap_overflow", message, task.rule.label, task.source, target=task.target)
+                self.problems.append(problem)
+                return
+            value = after
 
 
 def can_overflow(task: CopyTask, source: Tensor, destination: Tensor) -> bool:
@@ -117,17 +129,22 @@ def can_overflow(task: CopyTask, source: Tensor, destination: Tensor) -> bool:
     names = [str(source.dtype), *(op.dtype for op in task.ops if isinstance(op, Cast)), str(destination.dtype)]
     dtypes = [name.removeprefix("torch.") for name in names]
     steps = zip(dtypes, dtypes[1:], strict=False)
-    return any(both_floating(one, other) and not keeps_values(one, other) for one, other in steps)
+    return any(both_floating(other, other) and not keeps_values(one, other) for one, other in steps)
 
 
 def overflows(result: Tensor, source: Tensor) -> bool:
-    """Return True if finite values of a tensor are not finite, or clamped, in the one that was computed from it."""
+    """Return True if a finite value of a tensor is not finite, or clamped, in the tensor cast from it."""
     import torch
 
-    if result.dtype.itemsize > 1 or not result.numel():
-        return not _all_finite(result) and _all_finite(source)
-    limit = torch.finfo(result.dtype)  # casts to some float8 dtypes clamp
-    return _all_finite(source) and bool((source.double().abs() > limit.max * (1 + limit.eps / 2)).any())
+    narrow = result.dtype.itemsize == 1
+    if not result.numel() or not narrow and _all_finite(result):
+        return False
+    values = source.double().abs()
+    lost = ~torch.isfinite(result.float() if narrow else result)
+    if narrow:  # casts to some float8 dtypes clamp
+        limit = torch.finfo(result.dtype)
+        lost |= values > limit.max + 2.0 ** (math.frexp(limit.max)[1] - 2) * limit.eps  # half of the last step
+    return bool((lost & torch.isfinite(values)).any())
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -135,8 +152,6 @@ def _all_finite(tensor: Tensor) -> bool:
 
     if not tensor.numel():
         return True
-    if tensor.dtype.itemsize == 1:  # torch computes little in these dtypes
-        tensor = tensor.float()
     lowest, highest = torch.aminmax(tensor)  # allocates nothing; a NaN results in NaN
     return bool(torch.isfinite(lowest) & torch.isfinite(highest))
 

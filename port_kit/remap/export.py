@@ -18,7 +18,7 @@ from port_kit.remap.executor import Executor, overflows
 from port_kit.remap.plan import Plan
 from port_kit.remap.problems import raise_problems
 from port_kit.remap.resolve import CopyTask
-from port_kit.remap.tensor_ops import Call, apply_inverse, source_region
+from port_kit.remap.tensor_ops import Call, apply, apply_inverse, source_region
 from port_kit.remap.transforms import find_transform
 from port_kit.targets import Target, read_targets
 
@@ -83,8 +83,13 @@ def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterato
         copies: dict[object, list[CopyTask]] = defaultdict(list)
         for task in tasks:  # rules with take use parts of one copy
             copies["" if task.rule.take else task.rule].append(task)
-        restored = [_restore(plan, name, copy, tensor_of) for copy in copies.values()]
-        if any(not _same_bits(other, restored[0]) for other in restored[1:]):
+        whole = [copy for copy in copies.values() if _used(copy) == plan.source[name].numel] or list(copies.values())
+        whole = [copy for copy in whole if _keeps_values(plan, copy)] or whole
+        restored = [_restore(plan, name, copy, tensor_of) for copy in whole]
+        parts = [task for copy in copies.values() if copy not in whole for task in copy]
+        if any(not _same_bits(other, restored[0]) for other in restored[1:]) or not all(
+            _agrees(task, restored[0], tensor_of(task.target)) for task in parts
+        ):
             raise RemapError(
                 f"{name} cannot be restored: its copies in {', '.join(task.target for task in tasks)} differ",
                 code="remap_op",
@@ -97,28 +102,45 @@ def _restore(plan: Plan, name: str, tasks: Sequence[CopyTask], read: Read) -> Te
     import torch
 
     spec = plan.source[name]
-    used = sum(region_numel(part) for task in tasks for part in source_region(task.ops, [full_region(task.shape)]))
+    used = _used(tasks)
     if used != spec.numel:
         raise RemapError(
             f"{name} cannot be restored: {spec.numel - used} of its elements were dropped on loading",
             code="remap_unused",
             hint="export needs rules that use all of a source",
         )
-    result, joined = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)), plan.joined()
+    result, joined = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)), plan.joined()
     for task in tasks:
         value = read(task.target)[region_index(task.region)]
         if task.join is not None:
             shapes = {other.role: other.shape for other in joined[task.group]}
             value = find_transform(task.join.name).undo(value, dict(task.join.args), shapes)[task.role]
+        rounded = value.to(result.dtype)
         with torch.no_grad():
-            apply_inverse(result, task.ops, value.reshape(task.shape))
-        if value.dtype != result.dtype and overflows(result, value):
+            apply_inverse(result, task.ops, rounded.reshape(task.shape))
+        if rounded.dtype != value.dtype and overflows(rounded, value):
             raise RemapError(
                 f"{name} cannot be restored: {task.target} has finite values that {spec.dtype} cannot represent",
                 code="remap_overflow",
                 hint="export into a wider dtype",
             )
     return result
+
+
+def _used(tasks: Sequence[CopyTask]) -> int:
+    return sum(region_numel(part) for task in tasks for part in source_region(task.ops, [full_region(task.shape)]))
+
+
+def _keeps_values(plan: Plan, tasks: Sequence[CopyTask]) -> bool:
+    return all(keeps_values(plan.source[task.source].dtype, plan.target[task.target].dtype) for task in tasks)
+
+
+def _agrees(task: CopyTask, source: Tensor, target: Tensor) -> bool:
+    """Return True if a task would write what the target has."""
+    if task.join is not None:
+        return True
+    value = target[region_index(task.region)]
+    return _same_bits(apply(source, task.ops).to(value.dtype), value.reshape(task.shape))
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -159,8 +159,9 @@ class WeightLoader:
             groups, tasks = plan.joined(), plan.by_source()
             self._specs = source
             self._planned = {
-                name: [groups[task.group] if task.join is not None else [task] for task in tasks.get(name, [])]
+                name: [groups[key] if key in groups else [task] for key, task in keyed.items()]
                 for name in source
+                for keyed in [{task if task.join is None else task.group: task for task in tasks.get(name, [])}]
             }
             self._pending = {name: len(found) for name, found in self._planned.items()}
 
@@ -180,8 +181,8 @@ class WeightLoader:
             else:
                 self._executor.run(group, {task.source: self._waiting.get(task.source, tensor) for task in group})
             if self._planned is not None:
-                for task in group:
-                    self._pending[task.source] -= 1
+                for source in {task.source for task in group}:
+                    self._pending[source] -= 1
         if self._pending.get(name):
             self._hold(name, tensor)
         if self._waiting:

@@ -336,11 +336,11 @@ class _Load:
 
     def _run(self, tasks: Sequence[CopyTask], tensor: Tensor) -> None:
         """Execute the tasks of a source that is read completely; transforms wait for their other sources."""
-        for task in tasks:
+        for task in {task.group if task.join is not None else task: task for task in tasks}.values():
             group = self._joined[task.group] if task.join is not None else [task]
             tensors = self._waiting.setdefault(task.group, {}) if task.join is not None else {}
             tensors[task.source] = self._on_device(task, tensor)
-            if len(tensors) == len(group):
+            if len(tensors) == len({each.source for each in group}):
                 self.executor.run(group, tensors)
                 self._waiting.pop(task.group, None)
 

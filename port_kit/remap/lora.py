@@ -127,6 +127,7 @@ class _Mapping:
         aliases = getattr(target, "aliases", None)
         self._resolver = Resolver(rules, target or {}, sizes, allow_downcast=True, aliases=aliases)
         self._selections: dict[object, Selection | None] = {}
+        self._rows: dict[str, dict[str, int]] = {}
 
     def module_of(self, entry: Entry, prefixes: tuple[str, ...]) -> str | None:
         """The original name of an entry's module; None if the rules know none, or drop it."""
@@ -205,18 +206,30 @@ class _Mapping:
         assert self._target is not None
         spec = self._target[task.target]
         own = task.source if alone else ""
-        if task.join is not None:
-            by_rows = task.join.name == "concat" and task.join.get("dim") in (0, -len(spec.shape))
+        shard = task.shard or next((name for name, region in spec.slots.items() if region == task.region), "")
+        join = task.join or (None if shard else task.rule.join)  # a concat with sizes is placed already
+        if join is not None:
+            by_rows = join.name == "concat" and join.get("dim") in (0, -len(spec.shape))
             known = region_shape(spec.slots[task.role])[:1] if task.role in spec.slots else ()
             if by_rows and (task.shape[1:] != spec.shape[1:] or known and task.shape[:1] != known):
                 raise _wrong("remap_shape", f"{task.source} gives {list(task.shape)} for a part of {list(spec.shape)}")
             if by_rows and (known or _leaf(task.target) in self._parts):
-                return self._shard_name(task.target, task.role, [str(part) for part in task.join.get("parts")], own)
-        elif task.shard and task.region == spec.slots[task.shard]:
-            return self._shard_name(task.target, task.shard, list(spec.slots), own)
+                self._check_rows(task, spec)
+                return self._shard_name(task.target, task.role, [str(part) for part in join.get("parts")], own)
+        elif shard and task.region == spec.slots[shard]:
+            return self._shard_name(task.target, shard, list(spec.slots), own)
         elif task.region == full_region(spec.shape):
             return _module(task.target)
         raise _cannot_follow(f"{task.source} is a part of {task.target} that has no name of its own")
+
+    def _check_rows(self, task: CopyTask, spec: TensorSpec) -> None:
+        """Check that the parts of a concatenation that have adapters fit the target together."""
+        rows = self._rows.setdefault(task.target, {})
+        rows[task.role] = task.shape[0]
+        parts = len(task.rule.join.get("parts")) if task.rule.join is not None else 0
+        if sum(rows.values()) > spec.shape[0] or len(rows) == parts and sum(rows.values()) < spec.shape[0]:
+            found = ", ".join(f"{role}: {count}" for role, count in rows.items())
+            raise _wrong("remap_shape", f"{task.source}: parts of {found} rows for {spec.shape[0]} of {task.target}")
 
     def _shard_name(self, target: str, shard: str, shards: Sequence[str], source: str) -> str:
         """The name of the shard of a fused module; ``source`` is the tensor that fills it alone, or empty."""
@@ -290,7 +303,7 @@ def _product(module: str, pair: Mapping[str, Any]) -> Shape:
         missing = "B (lora_B, lora_up)" if "A" in pair else "A (lora_A, lora_down)"
         raise _wrong("remap_incomplete_group", f"{module} lacks {missing}")
     a, b = pair["A"].shape, pair["B"].shape
-    if min(len(a), len(b)) < 2 or a[0] != b[1] or any(extent != 1 for extent in b[2:]):
+    if min(len(a), len(b)) < 2 or a[0] != b[1] or not a[0] or any(extent != 1 for extent in b[2:]):
         raise _wrong("remap_shape", f"{module} has A {list(a)} and B {list(b)}: (rank, inputs) and (outputs, rank) fit")
     return (b[0], *a[1:])
 

@@ -38,7 +38,7 @@ class CopyTask(NamedTuple):
         rule: the rule that the task results from.
         shard: the shard of a fused target, or empty.
         join: the joining op (``concat`` before its parts are placed, or a transform), or None.
-        role: the part that this source is in the join.
+        role: the part that this source is in the rule's join, also once its place is known.
         shape: shape of the result of the operations.
     """
 
@@ -176,7 +176,7 @@ class Resolver:
             return Resolved(problems=(problem,), rules=(number,), affected=tuple(targets))
         join = rule.join if rule.join is not None and not _is_placed(rule.join) else None
         tasks = [
-            CopyTask(name, tuple(ops), place.target, region, rule, place.shard, join, place.role if join else "", shape)
+            CopyTask(name, tuple(ops), place.target, region, rule, place.shard, join, place.role, shape)
             for place, (ops, region, shape) in zip(places, branches, strict=True)
         ]
         problems = [problem for task in tasks for problem in self._check_dtype(task, spec)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,70 @@ def test_casts_on_the_way_and_back_do_not_overflow_either() -> None:
     assert caught.value.code == "remap_overflow"
 
 
+@pytest.mark.parametrize(
+    ("target", "value", "fits"),
+    [
+        ("float16", 65519.0, True),
+        ("float16", 65520.0, False),
+        ("float8_e4m3fn", 463.0, True),
+        ("float8_e4m3fn", 470.0, False),
+        ("float8_e5m2", 61000.0, True),
+        ("float8_e5m2", 63000.0, False),
+        ("float8_e4m3fnuz", 247.0, True),
+        ("float8_e4m3fnuz", 252.0, False),
+    ],
+)
+def test_values_overflow_from_half_a_step_beyond_the_largest(target: str, value: float, fits: bool) -> None:
+    rules = RuleSet("r", (Rule("w", "weight"),))
+    module = nn.Linear(2, 1, bias=False).to(getattr(torch, target)).requires_grad_(False)
+    with nullcontext() if fits else pytest.raises(RemapError) as caught:
+        load_weights(module, [("w", torch.tensor([[value, 1.0]]))], rules)
+    assert fits or caught.value.code == "remap_overflow"
+
+
+@pytest.mark.parametrize("other", [float("inf"), float("nan")])
+def test_values_that_are_not_finite_hide_no_overflow(other: float) -> None:
+    source, target = Manifest({"a": ((2,), "float16")}), manifest_of({"b": (2,)})
+    given, rules = torch.tensor([other, 1e6]), RuleSet("r", (Rule("b", "a"),))
+    with pytest.raises(RemapError) as caught:
+        dict(convert(rules.compile(target, source, allow_downcast=True), {"b": given}))
+    assert caught.value.code == "remap_overflow"
+    with pytest.raises(RemapError) as caught:
+        dict(export(RuleSet("r", (Rule("a", "b"),)).compile(source, target), {"b": given}))
+    assert caught.value.code == "remap_overflow"
+
+
+@pytest.mark.parametrize("large", [1e6, float("inf")])
+def test_each_part_of_a_source_overflows_by_itself(large: float) -> None:
+    rules = RuleSet("r", (Rule("a", ("x", "y"), op=Op.of("split", dim=0)),))
+    source = Manifest({"a": ((4,), "float32")})
+    target = Manifest({"x": ((2,), "float8_e4m3fn"), "y": ((2,), "float32")})
+    plan = rules.compile(source, target, allow_downcast=True)
+    assert dict(convert(plan, {"a": torch.tensor([1, 2, large, 3])}))["x"].tolist() == [1, 2]
+    with pytest.raises(RemapError) as caught:
+        dict(convert(plan, {"a": torch.tensor([1, 1e4, large, 3])}))
+    assert caught.value.code == "remap_overflow"
+
+
+def test_an_infinite_part_does_not_make_the_others_overflow() -> None:
+    rules = RuleSet("r", (Rule("a", ("x", "y"), op=Op.of("split", dim=0)),))
+    plan = rules.compile(Manifest({"a": ((4,), "float16")}), manifest_of({"x": (2,), "y": (2,)}))
+    parts = {"x": torch.tensor([float("inf"), 1]), "y": torch.tensor([2.0, 3.0])}
+    assert dict(export(plan, parts))["a"].tolist() == [float("inf"), 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"), [(torch.tensor([70000]), "float16"), (torch.tensor([1e4]), "float8_e4m3fn")]
+)
+def test_casts_that_a_rule_asks_for_overflow_too(given: Tensor, dtype: str) -> None:
+    rules = RuleSet("r", (Rule("a", "b", op=Op.of("cast", dtype=dtype)),))
+    source = Manifest({"a": (given.shape, str(given.dtype).removeprefix("torch."))})
+    plan = rules.compile(source, manifest_of({"b": (1,)}))
+    with pytest.raises(RemapError) as caught:
+        dict(convert(plan, {"a": given}))
+    assert caught.value.code == "remap_overflow"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weight_norm_is_folded_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -434,6 +499,26 @@ def test_a_copy_that_uses_a_part_only_is_an_error() -> None:
     both = RuleSet("both", (Rule("wq", "a"), Rule("wq", "a", op="transpose")))
     plan = check(both, manifest_of({"wq": (4, 4)}), manifest_of({"a": (4, 4)}))
     assert [problem.code for problem in plan.problems] == ["remap_collision"]
+
+
+@pytest.mark.parametrize("part", [{"take": "[0:2]"}, {"op": Op.of("reorder", dim=0, runs=[[0, 2]])}])
+def test_a_source_is_restored_from_its_complete_copy(part: dict) -> None:
+    rules = RuleSet("part", (Rule("wq", "b", **part), Rule("wq", "a")))
+    plan = rules.compile(manifest_of({"wq": (4,)}), manifest_of({"a": (4,), "b": (2,)}))
+    given = {"wq": torch.randn(4)}
+    converted = dict(convert(plan, given))
+    assert torch.equal(dict(export(plan, converted))["wq"], given["wq"])
+    converted["b"] += 1
+    with pytest.raises(RemapError) as caught:
+        dict(export(plan, converted))
+    assert caught.value.code == "remap_op"
+
+
+def test_a_source_is_restored_from_its_exact_copy() -> None:
+    rules = RuleSet("rounded", (Rule("wq", "b"), Rule("wq", "a")))
+    target = Manifest({"a": ((2,), "float32"), "b": ((2,), "bfloat16")})
+    plan, given = rules.compile(manifest_of({"wq": (2,)}), target, allow_downcast=True), torch.tensor([1.001, 2.0])
+    assert torch.equal(dict(export(plan, dict(convert(plan, {"wq": given}))))["wq"], given)
 
 
 def test_shards_of_a_fused_target_are_known_by_name() -> None:

@@ -26,6 +26,7 @@ from port_kit.manifest import Manifest
 from port_kit.regions import region_index, region_shape
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.local import Ring, load_local
+from port_kit.remap.transforms import transform
 
 SAME = RuleSet("same", (Rule(r"(.+)", r"\1"),))
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8)
@@ -149,6 +150,32 @@ def test_a_source_of_two_targets_fills_both(tmp_path: Path) -> None:
     module = module_like({"y": given, "z": given.T.contiguous()})
     done = load_local(module, tmp_path, RuleSet("two", (Rule("x", "y"), Rule("x", "z", op="transpose"))))
     assert torch.equal(module.y, given) and torch.equal(module.z, given.T) and done.bytes_read == 2 * given.nbytes
+
+
+@transform("local_weighted_sum", shape=lambda parts, args: parts["a"], roles=("a", "b"))
+def weighted_sum(parts: dict, args: dict) -> Tensor:
+    return parts["a"] + 10 * parts["b"]
+
+
+def test_one_source_may_be_several_parts_of_a_transform(tmp_path: Path) -> None:
+    given = {"x": torch.randn(4, 3), "y": torch.randn(2, 3)}
+    save_file(given, tmp_path / "m.safetensors")
+    split = (Op.of("split", dim=0), Op.of("local_weighted_sum"))
+    rules = RuleSet(
+        "parts",
+        (
+            Rule("x", ("z", "z"), shard=("a", "b"), op=split),
+            Rule("y", "w", shard="a", op="local_weighted_sum"),
+            Rule("y", "w", shard="b", op="local_weighted_sum"),
+        ),
+    )
+    wanted = {"z": given["x"][:2] + 10 * given["x"][2:], "w": 11 * given["y"]}
+    local, streamed = (module_like(wanted) for _ in range(2))
+    load_local(local, tmp_path, rules)
+    load_weights(streamed, given.items(), rules, folder=tmp_path)
+    for module in (local, streamed):
+        for name, value in wanted.items():
+            torch.testing.assert_close(getattr(module, name), value)
 
 
 def test_an_index_of_files_in_folders(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
@@ -187,6 +187,53 @@ def test_parts_of_a_plain_concatenation_are_named_by_their_order() -> None:
         with pytest.raises(RemapError) as caught:
             remap_lora(wrong, rules, target=known, parts=PARTS)
         assert caught.value.code == "remap_shape"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("places", ["concat", "sizes", "into"])
+def test_parts_of_given_sizes_are_known_by_name(fused: bool, places: str) -> None:
+    rows = {"q": (0, 8), "k": (8, 10), "v": (10, 12)}
+    slots = {part: (span, (0, 6)) for part, span in rows.items()} if fused else {}
+    target = Manifest({"a.qkv.weight": TensorSpec((12, 6), "float32", slots=slots)})
+    sizes = {"sizes": (8, 2, 2)} if places == "sizes" else {}
+    join = Op.of("concat", dim=0, parts=("q", "k", "v"), **sizes)
+    if places == "into":
+        made = tuple(Rule(rf"s\.{part}\.weight", "a.qkv.weight", into=f"[{a}:{b}]") for part, (a, b) in rows.items())
+    else:
+        made = (Rule(r"s\.(q|k|v)\.weight", "a.qkv.weight", shard=r"\1", op=join),)
+    lora: dict[str, Tensor] = {}
+    for rank, (part, (start, stop)) in enumerate(rows.items(), 1):
+        lora[f"s.{part}.lora_A.weight"] = torch.randn(rank, 6)
+        lora[f"s.{part}.lora_B.weight"] = torch.randn(stop - start, rank)
+    arguments: dict = {"target": target, "parts": {"qkv": ["q_proj", "k_proj", "v_proj"]}}
+    if places == "into" and not fused:
+        with pytest.raises(RemapError) as caught:
+            remap_lora(lora, RuleSet("r", made), **arguments)
+        assert caught.value.code == "remap_op"
+        return
+    found = remap_lora(lora, RuleSet("r", made), **arguments)
+    assert len(found) == 6
+    for name, value in lora.items():
+        assert torch.equal(found[name.replace("s.", "a.").replace(".lora", "_proj.lora")], value)
+    lora["s.k.lora_B.weight"] = torch.randn(8, 2)
+    with pytest.raises(RemapError) as caught:
+        remap_lora(lora, RuleSet("r", made), **arguments)
+    assert caught.value.code == "remap_shape"
+
+
+def test_an_adapter_of_no_rank_is_refused() -> None:
+    rules = RuleSet("r", (Rule(r"m\.weight", ("q.weight", "k.weight"), op=Op.of("split", dim=0)),))
+    target = Manifest({f"{name}.weight": ((4, 6), "float32") for name in "qk"})
+    with pytest.raises(RemapError) as caught:
+        remap_lora({"m.lora_A.weight": torch.empty(0, 6), "m.lora_B.weight": torch.empty(8, 0)}, rules, target=target)
+    assert caught.value.code == "remap_shape"
+
+
+def test_flat_names_of_two_modules_are_refused() -> None:
+    with pytest.raises(RemapError) as caught:
+        restore_names({"lora_unet_a_b_c.alpha": 0}, ["a.b_c", "a_b.c"])
+    assert caught.value.code == "remap_ambiguous"
+    assert list(restore_names({"a.b_c.alpha": 0}, ["a.b_c", "a_b.c"])) == ["a.b_c.alpha"]
 
 
 def test_names_of_other_trainers_become_those_of_the_base_checkpoint() -> None:
