@@ -36,7 +36,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png"
 	@echo "make test    set up, check, and run the tests"
-	@echo "make check   set up, lint, and check types"
+	@echo "make check   set up, lint, check imports and types"
 	@echo "make docs    write the pages that are generated: the command line, troubleshooting"
 	@echo "make clean   remove build/ and .venv/"
 
@@ -67,6 +67,7 @@ demo: $(STAMP)
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
 	@rm -rf build/types && mkdir -p build/types/port_kit
 	@ln -s $(addprefix ../../../,$(wildcard port_kit/*)) build/types/port_kit/
 	@ln -s ../../../models build/types/port_kit/models
