@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from port_kit.remap.names import NUMBER
-from port_kit.remap.patterns import literal_template
+from port_kit.remap.patterns import generalize_names
 from port_kit.remap.rules import Op, Rule
 
 
@@ -64,30 +64,15 @@ def generalize(routes: Routes) -> Iterator[Rule]:
 
 def _rules(group: Routes) -> list[Rule]:
     """Write the rules for names that have the same kind of routes; none if their numbers do not allow it."""
-    pieces = map(re.escape, NUMBER.split(next(iter(group))))
-    columns = list(zip(*map(NUMBER.findall, group), strict=True))
-    varying = [column for column in columns if len(set(column)) > 1]
-    numbers = [r"(\d+)" if column in varying else column[0] for column in columns]
-    source = "".join(text for pair in zip(pieces, [*numbers, ""], strict=True) for text in pair)
     rules = []
     for routes in zip(*group.values(), strict=True):
-        texts = [_template(column, varying) for column in zip(*(route.texts for route in routes), strict=True)]
-        *targets, shard, position = [text for text in texts if text is not None]
-        if len(targets) + 2 < len(texts):
+        found = generalize_names(list(group), [route.texts for route in routes])
+        if found is None:
             return []
+        source, (*targets, shard, position) = found
         if not targets:
             rules.append(Rule(source, drop="the imported mapping drops it"))
             continue
         target, into = targets[0] if len(targets) == 1 else tuple(targets), routes[0].into.replace("{}", position)
         rules.append(Rule(source, target, shard, routes[0].op, into=into))
     return rules
-
-
-def _template(texts: Sequence[str], varying: Sequence[tuple[str, ...]]) -> str | None:
-    r"""Return the template of texts that differ in numbers; None if a number is none of the source's."""
-    first, *pieces = map(literal_template, NUMBER.split(texts[0]))
-    for column, piece in zip(zip(*map(NUMBER.findall, texts), strict=True), pieces, strict=True):
-        if column not in varying and len(set(column)) > 1:
-            return None
-        first += (rf"\{varying.index(column) + 1}" if column in varying else column[0]) + piece
-    return first

@@ -14,6 +14,7 @@ MAX_LENGTH = 200
 #: Largest intermediate value; no tensor has an extent near it.
 MAX_VALUE = 1 << 48
 
+Size = int | str
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -21,8 +22,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-
-Size = int | str
+_ALLOWED = (ast.BinOp, ast.UnaryOp, ast.USub, ast.Constant, ast.Name, ast.Load, *_OPERATORS)
 
 
 def evaluate(expression: Size, names: Mapping[str, int], where: str = "") -> int:
@@ -31,7 +31,7 @@ def evaluate(expression: Size, names: Mapping[str, int], where: str = "") -> int
     Args:
         expression: an integer, or text over ``+ - * // %``, brackets, integers and names.
         names: the named sizes (and a rule's numeric groups).
-        where: what the expression belongs to, for the message.
+        where: the owner of the expression, for the message.
 
     Raises:
         RemapError: ``remap_size`` for anything that is not such an expression or names an unknown size.
@@ -87,7 +87,7 @@ def names_in(expression: Size) -> frozenset[str]:
 
 @lru_cache(maxsize=4096)
 def parse(expression: str) -> ast.expr:
-    """Parse an expression and refuse everything that is not plain integer arithmetic."""
+    """Parse an expression; raises ``remap_size`` for anything but integer arithmetic."""
     if len(expression) > MAX_LENGTH:
         raise _bad(f"{expression[:40]}...", f"is longer than {MAX_LENGTH} characters")
     try:
@@ -95,20 +95,11 @@ def parse(expression: str) -> ast.expr:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _bad(expression, "cannot be read") from error
     for node in ast.walk(tree):
-        _check(node, expression)
+        if not isinstance(node, _ALLOWED):
+            raise _bad(expression, f"uses {type(node).__name__}")
+        if isinstance(node, ast.Constant) and type(node.value) is not int:
+            raise _bad(expression, f"uses the constant {node.value!r}")
     return tree
-
-
-def _check(node: ast.AST, expression: str) -> None:
-    if isinstance(node, ast.BinOp) and type(node.op) not in _OPERATORS:
-        raise _bad(expression, f"uses {type(node.op).__name__}")
-    if isinstance(node, ast.UnaryOp) and not isinstance(node.op, ast.USub):
-        raise _bad(expression, f"uses {type(node.op).__name__}")
-    if isinstance(node, ast.Constant) and type(node.value) is not int:
-        raise _bad(expression, f"uses the constant {node.value!r}")
-    allowed = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.operator, ast.unaryop, ast.expr_context)
-    if not isinstance(node, allowed):
-        raise _bad(expression, f"uses {type(node).__name__}")
 
 
 def _value(node: ast.expr, names: Mapping[str, int]) -> int:

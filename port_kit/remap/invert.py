@@ -8,20 +8,19 @@ still restore it.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.regions import Region, full_region, region_text
-from port_kit.remap.names import split_numbers
-from port_kit.remap.patterns import literal_template
+from port_kit.remap.names import template_of
+from port_kit.remap.patterns import generalize_names, literal_template
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.rules import Op, Rule, RuleSet
 from port_kit.remap.tensor_ops import Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
-
-Rows = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def invert(plan: Plan) -> RuleSet:
@@ -30,7 +29,7 @@ def invert(plan: Plan) -> RuleSet:
     Raises:
         RemapError: ``remap_op`` for what rules cannot express backwards.
     """
-    groups: dict[tuple[object, ...], tuple[CopyTask, Rows]] = {}
+    groups: dict[object, list[CopyTask]] = defaultdict(list)
     first: dict[str, object] = {}
     copies = []
     for task in plan.tasks:
@@ -39,11 +38,9 @@ def invert(plan: Plan) -> RuleSet:
             take = region_text(task.region) if task.region != full_region(plan.target[task.target].shape) else ""
             copies.append(Rule(re.escape(task.target), drop=f"a copy of {task.source}", take=take))
             continue
-        source, source_numbers = split_numbers(task.source)
-        target, target_numbers = split_numbers(task.target)
-        key = (source, target, task.ops, task.region, plan.source[task.source], plan.target[task.target].shape)
-        groups.setdefault(key, (task, []))[1].append((target_numbers, source_numbers))
-    rules = [rule for task, rows in groups.values() for rule in _rules(plan, task, rows)]
+        names = template_of(task.source), template_of(task.target)
+        groups[names, task.ops, task.region, plan.source[task.source], plan.target[task.target].shape].append(task)
+    rules = [rule for group in groups.values() for rule in _rules(plan, group)]
     rules += copies
     rules += [
         Rule(target=re.escape(name), keep=f"not in the target: {reason}") for name, reason in plan.dropped.items()
@@ -55,57 +52,13 @@ def invert(plan: Plan) -> RuleSet:
     return made
 
 
-def _rules(plan: Plan, task: CopyTask, rows: Rows) -> list[Rule]:
+def _rules(plan: Plan, tasks: Sequence[CopyTask]) -> list[Rule]:
     """Return one rule for all layers if the source's numbers follow from the target's, else one per layer."""
-    body = _body(plan, task)
-    source, target = split_numbers(task.source)[0], split_numbers(task.target)[0]
-    fixed = _constants([to for to, _ in rows])
-    fillings = _fillings(rows, fixed)
-    if fillings is not None and _covers_all(plan, target, rows, fixed):
-        pieces = [re.escape(piece) for piece in target.split("#")]
-        holes = [r"(\d+)" if at not in fixed else str(fixed[at]) for at in range(len(pieces) - 1)]
-        pattern = pieces[0] + "".join(hole + piece for hole, piece in zip(holes, pieces[1:], strict=True))
-        return [Rule(pattern, _fill(literal_template(source), fillings), **body)]
-    return [
-        Rule(re.escape(_fill(target, to)), literal_template(_fill(source, numbers)), **body) for to, numbers in rows
-    ]
-
-
-def _constants(rows: Sequence[tuple[int, ...]]) -> dict[int, int]:
-    """Return the positions at which all rows have the same number."""
-    if len(rows) < 2:
-        return dict(enumerate(rows[0]))
-    return {at: column[0] for at, column in enumerate(zip(*rows, strict=True)) if len(set(column)) == 1}
-
-
-def _covers_all(plan: Plan, template: str, rows: Rows, fixed: dict[int, int]) -> bool:
-    """Return True if the rows are all targets that the rule's pattern would match."""
-    found = [numbers for name in plan.target for text, numbers in [split_numbers(name)] if text == template]
-    count = sum(all(numbers[at] == value for at, value in fixed.items()) for numbers in found)
-    return count == len({numbers for numbers, _ in rows})
-
-
-def _fillings(rows: Rows, fixed: dict[int, int]) -> list[str] | None:
-    """Return for each number of the source the group of the target that it always equals, or the constant number."""
-    if not len({source for _, source in rows}) == len({target for target, _ in rows}) == len(rows):
-        return None
-    free = [at for at in range(len(rows[0][0])) if at not in fixed]
-    constant = _constants([source for _, source in rows])
-    fillings = []
-    for at in range(len(rows[0][1])):
-        equal = [of for of in free if all(target[of] == source[at] for target, source in rows)]
-        if at in constant:
-            fillings.append(str(constant[at]))
-        elif equal:
-            fillings.append(rf"\{free.index(equal[0]) + 1}")
-        else:
-            return None
-    return fillings
-
-
-def _fill(template: str, fillings: Sequence[object]) -> str:
-    pieces = template.split("#")
-    return pieces[0] + "".join(str(value) + piece for value, piece in zip(fillings, pieces[1:], strict=True))
+    body = _body(plan, tasks[0])
+    found = generalize_names([task.target for task in tasks], [[task.source] for task in tasks])
+    if found is not None and sum(re.fullmatch(found[0], name) is not None for name in plan.target) == len(tasks):
+        return [Rule(found[0], found[1][0], **body)]
+    return [Rule(re.escape(task.target), literal_template(task.source), **body) for task in tasks]
 
 
 def _body(plan: Plan, task: CopyTask) -> dict[str, Any]:

@@ -23,14 +23,10 @@ def split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
 
 def ranges(numbers: Iterable[int]) -> str:
     """Return ``0..2,5`` for ``{0, 1, 2, 5}``."""
-    parts: list[str] = []
-    ordered = sorted(set(numbers))
-    start = 0
-    for at, number in enumerate(ordered):
-        if at + 1 == len(ordered) or ordered[at + 1] != number + 1:
-            first = ordered[start]
-            parts.append(str(first) if first == number else f"{first}..{number}")
-            start = at + 1
+    parts = []
+    for _, run in itertools.groupby(enumerate(sorted(set(numbers))), lambda item: item[1] - item[0]):
+        first, *rest = [number for _, number in run]
+        parts.append(f"{first}..{rest[-1]}" if rest else str(first))
     return ",".join(parts)
 
 

@@ -7,7 +7,7 @@ no tensor name can stall a load.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
@@ -15,6 +15,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.remap.names import NUMBER, fill, template_of
 
 MAX_PATTERN_LENGTH = 600
 #: Longest tensor name that is matched; together with MAX_OVERLAPPING it bounds the matching time.
@@ -194,6 +195,33 @@ def parse_template(text: str) -> Template:
 def literal_template(text: str) -> str:
     """Return the template that yields exactly this text."""
     return re.sub(r"[\\{}]", r"\\\g<0>", text)
+
+
+def generalize_names(names: Sequence[str], texts: Sequence[Sequence[str]]) -> tuple[str, list[str]] | None:
+    r"""Return one pattern for names that differ only in numbers, and one template for each of their texts.
+
+    A number that differs between the names is a group of the pattern.
+
+    Args:
+        names: names of one layer template.
+        texts: for each name the same count of texts, such as target names; those at one position differ only in
+            numbers.
+
+    Returns:
+        The pattern and the templates; None if a number that differs between texts is not in the names.
+    """
+    columns = list(zip(*map(NUMBER.findall, names), strict=True))
+    varying = [column for column in columns if len(set(column)) > 1]
+    numbers = [r"(\d+)" if column in varying else column[0] for column in columns]
+    pattern = fill(re.escape(template_of(names[0])).replace(r"\#", "#"), numbers)
+    templates = []
+    for alike in zip(*texts, strict=True):
+        columns = list(zip(*map(NUMBER.findall, alike), strict=True))
+        if any(column not in varying and len(set(column)) > 1 for column in columns):
+            return None
+        numbers = [rf"\{varying.index(column) + 1}" if column in varying else column[0] for column in columns]
+        templates.append(fill(literal_template(template_of(alike[0])), numbers))
+    return pattern, templates
 
 
 @lru_cache(maxsize=8192)
