@@ -1,8 +1,7 @@
 """Inversion of a plan: a rule set that maps the target's names back to the source's.
 
-The inverse is made of the plan's copy tasks by layer template, so its regions and shapes are numbers. What a rule
-cannot express backwards (a transform, a part taken from inside a reshape) is an error; :mod:`port_kit.remap.export` can
-still restore it.
+The inverse is made of the plan's copy tasks by layer template, so its regions and shapes are numbers. A transform, or a
+part of a reshaped tensor, cannot be expressed backwards and is an error; :mod:`port_kit.remap.export` can restore it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from port_kit.errors import RemapError
-from port_kit.regions import Region, full_region, region_text
+from port_kit.regions import Region, Shape, full_region, region_text
 from port_kit.remap.names import template_of
 from port_kit.remap.patterns import generalize_names, literal_template
 from port_kit.remap.plan import Plan, check
@@ -27,7 +26,7 @@ def invert(plan: Plan) -> RuleSet:
     """Return rules from the plan's targets to its sources.
 
     Raises:
-        RemapError: ``remap_op`` for what rules cannot express backwards.
+        RemapError: ``remap_op`` for an operation that rules cannot express backwards.
     """
     groups: dict[object, list[CopyTask]] = defaultdict(list)
     first: dict[str, object] = {}
@@ -35,16 +34,14 @@ def invert(plan: Plan) -> RuleSet:
     for task in plan.tasks:
         copy: object = "parts" if task.rule.take else task.rule  # several rules may each copy one source
         if first.setdefault(task.source, copy) != copy:
-            take = region_text(task.region) if task.region != full_region(plan.target[task.target].shape) else ""
+            take = _part(task.region, plan.target[task.target].shape)
             copies.append(Rule(re.escape(task.target), drop=f"a copy of {task.source}", take=take))
             continue
         names = template_of(task.source), template_of(task.target)
         groups[names, task.ops, task.region, plan.source[task.source], plan.target[task.target].shape].append(task)
-    rules = [rule for group in groups.values() for rule in _rules(plan, group)]
-    rules += copies
-    rules += [
-        Rule(target=re.escape(name), keep=f"not in the target: {reason}") for name, reason in plan.dropped.items()
-    ]
+    rules = [rule for group in groups.values() for rule in _rules(plan, group)] + copies
+    for name, reason in plan.dropped.items():
+        rules.append(Rule(target=re.escape(name), keep=f"not in the target: {reason}"))
     for name, reason in plan.kept.items():
         rules.append(Rule(source=re.escape(name), drop=f"not in the source: {reason}"))
     made = RuleSet(f"{plan.rules.name}_inverse", tuple(rules), allow_downcast=True)
@@ -66,20 +63,18 @@ def _body(plan: Plan, task: CopyTask) -> dict[str, Any]:
     spec, target = plan.source[task.source], plan.target[task.target]
     if task.join is not None:
         raise _one_way(task, f"{task.join.name} joins several sources")
-    forward = list(task.ops)
-    into: Region = full_region(spec.shape)
-    first = forward[0] if forward else None
-    if isinstance(first, Slice):
-        into, forward = first.region, forward[1:]
+    into, forward = full_region(spec.shape), task.ops
+    if forward and isinstance(forward[0], Slice):
+        into, forward = forward[0].region, forward[1:]
     ops = [inverse for op in reversed(forward) for inverse in _backwards(op, task)]
     if spec.dtype != target.dtype:
         ops.append(Op.of("cast", dtype=spec.dtype))
-    fields: dict[str, object] = {"op": tuple(ops)}
-    if task.region != full_region(target.shape):
-        fields["take"] = region_text(task.region)
-    if into != full_region(spec.shape):
-        fields["into"] = region_text(into)
-    return fields
+    return {"op": tuple(ops), "take": _part(task.region, target.shape), "into": _part(into, spec.shape)}
+
+
+def _part(region: Region, shape: Shape) -> str:
+    """Return the text of a region, empty if it is the full tensor."""
+    return "" if region == full_region(shape) else region_text(region)
 
 
 def _backwards(op: TensorOp, task: CopyTask) -> list[Op]:
@@ -96,8 +91,7 @@ def _backwards(op: TensorOp, task: CopyTask) -> list[Op]:
         return []
     if isinstance(op, Fill):
         raise _one_way(task, "puts one value into many elements")
-    what = "takes a part after a reshape" if isinstance(op, Slice) else f"uses the transform {op.name}"
-    raise _one_way(task, what)
+    raise _one_way(task, "takes a part after a reshape" if isinstance(op, Slice) else f"uses the transform {op.name}")
 
 
 def _one_way(task: CopyTask, why: str) -> RemapError:

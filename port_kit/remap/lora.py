@@ -16,7 +16,7 @@ from port_kit.checkpoint.lora_names import PREFIXES, Entry, read_entry, read_oth
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Shape, full_region, region_shape
-from port_kit.remap.problems import Problem, closest_match, problem_from, raise_problems
+from port_kit.remap.problems import Problem, closest_match, raise_problems
 from port_kit.remap.resolve import CopyTask, Resolver, expand
 from port_kit.remap.resolve_ops import Scope
 from port_kit.remap.rule import Rule, Rules
@@ -70,7 +70,7 @@ def remap_lora(
                     problems.append(Problem("remap_collision", message, source=entry.name))
                 renamed[new] = value
         except RemapError as error:
-            problems.append(problem_from(error, source=entries[0].name))
+            problems.append(Problem(error.code, error.message, source=entries[0].name))
             hint = hint or error.hint
     hint = hint or "the file may be made for another base model"
     raise_problems(problems, f"{rules.name} does not map the LoRA file", hint)

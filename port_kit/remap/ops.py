@@ -57,7 +57,7 @@ class Op:
         if isinstance(value, (Op, str, Mapping)):
             value = [value] if value else []
         if not isinstance(value, Sequence):
-            raise _rules_error(f"op {value!r} is not an op, a name or a list of them", 'such as op="transpose"')
+            raise rules_error(f"op {value!r} is not an op, a name or a list of them", 'such as op="transpose"')
         return tuple(map(cls._one, value))
 
     @classmethod
@@ -68,7 +68,7 @@ class Op:
             return cls(value)
         if isinstance(value, Mapping) and isinstance(value.get("name"), str):
             return cls.of(value["name"], **{key: item for key, item in value.items() if key != "name"})
-        raise _rules_error(f"op {value!r} has no name", 'such as {name = "split", dim = 0}')
+        raise rules_error(f"op {value!r} has no name", 'such as {name = "split", dim = 0}')
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the argument called ``key``."""
@@ -117,10 +117,7 @@ def check_ops(ops: Sequence[Op], label: str, targets: int, *, has_shard: bool) -
 
 def check_region(text: str) -> None:
     """Refuse a ``take`` or ``into`` that cannot be read; raises ``remap_op`` or ``remap_size``."""
-    for part in region_bounds(text):
-        for bound in part:
-            if bound:
-                parse(normalize(bound))
+    _check_sizes(tuple(bound for part in region_bounds(text) for bound in part if bound))
 
 
 def _check_arguments(op: Op, label: str) -> None:
@@ -144,9 +141,15 @@ def _check_arguments(op: Op, label: str) -> None:
         raise op_error(f"cast to {op.get('dtype')!r}", f"dtypes: {', '.join(CAST_DTYPES)}")
     if op.name == "rearrange":
         parse_rearrange(op.get("pattern"))
-    for value in _leaves([value for key, value in op.args if key in ("sizes", "shape", "runs")]):
-        if isinstance(value, str):
-            parse(normalize(value))
+        if key in ("sizes", "shape", "runs"):
+            _check_sizes(value)
+
+
+def _check_sizes(value: Any) -> None:
+    if isinstance(value, str):
+        parse(normalize(value))
+    for item in value if isinstance(value, tuple) else ():
+        _check_sizes(item)
 
 
 def _is_size(value: Any) -> bool:
@@ -180,13 +183,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, (tuple, list)):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]
-
-
-_TOKEN = re.compile(r"\.\.\.|[A-Za-z_]\w*|\d+|[()]|\s+|(.)")
+_AXIS = re.compile(r"\(([^()]*)\)|(\.\.\.|\w+)|\s+|(.)")
 
 
 def parse_rearrange(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
@@ -202,29 +199,14 @@ def parse_rearrange(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def _parse_side(side: str, pattern: str) -> list[list[str]]:
-    axes: list[list[str]] = []
-    group: list[str] | None = None
-    for match in _TOKEN.finditer(side):
-        token = match[0]
-        bad = match[1] or token.isdigit() and token != "1"
-        if bad or (token == "(") == (group is not None) and token in "()" or (token == "..." and group is not None):
-            raise op_error(f"rearrange {pattern!r} cannot be read at {token!r}", "names, parentheses, 1 and ...")
-        if token == "(":
-            group = []
-        elif token == ")":
-            assert group is not None
-            axes.append(group)
-            group = None
-        elif token == "1":
-            if group is None:
-                axes.append([])
-        elif not token.isspace():
-            if group is None:
-                axes.append([token])
-            else:
-                group.append(token)
-    if group is not None:
-        raise op_error(f"rearrange {pattern!r} has an unclosed parenthesis", "close it")
+    axes = []
+    for match in _AXIS.finditer(side):
+        group, word, stray = match.groups()
+        names = (group or word or stray or "").split()
+        if word != "..." and not all(re.fullmatch(r"[A-Za-z_]\w*|1", name) for name in names):
+            raise op_error(f"rearrange {pattern!r} cannot be read at {match[0]!r}", "names, parentheses, 1 and ...")
+        if word or group is not None:
+            axes.append([name for name in names if name != "1"])
     return axes
 
 
@@ -241,7 +223,8 @@ def region_bounds(text: str) -> list[tuple[str, ...]]:
     return parts
 
 
-def _rules_error(message: str, hint: str) -> RemapError:
+def rules_error(message: str, hint: str) -> RemapError:
+    """Return a ``remap_rules`` error."""
     return RemapError(message, code="remap_rules", hint=hint)
 
 

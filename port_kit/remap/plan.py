@@ -22,7 +22,7 @@ from port_kit.regions import (
     region_text,
     uncovered_numel,
 )
-from port_kit.remap.concat import incomplete, place_group, roles_of
+from port_kit.remap.concat import place_group, roles_of
 from port_kit.remap.error_context import add_context
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.problems import Problem, raise_problems
@@ -218,8 +218,7 @@ class PlanBuilder:
         problems = self._problems + ([] if converted else self._unmatched)
         tasks = self._by_name if converted else self._tasks
         for group in self._groups.values():
-            lacking = incomplete(group)
-            placed, wrong = ([], lacking) if lacking else place_group(group)
+            placed, wrong = place_group(group)
             tasks, problems = tasks + placed, problems + wrong
         kept, collisions = self._kept({task.target for task in tasks}, converted=converted)
         problems += collisions

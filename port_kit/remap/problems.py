@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ class Problem:
 
     Attributes:
         code: a ``remap_...`` code.
-        message: what was found and what is expected.
+        message: the failure, with the expected and the found value.
         rule: the pattern of the rule, if one is involved.
         source: the source tensor.
         file: the file of the source tensor.
@@ -76,28 +76,16 @@ HINTS = {
 }
 
 
-class Names(Collection[str]):
-    """Names that many others are compared with; their layer templates are computed once."""
+class Names(dict[str, str]):
+    """Names that many others are compared with, each with its layer template."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = dict.fromkeys(names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        super().__init__((name, template_of(name)) for name in names)
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Return the first name of each template."""
-        found: dict[str, str] = {}
-        for name in self._names:
-            found.setdefault(template_of(name), name)
-        return found
+        """The first name of each template."""
+        return {template: name for name, template in reversed(self.items())}
 
 
 def closest_match(name: str, names: Collection[str], cutoff: float = 0.6) -> str:
@@ -136,6 +124,6 @@ def raise_problems(problems: Sequence[Problem], subject: str, hint: str = "") ->
     )
 
 
-def problem_from(error: RemapError, **facts: Any) -> Problem:
-    """Return the problem that an error of an op or a size stands for."""
-    return Problem(error.code, error.message, **facts)
+def remap_error(code: str, message: str, hint: str = "") -> RemapError:
+    """Return an error; without a hint, it has that of its code."""
+    return RemapError(message, code=code, hint=hint or HINTS[code])

@@ -17,7 +17,7 @@ from port_kit.remap.expressions import evaluate_sizes
 from port_kit.remap.names import template_of
 from port_kit.remap.ops import Op
 from port_kit.remap.patterns import MAX_NAME_LENGTH, compile_pattern, parse_template
-from port_kit.remap.problems import Problem, problem_from
+from port_kit.remap.problems import Problem, remap_error
 from port_kit.remap.resolve_ops import Scope, axis_of, resolve_op, resolve_region, resolve_take
 from port_kit.remap.rule import Rule, Rules
 from port_kit.remap.tensor_ops import Cast, Reshape, Slice, TensorOp
@@ -27,14 +27,14 @@ Branch = tuple[list[TensorOp], Region, Shape]
 
 
 class CopyTask(NamedTuple):
-    """One part of one source that is copied into one part of one target.
+    """A part of one source that is copied into a part of one target.
 
     Attributes:
         source: name of the source tensor.
         ops: operations on the source, with all numbers known.
         target: name of the target tensor.
-        region: region of the whole target that is written; for a part of ``concat`` whose place depends on the other
-            parts, the region that all parts fill together.
+        region: region of the complete target that is written; for a part of ``concat`` whose place depends on the
+            other parts, the region that all parts fill together.
         rule: the rule that the task results from.
         shard: the shard of a fused target, or empty.
         join: the joining op (``concat`` before its parts are placed, or a transform), or None.
@@ -54,17 +54,17 @@ class CopyTask(NamedTuple):
 
     @property
     def group(self) -> tuple[str, Region, Op | None]:
-        """What the parts of one join have in common."""
+        """The key that the parts of one join share."""
         return (self.target, self.region, self.join)
 
 
 class Resolved(NamedTuple):
-    """What rules make of one source.
+    """Result of the rules for one source.
 
     Attributes:
-        tasks: the copy tasks.
+        tasks: the copy tasks; not valid if there are problems.
         dropped: regions that are not used, with their rules.
-        problems: what is wrong; a source with problems has no tasks that can be used.
+        problems: the reasons why the source cannot be mapped.
         rules: positions of the rules that match.
         affected: targets that the problems already account for.
     """
@@ -148,7 +148,7 @@ class Resolver:
                 return Resolved(dropped=((region, rule),), rules=(number,))
             return self._map(number, scope, match, name, spec)
         except RemapError as error:
-            problem = problem_from(error, rule=rule.label, source=name, file=spec.file)
+            problem = Problem(error.code, error.message, rule.label, name, spec.file)
             return Resolved(problems=(problem,), rules=(number,))
 
     def _map(self, number: int, scope: Scope, match: re.Match[str], name: str, spec: TensorSpec) -> Resolved:
@@ -172,7 +172,7 @@ class Resolver:
             places = [self._place(rule, target, shard) for target, shard in zip(targets, shards, strict=True)]
             branches = _branches(rule, spec, scope, places)
         except RemapError as error:
-            problem = problem_from(error, rule=rule.label, source=name, file=spec.file, target=targets[0])
+            problem = Problem(error.code, error.message, rule.label, name, spec.file, targets[0])
             return Resolved(problems=(problem,), rules=(number,), affected=tuple(targets))
         join = rule.join if rule.join is not None and not _is_placed(rule.join) else None
         tasks = [
@@ -191,11 +191,7 @@ class Resolver:
             return _Place(target, "", shard, full_region(spec.shape))
         if shard not in spec.slots:
             known = ", ".join(spec.slots) or "none, it is a plain tensor"
-            raise RemapError(
-                f"{target} has no shard {shard!r}; its shards: {known}",
-                code="remap_slot",
-                hint="use a shard that the target has, or concat for a plain tensor",
-            )
+            raise remap_error("remap_slot", f"{target} has no shard {shard!r}; its shards: {known}")
         return _Place(target, shard, "", spec.slots[shard])
 
     def _infer_full_shape(self, rule: Rule, target: str, spec: TensorSpec) -> None:
@@ -289,13 +285,11 @@ def _branches(rule: Rule, spec: TensorSpec, scope: Scope, places: Sequence[_Plac
 
 
 def _region(rule: Rule, place: _Place, scope: Scope) -> tuple[Region, Shape]:
-    """Return the region of the whole target that a branch fills, and the shape of its content."""
+    """Return the region of the complete target that a branch fills, and the shape of its content."""
     base, content = place.base, region_shape(place.base)
     if rule.join is not None and _is_placed(rule.join):
         if rule.into:
-            raise RemapError(
-                f"{scope.where}: {rule.join.name} with into", code="remap_op", hint="write the joined axis in into"
-            )
+            raise remap_error("remap_op", f"{scope.where}: {rule.join.name} with into")
         return _part(rule.join, place, content, scope)
     if "." in place.shard:  # one expert of fused experts, whose axis its sources do not have
         content = content[1:]
@@ -316,26 +310,18 @@ def _part(join: Op, place: _Place, content: Shape, scope: Scope) -> tuple[Region
     start = place.base[axis][0]
     if join.name == "stack":
         if not place.role.isdecimal() or int(place.role) >= content[axis]:
-            raise RemapError(
-                f"{scope.where}: part {place.role!r} of a stack of {content[axis]} in {place.target}",
-                code="remap_beyond_layers" if place.role.isdecimal() else "remap_op",
-                hint="shard must be a number from 0 up to the extent of the stacked axis",
-            )
+            code = "remap_beyond_layers" if place.role.isdecimal() else "remap_op"
+            message = f"{scope.where}: shard {place.role!r} of a stack of {content[axis]} in {place.target}"
+            raise remap_error(code, message)
         start += int(place.role)
         return with_span(place.base, axis, start, start + 1), (*content[:axis], *content[axis + 1 :])
     roles, sizes = [str(role) for role in join.get("parts")], [scope.size(size) for size in join.get("sizes")]
     if place.role not in roles:
-        raise RemapError(
-            f"{scope.where}: part {place.role!r} of {place.target}; expected one of {', '.join(roles)}",
-            code="remap_slot",
-            hint="shard must be one of the parts",
-        )
+        message = f"{scope.where}: part {place.role!r} of {place.target}; expected one of {', '.join(roles)}"
+        raise remap_error("remap_slot", message)
     if len(sizes) != len(roles) or sum(sizes) != content[axis] or min(sizes) < 1:
-        raise RemapError(
-            f"{scope.where}: parts of {sizes} for {content[axis]} on axis {axis} of {place.target}",
-            code="remap_shape",
-            hint="give one size per part; they must add up to the extent of the axis",
-        )
+        message = f"parts of {sizes} for {content[axis]} on axis {axis} of {place.target}"
+        raise remap_error("remap_shape", f"{scope.where}: {message}; expected one size per part, the extent in all")
     at = roles.index(place.role)
     start += sum(sizes[:at])
     region = with_span(place.base, axis, start, start + sizes[at])
@@ -345,12 +331,11 @@ def _part(join: Op, place: _Place, content: Shape, scope: Scope) -> tuple[Region
 def _run(
     ops: Sequence[Op], done: Sequence[TensorOp], shape: Shape, scope: Scope, content: Shape
 ) -> tuple[list[TensorOp], Shape]:
-    """Append the operations of plain ops; joining ops only say which part a source is."""
+    """Append the operations of ops; joining ops have none."""
     done = list(done)
     for op in ops:
-        more = [] if op.joins else resolve_op(op, shape, scope, content)
-        done += more
-        shape = more[-1].after if more else shape
+        done += [] if op.joins else resolve_op(op, shape, scope, content)
+        shape = done[-1].after if done else shape
     return done, shape
 
 
@@ -364,11 +349,8 @@ def _split(op: Op, shape: Shape, scope: Scope, contents: list[Shape], more: bool
     else:
         sizes = [shape[axis] // len(contents)] * len(contents)
     if len(sizes) != len(contents) or sum(sizes) != shape[axis] or min(sizes) < 1:
-        raise RemapError(
-            f"{scope.where}: split of {shape[axis]} on axis {axis} in {sizes} for {len(contents)} targets",
-            code="remap_shape",
-            hint="give one size per target; they must add up to the extent of the axis",
-        )
+        message = f"split of {shape[axis]} on axis {axis} in {sizes} for {len(contents)} targets"
+        raise remap_error("remap_shape", f"{scope.where}: {message}; expected one size per target, the extent in all")
     ends = [sum(sizes[: at + 1]) for at in range(len(sizes))]
     return [with_span(full_region(shape), axis, end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
@@ -378,12 +360,7 @@ def _fit(rule: Rule, ops: list[TensorOp], shape: Shape, region: Region, content:
     if rule.join is not None and not _is_placed(rule.join):
         return ops, region, shape
     extents = region_shape(region)
-    if shape == content:
+    if shape == content or not shape and content == (1,) == extents:  # a scale may be a number or a vector of one
         return (ops if shape == extents else [*ops, Reshape(shape, extents)]), region, extents
-    if not shape and content == (1,) == extents:  # a scale is stored as a number or as a vector of one
-        return [*ops, Reshape(shape, extents)], region, extents
-    raise RemapError(
-        f"{scope.where} results in shape {list(shape)}; the target takes {list(content)}",
-        code="remap_shape",
-        hint="compare the rule with both shapes; the configuration may not be the checkpoint's",
-    )
+    message = f"{scope.where} results in shape {list(shape)}; the target takes {list(content)}"
+    raise remap_error("remap_shape", message)

@@ -16,6 +16,7 @@ from port_kit.regions import Region, Shape
 from port_kit.remap.expressions import evaluate
 from port_kit.remap.ops import Op, parse_rearrange, region_bounds
 from port_kit.remap.patterns import normalize
+from port_kit.remap.problems import remap_error
 from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
 from port_kit.remap.transforms import find_transform
 
@@ -31,7 +32,7 @@ class Scope:
 
     @property
     def where(self) -> str:
-        """The rule and the tensor, for messages."""
+        """The rule and the tensor, as messages name them."""
         return f"rule {self._rule!r} on {self._name}"
 
     @property
@@ -51,80 +52,72 @@ class Scope:
         return evaluate(text, self.names, self.where)
 
 
-def resolve_op(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+def resolve_op(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
     """Return the tensor operations of an op that maps one tensor to one tensor.
 
     Args:
         op: any op but split, concat, stack and joining transforms.
         shape: the shape of its input.
         scope: the names of size expressions.
-        target: the shape of the target region, for ``reshape`` without a shape.
+        target: the shape of the target region, for ``reshape`` without a shape and ``fill``.
 
     Raises:
         RemapError: ``remap_shape`` or ``remap_size`` if the op does not fit the shape.
     """
-    return _RESOLVERS.get(op.name, _resolve_call)(op, shape, scope, target)
+    resolver = _RESOLVERS.get(op.name, _resolve_call)
+    return [each for each in resolver(op, shape, scope, target) if not _is_identity(each)]
 
 
-def _resolve_copy(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
-    return []
+def _is_identity(op: TensorOp) -> bool:
+    if isinstance(op, Permute):
+        return list(op.perm) == list(range(len(op.perm)))
+    return isinstance(op, (Reshape, Fill)) and op.before == op.after
 
 
-def _resolve_reshape(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
-    if op.get("shape") is None:
-        after = target
-        if after is None:
-            raise _shape_error("reshape without a shape", "a known target", scope)
-    else:
-        after = tuple(scope.size(size) for size in op.get("shape"))
-        if after.count(-1) == 1:
-            known = -math.prod(after)
-            after = tuple(math.prod(shape) // known if size == -1 and known else size for size in after)
+def _resolve_reshape(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
+    after = target if op.get("shape") is None else tuple(scope.size(size) for size in op.get("shape"))
+    if after.count(-1) == 1:
+        known = -math.prod(after)
+        after = tuple(math.prod(shape) // known if size == -1 and known else size for size in after)
     if math.prod(after) != math.prod(shape) or min(after, default=0) < 0:
         raise _shape_error(f"reshape of {list(shape)} to {list(after)}", "the same number of elements", scope)
-    return [Reshape(shape, after)] if after != shape else []
+    return [Reshape(shape, after)]
 
 
-def _resolve_transpose(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+def _resolve_transpose(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
     rank = len(shape)
     perm = op.get("perm")
     if perm is None:
         perm = (*range(rank - 2), rank - 1, rank - 2) if rank > 1 else (0,) * rank
     if sorted(perm) != list(range(rank)):
         raise _shape_error(f"transpose {list(perm)} of shape {list(shape)}", f"each of {rank} axes once", scope)
-    return [Permute(tuple(perm), shape)] if list(perm) != list(range(rank)) else []
+    return [Permute(tuple(perm), shape)]
 
 
-def _resolve_reorder(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+def _resolve_reorder(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
     dim = axis_of(op, shape, scope)
     if op.get("runs") is not None:
         runs = tuple((scope.size(start), scope.size(stop)) for start, stop in op.get("runs"))
     else:
         parts, order = scope.size(op.get("parts", 2)), op.get("order", (1, 0))
         if parts < 1 or shape[dim] % parts or sorted(order) != list(range(parts)):
-            raise _shape_error(
-                f"reorder of {shape[dim]} in {parts} parts as {list(order)}", "equal parts, each once", scope
-            )
+            given = f"reorder of {shape[dim]} in {parts} parts as {list(order)}"
+            raise _shape_error(given, "equal parts, each once", scope)
         size = shape[dim] // parts
         runs = tuple((part * size, (part + 1) * size) for part in order)
-    ordered = sorted(runs)
-    sound = all(0 <= start < stop <= shape[dim] for start, stop in runs)
-    if not sound or any(one[1] > two[0] for one, two in zip(ordered, ordered[1:], strict=False)):
+    bounds = [0, *(bound for run in sorted(runs) for bound in run), shape[dim]]
+    if bounds != sorted(bounds) or any(start == stop for start, stop in runs):
         raise _shape_error(f"runs {list(runs)} on an axis of {shape[dim]}", "disjoint runs inside it", scope)
     return [Reorder(dim, runs, shape)]
 
 
-def _resolve_cast(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
-    return [Cast(op.get("dtype"), shape)]
+def _resolve_fill(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
+    if math.prod(shape) != 1:
+        raise _shape_error(f"fill with shape {list(shape)}", "a source of one value", scope)
+    return [Fill(shape, target)]
 
 
-def _resolve_fill(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
-    if math.prod(shape) != 1 or target is None:
-        raise _shape_error(f"fill with shape {list(shape)}", "a source of one value and a known target", scope)
-    return [Fill(shape, target)] if target != shape else []
-
-
-def _resolve_call(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+def _resolve_call(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
     after = find_transform(op.name).shape({"": shape}, dict(op.args))
     return [Call(op.name, op.args, shape, tuple(after))]
 
@@ -137,18 +130,14 @@ def axis_of(op: Op, shape: Shape, scope: Scope) -> int:
     return dim % len(shape)
 
 
-def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape | None) -> list[TensorOp]:
+def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
     left, right = parse_rearrange(op.get("pattern"))
-    given = {name: scope.size(size) for name, size in op.get("sizes", ())}
-    rest = len(shape) - len(left) + 1
+    sizes = {name: scope.size(size) for name, size in op.get("sizes", ())}
     if ["..."] in left:
-        if rest < 0:
-            raise _shape_error(f"rearrange {op.get('pattern')!r} of shape {list(shape)}", "more axes", scope)
-        hidden = [[f"...{number}"] for number in range(rest)]
+        hidden = [[f"...{number}"] for number in range(len(shape) - len(left) + 1)]
         left, right = (_unfold(side, hidden) for side in (left, right))
     if len(left) != len(shape):
         raise _shape_error(f"rearrange {op.get('pattern')!r} of shape {list(shape)}", f"{len(left)} axes", scope)
-    sizes = dict(given)
     for axis, extent in zip(left, shape, strict=True):
         _infer(axis, extent, sizes, scope)
     atoms = [name for axis in left for name in axis]
@@ -156,9 +145,8 @@ def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape | None)
     split = tuple(sizes[name] for name in atoms)
     perm = tuple(atoms.index(name) for name in order)
     after = tuple(math.prod(sizes[name] for name in axis) for axis in right)
-    ops: list[TensorOp] = [Reshape(shape, split), Permute(perm, split)]
-    ops.append(Reshape(ops[-1].after, after))
-    return [each for each in ops if not _is_identity(each)]
+    permute = Permute(perm, split)
+    return [Reshape(shape, split), permute, Reshape(permute.after, after)]
 
 
 def _unfold(side: list[list[str]], hidden: list[list[str]]) -> list[list[str]]:
@@ -172,15 +160,8 @@ def _infer(axis: list[str], extent: int, sizes: dict[str, int], scope: Scope) ->
     if len(unknown) == 1 and known > 0 and extent % known == 0:
         sizes[unknown[0]] = extent // known
     elif unknown or known != extent:
-        raise _shape_error(
-            f"an axis of {extent} as ({' '.join(axis)})", "sizes for all but one name that multiply to it", scope
-        )
-
-
-def _is_identity(op: TensorOp) -> bool:
-    if isinstance(op, Permute):
-        return list(op.perm) == list(range(len(op.perm)))
-    return isinstance(op, Reshape) and op.before == op.after
+        given, required = f"an axis of {extent} as ({' '.join(axis)})", "sizes for all but one name that multiply to it"
+        raise _shape_error(given, required, scope)
 
 
 def resolve_region(text: str, shape: Shape, scope: Scope) -> tuple[Region, Shape]:
@@ -217,19 +198,15 @@ def resolve_take(text: str, shape: Shape, scope: Scope) -> list[TensorOp]:
 
 
 def _shape_error(given: str, required: str, scope: Scope) -> RemapError:
-    return RemapError(
-        f"{scope.where}: found {given}; expected {required}",
-        code="remap_shape",
-        hint="compare the rule with both shapes",
-    )
+    return remap_error("remap_shape", f"{scope.where}: found {given}; expected {required}")
 
 
-_RESOLVERS: dict[str, Callable[[Any, Shape, Scope, Shape | None], list[TensorOp]]] = {
-    "copy": _resolve_copy,
+_RESOLVERS: dict[str, Callable[[Any, Shape, Scope, Shape], list[TensorOp]]] = {
+    "copy": lambda *_: [],
     "reshape": _resolve_reshape,
     "transpose": _resolve_transpose,
     "rearrange": _resolve_rearrange,
     "reorder": _resolve_reorder,
-    "cast": _resolve_cast,
+    "cast": lambda op, shape, *_: [Cast(op.get("dtype"), shape)],
     "fill": _resolve_fill,
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.remap.expressions import parse
-from port_kit.remap.ops import Op, check_ops, check_region
+from port_kit.remap.ops import Op, check_ops, check_region, rules_error
 from port_kit.remap.patterns import compile_pattern, parse_template
 
 _TEXT_FIELDS = ("source", "target", "shard", "take", "into", "drop", "keep", "variant", "confidence", "note")
@@ -199,11 +199,6 @@ class Rules:
 
     def __len__(self) -> int:
         return len(self.rules)
-
-
-def rules_error(message: str, hint: str) -> RemapError:
-    """Return a ``remap_rules`` error."""
-    return RemapError(message, code="remap_rules", hint=hint)
 
 
 def _texts(field_name: str, value: object) -> str | tuple[str, ...]:

@@ -27,10 +27,10 @@ from typing import Any
 
 from port_kit.manifest import Manifest
 from port_kit.remap import toml
-from port_kit.remap.ops import Op
+from port_kit.remap.ops import Op, rules_error
 from port_kit.remap.patterns import literal_template
 from port_kit.remap.plan import Plan, compile_plan
-from port_kit.remap.rule import Rule, Rules, rules_error
+from port_kit.remap.rule import Rule, Rules
 
 __all__ = ["Op", "Rule", "RuleSet", "import_rules"]
 
