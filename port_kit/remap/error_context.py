@@ -40,14 +40,12 @@ def add_context(
     present = _Present(sources)
     known = Names([*targets, *(name for name in sources if name not in unexpected)])
     absent: list[str] = []
-    shown = range(min(SHOWN, len(result)))
-    for at in shown:
-        if result[at].code in _ABSENT and not result[at].source:
-            names = _expected(result[at], rules, present, sizes)
+    for at, problem in enumerate(result[:SHOWN]):
+        if problem.code in _ABSENT and not problem.source:
+            names = _expected(problem, rules, present, sizes)
             absent += [name for names_of_part in names for name in names_of_part.split(" or ")]
-            result[at] = _with_absent(result[at], names, sources, present.names, unexpected)
-    for at in shown:
-        problem = result[at]
+            result[at] = _with_absent(problem, names, sources, present.names, unexpected)
+    for at, problem in enumerate(result[:SHOWN]):
         if problem.code == "remap_unexpected":
             near = closest_match(problem.source, absent) or closest_match(problem.target or problem.source, known)
             result[at] = replace(problem, near="" if near == problem.source else near)
@@ -63,19 +61,14 @@ class _Present:
         self.names = Names(sources)
 
     @cached_property
-    def leaves(self) -> set[str]:
-        """Return the last parts of the names."""
-        return {name.rpartition(".")[2] for name in self.names}
-
-    @cached_property
-    def modules(self) -> set[str]:
-        """Return all modules that contain a tensor."""
-        return {module for name in self.names for module in _modules(name)}
+    def parts(self) -> set[str]:
+        """All modules that contain a tensor, and the last parts of the names with their dot."""
+        return {part for name in self.names for part in (*_modules(name), f".{name.rpartition('.')[2]}")}
 
     def likeness(self, name: str) -> tuple[bool, bool, int]:
-        """Return how much of an absent name exists: its template, its last part, its modules."""
-        depth = sum(module in self.modules for module in _modules(name))
-        return template_of(name) in self.names.templates, name.rpartition(".")[2] in self.leaves, depth
+        """Return the existing parts of an absent name: its template, its last part, the number of its modules."""
+        depth = sum(module in self.parts for module in _modules(name))
+        return template_of(name) in self.names.templates, f".{name.rpartition('.')[2]}" in self.parts, depth
 
 
 def _expected(problem: Problem, rules: Rules, present: _Present, sizes: Mapping[str, int]) -> list[str]:

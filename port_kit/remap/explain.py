@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from port_kit.manifest import Manifest
 from port_kit.remap.coverage import describe
-from port_kit.remap.plan import check
+from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import closest_match
-from port_kit.remap.resolve import Resolver
-from port_kit.remap.rule import Rules
+from port_kit.remap.resolve import Resolver, expand
+from port_kit.remap.rule import Rule, Rules
 
 
 @dataclass
@@ -33,13 +34,7 @@ class Explanation:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "found": self.found,
-            "rules": self.rules,
-            "tasks": self.tasks,
-            "notes": self.notes,
-        }
+        return asdict(self)
 
     def to_text(self) -> str:
         lines = [self.name]
@@ -56,66 +51,43 @@ def explain(
     target: Manifest | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> Explanation:
-    """Explain a source or target name; with both manifests also what the plan does with its elements."""
+    """Explain a source or target name; with both manifests, also the tasks of its elements in the plan."""
     result = Explanation(name)
-    _matching(result, rules, sizes or {})
+    for number, match in Resolver(rules, {}, sizes or {}).matches(name):
+        result.rules.append(_rule_json(number, rules.rules[number], match))
     if source is not None and target is not None:
-        _planned(result, rules, source, target, sizes or {})
+        _add_plan(result, check(rules, source, target, sizes))
     known = [*(source or ()), *(target or ())]
-    result.found = result.found or name in known
+    result.found = bool(result.rules) or name in known
     if not result.found:
         near = closest_match(name, known)
         result.notes.append("no rule matches it" + (f"; did you mean {near}?" if near else ""))
     return result
 
 
-def _matching(result: Explanation, rules: Rules, sizes: Mapping[str, int]) -> None:
-    for number, match in Resolver(rules, {}, sizes).matches(result.name):
-        rule = rules.rules[number]
-        does = (
-            f"dropped: {rule.drop}" if rule.drop else "to " + ", ".join(match.expand(_plain(t)) for t in rule.targets)
-        )
-        result.rules.append(
-            {
-                "number": number + 1,
-                "rule": rule.source,
-                "groups": [group or "" for group in match.groups()],
-                "shard": rule.shard,
-                "ops": [op.to_dict() for op in rule.op],
-                "does": does,
-                "fallback": rule.fallback,
-            }
-        )
-    result.found = bool(result.rules)
+def _rule_json(number: int, rule: Rule, match: re.Match[str]) -> dict[str, Any]:
+    targets = ", ".join(expand(template, match) for template in rule.targets)
+    return {
+        "number": number + 1,
+        "rule": rule.source,
+        "groups": [group or "" for group in match.groups()],
+        "shard": rule.shard,
+        "ops": [op.to_dict() for op in rule.op],
+        "does": f"dropped: {rule.drop}" if rule.drop else f"to {targets}",
+        "fallback": rule.fallback,
+    }
 
 
-def _plain(template: str) -> str:
-    """A template whose computed numbers stay as they are written, for showing."""
-    return "".join(piece.replace("\\", r"\\") if piece.startswith("{") else piece for piece in _pieces(template))
-
-
-def _pieces(template: str) -> list[str]:
-    pieces, rest = [], template
-    while "{" in rest:
-        before, _, rest = rest.partition("{")
-        inside, _, rest = rest.partition("}")
-        pieces += [before, "{" + inside + "}"]
-    return [*pieces, rest]
-
-
-def _planned(result: Explanation, rules: Rules, source: Manifest, target: Manifest, sizes: Mapping[str, int]) -> None:
-    plan = check(rules, source, target, sizes)
+def _add_plan(result: Explanation, plan: Plan) -> None:
     for task in plan.tasks:
         if result.name in (task.source, task.target):
             how = describe(task)
             result.tasks.append(f"{task.source} -> {task.target}" + (f" [{how}]" if how else ""))
-            result.found = True
     for table, word in ((plan.dropped, "dropped"), (plan.kept, "kept")):
         if result.name in table:
             result.notes.append(f"{word}: {table[result.name]}")
-            result.found = True
     if plan.converted:
         result.notes.append("the source is already converted: rules are not applied")
-    result.notes += [
-        f"problem: {problem}" for problem in plan.explained() if result.name in (problem.source, problem.target)
-    ]
+    for problem in plan.explained():
+        if result.name in (problem.source, problem.target):
+            result.notes.append(f"problem: {problem}")

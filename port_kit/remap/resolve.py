@@ -245,8 +245,8 @@ class _Place:
     base: Region
 
 
-def expand(text: str, match: re.Match[str], scope: Scope) -> str:
-    """Fill a template; a group that took no part in the match is empty."""
+def expand(text: str, match: re.Match[str], scope: Scope | None = None) -> str:
+    """Fill a template; a group that took no part in the match is empty. Without a scope, expressions are left."""
     template = parse_template(text)
     if template.format is not None:
         form, groups = template.format
@@ -258,7 +258,7 @@ def expand(text: str, match: re.Match[str], scope: Scope) -> str:
         elif part[0] == "group":
             filled.append(match[int(part[1]) if part[1].isdigit() else part[1]] or "")
         else:
-            filled.append(str(scope.size(part[1])))
+            filled.append(f"{{{part[1]}}}" if scope is None else str(scope.size(part[1])))
     return "".join(filled)
 
 

@@ -142,12 +142,12 @@ class RuleSet(Rules):
     @classmethod
     def from_toml(cls, text: str, *, folder: Path | None = None) -> RuleSet:
         """Read TOML; ``extends`` and ``[[include]]`` name files relative to ``folder`` or ``module:ATTRIBUTE``."""
-        return cls.from_dict(toml.loads(text), folder=folder)
+        return cls.from_dict(toml.read(text), folder=folder)
 
     @classmethod
     def from_file(cls, path: str | Path, *, depth: int = 0) -> RuleSet:
         """Read a ``.toml`` or ``.json`` file of rules."""
-        return cls.from_dict(toml.load(Path(path)), folder=Path(path).parent, depth=depth)
+        return cls.from_dict(toml.read(Path(path)), folder=Path(path).parent, depth=depth)
 
     def compile(
         self, source: Manifest, target: Manifest, sizes: Mapping[str, int] | None = None, **options: bool

@@ -9,34 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from port_kit.errors import RemapError
+from port_kit.remap.ops import rules_error
 
 _HINT = "see port_kit.remap.rules for the form"
 
 
-def load(path: Path) -> object:
-    """Read a ``.toml`` or ``.json`` file.
+def read(source: str | Path) -> object:
+    """Read TOML text, or a ``.toml`` or ``.json`` file.
 
     Raises:
         RemapError: ``remap_rules`` if it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = source if isinstance(source, str) else source.read_text(encoding="utf-8")
+        is_json = isinstance(source, Path) and source.suffix == ".json"
+        return json.loads(text) if is_json else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise RemapError(f"{path} cannot be read: {error}", code="remap_rules", hint=_HINT) from error
-
-
-def loads(text: str) -> dict[str, Any]:
-    """Parse TOML.
-
-    Raises:
-        RemapError: ``remap_rules`` if it is none.
-    """
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RemapError(f"not TOML: {error}", code="remap_rules", hint=_HINT) from error
+        name = source if isinstance(source, Path) else "TOML text"
+        raise rules_error(f"{name} cannot be read: {error}", _HINT) from error
 
 
 def dumps(data: Mapping[str, Any]) -> str:
@@ -57,25 +47,17 @@ def _short(key: str, value: Any) -> Any:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, str):
-        return _string(value)
+    """Write a value; texts are literal strings if possible, because patterns are full of backslashes."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_name(key)} = {_value(item)}" for key, item in value.items()) + " }"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_value, value)) + "]"
-    raise RemapError(f"{value!r} has no form in TOML", code="remap_rules", hint=_HINT)
-
-
-def _string(text: str) -> str:
-    """Write a literal string if possible, because patterns are full of backslashes."""
-    if "'" not in text and text.isprintable():
-        return f"'{text}'"
-    return json.dumps(text, ensure_ascii=True).replace("\\u007f", "\\u007F")
+    if not isinstance(value, (int, str)):
+        raise rules_error(f"{value!r} has no form in TOML", _HINT)
+    if isinstance(value, str) and "'" not in value and value.isprintable():
+        return f"'{value}'"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
 def _name(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _string(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
