@@ -5,7 +5,7 @@ A :class:`RuleSet` is data. Compiled against a source and a target manifest it r
 
 The language, one field of :class:`Rule` per line::
 
-    source    regular expression over a whole source name          r"blocks\.(\d+)\.attn\.(q|k|v)\.weight"
+    source    regular expression over a full source name           r"blocks\.(\d+)\.attn\.(q|k|v)\.weight"
     target    template over its groups: \1, \g<name>, {\1 // 4}    r"layers.\1.attn.qkv.weight"
     shard     shard of a fused target, or part of a joining op     r"\2"       q k v, 0 1, expert.w1
     take      the part of the source that is used, before the ops  "[0:3*h, :]"
@@ -39,30 +39,13 @@ to original names only. A checkpoint without that record is taken as original, u
 target and no rule matches any of them.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+from port_kit.remap.coverage import coverage
+from port_kit.remap.load import WeightLoader, load_components, load_weights
+from port_kit.remap.local import load_local
+from port_kit.remap.plan import Plan
+from port_kit.remap.resolve import CopyTask
 from port_kit.remap.rules import Op, Rule, RuleSet
-
-if TYPE_CHECKING:
-    from port_kit.remap.coverage import coverage
-    from port_kit.remap.load import WeightLoader, load_components, load_weights
-    from port_kit.remap.local import load_local
-    from port_kit.remap.plan import Plan
-    from port_kit.remap.resolve import CopyTask
-    from port_kit.remap.transforms import transform
-
-_LAZY = {
-    "CopyTask": "resolve",
-    "Plan": "plan",
-    "WeightLoader": "load",
-    "load_components": "load",
-    "load_local": "local",
-    "load_weights": "load",
-    "coverage": "coverage",
-    "transform": "transforms",
-}
+from port_kit.remap.transforms import transform
 
 __all__ = [
     "CopyTask",
@@ -77,11 +60,3 @@ __all__ = [
     "load_weights",
     "transform",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

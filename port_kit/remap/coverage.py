@@ -4,37 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from port_kit.manifest import Manifest
-from port_kit.remap.names import collapse, split_numbers
+from port_kit.remap.names import collapse, template_of
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import Problem
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.rule import Rules
 from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
-
-
-@dataclass
-class Line:
-    """All copy tasks of one layer template: sources, targets, operations and count."""
-
-    sources: list[str] = field(default_factory=list)
-    targets: list[str] = field(default_factory=list)
-    how: str = ""
-    shape: str = ""
-    rule: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "source": collapse(self.sources),
-            "target": collapse(dict.fromkeys(self.targets)),
-            "how": self.how,
-            "shape": self.shape,
-            "rule": self.rule,
-            "count": len(self.sources),
-        }
 
 
 @dataclass(frozen=True)
@@ -54,25 +33,30 @@ class Coverage:
         """Return True if every element on both sides is accounted for."""
         return self.plan.ok
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[dict[str, Any]]:
         """Return the tasks by layer template, in the order of the sources."""
-        found: dict[tuple[str, ...], Line] = {}
+        groups: dict[tuple[str, ...], list[CopyTask]] = defaultdict(list)
         for task in self.plan.tasks:
-            source, _ = split_numbers(task.source)
-            target, _ = split_numbers(task.target)
-            how = describe(task)
             shape = str(list(self.plan.source[task.source].shape))
-            line = found.setdefault((source, target, how, shape), Line(how=how, shape=shape, rule=task.rule.label))
-            line.sources.append(task.source)
-            line.targets.append(task.target)
-        return list(found.values())
+            groups[template_of(task.source), template_of(task.target), describe(task), shape].append(task)
+        return [
+            {
+                "source": collapse(task.source for task in tasks),
+                "target": collapse(dict.fromkeys(task.target for task in tasks)),
+                "how": how,
+                "shape": shape,
+                "rule": tasks[0].rule.label,
+                "count": len(tasks),
+            }
+            for (_, _, how, shape), tasks in groups.items()
+        ]
 
     def problems(self) -> list[dict[str, Any]]:
         """Return the problems, those of one layer template joined, with their sources and targets as templates."""
         groups: dict[tuple[str, str, str, str], list[Problem]] = defaultdict(list)
         for problem in self.plan.explained():
-            key = (split_numbers(problem.source)[0], split_numbers(problem.target)[0], problem.code, problem.rule)
-            groups[key].append(problem)
+            names = template_of(problem.source), template_of(problem.target)
+            groups[*names, problem.code, problem.rule].append(problem)
         joined = []
         for group in groups.values():
             data: dict[str, Any] = group[0].to_json()
@@ -86,22 +70,19 @@ class Coverage:
     def to_json(self) -> dict[str, Any]:
         """Return the report as data."""
         plan = self.plan
+        written = {task.target for task in plan.tasks} - {problem.target for problem in plan.problems}
         return {
             "ok": plan.ok,
             "rules": {"name": plan.rules.name, "count": len(plan.rules)},
             "converted": plan.converted,
             "source": _side(plan.source) | {"used": len({task.source for task in plan.tasks})},
-            "target": _side(plan.target) | {"from": self.target_from, "written": self._written()},
+            "target": _side(plan.target) | {"from": self.target_from, "written": len(written)},
             "dropped": dict(plan.dropped),
             "kept": dict(plan.kept),
             "problems": self.problems(),
             "problem_count": len(plan.problems),
-            "lines": [line.to_json() for line in self.lines()],
+            "lines": self.lines(),
         }
-
-    def _written(self) -> int:
-        blamed = {problem.target for problem in self.plan.problems}
-        return len({task.target for task in self.plan.tasks} - blamed)
 
     def to_text(self) -> str:
         """Return the report as text."""
@@ -115,9 +96,8 @@ class Coverage:
         if plan.converted:
             lines.append("the source has the target's names: rules are not applied")
         for line in [] if plan.converted else self.lines():
-            targets = ", ".join(collapse(dict.fromkeys(line.targets)))
-            how = f"  [{line.how}]" if line.how else ""
-            lines.append(f"{', '.join(collapse(line.sources))} {line.shape} -> {targets}{how}")
+            how = f"  [{line['how']}]" if line["how"] else ""
+            lines.append(f"{', '.join(line['source'])} {line['shape']} -> {', '.join(line['target'])}{how}")
         lines += [f"dropped {name}: {reason}" for name, reason in _by_reason(plan.dropped)]
         lines += [f"kept    {name}: {reason}" for name, reason in _by_reason(plan.kept)]
         lines += ["", *self._verdict()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
 from typing import Any
@@ -24,20 +25,19 @@ MAX_SPELLINGS = 512
 MAX_NUMBER = 128
 
 
-def expected_sources(rules: Rules, target: str, part: str = "", sizes: Mapping[str, int] | None = None) -> list[str]:
+def expected_sources(rules: Rules, target: str, part: str, sizes: Mapping[str, int]) -> list[str]:
     """Return the source names that would fill a target.
 
     Args:
         rules: the rule set.
         target: a target's name.
-        part: the shard of a fused target, or the part of a join; empty for the whole target.
-        sizes: named sizes, for templates with arithmetic.
+        part: the shard of a fused target, or the part of a join; empty for the complete target.
+        sizes: all named sizes, for templates with arithmetic.
 
     Returns:
         Names in the order of the rules; empty if no rule maps there or its pattern cannot be spelled out.
     """
-    scope = {**{name: value for name, value in rules.sizes.items() if isinstance(value, int)}, **(sizes or {})}
-    found = (name for rule in rules if rule.source and rule.target for name in _spellings(rule, target, part, scope))
+    found = (name for rule in rules if rule.source and rule.target for name in _spellings(rule, target, part, sizes))
     return list(dict.fromkeys(found))
 
 
@@ -47,10 +47,16 @@ def _spellings(rule: Rule, target: str, part: str, sizes: Mapping[str, int]) -> 
         held_by_part = _held(shard, part) if shard and part else {}
         if held is None or held_by_part is None or any(held.get(k, v) != v for k, v in held_by_part.items()):
             continue
-        groups = compile_pattern(rule.source).groupindex
-        known = {str(groups.get(name, name)): value for name, value in {**held, **held_by_part}.items()}
-        names = itertools.islice(_spell(list(parse_pattern(rule.source)), known), MAX_SPELLINGS)
-        yield from (name for name in names if _leads_to(rule, name, template, target, shard, part, sizes))
+        pattern = compile_pattern(rule.source)
+        known = {str(pattern.groupindex.get(name, name)): value for name, value in {**held, **held_by_part}.items()}
+        for name in itertools.islice(_spell(list(parse_pattern(rule.source)), known), MAX_SPELLINGS):
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            scope = Scope(sizes, rule.label, name, match, ())
+            with suppress(RemapError):
+                if expand(template, match, scope) == target and (not part or expand(shard, match, scope) == part):
+                    yield name
 
 
 def _held(template: str, text: str) -> dict[str, str] | None:
@@ -111,16 +117,3 @@ def _spell_one(code: Any, value: Any, known: Mapping[str, str]) -> Iterator[str]
 
 def _is_number(body: Any) -> bool:
     return list(body) == [(sre.IN, [(sre.CATEGORY, sre.CATEGORY_DIGIT)])]
-
-
-def _leads_to(
-    rule: Rule, name: str, template: str, target: str, shard: str, part: str, sizes: Mapping[str, int]
-) -> bool:
-    match = compile_pattern(rule.source).fullmatch(name)
-    if match is None:
-        return False
-    scope = Scope(dict(sizes), rule.label, name, match, ())
-    try:
-        return expand(template, match, scope) == target and (not part or expand(shard, match, scope) == part)
-    except RemapError:
-        return False

@@ -5,18 +5,16 @@ Files record in their metadata which names they have, so that no loader has to g
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.checkpoint.dtypes import keeps_values
-from port_kit.errors import RemapError
 from port_kit.manifest import NAMING_KEY, Manifest
 from port_kit.regions import full_region, region_index, region_numel
 from port_kit.remap.executor import Executor, overflows
-from port_kit.remap.plan import Plan
-from port_kit.remap.problems import raise_problems
+from port_kit.remap.plan import Plan, grouped
+from port_kit.remap.problems import raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.tensor_ops import Call, apply, apply_inverse, source_region
 from port_kit.remap.transforms import find_transform
@@ -44,11 +42,8 @@ def convert(plan: Plan, read: Read | Mapping[str, Tensor]) -> Iterator[tuple[str
         spec = plan.target[name]
         result = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         executor = Executor({name: Target(name, result, spec, (), None)}, {name: spec})
-        groups: dict[object, list[CopyTask]] = defaultdict(list)
-        for task in tasks:
-            groups[task.group if task.join is not None else task].append(task)
         with torch.no_grad():
-            for group in groups.values():
+            for group in grouped(tasks, lambda task: task.group if task.join is not None else task).values():
                 executor.run(group, {task.source: tensor_of(task.source) for task in group})
         raise_problems(executor.problems, f"{plan.rules.name} does not convert {name}")
         yield name, result
@@ -80,21 +75,16 @@ def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterato
         )
     tensor_of = _reader(read)
     for name, tasks in plan.by_source().items():
-        copies: dict[object, list[CopyTask]] = defaultdict(list)
-        for task in tasks:  # rules with take use parts of one copy
-            copies["" if task.rule.take else task.rule].append(task)
-        whole = [copy for copy in copies.values() if _used(copy) == plan.source[name].numel] or list(copies.values())
-        whole = [copy for copy in whole if _keeps_values(plan, copy)] or whole
-        restored = [_restore(plan, name, copy, tensor_of) for copy in whole]
-        parts = [task for copy in copies.values() if copy not in whole for task in copy]
-        if any(not _same_bits(other, restored[0]) for other in restored[1:]) or not all(
-            _agrees(task, restored[0], tensor_of(task.target)) for task in parts
-        ):
-            raise RemapError(
-                f"{name} cannot be restored: its copies in {', '.join(task.target for task in tasks)} differ",
-                code="remap_op",
-                hint="export with rules that read it from one of them",
-            )
+        copies = grouped(tasks, lambda task: "" if task.rule.take else task.rule)  # with take: parts of one copy
+        complete = [copy for copy in copies.values() if _used(copy) == plan.source[name].numel] or list(copies.values())
+        complete = [copy for copy in complete if _keeps_values(plan, copy)] or complete
+        restored = [_restore(plan, name, copy, tensor_of) for copy in complete]
+        parts = [task for copy in copies.values() if copy not in complete for task in copy]
+        agree = all(_same_bits(other, restored[0]) for other in restored[1:])
+        if not agree or not all(_agrees(task, restored[0], tensor_of(task.target)) for task in parts):
+            copies_of = ", ".join(task.target for task in tasks)
+            hint = "export with rules that read it from one of them"
+            raise remap_error("remap_op", f"{name} cannot be restored: its copies in {copies_of} differ", hint)
         yield name, restored[0]
 
 
@@ -104,11 +94,8 @@ def _restore(plan: Plan, name: str, tasks: Sequence[CopyTask], read: Read) -> Te
     spec = plan.source[name]
     used = _used(tasks)
     if used != spec.numel:
-        raise RemapError(
-            f"{name} cannot be restored: {spec.numel - used} of its elements were dropped on loading",
-            code="remap_unused",
-            hint="export needs rules that use all of a source",
-        )
+        message = f"{name} cannot be restored: {spec.numel - used} of its elements were dropped on loading"
+        raise remap_error("remap_unused", message, "export needs rules that use all of a source")
     result, joined = torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)), plan.joined()
     for task in tasks:
         value = read(task.target)[region_index(task.region)]
@@ -119,11 +106,8 @@ def _restore(plan: Plan, name: str, tasks: Sequence[CopyTask], read: Read) -> Te
         with torch.no_grad():
             apply_inverse(result, task.ops, rounded.reshape(task.shape))
         if rounded.dtype != value.dtype and overflows(rounded, value):
-            raise RemapError(
-                f"{name} cannot be restored: {task.target} has finite values that {spec.dtype} cannot represent",
-                code="remap_overflow",
-                hint="export into a wider dtype",
-            )
+            message = f"{name} cannot be restored: {task.target} has finite values that {spec.dtype} cannot represent"
+            raise remap_error("remap_overflow", message, "export into a wider dtype")
     return result
 
 

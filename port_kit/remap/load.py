@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.executor import Executor, check_streamable
 from port_kit.remap.plan import PlanBuilder, check
-from port_kit.remap.problems import Problem, raise_problems
+from port_kit.remap.problems import Problem, raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.rule import Rules
 from port_kit.targets import Targets, read_targets
@@ -60,13 +59,7 @@ def load_weights(
         RemapError: with every gap in ``details["problems"]``; see :func:`port_kit.remap.plan.compile_plan`.
     """
     loader = WeightLoader(
-        module,
-        rules,
-        sizes=sizes,
-        prefix=prefix,
-        folder=folder,
-        allow_downcast=allow_downcast,
-        converted=converted,
+        module, rules, sizes=sizes, prefix=prefix, folder=folder, allow_downcast=allow_downcast, converted=converted
     )
     for name, tensor in weights:
         loader.feed(name, tensor)
@@ -96,17 +89,12 @@ def load_components(
     Raises:
         RemapError: as :func:`load_weights`; ``remap_unexpected`` for a name of no component.
     """
-    loaders = {
-        name: WeightLoader(
-            module,
-            rules,
-            sizes=sizes,
-            prefix=f"{name}.",
-            folder=Path(model) / name if model is not None else None,
-            allow_downcast=allow_downcast,
+    loaders = {}
+    for name, (module, rules) in parts.items():
+        folder = Path(model) / name if model is not None else None
+        loaders[name] = WeightLoader(
+            module, rules, sizes=sizes, prefix=f"{name}.", folder=folder, allow_downcast=allow_downcast
         )
-        for name, (module, rules) in parts.items()
-    }
     for name, tensor in weights:
         component = name.partition(".")[0]
         if component not in loaders:
@@ -213,12 +201,10 @@ class WeightLoader:
         self._waiting[name] = tensor.clone()
         size = sum(part.nbytes for part in self._waiting.values())
         if size > MAX_WAITING:
-            raise RemapError(
-                f"{len(self._waiting)} tensors wait for the other parts of their targets: expected at most "
-                f"{MAX_WAITING:,} bytes, found {size:,}; first: {next(iter(self._waiting))}",
-                code="remap_incomplete_group",
-                hint="give concat its sizes, so that parts need not wait for each other",
-            )
+            message = f"{len(self._waiting)} tensors wait for the other parts of their targets"
+            found = f"expected at most {MAX_WAITING:,} bytes, found {size:,}; first: {next(iter(self._waiting))}"
+            hint = "give concat its sizes, so that parts need not wait for each other"
+            raise remap_error("remap_incomplete_group", f"{message}: {found}", hint)
 
     def finish(self) -> set[str]:
         """Verify that everything arrived.
@@ -231,13 +217,10 @@ class WeightLoader:
         """
         problems = [*self._problems, *self._executor.problems]
         if self._planned is None:
-            plan = self._builder.finish()
-            problems += plan.explained()
-        else:
-            absent = [name for name in self._planned if name not in self._seen]
-            problems += [
-                Problem("remap_missing", f"{name} is not in the stream", source=name, file=self._specs[name].file)
-                for name in absent
-            ]
+            problems += self._builder.finish().explained()
+        for name in self._planned or ():
+            if name not in self._seen:
+                message, file = f"{name} is not in the stream", self._specs[name].file
+                problems.append(Problem("remap_missing", message, source=name, file=file))
         raise_problems(problems, f"{self._rules.name} does not load {self._target.origin} completely")
         return {self._prefix + name for name in self._target}

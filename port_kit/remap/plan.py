@@ -7,8 +7,9 @@ if every target element is written exactly once, and every source element is use
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from port_kit.manifest import Manifest, TensorSpec
@@ -78,21 +79,22 @@ class Plan:
 
     def by_target(self) -> dict[str, list[CopyTask]]:
         """Return the tasks of each target."""
-        return _grouped(self.tasks, "target")
+        return grouped(self.tasks, attrgetter("target"))
 
     def by_source(self) -> dict[str, list[CopyTask]]:
         """Return the tasks of each source."""
-        return _grouped(self.tasks, "source")
+        return grouped(self.tasks, attrgetter("source"))
 
     def joined(self) -> dict[object, list[CopyTask]]:
         """Return the tasks of each transform with several sources."""
-        return _grouped([task for task in self.tasks if task.join is not None], "group")
+        return grouped([task for task in self.tasks if task.join is not None], attrgetter("group"))
 
 
-def _grouped(tasks: Iterable[CopyTask], key: str) -> dict[Any, list[CopyTask]]:
+def grouped(tasks: Iterable[CopyTask], key: Callable[[CopyTask], Any]) -> dict[Any, list[CopyTask]]:
+    """Return the tasks by their key, in the order of the first task of each."""
     found: dict[Any, list[CopyTask]] = defaultdict(list)
     for task in tasks:
-        found[getattr(task, key)].append(task)
+        found[key(task)].append(task)
     return dict(found)
 
 
@@ -311,7 +313,7 @@ class PlanBuilder:
     ) -> list[Problem]:
         """Check that every target element is written once, or kept."""
         reported = self._affected | {problem.target for problem in problems if problem.target}
-        by_target = _grouped(tasks, "target")
+        by_target = grouped(tasks, attrgetter("target"))
         found = []
         for name, spec in self.resolver.target.items():
             written = by_target.get(name, [])

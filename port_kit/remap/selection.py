@@ -1,7 +1,7 @@
-"""Selections of whole rows and columns: what an adapter's matrices can follow of the ops that a weight goes through.
+"""Selections of complete rows and columns: the ops on a weight that an adapter's matrices can follow.
 
-A weight of shape (outputs, ...) has rows along its first axis and columns along all others together. Whether a chain of
-ops selects whole rows and columns is measured: it runs on a tensor of row numbers and on one of column numbers.
+A weight of shape (outputs, ...) has rows along its first axis and columns along all others together. To find out if a
+chain of ops selects complete rows and columns, it runs on a tensor of row numbers and on one of column numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Selection:
 
     Attributes:
         before: the weight's shape.
-        after: the shape that comes out of the ops.
+        after: the shape of the ops' result.
         rows: numbers of rows; None for all of them in order.
         columns: the same of columns.
     """
@@ -35,11 +35,11 @@ class Selection:
     columns: Tensor | None = None
 
     def of(self, kind: str, value: Tensor) -> Tensor | None:
-        """Return what an adapter's tensor is for the selected part of the weight.
+        """Return an adapter's tensor for the selected part of the weight.
 
         Args:
             kind: ``A``, ``B``, ``A.bias``, ``B.bias``, ``magnitude``, ``alpha`` or ``diff``.
-            value: the tensor, for the whole weight.
+            value: the tensor, for the complete weight.
 
         Returns:
             The tensor; None if it belongs to all columns (or all rows) together and some are left out.
@@ -63,7 +63,7 @@ class Selection:
 
 
 def select(ops: Sequence[TensorOp], shape: Shape) -> Selection | None:
-    """Return the rows and columns that ops select of a weight; None if they do anything else.
+    """Return the rows and columns of a weight that ops select; None if they do anything else.
 
     One axis is measured at a time: numbers along the other axes are expanded, not stored.
     """
@@ -72,46 +72,42 @@ def select(ops: Sequence[TensorOp], shape: Shape) -> Selection | None:
     ops = [op for op in ops if not isinstance(op, Cast)]  # an adapter keeps its own dtype
     if not ops:
         return Selection(shape, shape)
-    rows, inner = shape[0], shape[1:]
+    rows, columns = torch.arange(shape[0]), torch.arange(math.prod(shape[1:]))
     try:
-        # float32, as transforms expect weights: exact for as many numbers as an axis has
-        by_row = apply(torch.arange(rows, dtype=torch.float32).view(-1, *[1] * len(inner)).expand(shape), ops)
-        after = tuple(by_row.shape)
-        picked_rows = _constant(by_row.reshape(after[0], -1), rows)
+        after, by_row = _run(ops, rows.view(-1, *[1] * len(shape[1:])), shape)
+        picked_rows = _constant(by_row, len(rows))
         del by_row
-        numbers = torch.arange(math.prod(inner), dtype=torch.float32).view(1, *inner)
-        by_column = apply(numbers.expand(shape), ops)
-        picked_columns = _constant(by_column.reshape(after[0], -1).T, math.prod(inner))
+        _, by_column = _run(ops, columns.view(1, *shape[1:]), shape)
+        picked_columns = _constant(by_column.T, len(columns))
         del by_column
         if picked_rows is None or picked_columns is None:
             return None
-        if any(isinstance(op, Call) for op in ops) and not _holds(ops, shape, picked_rows, picked_columns):
-            return None
+        if any(isinstance(op, Call) for op in ops):  # a transform may compute: try other values
+            sample = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            if not bool(
+                (_run(ops, sample, shape)[1] == sample.reshape(len(rows), -1)[picked_rows][:, picked_columns]).all()
+            ):
+                return None
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # from a registered transform
         return None
-    return Selection(shape, after, _unless_all(picked_rows, rows), _unless_all(picked_columns, math.prod(inner)))
+    rows_or_all = None if torch.equal(picked_rows, rows) else picked_rows
+    return Selection(shape, after, rows_or_all, None if torch.equal(picked_columns, columns) else picked_columns)
+
+
+def _run(ops: Sequence[TensorOp], values: Tensor, shape: Shape) -> tuple[Shape, Tensor]:
+    """Return the shape of a result, and the result as a matrix.
+
+    Values are float32, as transforms expect weights: exact for as many numbers as an axis has.
+    """
+    result = apply(values.float().expand(shape), ops)
+    return tuple(result.shape), result.reshape(result.shape[0], -1)
 
 
 def _constant(numbers: Tensor, count: int) -> Tensor | None:
-    """The number of each row if all elements of the row have it and it is one of ``count``; else None."""
+    """Return the number in each row of a matrix; None if a row has several, or one that is not in ``range(count)``."""
     first = numbers[:, 0]
     sound = bool((numbers == first[:, None]).all()) and bool(((first >= 0) & (first < count)).all())
     return first.long() if sound and bool((first == first.long()).all()) else None
-
-
-def _holds(ops: Sequence[TensorOp], shape: Shape, rows: Tensor, columns: Tensor) -> bool:
-    """Return True if the ops select these rows and columns of other values, too: transforms may compute."""
-    import torch
-
-    sample = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    got = apply(sample, ops)
-    return bool((got.reshape(len(rows), -1) == sample.reshape(shape[0], -1)[rows][:, columns]).all())
-
-
-def _unless_all(picked: Tensor, count: int) -> Tensor | None:
-    import torch
-
-    return None if torch.equal(picked, torch.arange(count)) else picked
 
 
 def _take(value: Tensor, axis: int, numbers: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 from typing import TYPE_CHECKING
 
 from port_kit.errors import RemapError
@@ -86,25 +87,20 @@ class Reorder:
 
     def moves(self) -> list[tuple[int, int, int]]:
         """Return ``(start in the result, start in the input, length)`` of every run."""
-        found, at = [], 0
-        for start, stop in self.runs:
-            found.append((at, start, stop - start))
-            at += stop - start
-        return found
+        ends = accumulate(stop - start for start, stop in self.runs)
+        return [(end - stop + start, start, stop - start) for end, (start, stop) in zip(ends, self.runs, strict=True)]
 
     def apply(self, tensor: Tensor) -> Tensor:
         import torch
 
-        return torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in self.runs], self.dim)
+        return torch.cat([tensor.narrow(self.dim, start, length) for _, start, length in self.moves()], self.dim)
 
     def source_region(self, regions: Sequence[Region]) -> list[Region]:
         found = []
-        for region in regions:
-            low, high = region[self.dim]
-            for at, start, length in self.moves():
-                first, last = max(low, at), min(high, at + length)
-                if first < last:
-                    found.append(with_span(region, self.dim, first - at + start, last - at + start))
+        for region, (at, start, length) in product(regions, self.moves()):
+            first, last = max(region[self.dim][0], at), min(region[self.dim][1], at + length)
+            if first < last:
+                found.append(with_span(region, self.dim, first - at + start, last - at + start))
         return found
 
 
@@ -149,12 +145,9 @@ class Fill:
         """
         one = tensor.reshape(-1)[:1]
         if not bool((tensor == one).all()):
-            raise RemapError(
-                f"fill cannot be inverted: expected {tensor.numel()} equal elements, "
-                f"found {len(tensor.unique())} different values",
-                code="remap_op",
-                hint="export the elements by rules of their own",
-            )
+            found = f"expected {tensor.numel()} equal elements, found {len(tensor.unique())} different values"
+            hint = "export the elements by rules of their own"
+            raise RemapError(f"fill cannot be inverted: {found}", code="remap_op", hint=hint)
         return one.reshape(self.before)
 
 
@@ -222,21 +215,14 @@ def apply_inverse(destination: Tensor, ops: Sequence[TensorOp], value: Tensor) -
         destination.copy_(value)
         return
     op, rest = ops[0], ops[1:]
-    if isinstance(op, (Slice, Permute)):
-        apply_inverse(op.apply(destination), rest, value)
-    elif isinstance(op, Cast):
-        apply_inverse(destination, rest, value)
-    elif isinstance(op, (Call, Fill)):
-        result = destination.new_empty(op.after)
-        apply_inverse(result, rest, value)
+    result = destination.new_empty(op.after) if isinstance(op, (Call, Fill)) else op.apply(destination)
+    if isinstance(op, Cast):
+        result = destination
+    apply_inverse(result, rest, value)
+    if isinstance(op, (Call, Fill)):
         destination.copy_(op.invert(result))
-    elif isinstance(op, Reshape):
-        shaped = op.apply(destination)
-        apply_inverse(shaped, rest, value)
-        if shaped.data_ptr() != destination.data_ptr():
-            destination.copy_(shaped.reshape(op.before))
-    else:
-        moved = op.apply(destination)
-        apply_inverse(moved, rest, value)
+    elif isinstance(op, Reshape) and result.data_ptr() != destination.data_ptr():
+        destination.copy_(result.reshape(op.before))
+    elif isinstance(op, Reorder):
         for at, start, length in op.moves():
-            destination.narrow(op.dim, start, length).copy_(moved.narrow(op.dim, at, length))
+            destination.narrow(op.dim, start, length).copy_(result.narrow(op.dim, at, length))

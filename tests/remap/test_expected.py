@@ -33,7 +33,7 @@ RULES = RuleSet(
     ],
 )
 def test_the_names_that_would_fill_a_target(target: str, part: str, names: list[str]) -> None:
-    assert expected_sources(RULES, target, part) == names
+    assert expected_sources(RULES, target, part, {}) == names
 
 
 def test_an_absent_part_is_named_with_its_file_and_the_name_that_came_instead() -> None:
