@@ -38,23 +38,16 @@ def evaluate(expression: Size, names: Mapping[str, int], where: str = "") -> int
     """
     if isinstance(expression, int):
         return expression
+    of = f"of {where} " if where else ""
     try:
         return _value(parse(expression), names)
     except KeyError as error:
         known = ", ".join(sorted(names)) or "none"
-        raise RemapError(
-            f"size {expression!r}{_of(where)} names {error.args[0]!r}, which is not a known size",
-            code="remap_size",
-            hint=f"known sizes: {known}; give it in the rule set's sizes or to compile(sizes=...)",
-            expression=expression,
-            unknown=error.args[0],
-        ) from error
+        hint = f"known sizes: {known}; give it in the rule set's sizes or to compile(sizes=...)"
+        raise _bad(expression, f"{of}names {error.args[0]!r}, which is not a known size", hint) from error
     except (ZeroDivisionError, OverflowError) as error:
-        raise RemapError(
-            f"size {expression!r}{_of(where)} cannot be computed: {error}",
-            code="remap_size",
-            hint="check the named sizes that it uses",
-        ) from error
+        hint = "check the named sizes that it uses"
+        raise _bad(expression, f"{of}cannot be computed: {error}", hint) from error
 
 
 def evaluate_sizes(sizes: Mapping[str, int | str], given: Mapping[str, int]) -> dict[str, int]:
@@ -68,11 +61,7 @@ def evaluate_sizes(sizes: Mapping[str, int | str], given: Mapping[str, int]) -> 
     while waiting:
         ready = [name for name, text in waiting.items() if not names_in(text) & waiting.keys()]
         if not ready:
-            raise RemapError(
-                f"the sizes {sorted(waiting)} define each other",
-                code="remap_size",
-                hint="give one of them as a number",
-            )
+            raise _bad(", ".join(waiting), "define each other", "give one of them as a number")
         for name in ready:
             values[name] = evaluate(waiting.pop(name), values, f"size {name}")
     return values
@@ -118,14 +107,6 @@ def _value(node: ast.expr, names: Mapping[str, int]) -> int:
     return result
 
 
-def _of(where: str) -> str:
-    return f" of {where}" if where else ""
-
-
-def _bad(expression: str, why: str) -> RemapError:
-    return RemapError(
-        f"size {expression!r} {why}",
-        code="remap_size",
-        hint="a size is integers, names, brackets and + - * // %, such as 3*hidden + mlp",
-        expression=expression,
-    )
+def _bad(expression: str, why: str, hint: str = "") -> RemapError:
+    hint = hint or "a size is integers, names, brackets and + - * // %, such as 3*hidden + mlp"
+    return RemapError(f"size {expression!r} {why}", code="remap_size", hint=hint, expression=expression)

@@ -109,10 +109,8 @@ def check_ops(ops: Sequence[Op], label: str, targets: int, *, has_shard: bool) -
         raise op_error(f"rule {label!r} has {joining[0]} and no shard", "shard names the part that the source is")
     splits = [op.name for op in ops].count("split")
     if splits > 1 or bool(splits) != (targets > 1):
-        raise op_error(
-            f"rule {label!r} has {splits} split and {targets} targets",
-            "split needs two or more targets (or shards); one target needs no split",
-        )
+        hint = "split needs two or more targets (or shards); one target needs no split"
+        raise op_error(f"rule {label!r} has {splits} split and {targets} targets", hint)
 
 
 def check_region(text: str) -> None:
@@ -128,10 +126,8 @@ def _check_arguments(op: Op, label: str) -> None:
     given = {key for key, _ in op.args}
     missing = [name[1:] for name in allowed if name.startswith("*") and name[1:] not in given]
     if given - names or missing:
-        raise op_error(
-            f"op {op.name} of rule {label!r} has arguments {sorted(given)}",
-            f"{op.name} takes {', '.join(allowed) or 'none'} (* is required)",
-        )
+        hint = f"{op.name} takes {', '.join(allowed) or 'none'} (* is required)"
+        raise op_error(f"op {op.name} of rule {label!r} has arguments {sorted(given)}", hint)
     for key, value in op.args if op.name in OPS else ():
         kind = "pairs" if (op.name, key) == ("rearrange", "sizes") else "count" if op.name == "reorder" else ""
         what, holds = _KINDS[f"{key} {kind}" if f"{key} {kind}" in _KINDS else key]

@@ -127,12 +127,8 @@ _CATEGORIES = {
 
 def _bad(pattern: str, why: str) -> RemapError:
     shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
-    return RemapError(
-        f"pattern {shown!r} {why}",
-        code="remap_pattern",
-        hint=r"write names out and use (\d+), ([^.]+) and (a|b) for what varies",
-        pattern=shown,
-    )
+    hint = r"write names out and use (\d+), ([^.]+) and (a|b) for parts that vary"
+    return RemapError(f"pattern {shown!r} {why}", code="remap_pattern", hint=hint)
 
 
 _TEMPLATE_PART = re.compile(r"\\(\d{1,2})|\\g<(\w+)>|\{([^{}]*)\}|\\([\\{}])|(\\.?|[{}])", re.DOTALL)
@@ -143,17 +139,15 @@ _GROUP_IN_EXPRESSION = re.compile(r"\\(\d{1,2})|\\g<(\w+)>")
 class Template:
     """A target name with placeholders; its parts are text, ``("group", name)`` or ``("size", expression)``."""
 
-    text: str
     parts: tuple[str | tuple[str, str], ...]
 
     @cached_property
     def format(self) -> tuple[str, tuple[int | str, ...]] | None:
         """A ``%`` format and the groups that fill it, or None if the template has expressions."""
-        groups = tuple(self.groups())
-        if any(not isinstance(part, str) and part[0] == "size" for part in self.parts):
+        if any(part[0] == "size" for part in self.parts if not isinstance(part, str)):
             return None
         text = "".join(part.replace("%", "%%") if isinstance(part, str) else "%s" for part in self.parts)
-        return text, tuple(int(group) if group.isdigit() else group for group in groups)
+        return text, tuple(int(group) if group.isdigit() else group for group in self.groups())
 
     def groups(self) -> Iterator[str]:
         """Yield the groups that the template refers to, numbers as digits."""
@@ -174,12 +168,8 @@ def parse_template(text: str) -> Template:
     for match in _TEMPLATE_PART.finditer(text):
         number, name, expression, sign, stray = match.groups()
         if stray:
-            raise RemapError(
-                f"template {text!r} has a stray {stray!r}",
-                code="remap_template",
-                hint=r"a template is plain text with \1, \g<name> and {expression}",
-                template=text,
-            )
+            hint = r"a template is plain text with \1, \g<name> and {expression}"
+            raise RemapError(f"template {text!r} has a stray {stray!r}", code="remap_template", hint=hint)
         if match.start() > at:
             parts.append(text[at : match.start()])
         if sign:
@@ -189,7 +179,7 @@ def parse_template(text: str) -> Template:
         at = match.end()
     if at < len(text):
         parts.append(text[at:])
-    return Template(text, tuple(parts))
+    return Template(tuple(parts))
 
 
 def literal_template(text: str) -> str:

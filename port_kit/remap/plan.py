@@ -230,18 +230,8 @@ class PlanBuilder:
         order = {name: at for at, name in enumerate(self._specs)}
         tasks = sorted(tasks, key=lambda task: order[task.source])
         source = Manifest(self._specs) if source is None else source
-        return Plan(
-            self.rules,
-            source,
-            self.target,
-            tuple(tasks),
-            self._dropped,
-            kept,
-            converted,
-            tuple(problems),
-            dict(self._used),
-            self.resolver.sizes,
-        )
+        sides, used = (self.rules, source, self.target), dict(self._used)
+        return Plan(*sides, tuple(tasks), self._dropped, kept, converted, tuple(problems), used, self.resolver.sizes)
 
     def _ready(self, task: CopyTask) -> list[list[CopyTask]]:
         if task.join is None:
@@ -262,11 +252,8 @@ class PlanBuilder:
 
         Rules with ``take`` use disjoint parts. Several rules without it each use the complete source.
         """
-        if (
-            len(found.tasks) == 1
-            and not found.dropped
-            and not any(isinstance(op, _PARTIAL) for op in found.tasks[0].ops)
-        ):
+        partial = found.dropped or any(isinstance(op, _PARTIAL) for task in found.tasks for op in task.ops)
+        if len(found.tasks) == 1 and not partial:
             return
         dropped = [region for region, _ in found.dropped]
         parts = list(dropped)
@@ -294,7 +281,7 @@ class PlanBuilder:
         self._problems.append(Problem(code, message, source=name, file=spec.file))
 
     def _kept(self, written: Set[str], *, converted: bool) -> tuple[dict[str, str], list[Problem]]:
-        """Return the targets that keep their initial values; a converted checkpoint may hold them or not."""
+        """Return the targets that keep their initial values; a converted checkpoint may contain them or not."""
         kept: dict[str, str] = {}
         problems = []
         for rule in self.rules.rules:

@@ -1,7 +1,6 @@
-"""Rules as data: what a port says about its checkpoint. See :mod:`port_kit.remap` for the language.
+"""Rules as data, checked when they are made. See :mod:`port_kit.remap` for the language.
 
-A rule is checked when it is made: patterns, templates, size expressions and op arguments that cannot work raise
-:class:`~port_kit.errors.RemapError`.
+Patterns, templates, size expressions and op arguments that cannot work raise :class:`~port_kit.errors.RemapError`.
 """
 
 from __future__ import annotations
@@ -27,19 +26,10 @@ class Rule:
     r"""One rule. The fields that are given decide its kind: map (``target``), ``drop``, or ``keep``.
 
     Attributes:
-        source: regular expression that matches a complete source name.
-        target: template of the target name over the groups, ``blocks.\1.attn.qkv.\2``; several for ``split``.
-            With ``keep``: a regular expression over target names.
-        shard: template of the shard of a fused target (``q``, ``\3``, ``0``), or of the part of ``concat``, ``stack``
-            or a joining transform; several for ``split``, one per part.
+        source, shard, take, into, drop, optional, fallback, variant: as in the language.
+        target: a template, or several for ``split``; with ``keep`` a regular expression over target names.
         op: an :class:`Op`, its name if it needs no arguments, or several, applied in order.
-        take: region of the source that this rule uses, before its ops, as ``[0:3*h, :]``.
-        into: region of the target that is written, after its ops, as ``[\2, 0:ffn]``.
-        drop: the reason why the matching sources are not used.
         keep: the reason why the matching targets keep their initial values.
-        optional: the rule may match nothing.
-        fallback: the rule is tried only on names that no other rule matches (``Rule(r"(.*)", r"\1", fallback=True)``).
-        variant: ``choice:spelling``; of the rules of one choice exactly one spelling must be in the checkpoint.
         confidence: of a suggested rule, ``certain`` or ``likely``; has no effect.
         note: a comment; has no effect.
     """
@@ -116,10 +106,8 @@ class Rule:
         """
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
-            raise rules_error(
-                f"rule {data.get('source')!r} has unknown fields {sorted(unknown)}",
-                f"fields: {', '.join(cls.__dataclass_fields__)}",
-            )
+            message = f"rule {data.get('source')!r} has unknown fields {sorted(unknown)}"
+            raise rules_error(message, f"fields: {', '.join(cls.__dataclass_fields__)}")
         return cls(**data)
 
     def _check_types(self) -> None:
@@ -135,14 +123,12 @@ class Rule:
     def _check_purpose(self) -> None:
         purposes = [name for name in ("target", "drop", "keep") if getattr(self, name)]
         if purposes not in (["target"], ["drop"], ["target", "keep"]):
-            raise rules_error(
-                f"rule {self.label!r} has {' and '.join(purposes) or 'neither target, drop nor keep'}",
-                "a rule has a source with a target, a source with drop, or a target with keep",
-            )
+            found = " and ".join(purposes) or "neither target, drop nor keep"
+            hint = "a rule has a source with a target, a source with drop, or a target with keep"
+            raise rules_error(f"rule {self.label!r} has {found}", hint)
         if bool(self.source) == bool(self.keep):
-            raise rules_error(
-                f"rule {self.label!r} needs {'no source' if self.keep else 'a source'}", "keep is about targets"
-            )
+            expected = "no source" if self.keep else "a source"
+            raise rules_error(f"rule {self.label!r} needs {expected}", "keep is about targets")
         if self.keep and not isinstance(self.target, str):
             raise rules_error(f"rule {self.label!r} keeps several targets", "write them as one regular expression")
         if self.keep:
@@ -150,10 +136,8 @@ class Rule:
 
     def _check_mapping(self) -> None:
         if len(self.shards) != len(self.targets):
-            raise rules_error(
-                f"rule {self.label!r} has {len(self.targets)} targets and {len(self.shards)} shards",
-                "give one shard per target, or one target for all shards",
-            )
+            message = f"rule {self.label!r} has {len(self.targets)} targets and {len(self.shards)} shards"
+            raise rules_error(message, "give one shard per target, or one target for all shards")
         if self.variant and self.variant.count(":") != 1:
             raise rules_error(f"variant {self.variant!r} is not choice:spelling", "for example weight_norm:g_v")
         pattern = compile_pattern(self.source)
@@ -214,13 +198,9 @@ def _check_template(text: str, pattern: re.Pattern[str]) -> None:
     for group in parse_template(text).groups():
         known = int(group) <= pattern.groups if group.isdigit() else group in pattern.groupindex
         if not known or group == "0":
-            raise RemapError(
-                f"template {text!r} refers to group {group}, which pattern {pattern.pattern!r} does not have",
-                code="remap_template",
-                hint=f"the pattern has {pattern.groups} groups",
-                template=text,
-                rule=pattern.pattern,
-            )
+            message = f"template {text!r} refers to group {group}, which pattern {pattern.pattern!r} does not have"
+            hint = f"the pattern has {pattern.groups} groups"
+            raise RemapError(message, code="remap_template", hint=hint, template=text, rule=pattern.pattern)
     for part in parse_template(text).parts:
         if not isinstance(part, str) and part[0] == "size":
             parse(part[1])

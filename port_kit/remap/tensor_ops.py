@@ -215,9 +215,10 @@ def apply_inverse(destination: Tensor, ops: Sequence[TensorOp], value: Tensor) -
         destination.copy_(value)
         return
     op, rest = ops[0], ops[1:]
-    result = destination.new_empty(op.after) if isinstance(op, (Call, Fill)) else op.apply(destination)
     if isinstance(op, Cast):
-        result = destination
+        apply_inverse(destination, rest, value)
+        return
+    result = destination.new_empty(op.after) if isinstance(op, (Call, Fill)) else op.apply(destination)
     apply_inverse(result, rest, value)
     if isinstance(op, (Call, Fill)):
         destination.copy_(op.invert(result))

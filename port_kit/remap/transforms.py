@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from port_kit.errors import RemapError
 from port_kit.regions import Shape
+from port_kit.remap.problems import remap_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +58,8 @@ class Transform:
         """
         result = self.forward(parts, args)
         if tuple(result.shape) != tuple(expected):
-            raise RemapError(
-                f"transform {self.name} failed: expected shape {list(expected)}, got {list(result.shape)}",
-                code="remap_op",
-                hint="correct the transform's shape function",
-            )
+            message = f"transform {self.name} failed: expected shape {list(expected)}, got {list(result.shape)}"
+            raise remap_error("remap_op", message, "correct the transform's shape function")
         return result
 
     def undo(self, tensor: Tensor, args: Args, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -72,11 +69,8 @@ class Transform:
             RemapError: ``remap_op`` if the transform declares no inverse.
         """
         if self.inverse is None:
-            raise RemapError(
-                f"transform {self.name} has no inverse",
-                code="remap_op",
-                hint="register it with inverse=..., or export without this tensor",
-            )
+            hint = "register it with inverse=..., or export without this tensor"
+            raise remap_error("remap_op", f"transform {self.name} has no inverse", hint)
         return self.inverse(tensor, args, shapes)
 
 
@@ -101,7 +95,7 @@ def transform(
     def register(forward: Forward) -> Forward:
         known = _REGISTRY.get(name)
         if known is not None and known.forward.__qualname__ != forward.__qualname__:
-            raise RemapError(f"two transforms are called {name!r}", code="remap_op", hint="rename one of them")
+            raise remap_error("remap_op", f"two transforms are called {name!r}", "rename one of them")
         _REGISTRY[name] = Transform(name, forward, shape, inverse, exact, roles, args)
         return forward
 
@@ -115,12 +109,8 @@ def find_transform(name: str) -> Transform:
         RemapError: ``remap_op`` if none is registered.
     """
     if name not in _REGISTRY:
-        raise RemapError(
-            f"no op or transform is called {name!r}",
-            code="remap_op",
-            hint=f"registered transforms: {', '.join(sorted(_REGISTRY))}; a port registers its own when it is imported",
-            op=name,
-        )
+        hint = f"registered transforms: {', '.join(sorted(_REGISTRY))}; a port registers its own when it is imported"
+        raise remap_error("remap_op", f"no op or transform is called {name!r}", hint)
     return _REGISTRY[name]
 
 
@@ -129,11 +119,9 @@ def _weight_norm_shape(parts: Mapping[str, Shape], args: Args) -> Shape:
     direction, magnitude = parts["v"], parts["g"]
     expected = tuple(extent if axis == dim else 1 for axis, extent in enumerate(direction))
     if tuple(magnitude) != expected:
-        raise RemapError(
-            f"weight_norm magnitude of shape {list(magnitude)} for direction {list(direction)}: needs {list(expected)}",
-            code="remap_shape",
-            hint="check dim: the axis of the direction that keeps its extent in the magnitude",
-        )
+        message = f"weight_norm magnitude {list(magnitude)} for direction {list(direction)}: needs {list(expected)}"
+        hint = "check dim: the axis of the direction that keeps its extent in the magnitude"
+        raise remap_error("remap_shape", message, hint)
     return tuple(direction)
 
 
