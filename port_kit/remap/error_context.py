@@ -1,16 +1,32 @@
-"""Context of problems: the name of the absent tensor, its file, and the closest existing name."""
+"""Context of problems: the name of the absent tensor, its file, and the closest existing name.
+
+To find the source names of a missing target, rules are inverted. The placeholders of a template are read from the
+target (and from the missing shard or part), and the source pattern is spelled out with them. A spelling counts only if
+the rule maps it to exactly that target.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
+from typing import Any
 
-from port_kit.remap.expected_sources import expected_sources
+from port_kit.errors import RemapError
 from port_kit.remap.names import template_of
+from port_kit.remap.patterns import REPEATS, compile_pattern, parse_pattern, parse_template
 from port_kit.remap.problems import SHOWN, Names, Problem, closest_match
-from port_kit.remap.rule import Rules
+from port_kit.remap.resolve import expand
+from port_kit.remap.resolve_ops import Scope
+from port_kit.remap.rule import Rule, Rules
 
+#: Largest number of spellings of one pattern, and of layer numbers for a placeholder with no known value.
+MAX_SPELLINGS = 512
+MAX_NUMBER = 128
 #: Equally likely names that are listed for one gap.
 _ALTERNATIVES = 4
 _ABSENT = ("remap_missing", "remap_incomplete_group")
@@ -106,3 +122,97 @@ def _with_absent(
     where = f"missing from {file}" if file else "missing"
     message = f"{problem.message}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} {where}"
     return replace(problem, message=message, source=first, file=file, near=near)
+
+
+def expected_sources(rules: Rules, target: str, part: str, sizes: Mapping[str, int]) -> list[str]:
+    """Return the source names that would fill a target.
+
+    Args:
+        rules: the rule set.
+        target: a target's name.
+        part: the shard of a fused target, or the part of a join; empty for the complete target.
+        sizes: all named sizes, for templates with arithmetic.
+
+    Returns:
+        Names in the order of the rules; empty if no rule maps there or its pattern cannot be spelled out.
+    """
+    found = (name for rule in rules if rule.source and rule.target for name in _spellings(rule, target, part, sizes))
+    return list(dict.fromkeys(found))
+
+
+def _spellings(rule: Rule, target: str, part: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    for template, shard in zip(rule.targets, rule.shards, strict=True):
+        held = _held(template, target)
+        held_by_part = _held(shard, part) if shard and part else {}
+        if held is None or held_by_part is None or any(held.get(k, v) != v for k, v in held_by_part.items()):
+            continue
+        pattern = compile_pattern(rule.source)
+        known = {str(pattern.groupindex.get(name, name)): value for name, value in {**held, **held_by_part}.items()}
+        for name in itertools.islice(_spell(list(parse_pattern(rule.source)), known), MAX_SPELLINGS):
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            scope = Scope(sizes, rule.label, name, match, ())
+            with suppress(RemapError):
+                if expand(template, match, scope) == target and (not part or expand(shard, match, scope) == part):
+                    yield name
+
+
+def _held(template: str, text: str) -> dict[str, str] | None:
+    """Return the values of a template's groups in a text, or None if the template cannot yield the text."""
+    match = re.fullmatch(_reader(template), text)
+    if match is None:
+        return None
+    return {name[1:]: value for name, value in match.groupdict().items()}
+
+
+@lru_cache(maxsize=1024)
+def _reader(template: str) -> str:
+    """Return the template as a pattern: groups by name, arithmetic as any number."""
+    pieces, seen = [], set()
+    for piece in parse_template(template).parts:
+        if isinstance(piece, str):
+            pieces.append(re.escape(piece))
+        elif piece[0] == "size":
+            pieces.append(r"\d+")
+        else:
+            pieces.append(f"(?P=_{piece[1]})" if piece[1] in seen else f"(?P<_{piece[1]}>.*?)")
+            seen.add(piece[1])
+    return "".join(pieces)
+
+
+def _spell(tree: list[Any], known: Mapping[str, str]) -> Iterator[str]:
+    """Yield the spellings of a parsed pattern with the known values of its groups."""
+    if not tree:
+        yield ""
+        return
+    code, value = tree[0]
+    for head in _spell_one(code, value, known):
+        for tail in _spell(tree[1:], known):
+            yield head + tail
+
+
+def _spell_one(code: Any, value: Any, known: Mapping[str, str]) -> Iterator[str]:
+    if code is sre.LITERAL:
+        yield chr(value)
+    elif code is sre.SUBPATTERN:
+        if str(value[0]) in known:
+            yield known[str(value[0])]
+        else:
+            yield from _spell(list(value[3]), known)
+    elif code is sre.BRANCH:
+        for branch in value[1]:
+            yield from _spell(list(branch), known)
+    elif code in REPEATS and value[:2] == (0, 1):
+        yield from _spell(list(value[2]), known)
+        yield ""
+    elif code in REPEATS and _is_number(value[2]):
+        yield from map(str, range(MAX_NUMBER))
+    elif code is sre.IN and all(kind is sre.LITERAL for kind, _ in value):
+        yield from (chr(character) for _, character in value)
+    elif code is sre.IN and all(kind is sre.RANGE for kind, _ in value):
+        yield from (chr(character) for _, (low, high) in value for character in range(low, high + 1))
+
+
+def _is_number(body: Any) -> bool:
+    return list(body) == [(sre.IN, [(sre.CATEGORY, sre.CATEGORY_DIGIT)])]

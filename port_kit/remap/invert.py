@@ -16,7 +16,7 @@ from port_kit.regions import Region, Shape, full_region, region_text
 from port_kit.remap.names import template_of
 from port_kit.remap.patterns import generalize_names, literal_template
 from port_kit.remap.plan import Plan, check
-from port_kit.remap.problems import raise_problems
+from port_kit.remap.problems import raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.rules import Op, Rule, RuleSet
 from port_kit.remap.tensor_ops import Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
@@ -95,8 +95,5 @@ def _backwards(op: TensorOp, task: CopyTask) -> list[Op]:
 
 
 def _one_way(task: CopyTask, why: str) -> RemapError:
-    return RemapError(
-        f"rule {task.rule.label!r} cannot be written backwards: it {why}",
-        code="remap_op",
-        hint="restore the tensors with the plan: port-kit rules export",
-    )
+    hint = "restore the tensors with the plan: port-kit rules export"
+    return remap_error("remap_op", f"rule {task.rule.label!r} cannot be written backwards: it {why}", hint)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap.executor import Executor, check_streamable
 from port_kit.remap.plan import PlanBuilder, check
 from port_kit.remap.problems import Problem, raise_problems, remap_error
-from port_kit.remap.resolve import CopyTask
+from port_kit.remap.resolve import CopyTask, Resolver
 from port_kit.remap.rule import Rules
 from port_kit.targets import Targets, read_targets
 
@@ -128,10 +128,10 @@ class WeightLoader:
         self._rules, self._prefix = rules, prefix
         self._target = target_manifest(module, found)
         naming = "" if converted is None else "converted" if converted else "original"
-        self._builder = PlanBuilder(
-            rules, self._target, sizes, naming=naming, allow_downcast=allow_downcast, opaque=found.opaque
-        )
-        self._executor = Executor(found.targets, self._builder.resolver.target)
+        options: Any = {"allow_downcast": allow_downcast, "aliases": found.aliases, "opaque": found.opaque}
+        self._resolver = Resolver(rules, self._target, sizes or {}, **options)
+        self._builder = PlanBuilder(rules, self._target, self._resolver, naming)
+        self._executor = Executor(found.targets, self._resolver.target)
         self._pending = self._builder.pending
         self._planned: dict[str, list[list[CopyTask]]] | None = None
         self._specs: Mapping[str, TensorSpec] = {}
@@ -142,7 +142,7 @@ class WeightLoader:
         if folder is not None:
             source = Manifest.from_checkpoint(folder)
             source.naming = naming or source.naming
-            plan = check(rules, source, self._target, sizes, opaque=found.opaque, resolver=self._builder.resolver)
+            plan = check(rules, source, self._target, resolver=self._resolver)
             raise_problems(plan.explained(), f"{rules.name} does not map {folder} completely")
             groups, tasks = plan.joined(), plan.by_source()
             self._specs = source
@@ -189,7 +189,7 @@ class WeightLoader:
             self._problems.append(Problem("remap_unexpected", f"{name} is not in the headers", source=name))
             return []
         if (planned.shape, planned.dtype) != (spec.shape, spec.dtype):  # changed since the headers were read
-            found = self._builder.resolver.resolve(name, spec)
+            found = self._resolver.resolve(name, spec)
             self._problems += found.problems
             self._planned[name] = [[task] for task in found.tasks if not found.problems]
             self._pending[name] = len(self._planned[name])

@@ -1,9 +1,9 @@
 """LoRA files mapped by the rules of their base model: an adapter follows the copy tasks of the weight that it adapts.
 
 The adapter of module M changes ``M.weight`` by ``B @ A``. Its rows are rows of B, its columns are columns of A. A copy
-task that selects whole rows and whole columns is therefore followed exactly: B, biases and DoRA magnitudes by rows, A
-by columns. :mod:`port_kit.remap.selection` measures whether it does, so built-in ops and registered transforms are
-treated alike. Everything else is refused by name.
+task that selects complete rows and columns is therefore followed exactly: B, biases and DoRA magnitudes by rows, A by
+columns. :mod:`port_kit.remap.selection` measures the selection, so built-in ops and registered transforms are treated
+alike. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from port_kit.remap.tensor_ops import Call, Cast, apply
 __all__ = ["PREFIXES", "read_entry", "remap_lora", "restore_names"]
 
 Value = TypeVar("Value")
+Specs = Mapping[str, TensorSpec]
+Parts = Mapping[str, Sequence[str]]
 
 
 def remap_lora(
@@ -34,13 +36,13 @@ def remap_lora(
     *,
     sizes: Mapping[str, int] | None = None,
     prefixes: Iterable[str] = PREFIXES,
-    target: Mapping[str, TensorSpec] | None = None,
-    parts: Mapping[str, Sequence[str]] | None = None,
+    target: Specs | None = None,
+    parts: Parts | None = None,
 ) -> dict[str, Value]:
     """Return a LoRA file's tensors under the names of the port's modules.
 
-    With ``target``, adapters are checked against the weights that they adapt, and follow what loading selects of them.
-    Without it, adapters are renamed only, whatever their values are.
+    With ``target``, adapters are checked against the weights that they adapt, and follow the copy tasks of them.
+    Without it, adapters are only renamed.
 
     Args:
         tensors: the file's tensors by name.
@@ -55,8 +57,8 @@ def remap_lora(
     Raises:
         RemapError: ``lora_file`` for kinds of adapters that are not read, ``remap_unexpected`` for a module that the
             rules do not know or drop, ``remap_beyond_layers`` and ``remap_shape`` for one that does not fit the target,
-            ``remap_incomplete_group`` if one of A and B is missing, ``remap_op`` if the adapter cannot follow what the
-            rules do with the weight, ``remap_collision`` for two tensors of one name.
+            ``remap_incomplete_group`` if one of A and B is missing, ``remap_op`` if the adapter cannot follow the ops
+            on the weight, ``remap_collision`` for two tensors of one name.
     """
     mapping = _Mapping(rules, sizes or {}, target, parts or {})
     modules, problems = _by_module(tensors, mapping, tuple(prefixes))
@@ -72,7 +74,7 @@ def remap_lora(
         except RemapError as error:
             problems.append(Problem(error.code, error.message, source=entries[0].name))
             hint = hint or error.hint
-    hint = hint or "the file may be made for another base model"
+    hint = hint or "the file may be for another base model"
     raise_problems(problems, f"{rules.name} does not map the LoRA file", hint)
     return renamed
 
@@ -80,20 +82,20 @@ def remap_lora(
 def _by_module(
     names: Collection[str], mapping: _Mapping, prefixes: tuple[str, ...]
 ) -> tuple[dict[str, list[Entry]], list[Problem]]:
-    """The entries of each module by its original name, and what has none."""
+    """Return the entries of each module by its original name, and the problems of the other tensors."""
     modules: dict[str, list[Entry]] = {}
     problems: list[Problem] = []
-    others = {name: other for name in names if read_entry(name) is None and (other := read_other(name)) is not None}
+    entries = {name: read_entry(name) for name in names}
+    others = {name: other for name, entry in entries.items() if entry is None and (other := read_other(name))}
     for kind in dict.fromkeys(kind for kind, _ in others.values()):
         found = [name for name, other in others.items() if other[0] == kind]
         message = f"{found[0]}: {kind} is not read ({len(found)} tensors); LoRA with matrices A and B is"
         problems.append(Problem("lora_file", message, source=found[0]))
     refused = {module for _, module in others.values()}
-    for name in names:
-        entry = read_entry(name)
-        module = mapping.module_of(entry, prefixes) if entry is not None else None
+    for name, entry in entries.items():
         if name in others or entry is not None and entry.module in refused:
             continue
+        module = mapping.module_of(entry, prefixes) if entry is not None else None
         if entry is None:
             problems.append(Problem("remap_unexpected", f"{name} is no tensor of a LoRA", source=name))
         elif module is None:
@@ -106,22 +108,16 @@ def _by_module(
 
 
 class _Place(NamedTuple):
-    """A module, or the shard of a fused one, that an adapter goes to, with the ops that its weight goes through."""
+    """The module, or shard of a fused module, that an adapter is for, and the copy task of its weight."""
 
     module: str
     task: CopyTask | None
 
 
 class _Mapping:
-    """Where the tensors of modules go: by the resolver, or by the names of rules alone if no target is known."""
+    """Places of the tensors of modules: from the resolver, or from the names of rules alone if no target is known."""
 
-    def __init__(
-        self,
-        rules: Rules,
-        sizes: Mapping[str, int],
-        target: Mapping[str, TensorSpec] | None,
-        parts: Mapping[str, Sequence[str]],
-    ) -> None:
+    def __init__(self, rules: Rules, sizes: Mapping[str, int], target: Specs | None, parts: Parts) -> None:
         self.name, self.rules, self._target, self._parts = rules.name, rules.rules, target, parts
         self.checks = target is not None
         aliases = getattr(target, "aliases", None)
@@ -130,12 +126,12 @@ class _Mapping:
         self._rows: dict[str, dict[str, int]] = {}
 
     def module_of(self, entry: Entry, prefixes: tuple[str, ...]) -> str | None:
-        """The original name of an entry's module; None if the rules know none, or drop it."""
+        """Return the original name of an entry's module; None if the rules know none, or drop it."""
         bare = without_prefixes(entry.module, prefixes)
         return next((module for module in bare if self.source(module, entry.kind) is not None), None)
 
     def source(self, module: str, kind: str) -> str | None:
-        """The tensor that an entry changes: the weight, the bias, or a parameter that is no module's."""
+        """Return the tensor that an entry changes: the weight, the bias, or a parameter without a module."""
         names = [f"{module}.bias"] if kind == "diff_b" else [f"{module}.weight"]
         names += [module] if kind == "diff" else []
         return next((name for name in names if any(not rule.drop for rule, _ in self._matching(name))), None)
@@ -144,10 +140,10 @@ class _Mapping:
         return [(self.rules[number], match) for number, match in self._resolver.matches(name)]
 
     def places(self, source: str, shape: Shape) -> list[_Place]:
-        """Where a tensor of this shape goes.
+        """Return the places of a tensor of this shape.
 
         Raises:
-            RemapError: what the resolver finds wrong; ``remap_op`` for a place that no adapter can have.
+            RemapError: the first problem of the resolver; ``remap_op`` for a place that no adapter can have.
         """
         if not self.checks:
             return self._renamed(source)
@@ -165,16 +161,16 @@ class _Mapping:
         return bool(found.tasks) and not found.problems
 
     def carry(self, place: _Place, kind: str, name: str, value: Any, shape: Shape) -> Any:
-        """An adapter's tensor as it is in a place.
+        """Return an adapter's tensor for a place.
 
         Raises:
-            RemapError: ``remap_op`` if it cannot follow what happens to the weight.
+            RemapError: ``remap_op`` if it cannot follow the ops on the weight.
         """
         if place.task is None:
             return value
         ops = place.task.ops
         if kind in ("diff", "diff_b"):
-            if not any(isinstance(op, Call) for op in ops):  # whatever moves elements moves differences
+            if not any(isinstance(op, Call) for op in ops):  # ops that move elements also move differences
                 return apply(value, [op for op in ops if not isinstance(op, Cast)])
             kind = "diff"
         if (ops, shape) not in self._selections:
@@ -182,7 +178,7 @@ class _Mapping:
         selection = self._selections[ops, shape]
         found = selection.of(kind, value) if selection is not None else None
         if found is None:
-            what = "other than whole rows and columns" if selection is None else "part of what it belongs to"
+            what = "other than complete rows and columns" if selection is None else "a part of the rows or columns"
             raise _cannot_follow(f"{name}: loading takes {what} of {place.task.source}")
         return found
 
@@ -232,7 +228,7 @@ class _Mapping:
             raise _wrong("remap_shape", f"{task.source}: parts of {found} rows for {spec.shape[0]} of {task.target}")
 
     def _shard_name(self, target: str, shard: str, shards: Sequence[str], source: str) -> str:
-        """The name of the shard of a fused module; ``source`` is the tensor that fills it alone, or empty."""
+        """Return the name of a fused module's shard; ``source`` is the tensor that fills it alone, or empty."""
         module, leaf = _module(target), _leaf(target)
         if not shard:
             return module
@@ -258,7 +254,7 @@ def _cannot_follow(message: str) -> RemapError:
 def _follow(
     module: str, entries: Sequence[Entry], tensors: Mapping[str, Any], mapping: _Mapping
 ) -> Iterator[tuple[str, Entry, Any]]:
-    """``(new name, entry, value)`` of each tensor of one module's adapters in each place that it goes to."""
+    """Yield ``(new name, entry, value)`` for each tensor of one module's adapters and each of its places."""
     product = _check(module, entries, tensors) if mapping.checks else ()
     for entry in entries:
         value, kind, source = tensors[entry.name], entry.kind, mapping.source(module, entry.kind)
@@ -298,7 +294,7 @@ def _check(module: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) ->
 
 
 def _product(module: str, pair: Mapping[str, Any]) -> Shape:
-    """The shape of ``B @ A``."""
+    """Return the shape of ``B @ A``."""
     if len(pair) < 2:
         missing = "B (lora_B, lora_up)" if "A" in pair else "A (lora_A, lora_down)"
         raise _wrong("remap_incomplete_group", f"{module} lacks {missing}")
@@ -309,4 +305,4 @@ def _product(module: str, pair: Mapping[str, Any]) -> Shape:
 
 
 def _wrong(code: str, message: str) -> RemapError:
-    return RemapError(message, code=code, hint="the file may be damaged, or made for another base model")
+    return RemapError(message, code=code, hint="the file may be damaged, or for another base model")

@@ -50,7 +50,6 @@ class Plan:
         kept: ``{target: reason}`` of targets that keep their initial values.
         converted: the checkpoint has the target's names, and rules are not applied.
         problems: all gaps; empty in a plan of :func:`compile_plan`.
-        rules_used: number of sources by the position of their rule.
         sizes: the named sizes, evaluated.
     """
 
@@ -62,7 +61,6 @@ class Plan:
     kept: Mapping[str, str]
     converted: bool = False
     problems: tuple[Problem, ...] = ()
-    rules_used: Mapping[int, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -133,17 +131,12 @@ def check(
     Args:
         rules, source, target, sizes, allow_downcast: as for :func:`compile_plan`.
         opaque: as for :class:`~port_kit.remap.resolve.Resolver`.
-        resolver: one to use again, made of the same rules and target.
+        resolver: one to use again, made of these arguments.
     """
-    builder = PlanBuilder(
-        rules,
-        target,
-        sizes,
-        naming=source.naming_for(rules.name),
-        allow_downcast=allow_downcast,
-        opaque=opaque,
-        resolver=resolver,
-    )
+    if resolver is None:
+        options: Any = {"allow_downcast": allow_downcast, "aliases": target.aliases, "opaque": opaque}
+        resolver = Resolver(rules, target, sizes or {}, **options)
+    builder = PlanBuilder(rules, target, resolver, source.naming_for(rules.name))
     for name, spec in source.items():
         builder.add(name, spec)
     return builder.finish(source)
@@ -156,27 +149,16 @@ class PlanBuilder:
     ambiguity: no rule matches any of its names, and all of them are names of the target.
 
     Args:
-        rules, target, sizes, allow_downcast, opaque, resolver: as for :func:`check`.
+        rules, target: as for :func:`check`.
+        resolver: made of the same rules and target.
         naming: ``original`` or ``converted`` if recorded in the checkpoint or given, else empty.
     """
 
-    def __init__(
-        self,
-        rules: Rules,
-        target: Manifest,
-        sizes: Mapping[str, int] | None = None,
-        *,
-        naming: str = "",
-        allow_downcast: bool = False,
-        opaque: tuple[Set[str], int] = (frozenset(), 1),
-        resolver: Resolver | None = None,
-    ) -> None:
-        self.rules, self.target, self.naming = rules, target, naming
-        options: Any = {"allow_downcast": allow_downcast or rules.allow_downcast, "opaque": opaque}
-        options["aliases"] = target.aliases
-        self.resolver = resolver or Resolver(rules, target, sizes or {}, **options)
-        self._identity = Resolver(IDENTITY, self.resolver.target, {}, **options)
-        self._identity.target = self.resolver.target
+    def __init__(self, rules: Rules, target: Manifest, resolver: Resolver, naming: str) -> None:
+        self.rules, self.target, self.resolver, self.naming = rules, target, resolver, naming
+        options: Any = {"allow_downcast": resolver.allow_downcast, "aliases": target.aliases, "opaque": resolver.opaque}
+        self._identity = Resolver(IDENTITY, resolver.target, {}, **options)
+        self._identity.target = resolver.target
         self._specs: dict[str, TensorSpec] = {}
         self._tasks: list[CopyTask] = []
         self._groups: dict[object, list[CopyTask]] = defaultdict(list)
@@ -230,8 +212,8 @@ class PlanBuilder:
         order = {name: at for at, name in enumerate(self._specs)}
         tasks = sorted(tasks, key=lambda task: order[task.source])
         source = Manifest(self._specs) if source is None else source
-        sides, used = (self.rules, source, self.target), dict(self._used)
-        return Plan(*sides, tuple(tasks), self._dropped, kept, converted, tuple(problems), used, self.resolver.sizes)
+        sides, sizes = (self.rules, source, self.target), self.resolver.sizes
+        return Plan(*sides, tuple(tasks), self._dropped, kept, converted, tuple(problems), sizes)
 
     def _ready(self, task: CopyTask) -> list[list[CopyTask]]:
         if task.join is None:

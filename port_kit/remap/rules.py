@@ -19,14 +19,15 @@ A file may build on others::
 
 from __future__ import annotations
 
+import json
 import re
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from port_kit.manifest import Manifest
-from port_kit.remap import toml
 from port_kit.remap.ops import Op, rules_error
 from port_kit.remap.patterns import literal_template
 from port_kit.remap.plan import Plan, compile_plan
@@ -37,6 +38,7 @@ __all__ = ["Op", "Rule", "RuleSet", "import_rules"]
 _FIELDS = {"name", "allow_downcast", "sizes", "rule", "extends", "include"}
 #: Deepest nesting of files that extend or include each other; deeper is a cycle.
 MAX_DEPTH = 8
+_FORM = "see port_kit.remap.rules for the form"
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,6 @@ class RuleSet(Rules):
             raise rules_error(f"{', '.join(unmatched)} overrides nothing in {self.name}", "use extend for new rules")
         remaining = [rule for rule in self.rules if _key(rule) not in keys]
         return replace(self, name=name or self.name, rules=(*rules, *remaining), sizes={**self.sizes, **sizes})
-
-    def without(self, *sources: str) -> RuleSet:
-        """Return this set without the rules that have these source patterns."""
-        known = {rule.source for rule in self.rules}
-        unknown = [source for source in sources if source not in known]
-        if unknown:
-            raise rules_error(f"{self.name} has no rule for {', '.join(unknown)}", "give the source patterns verbatim")
-        return replace(self, rules=tuple(rule for rule in self.rules if rule.source not in sources))
 
     def under(self, source: str = "", target: str = "", *, name: str = "") -> RuleSet:
         """Return this set with all names under a prefix: ``rules.under("text_model.", "text_encoder.")``."""
@@ -137,17 +131,17 @@ class RuleSet(Rules):
 
     def to_toml(self) -> str:
         """Return the set as TOML; :meth:`from_toml` reads the same set back."""
-        return toml.dumps(self.to_dict())
+        return _toml_text(self.to_dict())
 
     @classmethod
     def from_toml(cls, text: str, *, folder: Path | None = None) -> RuleSet:
         """Read TOML; ``extends`` and ``[[include]]`` name files relative to ``folder`` or ``module:ATTRIBUTE``."""
-        return cls.from_dict(toml.read(text), folder=folder)
+        return cls.from_dict(_read_text(text), folder=folder)
 
     @classmethod
     def from_file(cls, path: str | Path, *, depth: int = 0) -> RuleSet:
         """Read a ``.toml`` or ``.json`` file of rules."""
-        return cls.from_dict(toml.read(Path(path)), folder=Path(path).parent, depth=depth)
+        return cls.from_dict(_read_text(Path(path)), folder=Path(path).parent, depth=depth)
 
     def compile(
         self, source: Manifest, target: Manifest, sizes: Mapping[str, int] | None = None, **options: bool
@@ -206,3 +200,48 @@ def _prefixed(rule: Rule, source: str, target: str) -> Rule:
     if rule.target:
         templates = escaped + templates if isinstance(templates, str) else tuple(escaped + text for text in templates)
     return replace(rule, source=re.escape(source) + pattern, target=templates)
+
+
+def _read_text(source: str | Path) -> object:
+    """Read TOML text, or a ``.toml`` or ``.json`` file; raises ``remap_rules`` if it cannot be read."""
+    try:
+        text = source if isinstance(source, str) else source.read_text(encoding="utf-8")
+        is_json = isinstance(source, Path) and source.suffix == ".json"
+        return json.loads(text) if is_json else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        name = source if isinstance(source, Path) else "TOML text"
+        raise rules_error(f"{name} cannot be read: {error}", _FORM) from error
+
+
+def _toml_text(data: Mapping[str, Any]) -> str:
+    """Write the data of a rule set as TOML."""
+    lines = [f"{key} = {_value(data[key])}" for key in ("name", "allow_downcast") if key in data]
+    if "sizes" in data:
+        lines += ["", "[sizes]", *(f"{name} = {_value(size)}" for name, size in data["sizes"].items())]
+    for table in data["rule"]:
+        lines += ["", "[[rule]]", *(f"{key} = {_value(_short(key, value))}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _short(key: str, value: Any) -> Any:
+    """Write a single op without a list, and one without arguments as its name."""
+    if key == "op" and len(value) == 1:
+        return value[0]["name"] if len(value[0]) == 1 else value[0]
+    return value
+
+
+def _value(value: Any) -> str:
+    """Write a value; texts are literal strings if possible, because patterns are full of backslashes."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_name(key)} = {_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if not isinstance(value, (int, str)):
+        raise rules_error(f"{value!r} has no form in TOML", _FORM)
+    if isinstance(value, str) and "'" not in value and value.isprintable():
+        return f"'{value}'"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def _name(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)

@@ -6,7 +6,7 @@ import pytest
 
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import Op, Rule, RuleSet
-from port_kit.remap.expected_sources import expected_sources
+from port_kit.remap.error_context import expected_sources
 from port_kit.remap.plan import check
 
 RULES = RuleSet(
