@@ -110,7 +110,7 @@ def check_command(as_json: bool, **options: Any) -> None:
 @handles_errors("rules explain")
 def explain_command(name: str, as_json: bool, **options: Any) -> None:
     """Which rules speak of NAME (a source or a target), and what they do with it."""
-    from port_kit.remap.explain import explain
+    from port_kit.remap.coverage import explain
 
     given = Given(options)
     source = given.source() if options["source"] else None

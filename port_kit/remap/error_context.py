@@ -29,6 +29,7 @@ MAX_SPELLINGS = 512
 MAX_NUMBER = 128
 #: Equally likely names that are listed for one gap.
 _ALTERNATIVES = 4
+_DIGIT = [(sre.IN, [(sre.CATEGORY, sre.CATEGORY_DIGIT)])]
 _ABSENT = ("remap_missing", "remap_incomplete_group")
 
 
@@ -103,11 +104,8 @@ def _expected(problem: Problem, rules: Rules, present: _Present, sizes: Mapping[
 
 
 def _modules(name: str) -> Iterator[str]:
-    """Yield all modules that contain a tensor."""
-    at = name.find(".")
-    while at >= 0:
-        yield name[:at]
-        at = name.find(".", at + 1)
+    """Return all modules that contain a tensor, from the outermost."""
+    return itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
 def _with_absent(
@@ -206,13 +204,9 @@ def _spell_one(code: Any, value: Any, known: Mapping[str, str]) -> Iterator[str]
     elif code in REPEATS and value[:2] == (0, 1):
         yield from _spell(list(value[2]), known)
         yield ""
-    elif code in REPEATS and _is_number(value[2]):
+    elif code in REPEATS and list(value[2]) == _DIGIT:
         yield from map(str, range(MAX_NUMBER))
     elif code is sre.IN and all(kind is sre.LITERAL for kind, _ in value):
         yield from (chr(character) for _, character in value)
     elif code is sre.IN and all(kind is sre.RANGE for kind, _ in value):
         yield from (chr(character) for _, (low, high) in value for character in range(low, high + 1))
-
-
-def _is_number(body: Any) -> bool:
-    return list(body) == [(sre.IN, [(sre.CATEGORY, sre.CATEGORY_DIGIT)])]

@@ -59,7 +59,7 @@ def evaluate_sizes(sizes: Mapping[str, int | str], given: Mapping[str, int]) -> 
     values: dict[str, int] = {**{k: v for k, v in sizes.items() if isinstance(v, int)}, **given}
     waiting = {name: text for name, text in sizes.items() if name not in values and isinstance(text, str)}
     while waiting:
-        ready = [name for name, text in waiting.items() if not names_in(text) & waiting.keys()]
+        ready = [name for name, text in waiting.items() if not _names(text) & waiting.keys()]
         if not ready:
             raise _bad(", ".join(waiting), "define each other", "give one of them as a number")
         for name in ready:
@@ -67,11 +67,8 @@ def evaluate_sizes(sizes: Mapping[str, int | str], given: Mapping[str, int]) -> 
     return values
 
 
-def names_in(expression: Size) -> frozenset[str]:
-    """Return the names that an expression uses."""
-    if isinstance(expression, int):
-        return frozenset()
-    return frozenset(node.id for node in ast.walk(parse(expression)) if isinstance(node, ast.Name))
+def _names(expression: str) -> set[str]:
+    return {node.id for node in ast.walk(parse(expression)) if isinstance(node, ast.Name)}
 
 
 @lru_cache(maxsize=4096)

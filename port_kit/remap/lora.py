@@ -276,7 +276,7 @@ def _check(module: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) ->
                 raise _wrong("remap_collision", f"{entry.name} and another tensor are both {entry.kind} of {module}")
             pair[entry.kind] = tensors[entry.name]
     shapes = {_product(module, pair) for pair in halves.values()}
-    if not shapes:  # a difference of the weight; those of biases are checked where they go
+    if not shapes:  # a difference of the weight; those of biases are checked by the resolver
         shapes = {tuple(tensors[entry.name].shape) for entry in entries if entry.kind == "diff"}
     if len(shapes) != 1 and any(entry.kind != "diff_b" for entry in entries):
         code = "remap_shape" if shapes else "remap_incomplete_group"

@@ -160,7 +160,7 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_size, value))
 
 
-#: Argument -> (what it must be, check); with a second word if ops differ.
+#: Argument -> (expected kind, check); with a second word if ops differ.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dim": ("the number of an axis", lambda value: type(value) is int),
     "shape": ("a list of sizes", lambda value: value == () or _all(value, _is_size)),

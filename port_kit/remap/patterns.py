@@ -104,13 +104,13 @@ def _characters(code: Any, value: Any) -> frozenset[str]:
     if code is sre.NOT_LITERAL:
         return _ALPHABET - {chr(value)}
     matched: set[str] = set()
-    for kind, what in value:
+    for kind, item in value:
         if kind is sre.LITERAL:
-            matched.add(chr(what))
+            matched.add(chr(item))
         elif kind is sre.RANGE:
-            matched.update(map(chr, range(what[0], min(what[1], 0xFFFF) + 1)))
+            matched.update(map(chr, range(item[0], min(item[1], 0xFFFF) + 1)))
         elif kind is sre.CATEGORY:
-            matched |= _CATEGORIES.get(what, _ALPHABET)
+            matched |= _CATEGORIES.get(item, _ALPHABET)
     return frozenset(_ALPHABET - matched if value[0][0] is sre.NEGATE else matched)
 
 
@@ -149,11 +149,9 @@ class Template:
         text = "".join(part.replace("%", "%%") if isinstance(part, str) else "%s" for part in self.parts)
         return text, tuple(int(group) if group.isdigit() else group for group in self.groups())
 
-    def groups(self) -> Iterator[str]:
-        """Yield the groups that the template refers to, numbers as digits."""
-        for part in self.parts:
-            if not isinstance(part, str) and part[0] == "group":
-                yield part[1]
+    def groups(self) -> list[str]:
+        """Return the groups that the template refers to, numbers as digits."""
+        return [part[1] for part in self.parts if not isinstance(part, str) and part[0] == "group"]
 
 
 @lru_cache(maxsize=8192)
@@ -172,10 +170,8 @@ def parse_template(text: str) -> Template:
             raise RemapError(f"template {text!r} has a stray {stray!r}", code="remap_template", hint=hint)
         if match.start() > at:
             parts.append(text[at : match.start()])
-        if sign:
-            parts.append(sign)
-        else:
-            parts.append(("group", number or name) if number or name else ("size", normalize(expression)))
+        group = number or name
+        parts.append(sign or (("group", group) if group else ("size", normalize(expression))))
         at = match.end()
     if at < len(text):
         parts.append(text[at:])

@@ -126,7 +126,7 @@ def check(
     opaque: tuple[Set[str], int] = (frozenset(), 1),
     resolver: Resolver | None = None,
 ) -> Plan:
-    """Compile without raising: the plan of what works, and the problems of what does not.
+    """Compile without raising: the plan may be incomplete, and has the problems.
 
     Args:
         rules, source, target, sizes, allow_downcast: as for :func:`compile_plan`.
@@ -224,7 +224,7 @@ class PlanBuilder:
         self.pending[task.source] += 1
         if len(group) != len(roles_of(task)):
             return []
-        placed, _ = place_group(group)  # finish() reports what is wrong
+        placed, _ = place_group(group)  # finish() reports the problems
         for part in placed:
             self.pending[part.source] -= 1
         return [[part] for part in placed] if task.join.name == "concat" else [placed] if placed else []
@@ -248,14 +248,14 @@ class PlanBuilder:
                 copies[task.rule] += used
         if not found.tasks and uncovered_numel(dropped, spec.shape) == 0:
             self._dropped[name] = found.dropped[0][1].drop
-        for regions in [parts, *([*dropped, *regions] for regions in copies.values())]:
+        uses = [[*dropped, *regions] for regions in copies.values()]
+        for regions in [parts, *uses]:
             twice = first_overlap(regions)
             if twice is not None:
                 one, other = (region_text(regions[at]) for at in twice)
                 self._report("remap_overlap", f"{name} is used twice, in {one} and in {other}", name, spec)
                 return
-        unused = min((uncovered_numel([*dropped, *regions], spec.shape) for regions in copies.values()), default=-1)
-        unused = uncovered_numel(parts, spec.shape) if unused < 0 else unused
+        unused = min(uncovered_numel(regions, spec.shape) for regions in uses or [parts])
         if unused:
             self._report("remap_unused", f"{unused} of {spec.numel} elements of {name} are not used", name, spec)
 
@@ -301,7 +301,7 @@ def target_problems(name: str, spec: TensorSpec, tasks: Sequence[CopyTask], *, r
         name: the target.
         spec: its shape and shards.
         tasks: all tasks that write it, joins placed.
-        reported: another problem already accounts for what is missing.
+        reported: another problem already accounts for the missing elements.
     """
     places = {task.group if task.join is not None else at: (task.region, task) for at, task in enumerate(tasks)}
     regions = [region for region, _ in places.values()]  # the sources of a transform fill one region together
@@ -328,7 +328,7 @@ def _covered(region: Region, regions: Sequence[Region]) -> bool:
 
 
 def dead_rules(rules: Rules, used: Mapping[int, int], kept: Mapping[str, str]) -> list[Problem]:
-    """Return rules that match nothing, and choices of which not exactly one spelling is in the checkpoint."""
+    """Return rules without a match, and choices of which not exactly one spelling is in the checkpoint."""
     problems = []
     spellings: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for number, rule in enumerate(rules.rules):

@@ -1,7 +1,8 @@
-"""From a rule and one source tensor to copy tasks: the only place where the meaning of a rule is computed."""
+"""From a rule and one source tensor to copy tasks: no other module computes the meaning of a rule."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
@@ -300,32 +301,36 @@ def _region(rule: Rule, place: _Place, scope: Scope) -> tuple[Region, Shape]:
 
 
 def _is_placed(join: Op) -> bool:
-    """Return True if a join says where its parts are, so that none has to wait for the others."""
+    """Return True if a join gives the places of its parts, so that none has to wait for the others."""
     return join.name == "stack" or join.name == "concat" and join.get("sizes") is not None
 
 
 def _part(join: Op, place: _Place, content: Shape, scope: Scope) -> tuple[Region, Shape]:
     """Return the region of one part of a stack, or of a concatenation with sizes, and the shape of its content."""
     axis = axis_of(join, content, scope)
-    start = place.base[axis][0]
     if join.name == "stack":
         if not place.role.isdecimal() or int(place.role) >= content[axis]:
             code = "remap_beyond_layers" if place.role.isdecimal() else "remap_op"
             message = f"{scope.where}: shard {place.role!r} of a stack of {content[axis]} in {place.target}"
             raise remap_error(code, message)
-        start += int(place.role)
+        start = int(place.role)
         return with_span(place.base, axis, start, start + 1), (*content[:axis], *content[axis + 1 :])
     roles, sizes = [str(role) for role in join.get("parts")], [scope.size(size) for size in join.get("sizes")]
     if place.role not in roles:
         message = f"{scope.where}: part {place.role!r} of {place.target}; expected one of {', '.join(roles)}"
         raise remap_error("remap_slot", message)
-    if len(sizes) != len(roles) or sum(sizes) != content[axis] or min(sizes) < 1:
-        message = f"parts of {sizes} for {content[axis]} on axis {axis} of {place.target}"
-        raise remap_error("remap_shape", f"{scope.where}: {message}; expected one size per part, the extent in all")
-    at = roles.index(place.role)
-    start += sum(sizes[:at])
-    region = with_span(place.base, axis, start, start + sizes[at])
+    regions = _divided(content, axis, sizes, len(roles), f"{scope.where}: concat into {place.target}")
+    region = regions[roles.index(place.role)]
     return region, region_shape(region)
+
+
+def _divided(shape: Shape, axis: int, sizes: list[int], count: int, where: str) -> list[Region]:
+    """Return the regions of consecutive parts; raises ``remap_shape`` unless their sizes add up to the extent."""
+    if len(sizes) != count or sum(sizes) != shape[axis] or min(sizes) < 1:
+        message = f"{where}: expected {count} sizes that add up to {shape[axis]} on axis {axis}, found {sizes}"
+        raise remap_error("remap_shape", message)
+    ends = itertools.accumulate(sizes)
+    return [with_span(full_region(shape), axis, end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _run(
@@ -348,11 +353,7 @@ def _split(op: Op, shape: Shape, scope: Scope, contents: list[Shape], more: bool
         sizes = [content[axis] for content in contents]
     else:
         sizes = [shape[axis] // len(contents)] * len(contents)
-    if len(sizes) != len(contents) or sum(sizes) != shape[axis] or min(sizes) < 1:
-        message = f"split of {shape[axis]} on axis {axis} in {sizes} for {len(contents)} targets"
-        raise remap_error("remap_shape", f"{scope.where}: {message}; expected one size per target, the extent in all")
-    ends = [sum(sizes[: at + 1]) for at in range(len(sizes))]
-    return [with_span(full_region(shape), axis, end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    return _divided(shape, axis, sizes, len(contents), f"{scope.where}: split into {len(contents)} targets")
 
 
 def _fit(rule: Rule, ops: list[TensorOp], shape: Shape, region: Region, content: Shape, scope: Scope) -> Branch:

@@ -88,11 +88,8 @@ class Rule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form in TOML and JSON: only the fields that are set."""
-        data: dict[str, Any] = {}
-        for name in _TEXT_FIELDS:
-            value = getattr(self, name)
-            if value:
-                data[name] = list(value) if isinstance(value, tuple) else value
+        texts = {name: getattr(self, name) for name in _TEXT_FIELDS}
+        data = {name: list(text) if isinstance(text, tuple) else text for name, text in texts.items() if text}
         if self.op:
             data["op"] = [op.to_dict() for op in self.op]
         return data | {name: True for name in _FLAGS if getattr(self, name)}

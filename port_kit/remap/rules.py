@@ -45,8 +45,6 @@ _FORM = "see port_kit.remap.rules for the form"
 class RuleSet(Rules):
     """An ordered set of rules with its named sizes; see :class:`~port_kit.remap.rule.Rules` for the attributes."""
 
-    # -- composition -------------------------------------------------------------------------------------------
-
     def extend(self, rules: Iterable[Rule], *, name: str = "", **sizes: int | str) -> RuleSet:
         """Return this set with more rules; none is replaced."""
         return replace(self, name=name or self.name, rules=(*self.rules, *rules), sizes={**self.sizes, **sizes})
@@ -78,8 +76,6 @@ class RuleSet(Rules):
             raise rules_error(f"{self.name} and {other.name} differ in the sizes {clash}", "rename one of them")
         joined = self.extend(other.rules, name=f"{self.name}+{other.name}", **other.sizes)
         return replace(joined, allow_downcast=self.allow_downcast or other.allow_downcast)
-
-    # -- other forms -------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form in TOML and JSON."""

@@ -197,13 +197,12 @@ def copy_into(destination: Tensor, tensor: Tensor, ops: Sequence[TensorOp]) -> N
     ops = list(ops)
     while ops and isinstance(ops[-1], Cast) and str(destination.dtype) == f"torch.{ops[-1].dtype}":
         ops.pop()
-    last = ops[-1] if ops else None
-    if isinstance(last, Reorder):
-        tensor = apply(tensor, ops[:-1])
-        for at, start, length in last.moves():
-            destination.narrow(last.dim, at, length).copy_(tensor.narrow(last.dim, start, length))
+    if not ops or not isinstance(ops[-1], Reorder):
+        destination.copy_(apply(tensor, ops))
         return
-    destination.copy_(apply(tensor, ops))
+    last, tensor = ops[-1], apply(tensor, ops[:-1])
+    for at, start, length in last.moves():
+        destination.narrow(last.dim, at, length).copy_(tensor.narrow(last.dim, start, length))
 
 
 def apply_inverse(destination: Tensor, ops: Sequence[TensorOp], value: Tensor) -> None:
