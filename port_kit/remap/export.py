@@ -68,11 +68,8 @@ def export(plan: Plan, read: Read | Mapping[str, Tensor] | nn.Module) -> Iterato
             part was dropped; ``remap_overflow``.
     """
     if plan.target.naming == "original":
-        raise RemapError(
-            f"{plan.target.origin or 'the checkpoint'} records original names: expected those of the module",
-            code="remap_mixed",
-            hint="export the converted checkpoint, or convert this one (--forward)",
-        )
+        message = f"{plan.target.origin or 'the checkpoint'} records original names: expected those of the module"
+        raise remap_error("remap_mixed", message, "export the converted checkpoint, or convert this one (--forward)")
     tensor_of = _reader(read)
     for name, tasks in plan.by_source().items():
         copies = grouped(tasks, lambda task: "" if task.rule.take else task.rule)  # with take: parts of one copy
