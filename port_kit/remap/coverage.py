@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,12 +54,12 @@ class Coverage:
 
     def problems(self) -> list[dict[str, Any]]:
         """Return the problems, those of one layer template joined, with their sources and targets as templates."""
-        groups: dict[tuple[str, str, str, str], list[Problem]] = defaultdict(list)
-        for problem in self.plan.explained():
-            names = template_of(problem.source), template_of(problem.target)
-            groups[*names, problem.code, problem.rule].append(problem)
+
+        def key(problem: Problem) -> tuple[str, ...]:
+            return template_of(problem.source), template_of(problem.target), problem.code, problem.rule
+
         joined = []
-        for group in groups.values():
+        for group in grouped(self.plan.explained(), key).values():
             data: dict[str, Any] = group[0].to_json()
             if len(group) > 1:
                 data["count"] = len(group)
@@ -130,9 +129,20 @@ def coverage(
     return Coverage(check(rules, source, target, sizes, allow_downcast=allow_downcast), target_from)
 
 
+_TEXTS: dict[type[TensorOp], Callable[[Any], str]] = {
+    Slice: lambda op: "take " + ", ".join(f"{start}:{stop}" for start, stop in op.region),
+    Reshape: lambda op: f"reshape to {list(op.after)}",
+    Permute: lambda op: f"transpose {list(op.perm)}",
+    Reorder: lambda op: f"reorder axis {op.dim} as " + ", ".join(f"{start}:{stop}" for start, stop in op.runs),
+    Cast: lambda op: f"cast to {op.dtype}",
+    Fill: lambda op: f"filled into {list(op.after)}",
+    Call: lambda op: op.name,
+}
+
+
 def describe(task: CopyTask) -> str:
     """Return the operations on a source in a few words."""
-    words = [_op_text(op) for op in task.ops]
+    words = [_TEXTS[type(op)](op) for op in task.ops]
     if task.join is not None:
         words.append(f"{task.join.name} as {task.role}")
     if task.shard:
@@ -142,32 +152,12 @@ def describe(task: CopyTask) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _op_text(op: TensorOp) -> str:
-    if isinstance(op, Slice):
-        return "take " + ", ".join(f"{start}:{stop}" for start, stop in op.region)
-    if isinstance(op, Reshape):
-        return f"reshape to {list(op.after)}"
-    if isinstance(op, Permute):
-        return f"transpose {list(op.perm)}"
-    if isinstance(op, Reorder):
-        return f"reorder axis {op.dim} as " + ", ".join(f"{start}:{stop}" for start, stop in op.runs)
-    if isinstance(op, Cast):
-        return f"cast to {op.dtype}"
-    if isinstance(op, Fill):
-        return f"filled into {list(op.after)}"
-    assert isinstance(op, Call)
-    return op.name
-
-
 def _side(manifest: Manifest) -> dict[str, Any]:
     return {"origin": manifest.origin, "tensors": len(manifest), "bytes": manifest.nbytes}
 
 
 def _by_reason(names: Mapping[str, str]) -> list[tuple[str, str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name, reason in names.items():
-        groups[reason].append(name)
-    return [(text, reason) for reason, group in groups.items() for text in collapse(group)]
+    return [(text, reason) for reason, group in grouped(names, names.get).items() for text in collapse(group)]
 
 
 @dataclass

@@ -123,16 +123,14 @@ def _with_absent(
 
 
 def expected_sources(rules: Rules, target: str, part: str, sizes: Mapping[str, int]) -> list[str]:
-    """Return the source names that would fill a target.
+    """Return the source names that would fill a target, in the order of the rules.
 
     Args:
-        rules: the rule set.
-        target: a target's name.
+        rules, target, sizes: the rules, a target's name, all named sizes.
         part: the shard of a fused target, or the part of a join; empty for the complete target.
-        sizes: all named sizes, for templates with arithmetic.
 
     Returns:
-        Names in the order of the rules; empty if no rule maps there or its pattern cannot be spelled out.
+        The names; none if no rule maps there or its pattern cannot be spelled out.
     """
     found = (name for rule in rules if rule.source and rule.target for name in _spellings(rule, target, part, sizes))
     return list(dict.fromkeys(found))

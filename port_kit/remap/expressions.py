@@ -14,7 +14,6 @@ MAX_LENGTH = 200
 #: Largest intermediate value; no tensor has an extent near it.
 MAX_VALUE = 1 << 48
 
-Size = int | str
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -25,7 +24,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 _ALLOWED = (ast.BinOp, ast.UnaryOp, ast.USub, ast.Constant, ast.Name, ast.Load, *_OPERATORS)
 
 
-def evaluate(expression: Size, names: Mapping[str, int], where: str = "") -> int:
+def evaluate(expression: int | str, names: Mapping[str, int], where: str = "") -> int:
     """Return the integer value of an expression such as ``"3*hidden + mlp"``.
 
     Args:

@@ -2,15 +2,18 @@
 
 The adapter of module M changes ``M.weight`` by ``B @ A``. Its rows are rows of B, its columns are columns of A. A copy
 task that selects complete rows and columns is therefore followed exactly: B, biases and DoRA magnitudes by rows, A by
-columns. :mod:`port_kit.remap.selection` measures the selection, so built-in ops and registered transforms are treated
-alike. Everything else is refused by name.
+columns. The selection is measured, so built-in ops and registered transforms are treated alike: the ops run on a tensor
+of row numbers and on one of column numbers. Everything else is refused by name.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from port_kit.checkpoint.lora_names import PREFIXES, Entry, read_entry, read_other, restore_names, without_prefixes
 from port_kit.errors import RemapError
@@ -20,14 +23,18 @@ from port_kit.remap.problems import Problem, closest_match, raise_problems
 from port_kit.remap.resolve import CopyTask, Resolver, expand
 from port_kit.remap.resolve_ops import Scope
 from port_kit.remap.rule import Rule, Rules
-from port_kit.remap.selection import Selection, select
-from port_kit.remap.tensor_ops import Call, Cast, apply
+from port_kit.remap.tensor_ops import Call, Cast, TensorOp, apply
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["PREFIXES", "read_entry", "remap_lora", "restore_names"]
 
 Value = TypeVar("Value")
 Specs = Mapping[str, TensorSpec]
 Parts = Mapping[str, Sequence[str]]
+#: The module, or shard of a fused module, that an adapter is for, and the copy task of its weight.
+Place = tuple[str, CopyTask | None]
 
 
 def remap_lora(
@@ -107,13 +114,6 @@ def _by_module(
     return modules, problems
 
 
-class _Place(NamedTuple):
-    """The module, or shard of a fused module, that an adapter is for, and the copy task of its weight."""
-
-    module: str
-    task: CopyTask | None
-
-
 class _Mapping:
     """Places of the tensors of modules: from the resolver, or from the names of rules alone if no target is known."""
 
@@ -122,7 +122,7 @@ class _Mapping:
         self.checks = target is not None
         aliases = getattr(target, "aliases", None)
         self._resolver = Resolver(rules, target or {}, sizes, allow_downcast=True, aliases=aliases)
-        self._selections: dict[object, Selection | None] = {}
+        self._select = lru_cache(maxsize=None)(select)
         self._rows: dict[str, dict[str, int]] = {}
 
     def module_of(self, entry: Entry, prefixes: tuple[str, ...]) -> str | None:
@@ -139,7 +139,7 @@ class _Mapping:
     def _matching(self, name: str) -> list[tuple[Rule, re.Match[str]]]:
         return [(self.rules[number], match) for number, match in self._resolver.matches(name)]
 
-    def places(self, source: str, shape: Shape) -> list[_Place]:
+    def places(self, source: str, shape: Shape) -> list[Place]:
         """Return the places of a tensor of this shape.
 
         Raises:
@@ -151,39 +151,36 @@ class _Mapping:
         if found.problems:
             problem = found.problems[0]
             raise _wrong(problem.code, f"an adapter of {list(shape)} does not fit {source}: {problem.message}")
-        return [_Place(self._place_name(task, len(found.tasks) == 1), task) for task in found.tasks]
+        return [(self._place_name(task, len(found.tasks) == 1), task) for task in found.tasks]
 
     def has_places(self, source: str, shape: Shape) -> bool:
         """Return True if the target has the tensor, and this shape fits it."""
-        if not self.checks:
-            return False
         found = self._resolver.resolve(source, TensorSpec(shape, "bfloat16"))
         return bool(found.tasks) and not found.problems
 
-    def carry(self, place: _Place, kind: str, name: str, value: Any, shape: Shape) -> Any:
-        """Return an adapter's tensor for a place.
+    def carry(self, task: CopyTask | None, kind: str, name: str, value: Any, shape: Shape) -> Any:
+        """Return an adapter's tensor for the target of a copy task.
 
         Raises:
             RemapError: ``remap_op`` if it cannot follow the ops on the weight.
         """
-        if place.task is None:
+        if task is None:
             return value
-        ops = place.task.ops
+        ops = task.ops
         if kind in ("diff", "diff_b"):
             if not any(isinstance(op, Call) for op in ops):  # ops that move elements also move differences
                 return apply(value, [op for op in ops if not isinstance(op, Cast)])
             kind = "diff"
-        if (ops, shape) not in self._selections:
-            self._selections[ops, shape] = select(ops, shape)
-        selection = self._selections[ops, shape]
+        selection = self._select(ops, shape)
         found = selection.of(kind, value) if selection is not None else None
         if found is None:
             what = "other than complete rows and columns" if selection is None else "a part of the rows or columns"
-            raise _cannot_follow(f"{name}: loading takes {what} of {place.task.source}")
+            raise _cannot_follow(f"{name}: loading takes {what} of {task.source}")
         return found
 
-    def _renamed(self, source: str) -> list[_Place]:
-        places, matching = [], self._matching(source)
+    def _renamed(self, source: str) -> list[Place]:
+        places: list[Place] = []
+        matching = self._matching(source)
         if len({rule.source for rule, _ in matching}) > 1:
             labels = " and ".join(rule.label for rule, _ in matching)
             raise RemapError(f"{source} matches {len(matching)} rules: {labels}", code="remap_ambiguous")
@@ -195,7 +192,7 @@ class _Mapping:
             scope = Scope(self._resolver.sizes, rule.label, source, match, ())
             target, shard = (expand(one[0], match, scope) if one else "" for one in (rule.targets, rule.shards))
             if not rule.drop:
-                places.append(_Place(self._shard_name(target, shard, ("q", "k", "v"), source), None))
+                places.append((self._shard_name(target, shard, ("q", "k", "v"), source), None))
         return places
 
     def _place_name(self, task: CopyTask, alone: bool) -> str:
@@ -262,8 +259,8 @@ def _follow(
         if kind == "B.bias" and mapping.has_places(f"{module}.bias", product[:1]):
             kind, source = "diff_b", f"{module}.bias"
         shape = tuple(value.shape) if kind in ("diff", "diff_b") and mapping.checks else product
-        for place in mapping.places(source, shape):
-            yield place.module + entry.suffix, entry, mapping.carry(place, kind, entry.name, value, shape)
+        for name, task in mapping.places(source, shape):
+            yield name + entry.suffix, entry, mapping.carry(task, kind, entry.name, value, shape)
 
 
 def _check(module: str, entries: Sequence[Entry], tensors: Mapping[str, Any]) -> Shape:
@@ -306,3 +303,101 @@ def _product(module: str, pair: Mapping[str, Any]) -> Shape:
 
 def _wrong(code: str, message: str) -> RemapError:
     return RemapError(message, code=code, hint="the file may be damaged, or for another base model")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows and columns of a weight that a chain of ops keeps, in their new order.
+
+    A weight of shape (outputs, ...) has rows along its first axis and columns along all others together.
+
+    Attributes:
+        before: the weight's shape.
+        after: the shape of the ops' result.
+        rows: numbers of rows; None for all of them in order.
+        columns: the same of columns.
+    """
+
+    before: Shape
+    after: Shape
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def of(self, kind: str, value: Tensor) -> Tensor | None:
+        """Return an adapter's tensor for the selected part of the weight.
+
+        Args:
+            kind: ``A``, ``B``, ``A.bias``, ``B.bias``, ``magnitude``, ``alpha`` or ``diff``.
+            value: the tensor, for the complete weight.
+
+        Returns:
+            The tensor; None if it belongs to all columns (or all rows) together and some are left out.
+        """
+        if kind == "alpha":
+            return value
+        if kind == "A":
+            return _take(value.flatten(1), 1, self.columns).reshape(value.shape[0], *self.after[1:])
+        if kind == "B":
+            return _take(value.flatten(1), 0, self.rows).reshape(-1, value.shape[1], *[1] * (len(self.after) - 2))
+        if kind == "diff":
+            chosen = _take(value.reshape(self.before[0], -1), 0, self.rows)
+            return _take(chosen, 1, self.columns).reshape(self.after)
+        by_inputs = kind == "magnitude" and value.ndim == 2 and value.shape[0] == 1
+        along, across = (self.columns, self.rows) if by_inputs else (self.rows, self.columns)
+        count = math.prod(self.before[:1] if by_inputs else self.before[1:])
+        if across is not None and across.unique().numel() != count:
+            return None
+        longest = max(range(value.ndim), key=lambda axis: value.shape[axis], default=0)
+        return value if kind == "A.bias" else _take(value, longest, along)
+
+
+def select(ops: Sequence[TensorOp], shape: Shape) -> Selection | None:
+    """Return the rows and columns of a weight that ops select; None if they do anything else.
+
+    One axis is measured at a time: numbers along the other axes are expanded, not stored.
+    """
+    import torch
+
+    ops = [op for op in ops if not isinstance(op, Cast)]  # an adapter keeps its own dtype
+    if not ops:
+        return Selection(shape, shape)
+    rows, columns = torch.arange(shape[0]), torch.arange(math.prod(shape[1:]))
+    try:
+        after, by_row = _run(ops, rows.view(-1, *[1] * len(shape[1:])), shape)
+        picked_rows = _constant(by_row, len(rows))
+        del by_row
+        _, by_column = _run(ops, columns.view(1, *shape[1:]), shape)
+        picked_columns = _constant(by_column.T, len(columns))
+        del by_column
+        if picked_rows is None or picked_columns is None:
+            return None
+        if any(isinstance(op, Call) for op in ops):  # a transform may compute: try other values
+            sample = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            if not bool(
+                (_run(ops, sample, shape)[1] == sample.reshape(len(rows), -1)[picked_rows][:, picked_columns]).all()
+            ):
+                return None
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # from a registered transform
+        return None
+    rows_or_all = None if torch.equal(picked_rows, rows) else picked_rows
+    return Selection(shape, after, rows_or_all, None if torch.equal(picked_columns, columns) else picked_columns)
+
+
+def _run(ops: Sequence[TensorOp], values: Tensor, shape: Shape) -> tuple[Shape, Tensor]:
+    """Return the shape of a result, and the result as a matrix.
+
+    Values are float32, as transforms expect weights: exact for as many numbers as an axis has.
+    """
+    result = apply(values.float().expand(shape), ops)
+    return tuple(result.shape), result.reshape(result.shape[0], -1)
+
+
+def _constant(numbers: Tensor, count: int) -> Tensor | None:
+    """Return the number in each row of a matrix; None if a row has several, or one that is not in ``range(count)``."""
+    first = numbers[:, 0]
+    sound = bool((numbers == first[:, None]).all()) and bool(((first >= 0) & (first < count)).all())
+    return first.long() if sound and bool((first == first.long()).all()) else None
+
+
+def _take(value: Tensor, axis: int, numbers: Tensor | None) -> Tensor:
+    return value if numbers is None else value.index_select(axis, numbers.to(value.device))

@@ -133,8 +133,6 @@ def _check_arguments(op: Op, label: str) -> None:
         what, holds = _KINDS[f"{key} {kind}" if f"{key} {kind}" in _KINDS else key]
         if not holds(value):
             raise op_error(f"op {op.name} of rule {label!r} has {key} = {value!r}", f"{key} is {what}")
-    if op.name == "cast" and op.get("dtype") not in CAST_DTYPES:
-        raise op_error(f"cast to {op.get('dtype')!r}", f"dtypes: {', '.join(CAST_DTYPES)}")
     if op.name == "rearrange":
         parse_rearrange(op.get("pattern"))
         if key in ("sizes", "shape", "runs"):
@@ -175,7 +173,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "parts": ("a list of names", lambda value: _all(value, _is_size) and len(set(map(str, value))) == len(value)),
     "parts count": ("a size", _is_size),
     "pattern": ("a text", lambda value: isinstance(value, str)),
-    "dtype": ("a dtype", lambda value: isinstance(value, str)),
+    "dtype": (f"one of {', '.join(CAST_DTYPES)}", lambda value: value in CAST_DTYPES),
 }
 
 

@@ -7,7 +7,7 @@ no tensor name can stall a load.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
@@ -24,6 +24,8 @@ MAX_NAME_LENGTH = 256
 MAX_OVERLAPPING = 3
 #: Largest counted repeat, ``{m,n}``.
 MAX_COUNTED = 8
+#: Return the syntax tree of a regular expression.
+parse_pattern: Callable[[str], Any] = parser.parse
 REPEATS = (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT)
 _ALPHABET = frozenset(map(chr, range(32, 127)))
 _SINGLE = (sre.LITERAL, sre.IN, sre.ANY, sre.NOT_LITERAL)
@@ -53,11 +55,6 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         if len(chain) > MAX_OVERLAPPING:  # matching takes (length of the name) ** (length of the chain)
             raise _bad(pattern, f"has more than {MAX_OVERLAPPING} repeats that can match the same characters")
     return compiled
-
-
-def parse_pattern(pattern: str) -> Any:
-    """Return the parsed form of a regular expression."""
-    return parser.parse(pattern)
 
 
 def _atoms(tree: Any, pattern: str, repeated: bool = False) -> Iterator[tuple[frozenset[str], bool]]:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.regions import (
@@ -35,6 +35,7 @@ from port_kit.remap.tensor_ops import Reorder, Slice, source_region
 IDENTITY = Rules("identity", (Rule(r"(.+)", r"\1"),))
 #: Operations that may use a part of their input.
 _PARTIAL = (Slice, Reorder)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ class Plan:
         return grouped([task for task in self.tasks if task.join is not None], attrgetter("group"))
 
 
-def grouped(tasks: Iterable[CopyTask], key: Callable[[CopyTask], Any]) -> dict[Any, list[CopyTask]]:
-    """Return the tasks by their key, in the order of the first task of each."""
-    found: dict[Any, list[CopyTask]] = defaultdict(list)
-    for task in tasks:
-        found[key(task)].append(task)
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    """Return items by their key, in the order of the first item of each."""
+    found: dict[Any, list[Item]] = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
     return dict(found)
 
 
@@ -266,9 +267,8 @@ class PlanBuilder:
         """Return the targets that keep their initial values; a converted checkpoint may contain them or not."""
         kept: dict[str, str] = {}
         problems = []
-        for rule in self.rules.rules:
-            pattern = compile_pattern(str(rule.target)) if rule.keep else None
-            for name in filter(pattern.fullmatch, self.target) if pattern is not None else ():
+        for rule in filter(attrgetter("keep"), self.rules):
+            for name in filter(compile_pattern(str(rule.target)).fullmatch, self.target):
                 if name in written and converted:
                     continue
                 kept[name] = rule.keep
@@ -335,20 +335,18 @@ def dead_rules(rules: Rules, used: Mapping[int, int], kept: Mapping[str, str]) -
         choice, _, spelling = rule.variant.partition(":")
         if choice:
             spellings[choice][spelling] += used.get(number, 0)
-    found = {choice: [text for text, count in counts.items() if count] for choice, counts in spellings.items()}
-    for choice, present in found.items():
-        if not present:
-            message = f"no spelling of {choice} is in the checkpoint: {', '.join(spellings[choice])}"
-            problems.append(Problem("remap_dead_rule", message))
-        elif len(present) > 1:
-            message = f"more than one spelling of {choice} is in the checkpoint: {', '.join(present)}"
-            problems.append(Problem("remap_ambiguous", message))
+    for choice, counts in spellings.items():
+        present = [spelling for spelling, count in counts.items() if count]
+        if len(present) != 1:
+            code, found = ("remap_ambiguous", "more than one") if present else ("remap_dead_rule", "no")
+            message = f"{found} spelling of {choice} is in the checkpoint: {', '.join(present or counts)}"
+            problems.append(Problem(code, message))
     for number, rule in enumerate(rules.rules):
         choice, _, spelling = rule.variant.partition(":")
         alive = used.get(number, 0)
         if rule.keep:
             alive = any(compile_pattern(str(rule.target)).fullmatch(name) for name in kept)
-        expected = spelling in found[choice] if choice else not rule.fallback
+        expected = spellings[choice][spelling] > 0 if choice else not rule.fallback
         if not alive and expected and not rule.optional:
             problems.append(Problem("remap_dead_rule", f"rule {rule.label} matches nothing", rule.label))
     return problems

@@ -63,7 +63,6 @@ HINTS = {
     "remap_collision": "two rules must not write the same elements: correct a target or a shard",
     "remap_dead_rule": "correct the pattern, remove the rule, or mark it optional",
     "remap_dtype": "add a cast, set allow_downcast on the rule set, or build the module in the checkpoint's dtype",
-    "remap_failed": "see the problems one by one",
     "remap_incomplete_group": "the checkpoint lacks a part, or no rule maps it here",
     "remap_missing": "add a rule for it, or keep it with a reason",
     "remap_mixed": "load either the original or the converted checkpoint",

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -81,10 +81,7 @@ class Resolver:
     """Resolves sources by rules towards the targets of a manifest.
 
     Args:
-        rules: the rules.
-        target: the target tensors.
-        sizes: named sizes on top of the rules' own.
-        allow_downcast: floating-point values may be rounded to the target's dtype.
+        rules, target, sizes, allow_downcast: as for :func:`port_kit.remap.plan.compile_plan`.
         aliases: further names of targets, ``{alias: name}``.
         opaque: targets whose own loader alone knows their complete shape, and the tensor-parallel size. Such a target
             accepts a source that is that many times its size on one axis.
@@ -236,8 +233,7 @@ def unmatched(name: str, file: str = "") -> Problem:
     return Problem("remap_unexpected", message, source=name, file=file)
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Destination of one branch of a rule: a target, its shard or the role in a join, and the base region."""
 
     target: str
@@ -265,22 +261,21 @@ def expand(text: str, match: re.Match[str], scope: Scope | None = None) -> str:
 
 def _branches(rule: Rule, spec: TensorSpec, scope: Scope, places: Sequence[_Place]) -> list[Branch]:
     """Return the operations, the region and the result's shape for each target of a rule."""
-    ops = resolve_take(rule.take, spec.shape, scope)
-    shape = ops[-1].after if ops else spec.shape
     regions = [_region(rule, place, scope) for place in places]
     names = [op.name for op in rule.op]
     at = names.index("split") if "split" in names else len(rule.op)
-    ops, shape = _run(rule.op[:at], ops, shape, scope, regions[0][1])
+    taken = resolve_take(rule.take, spec.shape, scope)
+    ops, shape = _run(rule.op[:at], taken, spec.shape, scope, regions[0][1])
     results = [(ops, shape)]
     if at < len(rule.op):
         rest = rule.op[at + 1 :]
         parts = _split(rule.op[at], shape, scope, [content for _, content in regions], bool(rest))
         results = [
-            _run(rest, [*ops, Slice(part, shape)], region_shape(part), scope, content)
+            _run(rest, [*ops, Slice(part, shape)], shape, scope, content)
             for part, (_, content) in zip(parts, regions, strict=True)
         ]
     return [
-        _fit(rule, list(ops), shape, region, content, scope)
+        _fit(rule, ops, shape, region, content, scope)
         for (ops, shape), (region, content) in zip(results, regions, strict=True)
     ]
 
@@ -334,14 +329,13 @@ def _divided(shape: Shape, axis: int, sizes: list[int], count: int, where: str) 
 
 
 def _run(
-    ops: Sequence[Op], done: Sequence[TensorOp], shape: Shape, scope: Scope, content: Shape
+    ops: Sequence[Op], done: list[TensorOp], before: Shape, scope: Scope, content: Shape
 ) -> tuple[list[TensorOp], Shape]:
-    """Append the operations of ops; joining ops have none."""
-    done = list(done)
+    """Append the operations of ops, and return the shape of their result; joining ops have none."""
     for op in ops:
-        done += [] if op.joins else resolve_op(op, shape, scope, content)
-        shape = done[-1].after if done else shape
-    return done, shape
+        shape = done[-1].after if done else before
+        done = done + ([] if op.joins else resolve_op(op, shape, scope, content))
+    return done, done[-1].after if done else before
 
 
 def _split(op: Op, shape: Shape, scope: Scope, contents: list[Shape], more: bool) -> list[Region]:

@@ -24,9 +24,7 @@ from port_kit.remap.transforms import find_transform
 class Scope:
     """The names that a rule's expressions may use for one source tensor, computed on first use."""
 
-    def __init__(
-        self, sizes: Mapping[str, int], rule: str, name: str, match: re.Match[str] | None, shape: Shape
-    ) -> None:
+    def __init__(self, sizes: Mapping[str, int], rule: str, name: str, match: re.Match[str], shape: Shape) -> None:
         self._sizes, self._rule, self._name, self._match, self._shape = sizes, rule, name, match, shape
         self._names: dict[str, int] | None = None
 
@@ -40,10 +38,9 @@ class Scope:
         """Named sizes, the source's extents (``in0`` ...), and the numeric groups (``_1`` ... and by name)."""
         if self._names is None:
             self._names = {**self._sizes, **{f"in{axis}": extent for axis, extent in enumerate(self._shape)}}
-            if self._match is not None:
-                groups = {f"_{number}": text for number, text in enumerate(self._match.groups(), 1)}
-                groups.update(self._match.groupdict())
-                self._names.update({key: int(text) for key, text in groups.items() if text and text.isdecimal()})
+            groups = {f"_{number}": text for number, text in enumerate(self._match.groups(), 1)}
+            groups.update(self._match.groupdict())
+            self._names.update({key: int(text) for key, text in groups.items() if text and text.isdecimal()})
         return self._names
 
     def size(self, expression: int | str) -> int:
@@ -135,7 +132,9 @@ def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape) -> lis
     sizes = {name: scope.size(size) for name, size in op.get("sizes", ())}
     if ["..."] in left:
         hidden = [[f"...{number}"] for number in range(len(shape) - len(left) + 1)]
-        left, right = (_unfold(side, hidden) for side in (left, right))
+        left, right = (
+            [axis for part in side for axis in (hidden if part == ["..."] else [part])] for side in (left, right)
+        )
     if len(left) != len(shape):
         raise _shape_error(f"rearrange {op.get('pattern')!r} of shape {list(shape)}", f"{len(left)} axes", scope)
     for axis, extent in zip(left, shape, strict=True):
@@ -147,11 +146,6 @@ def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape) -> lis
     after = tuple(math.prod(sizes[name] for name in axis) for axis in right)
     permute = Permute(perm, split)
     return [Reshape(shape, split), permute, Reshape(permute.after, after)]
-
-
-def _unfold(side: list[list[str]], hidden: list[list[str]]) -> list[list[str]]:
-    at = side.index(["..."])
-    return [*side[:at], *hidden, *side[at + 1 :]]
 
 
 def _infer(axis: list[str], extent: int, sizes: dict[str, int], scope: Scope) -> None:

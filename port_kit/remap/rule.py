@@ -6,6 +6,7 @@ Patterns, templates, size expressions and op arguments that cannot work raise :c
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,7 +52,7 @@ class Rule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", Op.many(self.op))
         for name in ("target", "shard"):
-            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+            object.__setattr__(self, name, _texts(getattr(self, name)))
         self._check_types()
         self._check_purpose()
         if self.source:
@@ -169,11 +170,9 @@ class Rules:
                 raise rules_error(f"size name {size!r} is not a word", "letters, digits and _, not starting with _")
             if isinstance(value, str):
                 parse(value)
-        seen: set[Rule] = set()
-        for rule in self.rules:
-            if rule in seen:
+        for rule, count in Counter(self.rules).items():
+            if count > 1:
                 raise rules_error(f"rule {rule.label!r} is in {self.name} twice", "remove one of them")
-            seen.add(rule)
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -182,13 +181,11 @@ class Rules:
         return len(self.rules)
 
 
-def _texts(field_name: str, value: object) -> str | tuple[str, ...]:
+def _texts(value: object) -> object:
     """Read a text or several; a number is read as its digits."""
-    if type(value) is int or isinstance(value, str):
-        return str(value)
-    if isinstance(value, (list, tuple)) and value and all(type(item) is int or isinstance(item, str) for item in value):
-        return tuple(map(str, value))
-    raise rules_error(f"{field_name} is {value!r}", "it must be a text, or a list of texts")
+    if isinstance(value, (list, tuple)) and value:
+        return tuple(map(_texts, value))
+    return str(value) if type(value) is int else value
 
 
 def _check_template(text: str, pattern: re.Pattern[str]) -> None:

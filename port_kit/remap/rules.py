@@ -109,10 +109,9 @@ class RuleSet(Rules):
 
     @classmethod
     def _included(cls, part: object, folder: Path | None, depth: int) -> RuleSet:
-        if not isinstance(part, Mapping) or "rules" not in part or set(part) - {"rules", "source", "target"}:
-            raise rules_error(f"include is {part!r}", "it needs rules, and may have source and target prefixes")
-        if not all(isinstance(value, str) for value in part.values()):
-            raise rules_error(f"include is {dict(part)}", "rules, source and target are texts")
+        known = isinstance(part, Mapping) and {"rules"} <= set(part) <= {"rules", "source", "target"}
+        if not isinstance(part, Mapping) or not known or not all(isinstance(text, str) for text in part.values()):
+            raise rules_error(f"include is {part!r}", "it needs rules, and may have source and target prefixes: texts")
         found = cls._referenced(part["rules"], folder, depth)
         return found.under(part.get("source", ""), part.get("target", ""))
 

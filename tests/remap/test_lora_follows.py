@@ -11,8 +11,7 @@ from torch import Tensor
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet
-from port_kit.remap.lora import remap_lora
-from port_kit.remap.selection import select
+from port_kit.remap.lora import remap_lora, select
 from port_kit.remap.tensor_ops import Reorder
 from port_kit.remap.transforms import transform
 
