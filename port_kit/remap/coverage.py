@@ -165,7 +165,6 @@ class Explanation:
     """Explanation of one name.
 
     Attributes:
-        name: the name.
         found: a rule matches it, or it is in a manifest.
         rules: ``{"rule", "groups", "target", "shard", "does"}`` of each rule that matches it as a source.
         tasks: its copy tasks, as source or as target.

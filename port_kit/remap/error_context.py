@@ -46,8 +46,7 @@ def add_context(
     is compared with those names first, because a renamed tensor results in both problems.
 
     Args:
-        problems: all problems of a plan.
-        rules: the rule set.
+        problems, rules: all problems of a plan, and its rules.
         sources: ``{name: file}`` of the checkpoint; the file may be empty.
         targets: the names of the module.
         sizes: named sizes, all of them integers.

@@ -6,6 +6,7 @@ Files record in their metadata which names they have, so that no loader has to g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,12 +182,9 @@ def checkpoint_reader(folder: str | Path, manifest: Manifest) -> Read:
 
     root = Path(folder)
     root = root if root.is_dir() else root.parent
-    opened: dict[str, Any] = {}
 
-    def read(name: str) -> Tensor:
-        file = manifest[name].file
-        if file not in opened:
-            opened[file] = safe_open(root / file, framework="pt").__enter__()
-        return opened[file].get_tensor(name)
+    @cache
+    def opened(file: str) -> Any:
+        return safe_open(root / file, framework="pt").__enter__()
 
-    return read
+    return lambda name: opened(manifest[name].file).get_tensor(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
@@ -21,6 +22,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_GROUP = re.compile(r"\\(\d{1,2})|\\g<(\w+)>")
 _ALLOWED = (ast.BinOp, ast.UnaryOp, ast.USub, ast.Constant, ast.Name, ast.Load, *_OPERATORS)
 
 
@@ -29,8 +31,7 @@ def evaluate(expression: int | str, names: Mapping[str, int], where: str = "") -
 
     Args:
         expression: an integer, or text over ``+ - * // %``, brackets, integers and names.
-        names: the named sizes (and a rule's numeric groups).
-        where: the owner of the expression, for the message.
+        names, where: the named sizes and numeric groups; the owner of the expression, for the message.
 
     Raises:
         RemapError: ``remap_size`` for anything that is not such an expression or names an unknown size.
@@ -72,11 +73,15 @@ def _names(expression: str) -> set[str]:
 
 @lru_cache(maxsize=4096)
 def parse(expression: str) -> ast.expr:
-    """Parse an expression; raises ``remap_size`` for anything but integer arithmetic."""
+    r"""Parse an expression; raises ``remap_size`` for anything but integer arithmetic.
+
+    Groups are read as names: ``\1 // 4`` as ``_1 // 4``, ``\g<n>`` as ``n``.
+    """
     if len(expression) > MAX_LENGTH:
         raise _bad(f"{expression[:40]}...", f"is longer than {MAX_LENGTH} characters")
     try:
-        tree = ast.parse(expression.strip(), mode="eval").body
+        text = _GROUP.sub(lambda group: f"_{group[1]}" if group[1] else group[2], expression.strip())
+        tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _bad(expression, "cannot be read") from error
     for node in ast.walk(tree):

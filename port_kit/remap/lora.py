@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["PREFIXES", "read_entry", "remap_lora", "restore_names"]
-
 Value = TypeVar("Value")
 Specs = Mapping[str, TensorSpec]
 Parts = Mapping[str, Sequence[str]]

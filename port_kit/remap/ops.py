@@ -10,7 +10,6 @@ from typing import Any
 from port_kit.checkpoint.dtypes import DTYPES
 from port_kit.errors import RemapError
 from port_kit.remap.expressions import parse
-from port_kit.remap.patterns import normalize
 from port_kit.remap.transforms import find_transform
 
 #: op -> its arguments, the required ones with a star.
@@ -129,8 +128,7 @@ def _check_arguments(op: Op, label: str) -> None:
         hint = f"{op.name} takes {', '.join(allowed) or 'none'} (* is required)"
         raise op_error(f"op {op.name} of rule {label!r} has arguments {sorted(given)}", hint)
     for key, value in op.args if op.name in OPS else ():
-        kind = "pairs" if (op.name, key) == ("rearrange", "sizes") else "count" if op.name == "reorder" else ""
-        what, holds = _KINDS[f"{key} {kind}" if f"{key} {kind}" in _KINDS else key]
+        what, holds = _KINDS.get(f"{op.name} {key}") or _KINDS[key]
         if not holds(value):
             raise op_error(f"op {op.name} of rule {label!r} has {key} = {value!r}", f"{key} is {what}")
     if op.name == "rearrange":
@@ -141,7 +139,7 @@ def _check_arguments(op: Op, label: str) -> None:
 
 def _check_sizes(value: Any) -> None:
     if isinstance(value, str):
-        parse(normalize(value))
+        parse(value)
     for item in value if isinstance(value, tuple) else ():
         _check_sizes(item)
 
@@ -158,12 +156,12 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_size, value))
 
 
-#: Argument -> (expected kind, check); with a second word if ops differ.
+#: Argument -> (expected kind, check); with the op before it if ops differ.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dim": ("the number of an axis", lambda value: type(value) is int),
     "shape": ("a list of sizes", lambda value: value == () or _all(value, _is_size)),
     "sizes": ("a list of sizes", lambda value: _all(value, _is_size)),
-    "sizes pairs": (
+    "rearrange sizes": (
         "a list of names with their sizes",
         lambda value: value == () or _all(value, lambda item: _is_pair(item) and isinstance(item[0], str)),
     ),
@@ -171,7 +169,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "order": ("a list of numbers", lambda value: _all(value, lambda item: type(item) is int)),
     "runs": ("a list of [start, stop]", lambda value: _all(value, _is_pair)),
     "parts": ("a list of names", lambda value: _all(value, _is_size) and len(set(map(str, value))) == len(value)),
-    "parts count": ("a size", _is_size),
+    "reorder parts": ("a size", _is_size),
     "pattern": ("a text", lambda value: isinstance(value, str)),
     "dtype": (f"one of {', '.join(CAST_DTYPES)}", lambda value: value in CAST_DTYPES),
 }

@@ -15,6 +15,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.remap.expressions import parse
 from port_kit.remap.names import NUMBER, fill, template_of
 
 MAX_PATTERN_LENGTH = 600
@@ -129,7 +130,6 @@ def _bad(pattern: str, why: str) -> RemapError:
 
 
 _TEMPLATE_PART = re.compile(r"\\(\d{1,2})|\\g<(\w+)>|\{([^{}]*)\}|\\([\\{}])|(\\.?|[{}])", re.DOTALL)
-_GROUP_IN_EXPRESSION = re.compile(r"\\(\d{1,2})|\\g<(\w+)>")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def parse_template(text: str) -> Template:
     r"""Parse a template: ``\1``, ``\g<name>`` and ``{expression}``; ``\\``, ``\{`` and ``\}`` stand for themselves.
 
     Raises:
-        RemapError: ``remap_template`` for a stray backslash or brace.
+        RemapError: ``remap_template`` for a stray backslash or brace, ``remap_size`` for an expression.
     """
     parts: list[str | tuple[str, str]] = []
     at = 0
@@ -167,8 +167,9 @@ def parse_template(text: str) -> Template:
             raise RemapError(f"template {text!r} has a stray {stray!r}", code="remap_template", hint=hint)
         if match.start() > at:
             parts.append(text[at : match.start()])
-        group = number or name
-        parts.append(sign or (("group", group) if group else ("size", normalize(expression))))
+        if expression is not None:
+            parse(expression)
+        parts.append(sign or (("size", expression) if expression is not None else ("group", number or name)))
         at = match.end()
     if at < len(text):
         parts.append(text[at:])
@@ -205,9 +206,3 @@ def generalize_names(names: Sequence[str], texts: Sequence[Sequence[str]]) -> tu
         numbers = [rf"\{varying.index(column) + 1}" if column in varying else column[0] for column in columns]
         templates.append(fill(literal_template(template_of(alike[0])), numbers))
     return pattern, templates
-
-
-@lru_cache(maxsize=8192)
-def normalize(expression: str) -> str:
-    r"""Spell the groups of an expression as names: ``\1 // 4`` becomes ``_1 // 4``, ``\g<n>`` becomes ``n``."""
-    return _GROUP_IN_EXPRESSION.sub(lambda match: f"_{match[1]}" if match[1] else match[2], expression)

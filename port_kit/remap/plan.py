@@ -298,8 +298,7 @@ def target_problems(name: str, spec: TensorSpec, tasks: Sequence[CopyTask], *, r
     """Return collisions, overlaps and missing parts of one target.
 
     Args:
-        name: the target.
-        spec: its shape and shards.
+        name, spec: the target.
         tasks: all tasks that write it, joins placed.
         reported: another problem already accounts for the missing elements.
     """

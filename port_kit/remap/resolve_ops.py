@@ -15,7 +15,6 @@ from port_kit.errors import RemapError
 from port_kit.regions import Region, Shape
 from port_kit.remap.expressions import evaluate
 from port_kit.remap.ops import Op, parse_rearrange, region_bounds
-from port_kit.remap.patterns import normalize
 from port_kit.remap.problems import remap_error
 from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
 from port_kit.remap.transforms import find_transform
@@ -45,8 +44,7 @@ class Scope:
 
     def size(self, expression: int | str) -> int:
         """Evaluate a size; raises ``remap_size``."""
-        text = normalize(expression) if isinstance(expression, str) else expression
-        return evaluate(text, self.names, self.where)
+        return evaluate(expression, self.names, self.where)
 
 
 def resolve_op(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[TensorOp]:
@@ -54,8 +52,7 @@ def resolve_op(op: Op, shape: Shape, scope: Scope, target: Shape) -> list[Tensor
 
     Args:
         op: any op but split, concat, stack and joining transforms.
-        shape: the shape of its input.
-        scope: the names of size expressions.
+        shape, scope: the shape of its input, and the names of size expressions.
         target: the shape of the target region, for ``reshape`` without a shape and ``fill``.
 
     Raises:

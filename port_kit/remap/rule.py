@@ -195,6 +195,3 @@ def _check_template(text: str, pattern: re.Pattern[str]) -> None:
             message = f"template {text!r} refers to group {group}, which pattern {pattern.pattern!r} does not have"
             hint = f"the pattern has {pattern.groups} groups"
             raise RemapError(message, code="remap_template", hint=hint, template=text, rule=pattern.pattern)
-    for part in parse_template(text).parts:
-        if not isinstance(part, str) and part[0] == "size":
-            parse(part[1])
