@@ -168,9 +168,8 @@ class WeightLoader:
                 self._executor.copy(group[0], tensor)
             else:
                 self._executor.run(group, {task.source: self._waiting.get(task.source, tensor) for task in group})
-            if self._planned is not None:
-                for source in {task.source for task in group}:
-                    self._pending[source] -= 1
+            for source in {task.source for task in group} if self._planned is not None else ():
+                self._pending[source] -= 1
         if self._pending.get(name):
             self._hold(name, tensor)
         if self._waiting:

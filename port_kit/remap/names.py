@@ -39,7 +39,7 @@ def parse_ranges(text: str) -> list[int]:
     return numbers
 
 
-def fill(template: str, fillings: Sequence[object]) -> str:
+def fill(template: str, fillings: Iterable[object]) -> str:
     """Replace each ``#`` of a template."""
     pieces = template.split("#")
     return pieces[0] + "".join(str(value) + piece for value, piece in zip(fillings, pieces[1:], strict=True))
@@ -54,10 +54,7 @@ def collapse(names: Iterable[str]) -> list[str]:
     lines: list[str] = []
     for template, rows in groups.items():
         axes = product_axes(rows)
-        if axes is None:
-            lines += [fill(template, row) for row in rows]
-        else:
-            lines.append(fill(template, [axis_text(axis) for axis in axes]))
+        lines += [fill(template, row) for row in rows] if axes is None else [fill(template, map(axis_text, axes))]
     return lines
 
 

@@ -212,9 +212,8 @@ class PlanBuilder:
             problems += dead_rules(self.rules, self._used, kept)
         order = {name: at for at, name in enumerate(self._specs)}
         tasks = sorted(tasks, key=lambda task: order[task.source])
-        source = Manifest(self._specs) if source is None else source
-        sides, sizes = (self.rules, source, self.target), self.resolver.sizes
-        return Plan(*sides, tuple(tasks), self._dropped, kept, converted, tuple(problems), sizes)
+        sides = (self.rules, Manifest(self._specs) if source is None else source, self.target)
+        return Plan(*sides, tuple(tasks), self._dropped, kept, converted, tuple(problems), self.resolver.sizes)
 
     def _ready(self, task: CopyTask) -> list[list[CopyTask]]:
         if task.join is None:
