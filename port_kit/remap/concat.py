@@ -40,8 +40,7 @@ def place_group(group: Sequence[CopyTask]) -> tuple[list[CopyTask], list[Problem
 def _incomplete(group: Sequence[CopyTask]) -> list[Problem]:
     """Return the parts of a join that are missing, given twice, or unknown."""
     first, needed = group[0], roles_of(group[0])
-    have = [task.role for task in group]
-    problems = []
+    have, problems = [task.role for task in group], []
     for task in group:
         if task.role not in needed:
             message = f"{task.source} is part {task.role!r} of {task.target}; expected one of {', '.join(needed)}"

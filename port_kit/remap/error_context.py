@@ -116,8 +116,8 @@ def _with_absent(
     near = closest_match(first, unexpected) or closest_match(first, known, cutoff=0.4)
     files = {*sources.values()}
     file = files.pop() if len(files) == 1 else sources.get(near, "")
-    where = f"missing from {file}" if file else "missing"
-    message = f"{problem.message}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} {where}"
+    found = f"missing from {file}" if file else "missing"
+    message = f"{problem.message}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} {found}"
     return replace(problem, message=message, source=first, file=file, near=near)
 
 

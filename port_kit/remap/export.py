@@ -180,8 +180,7 @@ def checkpoint_reader(folder: str | Path, manifest: Manifest) -> Read:
     """Return a function that reads tensors of a safetensors checkpoint by name, one at a time."""
     from safetensors import safe_open
 
-    root = Path(folder)
-    root = root if root.is_dir() else root.parent
+    root = Path(folder) if Path(folder).is_dir() else Path(folder).parent
 
     @cache
     def opened(file: str) -> Any:

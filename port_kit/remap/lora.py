@@ -28,7 +28,7 @@ from port_kit.remap.tensor_ops import Call, Cast, TensorOp, apply
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PREFIXES", "read_entry", "remap_lora", "restore_names"]
+__all__ = ["PREFIXES", "Selection", "read_entry", "remap_lora", "restore_names", "select"]
 Value = TypeVar("Value")
 Specs = Mapping[str, TensorSpec]
 Parts = Mapping[str, Sequence[str]]
@@ -378,8 +378,8 @@ def select(ops: Sequence[TensorOp], shape: Shape) -> Selection | None:
                 return None
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # from a registered transform
         return None
-    rows_or_all = None if torch.equal(picked_rows, rows) else picked_rows
-    return Selection(shape, after, rows_or_all, None if torch.equal(picked_columns, columns) else picked_columns)
+    pairs = ((picked_rows, rows), (picked_columns, columns))
+    return Selection(shape, after, *[None if torch.equal(picked, every) else picked for picked, every in pairs])
 
 
 def _run(ops: Sequence[TensorOp], values: Tensor, shape: Shape) -> tuple[Shape, Tensor]:

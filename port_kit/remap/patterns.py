@@ -95,12 +95,10 @@ def _repeat(value: Any, pattern: str, repeated: bool) -> Iterator[tuple[frozense
 
 def _characters(code: Any, value: Any) -> frozenset[str]:
     """Return the printable characters that a single step can match."""
-    if code is sre.LITERAL:
-        return frozenset(chr(value))
     if code is sre.ANY:
         return _ALPHABET
-    if code is sre.NOT_LITERAL:
-        return _ALPHABET - {chr(value)}
+    if code is not sre.IN:
+        value = [(sre.NEGATE, None)] * (code is sre.NOT_LITERAL) + [(sre.LITERAL, value)]
     matched: set[str] = set()
     for kind, item in value:
         if kind is sre.LITERAL:

@@ -151,8 +151,7 @@ class Resolver:
 
     def _map(self, number: int, scope: Scope, match: re.Match[str], name: str, spec: TensorSpec) -> Resolved:
         rule = self.rules[number]
-        targets = [expand(text, match, scope) for text in rule.targets]
-        targets = [self.aliases.get(target, target) for target in targets]
+        targets = [self.aliases.get(name, name) for name in [expand(text, match, scope) for text in rule.targets]]
         shards = [expand(text, match, scope) for text in rule.shards]
         for target in targets:
             if target not in self.target:

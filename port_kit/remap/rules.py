@@ -79,12 +79,9 @@ class RuleSet(Rules):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form in TOML and JSON."""
-        data: dict[str, Any] = {"name": self.name}
-        if self.allow_downcast:
-            data["allow_downcast"] = True
-        if self.sizes:
-            data["sizes"] = dict(self.sizes)
-        return data | {"rule": [rule.to_dict() for rule in self.rules]}
+        options = {"allow_downcast": self.allow_downcast, "sizes": dict(self.sizes)}
+        given = {key: value for key, value in options.items() if value}
+        return {"name": self.name, **given, "rule": [rule.to_dict() for rule in self.rules]}
 
     @classmethod
     def from_dict(cls, data: object, *, folder: Path | None = None, depth: int = 0) -> RuleSet:
