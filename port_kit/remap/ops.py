@@ -9,7 +9,7 @@ from typing import Any
 
 from port_kit.checkpoint.dtypes import DTYPES
 from port_kit.errors import RemapError
-from port_kit.remap.expressions import parse
+from port_kit.remap.patterns import parse_size
 from port_kit.remap.transforms import find_transform
 
 #: op -> its arguments, the required ones with a star.
@@ -139,7 +139,7 @@ def _check_arguments(op: Op, label: str) -> None:
 
 def _check_sizes(value: Any) -> None:
     if isinstance(value, str):
-        parse(value)
+        parse_size(value)
     for item in value if isinstance(value, tuple) else ():
         _check_sizes(item)
 

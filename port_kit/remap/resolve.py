@@ -14,10 +14,9 @@ from port_kit.checkpoint.dtypes import both_floating, keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Region, Shape, full_region, region_shape, shifted, with_span
-from port_kit.remap.expressions import evaluate_sizes
 from port_kit.remap.names import template_of
 from port_kit.remap.ops import Op
-from port_kit.remap.patterns import MAX_NAME_LENGTH, compile_pattern, parse_template
+from port_kit.remap.patterns import MAX_NAME_LENGTH, compile_pattern, evaluate_sizes, parse_template
 from port_kit.remap.problems import Problem, remap_error
 from port_kit.remap.resolve_ops import Scope, axis_of, resolve_op, resolve_region, resolve_take
 from port_kit.remap.rule import Rule, Rules

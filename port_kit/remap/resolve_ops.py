@@ -13,8 +13,8 @@ from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.regions import Region, Shape
-from port_kit.remap.expressions import evaluate
 from port_kit.remap.ops import Op, parse_rearrange, region_bounds
+from port_kit.remap.patterns import evaluate
 from port_kit.remap.problems import remap_error
 from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
 from port_kit.remap.transforms import find_transform

@@ -13,9 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from port_kit.errors import RemapError
-from port_kit.remap.expressions import parse
 from port_kit.remap.ops import Op, check_ops, check_region, rules_error
-from port_kit.remap.patterns import compile_pattern, parse_template
+from port_kit.remap.patterns import compile_pattern, parse_size, parse_template
 
 _TEXT_FIELDS = ("source", "target", "shard", "take", "into", "drop", "keep", "variant", "confidence", "note")
 _FLAGS = ("optional", "fallback")
@@ -169,7 +168,7 @@ class Rules:
             if not _SIZE_NAME.fullmatch(size):
                 raise rules_error(f"size name {size!r} is not a word", "letters, digits and _, not starting with _")
             if isinstance(value, str):
-                parse(value)
+                parse_size(value)
         for rule, count in Counter(self.rules).items():
             if count > 1:
                 raise rules_error(f"rule {rule.label!r} is in {self.name} twice", "remove one of them")
