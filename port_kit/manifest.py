@@ -110,12 +110,14 @@ class Manifest(Mapping[str, TensorSpec]):
         self.notes = tuple(notes)
 
     def naming_for(self, rules: str) -> str:
-        """Return ``original``, ``converted`` or an empty text: the recorded naming as far as a rule set is concerned.
+        """Return the recorded naming as far as a rule set is concerned.
 
-        Names that another rule set converted may be the original names of this one.
+        ``other`` stands for names that another rule set converted: they may be the original names of this one.
         """
         kind, _, converter = self.naming.partition(":")
-        return kind if converter in ("", rules) else ""
+        if converter and rules == f"{converter}_inverse":  # these rules are made for the converted names
+            return "original"
+        return kind if converter in ("", rules) else "other"
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._entries[name]

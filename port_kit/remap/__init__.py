@@ -36,7 +36,7 @@ the source is copied to each of their targets. ``RuleSet.under(source, target)``
 
 Files that the kit converts record which names they have (``port_kit.names`` in their metadata), and rules are applied
 to original names only. A checkpoint without that record is taken as original, unless all of its names are names of the
-target and no rule matches any of them.
+target, no rule matches any of them, and the rules only rename.
 """
 
 from port_kit.remap.coverage import coverage

@@ -146,13 +146,13 @@ def check(
 class PlanBuilder:
     """A plan in progress: :meth:`add` sources in any order, then :meth:`finish`.
 
-    Rules are applied unless the checkpoint is known to be converted. That is recorded (``naming``), or follows without
-    ambiguity: no rule matches any of its names, and all of them are names of the target.
+    Rules are applied unless the checkpoint is known to be converted. That is recorded (``naming``), or follows from its
+    names: no rule matches any of them, all of them are names of the target, and the rules only rename.
 
     Args:
         rules, target: as for :func:`check`.
         resolver: made of the same rules and target.
-        naming: ``original`` or ``converted`` if recorded in the checkpoint or given, else empty.
+        naming: ``original``, ``converted`` or ``other`` if recorded in the checkpoint or given, else empty.
     """
 
     def __init__(self, rules: Rules, target: Manifest, resolver: Resolver, naming: str) -> None:
@@ -160,6 +160,7 @@ class PlanBuilder:
         options: Any = {"allow_downcast": resolver.allow_downcast, "aliases": target.aliases, "opaque": resolver.opaque}
         self._identity = Resolver(IDENTITY, resolver.target, {}, **options)
         self._identity.target = resolver.target
+        self._known = {*target, *target.aliases}
         self._specs: dict[str, TensorSpec] = {}
         self._tasks: list[CopyTask] = []
         self._groups: dict[object, list[CopyTask]] = defaultdict(list)
@@ -180,7 +181,7 @@ class PlanBuilder:
             sources together. A part of a join that waits for the others is returned with the last of them.
         """
         self._specs[name] = spec
-        known = self.naming == "converted" or self.target.aliases.get(name, name) in self.target
+        known = self.naming == "converted" or name in self._known
         if self.naming != "original" and known and not self.resolver.matches(name) or self.naming == "converted":
             found = self._identity.resolve(name, spec)
             self._problems += found.problems
@@ -199,12 +200,16 @@ class PlanBuilder:
 
     def finish(self, source: Manifest | None = None) -> Plan:
         """Account for everything and return the plan, complete or not."""
-        converted = self.naming == "converted" or bool(self._unmatched) and not self._used
+        renames = not any(rule.op or rule.take or rule.into for rule in self.rules.rules)
+        converted = self.naming == "converted" or bool(self._unmatched) and not self._used and renames
         problems = self._problems + ([] if converted else self._unmatched)
         tasks = self._by_name if converted else self._tasks
         for group in self._groups.values():
             placed, wrong = place_group(group)
             tasks, problems = tasks + placed, problems + wrong
+        if self.naming == "other" and not converted and self._known.issuperset(self._specs):
+            if any(task.ops or task.source != task.target for task in tasks):
+                problems.append(Problem("remap_mixed", "another rule set converted these names of the target"))
         kept, collisions = self._kept({task.target for task in tasks}, converted=converted)
         problems += collisions
         problems += self._account_targets(tasks, kept, problems)

@@ -65,12 +65,12 @@ HINTS = {
     "remap_dtype": "add a cast, set allow_downcast on the rule set, or build the module in the checkpoint's dtype",
     "remap_incomplete_group": "the checkpoint lacks a part, or no rule maps it here",
     "remap_missing": "add a rule for it, or keep it with a reason",
-    "remap_mixed": "load either the original or the converted checkpoint",
+    "remap_mixed": "load either the original or the converted checkpoint, or say which it is (converted=...)",
     "remap_op": "check the op against the shapes in the message",
     "remap_overlap": "check take, into and the sizes of split and concat",
     "remap_shape": "compare the rule with both shapes; the configuration may not be the checkpoint's",
     "remap_slot": "use a shard that the target has, or concat for a plain parameter",
-    "remap_unexpected": "add a rule for it, or drop it with a reason",
+    "remap_unexpected": "add a rule for it, or drop it with a reason; or say that the names are converted",
     "remap_unused": "use the rest of the source, or drop it with a reason (drop with take)",
 }
 

@@ -457,6 +457,32 @@ def test_names_that_no_rule_matches_pass_if_all_are_names_of_the_target(tmp_path
     assert {problem["code"] for problem in caught.value.details["problems"]} >= {"remap_unexpected"}
 
 
+def test_rules_that_change_values_are_never_skipped_for_their_names(tmp_path: Path) -> None:
+    """A pattern with a slip matches nothing, and the names are equal on both sides."""
+    rules = RuleSet("slip", (Rule(r"norm_ouT", "norm_out", op=Op.of("reorder", dim=0)),))
+    tensors = zeros({"norm_out": (4,)})
+    save_file(tensors, tmp_path / "m.safetensors")
+    for folder in (tmp_path, None):
+        with pytest.raises(RemapError) as caught:
+            load_weights(module_of({"norm_out": (4,)}), tensors.items(), rules, folder=folder)
+        codes = {problem["code"] for problem in caught.value.details["problems"]}
+        assert codes >= {"remap_unexpected", "remap_dead_rule"}
+    load_weights(module_of({"norm_out": (4,)}), tensors.items(), rules, converted=True)
+
+
+def test_names_of_the_target_that_another_rule_set_converted_are_ambiguous(tmp_path: Path) -> None:
+    """They may be converted for this module, or be what these rules convert."""
+    tensors = zeros(SWAPPED)
+    save_file(tensors, tmp_path / "m.safetensors", metadata={NAMING_KEY: "converted:swap_of_last_year"})
+    with pytest.raises(RemapError) as caught:
+        load_local(module_of(SWAPPED), tmp_path, SWAP)
+    assert caught.value.code == "remap_mixed"
+    for converted in (True, False):
+        load_weights(module_of(SWAPPED), tensors.items(), SWAP, folder=tmp_path, converted=converted)
+    renaming = RuleSet("port", (Rule(r"b\.(\d+)\.(\w+)", r"blocks.\1.\2"),))
+    load_local(module_of({f"blocks{name[1:]}": shape for name, shape in SWAPPED.items()}), tmp_path, renaming)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("forgotten", ["pos_embed", "layers.7.weight"])
 def test_a_forgotten_rule_is_told_as_such(order: int, forgotten: str) -> None:
