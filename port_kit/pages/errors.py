@@ -69,7 +69,7 @@ def _exceptions() -> dict[str, type[PortKitError]]:
 
 
 def _scan(folder: Path) -> Iterator[Raised]:
-    trees = [ast.parse(file.read_bytes()) for file in _files(folder)]
+    trees = [_with_texts(ast.parse(file.read_bytes())) for file in _files(folder)]
     shared = {name: made for tree in trees for name, made in _makers(tree).items() if not name.startswith("_")}
     for tree in trees:
         makers = shared | _makers(tree)
@@ -79,6 +79,34 @@ def _scan(folder: Path) -> Iterator[Raised]:
                     yield _built(node)
                 elif node.func.id in makers:
                     yield _made(node, *makers[node.func.id])
+
+
+def _with_texts(tree: ast.Module) -> ast.Module:
+    """Replace the arguments of calls that are names by the texts that are assigned to these names before."""
+    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        texts: dict[str, ast.expr] = {}
+        nodes = [node for node in ast.walk(function) if isinstance(node, (ast.Assign, ast.Call))]
+        for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+            if isinstance(node, ast.Call):
+                node.args = [_replaced(argument, texts) for argument in node.args]
+                for keyword in node.keywords:
+                    keyword.value = _replaced(keyword.value, texts)
+            elif isinstance(node.targets[0], ast.Name):
+                texts[node.targets[0].id] = _replaced(node.value, texts)
+    return tree
+
+
+def _replaced(node: ast.expr, texts: dict[str, ast.expr]) -> ast.expr:
+    """Return the text that is assigned to a name, and a formatted string with the strings that it contains."""
+    if isinstance(node, ast.Name) and _literal(texts.get(node.id)):
+        return texts[node.id]
+    if not isinstance(node, ast.JoinedStr):
+        return node
+    parts: list[ast.expr] = []
+    for part in node.values:
+        known = _replaced(part.value, texts) if isinstance(part, ast.FormattedValue) else part
+        parts += known.values if isinstance(known, ast.JoinedStr) else [known if known in texts.values() else part]
+    return ast.copy_location(ast.JoinedStr(parts), node)
 
 
 def _built(call: ast.Call) -> Raised:
@@ -114,6 +142,8 @@ def _made(call: ast.Call, function: ast.FunctionDef, inner: ast.Call) -> Raised:
     defaults = dict(zip(list(positions)[::-1], function.args.defaults[::-1], strict=False))
 
     def filled(node: ast.expr | None) -> str:
+        if isinstance(node, ast.BoolOp):  # a given text or another
+            node = node.values[0]
         if not isinstance(node, ast.Name) or node.id not in positions:
             return _literal(node)
         return _literal(_argument(call, positions[node.id], node.id) or defaults.get(node.id))
