@@ -6,8 +6,12 @@ safetensors tensor of dtype F4 and shape ``[8, 64]`` is one of shape ``[8, 32]``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FloatRange(NamedTuple):
@@ -135,3 +139,28 @@ def keeps_values(source: str, target: str) -> bool:
 def both_floating(source: str, target: str) -> bool:
     """Return True if both are floating-point dtypes that can be cast, so that a loss is rounding or overflow."""
     return all(name in DTYPES and DTYPES[name].floats is not None for name in (source, target))
+
+
+def overflows(result: Tensor, source: Tensor) -> bool:
+    """Return True if a finite value of a tensor is not finite, or clamped, in the tensor cast from it."""
+    import torch
+
+    narrow = result.dtype.itemsize == 1
+    if not result.numel() or not narrow and all_finite(result):
+        return False
+    values = source.double().abs()
+    lost = ~torch.isfinite(result.float() if narrow else result)
+    if narrow:  # casts to some float8 dtypes clamp
+        limit = torch.finfo(result.dtype)
+        lost |= values > limit.max + 2.0 ** (math.frexp(limit.max)[1] - 2) * limit.eps  # half of the last step
+    return bool((lost & torch.isfinite(values)).any())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return True if a tensor has neither infinities nor NaNs."""
+    import torch
+
+    if not tensor.numel():
+        return True
+    lowest, highest = torch.aminmax(tensor)  # allocates nothing; a NaN results in NaN
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from port_kit.checkpoint.dtypes import ITEM_SIZES, both_floating, keeps_values
-from port_kit.errors import RemapError
+from port_kit.checkpoint.dtypes import ITEM_SIZES, all_finite, both_floating, keeps_values, overflows
 from port_kit.manifest import TensorSpec
 from port_kit.regions import (
     Region,
@@ -105,7 +103,7 @@ class Executor:
         import torch
 
         clamps = any(isinstance(op, Cast) and ITEM_SIZES[op.dtype] == 1 for op in task.ops)
-        if not clamps and result.dtype.itemsize > 1 and _all_finite(result):
+        if not clamps and result.dtype.itemsize > 1 and all_finite(result):
             return
         value = source
         for op in (*task.ops, None):
@@ -132,44 +130,5 @@ def can_overflow(task: CopyTask, source: Tensor, destination: Tensor) -> bool:
     return any(both_floating(other, other) and not keeps_values(one, other) for one, other in steps)
 
 
-def overflows(result: Tensor, source: Tensor) -> bool:
-    """Return True if a finite value of a tensor is not finite, or clamped, in the tensor cast from it."""
-    import torch
-
-    narrow = result.dtype.itemsize == 1
-    if not result.numel() or not narrow and _all_finite(result):
-        return False
-    values = source.double().abs()
-    lost = ~torch.isfinite(result.float() if narrow else result)
-    if narrow:  # casts to some float8 dtypes clamp
-        limit = torch.finfo(result.dtype)
-        lost |= values > limit.max + 2.0 ** (math.frexp(limit.max)[1] - 2) * limit.eps  # half of the last step
-    return bool((lost & torch.isfinite(values)).any())
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    import torch
-
-    if not tensor.numel():
-        return True
-    lowest, highest = torch.aminmax(tensor)  # allocates nothing; a NaN results in NaN
-    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
-
-
 def _view(tensor: Tensor, region: Region) -> Tensor:
     return tensor if region == full_region(tuple(tensor.shape)) else tensor[region_index(region)]
-
-
-def check_streamable(name: str, tensor: Tensor) -> None:
-    """Refuse tensors without values of their own.
-
-    Raises:
-        RemapError: ``remap_tensor`` for a sparse tensor or one on the meta device.
-    """
-    if tensor.is_meta or str(tensor.layout) != "torch.strided":
-        kind = "on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
-        raise RemapError(
-            f"{name} cannot be loaded: expected a dense tensor, found one that is {kind}",
-            code="remap_tensor",
-            hint="convert it to a dense tensor in memory before loading",
-        )

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.checkpoint.dtypes import keeps_values
+from port_kit.checkpoint.dtypes import keeps_values, overflows
 from port_kit.manifest import NAMING_KEY, Manifest
 from port_kit.regions import full_region, region_index, region_numel
-from port_kit.remap.executor import Executor, overflows
+from port_kit.remap.executor import Executor
 from port_kit.remap.plan import Plan, grouped
 from port_kit.remap.problems import raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask

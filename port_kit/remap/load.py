@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.manifest import Manifest, TensorSpec
-from port_kit.remap.executor import Executor, check_streamable
+from port_kit.remap.executor import Executor
 from port_kit.remap.plan import PlanBuilder, check
 from port_kit.remap.problems import Problem, raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask, Resolver
@@ -160,7 +160,9 @@ class WeightLoader:
             self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
             return
         self._seen.add(name)
-        check_streamable(name, tensor)
+        if tensor.is_meta or str(tensor.layout) != "torch.strided":
+            kind = "one on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise remap_error("remap_tensor", f"{name}: expected a dense tensor, found {kind}")
         if tensor.requires_grad:
             tensor = tensor.detach()
         for group in self._ready(name, tensor):

@@ -82,12 +82,9 @@ def load_local(
     """Fill this rank's module from safetensors files.
 
     Args:
-        module: as for :func:`port_kit.remap.load.load_weights`; its sharded parameters define this rank's part.
+        module, rules, sizes, prefix, allow_downcast: as for :func:`port_kit.remap.load.load_weights`; the module's
+            sharded parameters define this rank's part.
         folder: a safetensors file, folder or index.
-        rules: the rules.
-        sizes: named sizes on top of the rules' own.
-        prefix: prefix of the returned names.
-        allow_downcast: floating-point values may be rounded to the module's dtype.
         threads: number of reading threads, at least 1; by default one per core, at most 4, or 8 for a GPU.
 
     Raises:
@@ -215,7 +212,8 @@ class _Load:
             for result in self._submitted:
                 result.result()
         for target in {task.target for task in self.plan.tasks}:
-            self._clear_padding(self.executor.targets[target])
+            for region in self.executor.targets[target].padding:  # as the parameter's own loader does
+                self.executor.targets[target].memory[region_index(region)].zero_()
 
     def _source(self, file: SafetensorsFile, name: str, tasks: Sequence[CopyTask]) -> None:
         """Read what the tasks of one source need."""
@@ -349,12 +347,6 @@ class _Load:
         if task.join is not None or any(isinstance(op, Call) for op in task.ops):
             return tensor
         return tensor.to(self.executor.targets[task.target].memory.device, non_blocking=True)
-
-    @staticmethod
-    def _clear_padding(target: Target) -> None:
-        """Zero the padding of this rank's part, as the parameter's own loader does."""
-        for region in target.padding:
-            target.memory[region_index(region)].zero_()
 
 
 def _run_all(reads: Iterable[Callable[[], object]]) -> None:

@@ -70,6 +70,7 @@ HINTS = {
     "remap_overlap": "check take, into and the sizes of split and concat",
     "remap_shape": "compare the rule with both shapes; the configuration may not be the checkpoint's",
     "remap_slot": "use a shard that the target has, or concat for a plain parameter",
+    "remap_tensor": "convert it to a dense tensor in memory before loading",
     "remap_unexpected": "add a rule for it, or drop it with a reason; or say that the names are converted",
     "remap_unused": "use the rest of the source, or drop it with a reason (drop with take)",
 }
