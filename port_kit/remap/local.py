@@ -1,10 +1,9 @@
 """Loading from safetensors files: each rank reads only the bytes that its copy tasks need, ahead of their use.
 
-A plan says which region of which source each rank needs. A few threads read these regions: contiguous ones with
-``preadv``, others from a mapping of the file. For a target in host memory they are read straight into it. For a target
-on a GPU they are read into page-locked buffers, at most :data:`WINDOW` bytes ahead, from which the device copies. A
-source that cannot be cut (a transform, a transposition of a reshaped tensor, a parameter that only its own loader
-understands) is read completely and executed as in :mod:`port_kit.remap.load`.
+A plan says which region of which source each rank needs. A few threads read these regions, straight into a target in
+host memory, or into page-locked memory from which a GPU copies, at most :data:`WINDOW` bytes ahead. A source that can
+not be cut (a transform, a transposition of a reshaped tensor, a parameter that only its own loader understands) is read
+completely and executed as in :mod:`port_kit.remap.load`.
 """
 
 from __future__ import annotations
@@ -289,7 +288,7 @@ class _Load:
             length = size * (high - low) // rows
             start = self._reserve(length)
             buffer = self._page_locked[start : start + length].view(dtype).view(region_shape(region))
-            batch = self._submit(file.reads(name, region, buffer), length)
+            batch = self._submit(file.reads(name, region, buffer, mapped=False), length)
             self._staged.append(_Staged(batch, partial(self._write, transfer, part, buffer)))
 
     @cached_property

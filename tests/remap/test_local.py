@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,7 @@ def test_tensors_of_all_sizes_and_dtypes(
     assert_equal(module, many)
 
 
+@pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 @pytest.mark.parametrize(
     "region",
@@ -90,7 +92,7 @@ def test_tensors_of_all_sizes_and_dtypes(
     ],
 )
 def test_regions_are_read_into_any_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, region: tuple
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, region: tuple, mapped: bool
 ) -> None:
     """Into memory of its own, into rows of a larger tensor, and into columns of one."""
     monkeypatch.setattr(BLOCK, block)
@@ -102,7 +104,7 @@ def test_regions_are_read_into_any_memory(
         extents = [extent + 2 * (at == axis) for at, extent in enumerate(region_shape(region))]
         room = torch.full(extents, -1, dtype=torch.int16)
         into = room.narrow(axis, 1, extents[axis] - 2)
-        for read in file.reads("w", region, into):
+        for read in file.reads("w", region, into, mapped=mapped):
             read()
         assert torch.equal(into, expected)
         assert (room == -1).sum() == room.numel() - expected.numel()
@@ -271,27 +273,34 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytes
     tensors = {f"t{at}": torch.zeros(1000) for at in range(9)}
     path = tmp_path / "m.safetensors"
     save_file(tensors, path)
-    real, threads = os.preadv, threading.active_count()
+    real, threads = SafetensorsFile._copy, threading.active_count()
 
-    def shrinking(file: int, buffers: list[memoryview], offset: int) -> int:
+    def shrinking(*arguments: Any) -> None:
         os.truncate(path, 9000)
-        return real(file, buffers, offset)
+        real(*arguments)
 
-    monkeypatch.setattr(os, "preadv", shrinking)
+    monkeypatch.setattr(SafetensorsFile, "_copy", shrinking)
     with pytest.raises(RemapError) as raised:
         load_local(module_like(tensors), tmp_path, SAME, threads=3)
     assert raised.value.code == "checkpoint_corrupt" and "m.safetensors" in raised.value.message
     assert threading.active_count() == threads
 
 
-def test_an_error_of_the_disk(tmp_path: Path, many: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["error", "end"])
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     def failing(file: int, buffers: list[memoryview], offset: int) -> int:
+        if fault == "end":
+            return 0
         raise OSError(5, "Input/output error")
 
+    save_file({"w": torch.zeros(4, 3)}, tmp_path / "m.safetensors")
+    file = SafetensorsFile(tmp_path / "m.safetensors", "m.safetensors", Manifest.from_safetensors(tmp_path))
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(RemapError) as raised:
-        load_local(module_like(many), tmp_path, SAME)
-    assert raised.value.code == "checkpoint_unreadable" and "Input/output error" in raised.value.message
+        for read in file.reads("w", ((0, 4), (0, 3)), torch.ones(4, 3), mapped=False):
+            read()
+    assert raised.value.code == {"error": "checkpoint_unreadable", "end": "checkpoint_corrupt"}[fault]
+    assert "m.safetensors" in raised.value.message
 
 
 @pytest.mark.parametrize("replace", [True, False])
