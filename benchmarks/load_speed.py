@@ -9,8 +9,8 @@ parameters that exist already:
 * ``copy_again``: ``copy`` once more, so that one stands on each side of ``remap``; what they differ by is noise;
 * ``in_tree``: the loop of vLLM-Omni's models (``stacked_params_mapping``, ``param.weight_loader``) over vLLM's linears;
 * ``remap_vllm``: ``load_weights`` over the same vLLM linears;
-* ``local_whole``: the rank-local reader where one rank holds everything;
-* ``tp2``: what one rank of two does with rank-local reads, and ``tp2_one_thread`` without its threads.
+* ``local_whole``: ``load_local``, the way of the shipped pipelines, if one rank holds everything;
+* ``tp2``: ``load_local`` for one rank of two, and ``tp2_one_thread`` with one thread.
 
 Before the timing, each way fills wiped parameters and is compared with the file. Every second round goes through the
 ways backwards, so that none always comes after the same one. There is no default device, as there is none where the
@@ -302,6 +302,7 @@ def measure(file: Path, blocks: int, rounds: int) -> dict[str, object]:
         "remap_over_copy": _ratio(seconds, "remap", "both_copies"),
         "remap_over_each_copy": [_ratio(seconds, "remap", way) for way in ("copy", "copy_again")],
         "copy_again_over_copy": _ratio(seconds, "copy_again", "copy"),
+        "local_over_copy": _ratio(seconds, "local_whole", "both_copies"),
         "remap_over_in_tree": _ratio(seconds, "remap_vllm", "in_tree"),
         "private_bytes_above": above,
         "largest_tensor": largest,

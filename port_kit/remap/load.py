@@ -124,6 +124,8 @@ class WeightLoader:
         allow_downcast: bool = True,
         converted: bool | None = None,
     ) -> None:
+        import torch
+
         found = read_targets(module)
         self._rules, self._prefix = rules, prefix
         self._target = target_manifest(module, found)
@@ -136,6 +138,7 @@ class WeightLoader:
         self._planned: dict[str, list[list[CopyTask]]] | None = None
         self._specs: Mapping[str, TensorSpec] = {}
         self._known_specs: dict[object, TensorSpec] = {}
+        self._dense = torch.strided
         self._waiting: dict[str, Tensor] = {}
         self._seen: set[str] = set()
         self._problems: list[Problem] = []
@@ -160,7 +163,7 @@ class WeightLoader:
             self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
             return
         self._seen.add(name)
-        if tensor.is_meta or str(tensor.layout) != "torch.strided":
+        if tensor.is_meta or tensor.layout is not self._dense:
             kind = "one on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise remap_error("remap_tensor", f"{name}: expected a dense tensor, found {kind}")
         if tensor.requires_grad:

@@ -239,9 +239,9 @@ class PlanBuilder:
 
         Rules with ``take`` use disjoint parts. Several rules without it each use the complete source.
         """
-        partial = found.dropped or any(isinstance(op, _PARTIAL) for task in found.tasks for op in task.ops)
-        if len(found.tasks) == 1 and not partial:
-            return
+        if len(found.tasks) == 1 and not found.dropped:
+            if not any(isinstance(op, _PARTIAL) for op in found.tasks[0].ops):
+                return
         dropped = [region for region, _ in found.dropped]
         parts = list(dropped)
         copies: dict[Rule, list[Region]] = defaultdict(list)

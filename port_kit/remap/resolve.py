@@ -150,12 +150,15 @@ class Resolver:
 
     def _map(self, number: int, scope: Scope, match: re.Match[str], name: str, spec: TensorSpec) -> Resolved:
         rule = self.rules[number]
-        targets = [self.aliases.get(name, name) for name in [expand(text, match, scope) for text in rule.targets]]
+        targets = [expand(text, match, scope) for text in rule.targets]
+        if self.aliases:
+            targets = [self.aliases.get(target, target) for target in targets]
         shards = [expand(text, match, scope) for text in rule.shards]
         for target in targets:
             if target not in self.target:
                 return Resolved(problems=(self._no_target(rule, name, spec, target),), rules=(number,))
-            self._infer_full_shape(rule, target, spec)
+            if self.opaque[0]:
+                self._infer_full_shape(rule, target, spec)
         key: list[object] = [number, spec.shape, spec.dtype, match.groups() if rule.uses_groups else ()]
         for target, shard in zip(targets, shards, strict=True):
             goal = self.target[target]
