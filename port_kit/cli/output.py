@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from port_kit.download.files import explained
+from port_kit.download.files import os_errors_as
 from port_kit.errors import PortKitError
 from port_kit.plain import plain
 
@@ -44,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DownloadError: ``output_dir`` or ``disk_full``, where it cannot be written.
     """
-    with explained(path):
+    with os_errors_as(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 

@@ -19,7 +19,7 @@ from port_kit.checkpoint.byte_sources import ByteSource
 from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry
 from port_kit.checksums import crc32
-from port_kit.download.layout import Layout, Span, write_all
+from port_kit.download.layout import ByteLayout, ByteRange, write_all
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
 
@@ -31,7 +31,7 @@ _MOST_GROWTH = 64
 _ALWAYS_ALLOWED = 1 << 28
 
 
-class Placement(NamedTuple):
+class TensorPlacement(NamedTuple):
     """A tensor and the byte of the written file at which it begins."""
 
     name: str
@@ -41,11 +41,11 @@ class Placement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class SafetensorsLayout:
     """See the module's text. ``header`` is everything before the first tensor, ``size`` the whole file's."""
 
     header: bytes
-    placements: tuple[Placement, ...]
+    placements: tuple[TensorPlacement, ...]
     size: int
     tables: Tables
 
@@ -56,16 +56,16 @@ class Blueprint:
         used = [(key, storage) for key, storage in self.tables.storages.items() if key in keys]
         return dict(sorted(used, key=lambda item: item[1].offset))
 
-    def layout(self) -> Layout:
+    def byte_layout(self) -> ByteLayout:
         """Return where the source's bytes land: direct tensors in their places, all else behind the end."""
-        spans, position, behind = [], 0, self.size
+        ranges, position, behind = [], 0, self.size
         for start, length, target in sorted(self._direct_ranges()):
-            spans.append(Span(position, start - position, behind))
+            ranges.append(ByteRange(position, start - position, behind))
             behind += start - position
-            spans.append(Span(start, length, target))
+            ranges.append(ByteRange(start, length, target))
             position = start + length
-        spans.append(Span(position, self.tables.size - position, behind))
-        return Layout(spans, self.tables.size)
+        ranges.append(ByteRange(position, self.tables.size - position, behind))
+        return ByteLayout(ranges, self.tables.size)
 
     def _direct_ranges(self) -> Iterator[tuple[int, int, int]]:
         for placement in self.placements:
@@ -83,7 +83,7 @@ class Blueprint:
                     target += len(batch)
 
 
-def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool = False) -> Blueprint:
+def plan_layout(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool = False) -> SafetensorsLayout:
     """Lay out the safetensors file for a checkpoint.
 
     Args:
@@ -120,9 +120,10 @@ def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool 
     start = 8 + len(text)
     direct = _direct_names(kept)
     placements = tuple(
-        Placement(key, entry, start + offset, key in direct) for (key, entry), offset in zip(kept, offsets, strict=True)
+        TensorPlacement(key, entry, start + offset, key in direct)
+        for (key, entry), offset in zip(kept, offsets, strict=True)
     )
-    return Blueprint(len(text).to_bytes(8, "little") + text, placements, start + position, tables)
+    return SafetensorsLayout(len(text).to_bytes(8, "little") + text, placements, start + position, tables)
 
 
 def fingerprint(tables: Tables) -> str:
@@ -151,14 +152,14 @@ def is_made_from(path: str | os.PathLike[str], tables: Tables) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def check_crcs(blueprint: Blueprint, name: str, read: Callable[[memoryview, int], None]) -> None:
+def check_crcs(layout: SafetensorsLayout, name: str, read: Callable[[memoryview, int], None]) -> None:
     """Compare the used storages with the zip directory's CRC-32; ``read(buffer, offset)`` fills a buffer.
 
     Raises:
         CheckpointError: ``pickle_corrupt`` with the entry's name.
     """
     buffer = memoryview(bytearray(_BATCH))
-    for key, storage in blueprint.used_storages.items():
+    for key, storage in layout.used_storages.items():
         if storage.crc is None:
             continue
         value = 0
@@ -295,7 +296,7 @@ def _firsts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
 class DescriptorSource:
     """A half-finished file, read through its layout as if it were the source file."""
 
-    def __init__(self, descriptor: int, layout: Layout, name: str) -> None:
+    def __init__(self, descriptor: int, layout: ByteLayout, name: str) -> None:
         self._descriptor, self._layout = descriptor, layout
         self.name, self.size = name, layout.size
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from port_kit.checkpoint.byte_sources import FileSource
 from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.checksums import crc32
-from port_kit.download.blueprint import Blueprint, draw, is_made_from, require_crc
+from port_kit.download.blueprint import SafetensorsLayout, is_made_from, plan_layout, require_crc
 from port_kit.download.files import (
     allocate,
     begin_writing_out,
-    explained,
+    create_temporary,
+    os_errors_as,
     publish,
     require_space,
-    sweep_temporaries,
-    temporary_for,
 )
-from port_kit.download.layout import Layout, write_all
+from port_kit.download.layout import ByteLayout, write_all
 from port_kit.errors import DownloadError
 
 # Fits a core's cache. Larger pieces are written to larger free pages, and those a virtual machine may have handed back
@@ -66,18 +65,18 @@ def convert_file(
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise DownloadError(f"there is no file {source}", code="source_missing", hint="check the path")
-    with explained(target):
+    with os_errors_as(target):
         if target.exists() and target.samefile(source):
             raise DownloadError(f"{target} is the source itself", code="output_dir", hint="name another target")
         if target.exists() and not target.is_file():
             raise DownloadError(f"{target} is no file", code="output_dir", hint="name the file that is to be written")
     with _opened(source) as opened:
         tables = read_tables(opened, wrapper)
-        blueprint = draw(tables, opened.name, drop=drop, remember=remember)
-        done = Conversion(source, target, len(blueprint.placements), blueprint.size, unchanged=False)
+        planned = plan_layout(tables, opened.name, drop=drop, remember=remember)
+        done = Conversion(source, target, len(planned.placements), planned.size, unchanged=False)
         if remember and is_made_from(target, tables):
             return Conversion(source, target, done.tensors, done.size, unchanged=True)
-        _write(blueprint, opened, target, advance)
+        _write(planned, opened, target, advance)
     return done
 
 
@@ -90,17 +89,14 @@ def _opened(source: Path) -> FileSource:
         ) from error
 
 
-def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Callable[[int], None]) -> None:
-    temporary = temporary_for(target)
-    with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep_temporaries(target)
-        require_space(target.parent, blueprint.size)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+def _write(planned: SafetensorsLayout, source: FileSource, target: Path, advance: Callable[[int], None]) -> None:
+    with os_errors_as(target):
+        require_space(target.parent, planned.size)
+        temporary, descriptor = create_temporary(target)
         try:
-            allocate(descriptor, blueprint.size)
-            _copy_storages(blueprint, source, descriptor, advance)
-            blueprint.complete(source, descriptor)
+            allocate(descriptor, planned.size)
+            _copy_storages(planned, source, descriptor, advance)
+            planned.complete(source, descriptor)
             os.fsync(descriptor)
             publish(temporary, target)
         finally:
@@ -108,16 +104,18 @@ def _write(blueprint: Blueprint, source: FileSource, target: Path, advance: Call
             temporary.unlink(missing_ok=True)
 
 
-def _copy_storages(blueprint: Blueprint, source: FileSource, descriptor: int, advance: Callable[[int], None]) -> None:
+def _copy_storages(
+    planned: SafetensorsLayout, source: FileSource, descriptor: int, advance: Callable[[int], None]
+) -> None:
     """Copy the used storages in small pieces, and compare their checksums with the zip directory's."""
-    layout, buffer, unwritten = blueprint.layout(), memoryview(bytearray(_PIECE)), 0
-    for key, storage in blueprint.used_storages.items():
+    layout, buffer, unwritten = planned.byte_layout(), memoryview(bytearray(_PIECE)), 0
+    for key, storage in planned.used_storages.items():
         value, offset, end = 0, storage.offset, storage.offset + storage.nbytes
         while offset < end:
             # Whole pages of the written file: none is touched twice, and the system takes them in large units.
             view = buffer[: min(layout.until_aligned(offset, _PIECE), end - offset)]
             _fill(view, source, offset)
-            _place(layout, blueprint.size, descriptor, offset, view)
+            _place(layout, planned.size, descriptor, offset, view)
             value = crc32(view, value) if storage.crc is not None else 0
             offset, unwritten = offset + len(view), unwritten + len(view)
             if unwritten >= _WRITTEN_OUT_AT_ONCE:
@@ -135,8 +133,8 @@ def _fill(view: memoryview, source: FileSource, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _place(layout: Layout, size: int, descriptor: int, offset: int, view: memoryview) -> None:
+def _place(layout: ByteLayout, size: int, descriptor: int, offset: int, view: memoryview) -> None:
     """Write the pieces that belong into the file; what the layout puts behind its end is gathered later."""
-    for start, length, target in layout.pieces(offset, len(view)):
+    for start, length, target in layout.ranges(offset, len(view)):
         if target < size:
             write_all(descriptor, view[start : start + length], target)

@@ -1,4 +1,4 @@
-"""What several parts of the downloader do with files: durable writes, hashes, safe names, the directory's lock."""
+"""Files: safe names, durable writes, hashes, space, and errors of the system as errors of the kit."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import hashlib
 import json
 import os
 import re
-import time
+import secrets
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from port_kit.download.owner import OWNER, may_run, owner
 from port_kit.errors import DownloadError
 
-STATE_FOLDER = ".port_kit"
 _PIECE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
@@ -25,38 +26,61 @@ _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*\\]')
 _LONGEST_NAME = 255  # bytes, of all common file systems
 _LONGEST_PATH = 2048  # the system allows about twice that for the whole path
 _DEEPEST = 64
-_ROOM = 30  # bytes that a temporary file's name is longer
+_ROOM = 130  # bytes that a temporary file's name is longer
+#: folders from whose files other programs run commands, and the kit's own
+_REFUSED_FOLDERS = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", ".sl", "_darcs", "cvs", ".port_kit"})
 
 
 def check_relative_path(path: str, origin: str) -> None:
-    """Refuse a path that could leave the model directory, or that some system cannot store.
+    """Refuse a path that could leave the model directory, that another program takes commands from, or that some
+    system cannot store.
 
     Raises:
         DownloadError: ``path_unsafe``.
     """
     parts = path.split("/")
-    bad = [
-        part
-        for part in parts
-        if part in ("", ".", "..") or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part) or part[-1] in ". "
-    ]
-    storable = len(parts) < _DEEPEST and all(map(_is_storable, parts))
-    if bad or parts[0].casefold() == STATE_FOLDER or not storable or len(path) > _LONGEST_PATH:
+    refused = len(parts) >= _DEEPEST or len(path) > _LONGEST_PATH or not all(map(_is_plain_name, parts))
+    if refused or not all(map(_is_storable, parts)):
         raise DownloadError(
             f"{origin} names the path {path[:300]!r}, which cannot be stored safely under a model directory",
             code="path_unsafe",
             hint="take this file out of the recipe's patterns, and tell the repository's owner",
         )
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise DownloadError(
+            f"{origin} names the path {ascii(path[:300])}, which the locale of this process cannot write",
+            code="path_unsafe",
+            hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
+        ) from error
+
+
+def _is_plain_name(part: str) -> bool:
+    """Return True if a name is one on every system, however that system folds case and look-alikes."""
+    folded = folded_name(part)
+    invisible = any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in part)
+    special = folded in ("", ".", "..") or part[-1:] in (".", " ") or _RESERVED.fullmatch(part)
+    return not (invisible or special or _FORBIDDEN.search(part) or _is_refused(folded))
+
+
+def _is_refused(folded: str) -> bool:
+    return folded in _REFUSED_FOLDERS or folded.startswith("git~")
+
+
+def folded_name(name: str) -> str:
+    """Return a name as a file system may compare it: without case, and with one spelling for each letter."""
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def require_place(path: Path) -> None:
-    """Refuse where a folder stands in a file's place, or a file in that of one of its folders.
+    """Refuse a target if a folder or a dangling link stands in its place, or a file in that of one of its folders.
 
     Raises:
         DownloadError: ``target_foreign``.
     """
     in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if in_the_way is not None or path.is_dir():
+    if in_the_way is not None or path.is_dir() or (path.is_symlink() and not path.exists()):
         raise DownloadError(
             f"{in_the_way or path} is in the way: {path} is to be a file",
             code="target_foreign",
@@ -73,28 +97,30 @@ def _is_storable(part: str) -> bool:
 
 def write_atomically(path: Path, content: str) -> None:
     """Write a text file so that it is there completely or not at all, also after a power cut."""
-    temporary = temporary_for(path)
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_temporaries(path)
-        with temporary.open("w", encoding="utf-8") as stream:
+    with os_errors_as(path):
+        temporary, descriptor = create_temporary(path)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         publish(temporary, path)
 
 
-def temporary_for(path: Path) -> Path:
-    """Return where this process writes what is to become ``path``."""
-    return path.with_name(f"{_temporary_stem(path)}{os.getpid()}.tmp")
+def create_temporary(path: Path) -> tuple[Path, int]:
+    """Create the file that is to become ``path``, and delete what ended processes left of theirs.
 
-
-def sweep_temporaries(path: Path) -> None:
-    """Delete what killed processes left of their attempts to write ``path``."""
-    for left in path.parent.glob(f"{glob.escape(_temporary_stem(path))}*.tmp"):
-        number = left.name.removesuffix(".tmp").rpartition(".")[2]
-        if number.isdigit() and not Path(f"/proc/{number}").exists():
+    Returns:
+        Its path and a descriptor to read and write it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem = _temporary_stem(path)
+    ours = re.compile(rf"{re.escape(stem)}({OWNER})~[0-9a-f]+\.tmp")
+    for left in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
+        found = ours.fullmatch(left.name)
+        if found and not may_run(found[1], elsewhere=True):
             left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{stem}{owner()}~{secrets.token_hex(4)}.tmp")
+    return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
 
 
 def _temporary_stem(path: Path) -> str:
@@ -184,32 +210,38 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk, missing rights and whatever else a system says into an error of the kit."""
+def os_errors_as(path: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights and whatever else a system reports into an error of the kit about a file.
+
+    Args:
+        path: what is worked on. A file that the system names itself and that lies elsewhere is reported instead.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(
-                f"no space left on the disk of {path}",
-                code="disk_full",
-                hint="free some space and run the same command again: what was fetched is kept",
-            ) from error
-        if error.errno == errno.EFBIG:
-            raise DownloadError(
-                f"the disk of {path} takes no file of that size",
-                code="file_too_large",
-                hint="choose an --output-dir on another file system (FAT32 ends at 4 GB a file), or raise `ulimit -f`",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DownloadError(
-                f"{path} may not be written", code="output_dir", hint="choose another --output-dir"
-            ) from error
-        raise DownloadError(
-            f"{error.filename or path} cannot be used: {error.strerror or error}",
-            code="output_dir",
-            hint="choose another --output-dir, or see what is in the way there",
-        ) from error
+        raise _os_error(error, path) from error
+
+
+def _os_error(error: OSError, path: Path) -> DownloadError:
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DownloadError(
+            f"no space left on the disk of {named}",
+            code="disk_full",
+            hint="free some space and run the same command again: what was fetched is kept",
+        )
+    if error.errno == errno.EFBIG:
+        return DownloadError(
+            f"the disk of {named} takes no file of that size",
+            code="file_too_large",
+            hint="choose an --output-dir on another file system (FAT32 ends at 4 GB a file), or raise `ulimit -f`",
+        )
+    message = f"{named} cannot be used: {error.strerror or error}"
+    if named != path and path not in named.parents and named not in path.parents:
+        return DownloadError(message, code="file_access", hint=f"correct the rights of {named}, or its disk")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        message = f"{named} may not be read or written: {error.strerror}"
+    return DownloadError(message, code="output_dir", hint="choose another --output-dir, or see what is in the way")
 
 
 def free_space(directory: Path) -> int:
@@ -234,17 +266,6 @@ def require_space(directory: Path, needed: int) -> None:
         )
 
 
-def remove_empty_folders(directory: Path, folders: set[Path]) -> None:
-    """Only folders that held our files, from the deepest up."""
-    for folder in sorted(folders, key=lambda item: len(item.parts), reverse=True):
-        while folder != Path():
-            path = directory / folder
-            if not path.is_dir() or any(path.iterdir()):
-                break
-            path.rmdir()
-            folder = folder.parent
-
-
 def digests_of(path: Path, *, git: bool, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
     """Return ``{"sha256": hex}`` of a file, with ``"git"`` (the blob hash) beside it on request."""
     hashes = hashes_for(path.stat().st_size, git=git)
@@ -263,71 +284,3 @@ def hashes_for(size: int, *, git: bool) -> dict[str, Any]:
     if git:
         hashes["git"] = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     return hashes
-
-
-@contextmanager
-def directory_lock(directory: Path, notice: Callable[[str], None]) -> Iterator[None]:
-    """Hold the model directory while it is worked on; a second process waits until the first has ended.
-
-    The system gives the lock back when its holder dies. Where locks do nothing (some network file systems), work is
-    done twice, but never wrongly: parts carry their owner's name and are published by rename.
-    """
-    begun, told = time.monotonic(), False
-    while True:
-        with _open_lock(directory) as stream:
-            if _try_lock(stream.fileno()) and _is_still(stream, directory):
-                stream.truncate(0)
-                host = os.uname().nodename if hasattr(os, "uname") else "this machine"
-                stream.write(f"process {os.getpid()} on {host}\n")
-                stream.flush()
-                yield
-                return
-            if not told and time.monotonic() - begun > 1.0:
-                stream.seek(0)
-                notice(f"waiting for another download into {directory} ({stream.read().strip() or 'unknown process'})")
-                told = True
-        time.sleep(0.1)
-
-
-def _open_lock(directory: Path) -> TextIO:
-    folder = directory / STATE_FOLDER
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / "lock").open("a+")
-
-
-def _is_still(stream: TextIO, directory: Path) -> bool:
-    """Whether a lock's file is still there: whoever held it may have taken the whole directory away."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), os.stat(directory / STATE_FOLDER / "lock"))
-    except FileNotFoundError:
-        return False
-
-
-def may_lock(directory: Path) -> bool:
-    """Whether this process may take the lock of an existing directory, which is a file in it."""
-    folder = directory / STATE_FOLDER
-    lock = folder / "lock"
-    return os.access(lock if lock.exists() else folder if folder.exists() else directory, os.W_OK)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return True  # no locks here; see the docstring of directory_lock
-        raise
-    return True

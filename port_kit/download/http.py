@@ -1,12 +1,14 @@
 """HTTP for large files: keep-alive connections, timeouts on everything, bounded retries, prompt interruption.
 
 The standard library's client reads a socket at twice the speed and half the processor time of httpx, which is what
-decides the rate of a 46 GB file. Proxies (``HTTPS_PROXY``, ``NO_PROXY``) and certificate settings (``SSL_CERT_FILE``,
-``REQUESTS_CA_BUNDLE``) are honoured.
+decides the rate of a 46 GB file. Proxies (``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``) and certificate settings
+(``SSL_CERT_FILE``, ``REQUESTS_CA_BUNDLE``) are honoured. Proxies that are reached by TLS or SOCKS are refused.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.client
 import os
 import random
@@ -20,10 +22,11 @@ from email.message import Message
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TypeVar
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from port_kit.errors import DownloadError
+from port_kit.plain import redacted
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -32,6 +35,7 @@ _SMALLEST_SEGMENT, _LARGEST_SEGMENT = 16 << 20, 64 << 20
 _ENOUGH = 1 << 16  # smaller pieces cost time for each: TLS delivers 16 KiB at once
 _PATIENCE = 0.003  # seconds in which a piece may grow beyond that: little is lost when a connection breaks
 _PAGE = 4096
+_ASCII = "".join(map(chr, range(128)))
 _T = TypeVar("_T")
 
 
@@ -49,7 +53,7 @@ class Policy:
 
     Attributes:
         connect_timeout: seconds for a connection.
-        read_timeout: seconds of silence that are waited out.
+        read_timeout: seconds of silence that are waited out, and in which 64 KiB must arrive.
         attempts: tries in a row without any progress.
         base: seconds before the second try; doubled each time, with jitter, up to ``longest``.
         longest: seconds of one wait at most; a server that asks for more ends the download.
@@ -63,7 +67,7 @@ class Policy:
     read_timeout: float = 30.0
     attempts: int = 6
     base: float = 0.5
-    longest: float = 120.0
+    longest: float = 330.0
     connections: int = 8
     files_at_once: int = 4
     segment_size: int | None = None
@@ -83,12 +87,21 @@ class Policy:
 class Response:
     """The head of an answer, and its body piece by piece."""
 
-    def __init__(self, raw: http.client.HTTPResponse, url: str, release: Callable[[bool], None]) -> None:
-        self._raw, self._release = raw, release
+    def __init__(
+        self,
+        raw: http.client.HTTPResponse,
+        url: str,
+        release: Callable[[bool], None],
+        abort: Callable[[], None],
+        patience: float,
+    ) -> None:
+        self._raw, self._release, self._patience = raw, release, patience
+        #: breaks the connection off, from any thread
+        self.abort = abort
         self.url, self.status, self.headers = url, raw.status, raw.headers
         length = raw.getheader("Content-Length")
         chunked = "chunked" in (raw.getheader("Transfer-Encoding") or "")
-        known = length is not None and _is_number(length) and not chunked
+        known = length is not None and _is_number(length) and len(length) < 19 and not chunked
         self.length: int | None = int(length or 0) if known else None
         self._rest = 0 if raw.length == 0 else self.length  # an answer to HEAD has a length, but no body
 
@@ -115,11 +128,13 @@ class Response:
 
     def _fill(self, view: memoryview, whole: int) -> int:
         """Read until the view is full, there is enough for now, the body's end, or a break behind what has come."""
-        late = time.monotonic() + _PATIENCE
+        begun = time.monotonic()
         filled = count = self._receive(view)
         while count and filled < len(view):
-            wanted = len(view)
-            if filled >= _ENOUGH and time.monotonic() >= late:
+            wanted, waited = len(view), time.monotonic() - begun
+            if filled < _ENOUGH and waited > self._patience:
+                raise TransportError(f"only {filled} bytes arrived in {waited:.0f} s")
+            if filled >= _ENOUGH and waited >= _PATIENCE:
                 wanted = min(wanted, filled + (whole - filled) % _PAGE)
                 if wanted == filled:
                     break
@@ -178,11 +193,8 @@ class HttpClient:
         """End all exchanges now; threads that wait for bytes wake up with :class:`Interrupted`."""
         self._stopped.set()
         for connection in list(self._open):
-            if connection.sock is not None:
-                try:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue  # it was closed in the meantime, which is all that is wanted
+            with contextlib.suppress(OSError, AttributeError):  # it was closed in the meantime: nothing else is wanted
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close all connections; nobody may be using them any more."""
@@ -208,6 +220,7 @@ class HttpClient:
 
         Raises:
             TransportError: no answer, or a redirect that leads nowhere or from https to http.
+            DownloadError: ``proxy`` if the proxy cannot be used, or refuses.
         """
         for _ in range(_MOST_REDIRECTS):
             response = self._exchange(method, url, headers_for(url))
@@ -215,7 +228,7 @@ class HttpClient:
             if not follow or response.status not in _REDIRECTS or not location:
                 return response
             response.close(reusable=response.length == 0 or method == "HEAD")
-            target = _follow(url, location)
+            target = follow_location(url, location)
             if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
                 raise TransportError(f"{_place(url)} redirects from https to {_place(target)}")
             url = target
@@ -246,12 +259,20 @@ class HttpClient:
             if not reusable or raw.will_close:
                 self._drop(connection, key)
 
+        def abort() -> None:
+            with contextlib.suppress(OSError):  # it was closed in the meantime, which is all that is wanted
+                if sockets[-1] is not None:
+                    sockets[-1].shutdown(socket.SHUT_RDWR)
+
+        sockets: list[socket.socket | None] = [None]
+
         def exchange() -> http.client.HTTPResponse:
             extra = getattr(connection, "extra_headers", {})
             sent = {"Accept-Encoding": "identity", **headers, **extra}
             connection.request(method, _target(connection, url), headers=sent)
             if connection.sock is not None:
                 connection.sock.settimeout(self.policy.read_timeout)
+                sockets.append(connection.sock)
             return connection.getresponse()
 
         try:
@@ -261,7 +282,9 @@ class HttpClient:
             if self.stopped:
                 raise Interrupted from error
             raise
-        return Response(raw, url, release)
+        if raw.status == 407:
+            raise _proxy_error("the proxy asks for a user name and a password, or refuses the ones that it got")
+        return Response(raw, url, release, abort, self.policy.read_timeout)
 
     def _connection(self, key: tuple[str, str], parts: SplitResult) -> tuple[http.client.HTTPConnection, bool]:
         if self.stopped:
@@ -325,20 +348,30 @@ def network_error(what: str, error: Exception, attempts: int) -> DownloadError:
     )
 
 
+def _proxy_error(message: str) -> DownloadError:
+    return DownloadError(message, code="proxy", hint="correct HTTPS_PROXY, HTTP_PROXY or ALL_PROXY, or set NO_PROXY")
+
+
 def requested_wait(headers: Message | Mapping[str, str]) -> float:
     """Seconds that an answer asks to wait: ``Retry-After`` in both forms, or ``RateLimit: ...;r=0;t=N``."""
     value = headers.get("Retry-After")
     if value is not None:
         if _is_number(value):
             return float(value)
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, OverflowError):
-            return 0.0
+        until, now = _timestamp(value), _timestamp(headers.get("Date") or "")  # the server's clock, if it shows it
+        return max(0.0, until - (now or time.time())) if until else 0.0
     fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
     if fields.get("r") == "0" and _is_number(fields.get("t", "")):
         return float(fields["t"])
     return 0.0
+
+
+def _timestamp(date: str) -> float:
+    """Seconds since 1970 of a date in a header; 0 if it is none."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError, TypeError):
+        return 0.0
 
 
 def _is_number(text: str) -> bool:
@@ -353,29 +386,43 @@ def _as_transport_error(action: Callable[[], _T]) -> _T:
         raise TransportError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
 
 
-def _follow(url: str, location: str) -> str:
-    """The absolute URL that a redirect names, which is one that can be asked."""
+def follow_location(url: str, location: str) -> str:
+    """Return the absolute URL that a redirect names.
+
+    Raises:
+        TransportError: it is none that can be asked.
+    """
 
     def join() -> str:
-        target = urljoin(url, location)
+        # Headers are read as Latin-1; servers send the bytes of UTF-8 as they are.
+        target = urljoin(url, quote(location.encode("latin-1", "replace"), safe=_ASCII))
         _ = urlsplit(target).port  # raises where it is no number
         return target
 
     return _as_transport_error(join)
 
 
+def origin_of(url: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port of a URL; a default port counts as stated.
+
+    Raises:
+        ValueError: the URL has no valid host or port.
+    """
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
 def _place(url: str) -> str:
-    """A URL without its query, which may be a signature."""
-    return urlsplit(url)._replace(query="", fragment="").geturl()
+    """Return a URL without what may be secret."""
+    return redacted(urlsplit(url)._replace(query="", fragment="").geturl())
 
 
 def _connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
     host, port = parts.hostname or "", parts.port
-    proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
     if parts.scheme not in ("http", "https") or not host:
         raise TransportError(f"{_place(parts.geturl())} is not an http(s) URL")
-    via = urlsplit(proxy if "//" in proxy else f"http://{proxy}") if proxy else None
-    address = (via.hostname or "", via.port) if via else (host, port)
+    via = _proxy(parts)
+    address = (via.hostname or "", via.port or 80) if via else (host, port)
     if parts.scheme == "http":
         connection = http.client.HTTPConnection(*address, timeout=timeout)
         connection.absolute_urls = via is not None  # type: ignore[attr-defined]
@@ -387,12 +434,24 @@ def _connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
     return secure
 
 
+def _proxy(parts: SplitResult) -> SplitResult | None:
+    """Return the proxy for a URL; one that is not reached by plain HTTP would get its password in clear text."""
+    known = getproxies()
+    found = known.get(parts.scheme) or known.get("all")
+    if not found or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    via = urlsplit(found if "://" in found else f"http://{found}")
+    if via.scheme != "http" or not via.hostname:
+        raise _proxy_error(
+            f"the proxy {redacted(via.geturl())} is not http://HOST:PORT; TLS and SOCKS are not supported"
+        )
+    return via
+
+
 def _proxy_headers(via: SplitResult) -> dict[str, str]:
     if via.username is None:
         return {}
-    import base64
-
-    pair = f"{via.username}:{via.password or ''}".encode()
+    pair = f"{unquote(via.username)}:{unquote(via.password or '')}".encode()
     return {"Proxy-Authorization": f"Basic {base64.b64encode(pair).decode()}"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from port_kit.download.files import explained, read_json, write_atomically, write_json
-from port_kit.download.gitcode import code_folder, code_home, sweep_code
+from port_kit.download.files import os_errors_as, read_json, write_atomically, write_json
+from port_kit.download.gitcode import check_declared, code_folder, code_home, sweep_code
 from port_kit.download.recipe import FULL_HASH, NAME, GitCode
 from port_kit.errors import DownloadError, OptionalDependencyError
 
+# Packages are found as at every start, .pth files included, but without running sitecustomize and usercustomize.
 _FIND = """
-import importlib.util, json, sys
+import importlib.util, json, site, sys
+site.addsitepackages(site.venv(site.removeduppaths()))
 found = {}
 for name in sys.argv[1:]:
     spec = importlib.util.find_spec(name)
@@ -32,6 +35,9 @@ for name in sys.argv[1:]:
     found[name] = next((place for place in places if place), None)
 print(json.dumps(found))
 """
+
+
+_WORD = re.compile(r"\w+")
 
 
 def site_packages() -> Path:
@@ -50,6 +56,7 @@ def check_target(code: GitCode) -> None:
     Raises:
         DownloadError: ``install_target`` or ``code_clash``.
     """
+    check_declared(code)
     place = site_packages()
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -68,7 +75,22 @@ def check_target(code: GitCode) -> None:
             code="install_target",
             hint="choose another folder: set PORT_KIT_HOME",
         )
+    _check_start_up(code)
     _check_clash(code)
+
+
+def _check_start_up(code: GitCode) -> None:
+    """Refuse packages that a line of a ``.pth`` file imports at every start."""
+    for path in sorted(site_packages().glob("*.pth")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        imported = {word for line in lines if line.startswith(("import ", "import\t")) for word in _WORD.findall(line)}
+        refused = [package for package in code.packages if package in imported]
+        if refused:
+            raise DownloadError(
+                f"the package {refused[0]} of git code {code.name} would be imported by {path} at every start",
+                code="code_clash",
+                hint="use another virtual environment",
+            )
 
 
 def _check_clash(code: GitCode) -> None:
@@ -96,7 +118,7 @@ def install_code(code: GitCode, commit: str) -> Path:
     line = f"{folder / 'path'}\n"
     target = pth_file(code.name)
     if not target.is_file() or target.read_text(encoding="ascii", errors="replace") != line:
-        with explained(target):
+        with os_errors_as(target):
             write_atomically(target, line)
     _remember_user(folder, target)
     found = _find(code.packages)
@@ -134,7 +156,7 @@ def uninstall_code(name: str) -> list[str]:
             hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
         )
     target = pth_file(name)
-    with explained(target):
+    with os_errors_as(target):
         removed = _take_out(name, target)
     if not removed:
         raise DownloadError(
@@ -202,7 +224,7 @@ def _find(packages: Sequence[str]) -> dict[str, str | None]:
     """Ask a fresh interpreter, in the plainest locale, where names come from."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-I", "-c", _FIND, *packages]
+    command = [sys.executable, "-I", "-S", "-c", _FIND, *packages]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise DownloadError(

@@ -59,6 +59,7 @@ class FileRule:
             ``.safetensors`` for converted files. Only for a pattern that matches exactly one file.
         convert: a pickle checkpoint that becomes a safetensors file: the same names, another container.
         wrapper: the keys above the tensors in the pickle, dotted (``generator``, ``app.model``); needs ``convert``.
+        drop: names beside the tensors that are left out on purpose (``epoch``); needs ``convert``.
         sha256: the hash that this file must have; empty where only the Hub's own statement is known.
     """
 
@@ -68,10 +69,12 @@ class FileRule:
     convert: bool = False
     wrapper: str = ""
     sha256: str = ""
+    drop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(bool(self.pattern), "a file rule needs a pattern")
         _require(self.convert or not self.wrapper, f"{self.pattern}: wrapper {self.wrapper!r} needs convert = true")
+        _require(self.convert or not self.drop, f"{self.pattern}: drop needs convert = true")
         _require(not self.sha256 or bool(_SHA256.fullmatch(self.sha256)), f"{self.pattern}: sha256 is 64 hex digits")
 
     @property
@@ -224,7 +227,11 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Return a hash over all fields: a lock that was written for another recipe is recognised by it."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), default=plain)
+        fields = dataclasses.asdict(self)
+        for rule in (rule for repository in fields["repositories"] for rule in repository["files"]):
+            if not rule["drop"]:
+                del rule["drop"]  # as before there was this field: locks of that time stay valid
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=plain)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -11,14 +12,21 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from port_kit.download import verify as checks
-from port_kit.download.assemble import assemble, check_owned, take_down
-from port_kit.download.files import STATE_FOLDER, directory_lock, explained, may_lock, remove_empty_folders
+from port_kit.download.assemble import assemble, invalidate_index, plan_written
+from port_kit.download.files import os_errors_as
 from port_kit.download.http import Policy
 from port_kit.download.lock import Lock, read_lock
-from port_kit.download.parts import Identity, sweep
+from port_kit.download.parts import FileSpec, remove_stale
 from port_kit.download.plan import Plan, make_plan, original_of
 from port_kit.download.progress import Progress
 from port_kit.download.recipe import Recipe
+from port_kit.download.state import (
+    STATE_FOLDER,
+    directory_lock,
+    may_lock,
+    remove_empty_folders,
+    remove_file,
+)
 from port_kit.errors import DownloadError
 
 if TYPE_CHECKING:
@@ -56,8 +64,8 @@ class Report:
         fetched: targets that were brought or repaired.
         repaired: ``{target: what was wrong}`` of files that were whole once.
         network_bytes, local_bytes: source bytes by where they came from.
-        removed: files of an earlier recipe or revision, and with ``prune`` strangers, that were deleted.
-        strangers: files in the directory that nobody recorded.
+        removed: files of an earlier recipe or revision, and with ``prune`` untracked files, that were deleted.
+        untracked_files: files in the directory that the kit did not record.
         code: ``{name: folder}`` of the git code that was installed.
         seconds: wall time.
         complete: whether the directory is whole now.
@@ -70,7 +78,7 @@ class Report:
     network_bytes: int = 0
     local_bytes: int = 0
     removed: tuple[str, ...] = ()
-    strangers: tuple[str, ...] = ()
+    untracked_files: tuple[str, ...] = ()
     code: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     complete: bool = True
@@ -87,7 +95,7 @@ def download(
     output_dir: str | Path,
     *,
     dry_run: bool = False,
-    offline: bool = False,
+    offline: bool | None = None,
     verify: bool = False,
     update: bool = False,
     prune: bool = False,
@@ -105,10 +113,10 @@ def download(
         recipe: what is wanted.
         output_dir: the model directory; created where it is missing.
         dry_run: only plan; nothing is written.
-        offline: use no network; an error where something is missing.
+        offline: use no network; an error if something is missing. Default: as ``HF_HUB_OFFLINE`` says.
         verify: hash every file; what is damaged is fetched again (with ``offline``: an error).
         update: resolve unconfirmed revisions anew.
-        prune: delete files in the directory that are not part of the model.
+        prune: delete files in the directory that are not part of the model; it must have a ``port.lock`` already.
         with_reference: also install the original code.
         keep_original: keep pickle checkpoints under ``original/`` beside what they are converted to.
         use_cache: take files from the user's Hub cache where their hash is right.
@@ -122,17 +130,17 @@ def download(
             it was whole and stayed so.
     """
     settings = Settings(
-        dry_run,
-        offline,
-        verify,
-        update,
-        prune,
-        with_reference,
-        keep_original,
-        use_cache,
-        endpoint,
-        token,
-        policy or Policy(),
+        dry_run=dry_run,
+        offline=_is_offline() if offline is None else offline,
+        verify=verify,
+        update=update,
+        prune=prune,
+        with_reference=with_reference,
+        keep_original=keep_original,
+        use_cache=use_cache,
+        endpoint=endpoint,
+        token=token,
+        policy=policy or Policy(),
     )
     return Run(recipe, Path(output_dir), settings, progress or Progress()).execute()
 
@@ -144,13 +152,14 @@ class Run:
         self.recipe, self.settings, self.progress = recipe, settings, progress
         self.directory = directory.absolute()
         self._hub: HubClient | None = None
+        self._exclusive = True
         self._begun = time.monotonic()
 
     def execute(self) -> Report:
         """Do everything; see :func:`download`."""
         _check_directory(self.directory)
         try:
-            with explained(self.directory):  # what has no better explanation further in
+            with os_errors_as(self.directory):  # what has no better explanation further in
                 return self._execute()
         finally:
             if self._hub is not None:
@@ -167,11 +176,11 @@ class Run:
             return self._dry_run()
         if self.settings.offline and not self.directory.is_dir():
             raise self._incomplete(["everything"])
-        with explained(self.directory):
+        with os_errors_as(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         if not may_lock(self.directory):
             return self._read_only()
-        with directory_lock(self.directory, self.progress.note):
+        with directory_lock(self.directory, self.progress.note) as self._exclusive:
             return self._locked()
 
     def _dry_run(self) -> Report:
@@ -202,7 +211,7 @@ class Run:
         known = self._lock()
         damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
         if not damaged and self._nothing_to_do(known):
-            return self._report(strangers=self._strangers(known))
+            return self._report(untracked_files=self._untracked_files(known))
         found = f" ({', '.join(f'{target}: {problem}' for target, problem in list(damaged.items())[:5])})"
         raise DownloadError(
             f"{self.directory} is not what the recipe describes and may not be written{found if damaged else ''}",
@@ -212,13 +221,24 @@ class Run:
 
     def _locked(self) -> Report:
         known = self._lock()
+        self._check_prune(known)
         repair = not self.settings.offline
         repaired = self._examine(known, repair=repair) if self.settings.verify and known else {}
         if not repaired and self._nothing_to_do(known):
-            return self._finish(known, strangers=self._strangers(known))
+            return self._finish(known, untracked_files=self._untracked_files(known))
         if self.settings.offline:
             return self._finish_offline(known, repaired)
         return self._bring(known, repaired)
+
+    def _check_prune(self, known: Lock | None) -> None:
+        """Refuse to delete what lay in a directory before the kit ever worked in it."""
+        untracked = self._untracked_files(known) if self.settings.prune and known is None else ()
+        if untracked:
+            raise DownloadError(
+                f"{self.directory} was no model directory before, and holds other files: {', '.join(untracked[:5])}",
+                code="target_foreign",
+                hint="run it without --prune first, look at the files that it calls untracked, then prune",
+            )
 
     def _nothing_to_do(self, known: Lock | None) -> bool:
         if known is None or self.settings.update:
@@ -237,9 +257,20 @@ class Run:
         for target, problem in damaged.items():
             self.progress.note(f"{target}: {problem}")
             if repair:
-                take_down(self.directory)
-                (self.directory / target).unlink(missing_ok=True)
+                self._remove_damaged(known, target)
         return damaged
+
+    def _remove_damaged(self, known: Lock, target: str) -> None:
+        item, written = known.files.get(target), known.written.get(target, {})
+        adopted = item.adopted if item is not None else bool(written.get("adopted"))
+        invalidate_index(self.directory)
+        path = self.directory / target
+        if path.exists() and (adopted or not remove_file(self.directory, target)):
+            raise DownloadError(
+                f"{path} is damaged, and was not put there by port-kit, or lies behind a linked folder",
+                code="target_foreign",
+                hint="move it away, and run the same command again",
+            )
 
     def _examine_code(self, known: Lock) -> None:
         """Compare the installed git code with its commit; a changed checkout is the user's to judge: an error."""
@@ -285,7 +316,7 @@ class Run:
             raise self._incomplete(["a plan, which is made with the network"])
         settings = self.settings
         self._hub = hub = HubClient(HttpClient(settings.policy), endpoint=settings.endpoint, token=settings.token)
-        check_owned(self.directory, self.recipe, known)
+        written = plan_written(self.directory, self.recipe, known)
         plan = make_plan(
             self.recipe,
             self.directory,
@@ -293,7 +324,9 @@ class Run:
             known,
             update=settings.update,
             keep_original=settings.keep_original,
+            exclusive=self._exclusive,
         )
+        plan.lock.written = written
         self._plan_code(plan.lock, known)
         return hub, plan
 
@@ -301,7 +334,7 @@ class Run:
         hub, plan = self._plan(known)
         for note in plan.notes:
             self.progress.note(note)
-        take_down(self.directory)
+        invalidate_index(self.directory)
         removed = self._clear(plan, known)
         lock = plan.lock
         lock.complete = False
@@ -309,7 +342,7 @@ class Run:
         fetched = self._fetch(hub, plan)
         for target, (size, sha256) in fetched.files.items():
             lock.files[target] = dataclasses.replace(lock.files[target], size=size, sha256=sha256)
-        sweep(self.directory, set())
+        remove_stale(self.directory, set(), exclusive=self._exclusive)
         code = self._install(lock)
         assemble(self.directory, self.recipe, lock)
         return self._finish(
@@ -321,49 +354,53 @@ class Run:
             local_bytes=fetched.local_bytes,
             removed=tuple(removed),
             code=code,
-            strangers=self._strangers(lock),
+            untracked_files=self._untracked_files(lock),
         )
 
     def _clear(self, plan: Plan, known: Lock | None) -> list[str]:
-        """Delete our own files that are to be replaced or are not part of the model any more."""
-        replaced = {identity.target for identity in plan.fetch}
-        stale = [target for target in (known.files if known else {}) if target not in plan.lock.files]
-        for target in (*replaced, *stale):
-            (self.directory / target).unlink(missing_ok=True)
-        remove_empty_folders(self.directory, {Path(target).parent for target in stale})
-        sweep(self.directory, replaced)
-        return stale
+        """Delete files that the kit created and that are to be replaced, or are not part of the model any more."""
+        created = (
+            {target for target, item in known.files.items() if not item.adopted and item.sha256} if known else set()
+        )
+        created |= {target for target, item in known.written.items() if not item.get("adopted")} if known else set()
+        fetched = {spec.target for spec in plan.fetch}
+        stale = created - plan.lock.files.keys() - plan.lock.written.keys()
+        removed = [target for target in sorted(created & (fetched | stale)) if remove_file(self.directory, target)]
+        remove_empty_folders(self.directory, stale)
+        remove_stale(self.directory, fetched, exclusive=self._exclusive)
+        return [target for target in removed if target in stale]
 
     def _fetch(self, hub: HubClient, plan: Plan) -> Fetched:
         from port_kit.download.fetch import Fetcher
 
-        total = sum(identity.size for identity in plan.fetch)
+        total = sum(spec.size for spec in plan.fetch)
         self.progress.begin("fetching", total, plan.resumed)
-        fetcher = Fetcher(self.directory, hub, self.progress, find_local=self._find_local)
-        originals = {original_of(identity).target for identity in plan.fetch if identity.convert}
+        fetcher = Fetcher(self.directory, hub, self.progress, exclusive=self._exclusive, find_local=self._find_local)
+        originals = {original_of(spec).target for spec in plan.fetch if spec.convert}
         late = [item for item in plan.fetch if item.convert and original_of(item).target in plan.lock.files]
         try:
-            fetcher.run([identity for identity in plan.fetch if identity not in late])
+            fetcher.run([spec for spec in plan.fetch if spec not in late])
             return fetcher.run(late) if late and originals else fetcher.result
         finally:
             self.progress.end()
 
-    def _find_local(self, identity: Identity) -> Path | None:
+    def _find_local(self, spec: FileSpec) -> Path | None:
         """A kept original, or the user's Hub cache; the content is hashed like anything that arrives."""
-        candidates = [self.directory / original_of(identity).target] if identity.convert else []
-        if self.settings.use_cache and _may_be_cached(identity.repo_id):
+        candidates = [self.directory / original_of(spec).target] if spec.convert else []
+        if self.settings.use_cache and _may_be_cached(spec.repo_id):
             from huggingface_hub import try_to_load_from_cache
 
-            cached = try_to_load_from_cache(identity.repo_id, identity.path, revision=identity.commit)
-            candidates += [Path(cached)] if isinstance(cached, str) else []
-        return next((path for path in candidates if path.is_file() and path.stat().st_size == identity.size), None)
+            with contextlib.suppress(OSError):  # a cache that may not be read is not used
+                cached = try_to_load_from_cache(spec.repo_id, spec.path, revision=spec.commit)
+                candidates += [Path(cached)] if isinstance(cached, str) else []
+        return next((path for path in candidates if _is_readable(path, spec.size)), None)
 
     def _plan_code(self, lock: Lock, known: Lock | None) -> None:
         """Fix the commits of the git code in the lock, and find out now what would hinder its installation later."""
         lock.code = dict(known.code) if known else {}
         if not self.settings.with_reference:
             return
-        from port_kit.download.gitcode import resolve_commit
+        from port_kit.download.gitcode import plain_url, resolve_commit
         from port_kit.download.install import check_target, is_installed
 
         for code in self.recipe.code:
@@ -372,7 +409,7 @@ class Run:
                 check_target(code)
                 found = resolve_commit(code)
                 fixed = fixed or found
-            lock.code[code.name] = {"url": code.url, "commit": fixed}
+            lock.code[code.name] = {"url": plain_url(code.url), "commit": fixed}
 
     def _install(self, lock: Lock) -> dict[str, str]:
         if not self.settings.with_reference:
@@ -395,21 +432,20 @@ class Run:
             code.name in known.code and is_installed(code, known.code[code.name]["commit"]) for code in wanted
         )
 
-    def _strangers(self, lock: Lock | None) -> tuple[str, ...]:
+    def _untracked_files(self, lock: Lock | None) -> tuple[str, ...]:
         known = {*(lock.files if lock else ()), *(lock.written if lock else ()), "port.lock", "model_index.json"}
         known |= {str(parent) for target in known for parent in PurePosixPath(target).parents}  # a folder may be a link
-        strangers = [target for target in files_below(self.directory) if target not in known]
-        ours = {os.path.realpath(self.directory / target) for target in known} if strangers else set()
-        return tuple(target for target in strangers if os.path.realpath(self.directory / target) not in ours)
+        others = [target for target in files_below(self.directory) if target not in known]
+        ours = {os.path.realpath(self.directory / target) for target in known} if others else set()
+        return tuple(target for target in others if os.path.realpath(self.directory / target) not in ours)
 
     def _finish(self, lock: Lock | None, **facts: Any) -> Report:
-        strangers = facts.pop("strangers", ())
-        if self.settings.prune and strangers:
-            for target in strangers:
-                (self.directory / target).unlink()
-            facts["removed"] = (*facts.get("removed", ()), *strangers)
-            strangers = ()
-        return self._report(strangers=strangers, **facts)
+        untracked = facts.pop("untracked_files", ())
+        if self.settings.prune and untracked:
+            pruned = tuple(target for target in untracked if remove_file(self.directory, target))
+            facts["removed"] = (*facts.get("removed", ()), *pruned)
+            untracked = tuple(target for target in untracked if target not in pruned)
+        return self._report(untracked_files=untracked, **facts)
 
     def _report(self, **facts: Any) -> Report:
         return Report(self.directory, seconds=time.monotonic() - self._begun, **facts)
@@ -424,20 +460,35 @@ def files_below(directory: Path) -> Iterable[str]:
 
 
 def _may_be_cached(repo_id: str) -> bool:
-    """Whether the Hub cache has a repository at all; huggingface_hub's closer look costs half a second of imports."""
+    """Return True if the Hub cache has a repository; huggingface_hub's closer look costs half a second of imports."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}").is_dir()
+    return os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}"))
+
+
+def _is_readable(path: Path, size: int) -> bool:
+    """Return True if a file of this size can be read; whoever may not look at it goes without."""
+    try:
+        return path.is_file() and path.stat().st_size == size and os.access(path, os.R_OK)
+    except OSError:
+        return False
+
+
+def _is_offline() -> bool:
+    """Return True if ``HF_HUB_OFFLINE`` asks for it, in huggingface_hub's words."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _has_originals(lock: Lock) -> bool:
-    return any(original_of(item.identity).target in lock.files for item in lock.files.values() if item.identity.convert)
+    return any(original_of(item.spec).target in lock.files for item in lock.files.values() if item.spec.convert)
 
 
 def _check_directory(directory: Path) -> None:
-    with explained(directory):
-        problem = ""
-        if directory.exists() and not directory.is_dir():
+    with os_errors_as(directory):
+        problem = "" if _is_writable_name(directory) else "has a name that the locale of this process cannot write"
+        if problem:
+            pass
+        elif directory.exists() and not directory.is_dir():
             problem = "is a file; a folder is required"
         elif directory.is_symlink() and not directory.exists():
             problem = f"is a link to {os.readlink(directory)}, which does not exist"
@@ -445,3 +496,11 @@ def _check_directory(directory: Path) -> None:
             problem = f"lies below {_DEEPEST} other folders"
         if problem:
             raise DownloadError(f"{directory} {problem}", code="output_dir", hint="choose another --output-dir")
+
+
+def _is_writable_name(path: Path) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
