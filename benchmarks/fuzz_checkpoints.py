@@ -30,8 +30,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from port_kit.checkpoint.convert import convert_file
 from port_kit.checkpoint.pickle_reader import read_tables
-from port_kit.download.convert import convert_file
 from port_kit.errors import PortKitError
 
 _WATCHED = ("exec", "compile", "subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "import")

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from port_kit.download.files import os_errors_as
 from port_kit.errors import PortKitError
+from port_kit.files import os_errors_as
 from port_kit.plain import plain
 
 SCHEMA = "port-kit/1"

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from port_kit.download.files import read_json, require_place, sync_folder, write_atomically
 from port_kit.download.lock import Lock, drop_journal
+from port_kit.download.paths import require_place
 from port_kit.download.plan import MODEL_INDEX
 from port_kit.download.recipe import Recipe, plain
 from port_kit.download.state import is_behind_link, remove_file
 from port_kit.errors import DownloadError
+from port_kit.files import read_json, sync_folder, write_atomically
 
 _PICKLE_INDEX = re.compile(r"(\.(bin|pt|pth|ckpt))?\.index\.json$")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
-from port_kit.download.files import os_errors_as, require_space
 from port_kit.download.http import Interrupted
 from port_kit.download.hub import HubClient
 from port_kit.download.incoming_file import Damaged, IncomingFile, Misplaced, copy_segment
@@ -25,11 +24,12 @@ from port_kit.download.parts import FileSpec, PartialDownload, Segment, acquire
 from port_kit.download.progress import Progress
 from port_kit.download.remote import RangeSource, fetch_segment
 from port_kit.errors import CheckpointError, DownloadError
+from port_kit.files import os_errors_as, require_space
 
 if TYPE_CHECKING:
     from port_kit.checkpoint.byte_sources import ByteSource
-    from port_kit.download.blueprint import SafetensorsLayout
     from port_kit.checkpoint.pickle_reader import Storage
+    from port_kit.checkpoint.safetensors_writer import SafetensorsLayout
 
 _SAMPLED_OFFSETS = 5
 
@@ -200,8 +200,8 @@ class Fetcher:
     def _plan_conversion(self, spec: FileSpec, local: Path | None) -> SafetensorsLayout:
         """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes."""
         from port_kit.checkpoint.byte_sources import CachedSource, FileSource
-        from port_kit.download.blueprint import plan_layout
         from port_kit.checkpoint.pickle_reader import read_tables
+        from port_kit.checkpoint.safetensors_writer import plan_layout
 
         if local is not None:
             try:

@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from port_kit.download.files import os_errors_as
-from port_kit.download.owner import OWNER, may_run, owner
 from port_kit.download.recipe import FULL_HASH, GitCode
 from port_kit.errors import DownloadError
+from port_kit.files import os_errors_as
+from port_kit.owner import OWNER, may_run, owner
 from port_kit.plain import redacted
 
 _URL = re.compile(r"(https|http|ssh|file)://[^\s-]\S*")

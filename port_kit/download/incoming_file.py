@@ -11,7 +11,7 @@ write to it afterwards.
   holds the file, and only then it is converted, published by rename, or discarded.
 
 Bytes of a checkpoint that is converted are written where the safetensors file has them; see
-:mod:`port_kit.download.layout`.
+:mod:`port_kit.checkpoint.byte_layout`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from port_kit.download.files import begin_writing_out, hashes_for
+from port_kit.checkpoint.byte_layout import read_exactly
 from port_kit.download.http import Interrupted
-from port_kit.download.layout import read_exactly
 from port_kit.download.parts import ALIGNMENT, PartialDownload, Segment
+from port_kit.files import begin_writing_out, hashes_for
 
 if TYPE_CHECKING:
-    from port_kit.download.blueprint import SafetensorsLayout
+    from port_kit.checkpoint.safetensors_writer import SafetensorsLayout
     from port_kit.download.http import Response
 
 BUFFER_SIZE = 1 << 20
@@ -234,8 +234,8 @@ class IncomingFile:
 
     def _convert(self, conversion: SafetensorsLayout) -> None:
         """Read the checkpoint's tables again, now from the bytes that were hashed, and complete the new file."""
-        from port_kit.download.blueprint import DescriptorSource, check_crcs
         from port_kit.checkpoint.pickle_reader import read_tables
+        from port_kit.checkpoint.safetensors_writer import DescriptorSource, check_crcs
 
         name = f"{self.spec.repo_id}/{self.spec.path}"
         source = DescriptorSource(self.partial.descriptor, self.partial.layout, name)

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from port_kit.download.files import os_errors_as, read_json, write_atomically, write_json
 from port_kit.download.gitcode import check_declared, code_folder, code_home, sweep_code
 from port_kit.download.recipe import FULL_HASH, NAME, GitCode
 from port_kit.errors import DownloadError, OptionalDependencyError
+from port_kit.files import os_errors_as, read_json, write_atomically, write_json
 
 # Packages are found as at every start, .pth files included, but without running sitecustomize and usercustomize.
 _FIND = """

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import check_relative_path, os_errors_as, read_json, write_json
 from port_kit.download.parts import FileSpec
+from port_kit.download.paths import check_relative_path
 from port_kit.download.state import open_state_file, state_path
 from port_kit.errors import DownloadError
+from port_kit.files import os_errors_as, read_json, write_json
 
 LOCK_NAME = "port.lock"
 SCHEMA = "port-kit-lock/1"

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from port_kit.download.files import os_errors_as, publish, read_json, sync_folder, write_json
-from port_kit.download.layout import ByteLayout, write_all
-from port_kit.download.owner import OWNER, may_run, owner
+from port_kit.checkpoint.byte_layout import ByteLayout, write_all
 from port_kit.download.state import open_state_file, state_path
+from port_kit.files import os_errors_as, publish, read_json, sync_folder, write_json
+from port_kit.owner import OWNER, may_run, owner
 
 _COUNT = struct.Struct("<Q")
 _NAME = re.compile(rf"([0-9a-f]{{16}})\.({OWNER})")

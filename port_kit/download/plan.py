@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import check_relative_path, digests_of, folded_name, free_space, require_place
 from port_kit.download.hub import HubClient, HubFile
 from port_kit.download.lock import LOCK_NAME, Lock, LockedFile
 from port_kit.download.parts import FileSpec, resumable_bytes
+from port_kit.download.paths import check_relative_path, folded_name, require_place
 from port_kit.download.progress import human
 from port_kit.download.recipe import FileRule, Recipe, Repository
 from port_kit.download.state import is_behind_link
 from port_kit.errors import DownloadError
+from port_kit.files import digests_of, free_space
 
 MODEL_INDEX = "model_index.json"
 ORIGINALS = "original"

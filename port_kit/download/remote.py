@@ -131,7 +131,7 @@ def _copy(response: Response, incoming: IncomingFile, offset: int, end: int, adv
 
 
 class RangeSource:
-    """A file of the Hub as a :class:`~port_kit.checkpoint.byte_sources.ByteSource`: each read is one or more ranged requests."""
+    """A file of the Hub as a :class:`~port_kit.checkpoint.byte_sources.ByteSource`, read by ranged requests."""
 
     def __init__(self, hub: HubClient, spec: FileSpec) -> None:
         self._hub, self._spec = hub, spec

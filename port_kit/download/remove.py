@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from port_kit.download.assemble import invalidate_index
-from port_kit.download.files import os_errors_as
 from port_kit.download.lock import LOCK_NAME, Lock, drop_journal, read_lock
 from port_kit.download.parts import remove_stale
 from port_kit.download.plan import MODEL_INDEX
 from port_kit.download.state import directory_lock, remove_empty_folders, remove_file, state_path
 from port_kit.errors import DownloadError
+from port_kit.files import os_errors_as
 
 
 @dataclass(frozen=True)

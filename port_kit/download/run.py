@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from port_kit.download import verify as checks
 from port_kit.download.assemble import assemble, invalidate_index, plan_written
-from port_kit.download.files import os_errors_as
 from port_kit.download.http import Policy
 from port_kit.download.lock import Lock, read_lock
 from port_kit.download.parts import FileSpec, remove_stale
@@ -28,6 +27,7 @@ from port_kit.download.state import (
     remove_file,
 )
 from port_kit.errors import DownloadError
+from port_kit.files import os_errors_as
 
 if TYPE_CHECKING:
     from port_kit.download.fetch import Fetched

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
-from port_kit.download.files import os_errors_as
 from port_kit.errors import DownloadError
+from port_kit.files import os_errors_as
 
 STATE_FOLDER = ".port_kit"
 

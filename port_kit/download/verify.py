@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from port_kit.download.files import digests_of
 from port_kit.download.http import Interrupted
 from port_kit.download.lock import Lock
 from port_kit.download.plan import MODEL_INDEX
+from port_kit.files import digests_of
 
 _HASHERS = 4
 

@@ -148,7 +148,7 @@ def test_checksums_are_those_of_zip_files(tmp_path: Path, blocked: bool) -> None
     code = (
         "import pathlib, random, sys, zlib\n"
         f"if {blocked}: sys.modules['isal'] = None\n"
-        "from port_kit.checksums import crc32\n"
+        "from port_kit.checkpoint.checksums import crc32\n"
         "from port_kit.download import convert_file\n"
         "from port_kit.errors import CheckpointError\n"
         "source, ours, theirs = random.Random(8), 0, 0\n"
@@ -193,7 +193,7 @@ def test_without_allocation_files_still_get_their_size(
 
 def test_a_file_system_that_allocates_nothing_still_gives_files_their_size(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from port_kit.download.files import allocate\n"
+        "import os, sys; from port_kit.files import allocate\n"
         "with open(sys.argv[1], 'wb') as stream:\n"
         "    allocate(stream.fileno(), 3 << 20)\n"
         "    print(os.fstat(stream.fileno()).st_size)"

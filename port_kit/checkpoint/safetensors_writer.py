@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from port_kit.checkpoint.byte_layout import ByteLayout, ByteRange, write_all
 from port_kit.checkpoint.byte_sources import ByteSource
+from port_kit.checkpoint.checksums import crc32
 from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry
-from port_kit.checksums import crc32
-from port_kit.download.layout import ByteLayout, ByteRange, write_all
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
 
