@@ -82,6 +82,7 @@ CODES: dict[str, str] = {
     "scaffold_unsupported": "a model cannot be adapted; what stands in the way is listed",
     "inspect_target": "what was to be inspected is neither a folder nor a repository",
     "inspect_empty": "what was to be inspected holds no weights and no configuration of a model",
+    "pickle_drop": "a value that is to be left out is not in the checkpoint",
     "pickle_corrupt": "a torch checkpoint is cut short or damaged",
     "pickle_unsafe": "a pickle asks for more than tensors; nothing was executed",
     "pickle_unsupported": "a torch checkpoint holds something that has no plain form in safetensors",

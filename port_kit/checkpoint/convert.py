@@ -11,7 +11,7 @@ from port_kit.checkpoint.byte_layout import ByteLayout, write_all
 from port_kit.checkpoint.byte_sources import FileSource
 from port_kit.checkpoint.checksums import crc32
 from port_kit.checkpoint.pickle_reader import read_tables
-from port_kit.checkpoint.safetensors_writer import SafetensorsLayout, is_made_from, plan_layout, require_crc
+from port_kit.checkpoint.safetensors_writer import SafetensorsLayout, plan_layout, require_crc
 from port_kit.errors import DownloadError
 from port_kit.files import (
     allocate,
@@ -30,7 +30,7 @@ _WRITTEN_OUT_AT_ONCE = 16 << 20
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did; ``unchanged`` where the target was already made from this very content."""
+    """What a conversion did; ``unchanged`` if the target held this very content already."""
 
     source: Path
     target: Path
@@ -54,8 +54,8 @@ def convert_file(
         source: the checkpoint, zip or legacy container.
         target: the file to write; it appears complete or not at all.
         wrapper: the keys above the tensors, dotted.
-        drop: values that are left out on purpose.
-        remember: note the source's fingerprint in the header, so that a second call finds nothing to do.
+        drop: names of values that are left out on purpose.
+        remember: compare a target that is there, and leave it if it holds this very content; else it is written anew.
         advance: called with the number of source bytes that were copied.
 
     Raises:
@@ -71,13 +71,11 @@ def convert_file(
         if target.exists() and not target.is_file():
             raise DownloadError(f"{target} is no file", code="output_dir", hint="name the file that is to be written")
     with _opened(source) as opened:
-        tables = read_tables(opened, wrapper)
-        planned = plan_layout(tables, opened.name, drop=drop, remember=remember)
-        done = Conversion(source, target, len(planned.placements), planned.size, unchanged=False)
-        if remember and is_made_from(target, tables):
-            return Conversion(source, target, done.tensors, done.size, unchanged=True)
-        _write(planned, opened, target, advance)
-    return done
+        layout = plan_layout(read_tables(opened, wrapper, drop=drop), opened.name)
+        unchanged = remember and target.exists() and layout.is_content_of(target, opened)
+        if not unchanged:
+            _write(layout, opened, target, advance)
+    return Conversion(source, target, len(layout.placements), layout.size, unchanged)
 
 
 def _opened(source: Path) -> FileSource:
@@ -89,14 +87,14 @@ def _opened(source: Path) -> FileSource:
         ) from error
 
 
-def _write(planned: SafetensorsLayout, source: FileSource, target: Path, advance: Callable[[int], None]) -> None:
+def _write(layout: SafetensorsLayout, source: FileSource, target: Path, advance: Callable[[int], None]) -> None:
     with os_errors_as(target):
-        require_space(target.parent, planned.size)
+        require_space(target.parent, layout.size)
         temporary, descriptor = create_temporary(target)
         try:
-            allocate(descriptor, planned.size)
-            _copy_storages(planned, source, descriptor, advance)
-            planned.complete(source, descriptor)
+            allocate(descriptor, layout.size)
+            _copy_storages(layout, source, descriptor, advance)
+            layout.complete(source, descriptor)
             os.fsync(descriptor)
             publish(temporary, target)
         finally:
@@ -105,17 +103,17 @@ def _write(planned: SafetensorsLayout, source: FileSource, target: Path, advance
 
 
 def _copy_storages(
-    planned: SafetensorsLayout, source: FileSource, descriptor: int, advance: Callable[[int], None]
+    layout: SafetensorsLayout, source: FileSource, descriptor: int, advance: Callable[[int], None]
 ) -> None:
     """Copy the used storages in small pieces, and compare their checksums with the zip directory's."""
-    layout, buffer, unwritten = planned.byte_layout(), memoryview(bytearray(_PIECE)), 0
-    for key, storage in planned.used_storages.items():
+    places, buffer, unwritten = layout.byte_layout(), memoryview(bytearray(_PIECE)), 0
+    for key, storage in layout.used_storages.items():
         value, offset, end = 0, storage.offset, storage.offset + storage.nbytes
         while offset < end:
             # Whole pages of the written file: none is touched twice, and the system takes them in large units.
-            view = buffer[: min(layout.until_aligned(offset, _PIECE), end - offset)]
+            view = buffer[: min(places.until_aligned(offset, _PIECE), end - offset)]
             _fill(view, source, offset)
-            _place(layout, planned.size, descriptor, offset, view)
+            _place(places, layout.size, descriptor, offset, view)
             value = crc32(view, value) if storage.crc is not None else 0
             offset, unwritten = offset + len(view), unwritten + len(view)
             if unwritten >= _WRITTEN_OUT_AT_ONCE:
@@ -133,8 +131,8 @@ def _fill(view: memoryview, source: FileSource, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _place(layout: ByteLayout, size: int, descriptor: int, offset: int, view: memoryview) -> None:
+def _place(places: ByteLayout, size: int, descriptor: int, offset: int, view: memoryview) -> None:
     """Write the pieces that belong into the file; what the layout puts behind its end is gathered later."""
-    for start, length, target in layout.ranges(offset, len(view)):
+    for start, length, target in places.ranges(offset, len(view)):
         if target < size:
             write_all(descriptor, view[start : start + length], target)

@@ -8,7 +8,6 @@ expect.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from port_kit.checkpoint.byte_layout import ByteLayout, ByteRange, write_all
-from port_kit.checkpoint.byte_sources import ByteSource
+from port_kit.checkpoint.byte_sources import ByteSource, FileSource
 from port_kit.checkpoint.checksums import crc32
 from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry
@@ -25,7 +24,7 @@ from port_kit.manifest import NAMING_KEY
 
 _ITEM_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _BATCH = 1 << 20
-_SOURCE_KEY = "port_kit_source"
+_SCALARS = frozenset(("int", "float", "bool", "str", "NoneType"))
 _LONGEST_HEADER = 100_000_000  # of safetensors' readers
 _MOST_GROWTH = 64
 _ALWAYS_ALLOWED = 1 << 28
@@ -72,6 +71,22 @@ class SafetensorsLayout:
             if placement.direct and placement.entry.nbytes:
                 yield (_source_offset(placement.entry, self.tables), placement.entry.nbytes, placement.target)
 
+    def is_content_of(self, path: str | os.PathLike[str], source: ByteSource) -> bool:
+        """Return True if the file at ``path`` holds exactly what would be written: the header and every tensor."""
+        try:
+            with FileSource(path) as found:
+                if found.size != self.size or found.read_at(0, len(self.header)) != self.header:
+                    return False
+                for placement in self.placements:
+                    position = placement.target
+                    for batch in _gathered(placement.entry, self.tables, source):
+                        if found.read_at(position, len(batch)) != batch:
+                            return False
+                        position += len(batch)
+        except OSError:
+            return False
+        return True
+
     def complete(self, source: ByteSource, descriptor: int) -> None:
         """Write what the layout does not bring: the header and the gathered tensors, read from ``source``."""
         write_all(descriptor, memoryview(self.header), 0)
@@ -83,26 +98,28 @@ class SafetensorsLayout:
                     target += len(batch)
 
 
-def plan_layout(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool = False) -> SafetensorsLayout:
+def scalars(tables: Tables) -> dict[str, str]:
+    """Return the values beside the tensors that are numbers, texts or None, ``{name: kind}``."""
+    return {key: kind for key, kind in tables.others.items() if kind in _SCALARS}
+
+
+def plan_layout(tables: Tables, name: str, *, leave_out_scalars: bool = False) -> SafetensorsLayout:
     """Lay out the safetensors file for a checkpoint.
 
     Args:
         tables: what the checkpoint holds.
         name: what messages call it.
-        drop: names of values that are left out on purpose (``epoch``); anything else that is no tensor is an error.
-        remember: write the source's fingerprint into the header, for :func:`is_made_from`.
+        leave_out_scalars: numbers, texts and None beside the tensors (``epoch``) are no error.
 
     Raises:
         CheckpointError: ``pickle_unsupported`` for values or dtypes that safetensors cannot hold.
     """
-    _refuse_others(tables, name, drop)
-    kept = [(key, entry) for key, entry in tables.tensors.items() if key not in drop]
+    _refuse_others(tables, name, leave_out_scalars)
+    kept = list(tables.tensors.items())
     _check_names(kept, name)
     _check_growth(kept, tables, name)
     kept.sort(key=lambda item: -ITEM_SIZES[item[1].dtype])
     metadata = {"format": "pt", NAMING_KEY: "original"}
-    if remember and (mark := fingerprint(tables)):
-        metadata[_SOURCE_KEY] = mark
     header: dict[str, object] = {"__metadata__": metadata}
     offsets, position = [], 0
     for key, entry in kept:
@@ -124,32 +141,6 @@ def plan_layout(tables: Tables, name: str, *, drop: Sequence[str] = (), remember
         for (key, entry), offset in zip(kept, offsets, strict=True)
     )
     return SafetensorsLayout(len(text).to_bytes(8, "little") + text, placements, start + position, tables)
-
-
-def fingerprint(tables: Tables) -> str:
-    """Return a hash of the content: names, shapes, and the CRC-32 of every storage. Legacy files have none: empty."""
-    if any(storage.crc is None for storage in tables.storages.values()):
-        return ""
-    content = [list(tables.tensors.items()), [(key, item.nbytes, item.crc) for key, item in tables.storages.items()]]
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
-
-
-def is_made_from(path: str | os.PathLike[str], tables: Tables) -> bool:
-    """Whether the safetensors file at ``path`` is whole and was converted from this very content."""
-    mark = fingerprint(tables)
-    try:
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, 1 << 28)))
-            size = os.fstat(stream.fileno()).st_size
-    except (OSError, ValueError):
-        return False
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
-        return False
-    if not mark or header["__metadata__"].get(_SOURCE_KEY) != mark:
-        return False
-    ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
 
 
 def check_crcs(layout: SafetensorsLayout, name: str, read: Callable[[memoryview, int], None]) -> None:
@@ -180,14 +171,14 @@ def require_crc(storage: Storage, key: str, value: int, name: str) -> None:
         )
 
 
-def _refuse_others(tables: Tables, name: str, drop: Sequence[str]) -> None:
-    others = {key: kind for key, kind in tables.others.items() if key not in drop}
+def _refuse_others(tables: Tables, name: str, leave_out_scalars: bool) -> None:
+    others = {key: kind for key, kind in tables.others.items() if not (leave_out_scalars and kind in _SCALARS)}
     if others:
         listed = ", ".join(f"{key} ({kind})" for key, kind in list(others.items())[:8])
         raise CheckpointError(
             f"{name} holds values beside its tensors: {listed}",
             code="pickle_unsupported",
-            hint="name the key above the tensors (--wrapper), or leave these out on purpose (--drop NAME)",
+            hint="name the key above the tensors (--wrapper), or leave these out (--drop NAME); recipes have both too",
             others=others,
         )
     if not tables.tensors:
@@ -210,7 +201,7 @@ def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, na
         raise CheckpointError(
             f"{name} has {tables.size} bytes, and its tensors would be {size} bytes without shared storage",
             code="pickle_unsupported",
-            hint="expanded tensors are saved once for each element: leave them out (--drop NAME)",
+            hint="expanded tensors are saved once for each element: leave them out (--drop NAME; in a recipe: drop)",
         )
 
 

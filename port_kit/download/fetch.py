@@ -10,7 +10,7 @@ stated in :mod:`port_kit.download.incoming_file`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -27,8 +27,6 @@ from port_kit.errors import CheckpointError, DownloadError
 from port_kit.files import os_errors_as, require_space
 
 if TYPE_CHECKING:
-    from port_kit.checkpoint.byte_sources import ByteSource
-    from port_kit.checkpoint.pickle_reader import Storage
     from port_kit.checkpoint.safetensors_writer import SafetensorsLayout
 
 _SAMPLED_OFFSETS = 5
@@ -152,9 +150,7 @@ class Fetcher:
         except Damaged as first:
             self.progress.note(f"{spec.target}: {first}; fetching it again")
             try:
-                self._download_once(spec, None)
-            except Misplaced as second:
-                raise _unusual_layout(f"{spec.repo_id}/{spec.path}", "a storage") from second
+                self._download_once(spec, None, exact_offsets=isinstance(first, Misplaced))
             except Damaged as second:
                 raise DownloadError(
                     f"{spec.repo_id}/{spec.path} arrived twice with wrong content: {second}",
@@ -162,11 +158,11 @@ class Fetcher:
                     hint="a proxy or mirror may alter it: try another endpoint, or tell the repository's owner",
                 ) from second
 
-    def _download_once(self, spec: FileSpec, local: Path | None) -> None:
+    def _download_once(self, spec: FileSpec, local: Path | None, *, exact_offsets: bool = False) -> None:
         """Take one file from its URL, or from ``local``, to its final name."""
         partial = acquire(self.directory, spec, self._policy.segment_for(spec.size), exclusive=self._exclusive)
         try:
-            conversion = self._plan_conversion(spec, local) if spec.convert else None
+            conversion = self._plan_conversion(spec, local, exact_offsets) if spec.convert else None
             incoming = IncomingFile(partial, conversion, local)
             require_space(self.directory, partial.layout.extent - partial.written)
             try:
@@ -197,42 +193,39 @@ class Fetcher:
             self.result.files[target] = (size, sha256)
         self.progress.file_done(target, size)
 
-    def _plan_conversion(self, spec: FileSpec, local: Path | None) -> SafetensorsLayout:
-        """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes."""
+    def _plan_conversion(self, spec: FileSpec, local: Path | None, exact_offsets: bool) -> SafetensorsLayout:
+        """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes.
+
+        Storages are placed by torch's alignment rule, which saves a request per storage. The rule is checked on a few
+        of them now, and on all of them when the file has arrived.
+        """
         from port_kit.checkpoint.byte_sources import CachedSource, FileSource
-        from port_kit.checkpoint.pickle_reader import read_tables
-        from port_kit.checkpoint.safetensors_writer import plan_layout
+        from port_kit.checkpoint.pickle_reader import check_offsets, read_tables
+        from port_kit.checkpoint.safetensors_writer import plan_layout, scalars
 
         if local is not None:
             try:
                 with FileSource(local) as source:
-                    return plan_layout(read_tables(source, spec.wrapper), source.name, drop=spec.drop)
+                    return plan_layout(
+                        read_tables(source, spec.wrapper, drop=spec.drop), source.name, leave_out_scalars=True
+                    )
             except (CheckpointError, OSError) as error:  # what the repository has is decided by the repository's bytes
                 raise Damaged(f"{local} cannot be converted: {error}") from error
         remote = CachedSource(RangeSource(self.hub, spec))
-        tables = read_tables(remote, spec.wrapper, exact_offsets=False)
-        _sample_offsets(remote, sorted(tables.storages, key=lambda key: tables.storages[key].nbytes), tables.storages)
-        conversion = plan_layout(tables, remote.name, drop=spec.drop)
+        tables = read_tables(remote, spec.wrapper, drop=spec.drop, exact_offsets=exact_offsets)
+        by_size = sorted(tables.storages, key=lambda key: tables.storages[key].nbytes)
+        sample = {key: tables.storages[key] for key in [*by_size[:1], *by_size[-_SAMPLED_OFFSETS:]]}
+        if not exact_offsets and check_offsets(remote, sample):
+            return self._plan_conversion(spec, local, exact_offsets=True)
+        for key, kind in scalars(tables).items():
+            self.progress.note(f"  {spec.target}  leaves out {key} ({kind}), which is no tensor")
+        layout = plan_layout(tables, remote.name, leave_out_scalars=True)
         try:
-            conversion.byte_layout()
+            layout.byte_layout()
         except ValueError as error:
-            raise _unusual_layout(remote.name, "a storage") from error
-        return conversion
-
-
-def _sample_offsets(source: ByteSource, keys: list[str], storages: Mapping[str, Storage]) -> None:
-    """Check torch's alignment rule on a few storages before gigabytes are placed by it."""
-    from port_kit.checkpoint.pickle_reader import check_offsets
-
-    sampled = {key: storages[key] for key in [*keys[:1], *keys[-_SAMPLED_OFFSETS:]]}
-    wrong = check_offsets(source, sampled)
-    if wrong:
-        raise _unusual_layout(source.name, f"storage {wrong[0]}")
-
-
-def _unusual_layout(name: str, what: str) -> DownloadError:
-    return DownloadError(
-        f"{name}: {what} does not lie where torch would have put it",
-        code="convert_layout",
-        hint="download it as it is and convert it on disk: --keep-original",
-    )
+            raise DownloadError(
+                f"{remote.name}: {error}",
+                code="convert_layout",
+                hint="download it as it is and convert it on disk: --keep-original",
+            ) from error
+        return layout

@@ -358,8 +358,9 @@ def requested_wait(headers: Message | Mapping[str, str]) -> float:
     if value is not None:
         if _is_number(value):
             return float(value)
-        until, now = _timestamp(value), _timestamp(headers.get("Date") or "")  # the server's clock, if it shows it
-        return max(0.0, until - (now or time.time())) if until else 0.0
+        dates = headers.get_all("Date", []) if isinstance(headers, Message) else []
+        now = max(map(_timestamp, dates), default=0.0) or time.time()  # the server's own clock, if it shows it
+        return max(0.0, _timestamp(value) - now)
     fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
     if fields.get("r") == "0" and _is_number(fields.get("t", "")):
         return float(fields["t"])

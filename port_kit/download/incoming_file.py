@@ -239,7 +239,7 @@ class IncomingFile:
 
         name = f"{self.spec.repo_id}/{self.spec.path}"
         source = DescriptorSource(self.partial.descriptor, self.partial.layout, name)
-        if read_tables(source, self.spec.wrapper) != conversion.tables:
+        if read_tables(source, self.spec.wrapper, drop=self.spec.drop) != conversion.tables:
             raise Misplaced("its directory was read differently before")
         check_crcs(conversion, name, source.read_into)
         conversion.complete(source, self.partial.descriptor)
