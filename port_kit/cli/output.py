@@ -33,7 +33,8 @@ def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | No
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, "ok": ok, "command": command, "data": data}, indent=1))
     elif text is not None:
-        click.echo(plain(text, keep=_LAYOUT))
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        click.echo(plain(text, keep=_LAYOUT).encode(encoding, "backslashreplace").decode(encoding))
     if not ok:
         raise SystemExit(1)
 

@@ -100,7 +100,7 @@ def converted_indexes(directory: Path, lock: Lock) -> dict[str, str]:
             spec = places.get((item.spec.repo_id, source))
             if spec is not None and PurePosixPath(spec.target).is_relative_to(folder):
                 renamed[shard] = PurePosixPath(spec.target).relative_to(folder).as_posix()
-            elif ".." in shard.split("/") or not (directory / folder / shard).is_file():
+            elif shard.startswith("/") or ".." in shard.split("/") or not (directory / folder / shard).is_file():
                 missing.add(shard)
         if missing:
             raise _incomplete(f"{target} names {', '.join(sorted(missing)[:5])}, which the recipe does not bring")

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -33,12 +34,13 @@ from port_kit.plain import plain
 
 # RFC 8288: links are separated by commas; each is a target and parameters, whose values may be quoted.
 _LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s;,"]*))?)*)')
-_REL = re.compile(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', re.IGNORECASE)
+_PARAMETER = re.compile(r';\s*([^\s=;,"]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;,"]*)))?')
 _SENDABLE = re.compile(r"Bearer [\x21-\x7e]+")
 _SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 _MOST_PAGES = 5000
 _MOST_RENAMES = 5
 _LONGEST_REASON = 1 << 16
+_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -314,8 +316,8 @@ def _hub_entry(entry: object) -> HubFile | str | None:
 def _next_link(header: str) -> str | None:
     """Return the target of the link whose relation is ``next`` (RFC 8288)."""
     for target, parameters in _LINK.findall(header):
-        found = _REL.search(parameters)
-        if found and "next" in (found[1] or found[2] or "").casefold().split():
+        relations = [quoted or bare for name, quoted, bare in _PARAMETER.findall(parameters) if name.lower() == "rel"]
+        if relations and "next" in relations[0].casefold().split():  # the first one counts
             return str(target)
     return None
 
@@ -368,13 +370,14 @@ def _import_httpx() -> None:
 
     httpx does without where that module cannot be imported; a None in ``sys.modules`` says so.
     """
-    if "httpx" in sys.modules:
-        return
-    sys.modules["httpx._main"] = None  # type: ignore[assignment]
-    try:
-        import httpx  # noqa: F401
-    finally:
-        del sys.modules["httpx._main"]
+    with _importing:
+        if "httpx" in sys.modules:
+            return
+        sys.modules["httpx._main"] = None  # type: ignore[assignment]
+        try:
+            import httpx  # noqa: F401
+        finally:
+            del sys.modules["httpx._main"]
 
 
 def _gated(repo_id: str, page: str, has_token: bool, reason: str) -> DownloadError:
