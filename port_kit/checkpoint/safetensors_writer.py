@@ -9,9 +9,9 @@ expect.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from port_kit.checkpoint.byte_layout import ByteLayout, ByteRange, write_all
@@ -71,7 +71,7 @@ class SafetensorsLayout:
             if placement.direct and placement.entry.nbytes:
                 yield (_source_offset(placement.entry, self.tables), placement.entry.nbytes, placement.target)
 
-    def is_content_of(self, path: str | os.PathLike[str], source: ByteSource) -> bool:
+    def is_content_of(self, path: Path, source: ByteSource) -> bool:
         """Return True if the file at ``path`` holds exactly what would be written: the header and every tensor."""
         try:
             with FileSource(path) as found:

@@ -92,9 +92,9 @@ class PartialDownload:
     def __init__(self, folder: Path, spec: FileSpec, segment_size: int) -> None:
         self.folder, self.spec = folder, spec
         meta = read_json(folder / "meta.json") or {}
-        known = meta.get("segment")
-        usable = isinstance(known, int) and known > 0 and spec.size // known <= _MOST_SEGMENTS
-        size = known if usable else segment_size
+        size = meta.get("segment")
+        if not isinstance(size, int) or size <= 0 or spec.size // size > _MOST_SEGMENTS:
+            size = segment_size
         self.descriptor = open_state_file(folder / "data", os.O_RDWR | os.O_CREAT)
         self._progress = open_state_file(folder / "progress", os.O_RDWR | os.O_CREAT)
         self._unbuffered = _open_unbuffered(folder / "data", self.descriptor)
