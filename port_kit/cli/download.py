@@ -38,7 +38,7 @@ from port_kit.port import find_port, resolve
     "--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Use no network; fail where something is missing."
 )
 @click.option("--verify", is_flag=True, help="Hash every file; fetch what is damaged again.")
-@click.option("--prune", is_flag=True, help="Delete files in the directory that are not part of the model.")
+@click.option("--prune", is_flag=True, help="Delete files that are not part of the model; not in the first run.")
 @click.option("--with-reference", is_flag=True, help="Also install the original code, for comparison.")
 @click.option("--keep-original", is_flag=True, help="Keep pickle checkpoints beside what they are converted to.")
 @click.option("--no-cache", is_flag=True, help="Do not look into the Hub cache.")
