@@ -7,26 +7,30 @@ decides the rate of a 46 GB file. Proxies (``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
-import os
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.message import Message
-from email.utils import parsedate_to_datetime
-from functools import cache
 from typing import TypeVar
-from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import SplitResult, urlsplit
 
+from port_kit.download.urls import (
+    TransportError,
+    as_transport_error,
+    connect,
+    follow_location,
+    is_number,
+    proxy_error,
+    request_target,
+    requested_wait,
+    without_secrets,
+)
 from port_kit.errors import DownloadError
-from port_kit.plain import redacted
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -35,12 +39,7 @@ _SMALLEST_SEGMENT, _LARGEST_SEGMENT = 16 << 20, 64 << 20
 _ENOUGH = 1 << 16  # smaller pieces cost time for each: TLS delivers 16 KiB at once
 _PATIENCE = 0.003  # seconds in which a piece may grow beyond that: little is lost when a connection breaks
 _PAGE = 4096
-_ASCII = "".join(map(chr, range(128)))
 _T = TypeVar("_T")
-
-
-class TransportError(Exception):
-    """An exchange that broke: worth another attempt. Never leaves this package."""
 
 
 class Interrupted(Exception):
@@ -101,7 +100,7 @@ class Response:
         self.url, self.status, self.headers = url, raw.status, raw.headers
         length = raw.getheader("Content-Length")
         chunked = "chunked" in (raw.getheader("Transfer-Encoding") or "")
-        known = length is not None and _is_number(length) and len(length) < 19 and not chunked
+        known = length is not None and is_number(length) and len(length) < 19 and not chunked
         self.length: int | None = int(length or 0) if known else None
         self._rest = 0 if raw.length == 0 else self.length  # an answer to HEAD has a length, but no body
 
@@ -148,8 +147,8 @@ class Response:
     def _receive(self, view: memoryview) -> int:
         """One read of the socket; where the length is known, straight into ``view``."""
         if self._rest is not None:
-            return _as_transport_error(lambda: self._raw.fp.readinto1(view))
-        piece = _as_transport_error(lambda: self._raw.read1(len(view)))
+            return as_transport_error(lambda: self._raw.fp.readinto1(view))
+        piece = as_transport_error(lambda: self._raw.read1(len(view)))
         view[: len(piece)] = piece
         return len(piece)
 
@@ -230,12 +229,12 @@ class HttpClient:
             response.close(reusable=response.length == 0 or method == "HEAD")
             target = follow_location(url, location)
             if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
-                raise TransportError(f"{_place(url)} redirects from https to {_place(target)}")
+                raise TransportError(f"{without_secrets(url)} redirects from https to {without_secrets(target)}")
             url = target
-        raise TransportError(f"{_place(url)}: more than {_MOST_REDIRECTS} redirects")
+        raise TransportError(f"{without_secrets(url)}: more than {_MOST_REDIRECTS} redirects")
 
     def _exchange(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
-        parts = _as_transport_error(lambda: urlsplit(url))
+        parts = as_transport_error(lambda: urlsplit(url))
         key = (parts.scheme, parts.netloc)
         connection, fresh = self._connection(key, parts)
         try:
@@ -269,21 +268,21 @@ class HttpClient:
         def exchange() -> http.client.HTTPResponse:
             extra = getattr(connection, "extra_headers", {})
             sent = {"Accept-Encoding": "identity", **headers, **extra}
-            connection.request(method, _target(connection, url), headers=sent)
+            connection.request(method, request_target(connection, url), headers=sent)
             if connection.sock is not None:
                 connection.sock.settimeout(self.policy.read_timeout)
                 sockets.append(connection.sock)
             return connection.getresponse()
 
         try:
-            raw = _as_transport_error(exchange)
+            raw = as_transport_error(exchange)
         except TransportError as error:
             self._drop(connection, key)
             if self.stopped:
                 raise Interrupted from error
             raise
         if raw.status == 407:
-            raise _proxy_error("the proxy asks for a user name and a password, or refuses the ones that it got")
+            raise proxy_error("the proxy asks for a user name and a password, or refuses the ones that it got")
         return Response(raw, url, release, abort, self.policy.read_timeout)
 
     def _connection(self, key: tuple[str, str], parts: SplitResult) -> tuple[http.client.HTTPConnection, bool]:
@@ -292,7 +291,7 @@ class HttpClient:
         pool = self._pool()
         if key in pool:
             return pool[key], False
-        pool[key] = _as_transport_error(lambda: _connect(parts, self.policy.connect_timeout))
+        pool[key] = as_transport_error(lambda: connect(parts, self.policy.connect_timeout))
         self._open.add(pool[key])
         return pool[key], True
 
@@ -346,125 +345,3 @@ def network_error(what: str, error: Exception, attempts: int) -> DownloadError:
         code="network",
         hint="check the network, then run the same command again: what was fetched is kept",
     )
-
-
-def _proxy_error(message: str) -> DownloadError:
-    return DownloadError(message, code="proxy", hint="correct HTTPS_PROXY, HTTP_PROXY or ALL_PROXY, or set NO_PROXY")
-
-
-def requested_wait(headers: Message | Mapping[str, str]) -> float:
-    """Seconds that an answer asks to wait: ``Retry-After`` in both forms, or ``RateLimit: ...;r=0;t=N``."""
-    value = headers.get("Retry-After")
-    if value is not None:
-        if _is_number(value):
-            return float(value)
-        dates = headers.get_all("Date", []) if isinstance(headers, Message) else []
-        now = max(map(_timestamp, dates), default=0.0) or time.time()  # the server's own clock, if it shows it
-        return max(0.0, _timestamp(value) - now)
-    fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
-    if fields.get("r") == "0" and _is_number(fields.get("t", "")):
-        return float(fields["t"])
-    return 0.0
-
-
-def _timestamp(date: str) -> float:
-    """Seconds since 1970 of a date in a header; 0 if it is none."""
-    try:
-        return parsedate_to_datetime(date).timestamp()
-    except (ValueError, OverflowError, TypeError):
-        return 0.0
-
-
-def _is_number(text: str) -> bool:
-    return text.strip().isdecimal() and text.isascii()
-
-
-def _as_transport_error(action: Callable[[], _T]) -> _T:
-    """Call ``action``; what a connection, an answer or a URL that a server named may raise is worth another attempt."""
-    try:
-        return action()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise TransportError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
-
-
-def follow_location(url: str, location: str) -> str:
-    """Return the absolute URL that a redirect names.
-
-    Raises:
-        TransportError: it is none that can be asked.
-    """
-
-    def join() -> str:
-        # Headers are read as Latin-1; servers send the bytes of UTF-8 as they are.
-        target = urljoin(url, quote(location.encode("latin-1", "replace"), safe=_ASCII))
-        _ = urlsplit(target).port  # raises where it is no number
-        return target
-
-    return _as_transport_error(join)
-
-
-def origin_of(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port of a URL; a default port counts as stated.
-
-    Raises:
-        ValueError: the URL has no valid host or port.
-    """
-    parts = urlsplit(url)
-    return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _place(url: str) -> str:
-    """Return a URL without what may be secret."""
-    return redacted(urlsplit(url)._replace(query="", fragment="").geturl())
-
-
-def _connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    host, port = parts.hostname or "", parts.port
-    if parts.scheme not in ("http", "https") or not host:
-        raise TransportError(f"{_place(parts.geturl())} is not an http(s) URL")
-    via = _proxy(parts)
-    address = (via.hostname or "", via.port or 80) if via else (host, port)
-    if parts.scheme == "http":
-        connection = http.client.HTTPConnection(*address, timeout=timeout)
-        connection.absolute_urls = via is not None  # type: ignore[attr-defined]
-        connection.extra_headers = _proxy_headers(via) if via else {}  # type: ignore[attr-defined]
-        return connection
-    secure = http.client.HTTPSConnection(*address, timeout=timeout, context=_tls())
-    if via:
-        secure.set_tunnel(host, port, headers=_proxy_headers(via))
-    return secure
-
-
-def _proxy(parts: SplitResult) -> SplitResult | None:
-    """Return the proxy for a URL; one that is not reached by plain HTTP would get its password in clear text."""
-    known = getproxies()
-    found = known.get(parts.scheme) or known.get("all")
-    if not found or proxy_bypass(parts.netloc.rpartition("@")[2]):
-        return None
-    via = urlsplit(found if "://" in found else f"http://{found}")
-    if via.scheme != "http" or not via.hostname:
-        raise _proxy_error(
-            f"the proxy {redacted(via.geturl())} is not http://HOST:PORT; TLS and SOCKS are not supported"
-        )
-    return via
-
-
-def _proxy_headers(via: SplitResult) -> dict[str, str]:
-    if via.username is None:
-        return {}
-    pair = f"{unquote(via.username)}:{unquote(via.password or '')}".encode()
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(pair).decode()}"}
-
-
-def _target(connection: http.client.HTTPConnection, url: str) -> str:
-    """What stands in the request line: the path, or the whole URL for a plain-http proxy."""
-    if getattr(connection, "absolute_urls", False):
-        return url
-    parts = urlsplit(url)
-    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    return ssl.create_default_context(cafile=bundle or None)

@@ -21,14 +21,8 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from port_kit import __version__
-from port_kit.download.http import (
-    RETRIED_STATUS,
-    HttpClient,
-    Response,
-    TransportError,
-    follow_location,
-    origin_of,
-)
+from port_kit.download.http import RETRIED_STATUS, HttpClient, Response
+from port_kit.download.urls import TransportError, follow_location, origin_of
 from port_kit.errors import DownloadError
 from port_kit.plain import plain
 

@@ -15,11 +15,20 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from port_kit.download.gitcode import check_declared, code_folder, code_home, sweep_code
+from port_kit.download.gitcode import (
+    check_code,
+    check_declared,
+    code_folder,
+    code_home,
+    fetch_code,
+    plain_url,
+    resolve_commit,
+    sweep_code,
+)
 from port_kit.download.recipe import FULL_HASH, NAME, GitCode
 from port_kit.errors import DownloadError, OptionalDependencyError
 from port_kit.files import os_errors_as, read_json, write_atomically, write_json
@@ -105,6 +114,41 @@ def _check_clash(code: GitCode) -> None:
 
 def _is_ours(code: GitCode, origin: str) -> bool:
     return Path(os.path.abspath(origin)).is_relative_to(code_home() / code.name)
+
+
+def plan_code(codes: Sequence[GitCode], fixed: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Return ``{name: {"url", "commit"}}`` for a lock; find out now what would hinder the installation later.
+
+    Args:
+        codes: the git code of a recipe.
+        fixed: what the lock says already.
+    """
+    planned = {}
+    for code in codes:
+        commit = code.commit or fixed.get(code.name, {}).get("commit")
+        if commit is None or not is_installed(code, commit):
+            check_target(code)
+            found = resolve_commit(code)
+            commit = commit or found
+        planned[code.name] = {"url": plain_url(code.url), "commit": commit}
+    return {**{name: dict(item) for name, item in fixed.items()}, **planned}
+
+
+def install_all(codes: Sequence[GitCode], planned: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Fetch and install the git code of a recipe; return ``{name: folder}``."""
+    folders = {}
+    for code in codes:
+        fetch_code(code, planned[code.name]["commit"])
+        folders[code.name] = str(install_code(code, planned[code.name]["commit"]))
+    return folders
+
+
+def examine_code(codes: Sequence[GitCode], planned: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare the installed git code with its commit; a changed checkout is the user's to judge: an error."""
+    for code in codes:
+        commit = planned.get(code.name, {}).get("commit")
+        if commit and code_folder(code.name, commit).exists():
+            check_code(code, commit)
 
 
 def install_code(code: GitCode, commit: str) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from port_kit.download.http import Interrupted, Response, TransportError, network_error
+from port_kit.download.http import Interrupted, Response, network_error
 from port_kit.download.hub import HubClient
 from port_kit.download.incoming_file import BUFFER_SIZE, Damaged, IncomingFile
 from port_kit.download.parts import ALIGNMENT, FileSpec, Segment
+from port_kit.download.urls import TransportError
 from port_kit.errors import DownloadError
 
 # Bytes between two failed attempts that make the first one forgotten: a server that drips is given up.

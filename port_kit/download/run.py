@@ -37,12 +37,31 @@ if TYPE_CHECKING:
 _DEEPEST = 200
 
 
+def _offline_by_environment() -> bool:
+    """Return True if ``HF_HUB_OFFLINE`` asks for it, in huggingface_hub's words."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How a run behaves; see :func:`download` for the meaning of each."""
+    """The options of :func:`download`.
+
+    Attributes:
+        dry_run: only plan; nothing is written.
+        offline: use no network; an error if something is missing. Default, and None: as ``HF_HUB_OFFLINE`` says.
+        verify: hash every file; what is damaged is fetched again (with ``offline``: an error).
+        update: resolve unconfirmed revisions anew.
+        prune: delete files in the directory that are not part of the model; it must have a ``port.lock`` already.
+        with_reference: also install the original code.
+        keep_original: keep pickle checkpoints under ``original/`` beside what they are converted to.
+        use_cache: take files from the user's Hub cache if their hash is right.
+        endpoint: a mirror instead of ``HF_ENDPOINT``.
+        token: None for the one that huggingface_hub finds, False for none.
+        policy: timeouts, retries, connections.
+    """
 
     dry_run: bool = False
-    offline: bool = False
+    offline: bool | None = None
     verify: bool = False
     update: bool = False
     prune: bool = False
@@ -52,6 +71,10 @@ class Settings:
     endpoint: str | None = None
     token: str | bool | None = None
     policy: Policy = Policy()
+
+    def __post_init__(self) -> None:
+        if self.offline is None:
+            object.__setattr__(self, "offline", _offline_by_environment())
 
 
 @dataclass(frozen=True)
@@ -90,59 +113,20 @@ class Report:
         return {**fields, "directory": str(self.directory), "plan": plan, "seconds": round(self.seconds, 3)}
 
 
-def download(
-    recipe: Recipe,
-    output_dir: str | Path,
-    *,
-    dry_run: bool = False,
-    offline: bool | None = None,
-    verify: bool = False,
-    update: bool = False,
-    prune: bool = False,
-    with_reference: bool = False,
-    keep_original: bool = False,
-    use_cache: bool = True,
-    endpoint: str | None = None,
-    token: str | bool | None = None,
-    policy: Policy | None = None,
-    progress: Progress | None = None,
-) -> Report:
+def download(recipe: Recipe, output_dir: str | Path, *, progress: Progress | None = None, **options: Any) -> Report:
     """Make ``output_dir`` the model directory that the recipe describes. Run it again after any interruption.
 
     Args:
         recipe: what is wanted.
-        output_dir: the model directory; created where it is missing.
-        dry_run: only plan; nothing is written.
-        offline: use no network; an error if something is missing. Default: as ``HF_HUB_OFFLINE`` says.
-        verify: hash every file; what is damaged is fetched again (with ``offline``: an error).
-        update: resolve unconfirmed revisions anew.
-        prune: delete files in the directory that are not part of the model; it must have a ``port.lock`` already.
-        with_reference: also install the original code.
-        keep_original: keep pickle checkpoints under ``original/`` beside what they are converted to.
-        use_cache: take files from the user's Hub cache where their hash is right.
-        endpoint: a mirror instead of ``HF_ENDPOINT``.
-        token: None for the one that huggingface_hub finds, False for none.
-        policy: timeouts, retries, connections.
+        output_dir: the model directory; created if it is missing.
         progress: told of everything; default: nothing is printed.
+        options: the fields of :class:`Settings`.
 
     Raises:
         DownloadError, CheckpointError: with a code and a hint; the directory has no ``model_index.json`` then, unless
             it was whole and stayed so.
     """
-    settings = Settings(
-        dry_run=dry_run,
-        offline=_is_offline() if offline is None else offline,
-        verify=verify,
-        update=update,
-        prune=prune,
-        with_reference=with_reference,
-        keep_original=keep_original,
-        use_cache=use_cache,
-        endpoint=endpoint,
-        token=token,
-        policy=policy or Policy(),
-    )
-    return Run(recipe, Path(output_dir), settings, progress or Progress()).execute()
+    return Run(recipe, Path(output_dir), Settings(**options), progress or Progress()).execute()
 
 
 class Run:
@@ -253,7 +237,10 @@ class Run:
         self.progress.begin("hashing", total)
         damaged = checks.damaged_files(self.directory, known, self.progress.advance)
         self.progress.end()
-        self._examine_code(known)
+        if self.recipe.code:
+            from port_kit.download.install import examine_code
+
+            examine_code(self.recipe.code, known.code)
         for target, problem in damaged.items():
             self.progress.note(f"{target}: {problem}")
             if repair:
@@ -271,15 +258,6 @@ class Run:
                 code="target_foreign",
                 hint="move it away, and run the same command again",
             )
-
-    def _examine_code(self, known: Lock) -> None:
-        """Compare the installed git code with its commit; a changed checkout is the user's to judge: an error."""
-        for code in self.recipe.code:
-            from port_kit.download.gitcode import check_code, code_folder
-
-            commit = known.code.get(code.name, {}).get("commit")
-            if commit and code_folder(code.name, commit).exists():
-                check_code(code, commit)
 
     def _finish_offline(self, known: Lock | None, damaged: dict[str, str]) -> Report:
         """Without the network only the last step can be missing."""
@@ -327,7 +305,11 @@ class Run:
             exclusive=self._exclusive,
         )
         plan.lock.written = written
-        self._plan_code(plan.lock, known)
+        plan.lock.code = dict(known.code) if known else {}
+        if settings.with_reference:
+            from port_kit.download.install import plan_code
+
+            plan.lock.code = plan_code(self.recipe.code, {} if settings.update else plan.lock.code)
         return hub, plan
 
     def _bring(self, known: Lock | None, repaired: dict[str, str]) -> Report:
@@ -343,7 +325,11 @@ class Run:
         for target, (size, sha256) in fetched.files.items():
             lock.files[target] = dataclasses.replace(lock.files[target], size=size, sha256=sha256)
         remove_stale(self.directory, set(), exclusive=self._exclusive)
-        code = self._install(lock)
+        code = {}
+        if self.settings.with_reference:
+            from port_kit.download.install import install_all
+
+            code = install_all(self.recipe.code, lock.code)
         assemble(self.directory, self.recipe, lock)
         return self._finish(
             lock,
@@ -395,35 +381,6 @@ class Run:
                 candidates += [Path(cached)] if isinstance(cached, str) else []
         return next((path for path in candidates if _is_readable(path, spec.size)), None)
 
-    def _plan_code(self, lock: Lock, known: Lock | None) -> None:
-        """Fix the commits of the git code in the lock, and find out now what would hinder its installation later."""
-        lock.code = dict(known.code) if known else {}
-        if not self.settings.with_reference:
-            return
-        from port_kit.download.gitcode import plain_url, resolve_commit
-        from port_kit.download.install import check_target, is_installed
-
-        for code in self.recipe.code:
-            fixed = code.commit or (None if self.settings.update else lock.code.get(code.name, {}).get("commit"))
-            if fixed is None or not is_installed(code, fixed):
-                check_target(code)
-                found = resolve_commit(code)
-                fixed = fixed or found
-            lock.code[code.name] = {"url": plain_url(code.url), "commit": fixed}
-
-    def _install(self, lock: Lock) -> dict[str, str]:
-        if not self.settings.with_reference:
-            return {}
-        from port_kit.download.gitcode import fetch_code
-        from port_kit.download.install import install_code
-
-        folders = {}
-        for code in self.recipe.code:
-            commit = lock.code[code.name]["commit"]
-            fetch_code(code, commit)
-            folders[code.name] = str(install_code(code, commit))
-        return folders
-
     def _code_is_missing(self, known: Lock) -> bool:
         from port_kit.download.install import is_installed
 
@@ -474,21 +431,22 @@ def _is_readable(path: Path, size: int) -> bool:
         return False
 
 
-def _is_offline() -> bool:
-    """Return True if ``HF_HUB_OFFLINE`` asks for it, in huggingface_hub's words."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
 def _has_originals(lock: Lock) -> bool:
     return any(original_of(item.spec).target in lock.files for item in lock.files.values() if item.spec.convert)
 
 
 def _check_directory(directory: Path) -> None:
     with os_errors_as(directory):
-        problem = "" if _is_writable_name(directory) else "has a name that the locale of this process cannot write"
-        if problem:
-            pass
-        elif directory.exists() and not directory.is_dir():
+        problem = ""
+        try:
+            os.fsencode(directory)
+        except UnicodeEncodeError:
+            raise DownloadError(
+                f"{ascii(str(directory))} cannot be written in the locale of this process",
+                code="output_dir",
+                hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
+            ) from None
+        if directory.exists() and not directory.is_dir():
             problem = "is a file; a folder is required"
         elif directory.is_symlink() and not directory.exists():
             problem = f"is a link to {os.readlink(directory)}, which does not exist"
@@ -496,11 +454,3 @@ def _check_directory(directory: Path) -> None:
             problem = f"lies below {_DEEPEST} other folders"
         if problem:
             raise DownloadError(f"{directory} {problem}", code="output_dir", hint="choose another --output-dir")
-
-
-def _is_writable_name(path: Path) -> bool:
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return False
-    return True

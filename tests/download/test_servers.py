@@ -17,9 +17,10 @@ import pytest
 from conftest import IMPATIENT, MODEL_INDEX, WEIGHTS, bring, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
-from port_kit.download.http import HttpClient, follow_location, origin_of
+from port_kit.download.http import HttpClient
 from port_kit.download.hub import HubClient
 from port_kit.download.progress import BarProgress, LineProgress
+from port_kit.download.urls import follow_location, origin_of
 from port_kit.errors import DownloadError, PortKitError
 from port_kit.plain import redacted
 from port_kit.testing.hub import Fault, Hub
