@@ -22,8 +22,9 @@ from zlib import crc32
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource, SourceFile, StreamSource
 from port_kit.checkpoint.containers import describe_zip, looks_like_safetensors, looks_like_torch, refuse_foreign
 from port_kit.checkpoint.dtypes import ITEM_SIZES
+from port_kit.checkpoint.pickle_values import StorageRef, TensorRef, values_below
 from port_kit.checkpoint.state_dicts import Place, count_elsewhere, flatten, refuse_unselected, unwrap
-from port_kit.checkpoint.unpickler import LONGEST_PICKLE, StorageRef, TensorRef, read_pickle, values_below
+from port_kit.checkpoint.unpickler import LONGEST_PICKLE, read_pickle
 from port_kit.errors import CheckpointError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

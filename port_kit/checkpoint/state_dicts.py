@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from port_kit.checkpoint.unpickler import Opaque, TensorRef, refuse_opaque
+from port_kit.checkpoint.pickle_values import Opaque, TensorRef, refuse_opaque
 from port_kit.errors import CheckpointError
 
 _MOST_NAMES = 1_000_000

@@ -208,30 +208,17 @@ class HubClient:
         raise self._refusal(response, body, repo_id, revision, path)
 
     def _refusal(self, response: Response, body: bytes, repo_id: str, revision: str, path: str) -> DownloadError:
-        """Ask huggingface_hub which of its errors this is, and say what to do about it."""
-        _import_httpx()
-        import httpx
-        from huggingface_hub import errors
-        from huggingface_hub.utils import hf_raise_for_status
-
-        request = httpx.Request("GET", response.url.partition("?")[0])
-        answer = httpx.Response(response.status, headers=dict(response.headers), content=body, request=request)
-        page = f"{self.endpoint}/{repo_id}"
-        said = _reason(answer.headers.get("X-Error-Message"), body)
-        try:
-            hf_raise_for_status(answer)
-        except errors.GatedRepoError:
+        """Return the error that the Hub's header, or else the status, names, with what to do about it."""
+        page, status = f"{self.endpoint}/{repo_id}", response.status
+        said = _reason(response.headers.get("X-Error-Message"), body)
+        named = response.headers.get("X-Error-Code")
+        if named == "GatedRepo":
             return _gated(repo_id, page, self.has_token, said)
-        except errors.RevisionNotFoundError:
+        if named == "RevisionNotFound":
             return _missing("revision", f"{repo_id} has no revision {revision}{said}", "correct the recipe's revision")
-        except errors.EntryNotFoundError:
+        if named == "EntryNotFound":
             return _missing("file", f"{repo_id} has no file {path} at {revision}{said}", "correct the recipe's pattern")
-        except errors.HfHubHTTPError as error:
-            return self._unnamed_refusal(error, answer.status_code, repo_id, page, said)
-        return self._not_a_hub(response.url, f"HTTP {response.status}{said}")
-
-    def _unnamed_refusal(self, error: Exception, status: int, repo_id: str, page: str, said: str) -> DownloadError:
-        if "Invalid credentials" in str(error):
+        if "Invalid credentials" in said:
             return DownloadError(
                 f"{self.endpoint} does not accept the token that was sent (asked for {repo_id}){said}",
                 code="hub_token_invalid",
