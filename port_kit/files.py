@@ -105,7 +105,7 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def begin_writing_out(descriptor: int) -> None:
-    """Let the system begin to bring a file's changed pages to the disk, so that the final fsync finds little to do."""
+    """Start writing a file's changed pages to the disk, so that the final fsync has little to do."""
     call = _system_call("sync_file_range")
     if call is not None:
         call(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint: errors show at the fsync
@@ -128,9 +128,7 @@ def _system_call(name: str) -> Callable[[int, int, int, int], int] | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can."""
-    if os.name != "posix":
-        return
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

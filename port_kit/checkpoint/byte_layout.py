@@ -1,8 +1,8 @@
-"""Where the bytes of a source file land in the file that is written while it arrives.
+"""The map from the bytes of a source file to the file that is written while it arrives.
 
-A plain download lands byte by byte. A pickle checkpoint that becomes a safetensors file is rearranged on the way: every
+A plain download is written byte by byte. A checkpoint that becomes a safetensors file is rearranged on the way: every
 tensor's bytes go to their final place, and all other bytes (zip headers, the pickle) go behind the end. Nothing is lost
-until the file is sealed, so that the source's hash can be computed, and a transfer resumed, in both cases alike.
+until the file is published, so that the source's hash can be computed, and a transfer resumed, in both cases alike.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class ByteLayout:
 
     @property
     def is_identity(self) -> bool:
-        """Whether every byte stays at its offset."""
+        """Return True if every byte stays at its offset."""
         return len(self._ranges) == 1 and self._ranges[0].target == 0
 
     @property
     def extent(self) -> int:
-        """Size of the written file before it is sealed."""
+        """Size of the written file before it is published."""
         return max((item.target + item.length for item in self._ranges), default=0)
 
     def ranges(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -63,7 +63,7 @@ class ByteLayout:
             index += 1
 
     def until_aligned(self, offset: int, block: int) -> int:
-        """Return how many source bytes from ``offset`` there are until one lands at a multiple of ``block``."""
+        """Return how many source bytes from ``offset`` there are until one is written at a multiple of ``block``."""
         _, _, target = next(self.ranges(offset, 1))
         return block - target % block
 

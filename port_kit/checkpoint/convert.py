@@ -30,7 +30,7 @@ _WRITTEN_OUT_AT_ONCE = 16 << 20
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did; ``unchanged`` if the target held this very content already."""
+    """The result of a conversion; ``unchanged`` if the target held this very content already."""
 
     source: Path
     target: Path

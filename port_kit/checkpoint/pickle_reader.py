@@ -1,4 +1,4 @@
-"""What lies in a torch checkpoint and where, without torch and without executing anything.
+"""The tensors of a torch checkpoint and their places in the file, without torch and without executing anything.
 
 :func:`read_tables` reads the zip container (torch 1.6 and later) and the legacy one, local or remote, from its
 directory and its pickle alone: no tensor's bytes are touched. ``tables.tensors[name]`` is ``(shape, dtype, storage,
@@ -49,7 +49,7 @@ class TensorEntry(NamedTuple):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie one after another in row order in its storage."""
+        """Return True if its elements lie one after another in row order in its storage."""
         expected = 1
         for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if length != 1 and stride != expected:
@@ -59,7 +59,7 @@ class TensorEntry(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """Where a storage's bytes lie in the file; ``crc`` is the zip directory's CRC-32, None in legacy files."""
+    """The place of a storage's bytes in the file; ``crc`` is the zip directory's CRC-32, None in legacy files."""
 
     offset: int
     nbytes: int
@@ -70,7 +70,7 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True)
 class Tables:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
         tensors: by name, in the file's order.
@@ -240,7 +240,7 @@ def _member(source: ByteSource, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _local_offset(source: ByteSource, header_offset: int) -> int:
-    """Where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
+    """Return where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
     header = source.read_at(header_offset, _LOCAL_HEADER.size)
     if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"{source.name}: no zip entry at byte {header_offset}", code="pickle_corrupt")

@@ -56,7 +56,7 @@ class SafetensorsLayout:
         return dict(sorted(used, key=lambda item: item[1].offset))
 
     def byte_layout(self) -> ByteLayout:
-        """Return where the source's bytes land: direct tensors in their places, all else behind the end."""
+        """Return where the source's bytes are written: direct tensors in their places, all else behind the end."""
         ranges, position, behind = [], 0, self.size
         for start, length, target in sorted(self._direct_ranges()):
             ranges.append(ByteRange(position, start - position, behind))
@@ -88,7 +88,7 @@ class SafetensorsLayout:
         return True
 
     def complete(self, source: ByteSource, descriptor: int) -> None:
-        """Write what the layout does not bring: the header and the gathered tensors, read from ``source``."""
+        """Write what the byte layout does not cover: the header and the gathered tensors, read from ``source``."""
         write_all(descriptor, memoryview(self.header), 0)
         for placement in self.placements:
             if not placement.direct:
@@ -274,7 +274,7 @@ def _rows(items: memoryview, shape: tuple[int, ...], strides: tuple[int, ...]) -
 
 
 def _firsts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """Where the rows begin: ``itertools.product`` would write all indices of an axis down first."""
+    """Yield the first element of each row: ``itertools.product`` would write all indices of an axis down first."""
     if not axes:
         yield 0
         return

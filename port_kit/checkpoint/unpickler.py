@@ -49,7 +49,7 @@ _COST_OF_FAR_MEMO = 110
 
 
 class _Mark:
-    """Where a group of stack items begins."""
+    """The begin of a group of stack items."""
 
 
 _MARK = _Mark()

@@ -103,7 +103,7 @@ def converted_indexes(directory: Path, lock: Lock) -> dict[str, str]:
             elif shard.startswith("/") or ".." in shard.split("/") or not (directory / folder / shard).is_file():
                 missing.add(shard)
         if missing:
-            raise _incomplete(f"{target} names {', '.join(sorted(missing)[:5])}, which the recipe does not bring")
+            raise _incomplete(f"{target} names {', '.join(sorted(missing)[:5])}, which the recipe does not include")
         if renamed:
             name = _PICKLE_INDEX.sub("", target) + ".safetensors.index.json"
             shards = {tensor: renamed.get(shard, shard) for tensor, shard in shards.items()}

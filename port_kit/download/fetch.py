@@ -34,7 +34,7 @@ _SAMPLED_OFFSETS = 5
 
 @dataclass
 class Fetched:
-    """What a fetch did: finished files ``{target: (size, sha256)}``, and source bytes by where they came from."""
+    """The result of a fetch: finished files ``{target: (size, sha256)}``, and source bytes by where they came from."""
 
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     network_bytes: int = 0

@@ -48,7 +48,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Policy:
-    """How to talk to a server: how long to wait, how often to try, how much at a time.
+    """Timeouts, retries and concurrency of requests.
 
     Attributes:
         connect_timeout: seconds for a connection.
@@ -59,7 +59,7 @@ class Policy:
         connections: requests at a time.
         files_at_once: files at a time.
         segment_size: bytes that one request asks for at most; a file up to this size comes with one request. Default:
-            64 MiB, and no limit where there is one connection, which would only wait between requests.
+            64 MiB, and no limit if there is one connection, which would only wait between requests.
     """
 
     connect_timeout: float = 10.0
@@ -185,7 +185,7 @@ class HttpClient:
 
     @property
     def stopped(self) -> bool:
-        """Whether :meth:`stop` was called."""
+        """Return True if :meth:`stop` was called."""
         return self._stopped.is_set()
 
     def stop(self) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -34,7 +33,6 @@ _SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 _MOST_PAGES = 5000
 _MOST_RENAMES = 5
 _LONGEST_REASON = 1 << 16
-_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class HubClient:
 
     @property
     def has_token(self) -> bool:
-        """Whether requests carry a token."""
+        """Return True if requests carry a token."""
         return self._authorization is not None
 
     def headers_for(self, url: str) -> dict[str, str]:
@@ -323,7 +321,6 @@ def _headers(token: str | bool | None) -> dict[str, str]:
     if token is False or (token is None and not _may_have_token()):
         python = ".".join(map(str, sys.version_info[:3]))
         return {"user-agent": f"port-kit/{__version__}; hf_hub/{huggingface_hub.__version__}; python/{python}"}
-    _import_httpx()
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
 
@@ -339,26 +336,11 @@ def _headers(token: str | bool | None) -> dict[str, str]:
 
 
 def _may_have_token() -> bool:
-    """Whether huggingface_hub might find a token: in the environment, in its file, or in a notebook's secrets."""
+    """Return True if there may be a token in the environment, in huggingface_hub's file, or in a notebook's secrets."""
     from huggingface_hub import constants
 
     named = any(name in os.environ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"))
     return named or os.path.exists(constants.HF_TOKEN_PATH) or "IPython" in sys.modules
-
-
-def _import_httpx() -> None:
-    """Import httpx without its command line, which draws in rich and pygments: a quarter second of each start.
-
-    httpx does without where that module cannot be imported; a None in ``sys.modules`` says so.
-    """
-    with _importing:
-        if "httpx" in sys.modules:
-            return
-        sys.modules["httpx._main"] = None  # type: ignore[assignment]
-        try:
-            import httpx  # noqa: F401
-        finally:
-            del sys.modules["httpx._main"]
 
 
 def _gated(repo_id: str, page: str, has_token: bool, reason: str) -> DownloadError:

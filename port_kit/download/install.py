@@ -177,7 +177,7 @@ def install_code(code: GitCode, commit: str) -> Path:
 
 
 def is_installed(code: GitCode, commit: str) -> bool:
-    """Whether this environment has this commit; looks at files only."""
+    """Return True if this environment has this commit; looks at files only."""
     target = pth_file(code.name)
     return target.is_file() and target.read_text(encoding="ascii", errors="replace") == (
         f"{code_folder(code.name, commit) / 'path'}\n"
@@ -191,7 +191,7 @@ def uninstall_code(name: str) -> list[str]:
         The paths that were removed.
 
     Raises:
-        DownloadError: ``code_broken`` where nothing of that name is installed.
+        DownloadError: ``code_broken`` if nothing of that name is installed.
     """
     if not NAME.fullmatch(name):
         raise DownloadError(

@@ -120,7 +120,7 @@ def _require(condition: bool, what: str) -> None:
 
 
 def read_lock(directory: Path) -> Lock | None:
-    """Return the directory's lock with what its journal adds; None where there is none.
+    """Return the directory's lock with what its journal adds; None if there is none.
 
     Raises:
         DownloadError: ``lock_invalid``.

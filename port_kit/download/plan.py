@@ -26,7 +26,7 @@ _MARGIN = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The work of a run.
 
     Attributes:
         recipe: what is wanted.
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def licences(self) -> dict[str, str]:
-        """What the recipe says of each repository's licence, where it says something."""
+        """The recipe's remarks on licences, by repository."""
         return {item.repo_id: item.licence for item in self.recipe.repositories if item.licence}
 
     @property

@@ -1,4 +1,4 @@
-"""What a model is made of, as data: which files of which repositories go where.
+"""Recipes: the files of a model directory and where they come from, as data.
 
 A :class:`Recipe` is a frozen dataclass or a TOML file with the same fields::
 
@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileRule:
-    """Which files of a repository are taken, and where in the model directory they go.
+    """A choice of files of a repository, and their place in the model directory.
 
     Attributes:
         pattern: a path in the repository, or a shell pattern (``*`` crosses folders); it must match at least one file.
@@ -79,7 +79,7 @@ class FileRule:
 
     @property
     def is_glob(self) -> bool:
-        """Whether the pattern can match more than one file."""
+        """Return True if the pattern can match more than one file."""
         return any(character in self.pattern for character in "*?[")
 
     def target(self, path: str) -> str:
@@ -295,7 +295,7 @@ def _tables(data: Mapping[str, Any], key: str, owner: str) -> Sequence[Mapping[s
 
 
 def _is_of_kind(value: object, kind: str) -> bool:
-    """Whether a value has the type of its field, by the annotation's words."""
+    """Return True if a value has the type of its field, by the annotation's words."""
     if kind.startswith("Mapping"):
         return isinstance(value, Mapping)
     if kind.startswith("tuple"):

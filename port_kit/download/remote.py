@@ -56,7 +56,7 @@ def fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment, adva
 
 
 def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment, advance: Callable[[int], None]) -> None:
-    """Make one request and write what it brings."""
+    """Make one request and write the bytes of the answer."""
     size, position = incoming.spec.size, segment.position
     headers = {}
     if (position, segment.end) != (0, size):

@@ -17,7 +17,7 @@ from port_kit.files import os_errors_as
 
 @dataclass(frozen=True)
 class RemoveReport:
-    """What was removed and what was left, relative to the directory; ``gone`` if the folder itself was removed too."""
+    """The files that were removed and left, relative to the directory; ``gone`` if the folder was removed too."""
 
     directory: Path
     removed: tuple[str, ...]

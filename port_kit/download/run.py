@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from port_kit.download import verify as checks
 from port_kit.download.assemble import assemble, invalidate_index, plan_written
 from port_kit.download.http import Policy
+from port_kit.download.local import find_local
 from port_kit.download.lock import Lock, read_lock
-from port_kit.download.parts import FileSpec, remove_stale
+from port_kit.download.parts import remove_stale
 from port_kit.download.plan import Plan, make_plan, original_of
 from port_kit.download.progress import Progress
 from port_kit.download.recipe import Recipe
@@ -79,12 +79,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found and did.
+    """The result of a run.
 
     Attributes:
         directory: the model directory.
-        plan: what was to do; None where nothing was, and no request was made.
-        fetched: targets that were brought or repaired.
+        plan: what was to do; None if nothing was, and no request was made.
+        fetched: targets that were downloaded or repaired.
         repaired: ``{target: what was wrong}`` of files that were whole once.
         network_bytes, local_bytes: source bytes by where they came from.
         removed: files of an earlier recipe or revision, and with ``prune`` untracked files, that were deleted.
@@ -212,7 +212,7 @@ class Run:
             return self._finish(known, untracked_files=self._untracked_files(known))
         if self.settings.offline:
             return self._finish_offline(known, repaired)
-        return self._bring(known, repaired)
+        return self._download(known, repaired)
 
     def _check_prune(self, known: Lock | None) -> None:
         """Refuse to delete what lay in a directory before the kit ever worked in it."""
@@ -312,7 +312,7 @@ class Run:
             plan.lock.code = plan_code(self.recipe.code, {} if settings.update else plan.lock.code)
         return hub, plan
 
-    def _bring(self, known: Lock | None, repaired: dict[str, str]) -> Report:
+    def _download(self, known: Lock | None, repaired: dict[str, str]) -> Report:
         hub, plan = self._plan(known)
         for note in plan.notes:
             self.progress.note(note)
@@ -361,7 +361,13 @@ class Run:
 
         total = sum(spec.size for spec in plan.fetch)
         self.progress.begin("fetching", total, plan.resumed)
-        fetcher = Fetcher(self.directory, hub, self.progress, exclusive=self._exclusive, find_local=self._find_local)
+        fetcher = Fetcher(
+            self.directory,
+            hub,
+            self.progress,
+            exclusive=self._exclusive,
+            find_local=lambda spec: find_local(self.directory, spec, self.settings.use_cache),
+        )
         originals = {original_of(spec).target for spec in plan.fetch if spec.convert}
         late = [item for item in plan.fetch if item.convert and original_of(item).target in plan.lock.files]
         try:
@@ -369,17 +375,6 @@ class Run:
             return fetcher.run(late) if late and originals else fetcher.result
         finally:
             self.progress.end()
-
-    def _find_local(self, spec: FileSpec) -> Path | None:
-        """A kept original, or the user's Hub cache; the content is hashed like anything that arrives."""
-        candidates = [self.directory / original_of(spec).target] if spec.convert else []
-        if self.settings.use_cache and _may_be_cached(spec.repo_id):
-            from huggingface_hub import try_to_load_from_cache
-
-            with contextlib.suppress(OSError):  # a cache that may not be read is not used
-                cached = try_to_load_from_cache(spec.repo_id, spec.path, revision=spec.commit)
-                candidates += [Path(cached)] if isinstance(cached, str) else []
-        return next((path for path in candidates if _is_readable(path, spec.size)), None)
 
     def _code_is_missing(self, known: Lock) -> bool:
         from port_kit.download.install import is_installed
@@ -414,21 +409,6 @@ def files_below(directory: Path) -> Iterable[str]:
         relative = path.relative_to(directory).as_posix()
         if relative.partition("/")[0] != STATE_FOLDER and (path.is_file() or path.is_symlink()):
             yield relative
-
-
-def _may_be_cached(repo_id: str) -> bool:
-    """Return True if the Hub cache has a repository; huggingface_hub's closer look costs half a second of imports."""
-    from huggingface_hub import constants
-
-    return os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}"))
-
-
-def _is_readable(path: Path, size: int) -> bool:
-    """Return True if a file of this size can be read; whoever may not look at it goes without."""
-    try:
-        return path.is_file() and path.stat().st_size == size and os.access(path, os.R_OK)
-    except OSError:
-        return False
 
 
 def _has_originals(lock: Lock) -> bool:

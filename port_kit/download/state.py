@@ -11,6 +11,7 @@ Isolation: the kit writes and deletes only inside the model directory, and delet
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import time
@@ -111,8 +112,7 @@ def directory_lock(directory: Path, notice: Callable[[str], None]) -> Iterator[b
             if locked is not False and _is_still(stream, directory):
                 exclusive = bool(locked) and not _can_lock_again(directory)
                 stream.truncate(0)
-                host = os.uname().nodename if hasattr(os, "uname") else "this machine"
-                stream.write(f"process {os.getpid()} on {host}\n")
+                stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
                 stream.flush()
                 yield exclusive
                 return
@@ -153,16 +153,6 @@ def may_lock(directory: Path) -> bool:
 
 def _try_lock(descriptor: int) -> bool | None:
     """Return True if the lock is taken, False if another process has it, None if there are no locks here."""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -135,7 +135,7 @@ def proxy_error(message: str) -> DownloadError:
 
 
 def request_target(connection: http.client.HTTPConnection, url: str) -> str:
-    """What stands in the request line: the path, or the whole URL for a plain-http proxy."""
+    """Return the target of a request line: the path, or the whole URL for a plain-http proxy."""
     if getattr(connection, "absolute_urls", False):
         return url
     parts = urlsplit(url)

@@ -227,7 +227,7 @@ def test_a_disk_that_fills_up_midway_is_named_and_the_part_is_kept(
         patch.undo()
         hub.requests.clear()
         bring(only(FileRule("f")), tmp_path / "m", hub, policy=once)
-        assert (tmp_path / "m/f").read_bytes() == noise(4 << 20) and hub.gets()[0].sent == 1 << 20
+        assert (tmp_path / "m/f").read_bytes() == noise(4 << 20) and hub.gets()[0].sent <= 1 << 20
 
 
 def test_a_disk_that_is_full_when_a_file_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
