@@ -137,19 +137,20 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def os_errors_as(path: Path) -> Iterator[None]:
+def os_errors_as(path: Path, code: str = "output_dir", hint: str = "choose another --output-dir") -> Iterator[None]:
     """Turn a full disk, missing rights and whatever else a system reports into an error of the kit about a file.
 
     Args:
         path: what is worked on. A file that the system names itself and that lies elsewhere is reported instead.
+        code, hint: of the error if ``path`` cannot be used.
     """
     try:
         yield
     except OSError as error:
-        raise _os_error(error, path) from error
+        raise _os_error(error, path, code, hint) from error
 
 
-def _os_error(error: OSError, path: Path) -> DownloadError:
+def _os_error(error: OSError, path: Path, code: str, hint: str) -> DownloadError:
     named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else path
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DownloadError(
@@ -168,7 +169,7 @@ def _os_error(error: OSError, path: Path) -> DownloadError:
         return DownloadError(message, code="file_access", hint=f"correct the rights of {named}, or its disk")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         message = f"{named} may not be read or written: {error.strerror}"
-    return DownloadError(message, code="output_dir", hint="choose another --output-dir, or see what is in the way")
+    return DownloadError(message, code=code, hint=f"{hint}, or see what is in the way")
 
 
 def free_space(directory: Path) -> int:

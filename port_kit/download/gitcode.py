@@ -164,7 +164,7 @@ def fetch_code(code: GitCode, commit: str) -> Path:
     if folder.exists():
         check_code(code, commit)
         return folder
-    with os_errors_as(folder):
+    with os_errors_as(folder, "install_target", "choose another place for git code: set PORT_KIT_HOME"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep_code(code.name)
         aside = folder.parent / f".{commit}.{owner()}~{secrets.token_hex(4)}.tmp"

@@ -30,7 +30,7 @@ _LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*
 _PARAMETER = re.compile(r';\s*([^\s=;,"]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;,"]*)))?')
 _SENDABLE = re.compile(r"Bearer [\x21-\x7e]+")
 _SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
-_MOST_PAGES = 5000
+_MOST_PAGES, _MOST_EMPTY_PAGES = 5000, 5
 _MOST_RENAMES = 5
 _LONGEST_REASON = 1 << 16
 
@@ -99,13 +99,15 @@ class HubClient:
         files: list[HubFile] = []
         folders: set[str] = set()
         seen: set[str] = set()
+        empty = 0
         while url:
-            if url in seen or len(seen) == _MOST_PAGES:
+            if url in seen or len(seen) == _MOST_PAGES or empty > _MOST_EMPTY_PAGES:
                 raise self._not_a_hub(url, f"the list of files does not end after {len(seen)} pages")
             seen.add(url)
             entries, link = self._json(url, f"asking {self.endpoint} for the files of {repo_id}", repo_id, commit)
             if not isinstance(entries, list):
                 raise self._not_a_hub(url, "no list of files in the answer")
+            empty = 0 if entries else empty + 1
             for entry in entries:
                 found = _hub_entry(entry)
                 if found is None:

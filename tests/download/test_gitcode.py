@@ -411,6 +411,34 @@ def test_a_name_that_is_importable_already_is_refused(box: Environment, tmp_path
     assert not list(box.site.glob("port_kit_*"))
 
 
+def test_a_name_that_a_pth_file_imports_at_every_start_is_refused(remote: GitRemote, box: Environment) -> None:
+    (box.site / "tool.pth").write_text("import os; exec('try:\\n import zz_model\\nexcept ImportError: pass')\n")
+    assert box.run(INSTALL.format(code=code(remote.url, pinned(remote)))).stdout == "code_clash\n"
+    assert not list(box.site.glob("port_kit_*"))
+
+
+def test_the_proof_of_an_installation_runs_no_customisation(
+    remote: GitRemote, box: Environment, tmp_path: Path
+) -> None:
+    """Not even of an environment that has one already."""
+    marker = tmp_path / "marker"
+    (box.site / "sitecustomize.py").write_text(
+        f"import sys\nif sys.flags.isolated: open({str(marker)!r}, 'w').close()\n"
+    )
+    assert box.run(INSTALL.format(code=code(remote.url, pinned(remote)))).stdout == ""
+    assert not marker.exists() and box.run("import zz_model; print(zz_model.value)").stdout == "1\n"
+
+
+def test_a_place_for_git_code_that_may_not_be_written_is_named(remote: GitRemote, box: Environment, home: Path) -> None:
+    home.mkdir()
+    home.chmod(0o555)
+    try:
+        done = box.run(INSTALL.format(code=code(remote.url, pinned(remote))), preexec_fn=without_privileges)
+    finally:
+        home.chmod(0o755)
+    assert done.stdout == "install_target\n", done.stderr
+
+
 @pytest.mark.parametrize("folder", ["hömé", "two\nlines"])
 def test_paths_that_would_break_python_are_refused(
     remote: GitRemote, box: Environment, tmp_path: Path, folder: str

@@ -116,6 +116,13 @@ def test_folders_whose_files_are_listed_are_complete(hub: Hub, tmp_path: Path) -
     assert (tmp_path / "m/a/b/c.bin").read_bytes() == b"1"
 
 
+def test_pages_without_files_end(hub: Hub, tmp_path: Path) -> None:
+    for number in range(100):
+        place = f"{hub.endpoint}/api/models/{WEIGHTS}/tree/{hub.commit(WEIGHTS)}?cursor=0&n={number}"
+        hub.inject(Fault("tree", status=200, body=b"[]", headers={**JSON, "Link": f'<{place}>; rel="next"'}))
+    assert refused(hub, tmp_path / "m").code == "hub_endpoint" and len(hub.requests) < 10
+
+
 @pytest.mark.parametrize(
     "fault",
     [
