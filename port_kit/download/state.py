@@ -14,7 +14,9 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -24,6 +26,8 @@ from port_kit.errors import DownloadError
 from port_kit.files import os_errors_as
 
 STATE_FOLDER = ".port_kit"
+# One thread per directory: threads of a process share the name by which partial downloads are told apart.
+_threads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 def state_path(directory: Path, *names: str) -> Path:
@@ -105,17 +109,22 @@ def directory_lock(directory: Path, notice: Callable[[str], None]) -> Iterator[b
     Yields False if locks have no effect here (some network file systems). Processes may then work at the same time:
     each writes partial downloads of its own, takes over none of another host, and publishes by rename.
     """
-    begun, told = time.monotonic(), False
+    begun, told, thread = time.monotonic(), False, _threads[os.path.realpath(directory)]
     while True:
         with _open_lock(directory) as stream:
-            locked = _try_lock(stream.fileno())
-            if locked is not False and _is_still(stream, directory):
-                exclusive = bool(locked) and not _can_lock_again(directory)
-                stream.truncate(0)
-                stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-                stream.flush()
-                yield exclusive
-                return
+            free = thread.acquire(blocking=False)
+            try:
+                locked = _try_lock(stream.fileno()) if free else False
+                if locked is not False and _is_still(stream, directory):
+                    exclusive = bool(locked) and not _can_lock_again(directory)
+                    stream.truncate(0)
+                    stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+                    stream.flush()
+                    yield exclusive
+                    return
+            finally:
+                if free:
+                    thread.release()
             if not told and time.monotonic() - begun > 1.0:
                 holder = stream.read().strip() or "unknown process"
                 notice(f"waiting for another download into {directory} ({holder})")

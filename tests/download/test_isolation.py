@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,14 @@ def test_a_lock_that_does_nothing_is_noticed(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr("fcntl.flock", lambda *_: None)
     with directory_lock(tmp_path, print) as exclusive:
         assert exclusive is works
+
+
+def test_threads_take_turns_where_locks_do_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(bring, RECIPE, tmp_path / "m", hub) for _ in range(4)]
+        assert [len(run.result().fetched) for run in runs].count(1) == 1
+    assert (tmp_path / "m" / TARGET).read_bytes() == CONTENT and len(hub.gets()) == 1
 
 
 def test_a_name_of_a_process_is_its_own(tmp_path: Path) -> None:
