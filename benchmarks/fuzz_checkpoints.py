@@ -125,13 +125,8 @@ def attempt(data: bytes, folder: Path) -> str:
     try:
         others = read_tables(io.BytesIO(data), wrapper).others
         (folder / "x.pth").write_bytes(data)
-        done = convert_file(
-            folder / "x.pth",
-            folder / "x.safetensors",
-            wrapper=wrapper,
-            drop=[*{"epoch"} & others.keys()],
-            remember=False,
-        )
+        options = {"wrapper": wrapper, "drop": [*{"epoch"} & others.keys()], "remember": False}
+        done = convert_file(folder / "x.pth", folder / "x.safetensors", **options)
     except PortKitError as error:
         return error.code
     with safe_open(folder / "x.safetensors", "numpy") as written:
