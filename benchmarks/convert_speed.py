@@ -20,7 +20,7 @@ from pathlib import Path
 
 _PEAK = "int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) / 1024"
 SCRIPTS = {
-    "port-kit": "from port_kit.download.convert import convert_file as work\n",
+    "port-kit": "from port_kit.checkpoint.convert import convert_file as work\n",
     "torch.load and save_file": (
         "import torch, safetensors.torch\n"
         "def work(source, target): safetensors.torch.save_file(torch.load(source), target)\n"

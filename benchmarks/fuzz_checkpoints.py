@@ -30,8 +30,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from port_kit.checkpoint.convert import convert_file
 from port_kit.checkpoint.pickle_reader import read_tables
-from port_kit.download.convert import convert_file
 from port_kit.errors import PortKitError
 
 _WATCHED = ("exec", "compile", "subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "import")
@@ -123,11 +123,10 @@ def attempt(data: bytes, folder: Path) -> str:
     """Read, and convert what can be read; return ``converted`` or the error's code."""
     wrapper = "generator" if b"generator" in data else ""
     try:
-        read_tables(io.BytesIO(data), wrapper)
+        others = read_tables(io.BytesIO(data), wrapper).others
         (folder / "x.pth").write_bytes(data)
-        done = convert_file(
-            folder / "x.pth", folder / "x.safetensors", wrapper=wrapper, drop=("epoch",), remember=False
-        )
+        options = {"wrapper": wrapper, "drop": [*{"epoch"} & others.keys()], "remember": False}
+        done = convert_file(folder / "x.pth", folder / "x.safetensors", **options)
     except PortKitError as error:
         return error.code
     with safe_open(folder / "x.safetensors", "numpy") as written:
@@ -147,7 +146,7 @@ def fuzz(seconds: float, seed: int, findings: Path, corpus: Path) -> dict[str, o
     source, rounds, slowest = random.Random(seed), 0, 0.0
     outcomes: dict[str, int] = {}
     watching, seen = False, []
-    for codec in ("cp437", "raw_unicode_escape"):
+    for codec in ("cp437", "raw_unicode_escape", "unicode_escape"):
         "".encode(codec)  # codecs of old zip names and text opcodes are imported when they are first needed
     sys.addaudithook(
         lambda event, arguments: seen.append(f"{event} {arguments[:1]}") if watching and event in _WATCHED else None

@@ -22,6 +22,8 @@ stable across releases, and is what ``--json`` prints and what the troubleshooti
 
 from __future__ import annotations
 
+from port_kit.plain import plain
+
 #: Every code that is raised, with the one line that the troubleshooting page prints for it.
 CODES: dict[str, str] = {
     "port_not_found": "no shipped, installed or PORT_KIT_PATH port has this name",
@@ -42,6 +44,7 @@ CODES: dict[str, str] = {
     "parallel_table": "a table of parallel linears names what is no linear",
     "parallel_world": "a process of one rank was needed and this process belongs to a larger world",
     "network": "a request failed as often as it may",
+    "proxy": "a proxy cannot be used, or refuses",
     "server_busy": "the server asks for a longer wait than is granted",
     "hub_endpoint": "the endpoint does not answer like a Hub",
     "hub_file_missing": "a repository lacks a file at that revision",
@@ -55,6 +58,7 @@ CODES: dict[str, str] = {
     "disk_full": "the disk has not enough space",
     "file_too_large": "the disk, or a limit of this shell, takes no file of that size",
     "output_dir": "the output directory cannot be used",
+    "file_access": "a file outside the output directory cannot be used",
     "path_unsafe": "a file's path could leave the model directory or cannot be stored",
     "source_missing": "a file that was named does not exist",
     "hash_mismatch": "a file's content is not what its repository or the recipe states",
@@ -78,6 +82,7 @@ CODES: dict[str, str] = {
     "scaffold_unsupported": "a model cannot be adapted; what stands in the way is listed",
     "inspect_target": "what was to be inspected is neither a folder nor a repository",
     "inspect_empty": "what was to be inspected holds no weights and no configuration of a model",
+    "pickle_drop": "a value that is to be left out is not in the checkpoint",
     "pickle_corrupt": "a torch checkpoint is cut short or damaged",
     "pickle_unsafe": "a pickle asks for more than tensors; nothing was executed",
     "pickle_unsupported": "a torch checkpoint holds something that has no plain form in safetensors",
@@ -144,7 +149,7 @@ class PortKitError(Exception):
     """Base of all errors of the kit.
 
     Args:
-        message: what was given and what is required, without a final full stop.
+        message: what was given and what is required, without a final full stop; control characters are escaped.
         code: a key of :data:`CODES`.
         hint: what to do about it; one sentence, may name a command.
         details: facts for ``--json`` (names, files, sizes); values must be JSON-serialisable.
@@ -156,6 +161,7 @@ class PortKitError(Exception):
         code = code or self.default_code
         if code not in CODES:
             raise KeyError(f"error code {code!r} is not registered in port_kit.errors.CODES")
+        message = plain(message, keep="\n\t")
         super().__init__(message)
         self.message = message
         self.code: str = code

@@ -1,11 +1,15 @@
-"""Text of strangers, made fit to be shown: names of files and tensors may hold anything."""
+"""Untrusted text for display: what servers, repositories and files say may hold anything."""
 
 from __future__ import annotations
 
+import re
+
+_USER = re.compile(r"(?<=://)[^/?#\s@]*@(?=[^\s])")
+_QUERY = re.compile(r"(?<=\w)\?[^\s'\"]*")
+
 
 def plain(text: str, keep: str = "") -> str:
-    r"""Write as escapes what has no shape of its own: control sequences, line ends, signs that turn the direction of
-    writing, halves of pairs. A terminal obeys the first three, and none takes the last.
+    r"""Escape control characters, newlines, bidi overrides and lone surrogates, which terminals interpret or reject.
 
     Args:
         text: anything.
@@ -17,6 +21,16 @@ def plain(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() or sign in keep else _escape(sign) for sign in text)
+
+
+def redacted(url: str) -> str:
+    """Return a URL, or a text with URLs, without the names, passwords and queries that may be secrets.
+
+    >>> redacted("https://user:secret@host/path?token=secret")
+    'https://host/path'
+    """
+    text = _USER.sub("", url)
+    return _QUERY.sub("", text) if "://" in text else text
 
 
 def _escape(sign: str) -> str:

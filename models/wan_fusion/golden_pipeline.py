@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from port_kit.download.convert import convert_file
+from port_kit.checkpoint.convert import convert_file
 from port_kit.models.wan_fusion.component_configs import (
     audio_vae_config,
     text_encoder_config,

@@ -1,4 +1,4 @@
-"""What lies in a torch checkpoint and where, without torch and without executing anything.
+"""The tensors of a torch checkpoint and their places in the file, without torch and without executing anything.
 
 :func:`read_tables` reads the zip container (torch 1.6 and later) and the legacy one, local or remote, from its
 directory and its pickle alone: no tensor's bytes are touched. ``tables.tensors[name]`` is ``(shape, dtype, storage,
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -22,13 +22,13 @@ from zlib import crc32
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource, SourceFile, StreamSource
 from port_kit.checkpoint.containers import describe_zip, looks_like_safetensors, looks_like_torch, refuse_foreign
 from port_kit.checkpoint.dtypes import ITEM_SIZES
+from port_kit.checkpoint.pickle_values import StorageRef, TensorRef, values_below
 from port_kit.checkpoint.state_dicts import Place, count_elsewhere, flatten, refuse_unselected, unwrap
-from port_kit.checkpoint.unpickler import LONGEST_PICKLE, StorageRef, TensorRef, read_pickle
+from port_kit.checkpoint.unpickler import LONGEST_PICKLE, read_pickle
 from port_kit.errors import CheckpointError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HUGE = 0xFFFFFFFF
 
@@ -49,7 +49,7 @@ class TensorEntry(NamedTuple):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie one after another in row order in its storage."""
+        """Return True if its elements lie one after another in row order in its storage."""
         expected = 1
         for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if length != 1 and stride != expected:
@@ -59,7 +59,7 @@ class TensorEntry(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """Where a storage's bytes lie in the file; ``crc`` is the zip directory's CRC-32, None in legacy files."""
+    """The place of a storage's bytes in the file; ``crc`` is the zip directory's CRC-32, None in legacy files."""
 
     offset: int
     nbytes: int
@@ -70,7 +70,7 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True)
 class Tables:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
         tensors: by name, in the file's order.
@@ -89,20 +89,27 @@ class Tables:
     elsewhere: tuple[Place, ...] = ()
 
 
-def read_tables(source: str | Path | BinaryIO | ByteSource, wrapper: str = "", *, exact_offsets: bool = True) -> Tables:
+def read_tables(
+    source: str | Path | BinaryIO | ByteSource,
+    wrapper: str = "",
+    *,
+    drop: Sequence[str] = (),
+    exact_offsets: bool = True,
+) -> Tables:
     """Read what a ``.pth``, ``.pt`` or ``.bin`` file holds.
 
     Args:
         source: a path, an open binary file, or anything with ``name``, ``size`` and ``read_at``.
         wrapper: the keys above the tensors, dotted (``generator``, ``app.model``); empty, or ``.``, for a bare state
             dict.
+        drop: names beside or among the tensors that are left out on purpose; nothing of them is built.
         exact_offsets: read each storage's local header. Without it the offsets follow from torch's alignment
             rule, which saves a request a tensor on a remote file; check them with :func:`check_offsets`.
 
     Raises:
         CheckpointError: ``checkpoint_format`` for what is no torch file, ``pickle_unsafe`` for a pickle that asks for
-            more than tensors, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` if all tensors lie
-            under other keys.
+            more than tensors in what is kept, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` if all
+            tensors lie under other keys, ``pickle_drop`` for a name that is not there.
     """
     with _open(source) as opened:
         _check_first_bytes(opened)
@@ -112,7 +119,7 @@ def read_tables(source: str | Path | BinaryIO | ByteSource, wrapper: str = "", *
         else:
             container, root, storages = "legacy", *_read_legacy(stream, opened, exact_offsets)
         selected = unwrap(root, wrapper, opened.name)
-        tensors, others = flatten(selected, opened.name)
+        tensors, others = flatten(selected, drop, opened.name)
         elsewhere = count_elsewhere(root, selected)
         if not tensors:
             refuse_unselected(elsewhere, opened.name)
@@ -195,9 +202,9 @@ def _prefix(by_name: Mapping[str, zipfile.ZipInfo], name: str) -> str:
 
 
 def _check_members(by_name: Mapping[str, zipfile.ZipInfo], prefix: str, source: ByteSource) -> None:
-    strangers = [name for name in by_name if not name.startswith(f"{prefix}/")]
-    if strangers:
-        raise CheckpointError(f"{source.name}: zip entry {strangers[0]!r} lies outside {prefix}/", code="pickle_unsafe")
+    others = [name for name in by_name if not name.startswith(f"{prefix}/")]
+    if others:
+        raise CheckpointError(f"{source.name}: zip entry {others[0]!r} lies outside {prefix}/", code="pickle_unsafe")
     if f"{prefix}/constants.pkl" in by_name or any(name.startswith(f"{prefix}/code/") for name in by_name):
         raise CheckpointError(
             f"{source.name} is a TorchScript archive: it holds code, not only tensors",
@@ -227,13 +234,13 @@ def _member(source: ByteSource, entry: zipfile.ZipInfo) -> bytes:
             f"{source.name}: zip entry {entry.filename!r} has {entry.file_size} bytes", code="pickle_corrupt"
         )
     data = source.read_at(_local_offset(source, entry.header_offset), entry.file_size)
-    if len(data) != entry.file_size or crc32(data) != entry.CRC:
+    if len(data) != entry.file_size or (entry.CRC and crc32(data) != entry.CRC):
         raise CheckpointError(f"{source.name}: zip entry {entry.filename!r} fails its CRC-32", code="pickle_corrupt")
     return data
 
 
 def _local_offset(source: ByteSource, header_offset: int) -> int:
-    """Where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
+    """Return where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
     header = source.read_at(header_offset, _LOCAL_HEADER.size)
     if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"{source.name}: no zip entry at byte {header_offset}", code="pickle_corrupt")
@@ -241,28 +248,43 @@ def _local_offset(source: ByteSource, header_offset: int) -> int:
     return header_offset + _LOCAL_HEADER.size + name_length + extra_length
 
 
-def _aligned_offset(entry: zipfile.ZipInfo) -> int:
-    """The same by torch's rule: the extra field pads so that every entry begins at a multiple of 64 bytes."""
+def _aligned_offset(entry: zipfile.ZipInfo, alignment: int) -> int:
+    """The same by torch's rule: the extra field pads so that every entry begins at a multiple of ``alignment``."""
     start = entry.header_offset + _LOCAL_HEADER.size + len(entry.orig_filename.encode()) + 4
     if entry.file_size >= _HUGE or entry.header_offset >= _HUGE:
         start += 4 + 16 * (entry.file_size >= _HUGE) + 8 * (entry.header_offset >= _HUGE)
-    return -(-start // _ALIGNMENT) * _ALIGNMENT
+    return -(-start // alignment) * alignment
 
 
 def _zip_storages(
     by_name: Mapping[str, zipfile.ZipInfo], folder: str, source: ByteSource, exact_offsets: bool
 ) -> dict[str, Storage]:
     storages = {}
+    alignment = _alignment(by_name.get(f"{folder.removesuffix('data/')}.storage_alignment"), source)
+    has_crc = _has_crc(by_name)
     for name, entry in by_name.items():
         if name.startswith(folder):
-            offset = _local_offset(source, entry.header_offset) if exact_offsets else _aligned_offset(entry)
+            exact = exact_offsets or not alignment
+            offset = _local_offset(source, entry.header_offset) if exact else _aligned_offset(entry, alignment)
+            crc = entry.CRC if has_crc else None
             key = name.removeprefix(folder)
-            storages[key] = Storage(offset, entry.file_size, entry.CRC, entry.header_offset, name)
+            storages[key] = Storage(offset, entry.file_size, crc, entry.header_offset, name)
             if offset + entry.file_size > source.size:
                 raise CheckpointError(f"{source.name}: zip entry {name!r} ends behind the file", code="pickle_corrupt")
     if exact_offsets:
         _check_overlaps(storages, source.name)
     return storages
+
+
+def _alignment(entry: zipfile.ZipInfo | None, source: ByteSource) -> int:
+    """Return the multiple of bytes at which storages begin, as torch notes it; 0 if the note cannot be read."""
+    text = b"64" if entry is None else _member(source, entry) if entry.file_size < 20 else b""
+    return int(text) if text.isdigit() and 0 < int(text) <= 1 << 16 else 0
+
+
+def _has_crc(by_name: Mapping[str, zipfile.ZipInfo]) -> bool:
+    """Return False if torch was told to compute no CRC-32: it writes 0 for all entries then."""
+    return any(entry.CRC for entry in by_name.values() if entry.file_size)
 
 
 def _check_overlaps(storages: Mapping[str, Storage], name: str) -> None:
@@ -276,7 +298,7 @@ def _check_overlaps(storages: Mapping[str, Storage], name: str) -> None:
 
 def _read_whole_pickle(data: bytes, where: str) -> Any:
     stream = io.BytesIO(data)
-    value = read_pickle(stream, where)
+    value = read_pickle(stream, where, allow_opaque=True)
     if stream.tell() != len(data):
         raise CheckpointError(
             f"{where}: {len(data) - stream.tell()} bytes lie behind the pickle's end", code="pickle_unsafe"
@@ -295,7 +317,7 @@ def _read_legacy(stream: SourceFile, source: ByteSource, exact_offsets: bool) ->
         )
     if not isinstance(header[2], dict) or header[2].get("little_endian") is not True:
         raise CheckpointError(f"{source.name} was written on a big-endian machine", code="pickle_unsupported")
-    root = read_pickle(stream, source.name)  # type: ignore[arg-type]
+    root = read_pickle(stream, source.name, allow_opaque=True)  # type: ignore[arg-type]
     keys = read_pickle(stream, source.name)  # type: ignore[arg-type]
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError(f"{source.name}: the list of storages is not one", code="pickle_corrupt")
@@ -343,17 +365,12 @@ def _check_counts(
 
 
 def _storage_refs(root: Any, name: str) -> Iterator[StorageRef]:
-    """All storages of a pickle, also of tensors that the wrapper leaves out: their bytes lie in between."""
-    stack, seen = [root], set()
-    while stack:
-        value = stack.pop()
+    """Yield all storages of a pickle, also of what is left out: their bytes lie in between."""
+    for value in values_below(root):
         if isinstance(value, TensorRef):
             yield value.storage
         elif isinstance(value, StorageRef):
             yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            stack.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _entries(tensors: Mapping[str, TensorRef], storages: Mapping[str, Storage], name: str) -> dict[str, TensorEntry]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from port_kit.checkpoint.unpickler import TensorRef
+from port_kit.checkpoint.pickle_values import Opaque, TensorRef, refuse_opaque
 from port_kit.errors import CheckpointError
 
 _MOST_NAMES = 1_000_000
@@ -29,6 +31,8 @@ def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
                 hint="name the keys above the tensors, dotted",
             )
         root = root[key]
+    if isinstance(root, Opaque):
+        refuse_opaque(root, name)
     if not isinstance(root, dict):
         raise CheckpointError(
             f"{name} holds a {_kind(root)}, not tensors by name", code="pickle_unsupported", hint=_BY_NAME
@@ -36,21 +40,41 @@ def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
     return root
 
 
-def flatten(selected: dict[Any, Any], name: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """Split a state dict into its tensors and other values."""
+def flatten(selected: dict[Any, Any], drop: Sequence[str], name: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """Split a state dict into its tensors and other values, without those to drop.
+
+    Raises:
+        CheckpointError: ``pickle_drop`` for a name that is not there, ``pickle_unsafe`` for a value that would have to
+            be built.
+    """
+    absent = [key for key in drop if key not in selected]
+    if absent:
+        texts = [key for key in selected if isinstance(key, str)]
+        near = [close for key in absent for close in difflib.get_close_matches(key, texts, 1)]
+        raise CheckpointError(
+            f"{name} has no {', '.join(map(repr, absent))} that could be left out",
+            code="pickle_drop",
+            hint=f"did you mean {', '.join(near)}?" if near else "correct the names to drop",
+        )
     tensors: dict[str, TensorRef] = {}
     others: dict[str, str] = {}
     for key, value in selected.items():
+        if key in drop:
+            continue
         if isinstance(key, str) and isinstance(value, TensorRef):
             tensors[key] = value
-        else:
-            others[(key if isinstance(key, str) else repr(key))[:80]] = _kind(value)
+            continue
+        refuse_opaque((key, value), name, key if isinstance(key, str) else "")
+        shown = key if isinstance(key, str) else _kind(key) if isinstance(key, Opaque) else repr(key)
+        others[shown[:80]] = _kind(value)
     if len(tensors) > _MOST_NAMES:
         raise CheckpointError(f"{name} names {len(tensors)} tensors", code="pickle_unsupported")
     return tensors, others
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, Opaque):
+        return value.name
     return "tensor" if isinstance(value, TensorRef) else type(value).__name__
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from port_kit.checkpoint.convert import convert_file
 from port_kit.cli.output import emit, handles_errors, json_option
-from port_kit.download.convert import convert_file
 from port_kit.download.progress import choose_progress, human
 
 

@@ -38,7 +38,7 @@ from port_kit.port import find_port, resolve
     "--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Use no network; fail where something is missing."
 )
 @click.option("--verify", is_flag=True, help="Hash every file; fetch what is damaged again.")
-@click.option("--prune", is_flag=True, help="Delete files in the directory that are not part of the model.")
+@click.option("--prune", is_flag=True, help="Delete files that are not part of the model; not in the first run.")
 @click.option("--with-reference", is_flag=True, help="Also install the original code, for comparison.")
 @click.option("--keep-original", is_flag=True, help="Keep pickle checkpoints beside what they are converted to.")
 @click.option("--no-cache", is_flag=True, help="Do not look into the Hub cache.")
@@ -74,7 +74,7 @@ def command(
         at_revisions(recipe, revision),
         output_dir or Path(recipe.name),
         dry_run=dry_run,
-        offline=offline,
+        offline=offline or None,
         verify=verify,
         update=update,
         prune=prune,
@@ -136,8 +136,8 @@ def _describe(report: Report, verified: bool) -> str:
     lines = [f"removed {target}" for target in report.removed]
     lines += [f"repaired {target} ({problem})" for target, problem in report.repaired.items()]
     lines += [f"installed {name} in {folder}" for name, folder in report.code.items()]
-    if report.strangers:
-        lines.append(f"not part of the model: {', '.join(report.strangers[:8])} (--prune deletes them)")
+    if report.untracked_files:
+        lines.append(f"not part of the model: {', '.join(report.untracked_files[:8])} (--prune deletes them)")
     moved = f"{len(report.fetched)} files, {human(report.network_bytes)} fetched" if report.fetched else "nothing to do"
     moved += ", every file has the hash that it should have" if verified else ""
     lines.append(f"{report.directory} is complete: {moved}, {report.seconds:.1f} s")

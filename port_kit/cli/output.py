@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from port_kit.download.files import explained
 from port_kit.errors import PortKitError
+from port_kit.files import os_errors_as
 from port_kit.plain import plain
 
 SCHEMA = "port-kit/1"
@@ -33,7 +33,8 @@ def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | No
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, "ok": ok, "command": command, "data": data}, indent=1))
     elif text is not None:
-        click.echo(plain(text, keep=_LAYOUT))
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        click.echo(plain(text, keep=_LAYOUT).encode(encoding, "backslashreplace").decode(encoding))
     if not ok:
         raise SystemExit(1)
 
@@ -44,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DownloadError: ``output_dir`` or ``disk_full``, where it cannot be written.
     """
-    with explained(path):
+    with os_errors_as(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 

@@ -13,7 +13,7 @@ from port_kit.download.recipe import FileRule, GitCode, Recipe, Repository
 from port_kit.download.run import Report, download
 
 if TYPE_CHECKING:
-    from port_kit.download.convert import Conversion, convert_file
+    from port_kit.checkpoint.convert import Conversion, convert_file
 
 __all__ = ["Conversion", "FileRule", "GitCode", "Policy", "Recipe", "Report", "Repository", "convert_file", "download"]
 
@@ -21,7 +21,7 @@ __all__ = ["Conversion", "FileRule", "GitCode", "Policy", "Recipe", "Report", "R
 def __getattr__(name: str) -> Any:
     """Import the conversion, which has the pickle reader behind it, when it is asked for: not for every download."""
     if name in ("Conversion", "convert_file"):
-        from port_kit.download import convert
+        from port_kit.checkpoint import convert
 
         return getattr(convert, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

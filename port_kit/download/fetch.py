@@ -1,40 +1,40 @@
-"""Bring the planned files: several at a time, several segments of each, hashed while they arrive.
+"""The route of a file from its URL to its final name; several at a time, several segments of each.
 
-One thread a file prepares it, hashes what has landed, seals and publishes it. A pool of connections fetches segments,
-in the order of the plan. A file that lies on this machine already (in the Hub cache, as a kept original) takes the same
-way, with the disk in place of a connection.
+One thread per file runs :meth:`Fetcher._download_once`: it acquires a partial download, plans the conversion if there
+is one, queues the segments that are missing, hashes what arrives, converts and publishes. A pool of connections takes
+segments from the queue, in the order of the plan (:func:`~port_kit.download.remote.fetch_segment`). What lies on this
+machine already (in the Hub cache, or as a kept original) is copied and hashed in the same way. What may be published is
+stated in :mod:`port_kit.download.incoming_file`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
-from port_kit.download.files import explained, require_space
 from port_kit.download.http import Interrupted
 from port_kit.download.hub import HubClient
-from port_kit.download.landing import Damaged, Landing, Misplaced, copy_segments
+from port_kit.download.incoming_file import Damaged, IncomingFile, Misplaced, copy_segment
 from port_kit.download.lock import append_journal
-from port_kit.download.parts import Identity, Part, Segment, take_part
+from port_kit.download.parts import FileSpec, PartialDownload, Segment, acquire
 from port_kit.download.progress import Progress
 from port_kit.download.remote import RangeSource, fetch_segment
-from port_kit.errors import DownloadError
+from port_kit.errors import CheckpointError, DownloadError
+from port_kit.files import os_errors_as, require_space
 
 if TYPE_CHECKING:
-    from port_kit.checkpoint.byte_sources import ByteSource
-    from port_kit.checkpoint.pickle_reader import Storage
-    from port_kit.download.blueprint import Blueprint
+    from port_kit.checkpoint.safetensors_writer import SafetensorsLayout
 
 _SAMPLED_OFFSETS = 5
 
 
 @dataclass
 class Fetched:
-    """What a fetch did: finished files ``{target: (size, sha256)}``, and source bytes by where they came from."""
+    """The result of a fetch: finished files ``{target: (size, sha256)}``, and source bytes by where they came from."""
 
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     network_bytes: int = 0
@@ -46,6 +46,7 @@ class Fetcher:
 
     Args:
         directory: the model directory; its lock is held by the caller.
+        exclusive: whether that lock keeps other hosts out.
         hub: where files come from.
         progress: told of every byte.
         find_local: returns a file that may hold the source's bytes already (they are hashed), or None.
@@ -57,29 +58,30 @@ class Fetcher:
         hub: HubClient,
         progress: Progress,
         *,
-        find_local: Callable[[Identity], Path | None] = lambda identity: None,
+        exclusive: bool = True,
+        find_local: Callable[[FileSpec], Path | None] = lambda spec: None,
     ) -> None:
         self.directory, self.hub, self.progress = directory, hub, progress
         self.result = Fetched()
-        self._policy, self._find_local = hub.http.policy, find_local
-        self._files: Queue[Identity] = Queue()
-        self._segments: Queue[tuple[Landing, Segment]] = Queue()
+        self._policy, self._find_local, self._exclusive = hub.http.policy, find_local, exclusive
+        self._files: Queue[FileSpec] = Queue()
+        self._segments: Queue[tuple[IncomingFile, Segment]] = Queue()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._ended = threading.Event()
 
-    def run(self, identities: Sequence[Identity]) -> Fetched:
-        """Fetch all files; on return they are in place.
+    def run(self, specs: Sequence[FileSpec]) -> Fetched:
+        """Download all files; on return they are in place.
 
         Raises:
-            DownloadError, CheckpointError: the first failure; what has landed is kept for the next run.
+            DownloadError, CheckpointError: the first failure; what has arrived is kept for the next run.
             KeyboardInterrupt: passed on at once, with the connections closed.
         """
-        for identity in identities:
-            self._files.put(identity)
+        for spec in specs:
+            self._files.put(spec)
         self._ended.clear()
-        owners = self._start(self._own_files, min(self._policy.files_at_once, len(identities)))
-        self._start(self._bring_segments, self._policy.connections)
+        owners = self._start(self._download_files, min(self._policy.files_at_once, len(specs)))
+        self._start(self._fetch_segments, self._policy.connections)
         try:
             for thread in owners:
                 while thread.is_alive():
@@ -99,41 +101,37 @@ class Fetcher:
             thread.start()
         return threads
 
-    def _own_files(self) -> None:
-        """A file's thread: one file after another, until none is left or something has failed."""
+    def _download_files(self) -> None:
+        """Run the thread of a file: one file after another, until none is left or something has failed."""
         while self._failure is None:
             try:
-                self._bring(self._files.get_nowait())
+                self._download(self._files.get_nowait())
             except (Empty, Interrupted):
                 return
             except BaseException as error:  # noqa: B036 - carried to the caller's thread, which raises it
                 self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Keep the first failure and stop everybody else."""
+        """Keep the first failure and stop all other threads."""
         with self._lock:
             self._failure = self._failure or error
         self.hub.http.stop()
 
-    def _bring_segments(self) -> None:
-        """A connection's thread: one segment after another; a failure is the file's, whose thread reports it."""
+    def _fetch_segments(self) -> None:
+        """Run the thread of a connection: one segment after another. The file's thread reports failures."""
         while not self._ended.is_set():
             try:
-                landing, segment = self._segments.get(timeout=0.1)
+                incoming, segment = self._segments.get(timeout=0.1)
             except Empty:
                 continue
-            with landing.used() as wanted:
+            with incoming.in_use() as wanted:
                 try:
-                    if wanted:
-                        self._bring_segment(landing, segment)
+                    if wanted and incoming.local is not None:
+                        copy_segment(incoming, incoming.local, segment, self._count_local)
+                    elif wanted:
+                        fetch_segment(self.hub, incoming, segment, self._count_network)
                 except BaseException as error:  # noqa: B036 - carried to the file's thread, which raises it
-                    landing.failure = landing.failure or error
-
-    def _bring_segment(self, landing: Landing, segment: Segment) -> None:
-        if landing.local is not None:
-            copy_segments(landing, landing.local, segment.position, segment.end, self._count_local)
-        else:
-            fetch_segment(self.hub, landing, segment, self._count_network)
+                    incoming.failure = incoming.failure or error
 
     def _count_network(self, count: int) -> None:
         with self._lock:
@@ -145,97 +143,89 @@ class Fetcher:
             self.result.local_bytes += count
         self.progress.advance(count)
 
-    def _bring(self, identity: Identity) -> None:
-        """Fetch one file; content that turns out wrong is fetched once more, from the beginning."""
+    def _download(self, spec: FileSpec) -> None:
+        """Download one file. Content that turns out wrong is fetched once more, from the beginning."""
         try:
-            self._bring_once(identity, self._find_local(identity))
+            self._download_once(spec, self._find_local(spec))
         except Damaged as first:
-            self.progress.note(f"{identity.target}: {first}; fetching it again")
+            self.progress.note(f"{spec.target}: {first}; fetching it again")
             try:
-                self._bring_once(identity, None)
-            except Misplaced as second:
-                raise _unusual_layout(f"{identity.repo_id}/{identity.path}", "a storage") from second
+                self._download_once(spec, None, exact_offsets=isinstance(first, Misplaced))
             except Damaged as second:
                 raise DownloadError(
-                    f"{identity.repo_id}/{identity.path} arrived twice with wrong content: {second}",
+                    f"{spec.repo_id}/{spec.path} arrived twice with wrong content: {second}",
                     code="hash_mismatch",
                     hint="a proxy or mirror may alter it: try another endpoint, or tell the repository's owner",
                 ) from second
 
-    def _bring_once(self, identity: Identity, local: Path | None) -> None:
-        part = take_part(self.directory, identity, self._policy.segment_for(identity.size))
+    def _download_once(self, spec: FileSpec, local: Path | None, *, exact_offsets: bool = False) -> None:
+        """Take one file from its URL, or from ``local``, to its final name."""
+        partial = acquire(self.directory, spec, self._policy.segment_for(spec.size), exclusive=self._exclusive)
         try:
-            if part.sealed is None:
-                self._fill(part, local)
-            self._publish(part)
+            conversion = self._plan_conversion(spec, local, exact_offsets) if spec.convert else None
+            incoming = IncomingFile(partial, conversion, local)
+            require_space(self.directory, partial.layout.extent - partial.written)
+            try:
+                for segment in partial.segments:
+                    if not segment.is_complete:
+                        self._segments.put((incoming, segment))
+                source_sha256 = incoming.hash_source(lambda: self.hub.http.stopped)
+            finally:
+                incoming.close_when_idle()
+            if conversion is not None:
+                self.progress.note(f"  {spec.target}  arrived; checking and completing the conversion")
+            with os_errors_as(partial.folder):
+                size, sha256 = incoming.finalize(source_sha256)
+            self._publish(partial, size, sha256)
         except Damaged:
-            self.progress.advance(-part.written)
-            part.discard()
+            self.progress.advance(-partial.written)
+            partial.discard()
             raise
         finally:
-            part.close()
+            partial.close()
 
-    def _fill(self, part: Part, local: Path | None) -> None:
-        blueprint = self._draw(part.identity, local) if part.identity.convert else None
-        landing = Landing(part, blueprint, local)
-        require_space(self.directory, part.layout.extent - part.written)
-        try:
-            for segment in part.segments:
-                if not segment.is_complete:
-                    self._segments.put((landing, segment))
-            sha256 = landing.check_source(lambda: self.hub.http.stopped)
-        finally:
-            landing.retire()
-        if blueprint is not None:
-            self.progress.note(f"  {part.identity.target}  arrived; checking and sealing the conversion")
-        with explained(part.folder):
-            landing.seal(sha256)
-
-    def _draw(self, identity: Identity, local: Path | None) -> Blueprint:
-        """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes."""
-        from port_kit.checkpoint.byte_sources import CachedSource, FileSource
-        from port_kit.checkpoint.pickle_reader import read_tables
-        from port_kit.download.blueprint import draw
-
-        if local is not None:
-            with FileSource(local) as source:
-                return draw(read_tables(source, identity.wrapper), source.name)
-        remote = CachedSource(RangeSource(self.hub, identity))
-        tables = read_tables(remote, identity.wrapper, exact_offsets=False)
-        _sample_offsets(remote, sorted(tables.storages, key=lambda key: tables.storages[key].nbytes), tables.storages)
-        blueprint = draw(tables, remote.name)
-        try:
-            blueprint.layout()
-        except ValueError as error:
-            raise _unusual_layout(remote.name, "a storage") from error
-        return blueprint
-
-    def _publish(self, part: Part) -> None:
-        sealed = part.sealed
-        assert sealed is not None, "a part is sealed before it is published"
-        size, sha256, target = sealed["size"], sealed["sha256"], part.identity.target
-        part.truncate(size)
-        with explained(self.directory / target):
-            append_journal(self.directory, target, size, sha256)
-            part.publish(self.directory)
+    def _publish(self, partial: PartialDownload, size: int, sha256: str) -> None:
+        target = partial.spec.target
+        with os_errors_as(self.directory / target):
+            append_journal(self.directory, partial.spec, size, sha256)
+            partial.publish(self.directory, size)
         with self._lock:
             self.result.files[target] = (size, sha256)
         self.progress.file_done(target, size)
 
+    def _plan_conversion(self, spec: FileSpec, local: Path | None, exact_offsets: bool) -> SafetensorsLayout:
+        """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes.
 
-def _sample_offsets(source: ByteSource, keys: list[str], storages: Mapping[str, Storage]) -> None:
-    """Check torch's alignment rule on a few storages before gigabytes are placed by it."""
-    from port_kit.checkpoint.pickle_reader import check_offsets
+        Storages are placed by torch's alignment rule, which saves a request per storage. The rule is checked on a few
+        of them now, and on all of them when the file has arrived.
+        """
+        from port_kit.checkpoint.byte_sources import CachedSource, FileSource
+        from port_kit.checkpoint.pickle_reader import check_offsets, read_tables
+        from port_kit.checkpoint.safetensors_writer import plan_layout, scalars
 
-    sampled = {key: storages[key] for key in [*keys[:1], *keys[-_SAMPLED_OFFSETS:]]}
-    wrong = check_offsets(source, sampled)
-    if wrong:
-        raise _unusual_layout(source.name, f"storage {wrong[0]}")
-
-
-def _unusual_layout(name: str, what: str) -> DownloadError:
-    return DownloadError(
-        f"{name}: {what} does not lie where torch would have put it",
-        code="convert_layout",
-        hint="download it as it is and convert it on disk: --keep-original",
-    )
+        if local is not None:
+            try:
+                with FileSource(local) as source:
+                    return plan_layout(
+                        read_tables(source, spec.wrapper, drop=spec.drop), source.name, leave_out_scalars=True
+                    )
+            except (CheckpointError, OSError) as error:  # what the repository has is decided by the repository's bytes
+                raise Damaged(f"{local} cannot be converted: {error}") from error
+        remote = CachedSource(RangeSource(self.hub, spec))
+        tables = read_tables(remote, spec.wrapper, drop=spec.drop, exact_offsets=exact_offsets)
+        by_size = sorted(tables.storages, key=lambda key: tables.storages[key].nbytes)
+        sample = {key: tables.storages[key] for key in [*by_size[:1], *by_size[-_SAMPLED_OFFSETS:]]}
+        if not exact_offsets and check_offsets(remote, sample):
+            return self._plan_conversion(spec, local, exact_offsets=True)
+        for key, kind in scalars(tables).items():
+            self.progress.note(f"  {spec.target}  leaves out {key} ({kind}), which is no tensor")
+        layout = plan_layout(tables, remote.name, leave_out_scalars=True)
+        try:
+            layout.byte_layout()
+        except ValueError as error:
+            raise DownloadError(
+                f"{remote.name}: {error}",
+                code="convert_layout",
+                hint="download it as it is and convert it on disk: --keep-original",
+            ) from error
+        return layout

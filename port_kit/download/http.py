@@ -1,28 +1,35 @@
 """HTTP for large files: keep-alive connections, timeouts on everything, bounded retries, prompt interruption.
 
 The standard library's client reads a socket at twice the speed and half the processor time of httpx, which is what
-decides the rate of a 46 GB file. Proxies (``HTTPS_PROXY``, ``NO_PROXY``) and certificate settings (``SSL_CERT_FILE``,
-``REQUESTS_CA_BUNDLE``) are honoured.
+decides the rate of a 46 GB file. Proxies (``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``) and certificate settings
+(``SSL_CERT_FILE``, ``REQUESTS_CA_BUNDLE``) are honoured. Proxies that are reached by TLS or SOCKS are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
-import os
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.message import Message
-from email.utils import parsedate_to_datetime
-from functools import cache
 from typing import TypeVar
-from urllib.parse import SplitResult, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import SplitResult, urlsplit
 
+from port_kit.download.urls import (
+    TransportError,
+    as_transport_error,
+    connect,
+    follow_location,
+    is_number,
+    proxy_error,
+    request_target,
+    requested_wait,
+    without_secrets,
+)
 from port_kit.errors import DownloadError
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -35,35 +42,31 @@ _PAGE = 4096
 _T = TypeVar("_T")
 
 
-class TransportError(Exception):
-    """An exchange that broke: worth another attempt. Never leaves this package."""
-
-
 class Interrupted(Exception):
     """The download was told to stop. Never leaves this package."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How to talk to a server: how long to wait, how often to try, how much at a time.
+    """Timeouts, retries and concurrency of requests.
 
     Attributes:
         connect_timeout: seconds for a connection.
-        read_timeout: seconds of silence that are waited out.
+        read_timeout: seconds of silence that are waited out, and in which 64 KiB must arrive.
         attempts: tries in a row without any progress.
         base: seconds before the second try; doubled each time, with jitter, up to ``longest``.
         longest: seconds of one wait at most; a server that asks for more ends the download.
         connections: requests at a time.
         files_at_once: files at a time.
         segment_size: bytes that one request asks for at most; a file up to this size comes with one request. Default:
-            64 MiB, and no limit where there is one connection, which would only wait between requests.
+            64 MiB, and no limit if there is one connection, which would only wait between requests.
     """
 
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
     attempts: int = 6
     base: float = 0.5
-    longest: float = 120.0
+    longest: float = 330.0
     connections: int = 8
     files_at_once: int = 4
     segment_size: int | None = None
@@ -83,12 +86,21 @@ class Policy:
 class Response:
     """The head of an answer, and its body piece by piece."""
 
-    def __init__(self, raw: http.client.HTTPResponse, url: str, release: Callable[[bool], None]) -> None:
-        self._raw, self._release = raw, release
+    def __init__(
+        self,
+        raw: http.client.HTTPResponse,
+        url: str,
+        release: Callable[[bool], None],
+        abort: Callable[[], None],
+        patience: float,
+    ) -> None:
+        self._raw, self._release, self._patience = raw, release, patience
+        #: breaks the connection off, from any thread
+        self.abort = abort
         self.url, self.status, self.headers = url, raw.status, raw.headers
         length = raw.getheader("Content-Length")
         chunked = "chunked" in (raw.getheader("Transfer-Encoding") or "")
-        known = length is not None and _is_number(length) and not chunked
+        known = length is not None and is_number(length) and len(length) < 19 and not chunked
         self.length: int | None = int(length or 0) if known else None
         self._rest = 0 if raw.length == 0 else self.length  # an answer to HEAD has a length, but no body
 
@@ -115,11 +127,13 @@ class Response:
 
     def _fill(self, view: memoryview, whole: int) -> int:
         """Read until the view is full, there is enough for now, the body's end, or a break behind what has come."""
-        late = time.monotonic() + _PATIENCE
+        begun = time.monotonic()
         filled = count = self._receive(view)
         while count and filled < len(view):
-            wanted = len(view)
-            if filled >= _ENOUGH and time.monotonic() >= late:
+            wanted, waited = len(view), time.monotonic() - begun
+            if filled < _ENOUGH and waited > self._patience:
+                raise TransportError(f"only {filled} bytes arrived in {waited:.0f} s")
+            if filled >= _ENOUGH and waited >= _PATIENCE:
                 wanted = min(wanted, filled + (whole - filled) % _PAGE)
                 if wanted == filled:
                     break
@@ -133,8 +147,8 @@ class Response:
     def _receive(self, view: memoryview) -> int:
         """One read of the socket; where the length is known, straight into ``view``."""
         if self._rest is not None:
-            return _as_transport_error(lambda: self._raw.fp.readinto1(view))
-        piece = _as_transport_error(lambda: self._raw.read1(len(view)))
+            return as_transport_error(lambda: self._raw.fp.readinto1(view))
+        piece = as_transport_error(lambda: self._raw.read1(len(view)))
         view[: len(piece)] = piece
         return len(piece)
 
@@ -171,18 +185,15 @@ class HttpClient:
 
     @property
     def stopped(self) -> bool:
-        """Whether :meth:`stop` was called."""
+        """Return True if :meth:`stop` was called."""
         return self._stopped.is_set()
 
     def stop(self) -> None:
         """End all exchanges now; threads that wait for bytes wake up with :class:`Interrupted`."""
         self._stopped.set()
         for connection in list(self._open):
-            if connection.sock is not None:
-                try:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue  # it was closed in the meantime, which is all that is wanted
+            with contextlib.suppress(OSError, AttributeError):  # it was closed in the meantime: nothing else is wanted
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close all connections; nobody may be using them any more."""
@@ -208,6 +219,7 @@ class HttpClient:
 
         Raises:
             TransportError: no answer, or a redirect that leads nowhere or from https to http.
+            DownloadError: ``proxy`` if the proxy cannot be used, or refuses.
         """
         for _ in range(_MOST_REDIRECTS):
             response = self._exchange(method, url, headers_for(url))
@@ -215,14 +227,14 @@ class HttpClient:
             if not follow or response.status not in _REDIRECTS or not location:
                 return response
             response.close(reusable=response.length == 0 or method == "HEAD")
-            target = _follow(url, location)
+            target = follow_location(url, location)
             if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
-                raise TransportError(f"{_place(url)} redirects from https to {_place(target)}")
+                raise TransportError(f"{without_secrets(url)} redirects from https to {without_secrets(target)}")
             url = target
-        raise TransportError(f"{_place(url)}: more than {_MOST_REDIRECTS} redirects")
+        raise TransportError(f"{without_secrets(url)}: more than {_MOST_REDIRECTS} redirects")
 
     def _exchange(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
-        parts = _as_transport_error(lambda: urlsplit(url))
+        parts = as_transport_error(lambda: urlsplit(url))
         key = (parts.scheme, parts.netloc)
         connection, fresh = self._connection(key, parts)
         try:
@@ -246,22 +258,32 @@ class HttpClient:
             if not reusable or raw.will_close:
                 self._drop(connection, key)
 
+        def abort() -> None:
+            with contextlib.suppress(OSError):  # it was closed in the meantime, which is all that is wanted
+                if sockets[-1] is not None:
+                    sockets[-1].shutdown(socket.SHUT_RDWR)
+
+        sockets: list[socket.socket | None] = [None]
+
         def exchange() -> http.client.HTTPResponse:
             extra = getattr(connection, "extra_headers", {})
             sent = {"Accept-Encoding": "identity", **headers, **extra}
-            connection.request(method, _target(connection, url), headers=sent)
+            connection.request(method, request_target(connection, url), headers=sent)
             if connection.sock is not None:
                 connection.sock.settimeout(self.policy.read_timeout)
+                sockets.append(connection.sock)
             return connection.getresponse()
 
         try:
-            raw = _as_transport_error(exchange)
+            raw = as_transport_error(exchange)
         except TransportError as error:
             self._drop(connection, key)
             if self.stopped:
                 raise Interrupted from error
             raise
-        return Response(raw, url, release)
+        if raw.status == 407:
+            raise proxy_error("the proxy asks for a user name and a password, or refuses the ones that it got")
+        return Response(raw, url, release, abort, self.policy.read_timeout)
 
     def _connection(self, key: tuple[str, str], parts: SplitResult) -> tuple[http.client.HTTPConnection, bool]:
         if self.stopped:
@@ -269,7 +291,7 @@ class HttpClient:
         pool = self._pool()
         if key in pool:
             return pool[key], False
-        pool[key] = _as_transport_error(lambda: _connect(parts, self.policy.connect_timeout))
+        pool[key] = as_transport_error(lambda: connect(parts, self.policy.connect_timeout))
         self._open.add(pool[key])
         return pool[key], True
 
@@ -323,88 +345,3 @@ def network_error(what: str, error: Exception, attempts: int) -> DownloadError:
         code="network",
         hint="check the network, then run the same command again: what was fetched is kept",
     )
-
-
-def requested_wait(headers: Message | Mapping[str, str]) -> float:
-    """Seconds that an answer asks to wait: ``Retry-After`` in both forms, or ``RateLimit: ...;r=0;t=N``."""
-    value = headers.get("Retry-After")
-    if value is not None:
-        if _is_number(value):
-            return float(value)
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, OverflowError):
-            return 0.0
-    fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
-    if fields.get("r") == "0" and _is_number(fields.get("t", "")):
-        return float(fields["t"])
-    return 0.0
-
-
-def _is_number(text: str) -> bool:
-    return text.strip().isdecimal() and text.isascii()
-
-
-def _as_transport_error(action: Callable[[], _T]) -> _T:
-    """Call ``action``; what a connection, an answer or a URL that a server named may raise is worth another attempt."""
-    try:
-        return action()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise TransportError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
-
-
-def _follow(url: str, location: str) -> str:
-    """The absolute URL that a redirect names, which is one that can be asked."""
-
-    def join() -> str:
-        target = urljoin(url, location)
-        _ = urlsplit(target).port  # raises where it is no number
-        return target
-
-    return _as_transport_error(join)
-
-
-def _place(url: str) -> str:
-    """A URL without its query, which may be a signature."""
-    return urlsplit(url)._replace(query="", fragment="").geturl()
-
-
-def _connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    host, port = parts.hostname or "", parts.port
-    proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
-    if parts.scheme not in ("http", "https") or not host:
-        raise TransportError(f"{_place(parts.geturl())} is not an http(s) URL")
-    via = urlsplit(proxy if "//" in proxy else f"http://{proxy}") if proxy else None
-    address = (via.hostname or "", via.port) if via else (host, port)
-    if parts.scheme == "http":
-        connection = http.client.HTTPConnection(*address, timeout=timeout)
-        connection.absolute_urls = via is not None  # type: ignore[attr-defined]
-        connection.extra_headers = _proxy_headers(via) if via else {}  # type: ignore[attr-defined]
-        return connection
-    secure = http.client.HTTPSConnection(*address, timeout=timeout, context=_tls())
-    if via:
-        secure.set_tunnel(host, port, headers=_proxy_headers(via))
-    return secure
-
-
-def _proxy_headers(via: SplitResult) -> dict[str, str]:
-    if via.username is None:
-        return {}
-    import base64
-
-    pair = f"{via.username}:{via.password or ''}".encode()
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(pair).decode()}"}
-
-
-def _target(connection: http.client.HTTPConnection, url: str) -> str:
-    """What stands in the request line: the path, or the whole URL for a plain-http proxy."""
-    if getattr(connection, "absolute_urls", False):
-        return url
-    parts = urlsplit(url)
-    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    return ssl.create_default_context(cafile=bundle or None)

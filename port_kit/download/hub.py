@@ -15,18 +15,24 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from port_kit import __version__
-from port_kit.download.http import RETRIED_STATUS, HttpClient, Response, TransportError
+from port_kit.download.http import RETRIED_STATUS, HttpClient, Response
+from port_kit.download.urls import TransportError, follow_location, origin_of
 from port_kit.errors import DownloadError
+from port_kit.plain import plain
 
-_NEXT = re.compile(r'<([^>]+)>;\s*rel="next"')
+# RFC 8288: links are separated by commas; each is a target and parameters, whose values may be quoted.
+_LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s;,"]*))?)*)')
+_PARAMETER = re.compile(r';\s*([^\s=;,"]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;,"]*)))?')
 _SENDABLE = re.compile(r"Bearer [\x21-\x7e]+")
 _SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
-_MOST_PAGES = 5000
+_MOST_PAGES, _MOST_EMPTY_PAGES = 5000, 5
 _MOST_RENAMES = 5
+_LONGEST_REASON = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,19 +64,19 @@ class HubClient:
 
         self.http = http
         self.endpoint = _checked_endpoint(endpoint or constants.ENDPOINT)
-        self._origin = urlsplit(self.endpoint)[:2]
+        self._origin = origin_of(self.endpoint)
         headers = _headers(token)
         self._authorization = _checked_token(headers.pop("authorization", headers.pop("Authorization", None)))
         self._headers = headers
 
     @property
     def has_token(self) -> bool:
-        """Whether requests carry a token."""
+        """Return True if requests carry a token."""
         return self._authorization is not None
 
     def headers_for(self, url: str) -> dict[str, str]:
         """Headers of a request to ``url``: with the token for the endpoint's own origin only."""
-        if self._authorization and urlsplit(url)[:2] == self._origin:
+        if self._authorization and origin_of(url) == self._origin:
             return {**self._headers, "authorization": self._authorization}
         return dict(self._headers)
 
@@ -84,30 +90,49 @@ class HubClient:
         return commit
 
     def tree(self, repo_id: str, commit: str) -> list[HubFile]:
-        """Return all files of a commit; follows the pages, within the endpoint only."""
+        """Return all files of a commit; follows the pages, within the endpoint only.
+
+        Raises:
+            DownloadError: ``hub_endpoint`` for a list that cannot be read, or that is not complete.
+        """
         url: str | None = f"{self.endpoint}/api/models/{repo_id}/tree/{commit}?recursive=true&expand=false"
         files: list[HubFile] = []
+        folders: set[str] = set()
         seen: set[str] = set()
+        empty = 0
         while url:
-            if url in seen or len(seen) == _MOST_PAGES:
+            if url in seen or len(seen) == _MOST_PAGES or empty > _MOST_EMPTY_PAGES:
                 raise self._not_a_hub(url, f"the list of files does not end after {len(seen)} pages")
             seen.add(url)
             entries, link = self._json(url, f"asking {self.endpoint} for the files of {repo_id}", repo_id, commit)
             if not isinstance(entries, list):
                 raise self._not_a_hub(url, "no list of files in the answer")
-            files += [file for entry in entries if (file := self._file(entry, url)) is not None]
+            empty = 0 if entries else empty + 1
+            for entry in entries:
+                found = _hub_entry(entry)
+                if found is None:
+                    raise self._not_a_hub(url, f"an entry without type, path, size or hash ({str(entry)[:80]})")
+                if isinstance(found, str):
+                    folders.add(found)
+                else:
+                    files.append(found)
             url = self._next_page(url, link)
+        # Git stores no empty folders: one without files says that the list was not recursive.
+        folders -= {str(parent) for file in files for parent in PurePosixPath(file.path).parents}
+        if folders:
+            place = f"{self.endpoint}/api/models/{repo_id}/tree/{commit}"
+            raise self._not_a_hub(place, f"a list of files that lacks those of the folder {min(folders)}")
         return files
 
-    def _next_page(self, url: str, link: str | None) -> str | None:
-        found = _NEXT.search(link or "")
+    def _next_page(self, url: str, link: str) -> str | None:
+        found = _next_link(link)
         if found is None:
             return None
         try:
-            following = urljoin(url, found[1])
-            origin = urlsplit(following)[:2]
+            following = urljoin(url, found)
+            origin = origin_of(following)
         except ValueError as error:
-            raise self._not_a_hub(url, f"the Link header {found[0][:80]!r}") from error
+            raise self._not_a_hub(url, f"the Link header {found[:80]!r}") from error
         if origin != self._origin:
             raise DownloadError(
                 f"{self.endpoint} names {origin[1]} in its Link header for the next page of files; "
@@ -128,8 +153,7 @@ class HubClient:
                     self.check(response, repo_id, commit, path)
                     found, location = response.headers.get("X-Repo-Commit"), response.headers.get("Location")
                 # A repository that was renamed is answered for under its new name, at the same Hub.
-                place = urljoin(place, location) if location else ""
-                if found or urlsplit(place)[:2] != self._origin:
+                if found or not location or origin_of(place := follow_location(place, location)) != self._origin:
                     break
             if found != commit:
                 said = f"X-Repo-Commit {found}" if found else "no X-Repo-Commit header"
@@ -155,11 +179,13 @@ class HubClient:
         """Return where a file is asked for."""
         return f"{self.endpoint}/{repo_id}/resolve/{quote(commit, safe='')}/{quote(path)}"
 
-    def _json(self, url: str, what: str, repo_id: str, revision: str) -> tuple[Any, str | None]:
-        def ask() -> tuple[Any, str | None]:
+    def _json(self, url: str, what: str, repo_id: str, revision: str) -> tuple[Any, str]:
+        """Return the JSON of an answer and its Link headers."""
+
+        def ask() -> tuple[Any, str]:
             with self.http.request("GET", url, self.headers_for) as response:
                 self.check(response, repo_id, revision)
-                body, link = response.read_all(), response.headers.get("Link")
+                body, link = response.read_all(), ", ".join(response.headers.get_all("Link") or ())
             try:
                 return json.loads(body), link
             except (ValueError, RecursionError) as error:
@@ -174,38 +200,27 @@ class HubClient:
         what = f"{repo_id}/{path}" if path else repo_id
         if response.status in RETRIED_STATUS:
             headers, status = response.headers, response.status
+            body = response.read_all(_LONGEST_REASON) if (response.length or _LONGEST_REASON) < _LONGEST_REASON else b""
             response.close()
             self.http.wait_as_told(what, headers)
-            raise TransportError(f"HTTP {status}")
+            raise TransportError(f"HTTP {status}{_reason(headers.get('X-Error-Message'), body)}")
         body = response.read_all(1 << 20) if response.length != 0 and response.status != 304 else b""
         raise self._refusal(response, body, repo_id, revision, path)
 
     def _refusal(self, response: Response, body: bytes, repo_id: str, revision: str, path: str) -> DownloadError:
-        """Ask huggingface_hub which of its errors this is, and say what to do about it."""
-        _import_httpx()
-        import httpx
-        from huggingface_hub import errors
-        from huggingface_hub.utils import hf_raise_for_status
-
-        request = httpx.Request("GET", response.url.partition("?")[0])
-        answer = httpx.Response(response.status, headers=dict(response.headers), content=body, request=request)
-        page = f"{self.endpoint}/{repo_id}"
-        try:
-            hf_raise_for_status(answer)
-        except errors.GatedRepoError:
-            return _gated(repo_id, page, self.has_token)
-        except errors.RevisionNotFoundError:
-            return _missing("revision", f"{repo_id} has no revision {revision}", "correct the recipe's revision")
-        except errors.EntryNotFoundError:
-            return _missing("file", f"{repo_id} has no file {path} at {revision}", "correct the recipe's pattern")
-        except errors.HfHubHTTPError as error:
-            return self._unnamed_refusal(error, answer.status_code, repo_id, page)
-        return self._not_a_hub(response.url, f"HTTP {response.status}")
-
-    def _unnamed_refusal(self, error: Exception, status: int, repo_id: str, page: str) -> DownloadError:
-        if "Invalid credentials" in str(error):
+        """Return the error that the Hub's header, or else the status, names, with what to do about it."""
+        page, status = f"{self.endpoint}/{repo_id}", response.status
+        said = _reason(response.headers.get("X-Error-Message"), body)
+        named = response.headers.get("X-Error-Code")
+        if named == "GatedRepo":
+            return _gated(repo_id, page, self.has_token, said)
+        if named == "RevisionNotFound":
+            return _missing("revision", f"{repo_id} has no revision {revision}{said}", "correct the recipe's revision")
+        if named == "EntryNotFound":
+            return _missing("file", f"{repo_id} has no file {path} at {revision}{said}", "correct the recipe's pattern")
+        if "Invalid credentials" in said:
             return DownloadError(
-                f"{self.endpoint} does not accept the token that was sent (asked for {repo_id})",
+                f"{self.endpoint} does not accept the token that was sent (asked for {repo_id}){said}",
                 code="hub_token_invalid",
                 hint="log in again with `hf auth login`, or correct or unset HF_TOKEN",
             )
@@ -213,27 +228,18 @@ class HubClient:
             message = (
                 f"there is no repository {repo_id} at {self.endpoint}, or it is private and this token may not see it"
             )
-            return _missing("repo", message, f"open {page} in a browser to see which")
+            return _missing("repo", message + said, f"open {page} in a browser to see which")
         if status == 401:
             return DownloadError(
-                f"{repo_id} at {self.endpoint} does not exist, or is private; no token was sent",
+                f"{repo_id} at {self.endpoint} does not exist, or is private; no token was sent{said}",
                 code="hub_token_missing",
                 hint="check the name; for a private repository log in with `hf auth login` or set HF_TOKEN",
             )
         if status == 404:
-            return _missing("repo", f"there is no repository {repo_id} at {self.endpoint}", "correct the recipe")
+            return _missing("repo", f"there is no repository {repo_id} at {self.endpoint}{said}", "correct the recipe")
         return DownloadError(
-            f"{self.endpoint} refuses {repo_id} with HTTP {status}", code="hub_refused", hint=f"open {page}"
+            f"{self.endpoint} refuses {repo_id} with HTTP {status}{said}", code="hub_refused", hint=f"open {page}"
         )
-
-    def _file(self, entry: object, url: str) -> HubFile | None:
-        """Read an entry of the tree; None for what is no file."""
-        if isinstance(entry, Mapping) and entry.get("type") != "file":
-            return None
-        found = _hub_file(entry)
-        if found is None:
-            raise self._not_a_hub(url, f"a file without path, size or hash ({str(entry)[:80]})")
-        return found
 
     def _not_a_hub(self, url: str, found: str) -> DownloadError:
         return DownloadError(
@@ -273,16 +279,38 @@ def _checked_token(authorization: str | None) -> str | None:
     return authorization
 
 
-def _hub_file(entry: object) -> HubFile | None:
-    lfs = entry.get("lfs") or {} if isinstance(entry, Mapping) else None
-    if not isinstance(entry, Mapping) or not isinstance(lfs, Mapping):
+def _hub_entry(entry: object) -> HubFile | str | None:
+    """Read an entry of a tree: a file, a folder's path, or None for anything else."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
         return None
-    path, size, git_sha1 = entry.get("path"), lfs.get("size", entry.get("size")), str(entry.get("oid"))
+    path, lfs = entry["path"], entry.get("lfs") or {}
+    if entry.get("type") == "directory":
+        return str(path)
+    if entry.get("type") != "file" or not isinstance(lfs, Mapping):
+        return None
+    size, git_sha1 = lfs.get("size", entry.get("size")), str(entry.get("oid"))
     sha256 = str(lfs.get("oid")) if lfs else None
-    if not isinstance(path, str) or type(size) is not int or size < 0:
-        return None
     hashed = _SHA1.fullmatch(git_sha1) and (sha256 is None or _SHA256.fullmatch(sha256))
-    return HubFile(path, size, sha256, git_sha1) if hashed else None
+    return HubFile(path, size, sha256, git_sha1) if hashed and type(size) is int and size >= 0 else None
+
+
+def _next_link(header: str) -> str | None:
+    """Return the target of the link whose relation is ``next`` (RFC 8288)."""
+    for target, parameters in _LINK.findall(header):
+        relations = [quoted or bare for name, quoted, bare in _PARAMETER.findall(parameters) if name.lower() == "rel"]
+        if relations and "next" in relations[0].casefold().split():  # the first one counts
+            return str(target)
+    return None
+
+
+def _reason(header: str | None, body: bytes) -> str:
+    """Return what the Hub says about a refusal, to be put behind a message."""
+    try:
+        stated = json.loads(body) if body[:1] == b"{" else {}
+    except (ValueError, RecursionError):
+        stated = {}
+    said = header or (stated.get("error") if isinstance(stated, dict) else None)
+    return f" (it says: {plain(said.strip()[:300])})" if isinstance(said, str) and said.strip() else ""
 
 
 def _headers(token: str | bool | None) -> dict[str, str]:
@@ -295,39 +323,33 @@ def _headers(token: str | bool | None) -> dict[str, str]:
     if token is False or (token is None and not _may_have_token()):
         python = ".".join(map(str, sys.version_info[:3]))
         return {"user-agent": f"port-kit/{__version__}; hf_hub/{huggingface_hub.__version__}; python/{python}"}
-    _import_httpx()
+    from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
 
-    return build_hf_headers(token=token, library_name="port-kit", library_version=__version__)
+    try:
+        return build_hf_headers(token=token, library_name="port-kit", library_version=__version__)
+    except (OSError, UnicodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "it is no text"
+        raise DownloadError(
+            f"the token in {constants.HF_TOKEN_PATH} cannot be read: {reason}",
+            code="hub_token_invalid",
+            hint="correct the file or its rights, log in again with `hf auth login`, or set HF_TOKEN",
+        ) from error
 
 
 def _may_have_token() -> bool:
-    """Whether huggingface_hub might find a token: in the environment, in its file, or in a notebook's secrets."""
+    """Return True if there may be a token in the environment, in huggingface_hub's file, or in a notebook's secrets."""
     from huggingface_hub import constants
 
     named = any(name in os.environ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"))
     return named or os.path.exists(constants.HF_TOKEN_PATH) or "IPython" in sys.modules
 
 
-def _import_httpx() -> None:
-    """Import httpx without its command line, which draws in rich and pygments: a quarter second of each start.
-
-    httpx does without where that module cannot be imported; a None in ``sys.modules`` says so.
-    """
-    if "httpx" in sys.modules:
-        return
-    sys.modules["httpx._main"] = None  # type: ignore[assignment]
-    try:
-        import httpx  # noqa: F401
-    finally:
-        del sys.modules["httpx._main"]
-
-
-def _gated(repo_id: str, page: str, has_token: bool) -> DownloadError:
+def _gated(repo_id: str, page: str, has_token: bool, reason: str) -> DownloadError:
     said = "the token that was sent has not been granted access" if has_token else "no token was sent"
     todo = f"accept its terms at {page}"
     hint = todo if has_token else f"{todo}, then log in with `hf auth login` or set HF_TOKEN"
-    return DownloadError(f"{repo_id} is gated: {said}", code="hub_gated", hint=hint, repository=repo_id)
+    return DownloadError(f"{repo_id} is gated: {said}{reason}", code="hub_gated", hint=hint, repository=repo_id)
 
 
 def _missing(kind: str, message: str, hint: str) -> DownloadError:

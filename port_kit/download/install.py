@@ -9,22 +9,34 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from port_kit.download.files import explained, read_json, write_atomically, write_json
-from port_kit.download.gitcode import code_folder, code_home, sweep_code
+from port_kit.download.gitcode import (
+    check_code,
+    check_declared,
+    code_folder,
+    code_home,
+    fetch_code,
+    plain_url,
+    resolve_commit,
+    sweep_code,
+)
 from port_kit.download.recipe import FULL_HASH, NAME, GitCode
 from port_kit.errors import DownloadError, OptionalDependencyError
+from port_kit.files import os_errors_as, read_json, write_atomically, write_json
 
+# Packages are found as at every start, .pth files included, but without running sitecustomize and usercustomize.
 _FIND = """
-import importlib.util, json, sys
+import importlib.util, json, site, sys
+site.addsitepackages(site.venv(site.removeduppaths()))
 found = {}
 for name in sys.argv[1:]:
     spec = importlib.util.find_spec(name)
@@ -32,6 +44,9 @@ for name in sys.argv[1:]:
     found[name] = next((place for place in places if place), None)
 print(json.dumps(found))
 """
+
+
+_WORD = re.compile(r"\w+")
 
 
 def site_packages() -> Path:
@@ -50,6 +65,7 @@ def check_target(code: GitCode) -> None:
     Raises:
         DownloadError: ``install_target`` or ``code_clash``.
     """
+    check_declared(code)
     place = site_packages()
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -68,7 +84,22 @@ def check_target(code: GitCode) -> None:
             code="install_target",
             hint="choose another folder: set PORT_KIT_HOME",
         )
+    _check_start_up(code)
     _check_clash(code)
+
+
+def _check_start_up(code: GitCode) -> None:
+    """Refuse packages that a line of a ``.pth`` file imports at every start."""
+    for path in sorted(site_packages().glob("*.pth")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        imported = {word for line in lines if line.startswith(("import ", "import\t")) for word in _WORD.findall(line)}
+        refused = [package for package in code.packages if package in imported]
+        if refused:
+            raise DownloadError(
+                f"the package {refused[0]} of git code {code.name} would be imported by {path} at every start",
+                code="code_clash",
+                hint="use another virtual environment",
+            )
 
 
 def _check_clash(code: GitCode) -> None:
@@ -85,6 +116,41 @@ def _is_ours(code: GitCode, origin: str) -> bool:
     return Path(os.path.abspath(origin)).is_relative_to(code_home() / code.name)
 
 
+def plan_code(codes: Sequence[GitCode], fixed: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Return ``{name: {"url", "commit"}}`` for a lock; find out now what would hinder the installation later.
+
+    Args:
+        codes: the git code of a recipe.
+        fixed: what the lock says already.
+    """
+    planned = {}
+    for code in codes:
+        commit = code.commit or fixed.get(code.name, {}).get("commit")
+        if commit is None or not is_installed(code, commit):
+            check_target(code)
+            found = resolve_commit(code)
+            commit = commit or found
+        planned[code.name] = {"url": plain_url(code.url), "commit": commit}
+    return {**{name: dict(item) for name, item in fixed.items()}, **planned}
+
+
+def install_all(codes: Sequence[GitCode], planned: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Fetch and install the git code of a recipe; return ``{name: folder}``."""
+    folders = {}
+    for code in codes:
+        fetch_code(code, planned[code.name]["commit"])
+        folders[code.name] = str(install_code(code, planned[code.name]["commit"]))
+    return folders
+
+
+def examine_code(codes: Sequence[GitCode], planned: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare the installed git code with its commit; a changed checkout is the user's to judge: an error."""
+    for code in codes:
+        commit = planned.get(code.name, {}).get("commit")
+        if commit and code_folder(code.name, commit).exists():
+            check_code(code, commit)
+
+
 def install_code(code: GitCode, commit: str) -> Path:
     """Make a fetched commit importable, and prove it with a fresh interpreter; return its folder.
 
@@ -96,7 +162,7 @@ def install_code(code: GitCode, commit: str) -> Path:
     line = f"{folder / 'path'}\n"
     target = pth_file(code.name)
     if not target.is_file() or target.read_text(encoding="ascii", errors="replace") != line:
-        with explained(target):
+        with os_errors_as(target):
             write_atomically(target, line)
     _remember_user(folder, target)
     found = _find(code.packages)
@@ -111,7 +177,7 @@ def install_code(code: GitCode, commit: str) -> Path:
 
 
 def is_installed(code: GitCode, commit: str) -> bool:
-    """Whether this environment has this commit; looks at files only."""
+    """Return True if this environment has this commit; looks at files only."""
     target = pth_file(code.name)
     return target.is_file() and target.read_text(encoding="ascii", errors="replace") == (
         f"{code_folder(code.name, commit) / 'path'}\n"
@@ -125,7 +191,7 @@ def uninstall_code(name: str) -> list[str]:
         The paths that were removed.
 
     Raises:
-        DownloadError: ``code_broken`` where nothing of that name is installed.
+        DownloadError: ``code_broken`` if nothing of that name is installed.
     """
     if not NAME.fullmatch(name):
         raise DownloadError(
@@ -134,7 +200,7 @@ def uninstall_code(name: str) -> list[str]:
             hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
         )
     target = pth_file(name)
-    with explained(target):
+    with os_errors_as(target):
         removed = _take_out(name, target)
     if not removed:
         raise DownloadError(
@@ -202,7 +268,7 @@ def _find(packages: Sequence[str]) -> dict[str, str | None]:
     """Ask a fresh interpreter, in the plainest locale, where names come from."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-I", "-c", _FIND, *packages]
+    command = [sys.executable, "-I", "-S", "-c", _FIND, *packages]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise DownloadError(

@@ -1,8 +1,9 @@
-"""A file on its way: its bytes, how far they have come, and what they are to become.
+"""A partial download: a file's bytes so far, and how many of them there are.
 
-``.port_kit/parts/<key>.<owner>/`` holds ``data``, ``progress`` (one count a segment, written after the bytes that it
-counts) and ``meta.json`` (identity, ETag, segment size; after sealing also the final size and hash). A part belongs to
-one process; the next one takes it over by renaming the folder, which only one can do, after its owner has died.
+``.port_kit/parts/<key>.<owner>/`` holds ``data``, ``progress`` (one count per segment, written after the bytes that it
+counts) and ``meta.json`` (the file's specification, the segment size). All three are hints: a file gets its final name
+only after its bytes were read back or received, and hashed. A partial download belongs to one process. A later process
+takes it over by renaming the folder, which only one can do, after the owner has ended.
 """
 
 from __future__ import annotations
@@ -11,33 +12,36 @@ import dataclasses
 import errno
 import hashlib
 import os
+import re
 import shutil
-import socket
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from port_kit.download.files import STATE_FOLDER, explained, publish, read_json, sync_folder, write_json
-from port_kit.download.layout import Layout, write_all
+from port_kit.checkpoint.byte_layout import ByteLayout, write_all
+from port_kit.download.state import open_state_file, state_path
+from port_kit.files import os_errors_as, publish, read_json, sync_folder, write_json
+from port_kit.owner import OWNER, may_run, owner
 
 _COUNT = struct.Struct("<Q")
+_NAME = re.compile(rf"([0-9a-f]{{16}})\.({OWNER})")
+_MOST_SEGMENTS = 1 << 17
 #: what unbuffered writes need of offset, length and address: the memory page, and no disk's sectors are larger
 ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a part is made of; a part with another identity is worthless.
+class FileSpec:
+    """A file of a model directory and where it comes from; a partial download of another specification is worthless.
 
     Attributes:
         target: path in the model directory.
         repo_id, commit, path: where the source lies.
         size: of the source, bytes.
         digest: of the source, ``sha256:...`` or ``git:...``.
-        convert, wrapper: see :class:`~port_kit.download.recipe.FileRule`.
+        convert, wrapper, drop: see :class:`~port_kit.download.recipe.FileRule`.
     """
 
     target: str
@@ -48,49 +52,65 @@ class Identity:
     digest: str
     convert: bool = False
     wrapper: str = ""
+    drop: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """Return the plain form."""
+        return {**dataclasses.asdict(self), "drop": list(self.drop)}
+
+    @property
+    def key(self) -> str:
+        """A hash of all fields."""
+        return hashlib.sha256(repr(dataclasses.astuple(self)).encode(errors="surrogatepass")).hexdigest()
 
 
 @dataclass
 class Segment:
-    """A range of the source; bytes ``[start, position)`` have been written."""
+    """A range of the source. Bytes ``[start, position)`` have been written; the lock's holder may write the next."""
 
     index: int
     start: int
     end: int
     position: int
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is missing."""
+        """Return True if nothing is missing."""
         return self.position >= self.end
 
 
-class Part:
-    """See the module's text. :func:`take_part` makes or adopts one."""
+class PartialDownload:
+    """The files of one partial download; :func:`acquire` makes or takes over one.
 
-    def __init__(self, folder: Path, identity: Identity, segment_size: int) -> None:
-        self.folder, self.identity = folder, identity
-        self.meta = read_json(folder / "meta.json") or {}
-        known = self.meta.get("segment")
-        size = known if isinstance(known, int) and known > 0 else segment_size
-        self.meta = {**self.meta, "identity": dataclasses.asdict(identity), "segment": size}
-        flags = os.O_RDWR | os.O_CREAT
-        with explained(folder):
-            self.descriptor = os.open(folder / "data", flags, 0o644)
-            self._progress = os.open(folder / "progress", flags, 0o644)
-        self._unbuffered = _open_unbuffered(folder / "data")
+    Attributes:
+        spec: what it becomes.
+        segments: its ranges, in order.
+        layout: where the source's bytes are written in ``data``.
+    """
+
+    def __init__(self, folder: Path, spec: FileSpec, segment_size: int) -> None:
+        self.folder, self.spec = folder, spec
+        meta = read_json(folder / "meta.json") or {}
+        size = meta.get("segment")
+        if not isinstance(size, int) or size <= 0 or spec.size // size > _MOST_SEGMENTS:
+            size = segment_size
+        self.descriptor = open_state_file(folder / "data", os.O_RDWR | os.O_CREAT)
+        self._progress = open_state_file(folder / "progress", os.O_RDWR | os.O_CREAT)
+        self._unbuffered = _open_unbuffered(folder / "data", self.descriptor)
         self.segments = [
             Segment(
                 index,
                 start,
-                min(start + size, identity.size),
-                min(start + self._counted(index), start + size, identity.size),
+                min(start + size, spec.size),
+                min(start + self._counted(index), start + size, spec.size),
             )
-            for index, start in enumerate(range(0, max(identity.size, 1), size))
+            for index, start in enumerate(range(0, max(spec.size, 1), size))
         ]
-        self.layout = Layout.identity(identity.size)
-        self._segment_size, self._first_open, self._lock = size, 0, threading.Lock()
-        self.resumed_bytes = self.written
+        self.layout = ByteLayout.identity(spec.size)
+        self._first_open = 0
+        if meta != (now := {"spec": spec.to_json(), "segment": size}):
+            write_json(folder / "meta.json", now)
 
     @property
     def written(self) -> int:
@@ -98,88 +118,53 @@ class Part:
         return sum(segment.position - segment.start for segment in self.segments)
 
     @property
-    def frontier(self) -> int:
+    def contiguous_bytes(self) -> int:
         """All source bytes before this one have been written."""
         while self._first_open < len(self.segments):
             segment = self.segments[self._first_open]
             if not segment.is_complete:
                 return segment.position
             self._first_open += 1
-        return self.identity.size
+        return self.spec.size
 
-    @property
-    def sealed(self) -> dict[str, Any] | None:
-        """Size and sha256 of the finished file, where it is finished."""
-        return self.meta.get("sealed")
-
-    def write(self, offset: int, data: bytes | memoryview, *, unbuffered: bool = False) -> int:
-        """Write source bytes from ``offset`` and count them in their segments; return how many are new.
-
-        Several threads may bring the same bytes (a server that ignores ranges sends them all to everybody).
+    def append(self, segment: Segment, data: memoryview, *, unbuffered: bool) -> None:
+        """Write the next bytes of a segment, whose lock is held, and count them.
 
         Args:
-            offset: in the source.
-            data: the bytes.
+            segment: one of :attr:`segments`.
+            data: no more than the segment lacks.
             unbuffered: nobody will read them back soon, and ``data`` begins at a page: they need not pass through the
                 system's cache, which costs as much processor time as to receive them.
         """
-        with explained(self.folder):
-            if not (unbuffered and self._write_unbuffered(offset, data)):
-                self.layout.write(self.descriptor, offset, data)
-            with self._lock:
-                return self._count(offset, offset + len(data))
+        with os_errors_as(self.folder):
+            if not (unbuffered and self._write_unbuffered(segment.position, data)):
+                self.layout.write(self.descriptor, segment.position, data)
+            segment.position += len(data)
+            count = _COUNT.pack(segment.position - segment.start)
+            os.pwrite(self._progress, count, segment.index * _COUNT.size)
 
-    def _write_unbuffered(self, offset: int, data: bytes | memoryview) -> bool:
-        """Write past the system's cache; false where that is not possible for these bytes, or on this disk at all."""
+    def _write_unbuffered(self, offset: int, data: memoryview) -> bool:
+        """Write past the system's cache; return False if these bytes or this disk do not allow it."""
         fits = self.layout.is_identity and offset % ALIGNMENT == 0 and len(data) % ALIGNMENT == 0
         if not fits or self._unbuffered < 0:
             return False
         try:
-            write_all(self._unbuffered, memoryview(data), offset)
+            write_all(self._unbuffered, data, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:  # how a file system says that it wants another alignment, or none of this
                 raise
             return False
         return True
 
-    def _count(self, start: int, end: int) -> int:
-        new = 0
-        for index in range(start // self._segment_size, len(self.segments)):
-            segment = self.segments[index]
-            if segment.start >= end:
-                break
-            if max(start, segment.start) <= segment.position < end:
-                reached = min(end, segment.end)
-                new += reached - segment.position
-                segment.position = reached
-                os.pwrite(self._progress, _COUNT.pack(reached - segment.start), index * _COUNT.size)
-        return new
-
-    def save(self, **meta: object) -> None:
-        """Remember facts about the part for the process that may have to go on with it."""
-        if any(self.meta.get(key) != value for key, value in meta.items()):
-            self.meta.update(meta)
-            write_json(self.folder / "meta.json", self.meta)
-
-    def seal(self, size: int, sha256: str) -> None:
-        """Make the content durable and note that it is finished."""
-        with explained(self.folder):
-            os.fsync(self.descriptor)
-            self.save(sealed={"size": size, "sha256": sha256})
-
-    def truncate(self, size: int) -> None:
-        """Cut off what lies behind the finished file; only after it was sealed."""
-        if os.fstat(self.descriptor).st_size != size:
-            os.ftruncate(self.descriptor, size)
-            os.fsync(self.descriptor)
-
-    def publish(self, directory: Path) -> None:
-        """Move the finished file to its place and forget the rest."""
-        publish(self.folder / "data", directory / self.identity.target)
+    def publish(self, directory: Path, size: int) -> None:
+        """Give the file its final size, make it durable, move it to its place, and delete the rest."""
+        os.ftruncate(self.descriptor, size)
+        os.fsync(self.descriptor)
+        publish(self.folder / "data", directory / self.spec.target)
         self.discard()
 
     def discard(self) -> None:
-        """Delete the part."""
+        """Delete the partial download."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -195,102 +180,91 @@ class Part:
         return _COUNT.unpack(data)[0] if len(data) == _COUNT.size else 0
 
 
-def _open_unbuffered(path: Path) -> int:
-    """Open a file for writes past the system's cache; -1 where the system or the file system has no such thing."""
+def _open_unbuffered(path: Path, same_as: int) -> int:
+    """Open a file once more for writes past the system's cache; -1 if the file system has no such thing."""
     flag = getattr(os, "O_DIRECT", 0)
     try:
-        return os.open(path, os.O_WRONLY | flag) if flag else -1
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flag) if flag else -1
     except OSError:
         return -1
+    if descriptor >= 0 and not os.path.samestat(os.fstat(descriptor), os.fstat(same_as)):
+        os.close(descriptor)
+        return -1
+    return descriptor
 
 
-def take_part(directory: Path, identity: Identity, segment_size: int) -> Part:
-    """Go on with the part that an ended process left, or begin a new one; worthless ones are deleted."""
-    folder = directory / STATE_FOLDER / "parts"
-    with explained(folder):
+def acquire(directory: Path, spec: FileSpec, segment_size: int, *, exclusive: bool) -> PartialDownload:
+    """Resume the partial download of an ended process, or start a new one; delete those that do not match.
+
+    Args:
+        directory: the model directory.
+        spec: what is downloaded.
+        segment_size: bytes per segment of a new one.
+        exclusive: the directory's lock keeps other hosts out, so that theirs have ended.
+    """
+    folder = state_path(directory, "parts")
+    name = f"{_key(spec.target)}.{owner()}"
+    with os_errors_as(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    mine = folder / f"{_key(identity.target)}.{_owner()}"
-    left = [path for path in _left_behind(folder) if path.name.startswith(_key(identity.target))]
-    usable = [path for path in left if _is_usable(path, identity)]
-    usable.sort(key=_progress_of, reverse=True)
-    if usable and usable[0] != mine and _rename(usable[0], mine):
-        sync_folder(folder)
-    for path in left:
-        if path != mine:
-            shutil.rmtree(path, ignore_errors=True)
-    if mine.exists() and not _is_usable(mine, identity):
-        shutil.rmtree(mine)
-    mine.mkdir(exist_ok=True)
-    part = Part(mine, identity, segment_size)
-    part.save(owner=_owner())
-    return part
+        left = [path for path in _abandoned(folder, exclusive) if path.name.startswith(_key(spec.target))]
+        usable = sorted((path for path in left if _matches(path, spec)), key=_progress_of, reverse=True)
+        if usable and usable[0].name != name and _rename(usable[0], folder / name):
+            sync_folder(folder)
+        for path in left:
+            if path.name != name:
+                shutil.rmtree(path, ignore_errors=True)
+        if (folder / name).exists() and not _matches(folder / name, spec):
+            shutil.rmtree(folder / name)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        return PartialDownload(folder / name, spec, segment_size)
 
 
-def sweep(directory: Path, wanted: set[str]) -> None:
-    """Delete what ended processes left for targets that nobody wants any more, and the folder where it is empty."""
-    folder = directory / STATE_FOLDER / "parts"
+def remove_stale(directory: Path, wanted: set[str], *, exclusive: bool) -> None:
+    """Delete what ended processes left for targets that are not wanted any more, and the folder if it is empty."""
+    folder = state_path(directory, "parts")
     if not folder.is_dir():
         return
     keys = {_key(target) for target in wanted}
-    for path in _left_behind(folder):
+    for path in _abandoned(folder, exclusive):
         if path.name.partition(".")[0] not in keys:
             shutil.rmtree(path, ignore_errors=True)
-    if not any(folder.iterdir()):
+    try:
         folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
 
 
-def bytes_on_disk(directory: Path, identity: Identity) -> int:
-    """Source bytes of this identity that earlier runs have left."""
-    folder = directory / STATE_FOLDER / "parts"
+def resumable_bytes(directory: Path, spec: FileSpec, *, exclusive: bool) -> int:
+    """Return how many source bytes of this file earlier runs have left."""
+    folder = state_path(directory, "parts")
     if not folder.is_dir():
         return 0
-    found = [path for path in _left_behind(folder) if path.name.startswith(_key(identity.target))]
-    most = max((_progress_of(path) for path in found if _is_usable(path, identity)), default=0)
-    return min(most, identity.size)
+    found = [path for path in _abandoned(folder, exclusive) if path.name.startswith(_key(spec.target))]
+    most = max((_progress_of(path) for path in found if _matches(path, spec)), default=0)
+    return min(most, spec.size)
 
 
 def _key(target: str) -> str:
     return hashlib.sha256(target.encode()).hexdigest()[:16]
 
 
-def _owner() -> str:
-    """This process: host, number, and when it began, since numbers are given again."""
-    return f"{socket.gethostname()}~{os.getpid()}~{_started(os.getpid())}"
-
-
-def _started(process: int) -> str:
-    try:
-        with open(f"/proc/{process}/stat", "rb") as stream:
-            return stream.read().rpartition(b")")[2].split()[19].decode()
-    except OSError:
-        return "0"
-
-
-def _is_alive(owner: str) -> bool:
-    """Whether the process of that name still runs on this host; those of other hosts are held off by the lock."""
-    host, _, rest = owner.partition("~")
-    number, _, started = rest.partition("~")
-    if host != socket.gethostname() or not number.isdigit():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _started(int(number)) == started
-
-
-def _left_behind(folder: Path) -> Iterator[Path]:
+def _abandoned(folder: Path, exclusive: bool) -> Iterator[Path]:
+    """Yield the partial downloads of this process and of those that have ended; nothing else in the folder."""
     for path in sorted(folder.iterdir()):
-        owner = path.name.partition(".")[2]
-        if owner == _owner() or not _is_alive(owner):
+        found = _NAME.fullmatch(path.name)
+        if found is None or path.is_symlink() or not path.is_dir():
+            continue
+        if found[2] == owner() or not may_run(found[2], elsewhere=not exclusive):
             yield path
 
 
-def _is_usable(path: Path, identity: Identity) -> bool:
-    meta = read_json(path / "meta.json")
-    return isinstance(meta, dict) and meta.get("identity") == dataclasses.asdict(identity)
+def _matches(path: Path, spec: FileSpec) -> bool:
+    """Return True if a partial download is one of this file, in plain files."""
+    plain = not any((path / name).is_symlink() for name in ("data", "progress", "meta.json"))
+    single = all((path / name).stat().st_nlink == 1 for name in ("data", "progress") if (path / name).exists())
+    meta = read_json(path / "meta.json") if plain and single else None
+    return isinstance(meta, dict) and meta.get("spec") == spec.to_json()
 
 
 def _progress_of(path: Path) -> int:

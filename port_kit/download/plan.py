@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.files import check_relative_path, digests_of, free_space, require_place
 from port_kit.download.hub import HubClient, HubFile
 from port_kit.download.lock import LOCK_NAME, Lock, LockedFile
-from port_kit.download.parts import Identity, bytes_on_disk
+from port_kit.download.parts import FileSpec, resumable_bytes
+from port_kit.download.paths import check_relative_path, folded_name, require_place
 from port_kit.download.progress import human
 from port_kit.download.recipe import FileRule, Recipe, Repository
+from port_kit.download.state import is_behind_link
 from port_kit.errors import DownloadError
+from port_kit.files import digests_of, free_space
 
 MODEL_INDEX = "model_index.json"
 ORIGINALS = "original"
@@ -24,7 +26,7 @@ _MARGIN = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The work of a run.
 
     Attributes:
         recipe: what is wanted.
@@ -33,13 +35,13 @@ class Plan:
         fetch: what is missing.
         resumed: source bytes of these that earlier runs have left.
         disk_free: bytes free where the directory lies.
-        notes: what a person should know (moved branches, strangers).
+        notes: what a person should know (moved branches).
     """
 
     recipe: Recipe
     directory: Path
     lock: Lock
-    fetch: tuple[Identity, ...]
+    fetch: tuple[FileSpec, ...]
     resumed: int
     disk_free: int
     notes: tuple[str, ...] = field(default=())
@@ -47,18 +49,18 @@ class Plan:
     @property
     def bytes_to_fetch(self) -> int:
         """Source bytes that will come over the network; what is converted from a kept original does not."""
-        targets = {identity.target for identity in self.lock_identities}
+        targets = {spec.target for spec in self.lock_specs}
         remote = [item for item in self.fetch if not item.convert or original_of(item).target not in targets]
-        return sum(identity.size for identity in remote) - self.resumed
+        return sum(spec.size for spec in remote) - self.resumed
 
     @property
-    def lock_identities(self) -> tuple[Identity, ...]:
+    def lock_specs(self) -> tuple[FileSpec, ...]:
         """All files of the model directory that come from repositories."""
-        return tuple(item.identity for item in self.lock.files.values())
+        return tuple(item.spec for item in self.lock.files.values())
 
     @property
     def licences(self) -> dict[str, str]:
-        """What the recipe says of each repository's licence, where it says something."""
+        """The recipe's remarks on licences, by repository."""
         return {item.repo_id: item.licence for item in self.recipe.repositories if item.licence}
 
     @property
@@ -69,15 +71,12 @@ class Plan:
     @property
     def disk_needed(self) -> int:
         """Bytes that the disk must have: one copy of each file, converted ones included, and a little for the rest."""
-        return sum(identity.size for identity in self.fetch) - self.resumed + _MARGIN if self.fetch else 0
+        return sum(spec.size for spec in self.fetch) - self.resumed + _MARGIN if self.fetch else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain form, for ``--dry-run --json``."""
-        missing = {identity.target for identity in self.fetch}
-        files = [
-            {**dataclasses.asdict(item.identity), "present": target not in missing}
-            for target, item in self.lock.files.items()
-        ]
+        missing = {spec.target for spec in self.fetch}
+        files = [{**item.spec.to_json(), "present": target not in missing} for target, item in self.lock.files.items()]
         return {
             "recipe": self.recipe.name,
             "directory": str(self.directory),
@@ -87,7 +86,7 @@ class Plan:
             "gated": self.gated,
             "files": files,
             "code": self.lock.code,
-            "bytes_total": sum(item.identity.size for item in self.lock.files.values()),
+            "bytes_total": sum(item.spec.size for item in self.lock.files.values()),
             "bytes_to_fetch": self.bytes_to_fetch,
             "disk_needed": self.disk_needed,
             "disk_free": self.disk_free,
@@ -96,9 +95,9 @@ class Plan:
 
     def describe(self) -> str:
         """Return the table for people."""
-        missing = {identity.target for identity in self.fetch}
+        missing = {spec.target for spec in self.fetch}
         rows = [
-            (human(item.identity.size), target, "" if target in missing else "present", _origin(item.identity))
+            (human(item.spec.size), target, "" if target in missing else "present", _origin(item.spec))
             for target, item in self.lock.files.items()
         ]
         sizes, targets, states = (max((len(row[column]) for row in rows), default=0) for column in range(3))
@@ -121,8 +120,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def _origin(identity: Identity) -> str:
-    return f"{identity.repo_id}:{identity.path}" + (" (converted)" if identity.convert else "")
+def _origin(spec: FileSpec) -> str:
+    return f"{spec.repo_id}:{spec.path}" + (" (converted)" if spec.convert else "")
 
 
 def make_plan(
@@ -133,6 +132,7 @@ def make_plan(
     *,
     update: bool = False,
     keep_original: bool = False,
+    exclusive: bool = True,
 ) -> Plan:
     """Ask the Hub and the disk what there is to do.
 
@@ -143,6 +143,7 @@ def make_plan(
         known: the directory's lock, if it has one.
         update: resolve unconfirmed revisions anew instead of taking the lock's.
         keep_original: plan pickle checkpoints as they are (under ``original/``), to be converted on disk.
+        exclusive: the directory's lock keeps other hosts out; see :func:`~port_kit.download.parts.acquire`.
 
     Raises:
         DownloadError: anything that would fail later.
@@ -157,11 +158,11 @@ def make_plan(
         lock, notes = _resolve(recipe, hub, fixed, update, keep_original)
     _check_targets(recipe, lock)
     lock.files = {target: _present(directory, item, known_files.get(target)) for target, item in lock.files.items()}
-    fetch = tuple(item.identity for item in lock.files.values() if item.sha256 is None)
-    for repo_id in dict.fromkeys(identity.repo_id for identity in fetch):
+    fetch = tuple(item.spec for item in lock.files.values() if item.sha256 is None)
+    for repo_id in dict.fromkeys(spec.repo_id for spec in fetch):
         largest = max((item for item in fetch if item.repo_id == repo_id), key=lambda item: item.size)
         hub.probe(repo_id, largest.commit, largest.path)
-    resumed = sum(bytes_on_disk(directory, identity) for identity in fetch)
+    resumed = sum(resumable_bytes(directory, spec, exclusive=exclusive) for spec in fetch)
     plan = Plan(recipe, directory, lock, fetch, resumed, free_space(directory), tuple(notes))
     _check_disk(plan)
     return plan
@@ -186,23 +187,23 @@ def _resolve(
             if repo_id in fixed and fixed[repo_id] != commit:
                 notes.append(f"{repo_id}: {repository.branch} has moved from {fixed[repo_id]} to {commit}")
         lock.revisions[repo_id] = commit
-        for identity in _select(repository, commit, hub.tree(repo_id, commit), keep_original):
-            _add(lock, identity)
+        for spec in _select(repository, commit, hub.tree(repo_id, commit), keep_original):
+            _add(lock, spec)
     return lock, notes
 
 
-def _add(lock: Lock, identity: Identity) -> None:
-    other = lock.files.get(identity.target)
+def _add(lock: Lock, spec: FileSpec) -> None:
+    other = lock.files.get(spec.target)
     if other is not None:
         raise DownloadError(
-            f"{_origin(other.identity)} and {_origin(identity)} both go to {identity.target}",
+            f"{_origin(other.spec)} and {_origin(spec)} both go to {spec.target}",
             code="target_collision",
             hint="give one of them another folder or name in the recipe",
         )
-    lock.files[identity.target] = LockedFile(identity)
+    lock.files[spec.target] = LockedFile(spec)
 
 
-def _select(repository: Repository, commit: str, files: Iterable[HubFile], keep_original: bool) -> Iterable[Identity]:
+def _select(repository: Repository, commit: str, files: Iterable[HubFile], keep_original: bool) -> Iterable[FileSpec]:
     files = list(files)
     for rule in repository.files:
         matched = [file for file in files if file.path == rule.pattern]
@@ -210,7 +211,7 @@ def _select(repository: Repository, commit: str, files: Iterable[HubFile], keep_
             matched = [file for file in files if fnmatch.fnmatchcase(file.path, rule.pattern)]
         _check_matches(repository, commit, rule, matched, files)
         for file in matched:
-            yield from _identities(repository.repo_id, commit, rule, file, keep_original)
+            yield from _specs(repository.repo_id, commit, rule, file, keep_original)
 
 
 def _check_matches(
@@ -242,41 +243,47 @@ def _check_matches(
         )
 
 
-def _identities(repo_id: str, commit: str, rule: FileRule, file: HubFile, keep_original: bool) -> Iterable[Identity]:
+def _specs(repo_id: str, commit: str, rule: FileRule, file: HubFile, keep_original: bool) -> Iterable[FileSpec]:
     """A file of the model directory, preceded by the original that it is converted from where that is kept."""
     check_relative_path(file.path, repo_id)
     target = rule.target(file.path)
     check_relative_path(target, f"the rule {rule.pattern!r} of {repo_id}")
     digest = f"sha256:{rule.sha256}" if rule.sha256 else file.digest
-    wanted = Identity(target, repo_id, commit, file.path, file.size, digest, rule.convert, rule.wrapper)
+    wanted = FileSpec(target, repo_id, commit, file.path, file.size, digest, rule.convert, rule.wrapper, rule.drop)
     if keep_original and rule.convert:
         yield original_of(wanted)
     yield wanted
 
 
-def original_of(identity: Identity) -> Identity:
+def original_of(spec: FileSpec) -> FileSpec:
     """Return the pickle checkpoint that a converted file comes from, as ``--keep-original`` keeps it."""
-    target = f"{ORIGINALS}/{identity.repo_id}/{identity.path}"
-    return dataclasses.replace(identity, target=target, convert=False, wrapper="")
+    target = f"{ORIGINALS}/{spec.repo_id}/{spec.path}"
+    return dataclasses.replace(spec, target=target, convert=False, wrapper="", drop=())
 
 
 def _check_targets(recipe: Recipe, lock: Lock) -> None:
-    """Targets must differ also where a system ignores case, and none may be a folder of another."""
+    """Refuse targets that some system takes for one, a target that is a folder of another, and git repositories."""
     own = {MODEL_INDEX, LOCK_NAME, *(f"{folder}/config.json" for folder in recipe.configs)}
     for folder in recipe.configs:
         check_relative_path(f"{folder}/config.json", f"recipe {recipe.name}")
-    seen: dict[str, str] = {}
+    files: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for target in [*own, *lock.files]:
-        for taken in (target.casefold(), *_folders(target.casefold())):
-            if taken in seen and (taken == target.casefold() or seen[taken].casefold() == taken):
-                raise DownloadError(
-                    f"{target} collides with {seen[taken]}",
-                    code="target_collision",
-                    hint="give one of them another folder or name in the recipe",
-                )
-        seen[target.casefold()] = target
-        for folder in _folders(target.casefold()):
-            seen.setdefault(folder, f"{target} (a folder)")
+        folded = folded_name(target)
+        above = _folders(folded)
+        taken = next((files[place] for place in (folded, *above) if place in files), folders.get(folded))
+        if taken is not None:
+            raise DownloadError(
+                f"{target} collides with {taken}",
+                code="target_collision",
+                hint="give one of them another folder or name in the recipe",
+            )
+        files[folded] = target
+        for folder in above:
+            folders.setdefault(folder, f"{target} (a folder)")
+    for folder in ("", *(f"{place}/" for place in folders)):
+        if f"{folder}head" in files and {f"{folder}objects", f"{folder}refs"} <= folders.keys():
+            check_relative_path(f"{folder}.git", f"the bare git repository {folder or '.'} in recipe {recipe.name}")
 
 
 def _folders(target: str) -> list[str]:
@@ -285,26 +292,33 @@ def _folders(target: str) -> list[str]:
 
 
 def _present(directory: Path, item: LockedFile, known: LockedFile | None) -> LockedFile:
-    """Say whether a file is there: with the lock's size, or unknown to the lock but with the Hub's hash."""
-    path = directory / item.identity.target
+    """Return an item of the lock with what the directory has of it.
+
+    A file that is finished has its size and hash: with the lock's size, or with the right hash if no lock vouches for
+    it. A file that the kit created and that is another one is to be replaced; so is one that is missing.
+    """
+    path, missing = directory / item.spec.target, LockedFile(item.spec)
     require_place(path)
     if not path.is_file():
-        return dataclasses.replace(item, size=None, sha256=None)
+        return missing
     if known is not None and known.sha256 is not None:
-        whole = known.identity == item.identity and path.stat().st_size == known.size
-        return known if whole else dataclasses.replace(item, size=None, sha256=None)
+        same = known.spec == item.spec and path.stat().st_size == known.size
+        if same and (known.verified or digests_of(path, git=False)["sha256"] == known.sha256):
+            return dataclasses.replace(known, verified=True)
+        if not known.adopted and not is_behind_link(directory, item.spec.target):
+            return missing
     return _adopt(path, item)
 
 
 def _adopt(path: Path, item: LockedFile) -> LockedFile:
-    """A file that somebody else put there is taken where its hash is right, and never overwritten otherwise."""
-    kind, _, value = item.identity.digest.partition(":")
-    if not item.identity.convert and path.stat().st_size == item.identity.size:
+    """Take a file that the kit did not create if its hash is right; it is never overwritten otherwise."""
+    kind, _, value = item.spec.digest.partition(":")
+    if not item.spec.convert and path.stat().st_size == item.spec.size:
         digests = digests_of(path, git=kind == "git")
         if digests[kind] == value:
-            return LockedFile(item.identity, item.identity.size, digests["sha256"])
+            return LockedFile(item.spec, item.spec.size, digests["sha256"], adopted=True)
     raise DownloadError(
-        f"{path} was not put there by port-kit and is not {_origin(item.identity)}",
+        f"{path} was not put there by port-kit, or lies behind a linked folder, and is not {_origin(item.spec)}",
         code="target_foreign",
         hint="move it away, or choose another --output-dir",
     )

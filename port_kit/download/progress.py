@@ -1,4 +1,7 @@
-"""What a download tells while it runs, on stderr: one bar on a terminal, a line a file elsewhere, or nothing."""
+"""Progress of a download on stderr: one bar on a terminal, a line per file elsewhere, or nothing.
+
+Everything is escaped before it is shown: names and reasons come from servers.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import sys
 import threading
 import time
 from typing import Any, TextIO
+
+from port_kit.plain import plain
 
 _LINE_EVERY = 30.0
 
@@ -72,7 +77,7 @@ class LineProgress(Progress):
         self.note(f"  {target}  {human(size)}")
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(plain(text), file=self._stream, flush=True)
 
 
 class BarProgress(Progress):
@@ -86,7 +91,7 @@ class BarProgress(Progress):
         from tqdm import tqdm
 
         super().begin(what, total, done)
-        self._bar = tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, file=sys.stderr)
+        self._bar = tqdm(total=total, initial=done, desc=plain(what), unit="B", unit_scale=True, file=sys.stderr)
 
     def advance(self, count: int) -> None:
         super().advance(count)
@@ -96,9 +101,9 @@ class BarProgress(Progress):
 
     def note(self, text: str) -> None:
         if self._bar is None:
-            print(text, file=sys.stderr)
+            print(plain(text), file=sys.stderr)
         else:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(plain(text), file=sys.stderr)
 
     def end(self) -> None:
         if self._bar is not None:

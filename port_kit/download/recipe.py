@@ -1,4 +1,4 @@
-"""What a model is made of, as data: which files of which repositories go where.
+"""Recipes: the files of a model directory and where they come from, as data.
 
 A :class:`Recipe` is a frozen dataclass or a TOML file with the same fields::
 
@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileRule:
-    """Which files of a repository are taken, and where in the model directory they go.
+    """A choice of files of a repository, and their place in the model directory.
 
     Attributes:
         pattern: a path in the repository, or a shell pattern (``*`` crosses folders); it must match at least one file.
@@ -59,6 +59,7 @@ class FileRule:
             ``.safetensors`` for converted files. Only for a pattern that matches exactly one file.
         convert: a pickle checkpoint that becomes a safetensors file: the same names, another container.
         wrapper: the keys above the tensors in the pickle, dotted (``generator``, ``app.model``); needs ``convert``.
+        drop: names beside the tensors that are left out on purpose (``epoch``); needs ``convert``.
         sha256: the hash that this file must have; empty where only the Hub's own statement is known.
     """
 
@@ -68,15 +69,17 @@ class FileRule:
     convert: bool = False
     wrapper: str = ""
     sha256: str = ""
+    drop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(bool(self.pattern), "a file rule needs a pattern")
         _require(self.convert or not self.wrapper, f"{self.pattern}: wrapper {self.wrapper!r} needs convert = true")
+        _require(self.convert or not self.drop, f"{self.pattern}: drop needs convert = true")
         _require(not self.sha256 or bool(_SHA256.fullmatch(self.sha256)), f"{self.pattern}: sha256 is 64 hex digits")
 
     @property
     def is_glob(self) -> bool:
-        """Whether the pattern can match more than one file."""
+        """Return True if the pattern can match more than one file."""
         return any(character in self.pattern for character in "*?[")
 
     def target(self, path: str) -> str:
@@ -224,7 +227,11 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Return a hash over all fields: a lock that was written for another recipe is recognised by it."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), default=plain)
+        fields = dataclasses.asdict(self)
+        for rule in (rule for repository in fields["repositories"] for rule in repository["files"]):
+            if not rule["drop"]:
+                del rule["drop"]  # as before there was this field: locks of that time stay valid
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=plain)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
@@ -288,7 +295,7 @@ def _tables(data: Mapping[str, Any], key: str, owner: str) -> Sequence[Mapping[s
 
 
 def _is_of_kind(value: object, kind: str) -> bool:
-    """Whether a value has the type of its field, by the annotation's words."""
+    """Return True if a value has the type of its field, by the annotation's words."""
     if kind.startswith("Mapping"):
         return isinstance(value, Mapping)
     if kind.startswith("tuple"):

@@ -5,135 +5,174 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from port_kit.download.http import Response, TransportError, network_error
+from port_kit.download.http import Interrupted, Response, network_error
 from port_kit.download.hub import HubClient
-from port_kit.download.landing import Damaged, Landing
-from port_kit.download.parts import ALIGNMENT, Identity, Segment
+from port_kit.download.incoming_file import BUFFER_SIZE, Damaged, IncomingFile
+from port_kit.download.parts import ALIGNMENT, FileSpec, Segment
+from port_kit.download.urls import TransportError
 from port_kit.errors import DownloadError
 
-_PROGRESS = 1 << 16  # bytes since the last break: with less, a server that drips would keep a download busy for ever
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+# Bytes between two failed attempts that make the first one forgotten: a server that drips is given up.
+_PROGRESS = 1 << 16
+# Bytes of an answer that is shorter than the range that was asked for, and still worth asking again without a pause.
+_SHORTEST_ANSWER = 1 << 12
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 
-def fetch_segment(hub: HubClient, landing: Landing, segment: Segment, advance: Callable[[int], None]) -> None:
-    """Bring what is missing of a segment, in as many attempts as make progress.
+class _RangesIgnored(TransportError):
+    """The server sends the whole file when it is asked for a range."""
+
+
+def fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment, advance: Callable[[int], None]) -> None:
+    """Receive what a segment lacks, in as many attempts as make progress.
 
     Raises:
         DownloadError: the network or the Hub's refusal.
-        Damaged: the file has changed under the transfer.
+        Damaged: the answers are not the file.
     """
-    what = f"{landing.identity.repo_id}/{landing.identity.path}"
+    what = f"{incoming.spec.repo_id}/{incoming.spec.path}"
     policy, attempts = hub.http.policy, 0
     enough = min(_PROGRESS, (segment.end - segment.start) // 8 or 1)
     before = segment.position
     while not segment.is_complete:
+        begin = segment.position
         try:
-            _stream(hub, landing, segment, advance)
+            _receive(hub, incoming, segment, advance)
+            if segment.position < min(segment.end, begin + _SHORTEST_ANSWER):
+                raise TransportError(f"the answer to the range from {begin} had {segment.position - begin} bytes of it")
         except TransportError as error:
             attempts += 1
             if segment.position >= before + enough:
                 before, attempts = segment.position, 1
-            landing.location = None
+            incoming.location = None
+            if segment.is_complete:
+                return
             if attempts >= policy.attempts:
                 raise network_error(f"fetching {what}", error, attempts) from error
             hub.http.sleep(policy.pause(attempts))
+            with incoming.in_use() as wanted:
+                if not wanted:
+                    raise Interrupted from error
 
 
-def _stream(hub: HubClient, landing: Landing, segment: Segment, advance: Callable[[int], None]) -> None:
-    """One attempt: one request, and what comes of it."""
-    size, position = landing.identity.size, segment.position
+def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment, advance: Callable[[int], None]) -> None:
+    """Make one request and write the bytes of the answer."""
+    size, position = incoming.spec.size, segment.position
     headers = {}
     if (position, segment.end) != (0, size):
         headers["Range"] = f"bytes={position}-{segment.end - 1}"
-        etag = landing.part.meta.get("etag")
-        if etag:
-            headers["If-Range"] = etag
-    with _open(hub, landing, headers) as response:
+    with _open(hub, incoming, headers) as response, incoming.in_use(response) as wanted:
+        if not wanted:
+            raise Interrupted
         encoding = response.headers.get("Content-Encoding") or "identity"
         if encoding != "identity":
             raise Damaged(f"the server sends it in {encoding[:40]} encoding, which was not asked for")
         if response.status == 206:
-            _require_range(response, position, size)
-            _copy(response, landing, position, advance)
+            count = _length_of_range(response, position, segment.end, size)
+            _copy(response, incoming, position, position + count, advance)
         elif response.status == 200:
-            _require_same(response, landing)
-            with landing.whole:
+            if response.length not in (None, size):
+                raise Damaged(f"the server sends {response.length} bytes, the repository states {size}")
+            with incoming.whole:
                 if not segment.is_complete:
-                    landing.rewritten = landing.rewritten or bool(headers)
-                    _copy(response, landing, 0, advance)
+                    _copy(response, incoming, 0, size, advance)
         else:
             raise Damaged(f"the server answers HTTP {response.status} to the range from {position}")
 
 
-def _open(hub: HubClient, landing: Landing, headers: dict[str, str]) -> Response:
-    """Ask where the last answer was redirected to; when that place refuses (signatures age), ask the Hub again."""
-    identity, location = landing.identity, landing.location
+def _open(hub: HubClient, incoming: IncomingFile, headers: dict[str, str]) -> Response:
+    """Ask the place to which the last answer was redirected; if it refuses (signatures expire), ask the Hub again."""
+    spec, location = incoming.spec, incoming.location
     try:
-        response = hub.open(identity.repo_id, identity.commit, identity.path, headers, location)
+        response = hub.open(spec.repo_id, spec.commit, spec.path, headers, location)
     except DownloadError as error:
         if location is None:
             raise
-        raise TransportError(str(error)) from error
-    landing.location = response.url
+        raise TransportError(error.message) from error
+    incoming.location = response.url
     return response
 
 
-def _require_range(response: Response, position: int, size: int) -> None:
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range") or "")
-    if found is None or int(found[1]) != position or found[3] not in (str(size), "*"):
-        said = response.headers.get("Content-Range")
-        response.close()
-        raise TransportError(f"asked for bytes from {position} of {size}, the server sends {said!r}")
+def _length_of_range(response: Response, start: int, end: int, size: int) -> int:
+    """Return how many bytes a 206 holds: it begins where it was asked to and ends no later; it may end earlier."""
+    said = response.headers.get("Content-Range")
+    found = _CONTENT_RANGE.fullmatch(said or "")
+    last = int(found[2]) if found else -1
+    if found is None or int(found[1]) != start or not start <= last < end or found[3] not in (str(size), "*"):
+        raise TransportError(f"asked for bytes from {start} to {end - 1} of {size}, the server sends {said!r}")
+    if response.length not in (None, last + 1 - start):
+        raise TransportError(f"the server states the range {said!r} and {response.length} bytes")
+    return last + 1 - start
 
 
-def _require_same(response: Response, landing: Landing) -> None:
-    """The whole file where a range was asked for: the server ignores ranges, or the file is another one now."""
-    etag, known = response.headers.get("ETag"), landing.part.meta.get("etag")
-    size = landing.identity.size
-    if response.length not in (None, size):
-        raise Damaged(f"the server sends {response.length} bytes, the repository states {size}")
-    if known and etag != known and landing.part.written:
-        raise Damaged(f"its ETag was {known} and is {etag} now")
+def _copy(response: Response, incoming: IncomingFile, offset: int, end: int, advance: Callable[[int], None]) -> None:
+    """Write the bytes ``[offset, end)`` of the source, which the response's body begins with; ignore what follows.
 
+    A buffer holds bytes of one segment. Connections that receive the whole file write to all segments.
 
-def _copy(response: Response, landing: Landing, offset: int, advance: Callable[[int], None]) -> None:
-    etag = response.headers.get("ETag")
-    if etag and not etag.startswith("W/"):
-        landing.part.save(etag=etag)
-    size = landing.identity.size
-    while True:
-        piece = landing.take()
+    Raises:
+        TransportError: the body ends earlier.
+    """
+    segments = incoming.partial.segments
+    width = segments[0].end - segments[0].start
+    while offset < end:
+        segment = segments[offset // width]
+        buffer = incoming.take_buffer()
         begin = offset % ALIGNMENT  # so that pieces end, and the next ones begin, where disks like it
-        count = response.read_into(piece.buffer[begin:])
-        if offset + count > size:
-            raise Damaged(f"more than the {size} bytes arrive that the repository states")
-        advance(landing.write(offset, piece, begin, count))
+        room = min(segment.end - offset, BUFFER_SIZE - begin)
+        try:
+            count = response.read_into(buffer.memory[begin : begin + room])
+        except BaseException:
+            incoming.write(segment, offset, buffer, 0, 0)
+            raise
+        advance(incoming.write(segment, offset, buffer, begin, count))
         if not count:
-            return
+            raise TransportError(f"the answer ends {end - offset} bytes early")
         offset += count
 
 
 class RangeSource:
-    """A file of the Hub as a :class:`~port_kit.checkpoint.byte_sources.ByteSource`: each read is one ranged request."""
+    """A file of the Hub as a :class:`~port_kit.checkpoint.byte_sources.ByteSource`, read by ranged requests."""
 
-    def __init__(self, hub: HubClient, identity: Identity) -> None:
-        self._hub, self._identity = hub, identity
-        self.name = f"{identity.repo_id}/{identity.path}"
-        self.size = identity.size
+    def __init__(self, hub: HubClient, spec: FileSpec) -> None:
+        self._hub, self._spec = hub, spec
+        self.name = f"{spec.repo_id}/{spec.path}"
+        self.size = spec.size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`."""
-        end = min(offset + length, self.size)
-        if end <= offset:
-            return b""
-        identity = self._identity
+        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`.
+
+        Raises:
+            DownloadError: ``convert_layout`` if the server sends the whole file instead of ranges.
+        """
+        end, found = min(offset + length, self.size), bytearray()
 
         def ask() -> bytes:
-            headers = {"Range": f"bytes={offset}-{end - 1}"}
-            with self._hub.open(identity.repo_id, identity.commit, identity.path, headers) as response:
-                if response.status != 206:
-                    raise TransportError(f"HTTP {response.status} instead of a range")
-                _require_range(response, offset, self.size)
-                return response.read_all()
+            return self._ask(offset + len(found), end)
 
-        return self._hub.http.retrying(f"reading the directory of {self.name}", ask)
+        while offset + len(found) < end:
+            try:
+                found += self._hub.http.retrying(f"reading the directory of {self.name}", ask)
+            except DownloadError as error:
+                if not isinstance(error.__cause__, _RangesIgnored):
+                    raise
+                raise DownloadError(
+                    f"{self.name} cannot be read in parts: {error.__cause__}",
+                    code="convert_layout",
+                    hint="use another endpoint, or download it as it is and convert it on disk: --keep-original",
+                ) from error
+        return bytes(found)
+
+    def _ask(self, offset: int, end: int) -> bytes:
+        spec = self._spec
+        headers = {"Range": f"bytes={offset}-{end - 1}"}
+        with self._hub.open(spec.repo_id, spec.commit, spec.path, headers) as response:
+            if response.status == 200:
+                raise _RangesIgnored("the server ignores ranges and sends the whole file")
+            if response.status != 206:
+                raise TransportError(f"HTTP {response.status} instead of a range")
+            count = _length_of_range(response, offset, end, self.size)
+            body = response.read_all()
+            if len(body) < count:
+                raise TransportError(f"a range of {count} bytes has {len(body)}")
+            return body[:count]

@@ -1,22 +1,23 @@
-"""Take away what a download put there, and nothing else."""
+"""Delete what a download created in a model directory, and nothing else."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from port_kit.download.assemble import take_down
-from port_kit.download.files import STATE_FOLDER, directory_lock, explained, remove_empty_folders
-from port_kit.download.lock import LOCK_NAME, Lock, read_lock
+from port_kit.download.assemble import invalidate_index
+from port_kit.download.lock import LOCK_NAME, Lock, drop_journal, read_lock
+from port_kit.download.parts import remove_stale
 from port_kit.download.plan import MODEL_INDEX
+from port_kit.download.state import directory_lock, remove_empty_folders, remove_file, state_path
 from port_kit.errors import DownloadError
+from port_kit.files import os_errors_as
 
 
 @dataclass(frozen=True)
-class Removal:
-    """What was removed and what was left, relative to the directory; ``gone`` where the folder itself went too."""
+class RemoveReport:
+    """The files that were removed and left, relative to the directory; ``gone`` if the folder was removed too."""
 
     directory: Path
     removed: tuple[str, ...]
@@ -24,31 +25,41 @@ class Removal:
     gone: bool
 
 
-def remove(directory: str | Path, notice: Callable[[str], None] = lambda text: None) -> Removal:
-    """Delete the files that ``port.lock`` names, the kit's state, and folders that are empty then.
+def remove(directory: str | Path, notice: Callable[[str], None] = lambda text: None) -> RemoveReport:
+    """Delete the files that the kit created by ``port.lock``, its state, and folders that are empty then.
+
+    Adopted files, and files behind a linked folder, are left.
 
     Args:
         directory: the model directory.
-        notice: told where another process works on the directory, whose end is waited for.
+        notice: called if another process works on the directory, whose end is waited for.
 
     Raises:
-        DownloadError: ``model_incomplete`` where the directory has no ``port.lock``.
+        DownloadError: ``model_incomplete`` if the directory has no ``port.lock``.
     """
     directory = Path(directory).absolute()
     _locked(directory)
-    with directory_lock(directory, notice), explained(directory):
+    with directory_lock(directory, notice) as exclusive, os_errors_as(directory):
         lock = _locked(directory)  # another process may have worked on it until now
-        ours = [*lock.files, *lock.written, LOCK_NAME, MODEL_INDEX]
-        present = tuple(dict.fromkeys(target for target in ours if (directory / target).is_file()))
-        take_down(directory)
-        for target in present:
-            (directory / target).unlink(missing_ok=True)
-        remove_empty_folders(directory, {Path(target).parent for target in present})
-        shutil.rmtree(directory / STATE_FOLDER)
-    left = tuple(path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir())
+        ours = [target for target, item in lock.files.items() if not item.adopted]
+        ours += [target for target, item in lock.written.items() if not item.get("adopted")]
+        invalidate_index(directory)
+        targets = dict.fromkeys([*ours, LOCK_NAME])
+        removed = tuple(target for target in targets if target == MODEL_INDEX or remove_file(directory, target))
+        remove_empty_folders(directory, removed)
+        remove_stale(directory, set(), exclusive=exclusive)
+        drop_journal(directory)
+        (state_path(directory) / "lock").unlink()
+        if not any(state_path(directory).iterdir()):
+            state_path(directory).rmdir()
+    left = tuple(
+        path.relative_to(directory).as_posix()
+        for path in sorted(directory.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    )
     if not any(directory.iterdir()) and not directory.is_symlink():
         directory.rmdir()
-    return Removal(directory, present, left, gone=not directory.exists())
+    return RemoveReport(directory, removed, left, gone=not directory.exists())
 
 
 def _locked(directory: Path) -> Lock:

@@ -11,15 +11,23 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from port_kit.download import verify as checks
-from port_kit.download.assemble import assemble, check_owned, take_down
-from port_kit.download.files import STATE_FOLDER, directory_lock, explained, may_lock, remove_empty_folders
+from port_kit.download.assemble import assemble, invalidate_index, plan_written
 from port_kit.download.http import Policy
+from port_kit.download.local import find_local
 from port_kit.download.lock import Lock, read_lock
-from port_kit.download.parts import Identity, sweep
+from port_kit.download.parts import remove_stale
 from port_kit.download.plan import Plan, make_plan, original_of
 from port_kit.download.progress import Progress
 from port_kit.download.recipe import Recipe
+from port_kit.download.state import (
+    STATE_FOLDER,
+    directory_lock,
+    may_lock,
+    remove_empty_folders,
+    remove_file,
+)
 from port_kit.errors import DownloadError
+from port_kit.files import os_errors_as
 
 if TYPE_CHECKING:
     from port_kit.download.fetch import Fetched
@@ -29,12 +37,31 @@ if TYPE_CHECKING:
 _DEEPEST = 200
 
 
+def _offline_by_environment() -> bool:
+    """Return True if ``HF_HUB_OFFLINE`` asks for it, in huggingface_hub's words."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How a run behaves; see :func:`download` for the meaning of each."""
+    """The options of :func:`download`.
+
+    Attributes:
+        dry_run: only plan; nothing is written.
+        offline: use no network; an error if something is missing. Default, and None: as ``HF_HUB_OFFLINE`` says.
+        verify: hash every file; what is damaged is fetched again (with ``offline``: an error).
+        update: resolve unconfirmed revisions anew.
+        prune: delete files in the directory that are not part of the model; it must have a ``port.lock`` already.
+        with_reference: also install the original code.
+        keep_original: keep pickle checkpoints under ``original/`` beside what they are converted to.
+        use_cache: take files from the user's Hub cache if their hash is right.
+        endpoint: a mirror instead of ``HF_ENDPOINT``.
+        token: None for the one that huggingface_hub finds, False for none.
+        policy: timeouts, retries, connections.
+    """
 
     dry_run: bool = False
-    offline: bool = False
+    offline: bool | None = None
     verify: bool = False
     update: bool = False
     prune: bool = False
@@ -45,19 +72,23 @@ class Settings:
     token: str | bool | None = None
     policy: Policy = Policy()
 
+    def __post_init__(self) -> None:
+        if self.offline is None:
+            object.__setattr__(self, "offline", _offline_by_environment())
+
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found and did.
+    """The result of a run.
 
     Attributes:
         directory: the model directory.
-        plan: what was to do; None where nothing was, and no request was made.
-        fetched: targets that were brought or repaired.
+        plan: what was to do; None if nothing was, and no request was made.
+        fetched: targets that were downloaded or repaired.
         repaired: ``{target: what was wrong}`` of files that were whole once.
         network_bytes, local_bytes: source bytes by where they came from.
-        removed: files of an earlier recipe or revision, and with ``prune`` strangers, that were deleted.
-        strangers: files in the directory that nobody recorded.
+        removed: files of an earlier recipe or revision, and with ``prune`` untracked files, that were deleted.
+        untracked_files: files in the directory that the kit did not record.
         code: ``{name: folder}`` of the git code that was installed.
         seconds: wall time.
         complete: whether the directory is whole now.
@@ -70,7 +101,7 @@ class Report:
     network_bytes: int = 0
     local_bytes: int = 0
     removed: tuple[str, ...] = ()
-    strangers: tuple[str, ...] = ()
+    untracked_files: tuple[str, ...] = ()
     code: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     complete: bool = True
@@ -82,59 +113,20 @@ class Report:
         return {**fields, "directory": str(self.directory), "plan": plan, "seconds": round(self.seconds, 3)}
 
 
-def download(
-    recipe: Recipe,
-    output_dir: str | Path,
-    *,
-    dry_run: bool = False,
-    offline: bool = False,
-    verify: bool = False,
-    update: bool = False,
-    prune: bool = False,
-    with_reference: bool = False,
-    keep_original: bool = False,
-    use_cache: bool = True,
-    endpoint: str | None = None,
-    token: str | bool | None = None,
-    policy: Policy | None = None,
-    progress: Progress | None = None,
-) -> Report:
+def download(recipe: Recipe, output_dir: str | Path, *, progress: Progress | None = None, **options: Any) -> Report:
     """Make ``output_dir`` the model directory that the recipe describes. Run it again after any interruption.
 
     Args:
         recipe: what is wanted.
-        output_dir: the model directory; created where it is missing.
-        dry_run: only plan; nothing is written.
-        offline: use no network; an error where something is missing.
-        verify: hash every file; what is damaged is fetched again (with ``offline``: an error).
-        update: resolve unconfirmed revisions anew.
-        prune: delete files in the directory that are not part of the model.
-        with_reference: also install the original code.
-        keep_original: keep pickle checkpoints under ``original/`` beside what they are converted to.
-        use_cache: take files from the user's Hub cache where their hash is right.
-        endpoint: a mirror instead of ``HF_ENDPOINT``.
-        token: None for the one that huggingface_hub finds, False for none.
-        policy: timeouts, retries, connections.
+        output_dir: the model directory; created if it is missing.
         progress: told of everything; default: nothing is printed.
+        options: the fields of :class:`Settings`.
 
     Raises:
         DownloadError, CheckpointError: with a code and a hint; the directory has no ``model_index.json`` then, unless
             it was whole and stayed so.
     """
-    settings = Settings(
-        dry_run,
-        offline,
-        verify,
-        update,
-        prune,
-        with_reference,
-        keep_original,
-        use_cache,
-        endpoint,
-        token,
-        policy or Policy(),
-    )
-    return Run(recipe, Path(output_dir), settings, progress or Progress()).execute()
+    return Run(recipe, Path(output_dir), Settings(**options), progress or Progress()).execute()
 
 
 class Run:
@@ -144,13 +136,14 @@ class Run:
         self.recipe, self.settings, self.progress = recipe, settings, progress
         self.directory = directory.absolute()
         self._hub: HubClient | None = None
+        self._exclusive = True
         self._begun = time.monotonic()
 
     def execute(self) -> Report:
         """Do everything; see :func:`download`."""
         _check_directory(self.directory)
         try:
-            with explained(self.directory):  # what has no better explanation further in
+            with os_errors_as(self.directory):  # what has no better explanation further in
                 return self._execute()
         finally:
             if self._hub is not None:
@@ -167,11 +160,11 @@ class Run:
             return self._dry_run()
         if self.settings.offline and not self.directory.is_dir():
             raise self._incomplete(["everything"])
-        with explained(self.directory):
+        with os_errors_as(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         if not may_lock(self.directory):
             return self._read_only()
-        with directory_lock(self.directory, self.progress.note):
+        with directory_lock(self.directory, self.progress.note) as self._exclusive:
             return self._locked()
 
     def _dry_run(self) -> Report:
@@ -202,7 +195,7 @@ class Run:
         known = self._lock()
         damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
         if not damaged and self._nothing_to_do(known):
-            return self._report(strangers=self._strangers(known))
+            return self._report(untracked_files=self._untracked_files(known))
         found = f" ({', '.join(f'{target}: {problem}' for target, problem in list(damaged.items())[:5])})"
         raise DownloadError(
             f"{self.directory} is not what the recipe describes and may not be written{found if damaged else ''}",
@@ -212,13 +205,24 @@ class Run:
 
     def _locked(self) -> Report:
         known = self._lock()
+        self._check_prune(known)
         repair = not self.settings.offline
         repaired = self._examine(known, repair=repair) if self.settings.verify and known else {}
         if not repaired and self._nothing_to_do(known):
-            return self._finish(known, strangers=self._strangers(known))
+            return self._finish(known, untracked_files=self._untracked_files(known))
         if self.settings.offline:
             return self._finish_offline(known, repaired)
-        return self._bring(known, repaired)
+        return self._download(known, repaired)
+
+    def _check_prune(self, known: Lock | None) -> None:
+        """Refuse to delete what lay in a directory before the kit ever worked in it."""
+        untracked = self._untracked_files(known) if self.settings.prune and known is None else ()
+        if untracked:
+            raise DownloadError(
+                f"{self.directory} was no model directory before, and holds other files: {', '.join(untracked[:5])}",
+                code="target_foreign",
+                hint="run it without --prune first, look at the files that it calls untracked, then prune",
+            )
 
     def _nothing_to_do(self, known: Lock | None) -> bool:
         if known is None or self.settings.update:
@@ -233,22 +237,27 @@ class Run:
         self.progress.begin("hashing", total)
         damaged = checks.damaged_files(self.directory, known, self.progress.advance)
         self.progress.end()
-        self._examine_code(known)
+        if self.recipe.code:
+            from port_kit.download.install import examine_code
+
+            examine_code(self.recipe.code, known.code)
         for target, problem in damaged.items():
             self.progress.note(f"{target}: {problem}")
             if repair:
-                take_down(self.directory)
-                (self.directory / target).unlink(missing_ok=True)
+                self._remove_damaged(known, target)
         return damaged
 
-    def _examine_code(self, known: Lock) -> None:
-        """Compare the installed git code with its commit; a changed checkout is the user's to judge: an error."""
-        for code in self.recipe.code:
-            from port_kit.download.gitcode import check_code, code_folder
-
-            commit = known.code.get(code.name, {}).get("commit")
-            if commit and code_folder(code.name, commit).exists():
-                check_code(code, commit)
+    def _remove_damaged(self, known: Lock, target: str) -> None:
+        item, written = known.files.get(target), known.written.get(target, {})
+        adopted = item.adopted if item is not None else bool(written.get("adopted"))
+        invalidate_index(self.directory)
+        path = self.directory / target
+        if path.exists() and (adopted or not remove_file(self.directory, target)):
+            raise DownloadError(
+                f"{path} is damaged, and was not put there by port-kit, or lies behind a linked folder",
+                code="target_foreign",
+                hint="move it away, and run the same command again",
+            )
 
     def _finish_offline(self, known: Lock | None, damaged: dict[str, str]) -> Report:
         """Without the network only the last step can be missing."""
@@ -285,7 +294,7 @@ class Run:
             raise self._incomplete(["a plan, which is made with the network"])
         settings = self.settings
         self._hub = hub = HubClient(HttpClient(settings.policy), endpoint=settings.endpoint, token=settings.token)
-        check_owned(self.directory, self.recipe, known)
+        written = plan_written(self.directory, self.recipe, known)
         plan = make_plan(
             self.recipe,
             self.directory,
@@ -293,15 +302,21 @@ class Run:
             known,
             update=settings.update,
             keep_original=settings.keep_original,
+            exclusive=self._exclusive,
         )
-        self._plan_code(plan.lock, known)
+        plan.lock.written = written
+        plan.lock.code = dict(known.code) if known else {}
+        if settings.with_reference:
+            from port_kit.download.install import plan_code
+
+            plan.lock.code = plan_code(self.recipe.code, {} if settings.update else plan.lock.code)
         return hub, plan
 
-    def _bring(self, known: Lock | None, repaired: dict[str, str]) -> Report:
+    def _download(self, known: Lock | None, repaired: dict[str, str]) -> Report:
         hub, plan = self._plan(known)
         for note in plan.notes:
             self.progress.note(note)
-        take_down(self.directory)
+        invalidate_index(self.directory)
         removed = self._clear(plan, known)
         lock = plan.lock
         lock.complete = False
@@ -309,8 +324,12 @@ class Run:
         fetched = self._fetch(hub, plan)
         for target, (size, sha256) in fetched.files.items():
             lock.files[target] = dataclasses.replace(lock.files[target], size=size, sha256=sha256)
-        sweep(self.directory, set())
-        code = self._install(lock)
+        remove_stale(self.directory, set(), exclusive=self._exclusive)
+        code = {}
+        if self.settings.with_reference:
+            from port_kit.download.install import install_all
+
+            code = install_all(self.recipe.code, lock.code)
         assemble(self.directory, self.recipe, lock)
         return self._finish(
             lock,
@@ -321,71 +340,41 @@ class Run:
             local_bytes=fetched.local_bytes,
             removed=tuple(removed),
             code=code,
-            strangers=self._strangers(lock),
+            untracked_files=self._untracked_files(lock),
         )
 
     def _clear(self, plan: Plan, known: Lock | None) -> list[str]:
-        """Delete our own files that are to be replaced or are not part of the model any more."""
-        replaced = {identity.target for identity in plan.fetch}
-        stale = [target for target in (known.files if known else {}) if target not in plan.lock.files]
-        for target in (*replaced, *stale):
-            (self.directory / target).unlink(missing_ok=True)
-        remove_empty_folders(self.directory, {Path(target).parent for target in stale})
-        sweep(self.directory, replaced)
-        return stale
+        """Delete files that the kit created and that are to be replaced, or are not part of the model any more."""
+        created = (
+            {target for target, item in known.files.items() if not item.adopted and item.sha256} if known else set()
+        )
+        created |= {target for target, item in known.written.items() if not item.get("adopted")} if known else set()
+        fetched = {spec.target for spec in plan.fetch}
+        stale = created - plan.lock.files.keys() - plan.lock.written.keys()
+        removed = [target for target in sorted(created & (fetched | stale)) if remove_file(self.directory, target)]
+        remove_empty_folders(self.directory, stale)
+        remove_stale(self.directory, fetched, exclusive=self._exclusive)
+        return [target for target in removed if target in stale]
 
     def _fetch(self, hub: HubClient, plan: Plan) -> Fetched:
         from port_kit.download.fetch import Fetcher
 
-        total = sum(identity.size for identity in plan.fetch)
+        total = sum(spec.size for spec in plan.fetch)
         self.progress.begin("fetching", total, plan.resumed)
-        fetcher = Fetcher(self.directory, hub, self.progress, find_local=self._find_local)
-        originals = {original_of(identity).target for identity in plan.fetch if identity.convert}
+        fetcher = Fetcher(
+            self.directory,
+            hub,
+            self.progress,
+            exclusive=self._exclusive,
+            find_local=lambda spec: find_local(self.directory, spec, self.settings.use_cache),
+        )
+        originals = {original_of(spec).target for spec in plan.fetch if spec.convert}
         late = [item for item in plan.fetch if item.convert and original_of(item).target in plan.lock.files]
         try:
-            fetcher.run([identity for identity in plan.fetch if identity not in late])
+            fetcher.run([spec for spec in plan.fetch if spec not in late])
             return fetcher.run(late) if late and originals else fetcher.result
         finally:
             self.progress.end()
-
-    def _find_local(self, identity: Identity) -> Path | None:
-        """A kept original, or the user's Hub cache; the content is hashed like anything that arrives."""
-        candidates = [self.directory / original_of(identity).target] if identity.convert else []
-        if self.settings.use_cache and _may_be_cached(identity.repo_id):
-            from huggingface_hub import try_to_load_from_cache
-
-            cached = try_to_load_from_cache(identity.repo_id, identity.path, revision=identity.commit)
-            candidates += [Path(cached)] if isinstance(cached, str) else []
-        return next((path for path in candidates if path.is_file() and path.stat().st_size == identity.size), None)
-
-    def _plan_code(self, lock: Lock, known: Lock | None) -> None:
-        """Fix the commits of the git code in the lock, and find out now what would hinder its installation later."""
-        lock.code = dict(known.code) if known else {}
-        if not self.settings.with_reference:
-            return
-        from port_kit.download.gitcode import resolve_commit
-        from port_kit.download.install import check_target, is_installed
-
-        for code in self.recipe.code:
-            fixed = code.commit or (None if self.settings.update else lock.code.get(code.name, {}).get("commit"))
-            if fixed is None or not is_installed(code, fixed):
-                check_target(code)
-                found = resolve_commit(code)
-                fixed = fixed or found
-            lock.code[code.name] = {"url": code.url, "commit": fixed}
-
-    def _install(self, lock: Lock) -> dict[str, str]:
-        if not self.settings.with_reference:
-            return {}
-        from port_kit.download.gitcode import fetch_code
-        from port_kit.download.install import install_code
-
-        folders = {}
-        for code in self.recipe.code:
-            commit = lock.code[code.name]["commit"]
-            fetch_code(code, commit)
-            folders[code.name] = str(install_code(code, commit))
-        return folders
 
     def _code_is_missing(self, known: Lock) -> bool:
         from port_kit.download.install import is_installed
@@ -395,21 +384,20 @@ class Run:
             code.name in known.code and is_installed(code, known.code[code.name]["commit"]) for code in wanted
         )
 
-    def _strangers(self, lock: Lock | None) -> tuple[str, ...]:
+    def _untracked_files(self, lock: Lock | None) -> tuple[str, ...]:
         known = {*(lock.files if lock else ()), *(lock.written if lock else ()), "port.lock", "model_index.json"}
         known |= {str(parent) for target in known for parent in PurePosixPath(target).parents}  # a folder may be a link
-        strangers = [target for target in files_below(self.directory) if target not in known]
-        ours = {os.path.realpath(self.directory / target) for target in known} if strangers else set()
-        return tuple(target for target in strangers if os.path.realpath(self.directory / target) not in ours)
+        others = [target for target in files_below(self.directory) if target not in known]
+        ours = {os.path.realpath(self.directory / target) for target in known} if others else set()
+        return tuple(target for target in others if os.path.realpath(self.directory / target) not in ours)
 
     def _finish(self, lock: Lock | None, **facts: Any) -> Report:
-        strangers = facts.pop("strangers", ())
-        if self.settings.prune and strangers:
-            for target in strangers:
-                (self.directory / target).unlink()
-            facts["removed"] = (*facts.get("removed", ()), *strangers)
-            strangers = ()
-        return self._report(strangers=strangers, **facts)
+        untracked = facts.pop("untracked_files", ())
+        if self.settings.prune and untracked:
+            pruned = tuple(target for target in untracked if remove_file(self.directory, target))
+            facts["removed"] = (*facts.get("removed", ()), *pruned)
+            untracked = tuple(target for target in untracked if target not in pruned)
+        return self._report(untracked_files=untracked, **facts)
 
     def _report(self, **facts: Any) -> Report:
         return Report(self.directory, seconds=time.monotonic() - self._begun, **facts)
@@ -423,20 +411,21 @@ def files_below(directory: Path) -> Iterable[str]:
             yield relative
 
 
-def _may_be_cached(repo_id: str) -> bool:
-    """Whether the Hub cache has a repository at all; huggingface_hub's closer look costs half a second of imports."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}").is_dir()
-
-
 def _has_originals(lock: Lock) -> bool:
-    return any(original_of(item.identity).target in lock.files for item in lock.files.values() if item.identity.convert)
+    return any(original_of(item.spec).target in lock.files for item in lock.files.values() if item.spec.convert)
 
 
 def _check_directory(directory: Path) -> None:
-    with explained(directory):
+    with os_errors_as(directory):
         problem = ""
+        try:
+            os.fsencode(directory)
+        except UnicodeEncodeError:
+            raise DownloadError(
+                f"{ascii(str(directory))} cannot be written in the locale of this process",
+                code="output_dir",
+                hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
+            ) from None
         if directory.exists() and not directory.is_dir():
             problem = "is a file; a folder is required"
         elif directory.is_symlink() and not directory.exists():

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from port_kit.download.files import digests_of
 from port_kit.download.http import Interrupted
 from port_kit.download.lock import Lock
 from port_kit.download.plan import MODEL_INDEX
+from port_kit.files import digests_of
 
 _HASHERS = 4
 
@@ -34,7 +34,7 @@ def missing_or_resized(directory: Path, lock: Lock) -> list[str]:
 
 
 def is_whole(directory: Path, lock: Lock | None, fingerprint: str) -> bool:
-    """Whether a run for the recipe with this fingerprint has nothing to do."""
+    """Return True if a run for the recipe with this fingerprint has nothing to do."""
     if lock is None or not lock.complete or lock.fingerprint != fingerprint:
         return False
     return (directory / MODEL_INDEX).is_file() and not missing_or_resized(directory, lock)

@@ -13,7 +13,7 @@ from typing import Protocol
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource
 from port_kit.download.http import HttpClient, Policy
 from port_kit.download.hub import HubClient, HubFile
-from port_kit.download.parts import Identity
+from port_kit.download.parts import FileSpec
 from port_kit.download.remote import RangeSource
 from port_kit.errors import DownloadError, InspectError
 
@@ -88,8 +88,8 @@ class HubTree:
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
         """See :class:`Tree`; each read is one ranged request."""
         file: HubFile = self._listed[path]
-        identity = Identity(path, self.name, str(self.commit), path, file.size, file.digest)
-        return nullcontext(RangeSource(self._hub, identity))
+        spec = FileSpec(path, self.name, str(self.commit), path, file.size, file.digest)
+        return nullcontext(RangeSource(self._hub, spec))
 
     def _ask_gate(self) -> str:
         """A gated repository shows its listing to everybody: only asking for a file tells."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.gitcode import check_code, code_folder
+from port_kit.download.gitcode import check_code, code_folder, plain_url
 from port_kit.download.lock import LOCK_NAME, read_lock
 from port_kit.download.recipe import GitCode, Recipe
 from port_kit.errors import ParityError
@@ -154,7 +154,7 @@ def _provenance(reference: Reference, code: GitCode, commit: str, model: Path, s
     lock = (model / LOCK_NAME).read_bytes()
     return {
         "made_from": {
-            "code": code.url,
+            "code": plain_url(code.url),
             "commit": commit,
             "script": _sha256(reference.script_file().read_bytes()),
             "model": _sha256(lock),

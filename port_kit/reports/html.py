@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from port_kit.download.files import explained, write_atomically
+from port_kit.files import os_errors_as, write_atomically
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #d9d9e0; --back: #fff; --panel: #f7f7f9;
@@ -121,6 +121,6 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         DownloadError: ``output_dir`` or ``disk_full``, where the file cannot be written.
     """
-    with explained(path):
+    with os_errors_as(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)

@@ -29,7 +29,6 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
     ("cache-dit",),
     ("huggingface-hub",),
     ("safetensors",),
-    ("gitpython",),
 )
 
 #: Seconds that loading vLLM-Omni in the child may take.

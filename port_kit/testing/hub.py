@@ -115,6 +115,7 @@ class Hub:
         cdn: LFS files are redirected to another host (``localhost`` instead of ``127.0.0.1``).
         page_size: entries a page of the tree.
         xet: ``{path: Xet hash}`` of files that are announced to lie in Xet storage as well.
+        longest_range: so many bytes of a range are sent at most.
     """
 
     def __init__(
@@ -129,10 +130,11 @@ class Hub:
         cdn: bool = False,
         page_size: int = 1000,
         xet: Mapping[str, str] | None = None,
+        longest_range: int = 1 << 62,
     ) -> None:
         self.token, self.gated, self.private, self.granted = token, set(gated), set(private), granted
         self.bytes_per_second, self.cdn, self.page_size = bytes_per_second, cdn, page_size
-        self.xet = dict(xet or {})
+        self.xet, self.longest_range = dict(xet or {}), longest_range
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self._lock = threading.Lock()
@@ -385,7 +387,8 @@ class _Handler(BaseHTTPRequestHandler):
         etag = (fault.headers.get("ETag") if fault else None) or headers["ETag"]
         if asked and not (fault and fault.ignore_range) and condition in (None, etag):
             first, _, last = asked.removeprefix("bytes=").partition("-")
-            start, end, status = int(first), min(file.size, int(last) + 1 if last else file.size), 206
+            start, status = int(first), 206
+            end = min(file.size, int(last) + 1 if last else file.size, start + self._hub.longest_range)
             if start >= file.size:
                 self._send(416, b"", {**headers, "Content-Range": f"bytes */{file.size}"}, None)
                 return

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from port_kit.download.convert import convert_file
+from port_kit.checkpoint.convert import convert_file
 from port_kit.errors import RemapError
 from port_kit.manifest import NAMING_KEY, Manifest
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import io
+import json
 import os
 import platform
 import random
@@ -19,7 +22,10 @@ import torch
 from conftest import MODEL_INDEX, VAE, bring, hashes, orphans
 from safetensors.torch import load_file
 
-from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file, files
+from port_kit import files
+from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file
+from port_kit.download.progress import LineProgress
+from port_kit.download.remove import remove
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.testing.hub import Fault, Hub
 from port_kit.testing.killing import Zygote
@@ -148,7 +154,7 @@ def test_checksums_are_those_of_zip_files(tmp_path: Path, blocked: bool) -> None
     code = (
         "import pathlib, random, sys, zlib\n"
         f"if {blocked}: sys.modules['isal'] = None\n"
-        "from port_kit.checksums import crc32\n"
+        "from port_kit.checkpoint.checksums import crc32\n"
         "from port_kit.download import convert_file\n"
         "from port_kit.errors import CheckpointError\n"
         "source, ours, theirs = random.Random(8), 0, 0\n"
@@ -193,7 +199,7 @@ def test_without_allocation_files_still_get_their_size(
 
 def test_a_file_system_that_allocates_nothing_still_gives_files_their_size(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from port_kit.download.files import allocate\n"
+        "import os, sys; from port_kit.files import allocate\n"
         "with open(sys.argv[1], 'wb') as stream:\n"
         "    allocate(stream.fileno(), 3 << 20)\n"
         "    print(os.fstat(stream.fileno()).st_size)"
@@ -368,17 +374,86 @@ def test_an_evil_checkpoint_is_refused_before_it_is_fetched(tmp_path: Path) -> N
     assert not marker.exists() and not (tmp_path / "m/model_index.json").exists()
 
 
-def test_an_unaligned_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alignment", [0, 4096, 128])
+def test_an_archive_of_another_alignment_is_converted_on_the_way(tmp_path: Path, alignment: int) -> None:
+    from torch.utils.serialization import config
+
     from tests.checkpoint.test_pickle_reader import rezip
 
-    torch.save({"generator": {f"t{n}": torch.randn(n + 1) for n in range(9)}}, tmp_path / "x.pth")
-    rezip(tmp_path / "x.pth", lambda entries: entries)
+    with config.patch("save.storage_alignment", alignment or 64):
+        torch.save({"generator": {f"t{n}": torch.randn(n + 1) for n in range(9)}}, tmp_path / "x.pth")
+    if not alignment:
+        rezip(tmp_path / "x.pth", lambda entries: entries)
     with Hub({VAE: {"x.pth": tmp_path / "x.pth"}}) as hub:
-        with pytest.raises(DownloadError, match="does not lie") as caught:
-            bring(on_the_way("generator"), tmp_path / "m", hub)
+        bring(on_the_way("generator"), tmp_path / "m", hub)
+        hub.inject(Fault("get", times=-1, ignore_range=True))
+        with pytest.raises(DownloadError) as caught:
+            bring(on_the_way("generator"), tmp_path / "n", hub)
         assert caught.value.code == "convert_layout" and "--keep-original" in caught.value.hint
-        bring(on_the_way("generator"), tmp_path / "m", hub, keep_original=True)
-    assert_equal(tmp_path / "m/vae/model.safetensors", torch.load(tmp_path / "x.pth")["generator"])
+        bring(on_the_way("generator"), tmp_path / "n", hub, keep_original=True)
+    for name in ("m", "n"):
+        found = tmp_path / name / "vae/model.safetensors"
+        assert_equal(found, torch.load(tmp_path / "x.pth")["generator"])
+
+
+def test_ranges_that_are_cut_short_are_asked_for_again(tmp_path: Path) -> None:
+    """HTTP allows a server to send less than it was asked for."""
+    torch.save({f"t{n}": torch.randn(50, 50) for n in range(9)}, tmp_path / "x.pth")
+    recipe = Recipe(
+        "r", (Repository(VAE, (FileRule("x.pth", "vae", "model.safetensors", convert=True),)),), MODEL_INDEX
+    )
+    with Hub({VAE: {"x.pth": tmp_path / "x.pth"}}, longest_range=5000) as hub:
+        bring(recipe, tmp_path / "m", hub)
+        assert max(request.sent for request in hub.gets() if "Range" in request.headers) == 5000
+    assert_equal(tmp_path / "m/vae/model.safetensors", torch.load(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize("on_the_hub", [False, True])
+def test_a_recipe_leaves_out_what_is_no_tensor(tmp_path: Path, on_the_hub: bool) -> None:
+    """Numbers beside the tensors are reported; other values need the recipe's word."""
+    value = {"w": torch.ones(2), "head": torch.ones(3), "epoch": 3, "args": argparse.Namespace(a=1), "names": {"x"}}
+    torch.save(value, tmp_path / "x.pth")
+    said = io.StringIO()
+    with Hub({VAE: {"x.pth": tmp_path / "x.pth"}}) as hub:
+
+        def run(*drop: str) -> Path:
+            rule = FileRule("x.pth", convert=True, drop=drop)
+            recipe = Recipe("r", (Repository(VAE, (rule,)),), MODEL_INDEX)
+            options = {"keep_original": not on_the_hub, "progress": LineProgress(said)}
+            bring(recipe, tmp_path / "-".join(["m", *drop]), hub, **options)
+            return tmp_path / "-".join(["m", *drop]) / "x.safetensors"
+
+        assert_equal(run("args", "names", "head"), {"w": torch.ones(2)})
+        assert "epoch (int)" in said.getvalue() or not on_the_hub
+        assert_equal(run("args", "names"), {"w": torch.ones(2), "head": torch.ones(3)})
+        for drop, code in (((), "pickle_unsafe"), (("args",), "pickle_unsupported"), (("arks",), "pickle_drop")):
+            with pytest.raises(CheckpointError) as caught:
+                run(*drop)
+            assert caught.value.code == code
+    plain, dropping = (Recipe("r", (Repository(VAE, (rule,)),), MODEL_INDEX) for rule in RULES)
+    assert plain.fingerprint() != dropping.fingerprint()
+
+
+RULES = (FileRule("x.pth", convert=True), FileRule("x.pth", convert=True, drop=("a",)))
+
+
+def test_the_index_of_converted_shards_is_rewritten(tmp_path: Path) -> None:
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    for number, name in enumerate(names):
+        torch.save({f"w{number}": torch.ones(2)}, tmp_path / name)
+    index = {"metadata": {"total_size": 16}, "weight_map": {f"w{number}": name for number, name in enumerate(names)}}
+    files = {f"t/{name}": tmp_path / name for name in names}
+    rules = (FileRule("t/*.bin", "t", convert=True), FileRule("t/*.json", "t"))
+    recipe = Recipe("r", (Repository(VAE, rules),), MODEL_INDEX)
+    with Hub({VAE: {**files, "t/pytorch_model.bin.index.json": json.dumps(index).encode()}}) as hub:
+        bring(recipe, tmp_path / "m", hub)
+        written = json.loads((tmp_path / "m/t/pytorch_model.safetensors.index.json").read_text())
+        assert written["weight_map"] == {
+            f"w{number}": name.replace(".bin", ".safetensors") for number, name in enumerate(names)
+        }
+        report = bring(recipe, tmp_path / "m", hub, verify=True)
+        assert report.untracked_files == () and report.repaired == {}
+        assert remove(tmp_path / "m").gone
 
 
 def test_killed_at_random_steps_on_the_way(vae_hub: Hub, checkpoint: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_another_recipe_takes_away_what_it_does_not_need(hub: Hub, recipe: Recip
     hub.requests.clear()
     report = bring(smaller, tmp_path / "m", hub)
     assert hub.gets() == []
-    assert report.strangers == ("notes.txt",)
+    assert report.untracked_files == ("notes.txt",)
     assert set(report.removed) == {target for target in EXPECTED if target.startswith("tokenizer/")}
     assert not (tmp_path / "m/tokenizer").exists()
     assert bring(smaller, tmp_path / "m", hub, prune=True).removed == ("notes.txt",)

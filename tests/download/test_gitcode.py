@@ -9,13 +9,14 @@ import sys
 import time
 import venv
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import FILES, MODEL_INDEX, VAE, without_privileges
+from conftest import FILES, MODEL_INDEX, VAE, bring, without_privileges
 
 import port_kit
-from port_kit.download import GitCode
+from port_kit.download import FileRule, GitCode, Recipe, Repository
 from port_kit.download.gitcode import check_code, code_folder, environment, fetch_code, resolve_commit
 from port_kit.errors import DownloadError
 from port_kit.testing.gitserver import GitRemote, GitServer
@@ -177,12 +178,115 @@ def test_a_link_out_of_the_repository_is_refused(remote: GitRemote, home: Path) 
     assert list((home / "code/zz_code").iterdir()) == []
 
 
-def test_submodules_are_not_fetched(remote: GitRemote, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "packages"), [("zz_model/sub", ("zz_model",)), ("other", ("zz_model", "other")), ("outside", None)]
+)
+def test_a_package_that_is_or_holds_a_submodule_is_refused(
+    remote: GitRemote, tmp_path: Path, place: str, packages: tuple[str, ...] | None
+) -> None:
     other = GitRemote(tmp_path / "remotes/other", {"x.py": ""})
-    remote.git("-c", "protocol.file.allow=always", "submodule", "add", "--quiet", other.url, "zz_model/sub")
-    commit = remote.commit({})
-    folder = fetch_code(code(remote.url, commit), commit)
-    assert list((folder / "repo/zz_model/sub").iterdir()) == []
+    remote.git("-c", "protocol.file.allow=always", "submodule", "add", "--quiet", other.url, place)
+    source = code(remote.url, remote.commit({}), packages=packages or ("zz_model",))
+    if packages is None:
+        assert list((fetch_code(source, remote.head) / "repo" / place).iterdir()) == []
+        return
+    with pytest.raises(DownloadError) as caught:
+        fetch_code(source, remote.head)
+    assert caught.value.code == "code_broken" and place in caught.value.message
+
+
+@pytest.mark.parametrize("path", ["zz_model/table.npz", "zz_model.py"])
+def test_a_package_whose_files_lie_in_git_lfs_is_refused(remote: GitRemote, path: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5\n"
+    commit = remote.commit({path: pointer, "outside.bin": pointer})
+    with pytest.raises(DownloadError) as caught:
+        fetch_code(code(remote.url, commit), commit)
+    assert caught.value.code == "code_broken" and f"{path} lies in Git LFS" in caught.value.message
+
+
+def test_branches_and_tags_are_found_by_their_whole_name(remote: GitRemote) -> None:
+    head = remote.head
+    remote.git("tag", "--annotate", "v1", "--message", "x")
+    remote.git("checkout", "--quiet", "-b", "feature/main")
+    feature = remote.commit({"zz_model/__init__.py": "value = 9\n"})
+    remote.git("checkout", "--quiet", "main")
+    found = {name: resolve_commit(code(remote.url, branch=name)) for name in ("main", "feature/main", "v1", "HEAD")}
+    assert found == {"main": head, "feature/main": feature, "v1": head, "HEAD": head}
+    assert fetch_code(code(remote.url, branch="v1"), found["v1"]).is_dir()
+    with pytest.raises(DownloadError) as caught:
+        tag = remote.git("rev-parse", "v1").strip()
+        fetch_code(code(remote.url, tag), tag)
+    assert head in caught.value.hint
+
+
+@pytest.mark.parametrize("status", [401, 404, 500, 0])
+def test_the_error_has_gits_own_words(remote: GitRemote, tmp_path: Path, status: int) -> None:
+    with GitServer(tmp_path / "remotes", status=status) as server:
+        url = server.url("code") if status else (tmp_path / "nowhere").as_uri()
+        with pytest.raises(DownloadError, match="failed: .*fatal: ") as caught:
+            resolve_commit(code(url))
+    said = {401: "Authentication failed", 404: "not found", 500: "500", 0: "does not"}
+    assert said[status] in caught.value.message
+
+
+def test_a_slow_server_is_waited_for(remote: GitRemote, tmp_path: Path) -> None:
+    with GitServer(tmp_path / "remotes", stall=5.5) as server:
+        assert resolve_commit(code(server.url("code"))) == remote.head
+
+
+def test_two_processes_may_fetch_the_same_commit(remote: GitRemote, tmp_path: Path) -> None:
+    with GitServer(tmp_path / "remotes", stall=0.3) as server, ThreadPoolExecutor() as pool:
+        source = code(server.url("code"), pinned(remote))
+        folders = list(pool.map(lambda _: fetch_code(source, pinned(remote)), range(3)))
+    assert len(set(folders)) == 1 and len(list(folders[0].parent.iterdir())) == 1
+
+
+def test_a_password_in_the_url_is_used_and_shown_nowhere(remote: GitRemote, tmp_path: Path, home: Path) -> None:
+    secret = "ghp_S3cret"
+    with GitServer(tmp_path / "remotes") as server, Hub({VAE: {"f": b"1"}}) as hub:
+        source = code(server.url("code").replace("://", f"://oauth2:{secret}@"), pinned(remote))
+        fetch_code(source, resolve_commit(source))
+        recipe = Recipe("r", (Repository(VAE, (FileRule("f"),)),), MODEL_INDEX, code=(source,))
+        plan = bring(recipe, tmp_path / "m", hub, dry_run=True, with_reference=True).plan
+        assert plan is not None
+        shown = plan.describe() + repr(plan.lock.to_json()) + repr(plan.to_json())
+    assert secret not in shown
+    assert not any(secret.encode() in path.read_bytes() for path in home.rglob("*") if path.is_file())
+    for url in (f"https://u:{secret}@127.0.0.1:1/x", f"https://u:{secret}@[x", f"ftp://u:{secret}@h/x"):
+        with pytest.raises(DownloadError) as caught:
+            resolve_commit(code(url))
+        assert secret not in str(caught.value) + repr(caught.value)
+
+
+@pytest.mark.parametrize("package", ["sitecustomize", "usercustomize", "SiteCustomize", "json", "msvcrt", "org"])
+def test_a_package_that_python_imports_by_itself_is_refused(remote: GitRemote, home: Path, package: str) -> None:
+    commit = remote.commit({f"{package}.py": ""})
+    source = code(remote.url, commit, packages=(package,))
+    for action in (lambda: resolve_commit(source), lambda: fetch_code(source, commit)):
+        with pytest.raises(DownloadError) as caught:
+            action()
+        assert caught.value.code == "code_clash"
+    assert not home.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give files away")
+def test_a_checkout_of_another_user_is_used_if_its_user_says_so(remote: GitRemote, tmp_path: Path) -> None:
+    source = code(remote.url, pinned(remote))
+    repository = fetch_code(source, pinned(remote)) / "repo"
+    subprocess.run(["chown", "-R", "12345", str(repository)], check=True)
+    with pytest.raises(DownloadError, match="safe.directory"):
+        check_code(source, pinned(remote))
+    subprocess.run(["git", "config", "--global", "--add", "safe.directory", str(repository)], check=True)
+    check_code(source, pinned(remote))
+
+
+def test_without_a_home_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "PORT_KIT_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(DownloadError) as caught:
+        code_folder("c", "0" * 40)
+    assert caught.value.code == "install_target"
 
 
 @pytest.mark.parametrize("change", ["edited", "added", "moved"])
@@ -305,6 +409,34 @@ def test_a_name_that_is_importable_already_is_refused(box: Environment, tmp_path
     source = GitCode("clash", clash.url, (package,), clash.head)
     assert box.run(INSTALL.format(code=source)).stdout == "code_clash\n"
     assert not list(box.site.glob("port_kit_*"))
+
+
+def test_a_name_that_a_pth_file_imports_at_every_start_is_refused(remote: GitRemote, box: Environment) -> None:
+    (box.site / "tool.pth").write_text("import os; exec('try:\\n import zz_model\\nexcept ImportError: pass')\n")
+    assert box.run(INSTALL.format(code=code(remote.url, pinned(remote)))).stdout == "code_clash\n"
+    assert not list(box.site.glob("port_kit_*"))
+
+
+def test_the_proof_of_an_installation_runs_no_customisation(
+    remote: GitRemote, box: Environment, tmp_path: Path
+) -> None:
+    """Not even of an environment that has one already."""
+    marker = tmp_path / "marker"
+    (box.site / "sitecustomize.py").write_text(
+        f"import sys\nif sys.flags.isolated: open({str(marker)!r}, 'w').close()\n"
+    )
+    assert box.run(INSTALL.format(code=code(remote.url, pinned(remote)))).stdout == ""
+    assert not marker.exists() and box.run("import zz_model; print(zz_model.value)").stdout == "1\n"
+
+
+def test_a_place_for_git_code_that_may_not_be_written_is_named(remote: GitRemote, box: Environment, home: Path) -> None:
+    home.mkdir()
+    home.chmod(0o555)
+    try:
+        done = box.run(INSTALL.format(code=code(remote.url, pinned(remote))), preexec_fn=without_privileges)
+    finally:
+        home.chmod(0o755)
+    assert done.stdout == "install_target\n", done.stderr
 
 
 @pytest.mark.parametrize("folder", ["hömé", "two\nlines"])

@@ -232,9 +232,7 @@ def test_a_part_that_was_spoilt_costs_bytes_but_spoils_nothing(
     with pytest.raises(DownloadError):
         bring(recipe, tmp_path / "m", hub, policy=one)
     hub.faults.clear()
-    parts = [
-        path for path in (tmp_path / "m").glob(".port_kit/parts/*") if "identity" in (path / "meta.json").read_text()
-    ]
+    parts = [path for path in (tmp_path / "m").glob(".port_kit/parts/*") if "spec" in (path / "meta.json").read_text()]
     assert parts
     for part in parts:
         spoil(part)

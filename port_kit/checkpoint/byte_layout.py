@@ -1,8 +1,8 @@
-"""Where the bytes of a source file land in the file that is written while it arrives.
+"""The map from the bytes of a source file to the file that is written while it arrives.
 
-A plain download lands byte by byte. A pickle checkpoint that becomes a safetensors file is rearranged on the way: every
+A plain download is written byte by byte. A checkpoint that becomes a safetensors file is rearranged on the way: every
 tensor's bytes go to their final place, and all other bytes (zip headers, the pickle) go behind the end. Nothing is lost
-until the file is sealed, so that the source's hash can be computed, and a transfer resumed, in both cases alike.
+until the file is published, so that the source's hash can be computed, and a transfer resumed, in both cases alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
-class Span(NamedTuple):
+class ByteRange(NamedTuple):
     """``length`` bytes from ``source`` in the source file lie at ``target`` in the written file."""
 
     source: int
@@ -21,61 +21,61 @@ class Span(NamedTuple):
     target: int
 
 
-class Layout:
-    """A one-to-one map of the source's bytes; the spans are ordered and cover ``[0, size)`` without gaps."""
+class ByteLayout:
+    """A one-to-one map of the source's bytes; the ranges are ordered and cover ``[0, size)`` without gaps."""
 
-    def __init__(self, spans: Sequence[Span], size: int) -> None:
+    def __init__(self, ranges: Sequence[ByteRange], size: int) -> None:
         self.size = size
-        self._spans = [span for span in spans if span.length]
-        self._starts = [span.source for span in self._spans]
+        self._ranges = [item for item in ranges if item.length]
+        self._starts = [item.source for item in self._ranges]
         end = 0
-        for span in self._spans:
-            if span.source != end or span.length < 0:
-                raise ValueError(f"the layout jumps from byte {end} to {span.source}")
-            end += span.length
+        for item in self._ranges:
+            if item.source != end or item.length < 0:
+                raise ValueError(f"the layout jumps from byte {end} to {item.source}")
+            end += item.length
         if end != size:
             raise ValueError(f"the layout ends at byte {end} of {size}")
 
     @classmethod
-    def identity(cls, size: int) -> Layout:
+    def identity(cls, size: int) -> ByteLayout:
         """Return the layout of a plain download."""
-        return cls([Span(0, size, 0)], size)
+        return cls([ByteRange(0, size, 0)], size)
 
     @property
     def is_identity(self) -> bool:
-        """Whether every byte stays at its offset."""
-        return len(self._spans) == 1 and self._spans[0].target == 0
+        """Return True if every byte stays at its offset."""
+        return len(self._ranges) == 1 and self._ranges[0].target == 0
 
     @property
     def extent(self) -> int:
-        """Size of the written file before it is sealed."""
-        return max((span.target + span.length for span in self._spans), default=0)
+        """Size of the written file before it is published."""
+        return max((item.target + item.length for item in self._ranges), default=0)
 
-    def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+    def ranges(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Yield ``(start within the piece, length, target offset)`` for ``length`` source bytes from ``offset``."""
         index, done = bisect_right(self._starts, offset) - 1, 0
         while done < length:
-            span = self._spans[index]
-            skipped = offset + done - span.source
-            count = min(length - done, span.length - skipped)
-            yield done, count, span.target + skipped
+            item = self._ranges[index]
+            skipped = offset + done - item.source
+            count = min(length - done, item.length - skipped)
+            yield done, count, item.target + skipped
             done += count
             index += 1
 
     def until_aligned(self, offset: int, block: int) -> int:
-        """Return how many source bytes from ``offset`` there are until one lands at a multiple of ``block``."""
-        _, _, target = next(self.pieces(offset, 1))
+        """Return how many source bytes from ``offset`` there are until one is written at a multiple of ``block``."""
+        _, _, target = next(self.ranges(offset, 1))
         return block - target % block
 
     def write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
         """Write source bytes to their places."""
         view = memoryview(data)
-        for start, length, target in self.pieces(offset, len(view)):
+        for start, length, target in self.ranges(offset, len(view)):
             write_all(descriptor, view[start : start + length], target)
 
     def read_into(self, descriptor: int, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with source bytes from ``offset``; they must have been written."""
-        for start, length, target in self.pieces(offset, len(buffer)):
+        for start, length, target in self.ranges(offset, len(buffer)):
             read_exactly(descriptor, buffer[start : start + length], target)
 
 

@@ -8,30 +8,29 @@ expect.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from port_kit.checkpoint.byte_sources import ByteSource
+from port_kit.checkpoint.byte_layout import ByteLayout, ByteRange, write_all
+from port_kit.checkpoint.byte_sources import ByteSource, FileSource
+from port_kit.checkpoint.checksums import crc32
 from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry
-from port_kit.checksums import crc32
-from port_kit.download.layout import Layout, Span, write_all
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
 
 _ITEM_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _BATCH = 1 << 20
-_SOURCE_KEY = "port_kit_source"
+_SCALARS = frozenset(("int", "float", "bool", "str", "NoneType"))
 _LONGEST_HEADER = 100_000_000  # of safetensors' readers
 _MOST_GROWTH = 64
 _ALWAYS_ALLOWED = 1 << 28
 
 
-class Placement(NamedTuple):
+class TensorPlacement(NamedTuple):
     """A tensor and the byte of the written file at which it begins."""
 
     name: str
@@ -41,11 +40,11 @@ class Placement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class SafetensorsLayout:
     """See the module's text. ``header`` is everything before the first tensor, ``size`` the whole file's."""
 
     header: bytes
-    placements: tuple[Placement, ...]
+    placements: tuple[TensorPlacement, ...]
     size: int
     tables: Tables
 
@@ -56,24 +55,40 @@ class Blueprint:
         used = [(key, storage) for key, storage in self.tables.storages.items() if key in keys]
         return dict(sorted(used, key=lambda item: item[1].offset))
 
-    def layout(self) -> Layout:
-        """Return where the source's bytes land: direct tensors in their places, all else behind the end."""
-        spans, position, behind = [], 0, self.size
+    def byte_layout(self) -> ByteLayout:
+        """Return where the source's bytes are written: direct tensors in their places, all else behind the end."""
+        ranges, position, behind = [], 0, self.size
         for start, length, target in sorted(self._direct_ranges()):
-            spans.append(Span(position, start - position, behind))
+            ranges.append(ByteRange(position, start - position, behind))
             behind += start - position
-            spans.append(Span(start, length, target))
+            ranges.append(ByteRange(start, length, target))
             position = start + length
-        spans.append(Span(position, self.tables.size - position, behind))
-        return Layout(spans, self.tables.size)
+        ranges.append(ByteRange(position, self.tables.size - position, behind))
+        return ByteLayout(ranges, self.tables.size)
 
     def _direct_ranges(self) -> Iterator[tuple[int, int, int]]:
         for placement in self.placements:
             if placement.direct and placement.entry.nbytes:
                 yield (_source_offset(placement.entry, self.tables), placement.entry.nbytes, placement.target)
 
+    def is_content_of(self, path: Path, source: ByteSource) -> bool:
+        """Return True if the file at ``path`` holds exactly what would be written: the header and every tensor."""
+        try:
+            with FileSource(path) as found:
+                if found.size != self.size or found.read_at(0, len(self.header)) != self.header:
+                    return False
+                for placement in self.placements:
+                    position = placement.target
+                    for batch in _gathered(placement.entry, self.tables, source):
+                        if found.read_at(position, len(batch)) != batch:
+                            return False
+                        position += len(batch)
+        except OSError:
+            return False
+        return True
+
     def complete(self, source: ByteSource, descriptor: int) -> None:
-        """Write what the layout does not bring: the header and the gathered tensors, read from ``source``."""
+        """Write what the byte layout does not cover: the header and the gathered tensors, read from ``source``."""
         write_all(descriptor, memoryview(self.header), 0)
         for placement in self.placements:
             if not placement.direct:
@@ -83,26 +98,28 @@ class Blueprint:
                     target += len(batch)
 
 
-def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool = False) -> Blueprint:
+def scalars(tables: Tables) -> dict[str, str]:
+    """Return the values beside the tensors that are numbers, texts or None, ``{name: kind}``."""
+    return {key: kind for key, kind in tables.others.items() if kind in _SCALARS}
+
+
+def plan_layout(tables: Tables, name: str, *, leave_out_scalars: bool = False) -> SafetensorsLayout:
     """Lay out the safetensors file for a checkpoint.
 
     Args:
         tables: what the checkpoint holds.
         name: what messages call it.
-        drop: names of values that are left out on purpose (``epoch``); anything else that is no tensor is an error.
-        remember: write the source's fingerprint into the header, for :func:`is_made_from`.
+        leave_out_scalars: numbers, texts and None beside the tensors (``epoch``) are no error.
 
     Raises:
         CheckpointError: ``pickle_unsupported`` for values or dtypes that safetensors cannot hold.
     """
-    _refuse_others(tables, name, drop)
-    kept = [(key, entry) for key, entry in tables.tensors.items() if key not in drop]
+    _refuse_others(tables, name, leave_out_scalars)
+    kept = list(tables.tensors.items())
     _check_names(kept, name)
     _check_growth(kept, tables, name)
     kept.sort(key=lambda item: -ITEM_SIZES[item[1].dtype])
     metadata = {"format": "pt", NAMING_KEY: "original"}
-    if remember and (mark := fingerprint(tables)):
-        metadata[_SOURCE_KEY] = mark
     header: dict[str, object] = {"__metadata__": metadata}
     offsets, position = [], 0
     for key, entry in kept:
@@ -120,45 +137,20 @@ def draw(tables: Tables, name: str, *, drop: Sequence[str] = (), remember: bool 
     start = 8 + len(text)
     direct = _direct_names(kept)
     placements = tuple(
-        Placement(key, entry, start + offset, key in direct) for (key, entry), offset in zip(kept, offsets, strict=True)
+        TensorPlacement(key, entry, start + offset, key in direct)
+        for (key, entry), offset in zip(kept, offsets, strict=True)
     )
-    return Blueprint(len(text).to_bytes(8, "little") + text, placements, start + position, tables)
+    return SafetensorsLayout(len(text).to_bytes(8, "little") + text, placements, start + position, tables)
 
 
-def fingerprint(tables: Tables) -> str:
-    """Return a hash of the content: names, shapes, and the CRC-32 of every storage. Legacy files have none: empty."""
-    if any(storage.crc is None for storage in tables.storages.values()):
-        return ""
-    content = [list(tables.tensors.items()), [(key, item.nbytes, item.crc) for key, item in tables.storages.items()]]
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
-
-
-def is_made_from(path: str | os.PathLike[str], tables: Tables) -> bool:
-    """Whether the safetensors file at ``path`` is whole and was converted from this very content."""
-    mark = fingerprint(tables)
-    try:
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, 1 << 28)))
-            size = os.fstat(stream.fileno()).st_size
-    except (OSError, ValueError):
-        return False
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
-        return False
-    if not mark or header["__metadata__"].get(_SOURCE_KEY) != mark:
-        return False
-    ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
-
-
-def check_crcs(blueprint: Blueprint, name: str, read: Callable[[memoryview, int], None]) -> None:
+def check_crcs(layout: SafetensorsLayout, name: str, read: Callable[[memoryview, int], None]) -> None:
     """Compare the used storages with the zip directory's CRC-32; ``read(buffer, offset)`` fills a buffer.
 
     Raises:
         CheckpointError: ``pickle_corrupt`` with the entry's name.
     """
     buffer = memoryview(bytearray(_BATCH))
-    for key, storage in blueprint.used_storages.items():
+    for key, storage in layout.used_storages.items():
         if storage.crc is None:
             continue
         value = 0
@@ -179,14 +171,14 @@ def require_crc(storage: Storage, key: str, value: int, name: str) -> None:
         )
 
 
-def _refuse_others(tables: Tables, name: str, drop: Sequence[str]) -> None:
-    others = {key: kind for key, kind in tables.others.items() if key not in drop}
+def _refuse_others(tables: Tables, name: str, leave_out_scalars: bool) -> None:
+    others = {key: kind for key, kind in tables.others.items() if not (leave_out_scalars and kind in _SCALARS)}
     if others:
         listed = ", ".join(f"{key} ({kind})" for key, kind in list(others.items())[:8])
         raise CheckpointError(
             f"{name} holds values beside its tensors: {listed}",
             code="pickle_unsupported",
-            hint="name the key above the tensors (--wrapper), or leave these out on purpose (--drop NAME)",
+            hint="name the key above the tensors (--wrapper), or leave these out (--drop NAME); recipes have both too",
             others=others,
         )
     if not tables.tensors:
@@ -209,7 +201,7 @@ def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, na
         raise CheckpointError(
             f"{name} has {tables.size} bytes, and its tensors would be {size} bytes without shared storage",
             code="pickle_unsupported",
-            hint="expanded tensors are saved once for each element: leave them out (--drop NAME)",
+            hint="expanded tensors are saved once for each element: leave them out (--drop NAME; in a recipe: drop)",
         )
 
 
@@ -282,7 +274,7 @@ def _rows(items: memoryview, shape: tuple[int, ...], strides: tuple[int, ...]) -
 
 
 def _firsts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """Where the rows begin: ``itertools.product`` would write all indices of an axis down first."""
+    """Yield the first element of each row: ``itertools.product`` would write all indices of an axis down first."""
     if not axes:
         yield 0
         return
@@ -295,7 +287,7 @@ def _firsts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
 class DescriptorSource:
     """A half-finished file, read through its layout as if it were the source file."""
 
-    def __init__(self, descriptor: int, layout: Layout, name: str) -> None:
+    def __init__(self, descriptor: int, layout: ByteLayout, name: str) -> None:
         self._descriptor, self._layout = descriptor, layout
         self.name, self.size = name, layout.size
 

@@ -1,0 +1,148 @@
+"""URLs, proxies and waiting times: what a client must know of HTTP before it asks."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import os
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from functools import cache
+from typing import TypeVar
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from port_kit.errors import DownloadError
+from port_kit.plain import redacted
+
+_ASCII = "".join(map(chr, range(128)))
+_T = TypeVar("_T")
+
+
+class TransportError(Exception):
+    """An exchange that broke: worth another attempt. Never leaves this package."""
+
+
+def follow_location(url: str, location: str) -> str:
+    """Return the absolute URL that a redirect names.
+
+    Raises:
+        TransportError: it is none that can be asked.
+    """
+
+    def join() -> str:
+        # Headers are read as Latin-1; servers send the bytes of UTF-8 as they are.
+        target = urljoin(url, quote(location.encode("latin-1", "replace"), safe=_ASCII))
+        _ = urlsplit(target).port  # raises where it is no number
+        return target
+
+    return as_transport_error(join)
+
+
+def origin_of(url: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port of a URL; a default port counts as stated.
+
+    Raises:
+        ValueError: the URL has no valid host or port.
+    """
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL without what may be secret."""
+    return redacted(urlsplit(url)._replace(query="", fragment="").geturl())
+
+
+def is_number(text: str) -> bool:
+    return text.strip().isdecimal() and text.isascii()
+
+
+def as_transport_error(action: Callable[[], _T]) -> _T:
+    """Call ``action``; what a connection, an answer or a URL that a server named may raise is worth another attempt."""
+    try:
+        return action()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise TransportError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+
+
+def requested_wait(headers: Message | Mapping[str, str]) -> float:
+    """Seconds that an answer asks to wait: ``Retry-After`` in both forms, or ``RateLimit: ...;r=0;t=N``."""
+    value = headers.get("Retry-After")
+    if value is not None:
+        if is_number(value):
+            return float(value)
+        dates = headers.get_all("Date", []) if isinstance(headers, Message) else []
+        now = max(map(_timestamp, dates), default=0.0) or time.time()  # the server's own clock, if it shows it
+        return max(0.0, _timestamp(value) - now)
+    fields = dict(part.strip().partition("=")[::2] for part in (headers.get("RateLimit") or "").split(";"))
+    if fields.get("r") == "0" and is_number(fields.get("t", "")):
+        return float(fields["t"])
+    return 0.0
+
+
+def _timestamp(date: str) -> float:
+    """Seconds since 1970 of a date in a header; 0 if it is none."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError, TypeError):
+        return 0.0
+
+
+def connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
+    host, port = parts.hostname or "", parts.port
+    if parts.scheme not in ("http", "https") or not host:
+        raise TransportError(f"{without_secrets(parts.geturl())} is not an http(s) URL")
+    via = _proxy(parts)
+    address = (via.hostname or "", via.port or 80) if via else (host, port)
+    if parts.scheme == "http":
+        connection = http.client.HTTPConnection(*address, timeout=timeout)
+        connection.absolute_urls = via is not None  # type: ignore[attr-defined]
+        connection.extra_headers = _proxy_headers(via) if via else {}  # type: ignore[attr-defined]
+        return connection
+    secure = http.client.HTTPSConnection(*address, timeout=timeout, context=_tls())
+    if via:
+        secure.set_tunnel(host, port, headers=_proxy_headers(via))
+    return secure
+
+
+def _proxy(parts: SplitResult) -> SplitResult | None:
+    """Return the proxy for a URL; one that is not reached by plain HTTP would get its password in clear text."""
+    known = getproxies()
+    found = known.get(parts.scheme) or known.get("all")
+    if not found or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    via = urlsplit(found if "://" in found else f"http://{found}")
+    if via.scheme != "http" or not via.hostname:
+        raise proxy_error(
+            f"the proxy {redacted(via.geturl())} is not http://HOST:PORT; TLS and SOCKS are not supported"
+        )
+    return via
+
+
+def _proxy_headers(via: SplitResult) -> dict[str, str]:
+    if via.username is None:
+        return {}
+    pair = f"{unquote(via.username)}:{unquote(via.password or '')}".encode()
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(pair).decode()}"}
+
+
+def proxy_error(message: str) -> DownloadError:
+    return DownloadError(message, code="proxy", hint="correct HTTPS_PROXY, HTTP_PROXY or ALL_PROXY, or set NO_PROXY")
+
+
+def request_target(connection: http.client.HTTPConnection, url: str) -> str:
+    """Return the target of a request line: the path, or the whole URL for a plain-http proxy."""
+    if getattr(connection, "absolute_urls", False):
+        return url
+    parts = urlsplit(url)
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    return ssl.create_default_context(cafile=bundle or None)

@@ -1,0 +1,214 @@
+"""Files: durable writes, hashes, space, and errors of the system as errors of the kit."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from port_kit.errors import DownloadError
+from port_kit.owner import OWNER, may_run, owner
+
+_PIECE = 1 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+_LONGEST_NAME = 255  # bytes, of all common file systems
+_ROOM = 130  # bytes that a temporary file's name is longer
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file so that it is there completely or not at all, also after a power cut."""
+    with os_errors_as(path):
+        temporary, descriptor = create_temporary(path)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        publish(temporary, path)
+
+
+def create_temporary(path: Path) -> tuple[Path, int]:
+    """Create the file that is to become ``path``, and delete what ended processes left of theirs.
+
+    Returns:
+        Its path and a descriptor to read and write it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem = _temporary_stem(path)
+    ours = re.compile(rf"{re.escape(stem)}({OWNER})~[0-9a-f]+\.tmp")
+    for left in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
+        found = ours.fullmatch(left.name)
+        if found and not may_run(found[1], elsewhere=True):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{stem}{owner()}~{secrets.token_hex(4)}.tmp")
+    return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+
+
+def _temporary_stem(path: Path) -> str:
+    name = path.name
+    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME - _ROOM:
+        name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return f".{name}."
+
+
+def write_json(path: Path, value: object) -> None:
+    """:func:`write_atomically` for JSON."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content, or None where it is missing or is no JSON.
+
+    Raises:
+        DownloadError: ``output_dir`` where it may not be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    except OSError as error:
+        raise DownloadError(
+            f"{path} cannot be read: {error.strerror}", code="output_dir", hint="correct its rights, or its disk"
+        ) from error
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, durably."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary, target)
+    sync_folder(target.parent)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give an empty file its size (not 0), with blocks of the disk where the file system can: writing then costs less.
+
+    ``os.posix_fallocate`` would write into every block where the file system cannot.
+
+    Raises:
+        OSError: the disk is full, or takes no file of that size.
+    """
+    call, number = _system_call("fallocate64"), errno.EINTR
+    while call is not None and number == errno.EINTR:
+        number = call(descriptor, 0, 0, size)
+    if call is None or number in (errno.EOPNOTSUPP, errno.ENOSYS):
+        os.truncate(descriptor, size)
+    elif number:
+        raise OSError(number, os.strerror(number))
+
+
+def begin_writing_out(descriptor: int) -> None:
+    """Start writing a file's changed pages to the disk, so that the final fsync has little to do."""
+    call = _system_call("sync_file_range")
+    if call is not None:
+        call(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint: errors show at the fsync
+
+
+@cache
+def _system_call(name: str) -> Callable[[int, int, int, int], int] | None:
+    """A call of Linux's C library that Python lacks, which returns the error's number; None on other systems."""
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None, use_errno=True), name, None) if os.name == "posix" else None
+    if call is None:
+        return None
+    offset = ctypes.c_int64
+    call.argtypes = {
+        "fallocate64": [ctypes.c_int, ctypes.c_int, offset, offset],
+        "sync_file_range": [ctypes.c_int, offset, offset, ctypes.c_uint],
+    }[name]
+    return lambda *arguments: ctypes.get_errno() if call(*arguments) else 0
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def os_errors_as(path: Path, code: str = "output_dir", hint: str = "choose another --output-dir") -> Iterator[None]:
+    """Turn a full disk, missing rights and whatever else a system reports into an error of the kit about a file.
+
+    Args:
+        path: what is worked on. A file that the system names itself and that lies elsewhere is reported instead.
+        code, hint: of the error if ``path`` cannot be used.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _os_error(error, path, code, hint) from error
+
+
+def _os_error(error: OSError, path: Path, code: str, hint: str) -> DownloadError:
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DownloadError(
+            f"no space left on the disk of {named}",
+            code="disk_full",
+            hint="free some space and run the same command again: what was fetched is kept",
+        )
+    if error.errno == errno.EFBIG:
+        return DownloadError(
+            f"the disk of {named} takes no file of that size",
+            code="file_too_large",
+            hint="choose an --output-dir on another file system (FAT32 ends at 4 GB a file), or raise `ulimit -f`",
+        )
+    message = f"{named} cannot be used: {error.strerror or error}"
+    if named != path and path not in named.parents and named not in path.parents:
+        return DownloadError(message, code="file_access", hint=f"correct the rights of {named}, or its disk")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        message = f"{named} may not be read or written: {error.strerror}"
+    return DownloadError(message, code=code, hint=f"{hint}, or see what is in the way")
+
+
+def free_space(directory: Path) -> int:
+    """Return the bytes that may still be written where ``directory`` is or will be."""
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise ``disk_full`` where the disk cannot take so many bytes more."""
+    free = free_space(directory)
+    if needed > free:
+        raise DownloadError(
+            f"{needed} bytes are needed at {directory}, {free} are free",
+            code="disk_full",
+            hint="free some space, or choose another disk",
+            needed=needed,
+            free=free,
+        )
+
+
+def digests_of(path: Path, *, git: bool, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
+    """Return ``{"sha256": hex}`` of a file, with ``"git"`` (the blob hash) beside it on request."""
+    hashes = hashes_for(path.stat().st_size, git=git)
+    buffer = memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            for item in hashes.values():
+                item.update(buffer[:count])
+            advance(count)
+    return {name: item.hexdigest() for name, item in hashes.items()}
+
+
+def hashes_for(size: int, *, git: bool) -> dict[str, Any]:
+    """Return fresh hash objects by name for content of ``size`` bytes."""
+    hashes: dict[str, Any] = {"sha256": hashlib.sha256()}
+    if git:
+        hashes["git"] = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    return hashes
