@@ -30,3 +30,8 @@ def module_of(shapes: Mapping[str, Sequence[int]], *, buffers: Sequence[str] = (
 
 def manifest_of(shapes: Mapping[str, Sequence[int]], dtype: str = "float32") -> Manifest:
     return Manifest({name: (shape, dtype) for name, shape in shapes.items()}, origin="shapes")
+
+
+def zeros(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Zeros with these names and shapes, in float32."""
+    return {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}

@@ -1,24 +1,23 @@
-"""Loading from streams: who owns what, which names a checkpoint has, and what makes layers differ."""
+"""Loading from streams: ownership of buffers, layers that differ, and several targets of one source."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from port_kit.errors import RemapError
-from port_kit.manifest import NAMING_KEY, Manifest, TensorSpec
+from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import Op, Rule, RuleSet, load_local, load_weights
-from port_kit.remap.export import checkpoint_reader, convert, convert_file, export, export_file
+from port_kit.remap.export import convert, export
 from port_kit.remap.invert import invert
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.plan import check
-from tests.remap.shapes import manifest_of, module_of
+from tests.remap.shapes import manifest_of, module_of, zeros
 from tests.remap.worlds import Shapes
 
 JOIN = Op.of("concat", dim=0, parts=("a", "b", "c"))
@@ -29,10 +28,6 @@ PARTS = RuleSet("parts", (Rule(r"b\.(\d+)\.(a|b|c)", r"x.\1", shard=r"\2", op=SI
 
 def layers(names: Sequence[str], shape: tuple[int, ...], count: int = 4) -> Shapes:
     return {f"b.{layer}.{name}": shape for layer in range(count) for name in names}
-
-
-def zeros(shapes: Shapes) -> dict[str, Tensor]:
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def reusing(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -241,118 +236,6 @@ def test_names_that_are_too_long_to_match_are_told() -> None:
     assert any("421 characters" in problem.message for problem in plan.problems)
 
 
-@pytest.mark.parametrize(
-    ("source", "target", "value"),
-    [
-        (torch.float32, torch.float16, 1e6),
-        (torch.bfloat16, torch.float16, 7e4),
-        (torch.float64, torch.float32, 1e300),
-        (torch.float32, torch.bfloat16, 3.4e38),
-        (torch.float32, torch.float8_e5m2, 1e6),
-        (torch.bfloat16, torch.float8_e4m3fn, 1e3),
-    ],
-)
-def test_a_finite_value_never_becomes_infinite(source: torch.dtype, target: torch.dtype, value: float) -> None:
-    rules, module = RuleSet("r", (Rule("w", "weight"),)), nn.Linear(2, 1, bias=False).to(target).requires_grad_(False)
-    load_weights(module, [("w", torch.tensor([[float("inf"), 1.0]], dtype=torch.float64).to(source))], rules)
-    load_weights(module, [("w", torch.tensor([[2.0, 1.0]], dtype=torch.float64).to(source))], rules)
-    assert module.weight.float().tolist() == [[2.0, 1.0]]
-    with pytest.raises(RemapError) as caught:
-        load_weights(module, [("w", torch.tensor([[value, 1.0]], dtype=torch.float64).to(source))], rules)
-    [problem] = caught.value.details["problems"]
-    assert (problem["code"], problem["source"], problem["target"]) == ("remap_overflow", "w", "weight")
-
-
-def test_casts_on_the_way_and_back_do_not_overflow_either() -> None:
-    rules = RuleSet("r", (Rule("w", "weight", op=Op.of("cast", dtype="float16")),))
-    with pytest.raises(RemapError) as caught:
-        load_weights(nn.Linear(2, 1, bias=False), [("w", torch.tensor([[1e6, 1.0]]))], rules)
-    assert caught.value.code == "remap_overflow"
-    source, target = Manifest({"a": ((2,), "float16")}), manifest_of({"b": (2,)})
-    plan = RuleSet("r", (Rule("a", "b"),)).compile(source, target)
-    with pytest.raises(RemapError) as caught:
-        dict(export(plan, {"b": torch.tensor([1e6, 1.0])}))
-    assert caught.value.code == "remap_overflow"
-    plan = RuleSet("r", (Rule("b", "a"),)).compile(target, source, allow_downcast=True)
-    with pytest.raises(RemapError) as caught:
-        dict(convert(plan, {"b": torch.tensor([1e6, 1.0])}))
-    assert caught.value.code == "remap_overflow"
-
-
-@pytest.mark.parametrize(
-    ("target", "value", "fits"),
-    [
-        ("float16", 65519.0, True),
-        ("float16", 65520.0, False),
-        ("float8_e4m3fn", 463.0, True),
-        ("float8_e4m3fn", 470.0, False),
-        ("float8_e5m2", 61000.0, True),
-        ("float8_e5m2", 63000.0, False),
-        ("float8_e4m3fnuz", 247.0, True),
-        ("float8_e4m3fnuz", 252.0, False),
-    ],
-)
-def test_values_overflow_from_half_a_step_beyond_the_largest(target: str, value: float, fits: bool) -> None:
-    rules = RuleSet("r", (Rule("w", "weight"),))
-    module = nn.Linear(2, 1, bias=False).to(getattr(torch, target)).requires_grad_(False)
-    with nullcontext() if fits else pytest.raises(RemapError) as caught:
-        load_weights(module, [("w", torch.tensor([[value, 1.0]]))], rules)
-    assert fits or caught.value.code == "remap_overflow"
-
-
-@pytest.mark.parametrize("other", [float("inf"), float("nan")])
-def test_values_that_are_not_finite_hide_no_overflow(other: float) -> None:
-    source, target = Manifest({"a": ((2,), "float16")}), manifest_of({"b": (2,)})
-    given, rules = torch.tensor([other, 1e6]), RuleSet("r", (Rule("b", "a"),))
-    with pytest.raises(RemapError) as caught:
-        dict(convert(rules.compile(target, source, allow_downcast=True), {"b": given}))
-    assert caught.value.code == "remap_overflow"
-    with pytest.raises(RemapError) as caught:
-        dict(export(RuleSet("r", (Rule("a", "b"),)).compile(source, target), {"b": given}))
-    assert caught.value.code == "remap_overflow"
-
-
-@pytest.mark.parametrize("large", [1e6, float("inf")])
-def test_each_part_of_a_source_overflows_by_itself(large: float) -> None:
-    rules = RuleSet("r", (Rule("a", ("x", "y"), op=Op.of("split", dim=0)),))
-    source = Manifest({"a": ((4,), "float32")})
-    target = Manifest({"x": ((2,), "float8_e4m3fn"), "y": ((2,), "float32")})
-    plan = rules.compile(source, target, allow_downcast=True)
-    assert dict(convert(plan, {"a": torch.tensor([1, 2, large, 3])}))["x"].tolist() == [1, 2]
-    with pytest.raises(RemapError) as caught:
-        dict(convert(plan, {"a": torch.tensor([1, 1e4, large, 3])}))
-    assert caught.value.code == "remap_overflow"
-
-
-def test_an_infinite_part_does_not_make_the_others_overflow() -> None:
-    rules = RuleSet("r", (Rule("a", ("x", "y"), op=Op.of("split", dim=0)),))
-    plan = rules.compile(Manifest({"a": ((4,), "float16")}), manifest_of({"x": (2,), "y": (2,)}))
-    parts = {"x": torch.tensor([float("inf"), 1]), "y": torch.tensor([2.0, 3.0])}
-    assert dict(export(plan, parts))["a"].tolist() == [float("inf"), 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("given", "dtype"), [(torch.tensor([70000]), "float16"), (torch.tensor([1e4]), "float8_e4m3fn")]
-)
-def test_casts_that_a_rule_asks_for_overflow_too(given: Tensor, dtype: str) -> None:
-    rules = RuleSet("r", (Rule("a", "b", op=Op.of("cast", dtype=dtype)),))
-    source = Manifest({"a": (given.shape, str(given.dtype).removeprefix("torch."))})
-    plan = rules.compile(source, manifest_of({"b": (1,)}))
-    with pytest.raises(RemapError) as caught:
-        dict(convert(plan, {"a": given}))
-    assert caught.value.code == "remap_overflow"
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weight_norm_is_folded_in_float32(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    v, g = torch.randn(4, 8, 3).to(dtype), (3 * torch.rand(4, 1, 1)).to(dtype)
-    module = nn.Conv1d(8, 4, 3, bias=False)
-    rules = RuleSet("r", (Rule(r"a\.weight_([gv])", "weight", shard=r"\1", op="weight_norm"),))
-    load_weights(module, [("a.weight_g", g), ("a.weight_v", v)], rules)
-    assert torch.equal(module.weight.data, torch._weight_norm(v.float(), g.float(), 0))
-
-
 def test_both_names_of_a_shared_module_are_known() -> None:
     class Encoder(nn.Module):
         def __init__(self, table: nn.Module) -> None:
@@ -370,130 +253,6 @@ def test_both_names_of_a_shared_module_are_known() -> None:
         module = Model()
         assert load_weights(module, [(name, torch.ones(4, 3)) for name in names], same) == {"shared.weight"}
         assert bool((module.shared.weight == 1).all())
-
-
-# -- original and converted names ----------------------------------------------------------------------------------
-
-SWAP = RuleSet(
-    "swap",
-    (
-        Rule(r"b\.(\d+)\.norm2", r"b.\1.norm3"),
-        Rule(r"b\.(\d+)\.norm3", r"b.\1.norm2"),
-        Rule(r"b\.(\d+)\.fused", r"b.\1.fused", op=Op.of("reorder", dim=0)),
-        Rule("(.*)", r"\1", fallback=True),
-    ),
-)
-SWAPPED = {f"b.{at}.{name}": (4,) for at in range(2) for name in ("norm1", "norm2", "norm3", "fused")}
-
-
-def ways(tensors: dict[str, Tensor], folder: Path, rules: RuleSet, target: Shapes) -> Iterator[nn.Module]:
-    for known in (folder, None):
-        module = module_of(target)
-        load_weights(module, tensors.items(), rules, folder=known)
-        yield module
-    module = module_of(target)
-    load_local(module, folder, rules)
-    yield module
-
-
-def test_rules_are_applied_to_original_names_that_are_names_of_the_target(tmp_path: Path) -> None:
-    tensors = {name: torch.randn(shape) for name, shape in SWAPPED.items()}
-    save_file(tensors, tmp_path / "m.safetensors")
-    for module in ways(tensors, tmp_path, SWAP, SWAPPED):
-        assert torch.equal(module.get_parameter("b.1.norm3"), tensors["b.1.norm2"])
-        assert torch.equal(module.get_parameter("b.1.fused"), tensors["b.1.fused"].roll(2))
-
-
-def test_converted_files_record_it_and_are_not_converted_again(tmp_path: Path) -> None:
-    original, converted, back = (tmp_path / name for name in ("original", "converted", "back"))
-    original.mkdir()
-    tensors = {name: torch.randn(shape) for name, shape in SWAPPED.items()}
-    save_file(tensors, original / "m.safetensors")
-    plan = SWAP.compile(Manifest.from_checkpoint(original), manifest_of(SWAPPED))
-    convert_file(plan, checkpoint_reader(original, plan.source), converted / "m.safetensors")
-    assert Manifest.from_checkpoint(original).naming == ""
-    assert Manifest.from_checkpoint(converted).naming == "converted:swap"
-    one, two, explicit = (module_of(SWAPPED) for _ in range(3))
-    load_local(one, original, SWAP)
-    load_local(two, converted, SWAP)
-    load_weights(explicit, load_file(converted / "m.safetensors").items(), SWAP, converted=True)
-    assert check(SWAP, Manifest.from_checkpoint(converted), manifest_of(SWAPPED)).converted
-    for name, tensor in one.named_parameters():
-        assert torch.equal(two.get_parameter(name), tensor) and torch.equal(explicit.get_parameter(name), tensor)
-    inverse = invert(plan).compile(Manifest.from_checkpoint(converted), plan.source)  # not converted by these rules
-    assert not inverse.converted
-    restored = dict(convert(inverse, load_file(converted / "m.safetensors")))
-    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
-    export_file(plan, two, back / "m.safetensors")
-    assert Manifest.from_checkpoint(back).naming == "original"
-    restored = load_file(back / "m.safetensors")
-    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
-
-
-def test_a_record_that_is_wrong_for_the_target_is_an_error(tmp_path: Path) -> None:
-    save_file({"p": torch.ones(2)}, tmp_path / "m.safetensors", metadata={NAMING_KEY: "converted"})
-    rules = RuleSet("r", (Rule("p", "q"),))
-    with pytest.raises(RemapError) as caught:
-        load_local(module_of({"q": (2,)}), tmp_path, rules)
-    assert caught.value.details["problems"][0]["source"] == "p"
-    module = module_of({"q": (2,)})
-    load_weights(module, [("p", torch.ones(2))], rules, folder=tmp_path, converted=False)
-    assert module.q.tolist() == [1, 1]
-
-
-def test_names_that_no_rule_matches_pass_if_all_are_names_of_the_target(tmp_path: Path) -> None:
-    """Rules keep their meaning: a kept target may be absent, a missing one is an error."""
-    rules = RuleSet("r", (Rule("p", "proj"), Rule("o", "out"), Rule(target="steps", keep="the module makes it")))
-    target = {"proj": (3,), "out": (2,), "steps": (2,)}
-    tensors = zeros({"proj": (3,), "out": (2,)})
-    save_file(tensors, tmp_path / "m.safetensors")
-    for module in ways(tensors, tmp_path, rules, target):
-        assert module.proj.tolist() == [0, 0, 0]
-    with pytest.raises(RemapError) as caught:
-        load_weights(module_of(target), [("proj", torch.zeros(3))], rules)
-    assert caught.value.code == "remap_missing"
-    with pytest.raises(RemapError) as caught:
-        load_weights(module_of(target), tensors.items(), rules, converted=False)
-    assert {problem["code"] for problem in caught.value.details["problems"]} >= {"remap_unexpected"}
-
-
-def test_rules_that_change_values_are_never_skipped_for_their_names(tmp_path: Path) -> None:
-    """A pattern with a slip matches nothing, and the names are equal on both sides."""
-    rules = RuleSet("slip", (Rule(r"norm_ouT", "norm_out", op=Op.of("reorder", dim=0)),))
-    tensors = zeros({"norm_out": (4,)})
-    save_file(tensors, tmp_path / "m.safetensors")
-    for folder in (tmp_path, None):
-        with pytest.raises(RemapError) as caught:
-            load_weights(module_of({"norm_out": (4,)}), tensors.items(), rules, folder=folder)
-        codes = {problem["code"] for problem in caught.value.details["problems"]}
-        assert codes >= {"remap_unexpected", "remap_dead_rule"}
-    load_weights(module_of({"norm_out": (4,)}), tensors.items(), rules, converted=True)
-
-
-def test_names_of_the_target_that_another_rule_set_converted_are_ambiguous(tmp_path: Path) -> None:
-    """They may be converted for this module, or be what these rules convert."""
-    tensors = zeros(SWAPPED)
-    save_file(tensors, tmp_path / "m.safetensors", metadata={NAMING_KEY: "converted:swap_of_last_year"})
-    with pytest.raises(RemapError) as caught:
-        load_local(module_of(SWAPPED), tmp_path, SWAP)
-    assert caught.value.code == "remap_mixed"
-    for converted in (True, False):
-        load_weights(module_of(SWAPPED), tensors.items(), SWAP, folder=tmp_path, converted=converted)
-    renaming = RuleSet("port", (Rule(r"b\.(\d+)\.(\w+)", r"blocks.\1.\2"),))
-    load_local(module_of({f"blocks{name[1:]}": shape for name, shape in SWAPPED.items()}), tmp_path, renaming)
-
-
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("forgotten", ["pos_embed", "layers.7.weight"])
-def test_a_forgotten_rule_is_told_as_such(order: int, forgotten: str) -> None:
-    """One tensor has a name of the target and no rule; all others are renamed."""
-    rules = RuleSet("r", (Rule(r"blocks\.(\d+)\.(weight|bias)", r"layers.\1.\2"),))
-    source = {forgotten: (3,), "blocks.0.weight": (2, 2), "blocks.0.bias": (2,)}
-    target = {forgotten: (3,), "layers.0.weight": (2, 2), "layers.0.bias": (2,)}
-    with pytest.raises(RemapError) as caught:
-        load_weights(module_of(target), list(zeros(source).items())[::order], rules)
-    found = {(problem["code"], problem.get("source", "")) for problem in caught.value.details["problems"]}
-    assert ("remap_unexpected", forgotten) in found and not any("blocks.0" in source for _, source in found)
 
 
 # -- one source for several targets --------------------------------------------------------------------------------
