@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from port_kit.download import FileRule, Policy, Recipe, Report, Repository, download
+from port_kit.download import FileRule, GitCode, Policy, Recipe, Report, Repository, download
+from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "HF_ENDPOINT"):
@@ -99,3 +100,34 @@ def without_privileges() -> None:
     drop = 24  # PR_CAPBSET_DROP
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
         ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)  # refused to plain users, who have neither anyway
+
+
+PACKAGE = {"zz_model/__init__.py": "value = 1\n", "utils/__init__.py": "", "tests/__init__.py": ""}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder of this test's own, and a HOME with a configuration that must have no effect."""
+    monkeypatch.setenv("PORT_KIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    (tmp_path / "user").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> GitRemote:
+    """A repository with two commits; the first is the one that recipes pin."""
+    made = GitRemote(tmp_path / "remotes/code", PACKAGE)
+    made.git("tag", "pinned")
+    made.commit({"zz_model/__init__.py": "value = 2\n"})
+    return made
+
+
+def pinned(remote: GitRemote) -> str:
+    """The first commit."""
+    return remote.git("rev-parse", "pinned").strip()
+
+
+def code(url: str, commit: str | None = None, **fields: object) -> GitCode:
+    """Git code with one package."""
+    return GitCode("zz_code", url, **{"packages": ("zz_model",), "commit": commit, **fields})  # type: ignore[arg-type]
