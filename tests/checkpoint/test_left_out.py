@@ -71,13 +71,18 @@ TRAINER = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
-@pytest.mark.parametrize("name", TRAINER)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, options)
+        for name in TRAINER
+        for options in ({}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4})
+        if name != "quantized" or "_use_new_zipfile_serialization" not in options  # torch writes no size there
+    ],
+)
 def test_the_state_of_a_trainer_is_left_out_by_wrapper_or_by_name(
     tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    if "_use_new_zipfile_serialization" in options and name in ("quantized",):
-        pytest.skip("the old container states no size for this storage")
     torch.save({"model": WEIGHTS, name: TRAINER[name]}, tmp_path / "a.pth", **options)
     assert_equal(convert(tmp_path / "a.pth", wrapper="model"), WEIGHTS)
     torch.save({**WEIGHTS, name: TRAINER[name]}, tmp_path / "b.pth", **options)
