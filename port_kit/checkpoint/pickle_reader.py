@@ -283,7 +283,7 @@ def _alignment(entry: zipfile.ZipInfo | None, source: ByteSource) -> int:
 
 
 def _has_crc(by_name: Mapping[str, zipfile.ZipInfo]) -> bool:
-    """Return False if torch was told to compute no CRC-32: it writes 0 for all entries then."""
+    """Return False if torch wrote the file without CRC-32: all entries have 0 then."""
     return any(entry.CRC for entry in by_name.values() if entry.file_size)
 
 

@@ -252,21 +252,21 @@ def join(parts: Sequence[tuple[str, Manifest]], origin: str, notes: Iterable[str
     entries: dict[str, TensorSpec] = {}
     places: dict[str, int] = {}
     stamps: dict[str, Stamp] = {}
-    told = list(notes)
+    all_notes = list(notes)
     for file, part in parts:
         twice = entries.keys() & part.keys()
         if twice:
             name = next(name for name in part if name in twice)
             raise invalid_manifest(
-                f"{name!r} stands in {entries[name].file} and in {file}",
+                f"{name!r} is in {entries[name].file} and in {file}",
                 "name one of the files, or an index that says which copy counts",
             )
         entries.update(part.items())
         places.update(part.places)
         stamps.update(part.stamps)
-        told += part.notes
+        all_notes += part.notes
     naming = _common_naming({file: part.naming for file, part in parts}, origin)
-    return Manifest(entries, origin=origin, places=places, stamps=stamps, naming=naming, notes=told)
+    return Manifest(entries, origin=origin, places=places, stamps=stamps, naming=naming, notes=all_notes)
 
 
 def _common_naming(files: Mapping[str, str], origin: str) -> str:

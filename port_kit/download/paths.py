@@ -61,7 +61,7 @@ def folded_name(name: str) -> str:
 
 
 def require_place(path: Path) -> None:
-    """Refuse a target if a folder or a dangling link stands in its place, or a file in that of one of its folders.
+    """Refuse a target that is a folder or a dangling link, or that has a file as one of its parents.
 
     Raises:
         DownloadError: ``target_foreign``.
