@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """What follows the module in the name."""
+        """The part of the name after the module."""
         return self.name.removeprefix(self.module)
 
 

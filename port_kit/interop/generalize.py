@@ -12,7 +12,7 @@ from port_kit.remap.rules import Op, Rule
 
 
 class Route(NamedTuple):
-    """Where one source tensor goes.
+    """Destination of one source tensor.
 
     Attributes:
         targets: names of the targets; none if the tensor is dropped.

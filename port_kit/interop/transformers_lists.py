@@ -1,4 +1,4 @@
-"""What transformers' renamings and converters make of the names of a checkpoint.
+"""The names that transformers' renamings and converters give to the tensors of a checkpoint.
 
 The order is that of transformers' loader: names in natural order, all renamings in turn, then the first converter that
 matches. Renamings and converters themselves decide how a name changes; the ops of a converter are translated.

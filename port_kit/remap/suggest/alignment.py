@@ -1,4 +1,4 @@
-"""Which group can become which: shapes, and the order in which layers correspond."""
+"""Alignment of groups by their shapes, and by the order in which layers correspond."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PENALTY: dict[str, float] = {"copy": 0.0, "reshape": 0.03, "transpose": 0.15, "f
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the instances of a target group correspond to those of a source group.
+    """Correspondence between the instances of a target group and those of a source group.
 
     Attributes:
         pairs: target instance -> source instance.
@@ -93,7 +93,7 @@ def shape_class(group: ModuleGroup) -> tuple[int, tuple[tuple[str, Shape], ...]]
 
 
 def signature(group: ModuleGroup) -> tuple[object, ...]:
-    """What two groups share if one might become the other: count of instances and element counts by role."""
+    """Return the key that two groups must share to correspond: count of instances and element counts by role."""
     return (
         len(group.instances),
         tuple((role, tuple(sorted(math.prod(s) for s in group.shapes[role].values()))) for role in group.roles),

@@ -37,7 +37,7 @@ _MIN_TENSORS = 3  # fewer tensors do not show the width of a model
 
 
 class _Evidence:
-    """What the shapes of one manifest prove about its tensors.
+    """Properties of tensors that the shapes of one manifest prove.
 
     Attributes:
         unique: tensors outside of lists of layers that share their number of elements with no other single tensor.
@@ -101,7 +101,7 @@ class Classifier:
             yield "a scale may be stored as its inverse or its logarithm"
 
     def _doubts_of_conventions(self, item: Match) -> Iterator[str]:
-        """What code bases are known to order differently without changing a shape."""
+        """Yield the reasons why rows may be ordered differently although the shapes are equal."""
         near = {word for group in (item.source, item.target) for word, distance in group.tokens if distance < 2}
         near |= set(item.source.leaf_words) | set(item.target.leaf_words)
         shapes = [shape for row in item.target.shapes.values() for shape in row.values()]

@@ -1,4 +1,4 @@
-"""How well one group explains another.
+"""Scores of one group as the origin of another.
 
 Four kinds of evidence, each in [0, 1]:
 
@@ -74,7 +74,7 @@ class ManifestView:
 
     @cached_property
     def profile_counts(self) -> Counter[tuple[int, ...]]:
-        """How many different modules have a profile."""
+        """Return the number of different modules that have a profile."""
         distinct = {(profile, tuple(map(id, self.descendants[path]))) for path, profile in self.profiles.items()}
         return Counter(profile for profile, _ in distinct)
 
@@ -119,7 +119,7 @@ def size_score(source: ModuleGroup, target: ModuleGroup, left: ManifestView, rig
 
 
 class NeighborScores:
-    """What an assignment says about pairs of modules."""
+    """Evidence of an assignment about pairs of modules."""
 
     def __init__(self, links: Iterable[Link], left: ManifestView, right: ManifestView) -> None:
         self.left, self.right = left, right

@@ -187,7 +187,7 @@ class Search:
 
 
 def _matrices(groups: Iterable[ModuleGroup]) -> Counter[Shape]:
-    """How many matrices of each shape there are."""
+    """Return the number of matrices of each shape."""
     return Counter(shape for group in groups for shape in group.shapes.get(WEIGHT, {}).values() if len(shape) == 2)
 
 
@@ -208,7 +208,7 @@ def match(source: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec]) ->
 def _known(
     links: Iterable[tuple[str, Sequence[str]]], sources: Sequence[ModuleGroup], targets: Sequence[ModuleGroup]
 ) -> list[Link]:
-    """What earlier rounds found, in the groups of this one."""
+    """Return results of earlier rounds, in the groups of this one."""
     owner = {name: group for group in [*sources, *targets] for name in group.tensor_names()}
     votes: dict[tuple[ModuleGroup, ModuleGroup], int] = defaultdict(int)
     total: dict[ModuleGroup, int] = defaultdict(int)

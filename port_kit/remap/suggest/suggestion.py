@@ -1,4 +1,4 @@
-"""What :func:`port_kit.remap.suggest.suggest` returns: rules with their confidence, and what was left out."""
+"""Result of :func:`port_kit.remap.suggest.suggest`: rules with their confidence, and the tensors left out."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def words(component: str) -> tuple[str, ...]:
 
 
 def weight_of(word: str) -> float:
-    """How much it says when two names share ``word``, in (0, 1]."""
+    """Return the weight of ``word`` as evidence when two names share it, in (0, 1]."""
     return 0.25 if word.startswith("#") else _WEAK.get(word, 1.0)
 
 
@@ -170,7 +170,7 @@ def position(found: Iterable[str]) -> int:
 
 
 def secondary_rank(word: str) -> int:
-    """How much a word marks its module as the special one among siblings: the second stream most, numbers not."""
+    """Return how strongly a word marks its module as the special one: the second stream most, numbers not."""
     return 0 if word.startswith("#") else 3 if word == "ctx" else 1
 
 
