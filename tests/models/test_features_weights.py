@@ -125,6 +125,29 @@ def flows(transformer: WanFusionTransformer) -> Tensor:
     return torch.cat([flow.flatten() for flow in found])
 
 
+def assert_adapts_to(merged: dict[str, Tensor], ovi_model: Path, adapter: Path) -> set[str]:
+    """Assert that an adapter gives the flows of the merged weights, and its removal those of before.
+
+    Returns:
+        The modules that the adapter changes.
+    """
+    config = FusionConfig.from_dict(read_json(ovi_model, "transformer/config.json"))
+    with single_rank(torch.float32), torch.inference_mode():
+        expected = WanFusionTransformer(config)
+        load_weights(expected, merged.items(), TRANSFORMER)
+        pipeline = load_pipeline(ovi_model)
+        before = flows(pipeline.transformer)
+        manager = DiffusionLoRAManager(pipeline, torch.device("cpu"), torch.float32)
+        manager.set_active_adapter(LoRARequest("style", 1, str(adapter)))
+        adapted, wanted = flows(pipeline.transformer), flows(expected)
+        assert (wanted - before).abs().max() > 0.01
+        assert (adapted - wanted).abs().max() < TOLERANCE
+        changed = {name for name, layer in manager._lora_modules.items() if layer.lora_b_stacked[0].any()}
+        manager.set_active_adapter(None)
+        assert torch.equal(flows(pipeline.transformer), before)
+    return changed
+
+
 @pytest.mark.parametrize("write", [write_peft, write_kohya, write_original])
 def test_an_adapter_by_original_names_is_the_merged_weights(
     write: Callable[[Path, Adapters], Path],
@@ -136,19 +159,7 @@ def test_an_adapter_by_original_names_is_the_merged_weights(
     merged = {name: tensor.float() for name, tensor in original.items()}
     for module, (a, b) in adapters.items():
         merged[f"{module}.weight"] = merged[f"{module}.weight"] + ALPHA / RANK * b @ a
-    config = FusionConfig.from_dict(read_json(ovi_model, "transformer/config.json"))
-    with single_rank(torch.float32), torch.inference_mode():
-        expected = WanFusionTransformer(config)
-        load_weights(expected, merged.items(), TRANSFORMER)
-        pipeline = load_pipeline(ovi_model)
-        before = flows(pipeline.transformer)
-        manager = DiffusionLoRAManager(pipeline, torch.device("cpu"), torch.float32)
-        manager.set_active_adapter(LoRARequest("style", 1, str(write(tmp_path / "lora", adapters))))
-        adapted, wanted = flows(pipeline.transformer), flows(expected)
-        assert (wanted - before).abs().max() > 0.01
-        assert (adapted - wanted).abs().max() < TOLERANCE
-        manager.set_active_adapter(None)
-        assert torch.equal(flows(pipeline.transformer), before)
+    assert_adapts_to(merged, ovi_model, write(tmp_path / "lora", adapters))
 
 
 @pytest.mark.parametrize(
@@ -220,19 +231,8 @@ def test_an_adapter_of_wan_is_one_of_the_video_tower(
         adapters[module] = a, b
         merged[f"{module}.weight"] += ALPHA / RANK * (b.flatten(1) @ a.flatten(1)).reshape(rows, *columns)
     save_file(_wan_file(form, adapters), tmp_path / "wan.safetensors")
-    config = FusionConfig.from_dict(read_json(ovi_model, "transformer/config.json"))
-    with single_rank(torch.float32), torch.inference_mode():
-        expected = WanFusionTransformer(config)
-        load_weights(expected, merged.items(), TRANSFORMER)
-        pipeline = load_pipeline(ovi_model)
-        before = flows(pipeline.transformer)
-        manager = DiffusionLoRAManager(pipeline, torch.device("cpu"), torch.float32)
-        manager.set_active_adapter(LoRARequest("wan", 1, str(tmp_path / "wan.safetensors")))
-        adapted, wanted = flows(pipeline.transformer), flows(expected)
-        assert (wanted - before).abs().max() > 0.01
-        assert (adapted - wanted).abs().max() < TOLERANCE
-        changed = {name for name, layer in manager._lora_modules.items() if layer.lora_b_stacked[0].any()}
-        assert changed and not any(".audio." in name for name in changed)
+    changed = assert_adapts_to(merged, ovi_model, tmp_path / "wan.safetensors")
+    assert changed and not any(".audio." in name for name in changed)
 
 
 @pytest.mark.parametrize("leaf", ["dora_scale", "diff", "diff_b", "lora_B.bias", "lora_magnitude_vector"])
