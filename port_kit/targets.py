@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import TensorSpec
@@ -113,14 +114,12 @@ def read_targets(module: nn.Module) -> Targets:
             name = f"{path}.{leaf}" if path else leaf
             first = known.setdefault(id(tensor), name)
             if first == name:
-                plain = not tensor.__dict__ and not hasattr(type(tensor), "weight_loader")  # no attribute describes it
-                key = (tensor.shape, tensor.dtype, buffer)
-                if not plain:
-                    targets[name] = _read_target(name, owner, tensor, buffer, plain=False)
-                elif key in alike:
-                    targets[name] = Target(name, tensor, *alike[key][2:])
-                else:
-                    targets[name] = alike[key] = _read_target(name, owner, tensor, buffer, plain=True)
+                key = _layout_key(owner, leaf, tensor, buffer)
+                if key not in alike:
+                    alike[key] = _read_target(name, owner, tensor, buffer)
+                like = alike[key]
+                loader: Any = None if like.loader is None else getattr(tensor, "weight_loader", None)
+                targets[name] = Target(name, tensor, like.spec, like.shards, loader, like.padding)
             else:
                 aliases[name] = first
     return Targets(targets, aliases, ranks)
@@ -135,11 +134,56 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield leaf, buffer, True
 
 
-def _read_target(name: str, owner: nn.Module, tensor: Tensor, buffer: bool, *, plain: bool) -> Target:
+#: Attributes of an owner that the layout of its tensors follows from.
+_OWNER_FACTS = (
+    *("tp_rank", "tp_size", "input_size", "input_size_per_partition", "output_size", "output_size_per_partition"),
+    *("output_sizes", "head_size", "v_head_size", "total_num_heads", "total_num_kv_heads", "num_heads", "num_kv_heads"),
+    *("num_kv_head_replicas", "num_embeddings_per_partition", "org_vocab_size", "shard_indices", "moe_config"),
+    *("global_num_experts", "quant_config"),
+)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return True if no attribute of the tensor describes a layout."""
+    return not tensor.__dict__ and not hasattr(type(tensor), "weight_loader")
+
+
+def _layout_key(owner: nn.Module, leaf: str, tensor: Tensor, buffer: bool) -> object:
+    """Return a key that tensors of one layout share; of a tensor whose layout may be its own it is unique."""
+    if _is_plain(tensor):
+        return tensor.shape, tensor.dtype, buffer
+    loader = getattr(tensor, "weight_loader", None)
+    if _is_dtensor(tensor) or getattr(loader, "__self__", owner) is not owner or not _has_own_facts(type(owner)):  # type: ignore[arg-type]
+        return id(tensor)
+    told = {name: fact for name, fact in tensor.__dict__.items() if fact is not loader}
+    facts = [owner.__dict__.get(name, ...) for name in _OWNER_FACTS]
+    values = [tuple(fact) if type(fact) is list else fact for fact in (*facts, *told.values())]
+    key = (type(owner), leaf, type(tensor), tensor.shape, tensor.dtype, buffer, loader is None, *told, *values)
+    return key if _is_hashable(key) else id(tensor)
+
+
+def _is_hashable(key: object) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
+@lru_cache
+def _has_own_facts(kind: type[nn.Module]) -> bool:
+    """Return True if instances of a class hold these attributes themselves: no property, no wrapped module."""
+    from torch import nn
+
+    return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in _OWNER_FACTS)
+
+
+def _read_target(name: str, owner: nn.Module, tensor: Tensor, buffer: bool) -> Target:
     local = tuple(tensor.shape)
     region = full_region(local)
     shape: Shape = local
     shards: tuple[Shard, ...] | None = (Shard("", region, region, region),)
+    plain = _is_plain(tensor)
     if not plain:
         shape, shards = _layout(owner, tensor, local)
     slots = {shard.name: shard.region for shard in shards or () if shard.name}
