@@ -23,6 +23,7 @@ from port_kit.remap.transforms import find_transform
 from port_kit.targets import Target
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -56,9 +57,9 @@ class Executor:
 
     def copy(self, task: CopyTask, tensor: Tensor) -> None:
         """Execute one task, through the parameter's own loader if it has one."""
-        target = self.targets[task.target]
-        if target.loader is None and not task.ops and tensor.dtype == target.tensor.dtype:
-            _view(target.tensor.data, task.region).copy_(tensor)
+        target, index = self.targets[task.target], self.plain_index(task, tensor.dtype)
+        if index is not None:
+            target.tensor.data[index].copy_(tensor)
             return
         if target.loader is None:
             self.write(task, _view(target.tensor.data, task.region), tensor)
@@ -76,6 +77,13 @@ class Executor:
             common = intersection(region, task.region)
             if common is not None:
                 self._collect(target, shard, region, common, _view(value, relative_to(common, task.region)))
+
+    def plain_index(self, task: CopyTask, dtype: torch.dtype) -> tuple[slice, ...] | None:
+        """Return the index of the elements that a task fills, empty for all of them; None if it does more than copy."""
+        target = self.targets[task.target]
+        if target.loader is not None or task.ops or dtype != target.tensor.dtype:
+            return None
+        return () if task.region == full_region(tuple(target.tensor.shape)) else region_index(task.region)
 
     def write(self, task: CopyTask, destination: Tensor, tensor: Tensor) -> None:
         """Write the result of a task's operations into memory, and check that finite values stay finite."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import Manifest, TensorSpec
+from port_kit.regions import Shape
 from port_kit.remap.executor import Executor
 from port_kit.remap.plan import PlanBuilder, check
 from port_kit.remap.problems import Problem, raise_problems, remap_error
@@ -19,6 +20,7 @@ from port_kit.remap.rule import Rules
 from port_kit.targets import Targets, read_targets
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 #: Bytes of parts that may wait for the others of their group.
@@ -110,6 +112,22 @@ def target_manifest(module: nn.Module, targets: Targets) -> Manifest:
     return Manifest(specs, origin=type(module).__name__, aliases=targets.aliases)
 
 
+class _Ahead(NamedTuple):
+    """A source that is expected because an earlier layer has it; between large copies, resolving it takes longer.
+
+    Attributes:
+        shape, dtype, spec: those of the earlier layer's source, and of this one unless it has to be resolved again.
+        target: the parameter or buffer that it fills.
+        region: the index of the elements that it fills, empty for all of them.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    spec: TensorSpec
+    target: Tensor
+    region: tuple[slice, ...]
+
+
 class WeightLoader:
     """A load in progress: :meth:`feed` tensors, then :meth:`finish`. Arguments as for :func:`load_weights`."""
 
@@ -139,8 +157,9 @@ class WeightLoader:
         self._specs: Mapping[str, TensorSpec] = {}
         self._known_specs: dict[object, TensorSpec] = {}
         self._dense = torch.strided
+        self._ahead: dict[str, _Ahead] = {}
         self._waiting: dict[str, Tensor] = {}
-        self._seen: set[str] = set()
+        self._seen: dict[str, _Ahead | None] = {}
         self._problems: list[Problem] = []
         if folder is not None:
             source = Manifest.from_checkpoint(folder)
@@ -162,12 +181,18 @@ class WeightLoader:
         if name in self._seen:
             self._problems.append(Problem("remap_collision", f"{name} comes twice", source=name))
             return
-        self._seen.add(name)
+        self._seen[name] = ahead = self._ahead.pop(name, None)
         if tensor.is_meta or tensor.layout is not self._dense:
             kind = "one on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise remap_error("remap_tensor", f"{name}: expected a dense tensor, found {kind}")
         if tensor.requires_grad:
             tensor = tensor.detach()
+        if ahead is not None:
+            if tensor.shape == ahead.shape and tensor.dtype == ahead.dtype:
+                memory = ahead.target.data
+                (memory[ahead.region] if ahead.region else memory).copy_(tensor)
+                return
+            self._seen[name] = None
         for group in self._ready(name, tensor):
             if len(group) == 1 and group[0].source == name:
                 self._executor.copy(group[0], tensor)
@@ -187,7 +212,13 @@ class WeightLoader:
             spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             self._known_specs[tensor.shape, tensor.dtype] = spec
         if self._planned is None:
-            return self._builder.add(name, spec)
+            ready = self._builder.add(name, spec)
+            index = self._executor.plain_index(ready[0][0], tensor.dtype) if self._builder.layers else None
+            if index is not None:
+                for task in self._builder.layers:
+                    target = self._executor.targets[task.target].tensor
+                    self._ahead[task.source] = _Ahead(tensor.shape, tensor.dtype, spec, target, index)
+            return ready
         planned = self._specs.get(name)
         if planned is None:
             self._problems.append(Problem("remap_unexpected", f"{name} is not in the headers", source=name))
@@ -221,6 +252,9 @@ class WeightLoader:
         """
         problems = [*self._problems, *self._executor.problems]
         if self._planned is None:
+            for name, ahead in self._seen.items():
+                if ahead is not None:
+                    self._builder.add(name, ahead.spec)
             problems += self._builder.finish().explained()
         for name in self._planned or ():
             if name not in self._seen:

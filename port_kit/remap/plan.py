@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -170,6 +171,9 @@ class PlanBuilder:
         self._affected: set[str] = set()
         self._dropped: dict[str, str] = {}
         self._used: dict[int, int] = defaultdict(int)
+        #: tasks of the same source in the next layers, found by the last add()
+        self.layers: list[CopyTask] = []
+        self._ahead: dict[str, tuple[CopyTask, TensorSpec, int]] = {}
         #: number of tasks of each source that have not been returned by add()
         self.pending: dict[str, int] = defaultdict(int)
 
@@ -181,8 +185,13 @@ class PlanBuilder:
             sources together. A part of a join that waits for the others is returned with the last of them.
         """
         self._specs[name] = spec
-        known = self.naming == "converted" or name in self._known
-        if self.naming != "original" and known and not self.resolver.matches(name) or self.naming == "converted":
+        ahead = self._ahead.pop(name, None)
+        if ahead is not None and ahead[1].shape == spec.shape and ahead[1].dtype == spec.dtype:
+            self._used[ahead[2]] += 1
+            self._tasks.append(ahead[0])
+            return [[ahead[0]]]
+        self.layers = []
+        if self._has_target_name(name):
             found = self._identity.resolve(name, spec)
             self._problems += found.problems
             self._by_name += found.tasks
@@ -195,8 +204,19 @@ class PlanBuilder:
         if found.problems:
             self._affected.update(found.affected)
             return []
-        self._account_source(name, spec, found)
+        if self._account_source(name, spec, found) and found.tasks[0].join is None:
+            layers = self.resolver.resolve_layers(found.tasks[0])
+            self.layers = list(takewhile(self._is_new, layers))
+            self._ahead.update({task.source: (task, spec, found.rules[0]) for task in self.layers})
         return [group for task in found.tasks for group in self._ready(task)]
+
+    def _is_new(self, task: CopyTask) -> bool:
+        return task.source not in self._specs and task.source not in self._ahead
+
+    def _has_target_name(self, name: str) -> bool:
+        if self.naming in ("converted", "original") or name not in self._known:
+            return self.naming == "converted"
+        return not self.resolver.matches(name)
 
     def finish(self, source: Manifest | None = None) -> Plan:
         """Account for everything and return the plan, complete or not."""
@@ -234,14 +254,14 @@ class PlanBuilder:
             self.pending[part.source] -= 1
         return [[part] for part in placed] if task.join.name == "concat" else [placed] if placed else []
 
-    def _account_source(self, name: str, spec: TensorSpec, found: Resolved) -> None:
-        """Check that every source element is used once per rule, or dropped.
+    def _account_source(self, name: str, spec: TensorSpec, found: Resolved) -> bool:
+        """Check that every source element is used once per rule, or dropped; return True if one task uses all of them.
 
         Rules with ``take`` use disjoint parts. Several rules without it each use the complete source.
         """
         if len(found.tasks) == 1 and not found.dropped:
             if not any(isinstance(op, _PARTIAL) for op in found.tasks[0].ops):
-                return
+                return True
         dropped = [region for region, _ in found.dropped]
         parts = list(dropped)
         copies: dict[Rule, list[Region]] = defaultdict(list)
@@ -259,10 +279,11 @@ class PlanBuilder:
             if twice is not None:
                 one, other = (region_text(regions[at]) for at in twice)
                 self._report("remap_overlap", f"{name} is used twice, in {one} and in {other}", name, spec)
-                return
+                return False
         unused = min(uncovered_numel(regions, spec.shape) for regions in uses or [parts])
         if unused:
             self._report("remap_unused", f"{unused} of {spec.numel} elements of {name} are not used", name, spec)
+        return False
 
     def _report(self, code: str, message: str, name: str, spec: TensorSpec) -> None:
         self._problems.append(Problem(code, message, source=name, file=spec.file))
@@ -289,8 +310,10 @@ class PlanBuilder:
         by_target = grouped(tasks, attrgetter("target"))
         found = []
         for name, spec in self.resolver.target.items():
-            written = by_target.get(name, [])
+            written = by_target.get(name)
             if written:
+                if len(written) == 1 and written[0].region == full_region(spec.shape):
+                    continue
                 found += target_problems(name, spec, written, reported=name in reported)
             elif name not in kept and name not in reported:
                 message = f"{name} {list(spec.shape)} is not written by any source"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from port_kit.checkpoint.dtypes import both_floating, keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Region, Shape, full_region, region_shape, shifted, with_span
-from port_kit.remap.names import template_of
+from port_kit.remap.names import NUMBER, template_of
 from port_kit.remap.ops import Op
 from port_kit.remap.patterns import MAX_NAME_LENGTH, compile_pattern, evaluate_sizes, parse_template
 from port_kit.remap.problems import Problem, remap_error
@@ -105,8 +105,8 @@ class Resolver:
         patterns = [(number, compile_pattern(rule.source)) for number, rule in enumerate(self.rules) if rule.source]
         self._ordinary = [pattern for pattern in patterns if not self.rules[pattern[0]].fallback]
         self._fallback = [pattern for pattern in patterns if self.rules[pattern[0]].fallback]
-        #: tasks by everything that they depend on but names: layers are alike, and resolving one takes long
-        self._alike: dict[object, list[CopyTask]] = {}
+        #: targets and tasks by everything else that they depend on but names: layers are alike
+        self._alike: dict[object, tuple[list[TensorSpec], list[CopyTask]]] = {}
 
     def matches(self, name: str) -> list[tuple[int, re.Match[str]]]:
         """Return the rules that match a name: all ordinary ones, else the fallback ones."""
@@ -135,6 +135,27 @@ class Resolver:
         merged: list[Any] = [sum(fields, ()) for fields in zip(*each, strict=True)]
         return Resolved(*merged)
 
+    def resolve_layers(self, task: CopyTask) -> Iterator[CopyTask]:
+        """Yield the only task of the same source in each layer after that of a task, as far as they are alike.
+
+        Args:
+            task: the only task of its source.
+        """
+        rule, goal = task.rule, self.target[task.target]
+        numbers = NUMBER.search(task.source), NUMBER.search(task.target)
+        if None in numbers or len(rule.targets) > 1 or rule.uses_groups or self.aliases or self.opaque[0]:
+            return
+        (start, layer, stop), (first, _, last) = (_around(number) for number in numbers if number is not None)
+        for at in itertools.count(int(layer) + 1):
+            name, target = f"{start}{at}{stop}", f"{first}{at}{last}"
+            found = self.matches(name) if self.target.get(target) == goal else []
+            if len(found) != 1 or self.rules[found[0][0]] is not rule:
+                return
+            filled = [expand(text, found[0][1]) for text in (rule.targets[0], rule.shards[0])]
+            if filled != [target, task.shard or task.role]:
+                return
+            yield CopyTask(name, task.ops, target, *task[3:])
+
     def _by_rule(self, number: int, match: re.Match[str], name: str, spec: TensorSpec) -> Resolved:
         rule = self.rules[number]
         scope = Scope(self.sizes, rule.label, name, match, spec.shape)
@@ -159,14 +180,12 @@ class Resolver:
                 return Resolved(problems=(self._no_target(rule, name, spec, target),), rules=(number,))
             if self.opaque[0]:
                 self._infer_full_shape(rule, target, spec)
-        key: list[object] = [number, spec.shape, spec.dtype, match.groups() if rule.uses_groups else ()]
-        for target, shard in zip(targets, shards, strict=True):
-            goal = self.target[target]
-            key += [shard, goal.shape, goal.dtype, goal.slots.get(shard)]
-        known = self._alike.get(tuple(key))
-        if known is not None:
-            alike = zip(known, targets, strict=True)
-            return Resolved(tuple([CopyTask(name, t.ops, target, *t[3:]) for t, target in alike]), rules=(number,))
+        goals = [self.target[target] for target in targets]
+        key = (number, spec.shape, spec.dtype, *shards, match.groups() if rule.uses_groups else None)
+        known_goals, known = self._alike.get(key, (None, []))
+        if known_goals == goals:
+            alike = [CopyTask(name, t.ops, target, *t[3:]) for t, target in zip(known, targets, strict=True)]
+            return Resolved(tuple(alike), (), (), (number,))
         try:
             places = [self._place(rule, target, shard) for target, shard in zip(targets, shards, strict=True)]
             branches = _branches(rule, spec, scope, places)
@@ -180,7 +199,7 @@ class Resolver:
         ]
         problems = [problem for task in tasks for problem in self._check_dtype(task, spec)]
         if not problems:
-            self._alike[tuple(key)] = tasks
+            self._alike[key] = (goals, tasks)
         return Resolved(tuple(tasks), problems=tuple(problems), rules=(number,))
 
     def _place(self, rule: Rule, target: str, shard: str) -> _Place:
@@ -224,6 +243,10 @@ class Resolver:
             return []
         message = f"{task.source} is {dtype}; {task.target} is {wanted}, which cannot represent all of its values"
         return [Problem("remap_dtype", message, task.rule.label, task.source, spec.file, task.target)]
+
+
+def _around(match: re.Match[str]) -> tuple[str, str, str]:
+    return match.string[: match.start()], match[0], match.string[match.end() :]
 
 
 def unmatched(name: str, file: str = "") -> Problem:

@@ -312,3 +312,41 @@ def test_shards_of_a_fused_target_are_known_by_name() -> None:
     rules = RuleSet("slots", (Rule(r"(q|k)", "qk", shard=r"\1"),))
     plan = rules.compile(manifest_of({"q": (2, 3), "k": (1, 3)}), target)
     assert [(task.shard, task.region) for task in plan.tasks] == list(slots.items())
+
+
+# -- layers that are resolved before they arrive ---------------------------------------------------------------------
+
+
+def _layers(count: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {f"blocks.{at}.w": torch.full((2, 3), float(at + 1), dtype=dtype) for at in range(count)}
+
+
+def _layers_module(count: int) -> nn.Module:
+    return module_of({f"layers.{at}.w": (2, 3) for at in range(count)})
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
+def test_layers_of_any_order_shape_and_dtype(order: list[int]) -> None:
+    """A layer whose dtype differs from that of the layer before is resolved again, and still complete."""
+    weights = _layers(4)
+    weights["blocks.2.w"] = weights["blocks.2.w"].bfloat16()
+    module = _layers_module(4)
+    rules = RuleSet("r", (Rule(r"blocks\.(\d+)\.w", r"layers.\1.w"),))
+    load_weights(module, ((f"blocks.{at}.w", weights[f"blocks.{at}.w"]) for at in order), rules)
+    for at in range(4):
+        assert (module.get_parameter(f"layers.{at}.w") == at + 1).all()
+
+
+def test_layers_that_are_expected_and_do_not_come_are_missing() -> None:
+    module = _layers_module(4)
+    rules = RuleSet("r", (Rule(r"blocks\.(\d+)\.w", r"layers.\1.w"),))
+    with pytest.raises(RemapError) as raised:
+        load_weights(module, list(_layers(4).items())[:2], rules)
+    found = raised.value.details["problems"]
+    assert {problem["target"] for problem in found} == {"layers.2.w", "layers.3.w"}
+
+
+def test_all_layers_into_one_target_collide() -> None:
+    with pytest.raises(RemapError) as raised:
+        load_weights(module_of({"w": (2, 3)}), _layers(3).items(), RuleSet("r", (Rule(r"blocks\.\d+\.w", "w"),)))
+    assert raised.value.code == "remap_collision"
