@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, stamp
-from port_kit.regions import Region, full_region, region_index, to_intervals
+from port_kit.regions import Region, region_index, to_intervals
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+_madvise = ctypes.CDLL(None).madvise
 #: Bytes of one read.
 BLOCK = 16 << 20
 
@@ -31,11 +33,12 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, file: str, source: Manifest) -> None:
         self.path, self._source = path, source
-        self._mapped: dict[tuple[int, int], Tensor] = {}
+        self._mapped: dict[tuple[torch.dtype, int], Tensor] = {}
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise _unreadable(path, "opened", error, "check the permissions of the file") from error
+        self._size = source.stamps[file][2]
         if stamp(self.descriptor) != source.stamps[file]:
             self.close()
             raise RemapError(
@@ -52,15 +55,16 @@ class SafetensorsFile:
     def _mapping(self) -> mmap.mmap:
         return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
 
-    def _map(self, itemsize: int, phase: int) -> Tensor:
-        """Return the mapped file as integers, starting at a byte below their size."""
+    def _map(self, dtype: torch.dtype, phase: int) -> Tensor:
+        """Return the mapped file as elements of a dtype, starting at a byte below their size."""
         import numpy
         import torch
 
-        count = (len(self._mapping) - phase) // itemsize
+        size = min(dtype.itemsize, 8)
+        count = (len(self._mapping) - phase) // dtype.itemsize * (dtype.itemsize // size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it cannot be written; nobody writes it
-            return torch.from_numpy(numpy.frombuffer(self._mapping, f"i{itemsize}", count, phase))
+            return torch.from_numpy(numpy.frombuffer(self._mapping, f"i{size}", count, phase)).view(dtype)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor whose pages are read when they are touched."""
@@ -68,43 +72,68 @@ class SafetensorsFile:
 
         spec, place = self._source[name], self._source.places[name]
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        size = min(dtype.itemsize, 8)
-        at, phase = divmod(place, size)  # tensors of small elements may leave others at odd addresses
-        if (size, phase) not in self._mapped:
-            self._mapped[size, phase] = self._map(size, phase)
-        elements = self._mapped[size, phase][at : at + spec.nbytes // size]
-        return (elements.view(-1, 2) if dtype.itemsize > 8 else elements).view(dtype).view(spec.shape)
+        at, phase = divmod(place, dtype.itemsize)  # tensors of small elements may leave others at odd addresses
+        if (dtype, phase) not in self._mapped:
+            self._mapped[dtype, phase] = self._map(dtype, phase)
+        return self._mapped[dtype, phase][at : at + spec.numel].view(spec.shape)
 
-    def reads(self, name: str, region: Region, into: Tensor, *, mapped: bool = True) -> Iterator[Callable[[], object]]:
-        """Yield the reads of a region into memory of its shape and dtype, about :data:`BLOCK` bytes each.
+    def check_size(self) -> None:
+        """Raise ``checkpoint_corrupt`` if the file was truncated: a page that is not there would end the process."""
+        if os.fstat(self.descriptor).st_size < self._size:
+            raise self._truncated(self._size)
+
+    def unmap(self, start: int, stop: int) -> None:
+        """Take the pages of a span of the file out of the mapping, until they are touched again.
+
+        At the end of the mapping, one thread would need as long for it as a quarter of all copies.
+        """
+        first = self._address + start // mmap.PAGESIZE * mmap.PAGESIZE
+        # mmap's own method would keep the interpreter from the other threads
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(self._address + stop - first), mmap.MADV_DONTNEED)
+
+    @cached_property
+    def _address(self) -> int:
+        import numpy
+
+        return int(numpy.frombuffer(self._mapping, "u1").ctypes.data)
+
+    def pieces(self, name: str, region: Region, into: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield parts of memory and the mapped elements to be copied there, about :data:`BLOCK` bytes each.
+
+        This is the fastest way if the file is in the page cache. Call :meth:`check_size` before the pages are touched.
 
         Args:
-            mapped: copy from the mapping, as is faster if the file is in the page cache; else read contiguous regions,
-                as is faster if it is not.
+            region: the region of the tensor.
+            into: memory of the region's shape and dtype.
         """
-        spec, place = self._source[name], self._source.places[name]
-        if not into.numel():
-            return
-        runs = [] if mapped or not into.is_contiguous() else to_intervals(region, spec.shape)
-        if len(runs) == 1:
-            start = place + runs[0][0] * into.element_size()
-            for at in range(0, into.nbytes, BLOCK):
-                size = min(BLOCK, into.nbytes - at)
-                memory = (ctypes.c_char * size).from_address(into.data_ptr() + at)
-                yield partial(self._read, memoryview(memory).cast("B"), start + at)
-            return
         tensor = self.tensor(name)
-        piece = tensor if region == full_region(spec.shape) else tensor[region_index(region)]
+        piece = tensor if tensor.shape == into.shape else tensor[region_index(region)]
         if into.nbytes <= BLOCK:
-            yield partial(self._copy, into, piece, place + spec.nbytes)
+            yield into, piece
             return
         rows = max(1, len(into) * BLOCK // into.nbytes)
         for at in range(0, len(into), rows):
-            yield partial(self._copy, into[at : at + rows], piece[at : at + rows], place + spec.nbytes)
+            yield into[at : at + rows], piece[at : at + rows]
 
-    def _copy(self, into: Tensor, piece: Tensor, stop: int) -> None:
-        if os.fstat(self.descriptor).st_size < stop:  # a page that is not there would end the process
-            raise self._truncated(stop)
+    def reads(self, name: str, region: Region, into: Tensor) -> Iterator[Callable[[], object]]:
+        """Yield the reads of a region into memory of its shape and dtype, about :data:`BLOCK` bytes each.
+
+        Between contiguous regions and memory they go without the mapping: faster if the file is not in the page cache.
+        """
+        spec, place = self._source[name], self._source.places[name]
+        runs = to_intervals(region, spec.shape) if into.numel() and into.is_contiguous() else []
+        if len(runs) != 1:
+            for part, piece in self.pieces(name, region, into):
+                yield partial(self._copy, part, piece)
+            return
+        start = place + runs[0][0] * into.element_size()
+        for at in range(0, into.nbytes, BLOCK):
+            size = min(BLOCK, into.nbytes - at)
+            memory = (ctypes.c_char * size).from_address(into.data_ptr() + at)
+            yield partial(self._read, memoryview(memory).cast("B"), start + at)
+
+    def _copy(self, into: Tensor, piece: Tensor) -> None:
+        self.check_size()
         into.copy_(piece)
 
     def _truncated(self, stop: int) -> RemapError:

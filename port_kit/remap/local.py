@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 #: Bytes in buffers that are being read or wait to be copied; one larger tensor is read alone.
 WINDOW = 256 << 20
-#: Threads if the target is on a GPU, where they wait for the disk more than they copy.
-GPU_THREADS = 8
+#: Threads if the target is on a GPU: the calling one copies, and the others wait for the disk more than they copy.
+GPU_THREADS = 9
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,44 @@ class _Staged(NamedTuple):
 
 
 class _Batch:
-    """Reads that one thread executes after each other."""
+    """Reads and copies that one thread executes after each other."""
 
     def __init__(self) -> None:
         self.reads: list[Callable[[], object]] = []
+        self.spans: dict[SafetensorsFile, tuple[int, int]] = {}
+        self.memory: list[Tensor] = []
+        self.pieces: list[Tensor] = []
         self.nbytes = 0
         self.result: Future[None] | None = None
+
+    def run(self) -> None:
+        """Execute them; the copies in one call, because after each call a thread has to wait for the interpreter."""
+        import torch
+
+        with torch.inference_mode():  # it is a property of the thread
+            for read in self.reads:
+                read()
+            for file in self.spans:
+                file.check_size()
+            if self.memory:
+                torch._foreach_copy_(self.memory, self.pieces)
+            for file, span in self.spans.items():
+                file.unmap(*span)
 
     @property
     def done(self) -> bool:
         """Return True if all reads have ended."""
         return self.result is not None and self.result.done()
+
+    def wait(self) -> None:
+        """Wait for the end of all reads, and raise what they raised."""
+        if self.result is not None and not self.result.cancelled():
+            self.result.result()
+
+    def steal(self) -> None:
+        """Execute the batch in this thread, if no other has begun with it."""
+        if self.result is not None and self.result.cancel():
+            self.run()
 
 
 class Ring:
@@ -184,7 +211,7 @@ class _Load:
         self._waiting: dict[object, dict[str, Tensor]] = {}
         self._alike: dict[object, list[Transfer] | None] = {}
         self._batch = _Batch()
-        self._submitted: deque[Future[None]] = deque()
+        self._submitted: deque[_Batch] = deque()
         self._staged: deque[_Staged] = deque()
         self._copying: deque[torch.cuda.Event] = deque()
         self._ring = Ring(WINDOW)
@@ -201,15 +228,17 @@ class _Load:
                 files[name] = SafetensorsFile(self.root / name, name, source)
                 opened.callback(files[name].close)
             torch.set_num_threads(1)  # the threads of the pool divide the work
-            self._pool = ThreadPoolExecutor(threads, "port-kit-read", torch.set_num_threads, (1,))
+            self._pool = ThreadPoolExecutor(max(threads - 1, 1), "port-kit-read", torch.set_num_threads, (1,))
             opened.callback(self._pool.shutdown, cancel_futures=True)
             for name in sorted(tasks, key=lambda name: (source[name].file, source.places[name])):
                 self._source(files[source[name].file], name, tasks[name])
             self._flush()
             while self._staged:
                 self._start_copy()
-            for result in self._submitted:
-                result.result()
+            for batch in reversed(self._submitted if threads > 1 else ()):
+                batch.steal()
+            for batch in self._submitted:
+                batch.wait()
         for target in {task.target for task in self.plan.tasks}:
             for region in self.executor.targets[target].padding:  # as the parameter's own loader does
                 self.executor.targets[target].memory[region_index(region)].zero_()
@@ -230,7 +259,8 @@ class _Load:
     def _transfers(self, task: CopyTask) -> list[Transfer] | None:
         """Return the transfers of a task, computed once for tasks that are alike."""
         target = self.executor.targets[task.target]
-        key = (task.ops, task.region, task.join, target.shards, target.memory.shape)
+        # objects that tasks and targets of alike layers share, and that the plan keeps alive
+        key = (id(task.ops), id(task.region), id(task.join), id(target.shards), target.memory.shape)
         if key not in self._alike:
             self._alike[key] = _transfers(task, target)
         found = self._alike[key]
@@ -239,13 +269,20 @@ class _Load:
     def _transfer(self, file: SafetensorsFile, name: str, transfer: Transfer) -> None:
         """Read a region into this rank's memory, through a buffer if that is on a GPU."""
         memory, region = self.executor.targets[transfer.task.target].memory, transfer.source
-        into, extents = memory[region_index(transfer.local)], region_shape(region)
+        extents = region_shape(region)
+        into = memory if region_shape(transfer.local) == memory.shape else memory[region_index(transfer.local)]
         self.bytes_read += region_numel(region) * ITEM_SIZES[self.plan.source[name].dtype]
         same_bytes = str(into.dtype) == f"torch.{self.plan.source[name].dtype}" and not transfer.permutations
         if memory.is_cuda:
             self._stage(file, name, transfer, into)
         elif same_bytes and (into.is_contiguous() or not transfer.task.ops):
-            self._submit(file.reads(name, region, into.view(extents)), into.nbytes)
+            at = self.plan.source.places[name]
+            start = self._batch.spans.get(file, (at, 0))[0]
+            self._batch.spans[file] = (start, at + self.plan.source[name].nbytes)
+            for part, piece in file.pieces(name, region, into if into.shape == extents else into.view(extents)):
+                self._batch.memory.append(part)
+                self._batch.pieces.append(piece)
+                self._submit([], part.nbytes)
         else:
             piece = file.tensor(name)[region_index(region)]
             self._submit([partial(self._write, transfer, into, piece)], into.nbytes)
@@ -260,11 +297,11 @@ class _Load:
         return batch
 
     def _flush(self) -> None:
-        while self._submitted and self._submitted[0].done():
-            self._submitted.popleft().result()
-        if self._batch.reads:
-            self._batch.result = self._pool.submit(_run_all, self._batch.reads)
-            self._submitted.append(self._batch.result)
+        while self._submitted and self._submitted[0].done:
+            self._submitted.popleft().wait()
+        if self._batch.reads or self._batch.memory:
+            self._batch.result = self._pool.submit(self._batch.run)
+            self._submitted.append(self._batch)
         self._batch = _Batch()
 
     def _stage(self, file: SafetensorsFile, name: str, transfer: Transfer, into: Tensor) -> None:
@@ -288,7 +325,7 @@ class _Load:
             length = size * (high - low) // rows
             start = self._reserve(length)
             buffer = self._page_locked[start : start + length].view(dtype).view(region_shape(region))
-            batch = self._submit(file.reads(name, region, buffer, mapped=False), length)
+            batch = self._submit(file.reads(name, region, buffer), length)
             self._staged.append(_Staged(batch, partial(self._write, transfer, part, buffer)))
 
     @cached_property
@@ -315,8 +352,7 @@ class _Load:
         batch, copy = self._staged.popleft()
         if batch.result is None:
             self._flush()
-        assert batch.result is not None
-        batch.result.result()
+        batch.wait()
         copy()
         self._copying.append(torch.cuda.Event())
         self._copying[-1].record()
@@ -346,14 +382,6 @@ class _Load:
         if task.join is not None or any(isinstance(op, Call) for op in task.ops):
             return tensor
         return tensor.to(self.executor.targets[task.target].memory.device, non_blocking=True)
-
-
-def _run_all(reads: Iterable[Callable[[], object]]) -> None:
-    import torch
-
-    with torch.inference_mode():  # it is a property of the thread
-        for read in reads:
-            read()
 
 
 def _transfers(task: CopyTask, target: Target) -> list[Transfer] | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from port_kit.checkpoint.safetensors_file import SafetensorsFile
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
-from port_kit.regions import region_index, region_shape
+from port_kit.regions import Region, region_index, region_shape
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.local import Ring, load_local
 from port_kit.remap.transforms import transform
@@ -79,6 +79,16 @@ def test_tensors_of_all_sizes_and_dtypes(
     assert_equal(module, many)
 
 
+def read_region(file: SafetensorsFile, region: Region, into: torch.Tensor, *, mapped: bool) -> None:
+    """Read a region of the tensor ``w``, from the mapping or without it."""
+    if mapped:
+        for part, piece in file.pieces("w", region, into):
+            part.copy_(piece)
+    else:
+        for read in file.reads("w", region, into):
+            read()
+
+
 @pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 @pytest.mark.parametrize(
@@ -104,8 +114,7 @@ def test_regions_are_read_into_any_memory(
         extents = [extent + 2 * (at == axis) for at, extent in enumerate(region_shape(region))]
         room = torch.full(extents, -1, dtype=torch.int16)
         into = room.narrow(axis, 1, extents[axis] - 2)
-        for read in file.reads("w", region, into, mapped=mapped):
-            read()
+        read_region(file, region, into, mapped=mapped)
         assert torch.equal(into, expected)
         assert (room == -1).sum() == room.numel() - expected.numel()
     file.close()
@@ -211,8 +220,7 @@ def test_a_column_of_a_huge_file_needs_no_memory(tmp_path: Path) -> None:
             (((extent - 1, extent), (0, extent)), row),
             (((extent - 9, extent), (extent - 1, extent)), column),
         ):
-            for read in file.reads("w", region, into):
-                read()
+            read_region(file, region, into, mapped=True)
     file.close()
     assert bytes(row[0, -4:].tolist()) == b"\0abc" and bytes(column[-2:, 0].tolist()) == b"\0c"
 
@@ -273,13 +281,13 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytes
     tensors = {f"t{at}": torch.zeros(1000) for at in range(9)}
     path = tmp_path / "m.safetensors"
     save_file(tensors, path)
-    real, threads = SafetensorsFile._copy, threading.active_count()
+    real, threads = SafetensorsFile.check_size, threading.active_count()
 
     def shrinking(*arguments: Any) -> None:
         os.truncate(path, 9000)
         real(*arguments)
 
-    monkeypatch.setattr(SafetensorsFile, "_copy", shrinking)
+    monkeypatch.setattr(SafetensorsFile, "check_size", shrinking)
     with pytest.raises(RemapError) as raised:
         load_local(module_like(tensors), tmp_path, SAME, threads=3)
     assert raised.value.code == "checkpoint_corrupt" and "m.safetensors" in raised.value.message
@@ -297,7 +305,7 @@ def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faul
     file = SafetensorsFile(tmp_path / "m.safetensors", "m.safetensors", Manifest.from_safetensors(tmp_path))
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(RemapError) as raised:
-        for read in file.reads("w", ((0, 4), (0, 3)), torch.ones(4, 3), mapped=False):
+        for read in file.reads("w", ((0, 4), (0, 3)), torch.ones(4, 3)):
             read()
     assert raised.value.code == {"error": "checkpoint_unreadable", "end": "checkpoint_corrupt"}[fault]
     assert "m.safetensors" in raised.value.message
