@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from port_kit.download.lock import Lock, drop_journal
-from port_kit.download.paths import require_place
-from port_kit.download.plan import MODEL_INDEX
+from port_kit.download.lock import MODEL_INDEX, Lock, drop_journal
+from port_kit.download.paths import foreign_target, require_place
 from port_kit.download.recipe import Recipe, plain
 from port_kit.download.state import is_behind_link, remove_file
 from port_kit.errors import DownloadError
@@ -20,7 +19,7 @@ from port_kit.files import read_json, sync_folder, write_atomically
 _PICKLE_INDEX = re.compile(r"(\.(bin|pt|pth|ckpt))?\.index\.json$")
 
 
-def texts_of(recipe: Recipe) -> dict[str, str]:
+def _configs(recipe: Recipe) -> dict[str, str]:
     """Return the files that a recipe contains itself, ``{target: content}``, without ``model_index.json``."""
     return {f"{folder}/config.json": _text(content) for folder, content in sorted(recipe.configs.items())}
 
@@ -31,7 +30,7 @@ def plan_written(directory: Path, recipe: Recipe, known: Lock | None) -> dict[st
     Raises:
         DownloadError: ``target_foreign`` if one of them is there, was not written by the kit, and is another.
     """
-    contents = {**texts_of(recipe), MODEL_INDEX: _text(recipe.model_index)}
+    contents = {**_configs(recipe), MODEL_INDEX: _text(recipe.model_index)}
     return {target: _entry(directory, target, text, known) for target, text in contents.items()}
 
 
@@ -41,10 +40,8 @@ def _entry(directory: Path, target: str, text: str, known: Lock | None) -> dict[
     created = ours is not None and not ours.get("adopted") and not is_behind_link(directory, target)
     adopted = path.exists() and not created
     if adopted and not _holds(path, text):
-        raise DownloadError(
-            f"{path} was not written by port-kit, or lies behind a linked folder, and is not what the recipe contains",
-            code="target_foreign",
-            hint="move it away, or choose another --output-dir",
+        raise foreign_target(
+            f"{path} was not written by port-kit, or lies behind a linked folder, and is not what the recipe contains"
         )
     return {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest(), "adopted": adopted}
 
@@ -61,8 +58,8 @@ def assemble(directory: Path, recipe: Recipe, lock: Lock) -> None:
     Raises:
         DownloadError: ``model_incomplete`` if an index names a shard that is not there.
     """
-    contents, index = texts_of(recipe), _text(recipe.model_index)
-    for target, text in converted_indexes(directory, lock).items():
+    contents, index = _configs(recipe), _text(recipe.model_index)
+    for target, text in _converted_indexes(directory, lock).items():
         contents[target] = text
         lock.written[target] = _entry(directory, target, text, lock)
     for target, text in contents.items():
@@ -74,7 +71,7 @@ def assemble(directory: Path, recipe: Recipe, lock: Lock) -> None:
     write_atomically(directory / MODEL_INDEX, index)
 
 
-def converted_indexes(directory: Path, lock: Lock) -> dict[str, str]:
+def _converted_indexes(directory: Path, lock: Lock) -> dict[str, str]:
     """Check every ``*.index.json`` of a component; return those that name converted shards, rewritten.
 
     Every shard must be there: a loader would fail on it much later. ``pytorch_model.bin.index.json`` becomes

@@ -9,6 +9,8 @@ stated in :mod:`port_kit.download.incoming_file`.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from port_kit.download.hub import HubClient
 from port_kit.download.incoming_file import Damaged, IncomingFile, Misplaced, copy_segment
 from port_kit.download.lock import append_journal
 from port_kit.download.parts import FileSpec, PartialDownload, Segment, acquire
+from port_kit.download.plan import original_of
 from port_kit.download.progress import Progress
 from port_kit.download.remote import RangeSource, fetch_segment
 from port_kit.errors import CheckpointError, DownloadError
@@ -46,24 +49,18 @@ class Fetcher:
 
     Args:
         directory: the model directory; its lock is held by the caller.
-        exclusive: whether that lock keeps other hosts out.
         hub: where files come from.
         progress: told of every byte.
-        find_local: returns a file that may hold the source's bytes already (they are hashed), or None.
+        exclusive: whether that lock keeps other hosts out.
+        use_cache: whether the user's Hub cache is looked into.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        hub: HubClient,
-        progress: Progress,
-        *,
-        exclusive: bool = True,
-        find_local: Callable[[FileSpec], Path | None] = lambda spec: None,
+        self, directory: Path, hub: HubClient, progress: Progress, *, exclusive: bool, use_cache: bool
     ) -> None:
         self.directory, self.hub, self.progress = directory, hub, progress
         self.result = Fetched()
-        self._policy, self._find_local, self._exclusive = hub.http.policy, find_local, exclusive
+        self._policy, self._exclusive, self._use_cache = hub.http.policy, exclusive, use_cache
         self._files: Queue[FileSpec] = Queue()
         self._segments: Queue[tuple[IncomingFile, Segment]] = Queue()
         self._lock = threading.Lock()
@@ -127,26 +124,22 @@ class Fetcher:
             with incoming.in_use() as wanted:
                 try:
                     if wanted and incoming.local is not None:
-                        copy_segment(incoming, incoming.local, segment, self._count_local)
+                        copy_segment(incoming, incoming.local, segment)
                     elif wanted:
-                        fetch_segment(self.hub, incoming, segment, self._count_network)
+                        fetch_segment(self.hub, incoming, segment)
                 except BaseException as error:  # noqa: B036 - carried to the file's thread, which raises it
                     incoming.failure = incoming.failure or error
 
-    def _count_network(self, count: int) -> None:
+    def _count(self, count: int, local: bool) -> None:
         with self._lock:
-            self.result.network_bytes += count
-        self.progress.advance(count)
-
-    def _count_local(self, count: int) -> None:
-        with self._lock:
-            self.result.local_bytes += count
+            self.result.local_bytes += count if local else 0
+            self.result.network_bytes += 0 if local else count
         self.progress.advance(count)
 
     def _download(self, spec: FileSpec) -> None:
         """Download one file. Content that turns out wrong is fetched once more, from the beginning."""
         try:
-            self._download_once(spec, self._find_local(spec))
+            self._download_once(spec, find_local(self.directory, spec, self._use_cache))
         except Damaged as first:
             self.progress.note(f"{spec.target}: {first}; fetching it again")
             try:
@@ -163,7 +156,7 @@ class Fetcher:
         partial = acquire(self.directory, spec, self._policy.segment_for(spec.size), exclusive=self._exclusive)
         try:
             conversion = self._plan_conversion(spec, local, exact_offsets) if spec.convert else None
-            incoming = IncomingFile(partial, conversion, local)
+            incoming = IncomingFile(partial, conversion, local, lambda count: self._count(count, local is not None))
             require_space(self.directory, partial.layout.extent - partial.written)
             try:
                 for segment in partial.segments:
@@ -229,3 +222,25 @@ class Fetcher:
                 hint="download it as it is and convert it on disk: --keep-original",
             ) from error
         return layout
+
+
+def find_local(directory: Path, spec: FileSpec, use_cache: bool) -> Path | None:
+    """Return a kept original, or a file of the user's Hub cache; its content is hashed like anything that arrives."""
+    from huggingface_hub import constants
+
+    candidates = [directory / original_of(spec).target] if spec.convert else []
+    if use_cache and os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{spec.repo_id.replace('/', '--')}")):
+        from huggingface_hub import try_to_load_from_cache  # half a second of imports: only if there is a cache
+
+        with contextlib.suppress(OSError):  # a cache that may not be read is not used
+            cached = try_to_load_from_cache(spec.repo_id, spec.path, revision=spec.commit)
+            candidates += [Path(cached)] if isinstance(cached, str) else []
+    return next((path for path in candidates if _is_readable(path, spec.size)), None)
+
+
+def _is_readable(path: Path, size: int) -> bool:
+    """Return True if a file of this size can be read; whoever may not look at it goes without."""
+    try:
+        return path.is_file() and path.stat().st_size == size and os.access(path, os.R_OK)
+    except OSError:
+        return False

@@ -64,10 +64,17 @@ class IncomingFile:
         partial: where its bytes are written.
         conversion: the safetensors file that it becomes, if it is converted on the way.
         local: a file on this machine that may hold its bytes already; None for the network.
+        advance: called with the number of bytes of each write.
     """
 
-    def __init__(self, partial: PartialDownload, conversion: SafetensorsLayout | None, local: Path | None) -> None:
-        self.partial, self.conversion, self.local = partial, conversion, local
+    def __init__(
+        self,
+        partial: PartialDownload,
+        conversion: SafetensorsLayout | None,
+        local: Path | None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.partial, self.conversion, self.local, self._advance = partial, conversion, local, advance
         self.spec = partial.spec
         if conversion is not None:
             partial.layout = conversion.byte_layout()
@@ -121,8 +128,8 @@ class IncomingFile:
             buffer.users = 1
             return buffer
 
-    def write(self, segment: Segment, offset: int, buffer: Buffer, begin: int, count: int) -> int:
-        """Write what a segment lacks of ``count`` bytes that arrived; return how many bytes that were.
+    def write(self, segment: Segment, offset: int, buffer: Buffer, begin: int, count: int) -> None:
+        """Write what a segment lacks of ``count`` bytes that arrived.
 
         Args:
             segment: the segment that holds byte ``offset``.
@@ -135,12 +142,12 @@ class IncomingFile:
                 known = segment.position - offset
                 lacking = min(count, segment.end - offset)
                 if not 0 <= known < lacking:
-                    return 0
+                    return
                 buffer.content = buffer.memory[begin + known : begin + lacking]
                 handed = self._hand_over(offset + known, buffer)
                 aligned = handed and (begin + known) % ALIGNMENT == 0
                 self.partial.append(segment, buffer.content, unbuffered=aligned)
-                return lacking - known
+            self._advance(lacking - known)
         finally:
             self._give_back(buffer)
 
@@ -190,7 +197,7 @@ class IncomingFile:
                 position += len(found.content)
                 self._give_back(found)
             else:
-                yield from self._from_disk(position, position + found)
+                yield self._from_disk(position, found)
                 position += found
 
     def _next(self, position: int, stopped: Callable[[], bool]) -> Buffer | int:
@@ -211,19 +218,18 @@ class IncomingFile:
                     raise Interrupted
                 self._changed.wait(0.5)
 
-    def _from_disk(self, start: int, end: int) -> Iterator[memoryview]:
-        """Read back what has been written."""
+    def _from_disk(self, position: int, count: int) -> memoryview:
+        """Read back what has been written, no more than a buffer takes."""
         if self._read_buffer is None:
             self._read_buffer = memoryview(bytearray(BUFFER_SIZE))
-        for position in range(start, end, BUFFER_SIZE):
-            view = self._read_buffer[: min(BUFFER_SIZE, end - position)]
-            try:
-                self.partial.layout.read_into(self.partial.descriptor, position, view)
-            except OSError as error:
-                raise Damaged(str(error)) from error
-            yield view
-            if (position + len(view)) % _WRITTEN_OUT < len(view):
-                begin_writing_out(self.partial.descriptor)
+        view = self._read_buffer[:count]
+        try:
+            self.partial.layout.read_into(self.partial.descriptor, position, view)
+        except OSError as error:
+            raise Damaged(str(error)) from error
+        if (position + count) % _WRITTEN_OUT < count:
+            begin_writing_out(self.partial.descriptor)
+        return view
 
     def finalize(self, source_sha256: str) -> tuple[int, str]:
         """Convert the hashed bytes if that is wanted; return size and sha256 of the final file."""
@@ -256,7 +262,7 @@ def sha256_of(descriptor: int, size: int) -> str:
     return item.hexdigest()
 
 
-def copy_segment(incoming: IncomingFile, local: Path, segment: Segment, advance: Callable[[int], None]) -> None:
+def copy_segment(incoming: IncomingFile, local: Path, segment: Segment) -> None:
     """Copy what a segment lacks from a file on this machine.
 
     Raises:
@@ -274,6 +280,6 @@ def copy_segment(incoming: IncomingFile, local: Path, segment: Segment, advance:
                 read_exactly(descriptor, buffer.memory[:count], offset)
             except OSError as error:
                 raise Damaged(f"{local} cannot be read: {error}") from error
-            advance(incoming.write(segment, offset, buffer, 0, count))
+            incoming.write(segment, offset, buffer, 0, count)
     finally:
         os.close(descriptor)

@@ -1,8 +1,9 @@
-"""``port.lock``: what a model directory was made from, to the byte; and the journal that becomes it.
+"""``port.lock``: what a model directory was made from, to the byte; the journal that becomes it; and their check.
 
 The lock is written when the plan is made (``complete: false``): from then on unconfirmed revisions are fixed. Each
 finished file adds a line to ``.port_kit/journal`` before it gets its name. The line counts for a file of the same
-specification only, and is believed after its hash was checked. At the end the journal goes into the lock.
+specification only, and is believed after its hash was checked. At the end the journal goes into the lock. A directory
+is compared with its lock by size on every run, by hash on request.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from port_kit.download.http import Interrupted
 from port_kit.download.parts import FileSpec
 from port_kit.download.paths import check_relative_path
 from port_kit.download.state import open_state_file, state_path
 from port_kit.errors import DownloadError
-from port_kit.files import os_errors_as, read_json, write_json
+from port_kit.files import digests_of, os_errors_as, read_json, write_json
 
 LOCK_NAME = "port.lock"
-SCHEMA = "port-kit-lock/1"
+MODEL_INDEX = "model_index.json"
+_SCHEMA = "port-kit-lock/1"
+_HASHERS = 4
 
 
 @dataclass(frozen=True)
@@ -67,18 +73,27 @@ class Lock:
     code: dict[str, dict[str, str]] = field(default_factory=dict)
     complete: bool = False
 
+    def created(self) -> set[str]:
+        """Return the finished files that the kit created, and may delete."""
+        files = {target for target, item in self.files.items() if not item.adopted and item.sha256}
+        return files | {target for target, item in self.written.items() if not item.get("adopted")}
+
+    def contents(self) -> Iterator[tuple[str, int, str]]:
+        """Yield ``(target, size, sha256)`` of all finished files."""
+        for target, item in self.files.items():
+            if item.size is not None and item.sha256 is not None:
+                yield target, item.size, item.sha256
+        for target, written in self.written.items():
+            yield target, written["size"], written["sha256"]
+
     def to_json(self) -> dict[str, Any]:
         """Return the plain form."""
-        files = {
-            target: {
-                **{key: value for key, value in item.spec.to_json().items() if key != "target"},
-                "final_size": item.size,
-                "final_sha256": item.sha256,
-                "adopted": item.adopted,
-            }
-            for target, item in sorted(self.files.items())
-        }
-        return {"schema": SCHEMA, **dataclasses.asdict(self), "files": files}
+        files = {}
+        for target, item in sorted(self.files.items()):
+            stated = {"final_size": item.size, "final_sha256": item.sha256, "adopted": item.adopted}
+            files[target] = {**item.spec.to_json(), **stated}
+            del files[target]["target"]
+        return {"schema": _SCHEMA, **dataclasses.asdict(self), "files": files}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Lock:
@@ -130,8 +145,8 @@ def read_lock(directory: Path) -> Lock | None:
     if data is None and not path.exists():
         return None
     try:
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"schema {data['schema']}, {SCHEMA} is required")
+        if data["schema"] != _SCHEMA:
+            raise ValueError(f"schema {data['schema']}, {_SCHEMA} is required")
         lock = Lock.from_json(data)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DownloadError(
@@ -180,3 +195,46 @@ def _journal(directory: Path) -> dict[str, tuple[int, str]]:
         if isinstance(key, str) and isinstance(size, int) and isinstance(sha256, str):
             entries[key] = (size, sha256)
     return entries
+
+
+def has_size(path: Path, size: int | None) -> bool:
+    """Return True if there is a file of this size; reads no content."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def is_whole(directory: Path, lock: Lock, fingerprint: str) -> bool:
+    """Return True if a run for the recipe with this fingerprint has nothing to do; looks at sizes only."""
+    finished = lock.complete and all(item.sha256 for item in lock.files.values())
+    if not finished or lock.fingerprint != fingerprint or not (directory / MODEL_INDEX).is_file():
+        return False
+    return all(has_size(directory / target, size) for target, size, _ in lock.contents())
+
+
+def damaged_files(directory: Path, lock: Lock, advance: Callable[[int], None]) -> dict[str, str]:
+    """Hash everything that the lock vouches for; return ``{target: what is wrong}``."""
+
+    def examine(item: tuple[str, int, str]) -> tuple[str, str]:
+        target, size, sha256 = item
+        path = directory / target
+        if not path.is_file():
+            return target, "missing"
+        if path.stat().st_size != size:
+            return target, f"{path.stat().st_size} bytes instead of {size}"
+        try:
+            found = digests_of(path, git=False, advance=counted)["sha256"]
+        except OSError as error:
+            return target, f"cannot be read: {error.strerror}"
+        return target, "" if found == sha256 else f"sha256 {found} instead of {sha256}"
+
+    def counted(count: int) -> None:
+        if stopped.is_set():
+            raise Interrupted
+        advance(count)
+
+    stopped = threading.Event()
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        try:
+            return {target: problem for target, problem in pool.map(examine, lock.contents()) if problem}
+        except BaseException:
+            stopped.set()  # the pool waits for its threads, and a large file takes a minute
+            raise

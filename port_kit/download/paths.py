@@ -33,12 +33,17 @@ def check_relative_path(path: str, origin: str) -> None:
             code="path_unsafe",
             hint="take this file out of the recipe's patterns, and tell the repository's owner",
         )
+    check_locale(path, origin, "path_unsafe")
+
+
+def check_locale(path: str, origin: str, code: str) -> None:
+    """Refuse a path that the locale of this process cannot write, with an error of this code."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError as error:
         raise DownloadError(
             f"{origin} names the path {ascii(path[:300])}, which the locale of this process cannot write",
-            code="path_unsafe",
+            code=code,
             hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
         ) from error
 
@@ -48,11 +53,8 @@ def _is_plain_name(part: str) -> bool:
     folded = folded_name(part)
     invisible = any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in part)
     special = folded in ("", ".", "..") or part[-1:] in (".", " ") or _RESERVED.fullmatch(part)
-    return not (invisible or special or _FORBIDDEN.search(part) or _is_refused(folded))
-
-
-def _is_refused(folded: str) -> bool:
-    return folded in _REFUSED_FOLDERS or folded.startswith("git~")
+    refused = folded in _REFUSED_FOLDERS or folded.startswith("git~")
+    return not (invisible or special or refused or _FORBIDDEN.search(part))
 
 
 def folded_name(name: str) -> str:
@@ -68,11 +70,12 @@ def require_place(path: Path) -> None:
     """
     in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if in_the_way is not None or path.is_dir() or (path.is_symlink() and not path.exists()):
-        raise DownloadError(
-            f"{in_the_way or path} is in the way: {path} is to be a file",
-            code="target_foreign",
-            hint="move it away, or choose another --output-dir",
-        )
+        raise foreign_target(f"{in_the_way or path} is in the way: {path} is to be a file")
+
+
+def foreign_target(message: str) -> DownloadError:
+    """Return the error for a place that holds what the kit did not put there."""
+    return DownloadError(message, code="target_foreign", hint="move it away, or choose another --output-dir")
 
 
 def _is_storable(part: str) -> bool:

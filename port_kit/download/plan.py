@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.download.hub import HubClient, HubFile
-from port_kit.download.lock import LOCK_NAME, Lock, LockedFile
+from port_kit.download.lock import LOCK_NAME, MODEL_INDEX, Lock, LockedFile
 from port_kit.download.parts import FileSpec, resumable_bytes
-from port_kit.download.paths import check_relative_path, folded_name, require_place
+from port_kit.download.paths import check_relative_path, folded_name, foreign_target, require_place
 from port_kit.download.progress import human
 from port_kit.download.recipe import FileRule, Recipe, Repository
 from port_kit.download.state import is_behind_link
 from port_kit.errors import DownloadError
 from port_kit.files import digests_of, free_space
 
-MODEL_INDEX = "model_index.json"
 ORIGINALS = "original"
 _MARGIN = 1 << 20
 
@@ -49,14 +48,8 @@ class Plan:
     @property
     def bytes_to_fetch(self) -> int:
         """Source bytes that will come over the network; what is converted from a kept original does not."""
-        targets = {spec.target for spec in self.lock_specs}
-        remote = [item for item in self.fetch if not item.convert or original_of(item).target not in targets]
+        remote = [item for item in self.fetch if not item.convert or original_of(item).target not in self.lock.files]
         return sum(spec.size for spec in remote) - self.resumed
-
-    @property
-    def lock_specs(self) -> tuple[FileSpec, ...]:
-        """All files of the model directory that come from repositories."""
-        return tuple(item.spec for item in self.lock.files.values())
 
     @property
     def licences(self) -> dict[str, str]:
@@ -130,9 +123,9 @@ def make_plan(
     hub: HubClient,
     known: Lock | None,
     *,
-    update: bool = False,
-    keep_original: bool = False,
-    exclusive: bool = True,
+    update: bool,
+    keep_original: bool,
+    exclusive: bool,
 ) -> Plan:
     """Ask the Hub and the disk what there is to do.
 
@@ -148,16 +141,14 @@ def make_plan(
     Raises:
         DownloadError: anything that would fail later.
     """
-    known_files = known.files if known else {}
-    fixed = known.revisions if known else {}
-    same = known is not None and known.fingerprint == recipe.fingerprint() and not update
-    notes: list[str]
-    if known is not None and same and (_keeps_originals(known) or not keep_original):
-        lock, notes = dataclasses.replace(known), []
-    else:
-        lock, notes = _resolve(recipe, hub, fixed, update, keep_original)
+    known = known or Lock(recipe.name, "", {})
+    keeps_originals = any(target.startswith(f"{ORIGINALS}/") for target in known.files)
+    notes: list[str] = []
+    lock = dataclasses.replace(known)
+    if update or known.fingerprint != recipe.fingerprint() or (keep_original and not keeps_originals):
+        lock, notes = _resolve(recipe, hub, known.revisions, update, keep_original)
     _check_targets(recipe, lock)
-    lock.files = {target: _present(directory, item, known_files.get(target)) for target, item in lock.files.items()}
+    lock.files = {target: _present(directory, item, known.files.get(target)) for target, item in lock.files.items()}
     fetch = tuple(item.spec for item in lock.files.values() if item.sha256 is None)
     for repo_id in dict.fromkeys(spec.repo_id for spec in fetch):
         largest = max((item for item in fetch if item.repo_id == repo_id), key=lambda item: item.size)
@@ -166,10 +157,6 @@ def make_plan(
     plan = Plan(recipe, directory, lock, fetch, resumed, free_space(directory), tuple(notes))
     _check_disk(plan)
     return plan
-
-
-def _keeps_originals(lock: Lock) -> bool:
-    return any(target.startswith(f"{ORIGINALS}/") for target in lock.files)
 
 
 def _resolve(
@@ -188,19 +175,14 @@ def _resolve(
                 notes.append(f"{repo_id}: {repository.branch} has moved from {fixed[repo_id]} to {commit}")
         lock.revisions[repo_id] = commit
         for spec in _select(repository, commit, hub.tree(repo_id, commit), keep_original):
-            _add(lock, spec)
+            if other := lock.files.get(spec.target):
+                raise _collision(f"{_origin(other.spec)} and {_origin(spec)} both go to {spec.target}")
+            lock.files[spec.target] = LockedFile(spec)
     return lock, notes
 
 
-def _add(lock: Lock, spec: FileSpec) -> None:
-    other = lock.files.get(spec.target)
-    if other is not None:
-        raise DownloadError(
-            f"{_origin(other.spec)} and {_origin(spec)} both go to {spec.target}",
-            code="target_collision",
-            hint="give one of them another folder or name in the recipe",
-        )
-    lock.files[spec.target] = LockedFile(spec)
+def _collision(message: str) -> DownloadError:
+    return DownloadError(message, code="target_collision", hint="give one of them another folder or name in the recipe")
 
 
 def _select(repository: Repository, commit: str, files: Iterable[HubFile], keep_original: bool) -> Iterable[FileSpec]:
@@ -273,11 +255,7 @@ def _check_targets(recipe: Recipe, lock: Lock) -> None:
         above = _folders(folded)
         taken = next((files[place] for place in (folded, *above) if place in files), folders.get(folded))
         if taken is not None:
-            raise DownloadError(
-                f"{target} collides with {taken}",
-                code="target_collision",
-                hint="give one of them another folder or name in the recipe",
-            )
+            raise _collision(f"{target} collides with {taken}")
         files[folded] = target
         for folder in above:
             folders.setdefault(folder, f"{target} (a folder)")
@@ -317,10 +295,8 @@ def _adopt(path: Path, item: LockedFile) -> LockedFile:
         digests = digests_of(path, git=kind == "git")
         if digests[kind] == value:
             return LockedFile(item.spec, item.spec.size, digests["sha256"], adopted=True)
-    raise DownloadError(
-        f"{path} was not put there by port-kit, or lies behind a linked folder, and is not {_origin(item.spec)}",
-        code="target_foreign",
-        hint="move it away, or choose another --output-dir",
+    raise foreign_target(
+        f"{path} was not put there by port-kit, or lies behind a linked folder, and is not {_origin(item.spec)}"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from port_kit.download.http import Interrupted, Response, network_error
 from port_kit.download.hub import HubClient
@@ -23,7 +22,7 @@ class _RangesIgnored(TransportError):
     """The server sends the whole file when it is asked for a range."""
 
 
-def fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment, advance: Callable[[int], None]) -> None:
+def fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment) -> None:
     """Receive what a segment lacks, in as many attempts as make progress.
 
     Raises:
@@ -37,7 +36,7 @@ def fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment, adva
     while not segment.is_complete:
         begin = segment.position
         try:
-            _receive(hub, incoming, segment, advance)
+            _receive(hub, incoming, segment)
             if segment.position < min(segment.end, begin + _SHORTEST_ANSWER):
                 raise TransportError(f"the answer to the range from {begin} had {segment.position - begin} bytes of it")
         except TransportError as error:
@@ -55,7 +54,7 @@ def fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment, adva
                     raise Interrupted from error
 
 
-def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment, advance: Callable[[int], None]) -> None:
+def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment) -> None:
     """Make one request and write the bytes of the answer."""
     size, position = incoming.spec.size, segment.position
     headers = {}
@@ -69,13 +68,13 @@ def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment, advance: 
             raise Damaged(f"the server sends it in {encoding[:40]} encoding, which was not asked for")
         if response.status == 206:
             count = _length_of_range(response, position, segment.end, size)
-            _copy(response, incoming, position, position + count, advance)
+            _copy(response, incoming, position, position + count)
         elif response.status == 200:
             if response.length not in (None, size):
                 raise Damaged(f"the server sends {response.length} bytes, the repository states {size}")
             with incoming.whole:
                 if not segment.is_complete:
-                    _copy(response, incoming, 0, size, advance)
+                    _copy(response, incoming, 0, size)
         else:
             raise Damaged(f"the server answers HTTP {response.status} to the range from {position}")
 
@@ -105,7 +104,7 @@ def _length_of_range(response: Response, start: int, end: int, size: int) -> int
     return last + 1 - start
 
 
-def _copy(response: Response, incoming: IncomingFile, offset: int, end: int, advance: Callable[[int], None]) -> None:
+def _copy(response: Response, incoming: IncomingFile, offset: int, end: int) -> None:
     """Write the bytes ``[offset, end)`` of the source, which the response's body begins with; ignore what follows.
 
     A buffer holds bytes of one segment. Connections that receive the whole file write to all segments.
@@ -125,7 +124,7 @@ def _copy(response: Response, incoming: IncomingFile, offset: int, end: int, adv
         except BaseException:
             incoming.write(segment, offset, buffer, 0, 0)
             raise
-        advance(incoming.write(segment, offset, buffer, begin, count))
+        incoming.write(segment, offset, buffer, begin, count)
         if not count:
             raise TransportError(f"the answer ends {end - offset} bytes early")
         offset += count

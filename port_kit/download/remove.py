@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from port_kit.download.assemble import invalidate_index
-from port_kit.download.lock import LOCK_NAME, Lock, drop_journal, read_lock
+from port_kit.download.lock import LOCK_NAME, MODEL_INDEX, Lock, drop_journal, read_lock
 from port_kit.download.parts import remove_stale
-from port_kit.download.plan import MODEL_INDEX
 from port_kit.download.state import directory_lock, remove_empty_folders, remove_file, state_path
 from port_kit.errors import DownloadError
 from port_kit.files import os_errors_as
@@ -41,10 +40,8 @@ def remove(directory: str | Path, notice: Callable[[str], None] = lambda text: N
     _locked(directory)
     with directory_lock(directory, notice) as exclusive, os_errors_as(directory):
         lock = _locked(directory)  # another process may have worked on it until now
-        ours = [target for target, item in lock.files.items() if not item.adopted]
-        ours += [target for target, item in lock.written.items() if not item.get("adopted")]
         invalidate_index(directory)
-        targets = dict.fromkeys([*ours, LOCK_NAME])
+        targets = [*sorted(lock.created()), LOCK_NAME]
         removed = tuple(target for target in targets if target == MODEL_INDEX or remove_file(directory, target))
         remove_empty_folders(directory, removed)
         remove_stale(directory, set(), exclusive=exclusive)

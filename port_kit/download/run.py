@@ -8,38 +8,24 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from port_kit.download import verify as checks
 from port_kit.download.assemble import assemble, invalidate_index, plan_written
-from port_kit.download.http import Policy
-from port_kit.download.local import find_local
-from port_kit.download.lock import Lock, read_lock
+from port_kit.download.fetch import Fetched, Fetcher
+from port_kit.download.http import HttpClient, Policy
+from port_kit.download.hub import HubClient
+from port_kit.download.install import examine_code, install_all, is_installed, plan_code
+from port_kit.download.lock import LOCK_NAME, MODEL_INDEX, Lock, damaged_files, has_size, is_whole, read_lock
 from port_kit.download.parts import remove_stale
+from port_kit.download.paths import check_locale
 from port_kit.download.plan import Plan, make_plan, original_of
 from port_kit.download.progress import Progress
 from port_kit.download.recipe import Recipe
-from port_kit.download.state import (
-    STATE_FOLDER,
-    directory_lock,
-    may_lock,
-    remove_empty_folders,
-    remove_file,
-)
+from port_kit.download.state import STATE_FOLDER, directory_lock, may_lock, remove_empty_folders, remove_file
 from port_kit.errors import DownloadError
 from port_kit.files import os_errors_as
 
-if TYPE_CHECKING:
-    from port_kit.download.fetch import Fetched
-    from port_kit.download.hub import HubClient
-
-
 _DEEPEST = 200
-
-
-def _offline_by_environment() -> bool:
-    """Return True if ``HF_HUB_OFFLINE`` asks for it, in huggingface_hub's words."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 @dataclass(frozen=True)
@@ -71,10 +57,6 @@ class Settings:
     endpoint: str | None = None
     token: str | bool | None = None
     policy: Policy = Policy()
-
-    def __post_init__(self) -> None:
-        if self.offline is None:
-            object.__setattr__(self, "offline", _offline_by_environment())
 
 
 @dataclass(frozen=True)
@@ -135,6 +117,9 @@ class Run:
     def __init__(self, recipe: Recipe, directory: Path, settings: Settings, progress: Progress) -> None:
         self.recipe, self.settings, self.progress = recipe, settings, progress
         self.directory = directory.absolute()
+        self.offline = settings.offline
+        if self.offline is None:  # these are huggingface_hub's words
+            self.offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         self._hub: HubClient | None = None
         self._exclusive = True
         self._begun = time.monotonic()
@@ -150,7 +135,7 @@ class Run:
                 self._hub.http.close()
 
     def _execute(self) -> Report:
-        if self.settings.update and self.settings.offline:
+        if self.settings.update and self.offline:
             raise DownloadError(
                 "what a branch points to now cannot be found out without the network",
                 code="offline_incomplete",
@@ -158,19 +143,17 @@ class Run:
             )
         if self.settings.dry_run:
             return self._dry_run()
-        if self.settings.offline and not self.directory.is_dir():
+        if self.offline and not self.directory.is_dir():
             raise self._incomplete(["everything"])
-        with os_errors_as(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         if not may_lock(self.directory):
             return self._read_only()
         with directory_lock(self.directory, self.progress.note) as self._exclusive:
             return self._locked()
 
     def _dry_run(self) -> Report:
-        known = self._lock()
-        damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
-        if self.settings.offline and not damaged and self._nothing_to_do(known):
+        known, damaged, whole = self._inspect(repair=False)
+        if self.offline and whole:
             return self._report()
         for target in damaged:
             if known is not None and target in known.files:
@@ -179,22 +162,10 @@ class Run:
         notes = tuple(f"{target}: {problem}" for target, problem in damaged.items())
         return self._report(plan=dataclasses.replace(plan, notes=plan.notes + notes), complete=False)
 
-    def _lock(self) -> Lock | None:
-        """Return the directory's lock, which is one of this port."""
-        known = read_lock(self.directory)
-        if known is not None and known.recipe != self.recipe.name:
-            raise DownloadError(
-                f"{self.directory} holds {known.recipe}, not {self.recipe.name}",
-                code="target_foreign",
-                hint=f"choose another --output-dir, or take it away first: port-kit remove {self.directory}",
-            )
-        return known
-
     def _read_only(self) -> Report:
         """A directory that somebody else keeps, on a disk that takes no writes: it is whole, or it is refused."""
-        known = self._lock()
-        damaged = self._examine(known, repair=False) if self.settings.verify and known else {}
-        if not damaged and self._nothing_to_do(known):
+        known, damaged, whole = self._inspect(repair=False)
+        if whole:
             return self._report(untracked_files=self._untracked_files(known))
         found = f" ({', '.join(f'{target}: {problem}' for target, problem in list(damaged.items())[:5])})"
         raise DownloadError(
@@ -204,18 +175,7 @@ class Run:
         )
 
     def _locked(self) -> Report:
-        known = self._lock()
-        self._check_prune(known)
-        repair = not self.settings.offline
-        repaired = self._examine(known, repair=repair) if self.settings.verify and known else {}
-        if not repaired and self._nothing_to_do(known):
-            return self._finish(known, untracked_files=self._untracked_files(known))
-        if self.settings.offline:
-            return self._finish_offline(known, repaired)
-        return self._download(known, repaired)
-
-    def _check_prune(self, known: Lock | None) -> None:
-        """Refuse to delete what lay in a directory before the kit ever worked in it."""
+        known, damaged, whole = self._inspect(repair=not self.offline)
         untracked = self._untracked_files(known) if self.settings.prune and known is None else ()
         if untracked:
             raise DownloadError(
@@ -223,24 +183,33 @@ class Run:
                 code="target_foreign",
                 hint="run it without --prune first, look at the files that it calls untracked, then prune",
             )
+        if whole:
+            return self._finish(self._untracked_files(known))
+        return self._finish_offline(known, damaged) if self.offline else self._download(known, damaged)
 
-    def _nothing_to_do(self, known: Lock | None) -> bool:
-        if known is None or self.settings.update:
+    def _inspect(self, *, repair: bool) -> tuple[Lock | None, dict[str, str], bool]:
+        """Return the directory's lock, what is damaged (with ``verify``), and whether there is nothing to do."""
+        known = read_lock(self.directory)
+        if known is not None and known.recipe != self.recipe.name:
+            raise DownloadError(
+                f"{self.directory} holds {known.recipe}, not {self.recipe.name}",
+                code="target_foreign",
+                hint=f"choose another --output-dir, or take it away first: port-kit remove {self.directory}",
+            )
+        damaged = self._examine(known, repair=repair) if self.settings.verify and known else {}
+        return known, damaged, not damaged and self._is_up_to_date(known)
+
+    def _is_up_to_date(self, known: Lock | None) -> bool:
+        if known is None or self.settings.update or (self.settings.keep_original and not _has_originals(known)):
             return False
-        if self.settings.keep_original and not _has_originals(known):
-            return False
-        return checks.is_whole(self.directory, known, self.recipe.fingerprint()) and not self._code_is_missing(known)
+        return is_whole(self.directory, known, self.recipe.fingerprint()) and not self._code_is_missing(known)
 
     def _examine(self, known: Lock, *, repair: bool) -> dict[str, str]:
         """Hash what the lock vouches for; to ``repair`` is to delete what is damaged, so that it is fetched again."""
-        total = sum(max(size, 0) for _, size, sha256 in checks.expected_files(known) if sha256)
-        self.progress.begin("hashing", total)
-        damaged = checks.damaged_files(self.directory, known, self.progress.advance)
+        self.progress.begin("hashing", sum(size for _, size, _ in known.contents()))
+        damaged = damaged_files(self.directory, known, self.progress.advance)
         self.progress.end()
-        if self.recipe.code:
-            from port_kit.download.install import examine_code
-
-            examine_code(self.recipe.code, known.code)
+        examine_code(self.recipe.code, known.code)
         for target, problem in damaged.items():
             self.progress.note(f"{target}: {problem}")
             if repair:
@@ -248,11 +217,9 @@ class Run:
         return damaged
 
     def _remove_damaged(self, known: Lock, target: str) -> None:
-        item, written = known.files.get(target), known.written.get(target, {})
-        adopted = item.adopted if item is not None else bool(written.get("adopted"))
         invalidate_index(self.directory)
         path = self.directory / target
-        if path.exists() and (adopted or not remove_file(self.directory, target)):
+        if path.exists() and (target not in known.created() or not remove_file(self.directory, target)):
             raise DownloadError(
                 f"{path} is damaged, and was not put there by port-kit, or lies behind a linked folder",
                 code="target_foreign",
@@ -266,17 +233,13 @@ class Run:
         absent = [
             target
             for target, item in known.files.items()
-            if item.sha256 is None or target in damaged or not self._has_size(target, item.size)
+            if target in damaged or not has_size(self.directory / target, item.size)
         ]
         absent += ["the git code"] if self._code_is_missing(known) else []
         if absent:
             raise self._incomplete(absent)
         assemble(self.directory, self.recipe, known)
-        return self._finish(known)
-
-    def _has_size(self, target: str, size: int | None) -> bool:
-        path = self.directory / target
-        return path.is_file() and path.stat().st_size == size
+        return self._finish()
 
     def _incomplete(self, absent: list[str]) -> DownloadError:
         return DownloadError(
@@ -287,10 +250,7 @@ class Run:
         )
 
     def _plan(self, known: Lock | None) -> tuple[HubClient, Plan]:
-        from port_kit.download.http import HttpClient
-        from port_kit.download.hub import HubClient
-
-        if self.settings.offline:
+        if self.offline:
             raise self._incomplete(["a plan, which is made with the network"])
         settings = self.settings
         self._hub = hub = HubClient(HttpClient(settings.policy), endpoint=settings.endpoint, token=settings.token)
@@ -307,8 +267,6 @@ class Run:
         plan.lock.written = written
         plan.lock.code = dict(known.code) if known else {}
         if settings.with_reference:
-            from port_kit.download.install import plan_code
-
             plan.lock.code = plan_code(self.recipe.code, {} if settings.update else plan.lock.code)
         return hub, plan
 
@@ -325,79 +283,59 @@ class Run:
         for target, (size, sha256) in fetched.files.items():
             lock.files[target] = dataclasses.replace(lock.files[target], size=size, sha256=sha256)
         remove_stale(self.directory, set(), exclusive=self._exclusive)
-        code = {}
-        if self.settings.with_reference:
-            from port_kit.download.install import install_all
-
-            code = install_all(self.recipe.code, lock.code)
+        code = install_all(self.recipe.code, lock.code) if self.settings.with_reference else {}
         assemble(self.directory, self.recipe, lock)
         return self._finish(
-            lock,
+            self._untracked_files(lock),
+            removed,
             plan=plan,
             fetched=tuple(sorted(fetched.files)),
             repaired=repaired,
             network_bytes=fetched.network_bytes,
             local_bytes=fetched.local_bytes,
-            removed=tuple(removed),
             code=code,
-            untracked_files=self._untracked_files(lock),
         )
 
-    def _clear(self, plan: Plan, known: Lock | None) -> list[str]:
+    def _clear(self, plan: Plan, known: Lock | None) -> tuple[str, ...]:
         """Delete files that the kit created and that are to be replaced, or are not part of the model any more."""
-        created = (
-            {target for target, item in known.files.items() if not item.adopted and item.sha256} if known else set()
-        )
-        created |= {target for target, item in known.written.items() if not item.get("adopted")} if known else set()
+        created = known.created() if known else set()
         fetched = {spec.target for spec in plan.fetch}
         stale = created - plan.lock.files.keys() - plan.lock.written.keys()
         removed = [target for target in sorted(created & (fetched | stale)) if remove_file(self.directory, target)]
         remove_empty_folders(self.directory, stale)
         remove_stale(self.directory, fetched, exclusive=self._exclusive)
-        return [target for target in removed if target in stale]
+        return tuple(target for target in removed if target in stale)
 
     def _fetch(self, hub: HubClient, plan: Plan) -> Fetched:
-        from port_kit.download.fetch import Fetcher
-
-        total = sum(spec.size for spec in plan.fetch)
-        self.progress.begin("fetching", total, plan.resumed)
+        """Fetch what is missing; what is converted from a kept original comes after the originals."""
+        self.progress.begin("fetching", sum(spec.size for spec in plan.fetch), plan.resumed)
         fetcher = Fetcher(
-            self.directory,
-            hub,
-            self.progress,
-            exclusive=self._exclusive,
-            find_local=lambda spec: find_local(self.directory, spec, self.settings.use_cache),
+            self.directory, hub, self.progress, exclusive=self._exclusive, use_cache=self.settings.use_cache
         )
-        originals = {original_of(spec).target for spec in plan.fetch if spec.convert}
         late = [item for item in plan.fetch if item.convert and original_of(item).target in plan.lock.files]
         try:
             fetcher.run([spec for spec in plan.fetch if spec not in late])
-            return fetcher.run(late) if late and originals else fetcher.result
+            return fetcher.run(late) if late else fetcher.result
         finally:
             self.progress.end()
 
     def _code_is_missing(self, known: Lock) -> bool:
-        from port_kit.download.install import is_installed
-
         wanted = self.recipe.code if self.settings.with_reference else ()
         return not all(
             code.name in known.code and is_installed(code, known.code[code.name]["commit"]) for code in wanted
         )
 
     def _untracked_files(self, lock: Lock | None) -> tuple[str, ...]:
-        known = {*(lock.files if lock else ()), *(lock.written if lock else ()), "port.lock", "model_index.json"}
+        known = {*(lock.files if lock else ()), *(lock.written if lock else ()), LOCK_NAME, MODEL_INDEX}
         known |= {str(parent) for target in known for parent in PurePosixPath(target).parents}  # a folder may be a link
         others = [target for target in files_below(self.directory) if target not in known]
         ours = {os.path.realpath(self.directory / target) for target in known} if others else set()
         return tuple(target for target in others if os.path.realpath(self.directory / target) not in ours)
 
-    def _finish(self, lock: Lock | None, **facts: Any) -> Report:
-        untracked = facts.pop("untracked_files", ())
-        if self.settings.prune and untracked:
-            pruned = tuple(target for target in untracked if remove_file(self.directory, target))
-            facts["removed"] = (*facts.get("removed", ()), *pruned)
-            untracked = tuple(target for target in untracked if target not in pruned)
-        return self._report(untracked_files=untracked, **facts)
+    def _finish(self, untracked: tuple[str, ...] = (), removed: tuple[str, ...] = (), **facts: Any) -> Report:
+        pruned = tuple(target for target in untracked if self.settings.prune and remove_file(self.directory, target))
+        kept = tuple(target for target in untracked if target not in pruned)
+        return self._report(untracked_files=kept, removed=(*removed, *pruned), **facts)
 
     def _report(self, **facts: Any) -> Report:
         return Report(self.directory, seconds=time.monotonic() - self._begun, **facts)
@@ -416,16 +354,9 @@ def _has_originals(lock: Lock) -> bool:
 
 
 def _check_directory(directory: Path) -> None:
+    check_locale(str(directory), "the output directory", "output_dir")
     with os_errors_as(directory):
         problem = ""
-        try:
-            os.fsencode(directory)
-        except UnicodeEncodeError:
-            raise DownloadError(
-                f"{ascii(str(directory))} cannot be written in the locale of this process",
-                code="output_dir",
-                hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
-            ) from None
         if directory.exists() and not directory.is_dir():
             problem = "is a file; a folder is required"
         elif directory.is_symlink() and not directory.exists():
