@@ -13,7 +13,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
@@ -35,15 +34,6 @@ if TYPE_CHECKING:
 _SAMPLED_OFFSETS = 5
 
 
-@dataclass
-class Fetched:
-    """The result of a fetch: finished files ``{target: (size, sha256)}``, and source bytes by where they came from."""
-
-    files: dict[str, tuple[int, str]] = field(default_factory=dict)
-    network_bytes: int = 0
-    local_bytes: int = 0
-
-
 class Fetcher:
     """Fetches files into a model directory.
 
@@ -53,13 +43,18 @@ class Fetcher:
         progress: told of every byte.
         exclusive: whether that lock keeps other hosts out.
         use_cache: whether the user's Hub cache is looked into.
+
+    Attributes:
+        finished: ``{target: (size, sha256)}`` of the files that are in place.
+        network_bytes, local_bytes: source bytes by where they came from.
     """
 
     def __init__(
         self, directory: Path, hub: HubClient, progress: Progress, *, exclusive: bool, use_cache: bool
     ) -> None:
         self.directory, self.hub, self.progress = directory, hub, progress
-        self.result = Fetched()
+        self.finished: dict[str, tuple[int, str]] = {}
+        self.network_bytes = self.local_bytes = 0
         self._policy, self._exclusive, self._use_cache = hub.http.policy, exclusive, use_cache
         self._files: Queue[FileSpec] = Queue()
         self._segments: Queue[tuple[IncomingFile, Segment]] = Queue()
@@ -67,7 +62,7 @@ class Fetcher:
         self._failure: BaseException | None = None
         self._ended = threading.Event()
 
-    def run(self, specs: Sequence[FileSpec]) -> Fetched:
+    def run(self, specs: Sequence[FileSpec]) -> None:
         """Download all files; on return they are in place.
 
         Raises:
@@ -90,7 +85,6 @@ class Fetcher:
             self._ended.set()
         if self._failure is not None:
             raise self._failure
-        return self.result
 
     def _start(self, work: Callable[[], None], count: int) -> list[threading.Thread]:
         threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
@@ -132,8 +126,8 @@ class Fetcher:
 
     def _count(self, count: int, local: bool) -> None:
         with self._lock:
-            self.result.local_bytes += count if local else 0
-            self.result.network_bytes += 0 if local else count
+            self.local_bytes += count if local else 0
+            self.network_bytes += 0 if local else count
         self.progress.advance(count)
 
     def _download(self, spec: FileSpec) -> None:
@@ -183,7 +177,7 @@ class Fetcher:
             append_journal(self.directory, partial.spec, size, sha256)
             partial.publish(self.directory, size)
         with self._lock:
-            self.result.files[target] = (size, sha256)
+            self.finished[target] = (size, sha256)
         self.progress.file_done(target, size)
 
     def _plan_conversion(self, spec: FileSpec, local: Path | None, exact_offsets: bool) -> SafetensorsLayout:

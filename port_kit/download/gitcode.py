@@ -141,7 +141,7 @@ def check_declared(code: GitCode) -> None:
 def resolve_commit(code: GitCode) -> str:
     """Return the commit to use: the recipe's, or what the branch points to now. Asks the remote in both cases."""
     check_declared(code)
-    answer = _told(code, "asking for its branches", 90, "ls-remote", "--", plain_url(code.url))
+    answer = _told(code, "asking for its branches", "ls-remote", "--", plain_url(code.url), seconds=90)
     if code.commit is not None:
         return code.commit
     refs = {name: commit for commit, _, name in (line.partition("\t") for line in answer.splitlines())}
@@ -188,10 +188,9 @@ def check_code(code: GitCode, commit: str) -> None:
         DownloadError: ``code_broken`` if HEAD or a file is another one.
     """
     repository = code_folder(code.name, commit) / "repo"
-    what = "examining its checkout"
-    status = ("status", "--porcelain", "--untracked-files=all", "--ignored=matching")
-    head = _told(code, what, _LONGEST, "rev-parse", "HEAD", folder=repository).strip()
-    lines = _told(code, what, _LONGEST, *status, folder=repository).splitlines()
+    what, status = "examining its checkout", ("status", "--porcelain", "--untracked-files=all", "--ignored=matching")
+    head = _told(code, what, "rev-parse", "HEAD", folder=repository).strip()
+    lines = _told(code, what, *status, folder=repository).splitlines()
     changes = [line for line in lines if not _is_harmless(line)]
     if head != commit or changes:
         found = f"HEAD is {head}" if head != commit else f"changed: {', '.join(changes[:5])}"
@@ -211,10 +210,10 @@ def _is_harmless(line: str) -> bool:
 def _check_out(code: GitCode, commit: str, target: Path) -> None:
     target.mkdir(parents=True)
     what, url = f"fetching commit {commit}", plain_url(code.url)
-    _told(code, what, _LONGEST, "init", "--quiet", folder=target)
-    _told(code, what, _LONGEST, "fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit, folder=target)
-    _told(code, what, _LONGEST, "checkout", "--quiet", "--detach", "FETCH_HEAD", folder=target)
-    head = _told(code, what, _LONGEST, "rev-parse", "HEAD", folder=target).strip()
+    _told(code, what, "init", "--quiet", folder=target)
+    _told(code, what, "fetch", "--quiet", "--depth=1", "--no-tags", "--", url, commit, folder=target)
+    _told(code, what, "checkout", "--quiet", "--detach", "FETCH_HEAD", folder=target)
+    head = _told(code, what, "rev-parse", "HEAD", folder=target).strip()
     if head != commit:
         raise _broken(code, f"{url} gave {head} for {commit}", f"correct the recipe: a tag's commit is meant, {head}")
     root = target.resolve()
@@ -256,7 +255,7 @@ def _check_content(code: GitCode, repository: Path) -> None:
         DownloadError: ``code_broken``.
     """
     declared = tuple(f"{code.path}/{package}".lstrip("/") for package in code.packages)
-    for line in _told(code, "listing its files", _LONGEST, "ls-files", "--stage", "-z", folder=repository).split("\0"):
+    for line in _told(code, "listing its files", "ls-files", "--stage", "-z", folder=repository).split("\0"):
         mode, _, path = line.partition(" ")[0], *line.partition("\t")[1:]
         inside = any(path == f"{name}.py" or f"{path}/".startswith(f"{name}/") for name in declared)
         above = any(name.startswith(f"{path}/") for name in declared)
@@ -288,7 +287,7 @@ def sweep_code(name: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _told(code: GitCode, what: str, seconds: float, *arguments: str, folder: Path | None = None) -> str:
+def _told(code: GitCode, what: str, *arguments: str, folder: Path | None = None, seconds: float = _LONGEST) -> str:
     """Run git and return its output; what git complains about becomes the error's message.
 
     A checkout of another user is examined if this user has declared it safe (``safe.directory``), as git asks for.

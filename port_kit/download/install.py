@@ -6,7 +6,6 @@ adds it at the end of ``sys.path``, so that nothing that is importable already i
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from port_kit.download.gitcode import (
     check_code,
@@ -30,7 +28,7 @@ from port_kit.download.gitcode import (
     sweep_code,
 )
 from port_kit.download.recipe import FULL_HASH, NAME, GitCode
-from port_kit.errors import DownloadError, OptionalDependencyError
+from port_kit.errors import DownloadError
 from port_kit.files import os_errors_as, read_json, write_atomically, write_json
 
 # Packages are found as at every start, .pth files included, but without running sitecustomize and usercustomize.
@@ -44,8 +42,6 @@ for name in sys.argv[1:]:
     found[name] = next((place for place in places if place), None)
 print(json.dumps(found))
 """
-
-
 _WORD = re.compile(r"\w+")
 
 
@@ -158,13 +154,12 @@ def install_code(code: GitCode, commit: str) -> Path:
         DownloadError: see :func:`check_target`; ``code_broken`` where the proof fails.
     """
     check_target(code)
-    folder = code_folder(code.name, commit)
-    line = f"{folder / 'path'}\n"
-    target = pth_file(code.name)
-    if not target.is_file() or target.read_text(encoding="ascii", errors="replace") != line:
-        with os_errors_as(target):
-            write_atomically(target, line)
-    _remember_user(folder, target)
+    folder, target = code_folder(code.name, commit), pth_file(code.name)
+    if not is_installed(code, commit):
+        write_atomically(target, f"{folder / 'path'}\n")
+    users = set(read_json(folder / "users.json") or [])
+    if str(target) not in users:
+        write_json(folder / "users.json", sorted({*users, str(target)}))
     found = _find(code.packages)
     strange = {name: origin for name, origin in found.items() if not origin or not _is_ours(code, origin)}
     if strange:
@@ -178,10 +173,8 @@ def install_code(code: GitCode, commit: str) -> Path:
 
 def is_installed(code: GitCode, commit: str) -> bool:
     """Return True if this environment has this commit; looks at files only."""
-    target = pth_file(code.name)
-    return target.is_file() and target.read_text(encoding="ascii", errors="replace") == (
-        f"{code_folder(code.name, commit) / 'path'}\n"
-    )
+    target, line = pth_file(code.name), f"{code_folder(code.name, commit) / 'path'}\n"
+    return target.is_file() and target.read_text(encoding="ascii", errors="replace") == line
 
 
 def uninstall_code(name: str) -> list[str]:
@@ -193,20 +186,13 @@ def uninstall_code(name: str) -> list[str]:
     Raises:
         DownloadError: ``code_broken`` if nothing of that name is installed.
     """
-    if not NAME.fullmatch(name):
-        raise DownloadError(
-            f"{name!r} is no name of git code",
-            code="code_broken",
-            hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
-        )
-    target = pth_file(name)
-    with os_errors_as(target):
-        removed = _take_out(name, target)
+    with os_errors_as(pth_file(name)):
+        removed = _take_out(name, pth_file(name)) if NAME.fullmatch(name) else []
     if not removed:
         raise DownloadError(
-            f"no git code called {name} is installed in this environment",
+            f"no git code called {name!r} is installed in this environment",
             code="code_broken",
-            hint=f"installed: {', '.join(installed_names()) or 'none'}",
+            hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
         )
     return removed
 
@@ -231,29 +217,6 @@ def _take_out(name: str, target: Path) -> list[str]:
 def installed_names() -> list[str]:
     """Return the names of the git code in this environment."""
     return sorted(path.stem.removeprefix("port_kit_") for path in site_packages().glob("port_kit_*.pth"))
-
-
-def import_reference(module: str, port: str) -> ModuleType:
-    """Import a module of a port's original code.
-
-    Raises:
-        OptionalDependencyError: with the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
-            raise
-        raise OptionalDependencyError(
-            f"{module}, the original code of {port}, is not installed",
-            hint=f"install it: port-kit download {port} --with-reference",
-        ) from error
-
-
-def _remember_user(folder: Path, target: Path) -> None:
-    users = set(read_json(folder / "users.json") or [])
-    if str(target) not in users:
-        write_json(folder / "users.json", sorted({*users, str(target)}))
 
 
 def _forget_user(folder: Path, target: Path) -> list[str]:

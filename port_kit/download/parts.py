@@ -8,6 +8,7 @@ takes it over by renaming the folder, which only one can do, after the owner has
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from port_kit.checkpoint.byte_layout import ByteLayout, write_all
 from port_kit.download.state import open_state_file, state_path
-from port_kit.files import os_errors_as, publish, read_json, sync_folder, write_json
+from port_kit.files import os_errors_as, publish, read_json, write_json
 from port_kit.owner import OWNER, may_run, owner
 
 _COUNT = struct.Struct("<Q")
@@ -208,8 +209,9 @@ def acquire(directory: Path, spec: FileSpec, segment_size: int, *, exclusive: bo
         folder.mkdir(parents=True, exist_ok=True)
         left = [path for path in _abandoned(folder, exclusive) if path.name.startswith(_key(spec.target))]
         usable = sorted((path for path in left if _matches(path, spec)), key=_progress_of, reverse=True)
-        if usable and usable[0].name != name and _rename(usable[0], folder / name):
-            sync_folder(folder)
+        if usable and usable[0].name != name:
+            with contextlib.suppress(OSError):  # another process was faster: begin anew beside it
+                os.rename(usable[0], folder / name)
         for path in left:
             if path.name != name:
                 shutil.rmtree(path, ignore_errors=True)
@@ -273,11 +275,3 @@ def _progress_of(path: Path) -> int:
     except OSError:
         return 0
     return sum(count for (count,) in _COUNT.iter_unpack(data[: len(data) // _COUNT.size * _COUNT.size]))
-
-
-def _rename(source: Path, target: Path) -> bool:
-    try:
-        os.rename(source, target)
-    except OSError:
-        return False  # another process was faster; begin anew beside it
-    return True

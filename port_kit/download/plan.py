@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from port_kit.download.hub import HubClient, HubFile
@@ -252,7 +252,7 @@ def _check_targets(recipe: Recipe, lock: Lock) -> None:
     folders: dict[str, str] = {}
     for target in [*own, *lock.files]:
         folded = folded_name(target)
-        above = _folders(folded)
+        above = [str(parent) for parent in PurePosixPath(folded).parents][:-1]
         taken = next((files[place] for place in (folded, *above) if place in files), folders.get(folded))
         if taken is not None:
             raise _collision(f"{target} collides with {taken}")
@@ -262,11 +262,6 @@ def _check_targets(recipe: Recipe, lock: Lock) -> None:
     for folder in ("", *(f"{place}/" for place in folders)):
         if f"{folder}head" in files and {f"{folder}objects", f"{folder}refs"} <= folders.keys():
             check_relative_path(f"{folder}.git", f"the bare git repository {folder or '.'} in recipe {recipe.name}")
-
-
-def _folders(target: str) -> list[str]:
-    parts = target.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _present(directory: Path, item: LockedFile, known: LockedFile | None) -> LockedFile:

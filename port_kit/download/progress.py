@@ -57,13 +57,11 @@ class LineProgress(Progress):
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__()
         self._stream = stream or sys.stderr
-        self._what = ""
-        self._begun = self._told = time.monotonic()
+        self._what, self._told = "", time.monotonic()
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         super().begin(what, total, done)
-        self._what, self._begun = what, time.monotonic()
-        self._told = self._begun
+        self._what, self._told = what, time.monotonic()
         self.note(f"{what}: {human(total - done)} of {human(total)}")
 
     def advance(self, count: int) -> None:

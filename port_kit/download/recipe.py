@@ -43,7 +43,6 @@ FULL_HASH = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 _T = TypeVar("_T")
 
@@ -178,8 +177,6 @@ class Recipe:
     def __post_init__(self) -> None:
         _require(bool(NAME.fullmatch(self.name)), f"recipe name {self.name!r} is not a plain name")
         _require(bool(self.repositories), f"recipe {self.name} names no repositories")
-        missing = [key for key in ("_class_name", "_diffusers_version") if not self._states(key)]
-        _require(not missing, f"model_index of {self.name} lacks {' and '.join(missing)}, which vLLM-Omni looks for")
         ids = [repository.repo_id for repository in self.repositories]
         _require(len(set(ids)) == len(ids), f"recipe {self.name} names a repository twice")
         names = [code.name for code in self.code]
@@ -187,10 +184,9 @@ class Recipe:
         for place, content in {"model_index": self.model_index, **self.configs}.items():
             _require(isinstance(content, Mapping), f"recipe {self.name}: {place} is no table")
             _require_json(content, f"recipe {self.name}: {place}")
-
-    def _states(self, key: str) -> bool:
-        value = self.model_index.get(key) if isinstance(self.model_index, Mapping) else None
-        return isinstance(value, str) and bool(value)
+        stated = {key for key, value in self.model_index.items() if isinstance(value, str) and value}
+        missing = [key for key in ("_class_name", "_diffusers_version") if key not in stated]
+        _require(not missing, f"model_index of {self.name} lacks {' and '.join(missing)}, which vLLM-Omni looks for")
 
     def with_(
         self,
@@ -296,16 +292,10 @@ def _tables(data: Mapping[str, Any], key: str, owner: str) -> Sequence[Mapping[s
 
 def _is_of_kind(value: object, kind: str) -> bool:
     """Return True if a value has the type of its field, by the annotation's words."""
-    if kind.startswith("Mapping"):
-        return isinstance(value, Mapping)
-    if kind.startswith("tuple"):
-        texts = not kind.startswith("tuple[str") or (
-            isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-        )
-        return isinstance(value, tuple) and texts
-    if kind == "str | None" and value is None:
-        return True
-    return isinstance(value, bool) if kind == "bool" else isinstance(value, str)
+    if kind == "tuple[str, ...]" and isinstance(value, tuple):
+        return all(isinstance(item, str) for item in value)
+    outer = {"Mapping": Mapping, "tuple": tuple, "bool": bool}.get(kind.partition("[")[0], str)
+    return isinstance(value, outer) or (kind == "str | None" and value is None)
 
 
 def _require_json(value: object, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from port_kit.download.http import Interrupted, Response, network_error
 from port_kit.download.hub import HubClient
@@ -145,13 +146,10 @@ class RangeSource:
             DownloadError: ``convert_layout`` if the server sends the whole file instead of ranges.
         """
         end, found = min(offset + length, self.size), bytearray()
-
-        def ask() -> bytes:
-            return self._ask(offset + len(found), end)
-
-        while offset + len(found) < end:
+        while (position := offset + len(found)) < end:
             try:
-                found += self._hub.http.retrying(f"reading the directory of {self.name}", ask)
+                what = f"reading the directory of {self.name}"
+                found += self._hub.http.retrying(what, partial(self._ask, position, end))
             except DownloadError as error:
                 if not isinstance(error.__cause__, _RangesIgnored):
                     raise

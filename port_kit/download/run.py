@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from port_kit.download.assemble import assemble, invalidate_index, plan_written
-from port_kit.download.fetch import Fetched, Fetcher
+from port_kit.download.fetch import Fetcher
 from port_kit.download.http import HttpClient, Policy
 from port_kit.download.hub import HubClient
 from port_kit.download.install import examine_code, install_all, is_installed, plan_code
@@ -279,8 +279,8 @@ class Run:
         lock = plan.lock
         lock.complete = False
         lock.save(self.directory)
-        fetched = self._fetch(hub, plan)
-        for target, (size, sha256) in fetched.files.items():
+        fetcher = self._fetch(hub, plan)
+        for target, (size, sha256) in fetcher.finished.items():
             lock.files[target] = dataclasses.replace(lock.files[target], size=size, sha256=sha256)
         remove_stale(self.directory, set(), exclusive=self._exclusive)
         code = install_all(self.recipe.code, lock.code) if self.settings.with_reference else {}
@@ -289,10 +289,10 @@ class Run:
             self._untracked_files(lock),
             removed,
             plan=plan,
-            fetched=tuple(sorted(fetched.files)),
+            fetched=tuple(sorted(fetcher.finished)),
             repaired=repaired,
-            network_bytes=fetched.network_bytes,
-            local_bytes=fetched.local_bytes,
+            network_bytes=fetcher.network_bytes,
+            local_bytes=fetcher.local_bytes,
             code=code,
         )
 
@@ -306,7 +306,7 @@ class Run:
         remove_stale(self.directory, fetched, exclusive=self._exclusive)
         return tuple(target for target in removed if target in stale)
 
-    def _fetch(self, hub: HubClient, plan: Plan) -> Fetched:
+    def _fetch(self, hub: HubClient, plan: Plan) -> Fetcher:
         """Fetch what is missing; what is converted from a kept original comes after the originals."""
         self.progress.begin("fetching", sum(spec.size for spec in plan.fetch), plan.resumed)
         fetcher = Fetcher(
@@ -315,9 +315,11 @@ class Run:
         late = [item for item in plan.fetch if item.convert and original_of(item).target in plan.lock.files]
         try:
             fetcher.run([spec for spec in plan.fetch if spec not in late])
-            return fetcher.run(late) if late else fetcher.result
+            if late:
+                fetcher.run(late)
         finally:
             self.progress.end()
+        return fetcher
 
     def _code_is_missing(self, known: Lock) -> bool:
         wanted = self.recipe.code if self.settings.with_reference else ()

@@ -232,12 +232,3 @@ def test_the_command_installs_reports_and_uninstalls(remote: GitRemote, box: Env
         done = box.run(run.format(arguments=["uninstall", "zz_code"]))
         assert done.returncode == 0 and "port_kit_zz_code.pth" in done.stdout
         assert box.run(run.format(arguments=["uninstall", "zz_code"])).returncode == 1
-
-
-def test_a_missing_reference_names_the_command() -> None:
-    from port_kit.download.install import import_reference
-    from port_kit.errors import OptionalDependencyError
-
-    with pytest.raises(OptionalDependencyError, match="port-kit download some_port --with-reference"):
-        import_reference("zz_not_installed", "some_port")
-    assert import_reference("json", "some_port").loads("1") == 1
