@@ -7,10 +7,8 @@ decides the rate of a 46 GB file. Proxies (``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +18,12 @@ from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from port_kit.download.urls import (
+    Connection,
     TransportError,
     as_transport_error,
-    connect,
     follow_location,
     is_number,
     proxy_error,
-    request_target,
     requested_wait,
     without_secrets,
 )
@@ -84,20 +81,16 @@ class Policy:
 
 
 class Response:
-    """The head of an answer, and its body piece by piece."""
+    """The head of an answer, and its body piece by piece.
 
-    def __init__(
-        self,
-        raw: http.client.HTTPResponse,
-        url: str,
-        release: Callable[[bool], None],
-        abort: Callable[[], None],
-        patience: float,
-    ) -> None:
-        self._raw, self._release, self._patience = raw, release, patience
-        #: breaks the connection off, from any thread
-        self.abort = abort
-        self.url, self.status, self.headers = url, raw.status, raw.headers
+    Attributes:
+        url: where the answer comes from, after redirects.
+        abort: breaks the connection off, from any thread.
+    """
+
+    def __init__(self, client: HttpClient, connection: Connection, raw: http.client.HTTPResponse, url: str) -> None:
+        self._client, self._connection, self._raw = client, connection, raw
+        self.url, self.status, self.headers, self.abort = url, raw.status, raw.headers, connection.abort
         length = raw.getheader("Content-Length")
         chunked = "chunked" in (raw.getheader("Transfer-Encoding") or "")
         known = length is not None and is_number(length) and len(length) < 19 and not chunked
@@ -131,7 +124,7 @@ class Response:
         filled = count = self._receive(view)
         while count and filled < len(view):
             wanted, waited = len(view), time.monotonic() - begun
-            if filled < _ENOUGH and waited > self._patience:
+            if filled < _ENOUGH and waited > self._client.policy.read_timeout:
                 raise TransportError(f"only {filled} bytes arrived in {waited:.0f} s")
             if filled >= _ENOUGH and waited >= _PATIENCE:
                 wanted = min(wanted, filled + (whole - filled) % _PAGE)
@@ -165,7 +158,8 @@ class Response:
     def close(self, reusable: bool = False) -> None:
         """Give the connection back, or drop it where the body was not read to its end."""
         self._raw.close()
-        self._release(reusable)
+        if not reusable or self._raw.will_close:
+            self._client.drop(self._connection)
 
     def __enter__(self) -> Response:
         return self
@@ -180,7 +174,7 @@ class HttpClient:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._threads = threading.local()
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[Connection] = set()
         self._stopped = threading.Event()
 
     @property
@@ -192,8 +186,7 @@ class HttpClient:
         """End all exchanges now; threads that wait for bytes wake up with :class:`Interrupted`."""
         self._stopped.set()
         for connection in list(self._open):
-            with contextlib.suppress(OSError, AttributeError):  # it was closed in the meantime: nothing else is wanted
-                connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.abort()
 
     def close(self) -> None:
         """Close all connections; nobody may be using them any more."""
@@ -235,76 +228,50 @@ class HttpClient:
 
     def _exchange(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
         parts = as_transport_error(lambda: urlsplit(url))
-        key = (parts.scheme, parts.netloc)
-        connection, fresh = self._connection(key, parts)
+        connection, fresh = self._connection(parts)
         try:
-            return self._send(connection, key, method, url, headers)
+            return self._send(connection, method, url, headers)
         except TransportError:
             if fresh or self.stopped:
                 raise
         # A kept connection that the server had closed meanwhile says nothing about the server: ask once on a new one.
-        connection, _ = self._connection(key, parts)
-        return self._send(connection, key, method, url, headers)
+        return self._send(self._connection(parts)[0], method, url, headers)
 
-    def _send(
-        self,
-        connection: http.client.HTTPConnection,
-        key: tuple[str, str],
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-    ) -> Response:
-        def release(reusable: bool) -> None:
-            if not reusable or raw.will_close:
-                self._drop(connection, key)
-
-        def abort() -> None:
-            with contextlib.suppress(OSError):  # it was closed in the meantime, which is all that is wanted
-                if sockets[-1] is not None:
-                    sockets[-1].shutdown(socket.SHUT_RDWR)
-
-        sockets: list[socket.socket | None] = [None]
-
-        def exchange() -> http.client.HTTPResponse:
-            extra = getattr(connection, "extra_headers", {})
-            sent = {"Accept-Encoding": "identity", **headers, **extra}
-            connection.request(method, request_target(connection, url), headers=sent)
-            if connection.sock is not None:
-                connection.sock.settimeout(self.policy.read_timeout)
-                sockets.append(connection.sock)
-            return connection.getresponse()
-
+    def _send(self, connection: Connection, method: str, url: str, headers: Mapping[str, str]) -> Response:
+        sent = {"Accept-Encoding": "identity", **headers}
         try:
-            raw = as_transport_error(exchange)
+            raw = as_transport_error(lambda: connection.exchange(method, url, sent, self.policy.read_timeout))
         except TransportError as error:
-            self._drop(connection, key)
+            self.drop(connection)
             if self.stopped:
                 raise Interrupted from error
             raise
         if raw.status == 407:
             raise proxy_error("the proxy asks for a user name and a password, or refuses the ones that it got")
-        return Response(raw, url, release, abort, self.policy.read_timeout)
+        return Response(self, connection, raw, url)
 
-    def _connection(self, key: tuple[str, str], parts: SplitResult) -> tuple[http.client.HTTPConnection, bool]:
+    def _connection(self, parts: SplitResult) -> tuple[Connection, bool]:
+        """Return this thread's connection for a URL, and whether it is a new one."""
         if self.stopped:
             raise Interrupted
-        pool = self._pool()
+        pool, key = self._pool(), (parts.scheme, parts.netloc)
         if key in pool:
             return pool[key], False
-        pool[key] = as_transport_error(lambda: connect(parts, self.policy.connect_timeout))
+        pool[key] = as_transport_error(lambda: Connection(parts, self.policy.connect_timeout))
         self._open.add(pool[key])
         return pool[key], True
 
-    def _pool(self) -> dict[tuple[str, str], http.client.HTTPConnection]:
+    def _pool(self) -> dict[tuple[str, str], Connection]:
         if not hasattr(self._threads, "pool"):
             self._threads.pool = {}
         return self._threads.pool
 
-    def _drop(self, connection: http.client.HTTPConnection, key: tuple[str, str]) -> None:
+    def drop(self, connection: Connection) -> None:
+        """Close a connection that cannot be used again."""
         connection.close()
         self._open.discard(connection)
-        if self._pool().get(key) is connection:
-            del self._pool()[key]
+        if self._pool().get(connection.key) is connection:
+            del self._pool()[connection.key]
 
     def retrying(self, what: str, action: Callable[[], _T]) -> _T:
         """Call ``action`` until it does not raise :class:`TransportError`, as often as the policy allows.

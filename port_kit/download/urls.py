@@ -1,10 +1,12 @@
-"""URLs, proxies and waiting times: what a client must know of HTTP before it asks."""
+"""URLs, connections, proxies and waiting times: what a client must know of HTTP before it asks."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import os
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -92,21 +94,52 @@ def _timestamp(date: str) -> float:
         return 0.0
 
 
-def connect(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    host, port = parts.hostname or "", parts.port
-    if parts.scheme not in ("http", "https") or not host:
-        raise TransportError(f"{without_secrets(parts.geturl())} is not an http(s) URL")
-    via = _proxy(parts)
-    address = (via.hostname or "", via.port or 80) if via else (host, port)
-    if parts.scheme == "http":
-        connection = http.client.HTTPConnection(*address, timeout=timeout)
-        connection.absolute_urls = via is not None  # type: ignore[attr-defined]
-        connection.extra_headers = _proxy_headers(via) if via else {}  # type: ignore[attr-defined]
-        return connection
-    secure = http.client.HTTPSConnection(*address, timeout=timeout, context=_tls())
-    if via:
-        secure.set_tunnel(host, port, headers=_proxy_headers(via))
-    return secure
+class Connection:
+    """A kept connection to a server, or to the proxy on the way there; for one request at a time.
+
+    Raises:
+        TransportError: the URL is not one of HTTP.
+        DownloadError: ``proxy`` if the proxy cannot be used.
+    """
+
+    def __init__(self, parts: SplitResult, timeout: float) -> None:
+        host, port = parts.hostname or "", parts.port
+        if parts.scheme not in ("http", "https") or not host:
+            raise TransportError(f"{without_secrets(parts.geturl())} is not an http(s) URL")
+        via = _proxy(parts)
+        peer, peer_port = (via.hostname or "", via.port or 80) if via else (host, port)
+        headers = _proxy_headers(via) if via else {}
+        self.key = (parts.scheme, parts.netloc)
+        self._socket: socket.socket | None = None
+        self._names_whole_urls = via is not None and parts.scheme == "http"
+        self._headers = headers if self._names_whole_urls else {}
+        if parts.scheme == "http":
+            self._http = http.client.HTTPConnection(peer, peer_port, timeout=timeout)
+            return
+        self._http = http.client.HTTPSConnection(peer, peer_port, timeout=timeout, context=_tls())
+        if via:
+            self._http.set_tunnel(host, port, headers=headers)
+
+    def exchange(self, method: str, url: str, headers: Mapping[str, str], timeout: float) -> http.client.HTTPResponse:
+        """Send a request and return the head of the answer, which may be silent for ``timeout`` seconds."""
+        parts = urlsplit(url)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._http.request(method, url if self._names_whole_urls else path, headers={**headers, **self._headers})
+        self._socket = self._http.sock  # an answer that ends the connection takes it from there
+        if self._socket is not None:
+            self._socket.settimeout(timeout)
+        return self._http.getresponse()
+
+    def abort(self) -> None:
+        """Break the exchange off, from any thread."""
+        for opened in (self._http.sock, self._socket):
+            with contextlib.suppress(OSError):  # it was closed in the meantime, which is all that is wanted
+                if opened is not None:
+                    opened.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection; nobody may be using it any more."""
+        self._http.close()
 
 
 def _proxy(parts: SplitResult) -> SplitResult | None:
@@ -132,14 +165,6 @@ def _proxy_headers(via: SplitResult) -> dict[str, str]:
 
 def proxy_error(message: str) -> DownloadError:
     return DownloadError(message, code="proxy", hint="correct HTTPS_PROXY, HTTP_PROXY or ALL_PROXY, or set NO_PROXY")
-
-
-def request_target(connection: http.client.HTTPConnection, url: str) -> str:
-    """Return the target of a request line: the path, or the whole URL for a plain-http proxy."""
-    if getattr(connection, "absolute_urls", False):
-        return url
-    parts = urlsplit(url)
-    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
 @cache
