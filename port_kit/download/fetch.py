@@ -2,9 +2,9 @@
 
 One thread per file runs :meth:`Fetcher._download_once`: it acquires a partial download, plans the conversion if there
 is one, queues the segments that are missing, hashes what arrives, converts and publishes. A pool of connections takes
-segments from the queue, in the order of the plan (:func:`~port_kit.download.remote.fetch_segment`). What lies on this
-machine already (in the Hub cache, or as a kept original) is copied and hashed in the same way. What may be published is
-stated in :mod:`port_kit.download.incoming_file`.
+segments from the queue, in the order of the plan (:func:`_fetch_segment`). What lies on this machine already (in the
+Hub cache, or as a kept original) is copied and hashed in the same way. What may be published is stated in
+:mod:`port_kit.download.incoming_file`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
-from port_kit.download.http import Interrupted
-from port_kit.download.hub import HubClient
-from port_kit.download.incoming_file import Damaged, IncomingFile, Misplaced, copy_segment
+from port_kit.download.http import Interrupted, Response, network_error
+from port_kit.download.hub import HubClient, RangeSource, length_of_range
+from port_kit.download.incoming_file import BUFFER_SIZE, Damaged, IncomingFile, Misplaced, copy_segment
 from port_kit.download.lock import append_journal
-from port_kit.download.parts import FileSpec, PartialDownload, Segment, acquire
+from port_kit.download.parts import ALIGNMENT, FileSpec, PartialDownload, Segment, acquire
 from port_kit.download.plan import original_of
 from port_kit.download.progress import Progress
-from port_kit.download.remote import RangeSource, fetch_segment
+from port_kit.download.urls import TransportError
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.files import os_errors_as, require_space
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from port_kit.checkpoint.safetensors_writer import SafetensorsLayout
 
 _SAMPLED_OFFSETS = 5
+# Bytes between two failed attempts that make the first one forgotten: a server that drips is given up.
+_PROGRESS = 1 << 16
+# Bytes of an answer that is shorter than the range that was asked for, and still worth asking again without a pause.
+_SHORTEST_ANSWER = 1 << 12
 
 
 class Fetcher:
@@ -120,7 +124,7 @@ class Fetcher:
                     if wanted and incoming.local is not None:
                         copy_segment(incoming, incoming.local, segment)
                     elif wanted:
-                        fetch_segment(self.hub, incoming, segment)
+                        _fetch_segment(self.hub, incoming, segment)
                 except BaseException as error:  # noqa: B036 - carried to the file's thread, which raises it
                     incoming.failure = incoming.failure or error
 
@@ -238,3 +242,99 @@ def _is_readable(path: Path, size: int) -> bool:
         return path.is_file() and path.stat().st_size == size and os.access(path, os.R_OK)
     except OSError:
         return False
+
+
+def _fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment) -> None:
+    """Receive what a segment lacks, in as many attempts as make progress.
+
+    Raises:
+        DownloadError: the network or the Hub's refusal.
+        Damaged: the answers are not the file.
+    """
+    what = f"{incoming.spec.repo_id}/{incoming.spec.path}"
+    policy, attempts = hub.http.policy, 0
+    enough = min(_PROGRESS, (segment.end - segment.start) // 8 or 1)
+    before = segment.position
+    while not segment.is_complete:
+        begin = segment.position
+        try:
+            _receive(hub, incoming, segment)
+            if segment.position < min(segment.end, begin + _SHORTEST_ANSWER):
+                raise TransportError(f"the answer to the range from {begin} had {segment.position - begin} bytes of it")
+        except TransportError as error:
+            attempts += 1
+            if segment.position >= before + enough:
+                before, attempts = segment.position, 1
+            incoming.location = None
+            if segment.is_complete:
+                return
+            if attempts >= policy.attempts:
+                raise network_error(f"fetching {what}", error, attempts) from error
+            hub.http.sleep(policy.pause(attempts))
+            with incoming.in_use() as wanted:
+                if not wanted:
+                    raise Interrupted from error
+
+
+def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment) -> None:
+    """Make one request and write the bytes of the answer."""
+    size, position = incoming.spec.size, segment.position
+    headers = {}
+    if (position, segment.end) != (0, size):
+        headers["Range"] = f"bytes={position}-{segment.end - 1}"
+    with _open(hub, incoming, headers) as response, incoming.in_use(response) as wanted:
+        if not wanted:
+            raise Interrupted
+        encoding = response.headers.get("Content-Encoding") or "identity"
+        if encoding != "identity":
+            raise Damaged(f"the server sends it in {encoding[:40]} encoding, which was not asked for")
+        if response.status == 206:
+            count = length_of_range(response, position, segment.end, size)
+            _copy(response, incoming, position, position + count)
+        elif response.status == 200:
+            if response.length not in (None, size):
+                raise Damaged(f"the server sends {response.length} bytes, the repository states {size}")
+            with incoming.whole:
+                if not segment.is_complete:
+                    _copy(response, incoming, 0, size)
+        else:
+            raise Damaged(f"the server answers HTTP {response.status} to the range from {position}")
+
+
+def _open(hub: HubClient, incoming: IncomingFile, headers: dict[str, str]) -> Response:
+    """Ask the place to which the last answer was redirected; if it refuses (signatures expire), ask the Hub again."""
+    spec, location = incoming.spec, incoming.location
+    try:
+        response = hub.open(spec.repo_id, spec.commit, spec.path, headers, location)
+    except DownloadError as error:
+        if location is None:
+            raise
+        raise TransportError(error.message) from error
+    incoming.location = response.url
+    return response
+
+
+def _copy(response: Response, incoming: IncomingFile, offset: int, end: int) -> None:
+    """Write the bytes ``[offset, end)`` of the source, which the response's body begins with; ignore what follows.
+
+    A buffer holds bytes of one segment. Connections that receive the whole file write to all segments.
+
+    Raises:
+        TransportError: the body ends earlier.
+    """
+    segments = incoming.partial.segments
+    width = segments[0].end - segments[0].start
+    while offset < end:
+        segment = segments[offset // width]
+        buffer = incoming.take_buffer()
+        begin = offset % ALIGNMENT  # so that pieces end, and the next ones begin, where disks like it
+        room = min(segment.end - offset, BUFFER_SIZE - begin)
+        try:
+            count = response.read_into(buffer.memory[begin : begin + room])
+        except BaseException:
+            incoming.write(segment, offset, buffer, 0, 0)
+            raise
+        incoming.write(segment, offset, buffer, begin, count)
+        if not count:
+            raise TransportError(f"the answer ends {end - offset} bytes early")
+        offset += count

@@ -1,4 +1,4 @@
-"""The Hub as this kit uses it: resolve a revision, list a tree, probe a gate, open a file.
+"""The Hub as this kit uses it: resolve a revision, list a tree, probe a gate, open a file, read a range.
 
 Endpoint, token, headers and error classes are huggingface_hub's. The exchanges are our own, because its client has no
 timeout on the API, no retry on most of it, and follows ``Link: next`` with the token to any host.
@@ -15,12 +15,14 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from port_kit import __version__
 from port_kit.download.http import RETRIED_STATUS, HttpClient, Response
+from port_kit.download.parts import FileSpec
 from port_kit.download.urls import TransportError, follow_location, origin_of
 from port_kit.errors import DownloadError
 from port_kit.plain import plain
@@ -30,6 +32,7 @@ _LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*
 _PARAMETER = re.compile(r';\s*([^\s=;,"]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;,"]*)))?')
 _SENDABLE = re.compile(r"Bearer [\x21-\x7e]+")
 _SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _MOST_PAGES, _MOST_EMPTY_PAGES = 5000, 5
 _MOST_RENAMES = 5
 _LONGEST_REASON = 1 << 16
@@ -67,12 +70,7 @@ class HubClient:
         self._origin = origin_of(self.endpoint)
         headers = _headers(token)
         self._authorization = _checked_token(headers.pop("authorization", headers.pop("Authorization", None)))
-        self._headers = headers
-
-    @property
-    def has_token(self) -> bool:
-        """Return True if requests carry a token."""
-        return self._authorization is not None
+        self._headers, self.has_token = headers, self._authorization is not None
 
     def headers_for(self, url: str) -> dict[str, str]:
         """Headers of a request to ``url``: with the token for the endpoint's own origin only."""
@@ -85,7 +83,7 @@ class HubClient:
         url = f"{self.endpoint}/api/models/{repo_id}/revision/{quote(revision, safe='')}"
         info, _ = self._json(url, f"asking {self.endpoint} for revision {revision} of {repo_id}", repo_id, revision)
         commit = info.get("sha") if isinstance(info, dict) else None
-        if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
+        if not isinstance(commit, str) or not _SHA1.fullmatch(commit):
             raise self._not_a_hub(url, "no commit in the answer")
         return commit
 
@@ -247,6 +245,66 @@ class HubClient:
             code="hub_endpoint",
             hint="check HF_ENDPOINT or --endpoint",
         )
+
+
+class _RangesIgnored(TransportError):
+    """The server sends the whole file when it is asked for a range."""
+
+
+class RangeSource:
+    """A file of the Hub as a :class:`~port_kit.checkpoint.byte_sources.ByteSource`, read by ranged requests."""
+
+    def __init__(self, hub: HubClient, spec: FileSpec) -> None:
+        self._hub, self._spec = hub, spec
+        self.name = f"{spec.repo_id}/{spec.path}"
+        self.size = spec.size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`.
+
+        Raises:
+            DownloadError: ``convert_layout`` if the server sends the whole file instead of ranges.
+        """
+        end, found = min(offset + length, self.size), bytearray()
+        while (position := offset + len(found)) < end:
+            try:
+                what = f"reading the directory of {self.name}"
+                found += self._hub.http.retrying(what, partial(self._ask, position, end))
+            except DownloadError as error:
+                if not isinstance(error.__cause__, _RangesIgnored):
+                    raise
+                raise DownloadError(
+                    f"{self.name} cannot be read in parts: {error.__cause__}",
+                    code="convert_layout",
+                    hint="use another endpoint, or download it as it is and convert it on disk: --keep-original",
+                ) from error
+        return bytes(found)
+
+    def _ask(self, offset: int, end: int) -> bytes:
+        spec = self._spec
+        headers = {"Range": f"bytes={offset}-{end - 1}"}
+        with self._hub.open(spec.repo_id, spec.commit, spec.path, headers) as response:
+            if response.status == 200:
+                raise _RangesIgnored("the server ignores ranges and sends the whole file")
+            if response.status != 206:
+                raise TransportError(f"HTTP {response.status} instead of a range")
+            count = length_of_range(response, offset, end, self.size)
+            body = response.read_all()
+            if len(body) < count:
+                raise TransportError(f"a range of {count} bytes has {len(body)}")
+            return body[:count]
+
+
+def length_of_range(response: Response, start: int, end: int, size: int) -> int:
+    """Return how many bytes a 206 holds: it begins where it was asked to and ends no later; it may end earlier."""
+    said = response.headers.get("Content-Range")
+    found = _CONTENT_RANGE.fullmatch(said or "")
+    last = int(found[2]) if found else -1
+    if found is None or int(found[1]) != start or not start <= last < end or found[3] not in (str(size), "*"):
+        raise TransportError(f"asked for bytes from {start} to {end - 1} of {size}, the server sends {said!r}")
+    if response.length not in (None, last + 1 - start):
+        raise TransportError(f"the server states the range {said!r} and {response.length} bytes")
+    return last + 1 - start
 
 
 def _checked_endpoint(endpoint: str) -> str:

@@ -12,9 +12,8 @@ from typing import Protocol
 
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource
 from port_kit.download.http import HttpClient, Policy
-from port_kit.download.hub import HubClient, HubFile
+from port_kit.download.hub import HubClient, HubFile, RangeSource
 from port_kit.download.parts import FileSpec
-from port_kit.download.remote import RangeSource
 from port_kit.errors import DownloadError, InspectError
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
