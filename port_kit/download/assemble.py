@@ -76,9 +76,6 @@ def _converted_indexes(directory: Path, lock: Lock) -> dict[str, str]:
 
     Every shard must be there: a loader would fail on it much later. ``pytorch_model.bin.index.json`` becomes
     ``pytorch_model.safetensors.index.json`` beside it, with the names that the shards have in the model directory.
-
-    Raises:
-        DownloadError: ``model_incomplete``.
     """
     places = {(item.spec.repo_id, item.spec.path): item.spec for item in lock.files.values() if item.spec.convert}
     rewritten = {}

@@ -111,10 +111,8 @@ def plain_url(url: str) -> str:
 
 
 def check_declared(code: GitCode) -> None:
-    """Refuse URLs that run commands, hide options or are not protected, and packages that Python itself would import.
-
-    Raises:
-        DownloadError: ``code_url`` or ``code_clash``.
+    """Refuse URLs that run commands, hide options or are not protected (``code_url``), and packages that Python itself
+    would import (``code_clash``).
     """
     try:
         parts = urlsplit(code.url)
@@ -182,11 +180,7 @@ def fetch_code(code: GitCode, commit: str) -> Path:
 
 
 def check_code(code: GitCode, commit: str) -> None:
-    """Compare a checkout with its commit.
-
-    Raises:
-        DownloadError: ``code_broken`` if HEAD or a file is another one.
-    """
+    """Refuse a checkout of which HEAD or a file is not its commit's: ``code_broken``."""
     repository = code_folder(code.name, commit) / "repo"
     what, status = "examining its checkout", ("status", "--porcelain", "--untracked-files=all", "--ignored=matching")
     head = _told(code, what, "rev-parse", "HEAD", folder=repository).strip()
@@ -249,11 +243,7 @@ def _is_module(path: Path) -> bool:
 
 
 def _check_content(code: GitCode, repository: Path) -> None:
-    """Refuse packages of which git has fetched only a reference: submodules and Git LFS pointers.
-
-    Raises:
-        DownloadError: ``code_broken``.
-    """
+    """Refuse packages of which git has fetched only a reference: submodules and Git LFS pointers."""
     declared = tuple(f"{code.path}/{package}".lstrip("/") for package in code.packages)
     for line in _told(code, "listing its files", "ls-files", "--stage", "-z", folder=repository).split("\0"):
         mode, _, path = line.partition(" ")[0], *line.partition("\t")[1:]
@@ -318,11 +308,7 @@ def _safe_folders() -> tuple[str, ...]:
 
 
 def _run(seconds: float, arguments: tuple[str, ...], folder: Path | None, variables: dict[str, str]) -> str:
-    """Run one git command. It ends, with all its helpers, when this process is interrupted.
-
-    Raises:
-        _GitFailed: what git said, its last lines.
-    """
+    """Run one git command; raise what it said last. It and its helpers end when this process is interrupted."""
     try:
         process = subprocess.Popen(
             ["git", *arguments],

@@ -20,10 +20,7 @@ _REFUSED_FOLDERS = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", ".sl", "_dar
 
 def check_relative_path(path: str, origin: str) -> None:
     """Refuse a path that could leave the model directory, that another program takes commands from, or that some
-    system cannot store.
-
-    Raises:
-        DownloadError: ``path_unsafe``.
+    system cannot store: ``path_unsafe``.
     """
     parts = path.split("/")
     refused = len(parts) >= _DEEPEST or len(path) > _LONGEST_PATH or not all(map(_is_plain_name, parts))
@@ -63,11 +60,7 @@ def folded_name(name: str) -> str:
 
 
 def require_place(path: Path) -> None:
-    """Refuse a target that is a folder or a dangling link, or that has a file as one of its parents.
-
-    Raises:
-        DownloadError: ``target_foreign``.
-    """
+    """Refuse a target that is a folder or a dangling link, or that has a file as a parent: ``target_foreign``."""
     in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if in_the_way is not None or path.is_dir() or (path.is_symlink() and not path.exists()):
         raise foreign_target(f"{in_the_way or path} is in the way: {path} is to be a file")

@@ -52,16 +52,6 @@ class Plan:
         return sum(spec.size for spec in remote) - self.resumed
 
     @property
-    def licences(self) -> dict[str, str]:
-        """The recipe's remarks on licences, by repository."""
-        return {item.repo_id: item.licence for item in self.recipe.repositories if item.licence}
-
-    @property
-    def gated(self) -> list[str]:
-        """The repositories whose terms must be accepted on the Hub, as the recipe says."""
-        return [item.repo_id for item in self.recipe.repositories if item.gated]
-
-    @property
     def disk_needed(self) -> int:
         """Bytes that the disk must have: one copy of each file, converted ones included, and a little for the rest."""
         return sum(spec.size for spec in self.fetch) - self.resumed + _MARGIN if self.fetch else 0
@@ -75,8 +65,8 @@ class Plan:
             "directory": str(self.directory),
             "revisions": self.lock.revisions,
             "unconfirmed": self.lock.unconfirmed,
-            "licences": self.licences,
-            "gated": self.gated,
+            "licences": {item.repo_id: item.licence for item in self.recipe.repositories if item.licence},
+            "gated": [item.repo_id for item in self.recipe.repositories if item.gated],
             "files": files,
             "code": self.lock.code,
             "bytes_total": sum(item.spec.size for item in self.lock.files.values()),
@@ -98,13 +88,12 @@ class Plan:
             f"{size:>{sizes}}  {target:<{targets}}  " + (f"{state:<{states}}  " if states else "") + origin
             for size, target, state, origin in rows
         ]
-        for repo_id, commit in self.lock.revisions.items():
-            mark = "  (not pinned by the recipe: fixed in port.lock)" if repo_id in self.lock.unconfirmed else ""
-            licence = self.licences.get(repo_id)
-            terms = f"  licence: {licence}" if licence else ""
-            terms += "  (its terms must be accepted on the Hub)" if repo_id in self.gated else ""
-            lines.append(f"{repo_id} at {commit}{mark}{terms}")
-        lines += [f"code {name}: {item['url']} at {item['commit']}" for name, item in self.lock.code.items()]
+        for item in self.recipe.repositories:
+            mark = "  (not pinned by the recipe: fixed in port.lock)" if item.revision is None else ""
+            licence = f"  licence: {item.licence}" if item.licence else ""
+            gate = "  (its terms must be accepted on the Hub)" if item.gated else ""
+            lines.append(f"{item.repo_id} at {self.lock.revisions[item.repo_id]}{mark}{licence}{gate}")
+        lines += [f"code {name}: {code['url']} at {code['commit']}" for name, code in self.lock.code.items()]
         lines += self.notes
         lines.append(
             f"{human(self.bytes_to_fetch)} to fetch, {human(self.disk_needed)} of disk needed, "
@@ -185,15 +174,18 @@ def _collision(message: str) -> DownloadError:
     return DownloadError(message, code="target_collision", hint="give one of them another folder or name in the recipe")
 
 
-def _select(repository: Repository, commit: str, files: Iterable[HubFile], keep_original: bool) -> Iterable[FileSpec]:
-    files = list(files)
+def _select(repository: Repository, commit: str, files: list[HubFile], keep_original: bool) -> Iterable[FileSpec]:
+    """Yield what the rules choose; what is converted comes after its original, if that is kept."""
     for rule in repository.files:
         matched = [file for file in files if file.path == rule.pattern]
         if rule.is_glob and not matched:
             matched = [file for file in files if fnmatch.fnmatchcase(file.path, rule.pattern)]
         _check_matches(repository, commit, rule, matched, files)
         for file in matched:
-            yield from _specs(repository.repo_id, commit, rule, file, keep_original)
+            wanted = _spec(repository.repo_id, commit, rule, file)
+            if keep_original and rule.convert:
+                yield original_of(wanted)
+            yield wanted
 
 
 def _check_matches(
@@ -225,16 +217,12 @@ def _check_matches(
         )
 
 
-def _specs(repo_id: str, commit: str, rule: FileRule, file: HubFile, keep_original: bool) -> Iterable[FileSpec]:
-    """A file of the model directory, preceded by the original that it is converted from where that is kept."""
+def _spec(repo_id: str, commit: str, rule: FileRule, file: HubFile) -> FileSpec:
     check_relative_path(file.path, repo_id)
     target = rule.target(file.path)
     check_relative_path(target, f"the rule {rule.pattern!r} of {repo_id}")
     digest = f"sha256:{rule.sha256}" if rule.sha256 else file.digest
-    wanted = FileSpec(target, repo_id, commit, file.path, file.size, digest, rule.convert, rule.wrapper, rule.drop)
-    if keep_original and rule.convert:
-        yield original_of(wanted)
-    yield wanted
+    return FileSpec(target, repo_id, commit, file.path, file.size, digest, rule.convert, rule.wrapper, rule.drop)
 
 
 def original_of(spec: FileSpec) -> FileSpec:

@@ -32,10 +32,10 @@ import json
 import keyword
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from port_kit.errors import DownloadError
 
@@ -233,10 +233,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Build a recipe from plain data (parsed TOML or JSON); unknown and missing fields are errors."""
-        values = dict(data)
-        values["repositories"] = tuple(_repository(item) for item in _tables(values, "repositories", "recipe"))
-        values["code"] = tuple(_build(GitCode, item) for item in _tables(values, "code", "recipe"))
-        return _build(cls, values)
+        return _build(cls, data)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
@@ -258,44 +255,38 @@ def _at_revision(repository: Repository, revision: str | None) -> Repository:
     return dataclasses.replace(repository, revision=revision, files=files)
 
 
-def _repository(data: Mapping[str, Any]) -> Repository:
-    files = tuple(_build(FileRule, rule) for rule in _tables(data, "files", "repository"))
-    return _build(Repository, {**data, "files": files})
-
-
 def _build(cls: type[_T], data: Mapping[str, Any]) -> _T:
-    """Call a dataclass with fields from a file; lists become tuples, and errors name the field."""
+    """Call a dataclass with fields from a file; lists become tuples, tables dataclasses, and errors name the field."""
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = set(data) - set(fields)
     _require(not unknown, f"{cls.__name__} has no field {', '.join(sorted(unknown))}; it has {', '.join(fields)}")
-    needed = [
+    missing = [
         name
         for name, item in fields.items()
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if name not in data and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
     ]
-    missing = [name for name in needed if name not in data]
     _require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    kinds = get_type_hints(cls)
+    values = {key: _converted(value, kinds[key]) for key, value in data.items()}
     for key, value in values.items():
-        kind = str(fields[key].type)
-        _require(_is_of_kind(value, kind), f"{cls.__name__}: {key} is {str(value)[:80]!r}; {kind} is required")
+        required = f"{cls.__name__}: {key} is {str(data[key])[:80]!r}; {fields[key].type} is required"
+        _require(_is_of_kind(value, kinds[key]), required)
     return cls(**values)
 
 
-def _tables(data: Mapping[str, Any], key: str, owner: str) -> Sequence[Mapping[str, Any]]:
-    """The list of tables that a field holds; it may be missing."""
-    found = data.get(key, ())
-    whole = isinstance(found, (list, tuple)) and all(isinstance(item, Mapping) for item in found)
-    _require(whole, f"{key} of a {owner} is no list of tables")
-    return found  # type: ignore[no-any-return]
+def _converted(value: object, kind: Any) -> object:
+    """Return a value as its field has it, if it can be that: a tuple for a list, a dataclass for a table."""
+    if isinstance(value, (list, tuple)) and get_origin(kind) is tuple:
+        return tuple(_converted(item, get_args(kind)[0]) for item in value)
+    if isinstance(value, Mapping) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _build(kind, value)
+    return value
 
 
-def _is_of_kind(value: object, kind: str) -> bool:
-    """Return True if a value has the type of its field, by the annotation's words."""
-    if kind == "tuple[str, ...]" and isinstance(value, tuple):
-        return all(isinstance(item, str) for item in value)
-    outer = {"Mapping": Mapping, "tuple": tuple, "bool": bool}.get(kind.partition("[")[0], str)
-    return isinstance(value, outer) or (kind == "str | None" and value is None)
+def _is_of_kind(value: object, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, get_args(kind)[0]) for item in value)
+    return isinstance(value, get_origin(kind) if get_origin(kind) is Mapping else kind)
 
 
 def _require_json(value: object, what: str) -> None:

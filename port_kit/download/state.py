@@ -31,11 +31,7 @@ _threads: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 def state_path(directory: Path, *names: str) -> Path:
-    """Return a path in the state folder; its folders may not be symbolic links.
-
-    Raises:
-        DownloadError: ``output_dir``.
-    """
+    """Return a path in the state folder. A folder that is a symbolic link is refused: ``output_dir``."""
     path = directory / STATE_FOLDER
     for name in (*names, ""):
         if path.is_symlink():
@@ -45,11 +41,7 @@ def state_path(directory: Path, *names: str) -> Path:
 
 
 def open_state_file(path: Path, flags: int) -> int:
-    """Open a regular file of the state folder that has no other name.
-
-    Raises:
-        DownloadError: ``output_dir`` for a link, a device or a pipe.
-    """
+    """Open a regular file of the state folder. A link, a device or a pipe is refused: ``output_dir``."""
     with os_errors_as(path):
         try:
             descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
