@@ -303,9 +303,9 @@ def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment) -> None:
 
 def _open(hub: HubClient, incoming: IncomingFile, headers: dict[str, str]) -> Response:
     """Ask the place to which the last answer was redirected; if it refuses (signatures expire), ask the Hub again."""
-    spec, location = incoming.spec, incoming.location
+    location = incoming.location
     try:
-        response = hub.open(spec.repo_id, spec.commit, spec.path, headers, location)
+        response = hub.open(incoming.spec, headers, location)
     except DownloadError as error:
         if location is None:
             raise

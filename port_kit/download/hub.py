@@ -140,42 +140,40 @@ class HubClient:
             )
         return following
 
-    def probe(self, repo_id: str, commit: str, path: str) -> None:
+    def probe(self, spec: FileSpec) -> None:
         """Ask for the head of one file: tells before any large transfer whether the files can be had at all."""
-        url = self.url(repo_id, commit, path)
+        url = self.url(spec)
 
         def ask() -> None:
             found, place = None, url
             for _ in range(_MOST_RENAMES):
                 with self.http.request("HEAD", place, self.headers_for, follow=False) as response:
-                    self.check(response, repo_id, commit, path)
+                    self.check(response, spec.repo_id, spec.commit, spec.path)
                     found, location = response.headers.get("X-Repo-Commit"), response.headers.get("Location")
                 # A repository that was renamed is answered for under its new name, at the same Hub.
                 if found or not location or origin_of(place := follow_location(place, location)) != self._origin:
                     break
-            if found != commit:
+            if found != spec.commit:
                 said = f"X-Repo-Commit {found}" if found else "no X-Repo-Commit header"
-                raise self._not_a_hub(url, f"{said}, {commit} is required")
+                raise self._not_a_hub(url, f"{said}, {spec.commit} is required")
 
-        self.http.retrying(f"asking {self.endpoint} for a file of {repo_id}", ask)
+        self.http.retrying(f"asking {self.endpoint} for a file of {spec.repo_id}", ask)
 
-    def open(
-        self, repo_id: str, commit: str, path: str, headers: Mapping[str, str], location: str | None = None
-    ) -> Response:
+    def open(self, spec: FileSpec, headers: Mapping[str, str], location: str | None = None) -> Response:
         """Ask for a file's bytes; ``location`` is where an earlier answer was redirected to.
 
         Raises:
             TransportError: worth another attempt.
             DownloadError: not.
         """
-        url = location or self.url(repo_id, commit, path)
+        url = location or self.url(spec)
         response = self.http.request("GET", url, lambda hop: {**self.headers_for(hop), **headers})
-        self.check(response, repo_id, commit, path)
+        self.check(response, spec.repo_id, spec.commit, spec.path)
         return response
 
-    def url(self, repo_id: str, commit: str, path: str) -> str:
+    def url(self, spec: FileSpec) -> str:
         """Return where a file is asked for."""
-        return f"{self.endpoint}/{repo_id}/resolve/{quote(commit, safe='')}/{quote(path)}"
+        return f"{self.endpoint}/{spec.repo_id}/resolve/{quote(spec.commit, safe='')}/{quote(spec.path)}"
 
     def _json(self, url: str, what: str, repo_id: str, revision: str) -> tuple[Any, str]:
         """Return the JSON of an answer and its Link headers."""
@@ -256,8 +254,7 @@ class RangeSource:
 
     def __init__(self, hub: HubClient, spec: FileSpec) -> None:
         self._hub, self._spec = hub, spec
-        self.name = f"{spec.repo_id}/{spec.path}"
-        self.size = spec.size
+        self.name, self.size = f"{spec.repo_id}/{spec.path}", spec.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`.
@@ -281,9 +278,7 @@ class RangeSource:
         return bytes(found)
 
     def _ask(self, offset: int, end: int) -> bytes:
-        spec = self._spec
-        headers = {"Range": f"bytes={offset}-{end - 1}"}
-        with self._hub.open(spec.repo_id, spec.commit, spec.path, headers) as response:
+        with self._hub.open(self._spec, {"Range": f"bytes={offset}-{end - 1}"}) as response:
             if response.status == 200:
                 raise _RangesIgnored("the server ignores ranges and sends the whole file")
             if response.status != 206:

@@ -99,15 +99,10 @@ class PartialDownload:
         self.descriptor = open_state_file(folder / "data", os.O_RDWR | os.O_CREAT)
         self._progress = open_state_file(folder / "progress", os.O_RDWR | os.O_CREAT)
         self._unbuffered = _open_unbuffered(folder / "data", self.descriptor)
-        self.segments = [
-            Segment(
-                index,
-                start,
-                min(start + size, spec.size),
-                min(start + self._counted(index), start + size, spec.size),
-            )
-            for index, start in enumerate(range(0, max(spec.size, 1), size))
-        ]
+        self.segments = []
+        for index, start in enumerate(range(0, max(spec.size, 1), size)):
+            end = min(start + size, spec.size)
+            self.segments.append(Segment(index, start, end, min(start + self._counted(index), end)))
         self.layout = ByteLayout.identity(spec.size)
         self._first_open = 0
         if meta != (now := {"spec": spec.to_json(), "segment": size}):

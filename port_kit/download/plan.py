@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from port_kit.download.assemble import plan_written
 from port_kit.download.hub import HubClient, HubFile
 from port_kit.download.lock import LOCK_NAME, MODEL_INDEX, Lock, LockedFile
 from port_kit.download.parts import FileSpec, resumable_bytes
@@ -131,17 +132,18 @@ def make_plan(
         DownloadError: anything that would fail later.
     """
     known = known or Lock(recipe.name, "", {})
+    written = plan_written(directory, recipe, known)
     keeps_originals = any(target.startswith(f"{ORIGINALS}/") for target in known.files)
     notes: list[str] = []
     lock = dataclasses.replace(known)
     if update or known.fingerprint != recipe.fingerprint() or (keep_original and not keeps_originals):
         lock, notes = _resolve(recipe, hub, known.revisions, update, keep_original)
     _check_targets(recipe, lock)
+    lock.written, lock.code = written, dict(known.code)
     lock.files = {target: _present(directory, item, known.files.get(target)) for target, item in lock.files.items()}
     fetch = tuple(item.spec for item in lock.files.values() if item.sha256 is None)
     for repo_id in dict.fromkeys(spec.repo_id for spec in fetch):
-        largest = max((item for item in fetch if item.repo_id == repo_id), key=lambda item: item.size)
-        hub.probe(repo_id, largest.commit, largest.path)
+        hub.probe(max((spec for spec in fetch if spec.repo_id == repo_id), key=lambda spec: spec.size))
     resumed = sum(resumable_bytes(directory, spec, exclusive=exclusive) for spec in fetch)
     plan = Plan(recipe, directory, lock, fetch, resumed, free_space(directory), tuple(notes))
     _check_disk(plan)

@@ -208,14 +208,13 @@ class Recipe:
         revisions = revisions or {}
         unknown = set(revisions) - {repository.repo_id for repository in self.repositories}
         _require(not unknown, f"recipe {self.name} has no repository {', '.join(sorted(unknown))}")
+        repositories = (
+            _at_revision(item, revisions[item.repo_id]) if item.repo_id in revisions else item
+            for item in self.repositories
+        )
         return dataclasses.replace(
             self,
-            repositories=tuple(
-                _at_revision(repository, revisions[repository.repo_id])
-                if repository.repo_id in revisions
-                else repository
-                for repository in self.repositories
-            ),
+            repositories=tuple(repositories),
             configs={**self.configs, **(configs or {})},
             model_index={**self.model_index, **(model_index or {})},
             code=self.code if code is None else code,
@@ -293,9 +292,7 @@ def _require_json(value: object, what: str) -> None:
     try:
         json.dumps(value, allow_nan=False, default=plain)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DownloadError(
-            f"{what} cannot be written as JSON: {error}", code="recipe_invalid", hint="correct the recipe"
-        ) from error
+        raise _invalid(f"{what} cannot be written as JSON: {error}") from error
 
 
 def plain(value: object) -> object:
@@ -310,4 +307,8 @@ def _check_hash(value: str | None, what: str) -> None:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise DownloadError(message, code="recipe_invalid", hint="correct the recipe")
+        raise _invalid(message)
+
+
+def _invalid(message: str) -> DownloadError:
+    return DownloadError(message, code="recipe_invalid", hint="correct the recipe")

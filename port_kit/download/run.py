@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from port_kit.download.assemble import assemble, invalidate_index, plan_written
+from port_kit.download.assemble import assemble, invalidate_index
 from port_kit.download.fetch import Fetcher
 from port_kit.download.http import HttpClient, Policy
 from port_kit.download.hub import HubClient
@@ -254,7 +254,6 @@ class Run:
             raise self._incomplete(["a plan, which is made with the network"])
         settings = self.settings
         self._hub = hub = HubClient(HttpClient(settings.policy), endpoint=settings.endpoint, token=settings.token)
-        written = plan_written(self.directory, self.recipe, known)
         plan = make_plan(
             self.recipe,
             self.directory,
@@ -264,8 +263,6 @@ class Run:
             keep_original=settings.keep_original,
             exclusive=self._exclusive,
         )
-        plan.lock.written = written
-        plan.lock.code = dict(known.code) if known else {}
         if settings.with_reference:
             plan.lock.code = plan_code(self.recipe.code, {} if settings.update else plan.lock.code)
         return hub, plan

@@ -86,15 +86,17 @@ class HubTree:
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
         """See :class:`Tree`; each read is one ranged request."""
+        return nullcontext(RangeSource(self._hub, self._spec(path)))
+
+    def _spec(self, path: str) -> FileSpec:
         file: HubFile = self._listed[path]
-        spec = FileSpec(path, self.name, str(self.commit), path, file.size, file.digest)
-        return nullcontext(RangeSource(self._hub, spec))
+        return FileSpec(path, self.name, str(self.commit), path, file.size, file.digest)
 
     def _ask_gate(self) -> str:
         """A gated repository shows its listing to everybody: only asking for a file tells."""
         try:
             for path in list(self.files)[:1]:
-                self._hub.probe(self.name, str(self.commit), path)
+                self._hub.probe(self._spec(path))
         except DownloadError as error:
             if error.code != "hub_gated":
                 raise
