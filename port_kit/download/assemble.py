@@ -24,7 +24,7 @@ def _configs(recipe: Recipe) -> dict[str, str]:
     return {f"{folder}/config.json": _text(content) for folder, content in sorted(recipe.configs.items())}
 
 
-def plan_written(directory: Path, recipe: Recipe, known: Lock | None) -> dict[str, dict[str, Any]]:
+def plan_written(directory: Path, recipe: Recipe, known: Lock) -> dict[str, dict[str, Any]]:
     """Return what the lock says of the files that the recipe contains itself.
 
     Raises:
@@ -34,8 +34,8 @@ def plan_written(directory: Path, recipe: Recipe, known: Lock | None) -> dict[st
     return {target: _entry(directory, target, text, known) for target, text in contents.items()}
 
 
-def _entry(directory: Path, target: str, text: str, known: Lock | None) -> dict[str, Any]:
-    path, ours = directory / target, known.written.get(target) if known else None
+def _entry(directory: Path, target: str, text: str, known: Lock) -> dict[str, Any]:
+    path, ours = directory / target, known.written.get(target)
     require_place(path)
     created = ours is not None and not ours.get("adopted") and not is_behind_link(directory, target)
     adopted = path.exists() and not created

@@ -21,7 +21,7 @@ from port_kit.download.http import Interrupted, Response, network_error
 from port_kit.download.hub import HubClient, RangeSource, length_of_range
 from port_kit.download.incoming_file import BUFFER_SIZE, Damaged, IncomingFile, Misplaced, copy_segment
 from port_kit.download.lock import append_journal
-from port_kit.download.parts import ALIGNMENT, FileSpec, PartialDownload, Segment, acquire
+from port_kit.download.parts import ALIGNMENT, FileSpec, Segment, acquire
 from port_kit.download.plan import original_of
 from port_kit.download.progress import Progress
 from port_kit.download.urls import TransportError
@@ -104,13 +104,9 @@ class Fetcher:
             except (Empty, Interrupted):
                 return
             except BaseException as error:  # noqa: B036 - carried to the caller's thread, which raises it
-                self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """Keep the first failure and stop all other threads."""
-        with self._lock:
-            self._failure = self._failure or error
-        self.hub.http.stop()
+                with self._lock:  # the first failure counts, and stops all other threads
+                    self._failure = self._failure or error
+                self.hub.http.stop()
 
     def _fetch_segments(self) -> None:
         """Run the thread of a connection: one segment after another. The file's thread reports failures."""
@@ -167,22 +163,18 @@ class Fetcher:
                 self.progress.note(f"  {spec.target}  arrived; checking and completing the conversion")
             with os_errors_as(partial.folder):
                 size, sha256 = incoming.finalize(source_sha256)
-            self._publish(partial, size, sha256)
+            with os_errors_as(self.directory / spec.target):
+                append_journal(self.directory, spec, size, sha256)
+                partial.publish(self.directory, size)
+            with self._lock:
+                self.finished[spec.target] = (size, sha256)
+            self.progress.file_done(spec.target, size)
         except Damaged:
             self.progress.advance(-partial.written)
             partial.discard()
             raise
         finally:
             partial.close()
-
-    def _publish(self, partial: PartialDownload, size: int, sha256: str) -> None:
-        target = partial.spec.target
-        with os_errors_as(self.directory / target):
-            append_journal(self.directory, partial.spec, size, sha256)
-            partial.publish(self.directory, size)
-        with self._lock:
-            self.finished[target] = (size, sha256)
-        self.progress.file_done(target, size)
 
     def _plan_conversion(self, spec: FileSpec, local: Path | None, exact_offsets: bool) -> SafetensorsLayout:
         """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes.

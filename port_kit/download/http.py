@@ -202,13 +202,7 @@ class HttpClient:
     def request(
         self, method: str, url: str, headers_for: Callable[[str], Mapping[str, str]], *, follow: bool = True
     ) -> Response:
-        """Ask, and follow redirects.
-
-        Args:
-            method: ``GET`` or ``HEAD``.
-            url: absolute.
-            headers_for: the headers for a URL; called for each hop, so that secrets stay with their host.
-            follow: whether redirects are followed.
+        """Ask, and follow redirects. ``headers_for`` is called for each hop, so that secrets stay with their host.
 
         Raises:
             TransportError: no answer, or a redirect that leads nowhere or from https to http.

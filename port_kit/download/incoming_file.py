@@ -129,13 +129,9 @@ class IncomingFile:
             return buffer
 
     def write(self, segment: Segment, offset: int, buffer: Buffer, begin: int, count: int) -> None:
-        """Write what a segment lacks of ``count`` bytes that arrived.
+        """Write what a segment lacks of the bytes of the source from ``offset``, which lies in the segment.
 
-        Args:
-            segment: the segment that holds byte ``offset``.
-            offset: of the bytes in the source.
-            buffer: from :meth:`take_buffer`; the bytes lie at ``begin``.
-            begin, count: where they lie in the buffer.
+        The ``count`` bytes lie at ``begin`` of the buffer, which is free again once the hash does not need it.
         """
         try:
             with segment.lock:

@@ -81,7 +81,13 @@ def check_target(code: GitCode) -> None:
             hint="choose another folder: set PORT_KIT_HOME",
         )
     _check_start_up(code)
-    _check_clash(code)
+    for package, origin in _find(code.packages).items():
+        if origin is not None and not _is_ours(code, origin):
+            raise DownloadError(
+                f"{package} of git code {code.name} is importable already, from {origin}",
+                code="code_clash",
+                hint="uninstall that, or use another virtual environment",
+            )
 
 
 def _check_start_up(code: GitCode) -> None:
@@ -98,27 +104,12 @@ def _check_start_up(code: GitCode) -> None:
             )
 
 
-def _check_clash(code: GitCode) -> None:
-    for package, origin in _find(code.packages).items():
-        if origin is not None and not _is_ours(code, origin):
-            raise DownloadError(
-                f"{package} of git code {code.name} is importable already, from {origin}",
-                code="code_clash",
-                hint="uninstall that, or use another virtual environment",
-            )
-
-
 def _is_ours(code: GitCode, origin: str) -> bool:
     return Path(os.path.abspath(origin)).is_relative_to(code_home() / code.name)
 
 
 def plan_code(codes: Sequence[GitCode], fixed: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """Return ``{name: {"url", "commit"}}`` for a lock; find out now what would hinder the installation later.
-
-    Args:
-        codes: the git code of a recipe.
-        fixed: what the lock says already.
-    """
+    """Return ``{name: {"url", "commit"}}`` for a lock, which says ``fixed`` already; see :func:`check_target`."""
     planned = {}
     for code in codes:
         commit = code.commit or fixed.get(code.name, {}).get("commit")

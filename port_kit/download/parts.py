@@ -126,11 +126,8 @@ class PartialDownload:
     def append(self, segment: Segment, data: memoryview, *, unbuffered: bool) -> None:
         """Write the next bytes of a segment, whose lock is held, and count them.
 
-        Args:
-            segment: one of :attr:`segments`.
-            data: no more than the segment lacks.
-            unbuffered: nobody will read them back soon, and ``data`` begins at a page: they need not pass through the
-                system's cache, which costs as much processor time as to receive them.
+        ``unbuffered``: nobody will read them back soon, and ``data`` begins at a page. They need not pass through the
+        system's cache, which costs as much processor time as to receive them.
         """
         with os_errors_as(self.folder):
             if not (unbuffered and self._write_unbuffered(segment.position, data)):
@@ -192,11 +189,7 @@ def _open_unbuffered(path: Path, same_as: int) -> int:
 def acquire(directory: Path, spec: FileSpec, segment_size: int, *, exclusive: bool) -> PartialDownload:
     """Resume the partial download of an ended process, or start a new one; delete those that do not match.
 
-    Args:
-        directory: the model directory.
-        spec: what is downloaded.
-        segment_size: bytes per segment of a new one.
-        exclusive: the directory's lock keeps other hosts out, so that theirs have ended.
+    ``exclusive``: the directory's lock keeps other hosts out, so that theirs have ended.
     """
     folder = state_path(directory, "parts")
     name = f"{_key(spec.target)}.{owner()}"

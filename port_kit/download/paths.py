@@ -23,8 +23,7 @@ def check_relative_path(path: str, origin: str) -> None:
     system cannot store: ``path_unsafe``.
     """
     parts = path.split("/")
-    refused = len(parts) >= _DEEPEST or len(path) > _LONGEST_PATH or not all(map(_is_plain_name, parts))
-    if refused or not all(map(_is_storable, parts)):
+    if len(parts) >= _DEEPEST or len(path) > _LONGEST_PATH or not all(map(_is_plain_name, parts)):
         raise DownloadError(
             f"{origin} names the path {path[:300]!r}, which cannot be stored safely under a model directory",
             code="path_unsafe",
@@ -48,10 +47,12 @@ def check_locale(path: str, origin: str, code: str) -> None:
 def _is_plain_name(part: str) -> bool:
     """Return True if a name is one on every system, however that system folds case and look-alikes."""
     folded = folded_name(part)
-    invisible = any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in part)
+    # Cs: half a surrogate pair, which JSON can hold and no file system stores
+    invisible = any(unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") for sign in part)
     special = folded in ("", ".", "..") or part[-1:] in (".", " ") or _RESERVED.fullmatch(part)
     refused = folded in _REFUSED_FOLDERS or folded.startswith("git~")
-    return not (invisible or special or refused or _FORBIDDEN.search(part))
+    too_long = len(part.encode(errors="replace")) > _LONGEST_NAME
+    return not (invisible or special or refused or too_long or _FORBIDDEN.search(part))
 
 
 def folded_name(name: str) -> str:
@@ -69,10 +70,3 @@ def require_place(path: Path) -> None:
 def foreign_target(message: str) -> DownloadError:
     """Return the error for a place that holds what the kit did not put there."""
     return DownloadError(message, code="target_foreign", hint="move it away, or choose another --output-dir")
-
-
-def _is_storable(part: str) -> bool:
-    try:
-        return len(part.encode()) <= _LONGEST_NAME
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
-        return False

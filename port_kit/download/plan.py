@@ -20,7 +20,6 @@ from port_kit.download.state import is_behind_link
 from port_kit.errors import DownloadError
 from port_kit.files import digests_of, free_space
 
-ORIGINALS = "original"
 _MARGIN = 1 << 20
 
 
@@ -120,10 +119,8 @@ def make_plan(
     """Ask the Hub and the disk what there is to do.
 
     Args:
-        recipe: what is wanted.
         directory: the model directory, which need not exist.
-        hub: where the repositories are.
-        known: the directory's lock, if it has one.
+        known: its lock, if it has one.
         update: resolve unconfirmed revisions anew instead of taking the lock's.
         keep_original: plan pickle checkpoints as they are (under ``original/``), to be converted on disk.
         exclusive: the directory's lock keeps other hosts out; see :func:`~port_kit.download.parts.acquire`.
@@ -133,10 +130,9 @@ def make_plan(
     """
     known = known or Lock(recipe.name, "", {})
     written = plan_written(directory, recipe, known)
-    keeps_originals = any(target.startswith(f"{ORIGINALS}/") for target in known.files)
     notes: list[str] = []
     lock = dataclasses.replace(known)
-    if update or known.fingerprint != recipe.fingerprint() or (keep_original and not keeps_originals):
+    if update or known.fingerprint != recipe.fingerprint() or (keep_original and not has_originals(known)):
         lock, notes = _resolve(recipe, hub, known.revisions, update, keep_original)
     _check_targets(recipe, lock)
     lock.written, lock.code = written, dict(known.code)
@@ -229,8 +225,13 @@ def _spec(repo_id: str, commit: str, rule: FileRule, file: HubFile) -> FileSpec:
 
 def original_of(spec: FileSpec) -> FileSpec:
     """Return the pickle checkpoint that a converted file comes from, as ``--keep-original`` keeps it."""
-    target = f"{ORIGINALS}/{spec.repo_id}/{spec.path}"
+    target = f"original/{spec.repo_id}/{spec.path}"
     return dataclasses.replace(spec, target=target, convert=False, wrapper="", drop=())
+
+
+def has_originals(lock: Lock) -> bool:
+    """Return True if a lock was made with ``--keep-original``, and something is converted."""
+    return any(original_of(item.spec).target in lock.files for item in lock.files.values() if item.spec.convert)
 
 
 def _check_targets(recipe: Recipe, lock: Lock) -> None:

@@ -18,7 +18,7 @@ from port_kit.download.install import examine_code, install_all, is_installed, p
 from port_kit.download.lock import LOCK_NAME, MODEL_INDEX, Lock, damaged_files, has_size, is_whole, read_lock
 from port_kit.download.parts import remove_stale
 from port_kit.download.paths import check_locale
-from port_kit.download.plan import Plan, make_plan, original_of
+from port_kit.download.plan import Plan, has_originals, make_plan, original_of
 from port_kit.download.progress import Progress
 from port_kit.download.recipe import Recipe
 from port_kit.download.state import STATE_FOLDER, directory_lock, may_lock, remove_empty_folders, remove_file
@@ -200,7 +200,7 @@ class Run:
         return known, damaged, not damaged and self._is_up_to_date(known)
 
     def _is_up_to_date(self, known: Lock | None) -> bool:
-        if known is None or self.settings.update or (self.settings.keep_original and not _has_originals(known)):
+        if known is None or self.settings.update or (self.settings.keep_original and not has_originals(known)):
             return False
         return is_whole(self.directory, known, self.recipe.fingerprint()) and not self._code_is_missing(known)
 
@@ -346,10 +346,6 @@ def files_below(directory: Path) -> Iterable[str]:
         relative = path.relative_to(directory).as_posix()
         if relative.partition("/")[0] != STATE_FOLDER and (path.is_file() or path.is_symlink()):
             yield relative
-
-
-def _has_originals(lock: Lock) -> bool:
-    return any(original_of(item.spec).target in lock.files for item in lock.files.values() if item.spec.convert)
 
 
 def _check_directory(directory: Path) -> None:
