@@ -173,8 +173,7 @@ class HttpClient:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._threads = threading.local()
-        self._open: set[Connection] = set()
+        self._open: dict[tuple[int, str, str], Connection] = {}
         self._stopped = threading.Event()
 
     @property
@@ -185,12 +184,12 @@ class HttpClient:
     def stop(self) -> None:
         """End all exchanges now; threads that wait for bytes wake up with :class:`Interrupted`."""
         self._stopped.set()
-        for connection in list(self._open):
+        for connection in list(self._open.values()):
             connection.abort()
 
     def close(self) -> None:
         """Close all connections; nobody may be using them any more."""
-        for connection in list(self._open):
+        for connection in list(self._open.values()):
             connection.close()
         self._open.clear()
 
@@ -248,24 +247,18 @@ class HttpClient:
         """Return this thread's connection for a URL, and whether it is a new one."""
         if self.stopped:
             raise Interrupted
-        pool, key = self._pool(), (parts.scheme, parts.netloc)
-        if key in pool:
-            return pool[key], False
-        pool[key] = as_transport_error(lambda: Connection(parts, self.policy.connect_timeout))
-        self._open.add(pool[key])
-        return pool[key], True
-
-    def _pool(self) -> dict[tuple[str, str], Connection]:
-        if not hasattr(self._threads, "pool"):
-            self._threads.pool = {}
-        return self._threads.pool
+        key = (threading.get_ident(), parts.scheme, parts.netloc)
+        if key in self._open:
+            return self._open[key], False
+        self._open[key] = as_transport_error(lambda: Connection(parts, self.policy.connect_timeout))
+        return self._open[key], True
 
     def drop(self, connection: Connection) -> None:
         """Close a connection that cannot be used again."""
         connection.close()
-        self._open.discard(connection)
-        if self._pool().get(connection.key) is connection:
-            del self._pool()[connection.key]
+        for key, kept in list(self._open.items()):
+            if kept is connection:
+                self._open.pop(key, None)
 
     def retrying(self, what: str, action: Callable[[], _T]) -> _T:
         """Call ``action`` until it does not raise :class:`TransportError`, as often as the policy allows.

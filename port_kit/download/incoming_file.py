@@ -17,7 +17,6 @@ Bytes of a checkpoint that is converted are written where the safetensors file h
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from port_kit.checkpoint.byte_layout import read_exactly
+from port_kit.checkpoint.byte_sources import FileSource
 from port_kit.download.http import Interrupted
 from port_kit.download.parts import ALIGNMENT, PartialDownload, Segment
 from port_kit.files import begin_writing_out, hashes_for
@@ -265,17 +265,11 @@ def copy_segment(incoming: IncomingFile, local: Path, segment: Segment) -> None:
         Damaged: the file cannot be read, or not to the segment's end.
     """
     try:
-        descriptor = os.open(local, os.O_RDONLY)
+        with FileSource(local) as source:
+            while not segment.is_complete:
+                buffer, offset = incoming.take_buffer(), segment.position
+                count = min(BUFFER_SIZE, segment.end - offset)
+                read_exactly(source.descriptor, buffer.memory[:count], offset)
+                incoming.write(segment, offset, buffer, 0, count)
     except OSError as error:
-        raise Damaged(f"{local} cannot be read: {error.strerror}") from error
-    try:
-        while not segment.is_complete:
-            buffer, offset = incoming.take_buffer(), segment.position
-            count = min(BUFFER_SIZE, segment.end - offset)
-            try:
-                read_exactly(descriptor, buffer.memory[:count], offset)
-            except OSError as error:
-                raise Damaged(f"{local} cannot be read: {error}") from error
-            incoming.write(segment, offset, buffer, 0, count)
-    finally:
-        os.close(descriptor)
+        raise Damaged(f"{local} cannot be read: {error.strerror or error}") from error

@@ -228,9 +228,8 @@ def remove_stale(directory: Path, wanted: set[str], *, exclusive: bool) -> None:
 def resumable_bytes(directory: Path, spec: FileSpec, *, exclusive: bool) -> int:
     """Return how many source bytes of this file earlier runs have left."""
     folder = state_path(directory, "parts")
-    if not folder.is_dir():
-        return 0
-    found = [path for path in _abandoned(folder, exclusive) if path.name.startswith(_key(spec.target))]
+    left = _abandoned(folder, exclusive) if folder.is_dir() else ()
+    found = [path for path in left if path.name.startswith(_key(spec.target))]
     most = max((_progress_of(path) for path in found if _matches(path, spec)), default=0)
     return min(most, spec.size)
 

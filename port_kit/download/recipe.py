@@ -292,7 +292,9 @@ def _require_json(value: object, what: str) -> None:
     try:
         json.dumps(value, allow_nan=False, default=plain)
     except (TypeError, ValueError, RecursionError) as error:
-        raise _invalid(f"{what} cannot be written as JSON: {error}") from error
+        raise DownloadError(
+            f"{what} cannot be written as JSON: {error}", code="recipe_invalid", hint="correct the recipe"
+        ) from error
 
 
 def plain(value: object) -> object:
@@ -307,8 +309,4 @@ def _check_hash(value: str | None, what: str) -> None:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise _invalid(message)
-
-
-def _invalid(message: str) -> DownloadError:
-    return DownloadError(message, code="recipe_invalid", hint="correct the recipe")
+        raise DownloadError(message, code="recipe_invalid", hint="correct the recipe")

@@ -109,7 +109,6 @@ class Connection:
         via = _proxy(parts)
         peer, peer_port = (via.hostname or "", via.port or 80) if via else (host, port)
         headers = _proxy_headers(via) if via else {}
-        self.key = (parts.scheme, parts.netloc)
         self._socket: socket.socket | None = None
         self._names_whole_urls = via is not None and parts.scheme == "http"
         self._headers = headers if self._names_whole_urls else {}
