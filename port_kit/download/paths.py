@@ -29,19 +29,16 @@ def check_relative_path(path: str, origin: str) -> None:
             code="path_unsafe",
             hint="take this file out of the recipe's patterns, and tell the repository's owner",
         )
-    check_locale(path, origin, "path_unsafe")
+    message = f"{origin} names the path {ascii(path[:300])}, which the locale of this process cannot write"
+    check_locale(path, message, "path_unsafe")
 
 
-def check_locale(path: str, origin: str, code: str) -> None:
+def check_locale(path: str, message: str, code: str) -> None:
     """Refuse a path that the locale of this process cannot write, with an error of this code."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError as error:
-        raise DownloadError(
-            f"{origin} names the path {ascii(path[:300])}, which the locale of this process cannot write",
-            code=code,
-            hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1",
-        ) from error
+        raise DownloadError(message, code=code, hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1") from error
 
 
 def _is_plain_name(part: str) -> bool:

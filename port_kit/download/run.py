@@ -349,7 +349,8 @@ def files_below(directory: Path) -> Iterable[str]:
 
 
 def _check_directory(directory: Path) -> None:
-    check_locale(str(directory), "the output directory", "output_dir")
+    name = str(directory)
+    check_locale(name, f"{ascii(name)} cannot be written in the locale of this process", "output_dir")
     with os_errors_as(directory):
         problem = ""
         if directory.exists() and not directory.is_dir():
