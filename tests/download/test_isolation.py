@@ -341,3 +341,21 @@ def test_names_that_the_locale_cannot_write_are_named(tmp_path: Path) -> None:
         command = [sys.executable, "-c", script, WEIGHTS, str(tmp_path / "n"), ""]
         done = subprocess.run(command, env={**os.environ, **hub.environment, **plain}, capture_output=True, text=True)
         assert done.stdout.startswith("path_unsafe"), done.stderr
+
+
+@pytest.mark.parametrize("way", ["remove", "verify"])
+def test_a_file_in_the_place_of_one_that_never_came_is_left(hub: Hub, tmp_path: Path, way: str) -> None:
+    """A lock without the file's hash says that the kit did not create it."""
+    hub.inject(Fault("get", "f.safetensors", times=-1, status=403))
+    with pytest.raises(DownloadError):
+        bring(RECIPE, tmp_path / "m", hub)
+    hub.faults.clear()
+    (tmp_path / "m/vae").mkdir(exist_ok=True)
+    (tmp_path / "m" / TARGET).write_bytes(PRECIOUS)
+    if way == "remove":
+        assert TARGET in remove(tmp_path / "m").left
+    else:
+        with pytest.raises(DownloadError) as caught:
+            bring(RECIPE, tmp_path / "m", hub, verify=True)
+        assert caught.value.code == "target_foreign"
+    assert (tmp_path / "m" / TARGET).read_bytes() == PRECIOUS
