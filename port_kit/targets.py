@@ -115,9 +115,7 @@ def read_targets(module: nn.Module) -> Targets:
             first = known.setdefault(id(tensor), name)
             if first == name:
                 key = _layout_key(owner, leaf, tensor, buffer)
-                if key not in alike:
-                    alike[key] = _read_target(name, owner, tensor, buffer)
-                like = alike[key]
+                like = alike.get(key) or alike.setdefault(key, _read_target(name, owner, tensor, buffer))
                 loader: Any = None if like.loader is None else getattr(tensor, "weight_loader", None)
                 targets[name] = Target(name, tensor, like.spec, like.shards, loader, like.padding)
             else:

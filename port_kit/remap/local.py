@@ -24,9 +24,9 @@ from port_kit.checkpoint.safetensors_file import BLOCK, SafetensorsFile
 from port_kit.manifest import Manifest
 from port_kit.regions import (
     Region,
+    Shape,
     intersection,
     region_index,
-    region_numel,
     region_shape,
     relative_to,
     shifted,
@@ -120,11 +120,18 @@ def load_local(
 
 
 class Transfer(NamedTuple):
-    """A region of a source that fills a region of this rank's memory, after permutations of its axes."""
+    """A region of a source that fills a region of this rank's memory, the same in all layers that are alike.
 
-    task: CopyTask
+    Attributes:
+        source: the region of the source.
+        shape: its extents.
+        index: the region of this rank's memory, empty for all of it.
+        permutations: the permutations of axes between them.
+    """
+
     source: Region
-    local: Region
+    shape: Shape
+    index: tuple[slice, ...]
     permutations: tuple[tuple[int, ...], ...]
 
 
@@ -159,6 +166,12 @@ class _Batch:
                 torch._foreach_copy_(self.memory, self.pieces)
             for file, span in self.spans.items():
                 file.unmap(*span)
+
+    def add_copy(self, file: SafetensorsFile, span: tuple[int, int], memory: Tensor, piece: Tensor) -> None:
+        """Add a copy out of a span of a mapped file; spans come in the order of the file."""
+        self.spans[file] = (self.spans.get(file, span)[0], span[1])
+        self.memory.append(memory)
+        self.pieces.append(piece)
 
     @property
     def done(self) -> bool:
@@ -246,10 +259,11 @@ class _Load:
     def _source(self, file: SafetensorsFile, name: str, tasks: Sequence[CopyTask]) -> None:
         """Read what the tasks of one source need."""
         targets, spec = self.executor.targets, self.plan.source[name]
-        transfers = [self._transfers(task) for task in tasks]
-        if all(found is not None for found in transfers):
-            for transfer in [transfer for found in transfers for transfer in found or ()]:
-                self._transfer(file, name, transfer)
+        transfers = [(task, self._transfers(task)) for task in tasks]
+        if all(found is not None for _, found in transfers):
+            for task, found in transfers:
+                for transfer in found or ():
+                    self._transfer(file, name, task, transfer)
             return
         if any(targets[task.target].memory.numel() < self.executor.specs[task.target].numel for task in tasks):
             self.read_whole.append(name)
@@ -263,29 +277,26 @@ class _Load:
         key = (id(task.ops), id(task.region), id(task.join), id(target.shards), target.memory.shape)
         if key not in self._alike:
             self._alike[key] = _transfers(task, target)
-        found = self._alike[key]
-        return None if found is None else [Transfer(task, *transfer[1:]) for transfer in found]
+        return self._alike[key]
 
-    def _transfer(self, file: SafetensorsFile, name: str, transfer: Transfer) -> None:
+    def _transfer(self, file: SafetensorsFile, name: str, task: CopyTask, transfer: Transfer) -> None:
         """Read a region into this rank's memory, through a buffer if that is on a GPU."""
-        memory, region = self.executor.targets[transfer.task.target].memory, transfer.source
-        extents = region_shape(region)
-        into = memory if region_shape(transfer.local) == memory.shape else memory[region_index(transfer.local)]
-        self.bytes_read += region_numel(region) * ITEM_SIZES[self.plan.source[name].dtype]
-        same_bytes = str(into.dtype) == f"torch.{self.plan.source[name].dtype}" and not transfer.permutations
+        spec, target = self.plan.source[name], self.executor.targets[task.target]
+        memory = target.memory
+        into = memory[transfer.index] if transfer.index else memory
+        self.bytes_read += math.prod(transfer.shape) * ITEM_SIZES[spec.dtype]
+        same_bytes = spec.dtype == target.spec.dtype and not transfer.permutations
         if memory.is_cuda:
-            self._stage(file, name, transfer, into)
-        elif same_bytes and (into.is_contiguous() or not transfer.task.ops):
-            at = self.plan.source.places[name]
-            start = self._batch.spans.get(file, (at, 0))[0]
-            self._batch.spans[file] = (start, at + self.plan.source[name].nbytes)
-            for part, piece in file.pieces(name, region, into if into.shape == extents else into.view(extents)):
-                self._batch.memory.append(part)
-                self._batch.pieces.append(piece)
+            self._stage(file, name, task, transfer, into)
+        elif same_bytes and (not task.ops or into.is_contiguous()):
+            into = into if into.shape == transfer.shape else into.view(transfer.shape)
+            start = self.plan.source.places[name]
+            for part, piece in file.pieces(name, transfer.source, into):
+                self._batch.add_copy(file, (start, start + spec.nbytes), part, piece)
                 self._submit([], part.nbytes)
         else:
-            piece = file.tensor(name)[region_index(region)]
-            self._submit([partial(self._write, transfer, into, piece)], into.nbytes)
+            piece = file.tensor(name)[region_index(transfer.source)]
+            self._submit([partial(self._write, task, transfer, into, piece)], into.nbytes)
 
     def _submit(self, reads: Iterable[Callable[[], object]], nbytes: int) -> _Batch:
         """Hand reads over to the threads, many small ones together."""
@@ -304,17 +315,17 @@ class _Load:
             self._submitted.append(self._batch)
         self._batch = _Batch()
 
-    def _stage(self, file: SafetensorsFile, name: str, transfer: Transfer, into: Tensor) -> None:
+    def _stage(self, file: SafetensorsFile, name: str, task: CopyTask, transfer: Transfer, into: Tensor) -> None:
         """Read a region into page-locked memory ahead of its copy to a GPU, in blocks of rows if the axes stay."""
         import torch
 
-        dtype, extents = getattr(torch, self.plan.source[name].dtype), region_shape(transfer.source)
+        dtype, extents = getattr(torch, self.plan.source[name].dtype), transfer.shape
         size = math.prod(extents) * dtype.itemsize
         same_rows = bool(extents) and not transfer.permutations and into.shape[:1] == extents[:1]
         rows = extents[0] if same_rows else 1
         count = min(rows, -(-size // BLOCK))
         if size > count * WINDOW:
-            self._write(transfer, into, file.tensor(name)[region_index(transfer.source)])
+            self._write(task, transfer, into, file.tensor(name)[region_index(transfer.source)])
             return
         for at in range(count):
             low, high = rows * at // count, rows * (at + 1) // count
@@ -326,7 +337,7 @@ class _Load:
             start = self._reserve(length)
             buffer = self._page_locked[start : start + length].view(dtype).view(region_shape(region))
             batch = self._submit(file.reads(name, region, buffer), length)
-            self._staged.append(_Staged(batch, partial(self._write, transfer, part, buffer)))
+            self._staged.append(_Staged(batch, partial(self._write, task, transfer, part, buffer)))
 
     @cached_property
     def _page_locked(self) -> Tensor:
@@ -357,7 +368,7 @@ class _Load:
         self._copying.append(torch.cuda.Event())
         self._copying[-1].record()
 
-    def _write(self, transfer: Transfer, into: Tensor, piece: Tensor) -> None:
+    def _write(self, task: CopyTask, transfer: Transfer, into: Tensor, piece: Tensor) -> None:
         """Copy a region into this rank's memory; casts and permutations are done on its device."""
         if piece.dtype == into.dtype and not transfer.permutations:
             into.copy_(piece.reshape(into.shape), non_blocking=True)
@@ -365,7 +376,7 @@ class _Load:
         piece = piece.to(into.device, non_blocking=True)
         for perm in transfer.permutations:
             piece = piece.permute(perm)
-        self.executor.write(transfer.task._replace(ops=()), into, piece.reshape(into.shape))
+        self.executor.write(task._replace(ops=()), into, piece.reshape(into.shape))
 
     def _run(self, tasks: Sequence[CopyTask], tensor: Tensor) -> None:
         """Execute the tasks of a source that is read completely; transforms wait for their other sources."""
@@ -398,7 +409,8 @@ def _transfers(task: CopyTask, target: Target) -> list[Transfer] | None:
         if len(regions) != 1:
             return None
         local = shifted(relative_to(needed, shard.held), shard.local)
-        found.append(Transfer(task, regions[0], local, permutations))
+        index = () if region_shape(local) == target.memory.shape else region_index(local)
+        found.append(Transfer(regions[0], region_shape(regions[0]), index, permutations))
     return found
 
 
