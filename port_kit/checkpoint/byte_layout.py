@@ -67,16 +67,42 @@ class ByteLayout:
         _, _, target = next(self.ranges(offset, 1))
         return block - target % block
 
-    def write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
-        """Write source bytes to their places."""
+    def write(self, descriptor: int, offset: int, data: bytes | memoryview, end: int | None = None) -> None:
+        """Write source bytes to their places; leave out those that lie behind ``end`` there."""
         view = memoryview(data)
         for start, length, target in self.ranges(offset, len(view)):
-            write_all(descriptor, view[start : start + length], target)
+            if end is None or target < end:
+                write_all(descriptor, view[start : start + length], target)
 
     def read_into(self, descriptor: int, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with source bytes from ``offset``; they must have been written."""
         for start, length, target in self.ranges(offset, len(buffer)):
             read_exactly(descriptor, buffer[start : start + length], target)
+
+
+class DescriptorSource:
+    """A file that is written through a layout, read as if it were the source.
+
+    It is a :class:`~port_kit.checkpoint.byte_sources.ByteSource`.
+    """
+
+    def __init__(self, descriptor: int, layout: ByteLayout, name: str) -> None:
+        self.descriptor, self._layout = descriptor, layout
+        self.name, self.size = name, layout.size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`."""
+        buffer = bytearray(max(0, min(length, self.size - offset)))
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with source bytes from ``offset``."""
+        self._layout.read_into(self.descriptor, offset, buffer)
+
+
+class Truncated(OSError):
+    """The end of a file in front of bytes that it should have."""
 
 
 def write_all(descriptor: int, view: memoryview, offset: int) -> None:
@@ -87,9 +113,9 @@ def write_all(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 def read_exactly(descriptor: int, view: memoryview, offset: int) -> None:
-    """``preadv`` until the view is full; a file that ends before that is an error."""
+    """``preadv`` until the view is full; raises :class:`Truncated` if the file ends before that."""
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:
-            raise OSError(f"the file ends before byte {offset + len(view)}")
+            raise Truncated(f"the file ends before byte {offset + len(view)}")
         view, offset = view[count:], offset + count

@@ -8,6 +8,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
+from port_kit.checkpoint.byte_layout import ByteLayout, DescriptorSource
+
 _BLOCK = 1 << 16
 _CACHED_BLOCKS = 256
 _MOST_AT_ONCE = 1 << 28
@@ -29,38 +31,16 @@ class ByteSource(Protocol):
         """Return exactly ``length`` bytes from ``offset``, fewer only where the source ends."""
 
 
-class FileSource:
+class FileSource(DescriptorSource):
     """A local file as a :class:`ByteSource`; close it or use it as a context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._descriptor).st_size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """See :class:`ByteSource`."""
-        pieces = []
-        while length > 0:
-            piece = os.pread(self._descriptor, min(length, 1 << 26), offset)
-            if not piece:
-                break
-            pieces.append(piece)
-            offset += len(piece)
-            length -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill ``buffer`` from ``offset``; return how many bytes were read."""
-        return os.preadv(self._descriptor, [buffer], offset)
-
-    @property
-    def descriptor(self) -> int:
-        """The open file's descriptor."""
-        return self._descriptor
+        descriptor = os.open(path, os.O_RDONLY)
+        super().__init__(descriptor, ByteLayout.identity(os.fstat(descriptor).st_size), str(path))
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def __enter__(self) -> FileSource:
         return self
@@ -83,14 +63,20 @@ class StreamSource:
         return self._stream.read(length)
 
 
-class SourceFile(io.RawIOBase):
-    """A :class:`ByteSource` as a read-only file; small reads come from cached blocks, to spare requests."""
+class CachedSource(io.RawIOBase):
+    """A :class:`ByteSource` behind cached blocks, to spare requests; it is a read-only file, too."""
 
     def __init__(self, source: ByteSource) -> None:
         super().__init__()
+        self.name, self.size = source.name, source.size
         self._source = source
         self._position = 0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See :class:`ByteSource`."""
+        self.seek(offset)
+        return self.read(length)
 
     def readable(self) -> bool:
         return True
@@ -102,19 +88,19 @@ class SourceFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._source.size}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         if base + offset < 0:
-            raise ValueError(f"negative position {base + offset} in {self._source.name}")
+            raise ValueError(f"negative position {base + offset} in {self.name}")
         self._position = base + offset
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        rest = max(0, self._source.size - self._position)
+        rest = max(0, self.size - self._position)
         size = rest if size < 0 else min(size, rest)
         if size == 0:
             return b""
         if size > _MOST_AT_ONCE:  # directories and pickles are read this way, and are smaller
-            raise ValueError(f"{size} bytes at once from {self._source.name}")
+            raise ValueError(f"{size} bytes at once from {self.name}")
         first, last = self._position // _BLOCK, (self._position + size - 1) // _BLOCK
         if last - first >= _CACHED_BLOCKS:
             data = self._source.read_at(self._position, size)
@@ -146,16 +132,3 @@ class SourceFile(io.RawIOBase):
             self._blocks.move_to_end(index)
         while len(self._blocks) > 2 * _CACHED_BLOCKS:
             self._blocks.popitem(last=False)
-
-
-class CachedSource:
-    """A remote :class:`ByteSource` behind cached blocks: many small reads become few requests."""
-
-    def __init__(self, source: ByteSource) -> None:
-        self.name, self.size = source.name, source.size
-        self._file = SourceFile(source)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """See :class:`ByteSource`."""
-        self._file.seek(offset)
-        return self._file.read(length)

@@ -7,20 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from port_kit.checkpoint.byte_layout import ByteLayout, write_all
+from port_kit.checkpoint.byte_layout import read_exactly
 from port_kit.checkpoint.byte_sources import FileSource
-from port_kit.checkpoint.checksums import crc32
-from port_kit.checkpoint.pickle_reader import read_tables
+from port_kit.checkpoint.pickle_reader import crc32, read_tables
 from port_kit.checkpoint.safetensors_writer import SafetensorsLayout, plan_layout, require_crc
 from port_kit.errors import DownloadError
-from port_kit.files import (
-    allocate,
-    begin_writing_out,
-    create_temporary,
-    os_errors_as,
-    publish,
-    require_space,
-)
+from port_kit.files import allocate, begin_writing_out, create_temporary, os_errors_as, publish, require_space
 
 # Fits a core's cache. Larger pieces are written to larger free pages, and those a virtual machine may have handed back
 # to its host: getting them again took longer than all the rest.
@@ -70,21 +62,12 @@ def convert_file(
             raise DownloadError(f"{target} is the source itself", code="output_dir", hint="name another target")
         if target.exists() and not target.is_file():
             raise DownloadError(f"{target} is no file", code="output_dir", hint="name the file that is to be written")
-    with _opened(source) as opened:
+    with os_errors_as(source, "source_missing", "check the file's rights"), FileSource(source) as opened:
         layout = plan_layout(read_tables(opened, wrapper, drop=drop), opened.name)
         unchanged = remember and target.exists() and layout.is_content_of(target, opened)
         if not unchanged:
             _write(layout, opened, target, advance)
     return Conversion(source, target, len(layout.placements), layout.size, unchanged)
-
-
-def _opened(source: Path) -> FileSource:
-    try:
-        return FileSource(source)
-    except OSError as error:
-        raise DownloadError(
-            f"{source} cannot be read: {error.strerror}", code="source_missing", hint="check the file's rights"
-        ) from error
 
 
 def _write(layout: SafetensorsLayout, source: FileSource, target: Path, advance: Callable[[int], None]) -> None:
@@ -112,8 +95,12 @@ def _copy_storages(
         while offset < end:
             # Whole pages of the written file: none is touched twice, and the system takes them in large units.
             view = buffer[: min(places.until_aligned(offset, _PIECE), end - offset)]
-            _fill(view, source, offset)
-            _place(places, layout.size, descriptor, offset, view)
+            try:
+                read_exactly(source.descriptor, view, offset)
+            except OSError as error:
+                raise DownloadError(f"{source.name} cannot be read: {error}", code="source_missing") from error
+            # What the layout puts behind the end is gathered later.
+            places.write(descriptor, offset, view, end=layout.size)
             value = crc32(view, value) if storage.crc is not None else 0
             offset, unwritten = offset + len(view), unwritten + len(view)
             if unwritten >= _WRITTEN_OUT_AT_ONCE:
@@ -121,18 +108,3 @@ def _copy_storages(
                 unwritten = 0
             advance(len(view))
         require_crc(storage, key, value, source.name)
-
-
-def _fill(view: memoryview, source: FileSource, offset: int) -> None:
-    while view:
-        count = source.read_into(view, offset)
-        if count == 0:
-            raise DownloadError(f"{source.name} became shorter while it was read", code="source_missing")
-        view, offset = view[count:], offset + count
-
-
-def _place(places: ByteLayout, size: int, descriptor: int, offset: int, view: memoryview) -> None:
-    """Write the pieces that belong into the file; what the layout puts behind its end is gathered later."""
-    for start, length, target in places.ranges(offset, len(view)):
-        if target < size:
-            write_all(descriptor, view[start : start + length], target)

@@ -11,26 +11,31 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from zlib import crc32
 
-from port_kit.checkpoint.byte_sources import ByteSource, FileSource, SourceFile, StreamSource
+from port_kit.checkpoint.byte_sources import ByteSource, CachedSource, FileSource, StreamSource
 from port_kit.checkpoint.containers import describe_zip, looks_like_safetensors, looks_like_torch, refuse_foreign
 from port_kit.checkpoint.dtypes import ITEM_SIZES
-from port_kit.checkpoint.pickle_values import StorageRef, TensorRef, values_below
+from port_kit.checkpoint.pickle_values import StorageRef, TensorRef, corrupt, unsupported, values_below
 from port_kit.checkpoint.state_dicts import Place, count_elsewhere, flatten, refuse_unselected, unwrap
 from port_kit.checkpoint.unpickler import LONGEST_PICKLE, read_pickle
 from port_kit.errors import CheckpointError
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # setup.cfg asks for isal where it is built for; zlib gives the same values, at a tenth of the rate
+    from zlib import crc32
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HUGE = 0xFFFFFFFF
+_LITTLE_ENDIAN = "load it with torch and save it on a little-endian machine"
 
 
 class TensorEntry(NamedTuple):
@@ -65,7 +70,6 @@ class Storage(NamedTuple):
     nbytes: int
     crc: int | None
     header_offset: int = -1
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def read_tables(
     """
     with _open(source) as opened:
         _check_first_bytes(opened)
-        stream = SourceFile(opened)
+        stream = CachedSource(opened)
         if opened.read_at(0, 4) == b"PK\x03\x04":
             container, root, storages = "zip", *_read_zip(stream, opened, exact_offsets)
         else:
@@ -159,83 +163,66 @@ def _check_first_bytes(source: ByteSource) -> None:
         )
 
 
-def _read_zip(stream: SourceFile, source: ByteSource, exact_offsets: bool) -> tuple[Any, dict[str, Storage]]:
+def _read_zip(stream: CachedSource, source: ByteSource, exact_offsets: bool) -> tuple[Any, dict[str, Storage]]:
     try:
         with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{source.name}: the zip directory cannot be read ({error})",
-            code="pickle_corrupt",
-            hint="the file is cut short or damaged: fetch it again",
-        ) from error
-    by_name = _unique_names(entries, source.name)
-    prefix = _prefix(by_name, source.name)
-    _check_members(by_name, prefix, source)
-    data = _member(source, by_name[f"{prefix}/data.pkl"])
-    root = _read_whole_pickle(data, f"{source.name}:{prefix}/data.pkl")
-    return root, _zip_storages(by_name, f"{prefix}/data/", source, exact_offsets)
-
-
-def _unique_names(entries: list[zipfile.ZipInfo], name: str) -> dict[str, zipfile.ZipInfo]:
+        raise corrupt(f"{source.name}: the zip directory cannot be read ({error})") from error
     by_name = {entry.orig_filename: entry for entry in entries}
     if len(by_name) != len(entries):
-        raise CheckpointError(f"{name}: two zip entries have one name", code="pickle_unsafe")
-    for entry in entries:
-        if entry.header_offset < 0:
-            raise CheckpointError(
-                f"{name}: zip entry {entry.orig_filename!r} begins before the file", code="pickle_corrupt"
-            )
-    return by_name
+        raise CheckpointError(f"{source.name}: two zip entries have one name", code="pickle_unsafe")
+    folder = _check_members(by_name, source)
+    data, where = _member(source, by_name[f"{folder}data.pkl"]), f"{source.name}:{folder}data.pkl"
+    pickled = io.BytesIO(data)
+    root = read_pickle(pickled, where, allow_opaque=True)
+    if pickled.tell() != len(data):
+        raise CheckpointError(
+            f"{where}: {len(data) - pickled.tell()} bytes lie behind the pickle's end", code="pickle_unsafe"
+        )
+    return root, _zip_storages(by_name, folder, source, exact_offsets)
 
 
-def _prefix(by_name: Mapping[str, zipfile.ZipInfo], name: str) -> str:
-    found = [entry.rpartition("/")[0] for entry in by_name if entry.rpartition("/")[2] == "data.pkl"]
+def _check_members(by_name: Mapping[str, zipfile.ZipInfo], source: ByteSource) -> str:
+    """Refuse archives that torch.save does not write; return the folder of all entries, with the slash."""
+    found = [name for name in by_name if name.rpartition("/")[2] == "data.pkl"]
     if not found:
         container = describe_zip(by_name)
-        raise CheckpointError(f"{name} {container.what}", code="checkpoint_format", hint=container.hint)
+        raise CheckpointError(f"{source.name} {container.what}", code="checkpoint_format", hint=container.hint)
     if len(found) > 1:
         raise CheckpointError(
-            f"{name} holds {len(found)} data.pkl entries; a torch checkpoint holds one", code="pickle_unsafe"
+            f"{source.name} holds {len(found)} data.pkl entries; a torch checkpoint holds one", code="pickle_unsafe"
         )
-    return found[0]
-
-
-def _check_members(by_name: Mapping[str, zipfile.ZipInfo], prefix: str, source: ByteSource) -> None:
-    others = [name for name in by_name if not name.startswith(f"{prefix}/")]
-    if others:
-        raise CheckpointError(f"{source.name}: zip entry {others[0]!r} lies outside {prefix}/", code="pickle_unsafe")
-    if f"{prefix}/constants.pkl" in by_name or any(name.startswith(f"{prefix}/code/") for name in by_name):
-        raise CheckpointError(
-            f"{source.name} is a TorchScript archive: it holds code, not only tensors",
-            code="pickle_unsupported",
-            hint="load it where you trust it and save its state_dict()",
-        )
-    for entry in by_name.values():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise CheckpointError(
-                f"{source.name}: zip entry {entry.orig_filename!r} is compressed or encrypted; torch stores plainly",
-                code="pickle_unsupported",
-                hint="unpack the archive and save the checkpoint again with torch.save",
+    folder = f"{found[0].rpartition('/')[0]}/"
+    for name, entry in by_name.items():
+        if not name.startswith(folder):
+            raise CheckpointError(f"{source.name}: zip entry {name!r} lies outside {folder}", code="pickle_unsafe")
+        if entry.header_offset < 0:
+            raise corrupt(f"{source.name}: zip entry {name!r} begins before the file")
+        if name == f"{folder}constants.pkl" or name.startswith(f"{folder}code/"):
+            raise unsupported(
+                f"{source.name} is a TorchScript archive: it holds code, not only tensors",
+                "load it where you trust it and save its state_dict()",
             )
-    order = by_name.get(f"{prefix}/byteorder")
+    for name, entry in by_name.items():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise unsupported(
+                f"{source.name}: zip entry {name!r} is compressed or encrypted; torch stores plainly",
+                "unpack the archive and save the checkpoint again with torch.save",
+            )
+    order = by_name.get(f"{folder}byteorder")
     if order is not None and _member(source, order).strip() != b"little":
-        raise CheckpointError(
-            f"{source.name} was written on a big-endian machine",
-            code="pickle_unsupported",
-            hint="load it with torch and save it on a little-endian machine",
-        )
+        raise unsupported(f"{source.name} was written on a big-endian machine", _LITTLE_ENDIAN)
+    return folder
 
 
 def _member(source: ByteSource, entry: zipfile.ZipInfo) -> bytes:
     """Read one small entry and check its CRC-32."""
     if entry.file_size > LONGEST_PICKLE:
-        raise CheckpointError(
-            f"{source.name}: zip entry {entry.filename!r} has {entry.file_size} bytes", code="pickle_corrupt"
-        )
+        raise corrupt(f"{source.name}: zip entry {entry.filename!r} has {entry.file_size} bytes")
     data = source.read_at(_local_offset(source, entry.header_offset), entry.file_size)
     if len(data) != entry.file_size or (entry.CRC and crc32(data) != entry.CRC):
-        raise CheckpointError(f"{source.name}: zip entry {entry.filename!r} fails its CRC-32", code="pickle_corrupt")
+        raise corrupt(f"{source.name}: zip entry {entry.filename!r} fails its CRC-32")
     return data
 
 
@@ -243,7 +230,7 @@ def _local_offset(source: ByteSource, header_offset: int) -> int:
     """Return where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
     header = source.read_at(header_offset, _LOCAL_HEADER.size)
     if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{source.name}: no zip entry at byte {header_offset}", code="pickle_corrupt")
+        raise corrupt(f"{source.name}: no zip entry at byte {header_offset}")
     _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     return header_offset + _LOCAL_HEADER.size + name_length + extra_length
 
@@ -259,20 +246,23 @@ def _aligned_offset(entry: zipfile.ZipInfo, alignment: int) -> int:
 def _zip_storages(
     by_name: Mapping[str, zipfile.ZipInfo], folder: str, source: ByteSource, exact_offsets: bool
 ) -> dict[str, Storage]:
-    storages = {}
-    alignment = _alignment(by_name.get(f"{folder.removesuffix('data/')}.storage_alignment"), source)
-    has_crc = _has_crc(by_name)
+    storages, end = {}, 0
+    alignment = _alignment(by_name.get(f"{folder}.storage_alignment"), source)
+    has_crc = any(entry.CRC for entry in by_name.values() if entry.file_size)  # torch can write 0 for all of them
     for name, entry in by_name.items():
-        if name.startswith(folder):
+        if name.startswith(f"{folder}data/"):
             exact = exact_offsets or not alignment
             offset = _local_offset(source, entry.header_offset) if exact else _aligned_offset(entry, alignment)
             crc = entry.CRC if has_crc else None
-            key = name.removeprefix(folder)
-            storages[key] = Storage(offset, entry.file_size, crc, entry.header_offset, name)
+            storages[name.removeprefix(f"{folder}data/")] = Storage(offset, entry.file_size, crc, entry.header_offset)
             if offset + entry.file_size > source.size:
-                raise CheckpointError(f"{source.name}: zip entry {name!r} ends behind the file", code="pickle_corrupt")
+                raise corrupt(f"{source.name}: zip entry {name!r} ends behind the file")
     if exact_offsets:
-        _check_overlaps(storages, source.name)
+        # A byte of the file belongs to one storage at most: it is written to one place while it arrives.
+        for key, storage in sorted(storages.items(), key=lambda item: item[1].offset):
+            if storage.offset < end and storage.nbytes:
+                raise corrupt(f"{source.name}: zip entry {folder}data/{key} lies inside another one")
+            end = max(end, storage.offset + storage.nbytes)
     return storages
 
 
@@ -282,31 +272,7 @@ def _alignment(entry: zipfile.ZipInfo | None, source: ByteSource) -> int:
     return int(text) if text.isdigit() and 0 < int(text) <= 1 << 16 else 0
 
 
-def _has_crc(by_name: Mapping[str, zipfile.ZipInfo]) -> bool:
-    """Return False if torch wrote the file without CRC-32: all entries have 0 then."""
-    return any(entry.CRC for entry in by_name.values() if entry.file_size)
-
-
-def _check_overlaps(storages: Mapping[str, Storage], name: str) -> None:
-    """Each byte of the file belongs to one storage at most; what is written while it arrives rests on that."""
-    end = 0
-    for storage in sorted(storages.values(), key=lambda item: item.offset):
-        if storage.offset < end and storage.nbytes:
-            raise CheckpointError(f"{name}: zip entry {storage.name!r} lies inside another one", code="pickle_corrupt")
-        end = max(end, storage.offset + storage.nbytes)
-
-
-def _read_whole_pickle(data: bytes, where: str) -> Any:
-    stream = io.BytesIO(data)
-    value = read_pickle(stream, where, allow_opaque=True)
-    if stream.tell() != len(data):
-        raise CheckpointError(
-            f"{where}: {len(data) - stream.tell()} bytes lie behind the pickle's end", code="pickle_unsafe"
-        )
-    return value
-
-
-def _read_legacy(stream: SourceFile, source: ByteSource, exact_offsets: bool) -> tuple[Any, dict[str, Storage]]:
+def _read_legacy(stream: CachedSource, source: ByteSource, exact_offsets: bool) -> tuple[Any, dict[str, Storage]]:
     """Five pickles (magic, protocol, system, object, storage keys), then each storage with its length before it."""
     header = [read_pickle(stream, source.name) for _ in range(3)]  # type: ignore[arg-type]
     if header[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
@@ -316,85 +282,56 @@ def _read_legacy(stream: SourceFile, source: ByteSource, exact_offsets: bool) ->
             hint="save the tensors with torch.save",
         )
     if not isinstance(header[2], dict) or header[2].get("little_endian") is not True:
-        raise CheckpointError(f"{source.name} was written on a big-endian machine", code="pickle_unsupported")
+        raise unsupported(f"{source.name} was written on a big-endian machine", _LITTLE_ENDIAN)
     root = read_pickle(stream, source.name, allow_opaque=True)  # type: ignore[arg-type]
     keys = read_pickle(stream, source.name)  # type: ignore[arg-type]
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise CheckpointError(f"{source.name}: the list of storages is not one", code="pickle_corrupt")
-    refs = {ref.key: ref for ref in _storage_refs(root, source.name)}
-    storages = _legacy_storages(keys, refs, stream.tell(), source)
-    if exact_offsets:
-        _check_counts(stream, storages, refs, source.name)
-    return root, storages
+        raise corrupt(f"{source.name}: the list of storages is not one")
+    # Also storages of what is left out: their bytes lie in between.
+    below = (value.storage if isinstance(value, TensorRef) else value for value in values_below(root))
+    refs = {ref.key: ref for ref in below if isinstance(ref, StorageRef)}
+    return root, _legacy_storages(keys, refs, stream.tell(), source, exact_offsets)
 
 
 def _legacy_storages(
-    keys: list[str], refs: Mapping[str, StorageRef], offset: int, source: ByteSource
+    keys: list[str], refs: Mapping[str, StorageRef], offset: int, source: ByteSource, exact_offsets: bool
 ) -> dict[str, Storage]:
     storages = {}
     for key in keys:
         if key not in refs:
-            raise CheckpointError(f"{source.name}: storage {key} belongs to no tensor", code="pickle_unsupported")
+            raise unsupported(f"{source.name}: storage {key} belongs to no tensor")
         if key in storages:
-            raise CheckpointError(f"{source.name}: storage {key} is listed twice", code="pickle_corrupt")
-        size = refs[key].numel * ITEM_SIZES[refs[key].dtype or "uint8"]
-        storages[key] = Storage(offset + 8, size, None)
-        offset += 8 + size
+            raise corrupt(f"{source.name}: storage {key} is listed twice")
+        storages[key] = Storage(offset + 8, refs[key].nbytes, None)
+        offset += 8 + refs[key].nbytes
     if offset > source.size:
-        raise CheckpointError(
-            f"{source.name} has {source.size} bytes, its storages need {offset}",
-            code="pickle_corrupt",
-            hint="the file is cut short: fetch it again",
-        )
+        raise corrupt(f"{source.name} has {source.size} bytes, its storages need {offset}")
+    if exact_offsets:
+        # Before each storage its number of elements is written once more: there is no other sign of damage.
+        for key, storage in storages.items():
+            count, numel = int.from_bytes(source.read_at(storage.offset - 8, 8), "little"), refs[key].numel
+            if count != numel:
+                raise corrupt(f"{source.name}: storage {key} begins with the length {count}, its tensors say {numel}")
     return storages
-
-
-def _check_counts(
-    stream: SourceFile, storages: Mapping[str, Storage], refs: Mapping[str, StorageRef], name: str
-) -> None:
-    """Before each storage its number of elements is written once more: the only thing that tells damage here."""
-    for key, storage in storages.items():
-        stream.seek(storage.offset - 8)
-        count = int.from_bytes(stream.read(8), "little")
-        if count != refs[key].numel:
-            raise CheckpointError(
-                f"{name}: storage {key} begins with the length {count}, its tensors say {refs[key].numel}",
-                code="pickle_corrupt",
-                hint="the file is damaged: fetch it again",
-            )
-
-
-def _storage_refs(root: Any, name: str) -> Iterator[StorageRef]:
-    """Yield all storages of a pickle, also of what is left out: their bytes lie in between."""
-    for value in values_below(root):
-        if isinstance(value, TensorRef):
-            yield value.storage
-        elif isinstance(value, StorageRef):
-            yield value
 
 
 def _entries(tensors: Mapping[str, TensorRef], storages: Mapping[str, Storage], name: str) -> dict[str, TensorEntry]:
     entries = {}
     for key, tensor in tensors.items():
         if tensor.dtype not in ITEM_SIZES:
-            raise CheckpointError(
+            raise unsupported(
                 f"{name}: tensor {key} has the dtype {tensor.dtype}, which is not read",
-                code="pickle_unsupported",
-                hint=f"save it with another dtype; dtypes: {', '.join(ITEM_SIZES)}",
+                f"save it with another dtype; dtypes: {', '.join(ITEM_SIZES)}",
             )
         storage = storages.get(tensor.storage.key)
         if storage is None:
-            raise CheckpointError(
-                f"{name}: tensor {key} names storage {tensor.storage.key}, which the file lacks", code="pickle_corrupt"
-            )
-        declared = tensor.storage.numel * ITEM_SIZES[tensor.storage.dtype or "uint8"]
+            raise corrupt(f"{name}: tensor {key} names storage {tensor.storage.key}, which the file lacks")
         last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
         reach = (last + 1) * ITEM_SIZES[tensor.dtype] if prod(tensor.shape) else 0
-        if declared != storage.nbytes or reach > storage.nbytes:
-            raise CheckpointError(
-                f"{name}: tensor {key} of shape {tensor.shape} needs {max(reach, declared)} bytes of storage "
-                f"{tensor.storage.key}, which has {storage.nbytes}",
-                code="pickle_corrupt",
+        if tensor.storage.nbytes != storage.nbytes or reach > storage.nbytes:
+            raise corrupt(
+                f"{name}: tensor {key} of shape {tensor.shape} needs {max(reach, tensor.storage.nbytes)} bytes of "
+                f"storage {tensor.storage.key}, which has {storage.nbytes}"
             )
         entries[key] = TensorEntry(tensor.shape, tensor.dtype, tensor.storage.key, tensor.offset, tensor.strides)
     return entries

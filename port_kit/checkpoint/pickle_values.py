@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any, NamedTuple
 
-from port_kit.checkpoint.dtypes import DTYPES
+from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES
 from port_kit.errors import CheckpointError
 
 _TYPED_STORAGES = {dtype.storage: dtype.name for dtype in DTYPES.values() if dtype.storage}
@@ -39,6 +39,11 @@ class StorageRef(NamedTuple):
     dtype: str | None
     numel: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage."""
+        return self.numel * ITEM_SIZES[self.dtype or "uint8"]
+
 
 class TensorRef(NamedTuple):
     """A view of a storage; ``offset`` and ``strides`` count elements."""
@@ -63,23 +68,11 @@ class Opaque:
     def __init__(self, name: str, *parts: Any) -> None:
         self.name, self.parts = name, list(parts)
 
-    @property
-    def is_plain(self) -> bool:
-        """Return True for data that torch itself takes for safe, such as a set or a device."""
-        return self.name in _PLAIN_OBJECTS
 
-
-_PLAIN_OBJECTS = frozenset(
-    f"{module}.{name}"
-    for module, names in {
-        "builtins": ("set", "frozenset", "bytearray", "complex"),
-        "__builtin__": ("set", "frozenset", "bytearray", "complex"),
-        "_codecs": ("encode",),
-        "collections": ("defaultdict", "Counter"),
-        "torch": ("device",),
-    }.items()
-    for name in names
-)
+#: Data that torch itself takes for safe.
+_PLAIN_OBJECTS = {"_codecs.encode", "collections.defaultdict", "collections.Counter", "torch.device"}
+for _name in ("set", "frozenset", "bytearray", "complex"):
+    _PLAIN_OBJECTS |= {f"builtins.{_name}", f"__builtin__.{_name}"}
 
 
 def values_below(root: Any) -> Iterator[Any]:
@@ -111,11 +104,16 @@ def refuse_opaque(root: Any, where: str, key: str = "") -> None:
         CheckpointError: ``pickle_unsafe``.
     """
     for value in values_below(root):
-        if isinstance(value, Opaque) and not value.is_plain:
+        if isinstance(value, Opaque) and value.name not in _PLAIN_OBJECTS:
             raise unsafe(where, f"the global {value.name}", value.name, key)
 
 
+#: packages whose objects lie in training checkpoints without bad intent
+_HARMLESS_LOOKING = {"torch", "numpy", "argparse", "pathlib", "omegaconf", "collections", "transformers", "diffusers"}
+
+
 def unsafe(where: str, what: str, found: str, key: str = "") -> CheckpointError:
+    """Return the error for a pickle that asks for ``what``; it is left out by ``key``, if it has one."""
     hint = "do not load this file with torch.load either unless you trust where it comes from"
     if found.partition(".")[0] in _HARMLESS_LOOKING:
         hint = "save only the tensors: torch.save(model.state_dict(), path), without other objects beside them"
@@ -129,19 +127,23 @@ def unsafe(where: str, what: str, found: str, key: str = "") -> CheckpointError:
     )
 
 
-#: packages whose objects lie in training checkpoints without bad intent
-_HARMLESS_LOOKING = {"torch", "numpy", "argparse", "pathlib", "omegaconf", "collections", "transformers", "diffusers"}
+def corrupt(message: str, hint: str = "the file is damaged or cut short: fetch it again") -> CheckpointError:
+    """Return the error for a checkpoint that contradicts itself or its format."""
+    return CheckpointError(message, code="pickle_corrupt", hint=hint)
+
+
+def unsupported(
+    message: str, hint: str = "save only the tensors: torch.save(model.state_dict(), path)"
+) -> CheckpointError:
+    """Return the error for a checkpoint that is valid, and holds what is not read or what safetensors cannot hold."""
+    return CheckpointError(message, code="pickle_unsupported", hint=hint)
 
 
 def fill(target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]], where: str) -> dict[Any, Any]:
     """Put pairs into a dict. Keys are plain: others take unbounded time to hash, or more stack than there is."""
     for key, value in pairs:
         if not (_is_plain(key) or (type(key) is tuple and len(key) < _MOST_AXES and all(map(_is_plain, key)))):
-            raise CheckpointError(
-                f"{where}: {describe(key)} is a dict's key; plain values of moderate length are required",
-                code="pickle_unsupported",
-                hint="save only the tensors: torch.save(model.state_dict(), path)",
-            )
+            raise unsupported(f"{where}: {describe(key)} is a dict's key; plain values of moderate length are required")
         target[key] = value
     return target
 
@@ -178,17 +180,17 @@ def _dtype(found: Global) -> str | None:
 def build_storage(identity: Any, where: str) -> StorageRef:
     """Read torch's persistent id ``("storage", type, key, location, numel)``; old files add a view, which is None."""
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
-        raise CheckpointError(f"{where}: a persistent id that is not torch's", code="pickle_corrupt")
+        raise corrupt(f"{where}: a persistent id that is not torch's")
     _, kind, key, _, numel = identity[:5]
     if not isinstance(kind, Global) or not isinstance(key, str) or not _is_count(numel) or len(key) > _LONGEST_KEY:
-        raise CheckpointError(f"{where}: a storage without type, key or length", code="pickle_corrupt")
+        raise corrupt(f"{where}: a storage without type, key or length")
     if len(identity) == 6 and identity[5] is not None:
-        raise CheckpointError(f"{where}: storage {key} is a view of another storage", code="pickle_unsupported")
+        raise unsupported(f"{where}: storage {key} is a view of another storage")
     if kind in _UNTYPED:
         return StorageRef(key, None, numel)
     dtype = _storage_dtype(kind)
     if dtype is None:
-        raise CheckpointError(f"{where}: storage {key} is of type {kind}", code="pickle_unsupported")
+        raise unsupported(f"{where}: storage {key} is of type {kind}")
     return StorageRef(key, dtype, numel)
 
 
@@ -200,7 +202,7 @@ def _tensor(arguments: tuple[Any, ...], where: str) -> TensorRef:
     """``torch._utils._rebuild_tensor`` and ``_v2``: (storage, offset, size, stride, grad, hooks[, metadata])."""
     storage = arguments[0] if arguments else None
     if not isinstance(storage, StorageRef) or storage.dtype is None:
-        raise CheckpointError(f"{where}: a tensor without a typed storage", code="pickle_corrupt")
+        raise corrupt(f"{where}: a tensor without a typed storage")
     return _view(storage, storage.dtype, arguments[1:4], arguments[6:7], where)
 
 
@@ -208,8 +210,7 @@ def _tensor_v3(arguments: tuple[Any, ...], where: str) -> TensorRef:
     """``torch._utils._rebuild_tensor_v3``: the storage has no type, the dtype comes seventh, metadata eighth."""
     storage, dtype = arguments[0], _dtype(arguments[6]) if isinstance(arguments[6], Global) else None
     if not isinstance(storage, StorageRef) or dtype is None:
-        kind = describe(arguments[6])
-        raise CheckpointError(f"{where}: a tensor of unknown type {kind}", code="pickle_unsupported")
+        raise unsupported(f"{where}: a tensor of unknown type {describe(arguments[6])}")
     return _view(storage, dtype, arguments[1:4], arguments[7:8], where)
 
 
@@ -220,34 +221,29 @@ def _view(
     whole = _is_count(offset) and isinstance(shape, tuple) and isinstance(strides, tuple)
     whole = whole and len(shape) == len(strides) <= _MOST_AXES and all(map(_is_count, (*shape, *strides)))
     if not whole or prod(filter(None, shape)) > _MOST_ELEMENTS:
-        raise CheckpointError(f"{where}: a tensor whose shape or strides are not lengths", code="pickle_corrupt")
+        raise corrupt(f"{where}: a tensor whose shape or strides are not lengths")
     flags = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
     lazy = [name for name in ("conj", "neg") if flags.get(name)]
     if lazy:
-        raise CheckpointError(
+        raise unsupported(
             f"{where}: a tensor of shape {shape} carries a lazy operation ({', '.join(lazy)})",
-            code="pickle_unsupported",
-            hint="save it after tensor.resolve_conj().resolve_neg()",
+            "save it after tensor.resolve_conj().resolve_neg()",
         )
     return TensorRef(storage, dtype, offset, shape, strides)
 
 
 def _parameter(arguments: tuple[Any, ...], where: str) -> TensorRef:
+    """``torch._utils._rebuild_parameter`` and ``_with_state``: (tensor, ...); files hold no attributes of tensors."""
     if not arguments or not isinstance(arguments[0], TensorRef):
-        raise CheckpointError(f"{where}: a parameter without a tensor", code="pickle_corrupt")
+        raise corrupt(f"{where}: a parameter without a tensor")
     return arguments[0]
-
-
-def _with_state(arguments: tuple[Any, ...], where: str) -> TensorRef:
-    """``torch._utils._rebuild_parameter_with_state``: a parameter with attributes, which no file format holds."""
-    return _parameter(arguments[:1], where)
 
 
 def _of_type(arguments: tuple[Any, ...], where: str) -> TensorRef:
     """``torch._tensor._rebuild_from_type_v2``: (function, type, arguments, state) of a tensor with attributes."""
     function, kind, values = arguments[:3]
     if function not in CALLS or kind not in _TENSOR_TYPES or not isinstance(values, tuple):
-        raise CheckpointError(f"{where}: a tensor of the type {describe(kind)}", code="pickle_unsupported")
+        raise unsupported(f"{where}: a tensor of the type {describe(kind)}")
     return _parameter((CALLS[function](values, where),), where)
 
 
@@ -259,7 +255,7 @@ def _ordered_dict(arguments: tuple[Any, ...], where: str) -> dict[Any, Any]:
 
 def _size(arguments: tuple[Any, ...], where: str) -> tuple[int, ...]:
     if len(arguments) != 1 or not isinstance(arguments[0], (tuple, list)) or not all(map(_is_count, arguments[0])):
-        raise CheckpointError(f"{where}: a size that is not a tuple of lengths", code="pickle_corrupt")
+        raise corrupt(f"{where}: a size that is not a tuple of lengths")
     return tuple(arguments[0])
 
 
@@ -268,7 +264,7 @@ CALLS: dict[Global, Callable[[tuple[Any, ...], str], Any]] = {
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     Global("torch._utils", "_rebuild_parameter"): _parameter,
-    Global("torch._utils", "_rebuild_parameter_with_state"): _with_state,
+    Global("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     Global("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     Global("collections", "OrderedDict"): _ordered_dict,
     Global("torch", "Size"): _size,

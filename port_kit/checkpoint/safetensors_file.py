@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from port_kit.checkpoint.byte_layout import Truncated, read_exactly
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, stamp
 from port_kit.regions import Region, region_index, to_intervals
@@ -144,18 +145,15 @@ class SafetensorsFile:
         )
 
     def _read(self, memory: memoryview, start: int) -> None:
-        at = start
         try:
             # Ask for the whole block at once: the system's own read-ahead asks for a few pages at a time.
             os.posix_fadvise(self.descriptor, start, len(memory), os.POSIX_FADV_WILLNEED)
-            while len(memory):
-                got = os.preadv(self.descriptor, [memory], at)
-                if not got:
-                    raise self._truncated(at + len(memory))
-                memory, at = memory[got:], at + got
+            read_exactly(self.descriptor, memory, start)
+        except Truncated as error:
+            raise self._truncated(start + len(memory)) from error
         except OSError as error:
             hint = "check the disk, or the network that the file is on"
-            raise _unreadable(self.path, f"read at byte {at:,}", error, hint) from error
+            raise _unreadable(self.path, f"read at byte {start:,}", error, hint) from error
 
 
 def _unreadable(path: Path, what: str, error: OSError, hint: str) -> RemapError:

@@ -16,9 +16,8 @@ from typing import Literal, NamedTuple
 
 from port_kit.checkpoint.byte_layout import ByteLayout, ByteRange, write_all
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource
-from port_kit.checkpoint.checksums import crc32
 from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
-from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry
+from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry, crc32
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
 
@@ -282,21 +281,3 @@ def _firsts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
     for index in range(length):
         for first in _firsts(inner):
             yield index * stride + first
-
-
-class DescriptorSource:
-    """A half-finished file, read through its layout as if it were the source file."""
-
-    def __init__(self, descriptor: int, layout: ByteLayout, name: str) -> None:
-        self._descriptor, self._layout = descriptor, layout
-        self.name, self.size = name, layout.size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`."""
-        buffer = bytearray(max(0, min(length, self.size - offset)))
-        self.read_into(memoryview(buffer), offset)
-        return bytes(buffer)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with source bytes from ``offset``."""
-        self._layout.read_into(self._descriptor, offset, buffer)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from port_kit.checkpoint.pickle_values import Opaque, TensorRef, refuse_opaque
+from port_kit.checkpoint.pickle_values import Opaque, TensorRef, refuse_opaque, unsupported
 from port_kit.errors import CheckpointError
 
 _MOST_NAMES = 1_000_000
@@ -34,9 +34,7 @@ def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
     if isinstance(root, Opaque):
         refuse_opaque(root, name)
     if not isinstance(root, dict):
-        raise CheckpointError(
-            f"{name} holds a {_kind(root)}, not tensors by name", code="pickle_unsupported", hint=_BY_NAME
-        )
+        raise unsupported(f"{name} holds a {_kind(root)}, not tensors by name", _BY_NAME)
     return root
 
 
@@ -68,7 +66,7 @@ def flatten(selected: dict[Any, Any], drop: Sequence[str], name: str) -> tuple[d
         shown = key if isinstance(key, str) else _kind(key) if isinstance(key, Opaque) else repr(key)
         others[shown[:80]] = _kind(value)
     if len(tensors) > _MOST_NAMES:
-        raise CheckpointError(f"{name} names {len(tensors)} tensors", code="pickle_unsupported")
+        raise unsupported(f"{name} names {len(tensors)} tensors")
     return tensors, others
 
 
@@ -100,8 +98,10 @@ class Place(NamedTuple):
 class _Counted:
     """A dict or list of a pickle that is reached by text keys alone, and its tensors."""
 
-    def __init__(self, above: _Counted | None, key: str) -> None:
-        self.above, self.key = above, key
+    __slots__ = ("above", "content", "key", "named", "unnamed")
+
+    def __init__(self, content: Any, above: _Counted | None = None, key: str = "") -> None:
+        self.content, self.above, self.key = content, above, key
         self.named = self.unnamed = 0
 
     def place(self) -> Place:
@@ -113,60 +113,38 @@ class _Counted:
 
 
 def count_elsewhere(root: Any, selected: dict[Any, Any]) -> tuple[Place, ...]:
-    """Return where tensors lie that are not in ``selected`` by name, the places of most names first."""
-    return _Walk(selected).count(root)
+    """Return where tensors lie that are not in ``selected`` by name, the places of most names first.
 
-
-class _Walk:
-    """Counts tensors by place; what has names is walked first, and every container once."""
-
-    def __init__(self, selected: dict[Any, Any]) -> None:
-        self._selected = selected
-        self._seen: dict[int, _Counted] = {}
-        self._dicts: deque[tuple[dict[Any, Any], _Counted]] = deque()
-        self._rest: deque[tuple[Any, _Counted]] = deque()
-        self._found: list[_Counted] = []
-
-    def count(self, root: dict[Any, Any]) -> tuple[Place, ...]:
-        self._dicts.append((root, _Counted(None, "")))
-        while self._dicts or self._rest:
-            if self._dicts:
-                self._visit_dict(*self._dicts.popleft())
-            else:
-                self._visit_rest(*self._rest.popleft())
-        counted = [item for item in self._found if item.named or item.unnamed]
-        counted.sort(key=lambda item: -item.named)
-        return tuple(item.place() for item in counted[:_MOST_PLACES])
-
-    def _visit_dict(self, container: dict[Any, Any], place: _Counted) -> None:
-        self._found.append(place)
-        known = self._seen.setdefault(id(container), place)
-        if known is not place:  # a second name of the same dict
+    Containers that text keys lead to are visited before the others, and each is counted once.
+    """
+    counted, seen = [_Counted(root)], dict[int, _Counted]()
+    others: deque[tuple[Iterable[Any], _Counted]] = deque()
+    for place in counted:  # grows
+        known = seen.setdefault(id(place.content), place)
+        if known is not place:  # a second name
             place.named = known.named
-            return
-        for key, value in container.items():
+            continue
+        if not isinstance(place.content, dict):
+            others.append((place.content, place))
+            continue
+        for key, value in place.content.items():
             if not isinstance(key, str):
-                self._count_unnamed(value, place)
+                others.append(((value,), place))
             elif isinstance(value, TensorRef):
-                place.named += container is not self._selected
-            elif isinstance(value, dict):
-                self._dicts.append((value, _Counted(place, key)))
-            elif isinstance(value, (list, tuple)):
-                below = _Counted(place, key)
-                self._found.append(below)
-                self._rest.append((value, below))
-
-    def _visit_rest(self, container: Any, place: _Counted) -> None:
-        if id(container) not in self._seen:
-            self._seen[id(container)] = place
-            for value in container.values() if isinstance(container, dict) else container:
-                self._count_unnamed(value, place)
-
-    def _count_unnamed(self, value: Any, place: _Counted) -> None:
-        if isinstance(value, TensorRef):
-            place.unnamed += 1
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in self._seen:
-            self._rest.append((value, place))
+                place.named += place.content is not selected
+            elif isinstance(value, (dict, list, tuple)):
+                counted.append(_Counted(value, place, key))
+    while others:
+        values, place = others.popleft()
+        for value in values:
+            if isinstance(value, TensorRef):
+                place.unnamed += 1
+            elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+                seen[id(value)] = place
+                others.append((value.values() if isinstance(value, dict) else value, place))
+    found = [place for place in counted if place.named or place.unnamed]
+    found.sort(key=lambda place: -place.named)
+    return tuple(place.place() for place in found[:_MOST_PLACES])
 
 
 def refuse_unselected(elsewhere: tuple[Place, ...], name: str) -> None:
@@ -175,21 +153,16 @@ def refuse_unselected(elsewhere: tuple[Place, ...], name: str) -> None:
     Raises:
         CheckpointError: ``pickle_wrapper`` with the keys that may be named, ``pickle_unsupported`` if there are none.
     """
-    if not elsewhere:
-        return
     wrappers = [place.path for place in elsewhere if place.named]
-    if not wrappers:
+    if wrappers:
         raise CheckpointError(
-            f"{name}: no tensor has a name; they lie under {describe_places(elsewhere)}",
-            code="pickle_unsupported",
-            hint=_BY_NAME,
+            f"{name}: the tensors lie under {describe_places(elsewhere)}",
+            code="pickle_wrapper",
+            hint=f"name the one that you want: --wrapper {wrappers[0] or '.'}",
+            wrappers=wrappers,
         )
-    raise CheckpointError(
-        f"{name}: the tensors lie under {describe_places(elsewhere)}",
-        code="pickle_wrapper",
-        hint=f"name the one that you want: --wrapper {wrappers[0] or '.'}",
-        wrappers=wrappers,
-    )
+    if elsewhere:
+        raise unsupported(f"{name}: no tensor has a name; they lie under {describe_places(elsewhere)}", _BY_NAME)
 
 
 def describe_places(places: tuple[Place, ...]) -> str:

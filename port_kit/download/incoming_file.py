@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from port_kit.checkpoint.byte_layout import read_exactly
+from port_kit.checkpoint.byte_layout import DescriptorSource, read_exactly
 from port_kit.checkpoint.byte_sources import FileSource
 from port_kit.download.http import Interrupted
 from port_kit.download.parts import ALIGNMENT, PartialDownload, Segment
@@ -237,7 +237,7 @@ class IncomingFile:
     def _convert(self, conversion: SafetensorsLayout) -> None:
         """Read the checkpoint's tables again, now from the bytes that were hashed, and complete the new file."""
         from port_kit.checkpoint.pickle_reader import read_tables
-        from port_kit.checkpoint.safetensors_writer import DescriptorSource, check_crcs
+        from port_kit.checkpoint.safetensors_writer import check_crcs
 
         name = f"{self.spec.repo_id}/{self.spec.path}"
         source = DescriptorSource(self.partial.descriptor, self.partial.layout, name)

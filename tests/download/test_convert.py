@@ -154,7 +154,7 @@ def test_checksums_are_those_of_zip_files(tmp_path: Path, blocked: bool) -> None
     code = (
         "import pathlib, random, sys, zlib\n"
         f"if {blocked}: sys.modules['isal'] = None\n"
-        "from port_kit.checkpoint.checksums import crc32\n"
+        "from port_kit.checkpoint.pickle_reader import crc32\n"
         "from port_kit.download import convert_file\n"
         "from port_kit.errors import CheckpointError\n"
         "source, ours, theirs = random.Random(8), 0, 0\n"
