@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource
@@ -23,7 +23,6 @@ from port_kit.checkpoint.containers import (
     refuse_foreign,
     refuse_foreign_name,
 )
-from port_kit.checkpoint.index import INDEX_SUFFIX, read_weight_map, select
 from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.checkpoint.state_dicts import describe_places
 from port_kit.errors import CheckpointError, RemapError
@@ -31,6 +30,7 @@ from port_kit.manifest import Manifest, Stamp, TensorSpec, invalid_manifest, par
 
 #: Formats that are read, the preferred one first, and the suffixes by which a folder's files are known.
 SUFFIXES: dict[str, tuple[str, ...]] = {"safetensors": (SAFETENSORS_SUFFIX,), "torch": PICKLE_SUFFIXES}
+INDEX_SUFFIX = ".index.json"
 _LARGEST_INDEX = 1 << 28
 _SHOWN = 8
 
@@ -57,8 +57,8 @@ class CheckpointFiles(Protocol):
         """Open a file; raises FileNotFoundError if it is missing, OSError if it cannot be read."""
 
 
-class LocalFiles:
-    """A folder on a disk as :class:`CheckpointFiles`."""
+class LocalFiles(CheckpointFiles):
+    """A folder on a disk."""
 
     exact_offsets = True
 
@@ -66,20 +66,16 @@ class LocalFiles:
         self._root = root
 
     def shown(self, path: str) -> str:
-        """See :class:`CheckpointFiles`."""
         return str(self._root / path)
 
     def is_folder(self, path: str) -> bool:
-        """See :class:`CheckpointFiles`."""
         return (self._root / path).is_dir()
 
     def names(self, folder: str) -> list[str]:
-        """See :class:`CheckpointFiles`."""
         with os.scandir(self._root / folder) as entries:
             return sorted(entry.name + "/" * entry.is_dir() for entry in entries)
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
-        """See :class:`CheckpointFiles`."""
         return FileSource(self._root / path)
 
 
@@ -149,7 +145,7 @@ class _Reader:
         weights = [name for name in found if not name.startswith(LEFTOVERS)] or found
         left_out = [name for name in found if name not in weights]
         notes = [f"{name} is left out: trainers keep their own state under such names" for name in left_out]
-        return join([(name, self.read_file(base + name, name)) for name in weights], shown, notes)
+        return join({name: self.read_file(base + name, name) for name in weights}, shown, notes=notes)
 
     def read_index(self, path: str) -> Manifest:
         shown, folder = self._files.shown(path), path.rpartition("/")[0]
@@ -169,7 +165,14 @@ class _Reader:
                 "download them: a checkpoint is read whole",
                 missing=missing,
             )
-        return join(select(weight_map, parts, path.rpartition("/")[2]), shown)
+        for name, file in weight_map.items():
+            if name not in parts[file]:
+                others = " and ".join(other for other, part in parts.items() if name in part)
+                raise invalid_manifest(
+                    f"{shown} places {name!r} in {file}; it is in {others or 'no file of the index'}",
+                    "the index and its files are of different versions: download all of them again",
+                )
+        return join(parts, shown, weight_map)
 
     def read_file(self, path: str, file: str) -> Manifest:
         """Read one file; ``file`` is what its tensors' specs call it."""
@@ -192,6 +195,24 @@ class _Reader:
         if looks_like_torch(source):
             return "torch"
         raise invalid_manifest(f"{source.name} is no safetensors file and no torch checkpoint", "check the path")
+
+
+def read_weight_map(text: str | bytes, origin: str) -> dict[str, str]:
+    """Return ``{tensor: file}`` of an index; every file stands beside the index or below it.
+
+    Raises:
+        RemapError: ``manifest_invalid`` for anything else.
+    """
+    data = parse_json(text, origin)
+    found = data.get("weight_map") if isinstance(data, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(file, str) and file for file in found.values()):
+        raise invalid_manifest(f"{origin} has no weight_map of file names", "an index is {weight_map: {tensor: file}}")
+    if not found:
+        raise invalid_manifest(f"{origin} lists no tensors", "name one of the checkpoint's files instead")
+    for file in set(found.values()):
+        if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
+            raise invalid_manifest(f"{origin} names the file {file!r}", "files of an index stand beside it or below it")
+    return dict(found)
 
 
 def _read_safetensors(source: ByteSource, file: str) -> Manifest:
@@ -243,8 +264,14 @@ def _read_torch(source: ByteSource, file: str, wrapper: str, *, exact_offsets: b
     return Manifest(entries, origin=source.name, notes=notes)
 
 
-def join(parts: Sequence[tuple[str, Manifest]], origin: str, notes: Iterable[str] = ()) -> Manifest:
-    """Return the manifest of a checkpoint from those of its files.
+def join(
+    parts: Mapping[str, Manifest],
+    origin: str,
+    weight_map: Mapping[str, str] | None = None,
+    *,
+    notes: Iterable[str] = (),
+) -> Manifest:
+    """Return the manifest of a checkpoint from those of its files, of which an index may select tensors.
 
     Raises:
         RemapError: ``manifest_invalid`` for a name in two files, ``remap_mixed`` for files of different naming.
@@ -253,19 +280,26 @@ def join(parts: Sequence[tuple[str, Manifest]], origin: str, notes: Iterable[str
     places: dict[str, int] = {}
     stamps: dict[str, Stamp] = {}
     all_notes = list(notes)
-    for file, part in parts:
-        twice = entries.keys() & part.keys()
+    for file, part in parts.items():
+        selected = {name: spec for name, spec in part.items() if weight_map is None or weight_map.get(name) == file}
+        left_out = [name for name in part if name not in selected]
+        twice = entries.keys() & selected.keys()
         if twice:
             name = next(name for name in part if name in twice)
             raise invalid_manifest(
                 f"{name!r} is in {entries[name].file} and in {file}",
                 "name one of the files, or an index that says which copy counts",
             )
-        entries.update(part.items())
-        places.update(part.places)
+        entries.update(selected)
+        places.update((name, place) for name, place in part.places.items() if name in selected)
         stamps.update(part.stamps)
         all_notes += part.notes
-    naming = _common_naming({file: part.naming for file, part in parts}, origin)
+        if left_out:
+            shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
+            all_notes.append(
+                f"{file}: {len(left_out)} tensors are left out, as {origin} does not place them there: {shown}"
+            )
+    naming = _common_naming({file: part.naming for file, part in parts.items()}, origin)
     return Manifest(entries, origin=origin, places=places, stamps=stamps, naming=naming, notes=all_notes)
 
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from port_kit.checkpoint.byte_sources import ByteSource, StreamSource
-from port_kit.checkpoint.reader import SUFFIXES, read_checkpoint
+from port_kit.checkpoint.reader import INDEX_SUFFIX, SUFFIXES, CheckpointFiles, read_checkpoint
 from port_kit.errors import PortKitError, RemapError
 from port_kit.manifest import Manifest
 
 _REMOTE = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?")
 #: Read ahead of a header: most are smaller, so that one request is enough.
 _READ_AHEAD = 1 << 18
-_FILES = (*(suffix for suffixes in SUFFIXES.values() for suffix in suffixes), ".index.json")
+_FILES = (*(suffix for suffixes in SUFFIXES.values() for suffix in suffixes), INDEX_SUFFIX)
 
 
 def looks_remote(text: str) -> bool:
@@ -54,8 +54,8 @@ def read_remote(text: str, *, wrapper: str = "") -> Manifest:
         ) from error
 
 
-class HubFiles:
-    """A repository as :class:`~port_kit.checkpoint.reader.CheckpointFiles`, read through range requests."""
+class HubFiles(CheckpointFiles):
+    """A repository, read through range requests."""
 
     exact_offsets = False
 
@@ -63,18 +63,15 @@ class HubFiles:
         self._files, self._root = files, root
 
     def shown(self, path: str) -> str:
-        """See :class:`~port_kit.checkpoint.reader.CheckpointFiles`."""
         return f"{self._root}:{path}" if path else self._root
 
     def is_folder(self, path: str) -> bool:
-        """See :class:`~port_kit.checkpoint.reader.CheckpointFiles`; what has a checkpoint's suffix is a file."""
-        if not path or path.endswith(_FILES):
+        if not path or path.endswith(_FILES):  # what has a checkpoint's suffix is a file
             return not path
         full = f"{self._root}/{path}"
         return all(entry["name"] != full for entry in self._files.ls(full, detail=True))
 
     def names(self, folder: str) -> list[str]:
-        """See :class:`~port_kit.checkpoint.reader.CheckpointFiles`."""
         base = f"{self._root}/{folder}".rstrip("/") + "/"
         listed = self._files.ls(base.rstrip("/"), detail=True)
         names = {entry["name"].removeprefix(base): entry["type"] for entry in listed if entry["name"].startswith(base)}
@@ -82,6 +79,5 @@ class HubFiles:
 
     @contextmanager
     def open(self, path: str) -> Iterator[ByteSource]:
-        """See :class:`~port_kit.checkpoint.reader.CheckpointFiles`."""
         with self._files.open(f"{self._root}/{path}", "rb", block_size=_READ_AHEAD) as stream:
             yield StreamSource(stream)
