@@ -1,9 +1,8 @@
 """The tensors of a torch checkpoint and their places in the file, without torch and without executing anything.
 
 :func:`read_tables` reads the zip container (torch 1.6 and later) and the legacy one, local or remote, from its
-directory and its pickle alone: no tensor's bytes are touched. ``tables.tensors[name]`` is ``(shape, dtype, storage,
-offset, strides)``; ``tables.storages[key]`` says at which byte of the file a storage begins, so that its bytes can be
-copied by offset.
+directory and its pickle alone: no tensor's bytes are touched. ``tables.tensors[name]`` is a view of
+``tables.storages[tensor.storage]``, which says at which byte of the file the storage begins.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from port_kit.checkpoint.byte_sources import ByteSource, CachedSource, FileSource, StreamSource
 from port_kit.checkpoint.containers import describe_zip, looks_like_safetensors, looks_like_torch, refuse_foreign
 from port_kit.checkpoint.dtypes import ITEM_SIZES
-from port_kit.checkpoint.pickle_values import StorageRef, TensorRef, corrupt, unsupported, values_below
+from port_kit.checkpoint.pickle_values import StorageRef, TensorEntry, TensorRef, corrupt, unsupported, values_below
 from port_kit.checkpoint.state_dicts import Place, count_elsewhere, flatten, refuse_unselected, unwrap
 from port_kit.checkpoint.unpickler import LONGEST_PICKLE, read_pickle
 from port_kit.errors import CheckpointError
@@ -36,31 +35,6 @@ _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HUGE = 0xFFFFFFFF
 _LITTLE_ENDIAN = "load it with torch and save it on a little-endian machine"
-
-
-class TensorEntry(NamedTuple):
-    """A tensor: a view of a storage. ``offset`` and ``strides`` count elements of ``dtype``."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    storage: str
-    offset: int
-    strides: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor when it is laid out contiguously."""
-        return prod(self.shape) * ITEM_SIZES[self.dtype]
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Return True if its elements lie one after another in row order in its storage."""
-        expected = 1
-        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if length != 1 and stride != expected:
-                return prod(self.shape) == 0
-            expected *= length
-        return True
 
 
 class Storage(NamedTuple):
@@ -316,22 +290,20 @@ def _legacy_storages(
 
 
 def _entries(tensors: Mapping[str, TensorRef], storages: Mapping[str, Storage], name: str) -> dict[str, TensorEntry]:
-    entries = {}
-    for key, tensor in tensors.items():
+    for key, (tensor, ref) in tensors.items():
         if tensor.dtype not in ITEM_SIZES:
             raise unsupported(
                 f"{name}: tensor {key} has the dtype {tensor.dtype}, which is not read",
                 f"save it with another dtype; dtypes: {', '.join(ITEM_SIZES)}",
             )
-        storage = storages.get(tensor.storage.key)
+        storage, declared = storages.get(tensor.storage), ref.nbytes
         if storage is None:
-            raise corrupt(f"{name}: tensor {key} names storage {tensor.storage.key}, which the file lacks")
+            raise corrupt(f"{name}: tensor {key} names storage {tensor.storage}, which the file lacks")
         last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
         reach = (last + 1) * ITEM_SIZES[tensor.dtype] if prod(tensor.shape) else 0
-        if tensor.storage.nbytes != storage.nbytes or reach > storage.nbytes:
+        if declared != storage.nbytes or reach > storage.nbytes:
             raise corrupt(
-                f"{name}: tensor {key} of shape {tensor.shape} needs {max(reach, tensor.storage.nbytes)} bytes of "
-                f"storage {tensor.storage.key}, which has {storage.nbytes}"
+                f"{name}: tensor {key} of shape {tensor.shape} needs {max(reach, declared)} bytes of storage "
+                f"{tensor.storage}, which has {storage.nbytes}"
             )
-        entries[key] = TensorEntry(tensor.shape, tensor.dtype, tensor.storage.key, tensor.offset, tensor.strides)
-    return entries
+    return {key: ref.entry for key, ref in tensors.items()}

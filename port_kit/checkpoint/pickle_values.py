@@ -45,14 +45,36 @@ class StorageRef(NamedTuple):
         return self.numel * ITEM_SIZES[self.dtype or "uint8"]
 
 
-class TensorRef(NamedTuple):
-    """A view of a storage; ``offset`` and ``strides`` count elements."""
+class TensorEntry(NamedTuple):
+    """A tensor: a view of a storage. ``offset`` and ``strides`` count elements of ``dtype``."""
 
-    storage: StorageRef
-    dtype: str
-    offset: int
     shape: tuple[int, ...]
+    dtype: str
+    storage: str
+    offset: int
     strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor when it is laid out contiguously."""
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Return True if its elements lie one after another in row order in its storage."""
+        expected = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length != 1 and stride != expected:
+                return prod(self.shape) == 0
+            expected *= length
+        return True
+
+
+class TensorRef(NamedTuple):
+    """A tensor and its storage as the pickle declares it."""
+
+    entry: TensorEntry
+    storage: StorageRef
 
 
 class Opaque:
@@ -229,7 +251,7 @@ def _view(
             f"{where}: a tensor of shape {shape} carries a lazy operation ({', '.join(lazy)})",
             "save it after tensor.resolve_conj().resolve_neg()",
         )
-    return TensorRef(storage, dtype, offset, shape, strides)
+    return TensorRef(TensorEntry(shape, dtype, storage.key, offset, strides), storage)
 
 
 def _parameter(arguments: tuple[Any, ...], where: str) -> TensorRef:

@@ -9,22 +9,23 @@ expect.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from port_kit.checkpoint.byte_layout import ByteLayout, ByteRange, write_all
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource
+from port_kit.checkpoint.containers import MAX_HEADER
 from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
-from port_kit.checkpoint.pickle_reader import Storage, Tables, TensorEntry, crc32
+from port_kit.checkpoint.pickle_reader import Storage, Tables, crc32
+from port_kit.checkpoint.pickle_values import TensorEntry, corrupt, unsupported
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
 
 _ITEM_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _BATCH = 1 << 20
 _SCALARS = frozenset(("int", "float", "bool", "str", "NoneType"))
-_LONGEST_HEADER = 100_000_000  # of safetensors' readers
 _MOST_GROWTH = 64
 _ALWAYS_ALLOWED = 1 << 28
 
@@ -65,6 +66,14 @@ class SafetensorsLayout:
         ranges.append(ByteRange(position, self.tables.size - position, behind))
         return ByteLayout(ranges, self.tables.size)
 
+    def _batches(self, placements: Iterable[TensorPlacement], source: ByteSource) -> Iterator[tuple[int, bytes]]:
+        """Yield ``(offset in the written file, bytes)`` of tensors."""
+        for placement in placements:
+            target = placement.target
+            for batch in _gathered(placement.entry, self.tables, source):
+                yield target, batch
+                target += len(batch)
+
     def _direct_ranges(self) -> Iterator[tuple[int, int, int]]:
         for placement in self.placements:
             if placement.direct and placement.entry.nbytes:
@@ -76,25 +85,17 @@ class SafetensorsLayout:
             with FileSource(path) as found:
                 if found.size != self.size or found.read_at(0, len(self.header)) != self.header:
                     return False
-                for placement in self.placements:
-                    position = placement.target
-                    for batch in _gathered(placement.entry, self.tables, source):
-                        if found.read_at(position, len(batch)) != batch:
-                            return False
-                        position += len(batch)
+                batches = self._batches(self.placements, source)
+                return all(found.read_at(target, len(batch)) == batch for target, batch in batches)
         except OSError:
             return False
-        return True
 
     def complete(self, source: ByteSource, descriptor: int) -> None:
         """Write what the byte layout does not cover: the header and the gathered tensors, read from ``source``."""
         write_all(descriptor, memoryview(self.header), 0)
-        for placement in self.placements:
-            if not placement.direct:
-                target = placement.target
-                for batch in _gathered(placement.entry, self.tables, source):
-                    write_all(descriptor, memoryview(batch), target)
-                    target += len(batch)
+        gathered = (placement for placement in self.placements if not placement.direct)
+        for target, batch in self._batches(gathered, source):
+            write_all(descriptor, memoryview(batch), target)
 
 
 def scalars(tables: Tables) -> dict[str, str]:
@@ -114,32 +115,26 @@ def plan_layout(tables: Tables, name: str, *, leave_out_scalars: bool = False) -
         CheckpointError: ``pickle_unsupported`` for values or dtypes that safetensors cannot hold.
     """
     _refuse_others(tables, name, leave_out_scalars)
-    kept = list(tables.tensors.items())
+    kept = sorted(tables.tensors.items(), key=lambda item: -ITEM_SIZES[item[1].dtype])
     _check_names(kept, name)
     _check_growth(kept, tables, name)
-    kept.sort(key=lambda item: -ITEM_SIZES[item[1].dtype])
-    metadata = {"format": "pt", NAMING_KEY: "original"}
-    header: dict[str, object] = {"__metadata__": metadata}
-    offsets, position = [], 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt", NAMING_KEY: "original"}}
+    position = 0
     for key, entry in kept:
         header[key] = _header_entry(entry, key, name, position)
-        offsets.append(position)
         position += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _LONGEST_HEADER:
-        raise CheckpointError(
+    if len(text) > MAX_HEADER:
+        raise unsupported(
             f"{name}: the names of its {len(kept)} tensors need a header of {len(text)} bytes, safetensors allows "
-            f"{_LONGEST_HEADER}",
-            code="pickle_unsupported",
+            f"{MAX_HEADER}"
         )
-    start = 8 + len(text)
-    direct = _direct_names(kept)
-    placements = tuple(
-        TensorPlacement(key, entry, start + offset, key in direct)
-        for (key, entry), offset in zip(kept, offsets, strict=True)
-    )
-    return SafetensorsLayout(len(text).to_bytes(8, "little") + text, placements, start + position, tables)
+    direct, position, placements = _direct_names(kept), 8 + len(text), []
+    for key, entry in kept:
+        placements.append(TensorPlacement(key, entry, position, key in direct))
+        position += entry.nbytes
+    return SafetensorsLayout(len(text).to_bytes(8, "little") + text, tuple(placements), position, tables)
 
 
 def check_crcs(layout: SafetensorsLayout, name: str, read: Callable[[memoryview, int], None]) -> None:
@@ -163,11 +158,7 @@ def check_crcs(layout: SafetensorsLayout, name: str, read: Callable[[memoryview,
 def require_crc(storage: Storage, key: str, value: int, name: str) -> None:
     """Raise unless ``value`` is the CRC-32 that the zip directory states for a storage."""
     if storage.crc is not None and value != storage.crc:
-        raise CheckpointError(
-            f"{name}: storage {key} has CRC-32 {value:08x}, the zip directory says {storage.crc:08x}",
-            code="pickle_corrupt",
-            hint="the file is damaged: fetch it again",
-        )
+        raise corrupt(f"{name}: storage {key} has CRC-32 {value:08x}, the zip directory says {storage.crc:08x}")
 
 
 def _refuse_others(tables: Tables, name: str, leave_out_scalars: bool) -> None:
@@ -181,26 +172,23 @@ def _refuse_others(tables: Tables, name: str, leave_out_scalars: bool) -> None:
             others=others,
         )
     if not tables.tensors:
-        raise CheckpointError(f"{name} holds no tensors", code="pickle_unsupported")
+        raise unsupported(f"{name} holds no tensors")
 
 
 def _check_names(tensors: Sequence[tuple[str, TensorEntry]], name: str) -> None:
     """Refuse names with which the written file could not be read."""
     for key, _ in tensors:
         if key == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in key):
-            raise CheckpointError(
-                f"{name}: safetensors cannot hold a tensor of the name {ascii(key)[:200]}", code="pickle_unsupported"
-            )
+            raise unsupported(f"{name}: safetensors cannot hold a tensor of the name {ascii(key)[:200]}", "rename it")
 
 
 def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, name: str) -> None:
     """Tied and expanded tensors get bytes of their own; a few bytes that claim to be terabytes do not."""
     size = sum(entry.nbytes for _, entry in tensors)
     if size > max(_MOST_GROWTH * tables.size, _ALWAYS_ALLOWED):
-        raise CheckpointError(
+        raise unsupported(
             f"{name} has {tables.size} bytes, and its tensors would be {size} bytes without shared storage",
-            code="pickle_unsupported",
-            hint="expanded tensors are saved once for each element: leave them out (--drop NAME; in a recipe: drop)",
+            "expanded tensors are saved once for each element: leave them out (--drop NAME; in a recipe: drop)",
         )
 
 
@@ -209,10 +197,10 @@ def _header_entry(entry: TensorEntry, key: str, name: str, position: int) -> dic
     try:
         shape = header_shape(dtype, entry.shape)
     except ValueError as error:
-        raise CheckpointError(f"{name}: tensor {key}: {error}", code="pickle_unsupported") from error
+        raise unsupported(f"{name}: tensor {key}: {error}", "save it with another shape") from error
     if not dtype.word:
-        raise CheckpointError(
-            f"{name}: tensor {key} is {entry.dtype}, which safetensors cannot hold", code="pickle_unsupported"
+        raise unsupported(
+            f"{name}: tensor {key} is {entry.dtype}, which safetensors cannot hold", "save it with another dtype"
         )
     return {"dtype": dtype.word, "shape": shape, "data_offsets": [position, position + entry.nbytes]}
 
@@ -251,7 +239,8 @@ def _gathered(entry: TensorEntry, tables: Tables, source: ByteSource) -> Iterato
     reach = 1 + sum((length - 1) * stride for length, stride in zip(entry.shape, entry.strides, strict=True))
     items = memoryview(source.read_at(start, reach * item)).cast(_ITEM_FORMATS[item])
     batch = bytearray()
-    for row in _rows(items, entry.shape, entry.strides):
+    axes = [axis for axis in zip(entry.shape, entry.strides, strict=True) if axis[0] != 1]
+    for row in _rows(items, axes):
         batch += row
         if len(batch) >= _BATCH:
             yield bytes(batch)
@@ -259,25 +248,20 @@ def _gathered(entry: TensorEntry, tables: Tables, source: ByteSource) -> Iterato
     yield bytes(batch)
 
 
-def _rows(items: memoryview, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield a strided view in row order; the memory view itself cuts out the innermost axis, a batch at most."""
-    axes = [axis for axis in zip(shape, strides, strict=True) if axis[0] != 1] or [(1, 1)]
-    (length, stride), most = axes[-1], _BATCH // items.itemsize
-    for first in _firsts(axes[:-1]):
-        for done in range(0, length, most):
-            count, begin = min(most, length - done), first + done * stride
-            if stride == 0:
-                yield items[first : first + 1].tobytes() * count
-            else:
-                yield items[begin : begin + (count - 1) * stride + 1 : stride].tobytes()
+def _rows(items: memoryview, axes: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield a strided view in row order, a batch at most each time; ``axes`` are (length, stride), the last one inner.
 
-
-def _firsts(axes: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """Yield the first element of each row: ``itertools.product`` would write all indices of an axis down first."""
-    if not axes:
-        yield 0
-        return
+    The memory view itself cuts out the innermost axis.
+    """
     (length, stride), inner = axes[0], axes[1:]
-    for index in range(length):
-        for first in _firsts(inner):
-            yield index * stride + first
+    if inner:
+        for index in range(length):
+            yield from _rows(items[index * stride :], inner)
+        return
+    most = _BATCH // items.itemsize
+    for done in range(0, length, most):
+        count, begin = min(most, length - done), done * stride
+        if stride == 0:
+            yield items[:1].tobytes() * count
+        else:
+            yield items[begin : begin + (count - 1) * stride + 1 : stride].tobytes()
