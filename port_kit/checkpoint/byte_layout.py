@@ -92,9 +92,14 @@ class DescriptorSource:
 
     def read_at(self, offset: int, length: int) -> bytes:
         """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`."""
-        buffer = bytearray(max(0, min(length, self.size - offset)))
-        self.read_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        pieces = []
+        for _, count, target in self._layout.ranges(offset, max(0, min(length, self.size - offset))):
+            while count:
+                pieces.append(os.pread(self.descriptor, count, target))
+                if not pieces[-1]:
+                    raise Truncated(f"the file ends before byte {target + count}")
+                count, target = count - len(pieces[-1]), target + len(pieces[-1])
+        return b"".join(pieces)  # copies nothing if there is one
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with source bytes from ``offset``."""

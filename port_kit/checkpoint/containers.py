@@ -14,7 +14,6 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 MAX_HEADER = 100_000_000
 #: What trainers leave beside weights: state that no pipeline loads.
 LEFTOVERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler")
-_DCP_METADATA = ".metadata"
 
 
 class Container(NamedTuple):
@@ -23,7 +22,7 @@ class Container(NamedTuple):
     Attributes:
         what: completes "this file ...".
         hint: what to do.
-        suffixes: of names.
+        suffixes: of paths.
         magic: ``(offset, bytes)`` of contents.
     """
 
@@ -39,11 +38,16 @@ _NUMPY = "read its arrays with {} and save them with safetensors.numpy.save_file
 _DCP = Container(
     "is a checkpoint of torch.distributed.checkpoint (DCP)",
     "join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt; then name model.pt",
-    (".distcp",),
+    (".distcp", "/.metadata"),
 )
-_HTML = "is an HTML page, probably a server's error message"
+_NPZ = Container("is a NumPy archive (npz)", _NUMPY.format("numpy.load"), (".npz",))
+_KERAS = Container("is a Keras archive", _NUMPY.format("keras.saving.load_model"), (".keras",))
 _CONTAINERS = (
-    Container(_HTML, _FETCH, magic=((0, b"<!doctype"), (0, b"<html"), (0, b"<?xml"))),
+    Container(
+        "is an HTML page, probably a server's error message",
+        _FETCH,
+        magic=((0, b"<!doctype"), (0, b"<html"), (0, b"<?xml")),
+    ),
     Container(
         "is a Git LFS pointer; the content was never fetched",
         "fetch it with git lfs pull",
@@ -57,14 +61,10 @@ _CONTAINERS = (
     ),
     _DCP,
     Container("is a NumPy array", _NUMPY.format("numpy.load"), (".npy",), ((0, b"\x93NUMPY"),)),
-    Container("is a NumPy archive (npz)", _NUMPY.format("numpy.load"), (".npz",)),
+    _NPZ,
     Container("is an HDF5 file", _NUMPY.format("h5py"), (".h5", ".hdf5"), ((0, b"\x89HDF\r\n\x1a\n"),)),
-    Container("is a Keras archive", _NUMPY.format("keras.saving.load_model"), (".keras",)),
-    Container(
-        "is an ONNX graph",
-        "name the checkpoint that it was exported from",
-        (".onnx", ".onnx_data"),
-    ),
+    _KERAS,
+    Container("is an ONNX graph", "name the checkpoint that it was exported from", (".onnx", ".onnx_data")),
     Container(
         "is a Flax checkpoint (msgpack)",
         "read it with flax.serialization.msgpack_restore and save it with safetensors.flax.save_file",
@@ -119,9 +119,9 @@ def refuse_foreign_name(name: str) -> None:
     Raises:
         CheckpointError: ``checkpoint_format``.
     """
-    base = name.replace("\\", "/").rpartition("/")[2].lower()
+    path = "/" + name.replace("\\", "/").lower()
     for container in _CONTAINERS:
-        if base.endswith(container.suffixes or (" ",)) or (container is _DCP and base == _DCP_METADATA):
+        if path.endswith(container.suffixes):
             raise _foreign(name, container)
 
 
@@ -131,8 +131,7 @@ def refuse_dcp(folder: str, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: ``checkpoint_format``.
     """
-    bases = {name.rpartition("/")[2] for name in names}
-    if _DCP_METADATA in bases or any(base.endswith(_DCP.suffixes) for base in bases):
+    if any(f"/{name}".endswith(_DCP.suffixes) for name in names):
         raise _foreign(folder, _DCP)
 
 
@@ -140,9 +139,9 @@ def describe_zip(names: Iterable[str]) -> Container:
     """Return what a zip archive without data.pkl is, from the names of its entries."""
     listed = list(names)
     if listed and all(name.endswith(".npy") for name in listed):
-        return next(container for container in _CONTAINERS if ".npz" in container.suffixes)
+        return _NPZ
     if "model.weights.h5" in listed:
-        return next(container for container in _CONTAINERS if ".keras" in container.suffixes)
+        return _KERAS
     shown = ", ".join(listed[:4]) or "nothing"
     return Container(f"is a zip archive without data.pkl; it holds {shown}", _UNPACK)
 

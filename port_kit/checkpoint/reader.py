@@ -83,39 +83,35 @@ def read_local(path: Path, wrapper: str = "", *, formats: Sequence[str] = tuple(
     """Read a file or folder on a disk; see :meth:`port_kit.manifest.Manifest.from_checkpoint`."""
     root, name = (path, "") if path.is_dir() else (path.parent, path.name)
     try:
-        return read_checkpoint(LocalFiles(root), name, wrapper, formats=formats)
+        return CheckpointReader(LocalFiles(root), wrapper, formats).read(name)
     except OSError as error:
         raise invalid_manifest(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def read_checkpoint(
-    files: CheckpointFiles, path: str, wrapper: str = "", *, formats: Sequence[str] = tuple(SUFFIXES)
-) -> Manifest:
-    """Read a checkpoint's manifest.
+class CheckpointReader:
+    """A reader of manifests.
 
     Args:
-        files: where it lies.
-        path: the file, index or folder; empty for the whole.
+        files: where the checkpoint lies.
         wrapper: of torch checkpoints, the keys above the tensors.
         formats: keys of :data:`SUFFIXES` that may be read.
-
-    Raises:
-        RemapError, CheckpointError: see :meth:`port_kit.manifest.Manifest.from_checkpoint`.
-        OSError: a file cannot be read.
     """
-    reader = _Reader(files, wrapper, formats)
-    if files.is_folder(path):
-        return reader.read_folder(path)
-    if path.endswith(INDEX_SUFFIX):
-        return reader.read_index(path)
-    return reader.read_file(path, path.rpartition("/")[2])
 
-
-class _Reader:
-    """Reads one checkpoint; ``file`` is a path relative to the folder of the checkpoint."""
-
-    def __init__(self, files: CheckpointFiles, wrapper: str, formats: Sequence[str]) -> None:
+    def __init__(self, files: CheckpointFiles, wrapper: str, formats: Sequence[str] = tuple(SUFFIXES)) -> None:
         self._files, self._wrapper, self._formats = files, wrapper, formats
+
+    def read(self, path: str) -> Manifest:
+        """Read a file, an index, or a folder; the path is empty for the whole.
+
+        Raises:
+            RemapError, CheckpointError: see :meth:`port_kit.manifest.Manifest.from_checkpoint`.
+            OSError: a file cannot be read.
+        """
+        if self._files.is_folder(path):
+            return self.read_folder(path)
+        if path.endswith(INDEX_SUFFIX):
+            return self.read_index(path)
+        return self.read_file(path, path.rpartition("/")[2])
 
     def read_folder(self, folder: str) -> Manifest:
         shown, names = self._files.shown(folder), self._files.names(folder)
@@ -132,7 +128,10 @@ class _Reader:
                 return self.read_index(base + indexes[0])
             found = [name for name in names if name.endswith(suffixes)]
             if found:
-                return self._join_files(base, found, shown)
+                weights = [name for name in found if not name.startswith(LEFTOVERS)] or found
+                left_out = [name for name in found if name not in weights]
+                notes = [f"{name} is left out: trainers keep their own state under such names" for name in left_out]
+                return join({name: self.read_file(base + name, name) for name in weights}, shown, notes=notes)
         for name in names:
             refuse_foreign_name(self._files.shown(base + name))
         listed = ", ".join(names[:_SHOWN]) or "nothing"
@@ -140,12 +139,6 @@ class _Reader:
             f"{shown} holds no {' and no '.join(self._formats)} checkpoint; there is: {listed}",
             "name a file, a folder of them, or an index",
         )
-
-    def _join_files(self, base: str, found: list[str], shown: str) -> Manifest:
-        weights = [name for name in found if not name.startswith(LEFTOVERS)] or found
-        left_out = [name for name in found if name not in weights]
-        notes = [f"{name} is left out: trainers keep their own state under such names" for name in left_out]
-        return join({name: self.read_file(base + name, name) for name in weights}, shown, notes=notes)
 
     def read_index(self, path: str) -> Manifest:
         shown, folder = self._files.shown(path), path.rpartition("/")[0]
@@ -175,7 +168,7 @@ class _Reader:
         return join(parts, shown, weight_map)
 
     def read_file(self, path: str, file: str) -> Manifest:
-        """Read one file; ``file`` is what its tensors' specs call it."""
+        """Read one file; ``file`` is its path relative to the checkpoint's folder, for the specs of its tensors."""
         shown = self._files.shown(path)
         with self._files.open(path) as source:
             source.name = shown
@@ -257,11 +250,9 @@ def _read_torch(source: ByteSource, file: str, wrapper: str, *, exact_offsets: b
             "(. is the top level)",
             wrappers=wrappers,
         )
-    notes = []
-    if tables.elsewhere:
-        notes.append(f"{source.name}: tensors under {describe_places(tables.elsewhere)} are left out")
+    note = f"{source.name}: tensors under {describe_places(tables.elsewhere)} are left out"
     entries = {name: TensorSpec(tuple(entry.shape), entry.dtype, file) for name, entry in tables.tensors.items()}
-    return Manifest(entries, origin=source.name, notes=notes)
+    return Manifest(entries, origin=source.name, notes=[note] if tables.elsewhere else ())
 
 
 def join(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from port_kit.checkpoint.byte_sources import ByteSource, StreamSource
-from port_kit.checkpoint.reader import INDEX_SUFFIX, SUFFIXES, CheckpointFiles, read_checkpoint
+from port_kit.checkpoint.reader import INDEX_SUFFIX, SUFFIXES, CheckpointFiles, CheckpointReader
 from port_kit.errors import PortKitError, RemapError
 from port_kit.manifest import Manifest
 
@@ -43,7 +43,7 @@ def read_remote(text: str, *, wrapper: str = "") -> Manifest:
 
     try:
         files = HubFiles(HfFileSystem(), f"{repo}@{revision}" if revision else repo)
-        return read_checkpoint(files, (path or "").strip("/"), wrapper)
+        return CheckpointReader(files, wrapper).read((path or "").strip("/"))
     except PortKitError:
         raise
     except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are kinds of the first two

@@ -58,7 +58,9 @@ class SafetensorsLayout:
     def byte_layout(self) -> ByteLayout:
         """Return where the source's bytes are written: direct tensors in their places, all else behind the end."""
         ranges, position, behind = [], 0, self.size
-        for start, length, target in sorted(self._direct_ranges()):
+        direct = [placement for placement in self.placements if placement.direct and placement.entry.nbytes]
+        for start, placement in sorted((_source_offset(item.entry, self.tables), item) for item in direct):
+            length, target = placement.entry.nbytes, placement.target
             ranges.append(ByteRange(position, start - position, behind))
             behind += start - position
             ranges.append(ByteRange(start, length, target))
@@ -73,11 +75,6 @@ class SafetensorsLayout:
             for batch in _gathered(placement.entry, self.tables, source):
                 yield target, batch
                 target += len(batch)
-
-    def _direct_ranges(self) -> Iterator[tuple[int, int, int]]:
-        for placement in self.placements:
-            if placement.direct and placement.entry.nbytes:
-                yield (_source_offset(placement.entry, self.tables), placement.entry.nbytes, placement.target)
 
     def is_content_of(self, path: Path, source: ByteSource) -> bool:
         """Return True if the file at ``path`` holds exactly what would be written: the header and every tensor."""

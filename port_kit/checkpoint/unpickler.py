@@ -20,11 +20,13 @@ from port_kit.checkpoint.pickle_values import (
     Global,
     Opaque,
     build_storage,
+    corrupt,
     describe,
     fill,
     is_allowed,
     refuse_opaque,
     unsafe,
+    unsupported,
     values_below,
 )
 from port_kit.errors import CheckpointError
@@ -48,11 +50,7 @@ _COST_OF_ITEM = 60
 _COST_OF_FAR_MEMO = 110
 
 
-class _Mark:
-    """The begin of a group of stack items."""
-
-
-_MARK = _Mark()
+_MARK = object()  # the begin of a group of stack items
 
 
 def read_pickle(stream: BinaryIO, where: str, *, allow_opaque: bool = False) -> Any:
@@ -72,14 +70,14 @@ def read_pickle(stream: BinaryIO, where: str, *, allow_opaque: bool = False) -> 
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
             if count > _MOST_OPCODES or (position or 0) - start > LONGEST_PICKLE:
-                raise CheckpointError(f"{where}: the pickle is longer than any checkpoint's", code="pickle_corrupt")
+                raise corrupt(f"{where}: the pickle is longer than any checkpoint's")
             if opcode.name == "STOP":
                 return machine.result()
             machine.step(opcode.name, argument, position or 0)
     except (ValueError, IndexError, KeyError, TypeError, EOFError, OverflowError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise CheckpointError(f"{where}: the pickle cannot be read ({reason})", code="pickle_corrupt") from error
-    raise CheckpointError(f"{where}: the pickle ends without STOP", code="pickle_corrupt")
+        raise corrupt(f"{where}: the pickle cannot be read ({reason})") from error
+    raise corrupt(f"{where}: the pickle ends without STOP")
 
 
 class _Machine:
@@ -107,11 +105,7 @@ class _Machine:
     def _charge(self, count: int) -> None:
         self._debt = max(0, self._debt + count)
         if self._debt > _MOST_DEBT:
-            raise CheckpointError(
-                f"{self._where}: the pickle would take far more memory than its own length",
-                code="pickle_unsupported",
-                hint="save only the tensors: torch.save(model.state_dict(), path)",
-            )
+            raise unsupported(f"{self._where}: the pickle would take far more memory than its own length")
 
     def result(self) -> Any:
         """Return the value on the stack, once every opaque value has been found in it."""
@@ -138,6 +132,10 @@ class _Machine:
         if value is _MARK:
             raise ValueError("a mark where a value is needed")
         return value
+
+    def pop_many(self, count: int) -> list[Any]:
+        """Take as many values off the stack; the topmost is the last one."""
+        return [self.pop() for _ in range(count)][::-1]
 
     def push(self, value: Any) -> None:
         self._stack.append(value)
@@ -195,21 +193,14 @@ class _Machine:
         target = self.top(list)
         (target.parts if isinstance(target, Opaque) else target).extend(items)
 
-    def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(items)))
-
     def find_global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self._push_global(Global(module, name))
+        self.push_global(module, name)
 
-    def find_stacked_global(self, _: None) -> None:
-        name, module = self.pop(), self.pop()
+    def push_global(self, module: Any, name: Any) -> None:
         if not (isinstance(name, str) and isinstance(module, str)):
             raise self._refused("a global whose name is not text")
-        self._push_global(Global(module, name))
-
-    def _push_global(self, found: Global) -> None:
+        found = Global(module, name)
         self.push(found if is_allowed(found) else self.make_opaque(str(found)))
 
     def persistent(self, _: None) -> None:
@@ -233,19 +224,15 @@ class _Machine:
             raise self._refused("more copies of its own content than it holds items")
         self.push(CALLS[function](arguments[0], self._where))
 
-    def reduce(self, _: None) -> None:
-        arguments, function = self.pop(), self.pop()
-        self.call(function, arguments)
-
-    def new_object(self, count: int) -> None:
-        """Make an object of a class (NEWOBJ, NEWOBJ_EX): no class on the allow list is written so."""
-        arguments = [self.pop() for _ in range(count)]
-        self.call_class(self.pop(), arguments)
-
     def call_class(self, kind: Any, arguments: list[Any]) -> None:
+        """Make an object of a class: none on the allow list is written so."""
         if not isinstance(kind, Opaque):
             raise self._refused(f"an object of {describe(kind)}")
         self.call(kind, arguments)
+
+    def new_object(self, count: int) -> None:
+        kind, *arguments = self.pop_many(count + 1)
+        self.call_class(kind, arguments)
 
     def object_from_mark(self, _: None) -> None:
         kind, *arguments = self.pop_to_mark()
@@ -289,10 +276,10 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     "DICT": _Machine.make_dict,
     "LIST": lambda machine, _: machine.push(machine.pop_to_mark()),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "SETITEM": lambda machine, _: machine.set_items([machine.pop(), machine.pop()][::-1]),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop_many(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop_many(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop_many(3))),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop_many(2)),
     "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
     "APPEND": lambda machine, _: machine.append_items([machine.pop()]),
     "APPENDS": lambda machine, _: machine.append_items(machine.pop_to_mark()),
@@ -300,9 +287,9 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
     "MEMOIZE": _Machine.memoize,
     "GLOBAL": _Machine.find_global,
-    "STACK_GLOBAL": _Machine.find_stacked_global,
+    "STACK_GLOBAL": lambda machine, _: machine.push_global(*machine.pop_many(2)),
     "BINPERSID": _Machine.persistent,
-    "REDUCE": _Machine.reduce,
+    "REDUCE": lambda machine, _: machine.call(*machine.pop_many(2)),
     "NEWOBJ": lambda machine, _: machine.new_object(1),
     "NEWOBJ_EX": lambda machine, _: machine.new_object(2),
     "OBJ": _Machine.object_from_mark,
