@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import OrderedDict
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
@@ -31,22 +32,15 @@ class ByteSource(Protocol):
         """Return exactly ``length`` bytes from ``offset``, fewer only where the source ends."""
 
 
-class FileSource(DescriptorSource):
-    """A local file as a :class:`ByteSource`; close it or use it as a context manager."""
+class FileSource(DescriptorSource, AbstractContextManager["FileSource"]):
+    """A local file as a :class:`ByteSource`; use it as a context manager."""
 
     def __init__(self, path: str | Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         super().__init__(descriptor, ByteLayout.identity(os.fstat(descriptor).st_size), str(path))
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.descriptor)
-
-    def __enter__(self) -> FileSource:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        os.close(self.descriptor)
 
 
 class StreamSource:

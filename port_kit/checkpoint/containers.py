@@ -114,11 +114,7 @@ def refuse_foreign(source: ByteSource) -> None:
 
 
 def refuse_foreign_name(name: str) -> None:
-    """Raise if a file is of a format that is known by its name and not read.
-
-    Raises:
-        CheckpointError: ``checkpoint_format``.
-    """
+    """Raise the same for a file that is known by its name."""
     path = "/" + name.replace("\\", "/").lower()
     for container in _CONTAINERS:
         if path.endswith(container.suffixes):
@@ -126,11 +122,7 @@ def refuse_foreign_name(name: str) -> None:
 
 
 def refuse_dcp(folder: str, names: Iterable[str]) -> None:
-    """Raise if a folder of these files is a checkpoint of torch.distributed.checkpoint.
-
-    Raises:
-        CheckpointError: ``checkpoint_format``.
-    """
+    """Raise the same for a folder whose files are a checkpoint of torch.distributed.checkpoint."""
     if any(f"/{name}".endswith(_DCP.suffixes) for name in names):
         raise _foreign(folder, _DCP)
 

@@ -6,12 +6,13 @@ Safetensors are preferred to torch checkpoints, and an index to the files beside
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
-from port_kit.checkpoint.byte_sources import ByteSource, FileSource
+from port_kit.checkpoint.byte_sources import ByteSource, FileSource, StreamSource
 from port_kit.checkpoint.containers import (
     LEFTOVERS,
     MAX_HEADER,
@@ -25,12 +26,16 @@ from port_kit.checkpoint.containers import (
 )
 from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.checkpoint.state_dicts import describe_places
-from port_kit.errors import CheckpointError, RemapError
+from port_kit.errors import CheckpointError, PortKitError, RemapError
 from port_kit.manifest import Manifest, Stamp, TensorSpec, invalid_manifest, parse_json, stamp
 
 #: Formats that are read, the preferred one first, and the suffixes by which a folder's files are known.
 SUFFIXES: dict[str, tuple[str, ...]] = {"safetensors": (SAFETENSORS_SUFFIX,), "torch": PICKLE_SUFFIXES}
 INDEX_SUFFIX = ".index.json"
+_FILES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, INDEX_SUFFIX)
+_REMOTE = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?(?::(.+))?")
+#: Read ahead of a remote header: most are smaller, so that one request is enough.
+_READ_AHEAD = 1 << 18
 _LARGEST_INDEX = 1 << 28
 _SHOWN = 8
 
@@ -79,6 +84,35 @@ class LocalFiles(CheckpointFiles):
         return FileSource(self._root / path)
 
 
+class HubFiles(CheckpointFiles):
+    """A repository, read through range requests."""
+
+    exact_offsets = False
+
+    def __init__(self, files: Any, root: str) -> None:
+        self._files, self._root = files, root
+
+    def shown(self, path: str) -> str:
+        return f"{self._root}:{path}" if path else self._root
+
+    def is_folder(self, path: str) -> bool:
+        if not path or path.endswith(_FILES):  # what has a checkpoint's suffix is a file
+            return not path
+        full = f"{self._root}/{path}"
+        return all(entry["name"] != full for entry in self._files.ls(full, detail=True))
+
+    def names(self, folder: str) -> list[str]:
+        base = f"{self._root}/{folder}".rstrip("/") + "/"
+        listed = self._files.ls(base.rstrip("/"), detail=True)
+        names = {entry["name"].removeprefix(base): entry["type"] for entry in listed if entry["name"].startswith(base)}
+        return sorted(name + "/" * (kind == "directory") for name, kind in names.items() if "/" not in name)
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[ByteSource]:
+        with self._files.open(f"{self._root}/{path}", "rb", block_size=_READ_AHEAD) as stream:
+            yield StreamSource(stream)
+
+
 def read_local(path: Path, wrapper: str = "", *, formats: Sequence[str] = tuple(SUFFIXES)) -> Manifest:
     """Read a file or folder on a disk; see :meth:`port_kit.manifest.Manifest.from_checkpoint`."""
     root, name = (path, "") if path.is_dir() else (path.parent, path.name)
@@ -86,6 +120,42 @@ def read_local(path: Path, wrapper: str = "", *, formats: Sequence[str] = tuple(
         return CheckpointReader(LocalFiles(root), wrapper, formats).read(name)
     except OSError as error:
         raise invalid_manifest(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def looks_remote(text: str) -> bool:
+    """Return True if a text can be ``owner/name[@revision][:path]``."""
+    return _REMOTE.fullmatch(text) is not None and not text.startswith((".", "/"))
+
+
+def read_remote(text: str, *, wrapper: str = "") -> Manifest:
+    """Read a repository's headers by range requests: a file, an index, or a folder of them.
+
+    Args:
+        text: ``owner/name[@revision][:path]``; the path is a file or a folder, the root if it is missing.
+        wrapper: of torch checkpoints, the keys above the tensors.
+
+    Raises:
+        RemapError: ``manifest_invalid`` if nothing readable is there or the repository cannot be reached, and what
+            :meth:`port_kit.manifest.Manifest.from_checkpoint` raises.
+        CheckpointError: see there.
+    """
+    match = _REMOTE.fullmatch(text)
+    assert match is not None
+    repo, revision, path = match.groups()
+    import httpx
+    from huggingface_hub import HfFileSystem
+
+    try:
+        files = HubFiles(HfFileSystem(), f"{repo}@{revision}" if revision else repo)
+        return CheckpointReader(files, wrapper).read((path or "").strip("/"))
+    except PortKitError:
+        raise
+    except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are kinds of the first two
+        raise RemapError(
+            f"{text} cannot be read: {error}",
+            code="manifest_invalid",
+            hint="check the repository, the revision, the path, and the token for a gated one",
+        ) from error
 
 
 class CheckpointReader:
@@ -209,12 +279,7 @@ def read_weight_map(text: str | bytes, origin: str) -> dict[str, str]:
 
 
 def _read_safetensors(source: ByteSource, file: str) -> Manifest:
-    """Read a safetensors header.
-
-    Raises:
-        RemapError: ``manifest_invalid`` for a broken file.
-        CheckpointError: ``checkpoint_format`` for a file of another known format.
-    """
+    """Read a safetensors header."""
     if source.size:
         refuse_foreign(source)
     head = source.read_at(0, 8)
@@ -233,12 +298,7 @@ def _read_safetensors(source: ByteSource, file: str) -> Manifest:
 
 
 def _read_torch(source: ByteSource, file: str, wrapper: str, *, exact_offsets: bool) -> Manifest:
-    """Read a torch checkpoint's tables. Tensors that are not selected are noted if a wrapper selects, else refused.
-
-    Raises:
-        CheckpointError: ``pickle_wrapper`` if tensors lie at several places and no wrapper says which, and whatever
-            :func:`~port_kit.checkpoint.pickle_reader.read_tables` raises.
-    """
+    """Read a torch checkpoint's tables. Tensors that are not selected are noted if a wrapper selects, else refused."""
     tables = read_tables(source, wrapper, exact_offsets=exact_offsets)
     if tables.elsewhere and not wrapper:
         wrappers = [place.path for place in tables.elsewhere if place.path and place.named]

@@ -17,11 +17,7 @@ _BY_NAME = "load it with torch and save a dict of tensors by name"
 
 
 def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
-    """Return the dict under the keys of a wrapper.
-
-    Raises:
-        CheckpointError: ``pickle_wrapper`` for a key that is not there, ``pickle_unsupported`` for what is no dict.
-    """
+    """Return the dict under the keys of a wrapper."""
     for key in filter(None, wrapper.split(".")):
         if not isinstance(root, dict) or key not in root:
             known = ", ".join(map(str, list(root)[:8])) if isinstance(root, dict) else f"a {_kind(root)}"
@@ -39,12 +35,7 @@ def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
 
 
 def flatten(selected: dict[Any, Any], drop: Sequence[str], name: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """Split a state dict into its tensors and other values, without those to drop.
-
-    Raises:
-        CheckpointError: ``pickle_drop`` for a name that is not there, ``pickle_unsafe`` for a value that would have to
-            be built.
-    """
+    """Split a state dict into its tensors and the kinds of other values, without those to drop."""
     absent = [key for key in drop if key not in selected]
     if absent:
         texts = [key for key in selected if isinstance(key, str)]
@@ -148,11 +139,7 @@ def count_elsewhere(root: Any, selected: dict[Any, Any]) -> tuple[Place, ...]:
 
 
 def refuse_unselected(elsewhere: tuple[Place, ...], name: str) -> None:
-    """Raise if tensors lie elsewhere, of a file whose selected dict has none.
-
-    Raises:
-        CheckpointError: ``pickle_wrapper`` with the keys that may be named, ``pickle_unsupported`` if there are none.
-    """
+    """Raise if tensors lie elsewhere, of a file whose selected dict has none; name the keys that may be named."""
     wrappers = [place.path for place in elsewhere if place.named]
     if wrappers:
         raise CheckpointError(

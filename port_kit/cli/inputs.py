@@ -34,7 +34,7 @@ def read_source(text: str, *, wrapper: str = "") -> Manifest:
     path = Path(text)
     if path.exists():
         return _noted(Manifest.from_checkpoint(path, wrapper))
-    from port_kit.checkpoint.remote import looks_remote, read_remote
+    from port_kit.checkpoint.reader import looks_remote, read_remote
 
     if looks_remote(text):
         return _noted(read_remote(text, wrapper=wrapper))
