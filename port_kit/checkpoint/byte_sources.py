@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import OrderedDict
 from contextlib import AbstractContextManager
@@ -57,11 +56,10 @@ class StreamSource:
         return self._stream.read(length)
 
 
-class CachedSource(io.RawIOBase):
-    """A :class:`ByteSource` behind cached blocks, to spare requests; it is a read-only file, too."""
+class CachedSource:
+    """A :class:`ByteSource` behind cached blocks, to spare requests; it has a read-only file's methods, too."""
 
     def __init__(self, source: ByteSource) -> None:
-        super().__init__()
         self.name, self.size = source.name, source.size
         self._source = source
         self._position = 0
@@ -71,12 +69,6 @@ class CachedSource(io.RawIOBase):
         """See :class:`ByteSource`."""
         self.seek(offset)
         return self.read(length)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._position
@@ -105,14 +97,12 @@ class CachedSource(io.RawIOBase):
         self._position += len(data)
         return data
 
-    def readline(self, size: int | None = -1) -> bytes:
+    def readline(self) -> bytes:
         """Read up to a newline; looks no further than one block, which is enough for text opcodes of pickles."""
-        limit = _BLOCK if size is None or size < 0 else min(size, _BLOCK)
         start = self._position
-        line = self.read(limit).partition(b"\n")
-        found = line[0] + line[1]
-        self._position = start + len(found)
-        return found
+        before, newline, _ = self.read(_BLOCK).partition(b"\n")
+        self._position = start + len(before + newline)
+        return before + newline
 
     def _load(self, first: int, last: int) -> None:
         """Read the missing blocks of a range with one request, and forget the oldest ones."""

@@ -34,7 +34,6 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HUGE = 0xFFFFFFFF
-_LITTLE_ENDIAN = "load it with torch and save it on a little-endian machine"
 
 
 class Storage(NamedTuple):
@@ -167,7 +166,7 @@ def _check_members(by_name: Mapping[str, zipfile.ZipInfo], source: ByteSource) -
         raise CheckpointError(
             f"{source.name} holds {len(found)} data.pkl entries; a torch checkpoint holds one", code="pickle_unsafe"
         )
-    folder = f"{found[0].rpartition('/')[0]}/"
+    folder = found[0].rpartition("/")[0] + "/"
     for name, entry in by_name.items():
         if not name.startswith(folder):
             raise CheckpointError(f"{source.name}: zip entry {name!r} lies outside {folder}", code="pickle_unsafe")
@@ -186,7 +185,10 @@ def _check_members(by_name: Mapping[str, zipfile.ZipInfo], source: ByteSource) -
             )
     order = by_name.get(f"{folder}byteorder")
     if order is not None and _member(source, order).strip() != b"little":
-        raise unsupported(f"{source.name} was written on a big-endian machine", _LITTLE_ENDIAN)
+        raise unsupported(
+            f"{source.name} was written on a big-endian machine",
+            "load it with torch and save it on a little-endian machine",
+        )
     return folder
 
 
@@ -248,7 +250,7 @@ def _alignment(entry: zipfile.ZipInfo | None, source: ByteSource) -> int:
 
 def _read_legacy(stream: CachedSource, source: ByteSource, exact_offsets: bool) -> tuple[Any, dict[str, Storage]]:
     """Five pickles (magic, protocol, system, object, storage keys), then each storage with its length before it."""
-    header = [read_pickle(stream, source.name) for _ in range(3)]  # type: ignore[arg-type]
+    header = [read_pickle(stream, source.name) for _ in range(3)]
     if header[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
         raise CheckpointError(
             f"{source.name} is a plain pickle, not a torch checkpoint",
@@ -256,9 +258,12 @@ def _read_legacy(stream: CachedSource, source: ByteSource, exact_offsets: bool) 
             hint="save the tensors with torch.save",
         )
     if not isinstance(header[2], dict) or header[2].get("little_endian") is not True:
-        raise unsupported(f"{source.name} was written on a big-endian machine", _LITTLE_ENDIAN)
-    root = read_pickle(stream, source.name, allow_opaque=True)  # type: ignore[arg-type]
-    keys = read_pickle(stream, source.name)  # type: ignore[arg-type]
+        raise unsupported(
+            f"{source.name} was written on a big-endian machine",
+            "load it with torch and save it on a little-endian machine",
+        )
+    root = read_pickle(stream, source.name, allow_opaque=True)
+    keys = read_pickle(stream, source.name)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise corrupt(f"{source.name}: the list of storages is not one")
     # Also storages of what is left out: their bytes lie in between.

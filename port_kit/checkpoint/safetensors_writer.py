@@ -176,7 +176,8 @@ def _check_names(tensors: Sequence[tuple[str, TensorEntry]], name: str) -> None:
     """Refuse names with which the written file could not be read."""
     for key, _ in tensors:
         if key == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in key):
-            raise unsupported(f"{name}: safetensors cannot hold a tensor of the name {ascii(key)[:200]}", "rename it")
+            shown = ascii(key)[:200]
+            raise unsupported(f"{name}: safetensors cannot hold a tensor of the name {shown}", "rename the tensor")
 
 
 def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, name: str) -> None:

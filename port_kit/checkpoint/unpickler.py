@@ -14,6 +14,7 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from port_kit.checkpoint.byte_sources import CachedSource
 from port_kit.checkpoint.pickle_values import (
     CALLS,
     COPYING,
@@ -53,7 +54,7 @@ _COST_OF_FAR_MEMO = 110
 _MARK = object()  # the begin of a group of stack items
 
 
-def read_pickle(stream: BinaryIO, where: str, *, allow_opaque: bool = False) -> Any:
+def read_pickle(stream: BinaryIO | CachedSource, where: str, *, allow_opaque: bool = False) -> Any:
     """Return what the pickle at the stream's position describes; afterwards the stream stands behind it.
 
     Args:
@@ -68,7 +69,7 @@ def read_pickle(stream: BinaryIO, where: str, *, allow_opaque: bool = False) -> 
     machine = _Machine(where, allow_opaque)
     start = stream.tell()
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
             if count > _MOST_OPCODES or (position or 0) - start > LONGEST_PICKLE:
                 raise corrupt(f"{where}: the pickle is longer than any checkpoint's")
             if opcode.name == "STOP":
