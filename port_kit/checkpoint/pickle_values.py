@@ -185,9 +185,9 @@ def describe(value: Any) -> str:
 
 
 def is_allowed(found: Global) -> bool:
-    if found in CALLS or found in _TENSOR_TYPES or found in _UNTYPED:
-        return True
-    return _storage_dtype(found) is not None or _dtype(found) is not None
+    """Return True if a global is on the allow list."""
+    known = found in CALLS or found in _TENSOR_TYPES or found in _UNTYPED
+    return known or _storage_dtype(found) is not None or _dtype(found) is not None
 
 
 def _storage_dtype(found: Global) -> str | None:

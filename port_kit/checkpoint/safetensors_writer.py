@@ -111,10 +111,8 @@ def plan_layout(tables: Tables, name: str, *, leave_out_scalars: bool = False) -
     Raises:
         CheckpointError: ``pickle_unsupported`` for values or dtypes that safetensors cannot hold.
     """
-    _refuse_others(tables, name, leave_out_scalars)
+    _check_content(tables, name, leave_out_scalars)
     kept = sorted(tables.tensors.items(), key=lambda item: -ITEM_SIZES[item[1].dtype])
-    _check_names(kept, name)
-    _check_growth(kept, tables, name)
     header: dict[str, object] = {"__metadata__": {"format": "pt", NAMING_KEY: "original"}}
     position = 0
     for key, entry in kept:
@@ -158,7 +156,7 @@ def require_crc(storage: Storage, key: str, value: int, name: str) -> None:
         raise corrupt(f"{name}: storage {key} has CRC-32 {value:08x}, the zip directory says {storage.crc:08x}")
 
 
-def _refuse_others(tables: Tables, name: str, leave_out_scalars: bool) -> None:
+def _check_content(tables: Tables, name: str, leave_out_scalars: bool) -> None:
     others = {key: kind for key, kind in tables.others.items() if not (leave_out_scalars and kind in _SCALARS)}
     if others:
         listed = ", ".join(f"{key} ({kind})" for key, kind in list(others.items())[:8])
@@ -170,19 +168,8 @@ def _refuse_others(tables: Tables, name: str, leave_out_scalars: bool) -> None:
         )
     if not tables.tensors:
         raise unsupported(f"{name} holds no tensors")
-
-
-def _check_names(tensors: Sequence[tuple[str, TensorEntry]], name: str) -> None:
-    """Refuse names with which the written file could not be read."""
-    for key, _ in tensors:
-        if key == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in key):
-            shown = ascii(key)[:200]
-            raise unsupported(f"{name}: safetensors cannot hold a tensor of the name {shown}", "rename the tensor")
-
-
-def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, name: str) -> None:
-    """Tied and expanded tensors get bytes of their own; a few bytes that claim to be terabytes do not."""
-    size = sum(entry.nbytes for _, entry in tensors)
+    # Tied and expanded tensors get bytes of their own; a few bytes that claim to be terabytes do not.
+    size = sum(entry.nbytes for entry in tables.tensors.values())
     if size > max(_MOST_GROWTH * tables.size, _ALWAYS_ALLOWED):
         raise unsupported(
             f"{name} has {tables.size} bytes, and its tensors would be {size} bytes without shared storage",
@@ -191,6 +178,9 @@ def _check_growth(tensors: Sequence[tuple[str, TensorEntry]], tables: Tables, na
 
 
 def _header_entry(entry: TensorEntry, key: str, name: str, position: int) -> dict[str, object]:
+    if key == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in key):
+        shown = ascii(key)[:200]
+        raise unsupported(f"{name}: safetensors cannot hold a tensor of the name {shown}", "rename the tensor")
     dtype = DTYPES[entry.dtype]
     try:
         shape = header_shape(dtype, entry.shape)

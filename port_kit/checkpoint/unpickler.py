@@ -225,24 +225,16 @@ class _Machine:
             raise self._refused("more copies of its own content than it holds items")
         self.push(CALLS[function](arguments[0], self._where))
 
-    def call_class(self, kind: Any, arguments: list[Any]) -> None:
+    def call_class(self, kind: Any, *arguments: Any) -> None:
         """Make an object of a class: none on the allow list is written so."""
         if not isinstance(kind, Opaque):
             raise self._refused(f"an object of {describe(kind)}")
-        self.call(kind, arguments)
-
-    def new_object(self, count: int) -> None:
-        kind, *arguments = self.pop_many(count + 1)
-        self.call_class(kind, arguments)
-
-    def object_from_mark(self, _: None) -> None:
-        kind, *arguments = self.pop_to_mark()
-        self.call_class(kind, arguments)
+        self.call(kind, *arguments)
 
     def instance(self, argument: str) -> None:
         arguments = self.pop_to_mark()
         self.find_global(argument)
-        self.call_class(self.pop(), arguments)
+        self.call_class(self.pop(), *arguments)
 
     def build(self, _: None) -> None:
         """State that torch keeps beside a dict (``_metadata``) carries no tensors; anything else has no state."""
@@ -291,9 +283,9 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     "STACK_GLOBAL": lambda machine, _: machine.push_global(*machine.pop_many(2)),
     "BINPERSID": _Machine.persistent,
     "REDUCE": lambda machine, _: machine.call(*machine.pop_many(2)),
-    "NEWOBJ": lambda machine, _: machine.new_object(1),
-    "NEWOBJ_EX": lambda machine, _: machine.new_object(2),
-    "OBJ": _Machine.object_from_mark,
+    "NEWOBJ": lambda machine, _: machine.call_class(*machine.pop_many(2)),
+    "NEWOBJ_EX": lambda machine, _: machine.call_class(*machine.pop_many(3)),
+    "OBJ": lambda machine, _: machine.call_class(*machine.pop_to_mark()),
     "INST": _Machine.instance,
     "EMPTY_SET": lambda machine, _: machine.push(machine.make_opaque("builtins.set")),
     "ADDITEMS": lambda machine, _: machine.append_items(machine.pop_to_mark()),
