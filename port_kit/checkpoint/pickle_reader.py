@@ -145,6 +145,9 @@ def _read_zip(stream: CachedSource, source: ByteSource, exact_offsets: bool) -> 
     by_name = {entry.orig_filename: entry for entry in entries}
     if len(by_name) != len(entries):
         raise CheckpointError(f"{source.name}: two zip entries have one name", code="pickle_unsafe")
+    for name, entry in by_name.items():
+        if entry.header_offset < 0:
+            raise corrupt(f"{source.name}: zip entry {name!r} begins before the file")
     folder = _check_members(by_name, source)
     data, where = _member(source, by_name[f"{folder}data.pkl"]), f"{source.name}:{folder}data.pkl"
     pickled = io.BytesIO(data)
@@ -167,11 +170,9 @@ def _check_members(by_name: Mapping[str, zipfile.ZipInfo], source: ByteSource) -
             f"{source.name} holds {len(found)} data.pkl entries; a torch checkpoint holds one", code="pickle_unsafe"
         )
     folder = found[0].rpartition("/")[0] + "/"
-    for name, entry in by_name.items():
+    for name in by_name:
         if not name.startswith(folder):
             raise CheckpointError(f"{source.name}: zip entry {name!r} lies outside {folder}", code="pickle_unsafe")
-        if entry.header_offset < 0:
-            raise corrupt(f"{source.name}: zip entry {name!r} begins before the file")
         if name == f"{folder}constants.pkl" or name.startswith(f"{folder}code/"):
             raise unsupported(
                 f"{source.name} is a TorchScript archive: it holds code, not only tensors",
@@ -237,7 +238,7 @@ def _zip_storages(
         # A byte of the file belongs to one storage at most: it is written to one place while it arrives.
         for key, storage in sorted(storages.items(), key=lambda item: item[1].offset):
             if storage.offset < end and storage.nbytes:
-                raise corrupt(f"{source.name}: zip entry {folder}data/{key} lies inside another one")
+                raise corrupt(f"{source.name}: zip entry {f'{folder}data/{key}'!r} lies inside another one")
             end = max(end, storage.offset + storage.nbytes)
     return storages
 

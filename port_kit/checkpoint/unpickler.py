@@ -51,7 +51,11 @@ _COST_OF_ITEM = 60
 _COST_OF_FAR_MEMO = 110
 
 
-_MARK = object()  # the begin of a group of stack items
+class _Mark:
+    """The begin of a group of stack items."""
+
+
+_MARK = _Mark()
 
 
 def read_pickle(stream: BinaryIO | CachedSource, where: str, *, allow_opaque: bool = False) -> Any:
