@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_madvise = ctypes.CDLL(None).madvise
 #: Bytes of one read.
 BLOCK = 16 << 20
 
@@ -90,7 +89,8 @@ class SafetensorsFile:
         """
         first = self._address + start // mmap.PAGESIZE * mmap.PAGESIZE
         # mmap's own method would keep the interpreter from the other threads
-        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(self._address + stop - first), mmap.MADV_DONTNEED)
+        length = ctypes.c_size_t(self._address + stop - first)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, mmap.MADV_DONTNEED)
 
     @cached_property
     def _address(self) -> int:

@@ -125,13 +125,13 @@ class Transfer(NamedTuple):
     Attributes:
         source: the region of the source.
         shape: its extents.
-        index: the region of this rank's memory, empty for all of it.
+        local: the region of this rank's memory, empty for all of it.
         permutations: the permutations of axes between them.
     """
 
     source: Region
     shape: Shape
-    index: tuple[slice, ...]
+    local: tuple[slice, ...]
     permutations: tuple[tuple[int, ...], ...]
 
 
@@ -283,7 +283,7 @@ class _Load:
         """Read a region into this rank's memory, through a buffer if that is on a GPU."""
         spec, target = self.plan.source[name], self.executor.targets[task.target]
         memory = target.memory
-        into = memory[transfer.index] if transfer.index else memory
+        into = memory[transfer.local] if transfer.local else memory
         self.bytes_read += math.prod(transfer.shape) * ITEM_SIZES[spec.dtype]
         same_bytes = spec.dtype == target.spec.dtype and not transfer.permutations
         if memory.is_cuda:
