@@ -46,9 +46,10 @@ build/uv/bin/uv:
 	python3 -m venv build/uv
 	build/uv/bin/python -m pip install --quiet uv
 
-$(STAMP): setup.cfg setup.py pyproject.toml requirements/overrides.txt | $(filter build/%,$(UV))
+$(STAMP): setup.cfg pyproject.toml requirements/overrides.txt requirements/without_cuda.py | $(filter build/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	$(UV) pip install --quiet --python $(RUN) --overrides requirements/overrides.txt $(WHEELS) -e '.[cpu,omni,dev]'
+	$(RUN) requirements/without_cuda.py
 	@touch $@
 
 # Triton's interpreter runs the kernels' tests on a CPU. It stays out of .venv: vLLM for CPU would look at it and complain.

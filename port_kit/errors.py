@@ -135,7 +135,7 @@ CODES: dict[str, str] = {
     "component_input": "a tensor handed to a component has a shape that it cannot take",
     "attention_backend": "an attention backend was asked for that the CPU platform cannot run",
     "port_unregistrable": "a port's pipeline cannot be handed to vLLM-Omni's registry",
-    "upstream_changed": "vLLM-Omni, torch or torchvision changed where a patch of the kit rests on it",
+    "upstream_changed": "vLLM-Omni or torch changed where a patch of the kit rests on it",
     "vllm_omni_version": "the installed vLLM-Omni is not of the series that the kit was proven on",
     "worker_died": "a forked test worker died before it had a result",
     "worker_failed": "a forked test worker raised; its traceback is in the message",

@@ -62,7 +62,15 @@ def diagnose(*, engine: bool = True) -> tuple[dict[str, str | None], list[Check]
         Versions by distribution (None where absent), and the checks in the order in which they matter.
     """
     versions = dict(_version(names) for names in PACKAGES)
-    checks = [_python(), _runtime(versions), _torchvision(), _torchaudio(), *_ports(), _token(), _disk()]
+    checks = [
+        _python(),
+        _runtime(versions),
+        _companion("torchvision"),
+        _companion("torchaudio"),
+        *_ports(),
+        _token(),
+        _disk(),
+    ]
     if engine and find_spec("vllm_omni") is not None:
         checks += _engine()
     return versions, checks
@@ -94,39 +102,16 @@ def _runtime(versions: dict[str, str | None]) -> Check:
     )
 
 
-def _torchvision() -> Check:
-    """Say whether the start-up hook is there, and whether it has something to do."""
-    from port_kit.runtime.startup import TorchvisionFinder, is_cuda_build
-
-    spec = find_spec("torchvision")
+def _companion(name: str) -> Check:
+    """Compare the build of torchvision or torchaudio with torch's: a CUDA build beside a CPU build fails on import."""
+    spec = find_spec(name)
     if spec is None or spec.origin is None:
-        return Check("torchvision", True, "not installed")
-    hooked = any(type(finder).__name__ == TorchvisionFinder.__name__ for finder in sys.meta_path)
-    mixed = is_cuda_build(str(Path(spec.origin).parent)) and _torch_is_cpu_build()
-    state = "a CUDA build beside a CPU-built torch" if mixed else "a build that fits torch"
-    hook = "start-up hook installed" if hooked else "start-up hook not installed"
+        return Check(name, True, "not installed")
+    path = Path(spec.origin).with_name("version.py")
+    mixed = path.is_file() and "+cu" in path.read_text(encoding="utf-8") and _torch_is_cpu_build()
+    detail = "a CUDA build beside a CPU build of torch: vLLM cannot be imported" if mixed else "a build that fits torch"
     return Check(
-        "torchvision",
-        hooked or not mixed,
-        f"{state}; {hook}",
-        "install port-kit again (its port_kit_startup.pth is missing), or install torchvision's CPU build",
-    )
-
-
-def _torchaudio() -> Check:
-    """Say whether torchaudio is there; a CUDA build beside a CPU-built torch makes ``import vllm`` fail."""
-    from port_kit.runtime.startup import is_cuda_build
-
-    spec = find_spec("torchaudio")
-    if spec is None or spec.origin is None:
-        return Check("torchaudio", True, "not installed; the API server starts without it, speech endpoints need it")
-    mixed = is_cuda_build(str(Path(spec.origin).parent)) and _torch_is_cpu_build()
-    state = "a CUDA build beside a CPU-built torch: it cannot be imported, nor can vLLM" if mixed else "installed"
-    return Check(
-        "torchaudio",
-        not mixed,
-        state,
-        "uninstall torchaudio (the API server starts without it), or install its CPU build",
+        name, not mixed, detail, f"install its CPU build: uv pip install --torch-backend=cpu --reinstall {name}"
     )
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 
 from port_kit.errors import RegistrationError
 from port_kit.runtime.ledger import PATCHES, SERIES, Need
@@ -108,34 +105,9 @@ def _cpu_kernel(operator: str) -> str:
     return "registered" if torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU") else "none"
 
 
-def _fakes(package: str) -> str:
-    from port_kit.runtime.startup import unbacked_operators
-
-    return ", ".join(unbacked_operators()) or "absent"
-
-
-def _imports(target: str) -> str:
-    """Read ``module:package``: what the module's top level imports of the package; neither is run."""
-    module, _, package = target.partition(":")
-    root, *parts = module.split(".")
-    spec = importlib.util.find_spec(root)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{root} is not installed")
-    tree = ast.parse(Path(spec.submodule_search_locations[0], *parts).with_suffix(".py").read_bytes())
-    names: list[str] = []
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return ", ".join(name for name in names if name.partition(".")[0] == package)
-
-
 READERS: dict[str, Callable[[str], str]] = {
     "annotation": _annotation,
     "cpu_kernel": _cpu_kernel,
-    "fakes": _fakes,
-    "imports": _imports,
     "parameters": _parameters,
     "schema": _schema,
     "source": _source,

@@ -149,18 +149,5 @@ PATCHES: dict[str, Patch] = {
                 Need("source", "vllm_omni.entrypoints.openai.image_api_utils:parse_size", ("9e3bc57ec589e4de",)),
             ),
         ),
-        Patch(
-            "torchvision_schemas",
-            "a CUDA-built torchvision importable beside a CPU-built torch",
-            (Need("fakes", "torchvision", ("nms, qnms", "absent")),),
-        ),
-        Patch(
-            "torchaudio_absent",
-            "an API server that starts without torchaudio",
-            (
-                Need("imports", "vllm_omni.entrypoints.openai.audio_utils_mixin:torchaudio", ("torchaudio",)),
-                Need("imports", "vllm_omni.utils.audio:torchaudio", ("torchaudio.functional.melscale_fbanks",)),
-            ),
-        ),
     )
 }

@@ -72,14 +72,9 @@ def _answer(plugin: object) -> str | None:
 def announce_ports() -> None:
     """Declare every port's output modality while vLLM-Omni is being imported; supplies no platform.
 
-    Also lets the API server, which is imported after this, start without torchaudio.
-
     Failures here are swallowed by vLLM-Omni's platform detection; :func:`register_pipelines` meets them again
     and raises.
     """
-    from port_kit.runtime.torchaudio_absent import install
-
-    install()
     _declare_output_types()
 
 

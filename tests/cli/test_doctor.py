@@ -66,29 +66,19 @@ def test_a_check_that_does_not_hold_fails_the_command(monkeypatch: pytest.Monkey
     assert "not installed" in result.output
 
 
-def test_a_missing_hook_beside_mixed_builds_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("port_kit.runtime.startup.is_cuda_build", lambda folder: True)
-    monkeypatch.setattr(module, "_torch_is_cpu_build", lambda: True)
-    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "TorchvisionFinder"])
-    check = module._torchvision()
-    assert not check.ok and "port_kit_startup.pth is missing" in check.hint
-
-
 @pytest.mark.parametrize(
-    ("release", "ok", "words"), [("2.11.0+cu130", False, "cannot be imported"), ("2.11.0+cpu", True, "installed")]
+    ("torch_is_cpu", "release", "ok"), [(True, "+cu130", False), (True, "+cpu", True), (False, "+cu130", True)]
 )
-def test_a_torchaudio_that_breaks_vllm_is_found(
-    release: str, ok: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["torchvision", "torchaudio"])
+def test_a_cuda_build_beside_a_cpu_build_of_torch_is_found(
+    name: str, torch_is_cpu: bool, release: str, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert module._torchaudio() == Check(
-        "torchaudio", True, "not installed; the API server starts without it, speech endpoints need it"
-    )
-    (tmp_path / "torchaudio").mkdir()
-    (tmp_path / "torchaudio" / "__init__.py").write_text("")
-    (tmp_path / "torchaudio" / "version.py").write_text(f"__version__ = '{release}'\n")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / name / "version.py").write_text(f"__version__ = '2.11.0{release}'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    check = module._torchaudio()
-    assert (check.ok, words in check.detail) == (ok, True)
+    monkeypatch.setattr(module, "_torch_is_cpu_build", lambda: torch_is_cpu)
+    assert module._companion(name).ok == ok
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Promises of the project as a whole: light imports, complete lists, registered errors, short files, a whole wheel."""
+"""Promises of the project as a whole: light imports, complete lists, registered errors, short files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,11 +63,6 @@ def test_no_room_imports_a_port_and_no_written_port_does() -> None:
     assert len(files) > 150 and found == {"port_kit/pages/errors.py"}
 
 
-def test_starting_python_imports_neither_kit_nor_torch() -> None:
-    done = _run("import sys; print(sorted({'torch', 'port_kit', 'typing', 'port_kit_startup'} & set(sys.modules)))")
-    assert done.stdout.strip() == "['port_kit_startup']"
-
-
 @pytest.mark.parametrize("path", _files("port_kit", "models"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_all_is_sorted_and_complete(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -107,7 +100,7 @@ def test_every_package_is_listed() -> None:
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in _files("port_kit") if path.name == "__init__.py"}
     ports = {path.parent.relative_to(ROOT).parts for path in _files("models") if path.name == "__init__.py"}
     found |= {".".join(("port_kit", *parts)) for parts in ports}
-    assert listed == found | {"port_kit_startup"}
+    assert listed == found
 
 
 def test_no_file_is_too_long() -> None:
@@ -197,56 +190,3 @@ except OptionalDependencyError as error:
     done = _run(code)
     assert done.stdout.startswith("dependency_missing True"), done.stdout + done.stderr
     assert "pip install 'port-kit[omni" in done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter of a fresh environment with the kit's wheel; dependencies are borrowed from this one."""
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
-    source.mkdir()
-    for name in ("port_kit", "models", "setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        (source / name).symlink_to(ROOT / name)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(work)], cwd=source, check=True, capture_output=True)
-    venv = work / "venv"
-    uv = [sys.executable, "-m", "uv", "--quiet", "--offline"]
-    subprocess.run([*uv, "venv", "--python", sys.executable, str(venv)], check=True)
-    python = venv / "bin" / "python"
-    (wheel,) = work.glob("*.whl")
-    subprocess.run([*uv, "pip", "install", "--python", str(python), "--no-deps", str(wheel)], check=True)
-    # A path line adds the folder but does not run the .pth files in it: the editable install stays out.
-    packages = subprocess.check_output(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-    )
-    (Path(packages.strip()) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return python
-
-
-def test_the_wheel_has_every_file(wheel_python: Path) -> None:
-    (wheel,) = wheel_python.parents[2].glob("*.whl")
-    found = set(zipfile.ZipFile(wheel).namelist())
-    assert any(name.endswith(".data/purelib/port_kit_startup.pth") for name in found)
-    for folder, package in (("port_kit", "port_kit"), ("models", "port_kit/models")):
-        paths = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        expected = {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in paths}
-        expected = {name for name in expected if not name.endswith(".pth")}
-        assert expected <= found, f"not in the wheel: {sorted(expected - found)}"
-
-
-def _in_wheel(python: Path, *arguments: str) -> str:
-    done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=python.parent, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_wheel_has_the_kit_and_its_ports(wheel_python: Path) -> None:
-    code = "import port_kit, port_kit.models as m; print(port_kit.__file__); print(m.__file__)"
-    for line in _in_wheel(wheel_python, "-c", code).split():
-        assert Path(line).is_relative_to(wheel_python.parents[1])
-    assert "dreamid_omni" in _in_wheel(wheel_python, "-m", "port_kit", "list")
-
-
-def test_the_wheel_starts_the_hook(wheel_python: Path) -> None:
-    code = "import sys; print([type(finder).__name__ for finder in sys.meta_path][0])"
-    assert _in_wheel(wheel_python, "-c", code).strip() == "TorchvisionFinder"
