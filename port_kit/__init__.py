@@ -3,6 +3,8 @@
 Importing the package needs neither torch nor vLLM; the rooms that do say so when they are entered.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from port_kit.errors import (
     DownloadError,
     InputError,
@@ -16,7 +18,10 @@ from port_kit.errors import (
 )
 from port_kit.port import Component, Port, find_port, list_ports
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("port-kit")
+except PackageNotFoundError:  # imported from a folder of sources
+    __version__ = "0+unknown"
 
 __all__ = [
     "Component",
