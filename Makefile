@@ -3,7 +3,8 @@
 PYTHON ?= 3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
-STAMP := $(VENV)/.port-kit-set-up
+STAMP := $(VENV)/.port-kit-set-up$(LATEST)
+LOCK := requirements/lock.txt
 TRITON := build/triton
 EXAMPLE := examples/offline_inference/dreamid_omni
 DEMO := build/demo
@@ -22,6 +23,16 @@ WHEELS := --torch-backend=cpu
 endif
 export UV_HTTP_TIMEOUT ?= 180
 
+# The versions of the lock file, or with LATEST=1 the newest ones that setup.cfg allows.
+ifdef LATEST
+VERSIONS := --upgrade
+TRITON_VERSION := triton>=3.4
+else
+VERSIONS := --constraints $(LOCK) --build-constraints $(LOCK)
+TRITON_VERSION := triton==3.9.0
+endif
+INSTALL = $(UV) pip install --quiet --python $(RUN) --overrides requirements/overrides.txt $(VERSIONS) $(WHEELS)
+
 UV := $(shell command -v uv)
 ifeq ($(UV),)
 UV := build/uv/bin/uv
@@ -31,11 +42,13 @@ endif
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up demo test check docs clean
+.PHONY: help set-up lock demo test check docs clean
 
 help:
 	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png"
 	@echo "make test    set up, check, and run the tests"
+	@echo "make set-up  install the locked versions into .venv; with LATEST=1 the newest that are allowed"
+	@echo "make lock    write requirements/lock.txt anew"
 	@echo "make check   set up, lint, check imports and types"
 	@echo "make docs    write the pages that are generated: the command line, troubleshooting"
 	@echo "make clean   remove build/ and .venv/"
@@ -46,15 +59,21 @@ build/uv/bin/uv:
 	python3 -m venv build/uv
 	build/uv/bin/python -m pip install --quiet uv
 
-$(STAMP): setup.cfg pyproject.toml requirements/overrides.txt requirements/without_cuda.py | $(filter build/%,$(UV))
+$(STAMP): setup.cfg pyproject.toml $(wildcard requirements/*) | $(filter build/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	$(UV) pip install --quiet --python $(RUN) --overrides requirements/overrides.txt $(WHEELS) -e '.[cpu,omni,dev]'
+	$(INSTALL) -e '.[cpu,omni,dev]'
 	$(RUN) requirements/without_cuda.py
+	@rm -f $(VENV)/.port-kit-*
 	@touch $@
+
+# Releases of all dependencies and of all extras, for every supported version of Python.
+lock: | $(filter build/%,$(UV))
+	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --all-extras --overrides requirements/overrides.txt \
+	  $(WHEELS) --no-annotate --custom-compile-command 'make lock' setup.cfg --output-file $(LOCK)
 
 # Triton's interpreter runs the kernels' tests on a CPU. It stays out of .venv: vLLM for CPU would look at it and complain.
 $(TRITON): $(STAMP)
-	$(UV) pip install --quiet --python $(RUN) --target $(TRITON) $(WHEELS) 'triton>=3.4'
+	$(UV) pip install --quiet --python $(RUN) --target $(TRITON) $(WHEELS) '$(TRITON_VERSION)'
 	@touch $@
 
 # The loopback Hub of --tiny must not be looked for behind a proxy.
