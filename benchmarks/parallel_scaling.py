@@ -3,10 +3,10 @@
 The transformer is the published model's (11.66 B parameters, bfloat16) with random weights, which are the same in all
 layouts and reach the ranks the way a checkpoint does, HSDP's shards included. Each layout runs in vLLM-Omni's own
 workers, one process a GPU; its flows are compared with one GPU's. Seconds are the slowest rank's median of ``--rounds``
-after two warm-up rounds. ``peak_bytes`` is the most that PyTorch allocated; ``mailbox_bytes``, which other ranks of the
-host write to (:mod:`port_kit.parallel.peers`), comes on top. The share of communication is measured in one profiled
-round: time in NCCL kernels and in copies between GPUs (on a CPU, in gloo's operators) over the time of the round; it
-counts where it overlaps with computation too, as copies between GPUs do, and so may exceed 1.
+after two warm-up rounds. ``peak_bytes`` is the most that PyTorch allocated; ``symm_mem_bytes``, which other ranks of
+the host write to (:mod:`port_kit.parallel.comm.symm_mem`), comes on top. The share of communication is measured in one
+profiled round: time in NCCL kernels and in copies between GPUs (on a CPU, in gloo's operators) over the time of the
+round; it counts where it overlaps with computation too, as copies between GPUs do, and so may exceed 1.
 Prints one JSON object.
 
     python benchmarks/parallel_scaling.py                        # one GPU, then layouts of all GPUs of the machine
@@ -38,7 +38,7 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
-from port_kit.parallel.passes import PassesTogether
+from port_kit.parallel.cfg_batching import BatchedCFGMixin
 
 if TYPE_CHECKING:
     from port_kit.testing.workers import WaitingRanks
@@ -54,7 +54,7 @@ TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-5}
 WARM_UP = 2
 
 
-class ScalingPipeline(nn.Module, PassesTogether):
+class ScalingPipeline(nn.Module, BatchedCFGMixin):
     """The transformer alone, in the worker's hands; a request is a measurement."""
 
     _dit_modules: ClassVar[list[str]] = ["transformer"]
@@ -94,8 +94,8 @@ class ScalingPipeline(nn.Module, PassesTogether):
 
     def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
         """Time the step; return its flows and the figures of this rank."""
+        from port_kit.parallel.comm.symm_mem import transfer_stats
         from port_kit.parallel.memory import local_bytes
-        from port_kit.parallel.peers import exchanged
 
         given = req.sampling_params.extra_args
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ class ScalingPipeline(nn.Module, PassesTogether):
             "weight_bytes": local_bytes(self.transformer),
             "peak_bytes_loading": loaded,
             "peak_bytes": peak_bytes(self.device),
-            "mailbox_bytes": exchanged["memory"],
+            "symm_mem_bytes": transfer_stats["memory"],
             **profiled(step, self.device, given["kernels"]),
         }
         return DiffusionOutput(output={"flows": [flow.float().cpu() for flow in step()], "figures": figures})
@@ -122,9 +122,9 @@ class ScalingPipeline(nn.Module, PassesTogether):
 def whole_shapes(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter as one rank alone has it."""
     from port_kit.models.wan_fusion.transformer import build_transformer
-    from port_kit.parallel.outline import outline
+    from port_kit.parallel.meta_init import meta_init
 
-    with outline(dtype):
+    with meta_init(dtype):
         return {name: tuple(value.shape) for name, value in build_transformer(config).named_parameters()}
 
 
@@ -229,7 +229,7 @@ def measure(
         "weight_bytes": [one["weight_bytes"] for one in figures],
         "peak_bytes_loading": [one["peak_bytes_loading"] for one in figures],
         "peak_bytes": [one["peak_bytes"] for one in figures],
-        "mailbox_bytes": [one["mailbox_bytes"] for one in figures],
+        "symm_mem_bytes": [one["symm_mem_bytes"] for one in figures],
         "communication": [round(one["communication"], 4) for one in figures],
         **({"kernels_rank_0": figures[0]["kernels"]} if options.kernels else {}),
     }

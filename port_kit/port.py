@@ -61,7 +61,7 @@ class Port:
         reference: ``"module:attribute"`` of the :class:`~port_kit.reference.Reference` that
             ``verify parity --reference`` runs, or empty.
         parallel: ``"module:function"`` that takes a scratch folder and returns the tiny
-            :class:`~port_kit.parallel.verify.Subject` that ``verify parallel`` runs, or empty.
+            :class:`~port_kit.parallel.verify.ParallelTestCase` that ``verify parallel`` runs, or empty.
         card: path of the port's card in the repository, for people.
         licences: what the weights and the code may be used for, one line each: ``{part: licence}``.
     """

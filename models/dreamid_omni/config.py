@@ -20,7 +20,7 @@ from port_kit.pipeline.inputs import as_list, check_size
 
 VIDEO_LATENT_LENGTH = 31  # latent frames: 1 + 30 * 4 = 121 frames
 AUDIO_LATENT_LENGTH = 157  # audio latents: 314 mel frames of 256 samples = 80,384 samples
-GUIDANCE_PASSES = 4  # of the transformer, a step: full, without text, without pictures, without voices
+GUIDANCE_BRANCHES = 4  # of the transformer, a step: full, without text, without pictures, without voices
 #: Latents that one voice reference takes: 1 s = 16,000 samples = 62 mel frames = 31 latents.
 VOICE_LATENT_LENGTH = 31
 #: The audio tower reads at most 1024 tokens, references included.

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from port_kit.models.dreamid_omni.recipe import RECIPE
-from port_kit.parallel.verify import Subject
+from port_kit.parallel.verify import ParallelTestCase
 from port_kit.testing.tiny_fusion import download_tiny
 from port_kit.testing.workers import Request
 
@@ -22,10 +22,10 @@ VOICE_SAMPLES = 33_000
 OUTPUT_TOLERANCE = 5e-3
 
 
-def tiny_subject(scratch: Path) -> Subject:
+def tiny_subject(scratch: Path) -> ParallelTestCase:
     """Download the tiny model from a loopback Hub into ``scratch``, and return it with a request."""
     report = download_tiny(RECIPE, scratch / "tiny")
-    return Subject(Path(report.directory), [_request()], output_tolerance=OUTPUT_TOLERANCE)
+    return ParallelTestCase(Path(report.directory), [_request()], output_tolerance=OUTPUT_TOLERANCE)
 
 
 def _request() -> Request:

@@ -34,7 +34,7 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
     """
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
-    guidance_passes: ClassVar[int] = config.GUIDANCE_PASSES
+    guidance_branches: ClassVar[int] = config.GUIDANCE_BRANCHES
     support_image_input: ClassVar[bool] = True
     support_audio_input: ClassVar[bool] = True
 

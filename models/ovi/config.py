@@ -20,7 +20,7 @@ from port_kit.models.wan_fusion.request import (
 )
 from port_kit.pipeline.inputs import as_list, check_integer
 
-GUIDANCE_PASSES = 2  # of the transformer, a step: with the prompt, with the negative prompts
+GUIDANCE_BRANCHES = 2  # of the transformer, a step: with the prompt, with the negative prompts
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint has its area
 DEFAULT_SEED = 103
 SKIP_BLOCK = 11  # left out in the pass with the negative prompts; the original calls it slg_layer

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from port_kit.models.ovi.recipe import RECIPE
-from port_kit.parallel.verify import Subject
+from port_kit.parallel.verify import ParallelTestCase
 from port_kit.testing.tiny_fusion import download_tiny
 from port_kit.testing.workers import Request
 
@@ -19,10 +19,10 @@ from port_kit.testing.workers import Request
 OUTPUT_TOLERANCE = 5e-3
 
 
-def tiny_subject(scratch: Path) -> Subject:
+def tiny_subject(scratch: Path) -> ParallelTestCase:
     """Download the tiny model from a loopback Hub into ``scratch``, and return it with a request."""
     report = download_tiny(RECIPE, scratch / "tiny")
     picture = Image.new("RGB", (96, 64), (200, 30, 90))
     prompt = {"prompt": "rain on a roof. Audio: rain", "multi_modal_data": {"image": picture}}
     request = Request(prompt, {"num_inference_steps": 1, "seed": 11})
-    return Subject(Path(report.directory), [request], output_tolerance=OUTPUT_TOLERANCE)
+    return ParallelTestCase(Path(report.directory), [request], output_tolerance=OUTPUT_TOLERANCE)

@@ -35,7 +35,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
     """
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
-    guidance_passes: ClassVar[int] = config.GUIDANCE_PASSES
+    guidance_branches: ClassVar[int] = config.GUIDANCE_BRANCHES
     support_image_input: ClassVar[bool] = True
 
     def read_directory(self, model: str) -> None:

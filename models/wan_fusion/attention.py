@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from port_kit.models.wan_fusion.fused import Summands
 from port_kit.models.wan_fusion.layers import QueryKeyNorm, shared_squares
 from port_kit.parallel import linear
-from port_kit.parallel.sequence import LengthTrimmedAttention
+from port_kit.parallel.sequence import PaddedAttention
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -38,7 +38,7 @@ class Positions:
 
 #: A clip has a hundred video tokens for each of its sound: between ranks, sound travels and video stays.
 Stream = Literal["video", "audio"]
-Short = Literal["keys", "queries"] | None
+GatherOperand = Literal["kv", "q"] | None
 
 
 class SelfAttention(nn.Module):
@@ -52,8 +52,8 @@ class SelfAttention(nn.Module):
         self.norm_q = QueryKeyNorm(dim, config.eps)
         self.norm_k = QueryKeyNorm(dim, config.eps)
         self.heads = self.qkv.num_heads
-        short: Short = "keys" if stream == "audio" else None
-        self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", short=short)
+        gather: GatherOperand = "kv" if stream == "audio" else None
+        self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", gather=gather)
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Summands:
         """Take normalised tokens; return ``[B, S, D]``, or summands of it."""
@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         (q,) = self.norm_q(q, q_squares, positions.rope)
         (k,) = self.norm_k(k, k_squares, positions.rope)
         attended = self.attn(*(split_heads(t, self.heads) for t in (q, k, v)), positions.length)
-        return linear.summands(self.o, attended.flatten(2))
+        return linear.row_parallel_partials(self.o, attended.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -88,8 +88,8 @@ class CrossAttention(nn.Module):
         self.text_attn = _attention(
             config, self.heads, f"{prefix}.text_attn", role="cross", skip_sequence_parallel=True
         )
-        short: Short = "queries" if stream == "audio" else "keys"
-        self.fusion_attn = _attention(config, self.heads, f"{prefix}.fusion_attn", role="cross", short=short)
+        gather: GatherOperand = "q" if stream == "audio" else "kv"
+        self.fusion_attn = _attention(config, self.heads, f"{prefix}.fusion_attn", role="cross", gather=gather)
 
     def forward(
         self,
@@ -111,14 +111,14 @@ class CrossAttention(nn.Module):
         q = self.q(x_BSD)
         if not other_BOD.shape[1]:
             (q,) = self.norm_q(q, *shared_squares(q))
-            return linear.summands(self.o, self._attend_text(q, text_kv).flatten(2))
+            return linear.row_parallel_partials(self.o, self._attend_text(q, text_kv).flatten(2))
         k, v = self.kv_fusion(other_BOD).chunk(2, -1)
         q_squares, k_squares = shared_squares(q, k)
         q, q_turned = self.norm_q(q, q_squares, positions.rope, plain=True)
         (k,) = self.norm_k_fusion(k, k_squares, other_positions.rope)
         attended = self._attend_text(q, text_kv)
         fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_positions.length)
-        return linear.summands(self.o, (attended + fused).flatten(2))
+        return linear.row_parallel_partials(self.o, (attended + fused).flatten(2))
 
     def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
         return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))
@@ -142,9 +142,9 @@ def _attention(
     *,
     role: str,
     skip_sequence_parallel: bool = False,
-    short: Short = None,
-) -> LengthTrimmedAttention:
-    return LengthTrimmedAttention(
+    gather: GatherOperand = None,
+) -> PaddedAttention:
+    return PaddedAttention(
         num_heads=heads,
         head_size=config.head_dim,
         causal=False,
@@ -153,6 +153,6 @@ def _attention(
         prefix=prefix,
         role=role,
         skip_sequence_parallel=skip_sequence_parallel,
-        short=short,
+        gather=gather,
         allow_fp32_fallback=True,  # FlashAttention has no float32
     )

@@ -19,7 +19,7 @@ from port_kit.models.wan_fusion.fused import Affine, add, add_norms, norm
 from port_kit.models.wan_fusion.lanes import Lanes
 from port_kit.models.wan_fusion.layers import FeedForward
 from port_kit.models.wan_fusion.stems import Text
-from port_kit.parallel.passes import brings_weights_in
+from port_kit.parallel.cfg_batching import weights_are_streamed
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -107,7 +107,7 @@ class FusionBlock(nn.Module):
         self.index = index
         self.is_last = index == config.num_layers - 1
         engine = get_current_diffusion_config_or_none()
-        self.lanes = Lanes(two=not brings_weights_in(engine))
+        self.lanes = Lanes(two=not weights_are_streamed(engine))
         self.eps = config.eps
         self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
         self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
@@ -126,7 +126,7 @@ class FusionBlock(nn.Module):
         audio: Conditions,
         skip_block: int | None = None,
         unused: Stream | None = None,
-        others: Sequence[Passing] = (),
+        extra_branches: Sequence[Passing] = (),
     ) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
         """Return the streams after this layer, video first.
 
@@ -139,10 +139,10 @@ class FusionBlock(nn.Module):
             audio: conditions of the audio stream.
             skip_block: layer that returns its input.
             unused: stream that nobody reads after the last layer, which then leaves it where the other has read it.
-            others: further passes; where there are any, a list is returned, of all passes.
+            extra_branches: further passes; where there are any, a list is returned, of all passes.
         """
         done = self._pass(Passing(hidden_states, encoder_hidden_states, video, audio, skip_block, unused))
-        return [done, *map(self._pass, others)] if others else done
+        return [done, *map(self._pass, extra_branches)] if extra_branches else done
 
     def _pass(self, given: Passing) -> tuple[Tensor, Tensor]:
         video_tokens, audio_tokens, video, audio, skip_block, unused = given

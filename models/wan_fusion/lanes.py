@@ -11,7 +11,7 @@ other. Between them the audio half runs beside the video half::
 On one GPU this gains half a percent, since the whole chip works at its limit of power. It is there for ranks that share
 the video tokens: sound has too few for its part to get shorter, and fills the time in which video waits. Under HSDP
 the first kernels of a block wait for its parameters anyway, and a step took 1.5 % longer: there it is off. So it is
-where passes take turns (:mod:`~port_kit.parallel.turns`): then each has another beside it.
+where passes take turns (:mod:`~port_kit.parallel.comm.stream_interleave`): then each has another beside it.
 
 Memory is safe without further marks as long as a block joins before it returns: the second stream waits for the first
 whenever it is entered, so what either allocator gets back is not used again before the other has read it.
@@ -27,7 +27,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from port_kit.parallel.turns import Turns
+from port_kit.parallel.comm.stream_interleave import InterleavedStreams
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Lanes:
             torch.cuda.current_stream(x.device).wait_stream(_second(x.device))
 
     def _has_two(self, x: Tensor) -> bool:
-        return self.two and x.is_cuda and not Turns.running
+        return self.two and x.is_cuda and not InterleavedStreams.active
 
 
 @cache

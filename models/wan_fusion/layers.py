@@ -67,7 +67,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> fused.Summands:
         """Return ``[B, S, D]``, or summands of it."""
-        return linear.summands(self.down, fused.linear_gelu(self.up, x_BSD))
+        return linear.row_parallel_partials(self.down, fused.linear_gelu(self.up, x_BSD))
 
 
 class TextEmbedding(nn.Module):

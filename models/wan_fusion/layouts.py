@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import PortNotFoundError
 from port_kit.models.wan_fusion.transformer import build_transformer
-from port_kit.parallel.guard import check_engine
+from port_kit.parallel.engine_checks import check_engine
 from port_kit.pipeline.loading import read_json
 from port_kit.port import list_ports, resolve
 
@@ -29,7 +29,7 @@ def refuse_impossible(od_config: OmniDiffusionConfig) -> None:
             f"no port serves {od_config.model_class_name}", hint=f"known are {', '.join(known)}", known=known
         )
     pipeline: Any = resolve(ports[od_config.model_class_name].pipeline)
-    check_engine(od_config, lambda: _outline(str(od_config.model)), passes=pipeline.guidance_passes)
+    check_engine(od_config, lambda: _outline(str(od_config.model)), branches=pipeline.guidance_branches)
 
 
 def _outline(model: str) -> nn.Module:

@@ -44,7 +44,7 @@ from port_kit.models.wan_fusion.request import (
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.models.wan_fusion.stepping import StepExecution
 from port_kit.models.wan_fusion.text_encoder import load_tokenizer
-from port_kit.parallel.passes import PassesTogether
+from port_kit.parallel.cfg_batching import BatchedCFGMixin
 from port_kit.pipeline.caching import arrange_cache
 from port_kit.pipeline.inputs import refusal
 from port_kit.pipeline.loading import build_components, load_component_weights, read_json, weights_sources
@@ -59,7 +59,7 @@ Admission = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 class FusionPipeline(
     StepExecution,
     nn.Module,
-    PassesTogether,
+    BatchedCFGMixin,
     ProgressBarMixin,
     SupportAudioOutput,
     SupportsComponentDiscovery,
@@ -73,14 +73,14 @@ class FusionPipeline(
 
     Attributes:
         components: the port's weights.
-        guidance_passes: of the transformer in one step.
+        guidance_branches: of the transformer in one step.
         index: content of ``model_index.json``.
         lengths: of the clip that the model makes.
         on_step: called after every denoising step; None by default. Parity checks watch latents through it.
     """
 
     components: ClassVar[tuple[Component, ...]]
-    guidance_passes: ClassVar[int]
+    guidance_branches: ClassVar[int]
 
     _dit_modules: ClassVar[list[str]] = ["transformer"]
     _encoder_modules: ClassVar[list[str]] = ["text_encoder"]
@@ -104,7 +104,7 @@ class FusionPipeline(
         self.read_directory(od_config.model)
         for name, module in build_components(od_config.model, self.components).items():
             self.add_module(name, module)
-        arrange_cache(self.transformer, od_config, passes=self.guidance_passes)
+        arrange_cache(self.transformer, od_config, branches=self.guidance_branches)
         self.weights_sources = weights_sources(od_config.model, self.components)
         self.on_step: Callable[[Step], None] | None = None
         self.eval().requires_grad_(False)

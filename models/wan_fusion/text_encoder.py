@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from port_kit.errors import OptionalDependencyError
 from port_kit.models.wan_fusion.text_encoder_split import split
-from port_kit.parallel.linear import tensor_parallel_place
+from port_kit.parallel.linear import tp_rank_and_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ class TextEncoder(UMT5EncoderModel):
     """UMT5's encoder, from token ids to plain hidden states; divided over the ranks of tensor parallelism."""
 
     def __init__(self, config: UMT5Config) -> None:
-        device, (_, ranks) = torch.get_default_device(), tensor_parallel_place()
+        device, (_, ranks) = torch.get_default_device(), tp_rank_and_size()
         with torch.device("meta") if ranks > 1 else device, no_init_weights():
             super().__init__(config)  # a checkpoint fills every weight; drawing 5.7 billion numbers takes minutes
         if ranks > 1:

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from port_kit.errors import ParallelError
 from port_kit.parallel import linear
-from port_kit.parallel.memory import give_memory
+from port_kit.parallel.memory import materialize
 
 if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
@@ -40,7 +40,7 @@ def split(model: UMT5EncoderModel, device: torch.device) -> None:
     Raises:
         ParallelError: the ranks do not divide the heads or the width of the feed-forward.
     """
-    place, ranks = linear.tensor_parallel_place()
+    place, ranks = linear.tp_rank_and_size()
     config = model.config
     if config.num_heads % ranks or config.d_ff % ranks:
         raise ParallelError(
@@ -55,7 +55,7 @@ def split(model: UMT5EncoderModel, device: torch.device) -> None:
             path = f"text_encoder.encoder.block.{index}.layer"
             _split_attention(block.layer[0].SelfAttention, config, f"{path}.0.SelfAttention", place, ranks)
             _split_feed_forward(block.layer[-1].DenseReluDense, config, f"{path}.1.DenseReluDense")
-    give_memory(model, device)
+    materialize(model, device)
 
 
 def _split_attention(attention: Any, config: UMT5Config, path: str, place: int, ranks: int) -> None:

@@ -22,10 +22,10 @@ from port_kit.models.wan_fusion.block import Conditions, FusionBlock, Passing
 from port_kit.models.wan_fusion.config import FusionConfig
 from port_kit.models.wan_fusion.rope import RopeTables
 from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
-from port_kit.parallel.hsdp import blocks_without_memory
-from port_kit.parallel.passes import brings_weights_in
-from port_kit.parallel.sequence import Boundary, boundary_plan, local_split, pad_tokens, padded_length
-from port_kit.parallel.turns import Turns
+from port_kit.parallel.cfg_batching import weights_are_streamed
+from port_kit.parallel.comm.stream_interleave import InterleavedStreams
+from port_kit.parallel.hsdp import meta_blocks
+from port_kit.parallel.sequence import SPBoundary, local_segment_lengths, make_sp_plan, pad_tokens, padded_length
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -72,7 +72,7 @@ class WanFusionTransformer(nn.Module):
 
     _layerwise_offload_blocks_attrs: ClassVar = ["blocks"]
     _hsdp_shard_conditions: ClassVar = [lambda _name, module: isinstance(module, FusionBlock)]
-    _sp_plan: ClassVar = boundary_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})
+    _sp_plan: ClassVar = make_sp_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})
     _cache_dit_adapter_config: ClassVar = CacheDiTAdapterConfig(
         block_forward_patterns={"blocks": ForwardPattern.Pattern_0}, has_separate_cfg=True, check_forward_pattern=False
     )
@@ -100,11 +100,11 @@ class WanFusionTransformer(nn.Module):
         convs = AudioConvs(config, quant_config, f"{path}audio.patch_embedding")
         self.video = Stem(config, patches, config.patch_dim, quant_config, f"{path}video")
         self.audio = Stem(config, convs, config.audio_channels, quant_config, f"{path}audio")
-        with blocks_without_memory():
+        with meta_blocks():
             self.blocks = nn.ModuleList(
                 FusionBlock(config, i, quant_config, f"{path}blocks.{i}") for i in range(config.num_layers)
             )
-        self.shard, self.gather = Boundary(), Boundary()
+        self.shard, self.gather = SPBoundary(), SPBoundary()
 
     def forward(
         self,
@@ -119,7 +119,7 @@ class WanFusionTransformer(nn.Module):
         first_frame_clean: bool = False,
         skip_block: int | None = None,
         unused: Stream | None = None,
-        others: Sequence[Mapping[str, Any]] = (),
+        extra_branches: Sequence[Mapping[str, Any]] = (),
     ) -> Pair | list[Pair]:
         """Predict both flows. A stream of no frames or no tokens is left out, and the other runs alone.
 
@@ -134,10 +134,11 @@ class WanFusionTransformer(nn.Module):
             first_frame_clean: the first frame is given, not noise: its tokens have timestep 0.
             skip_block: layer to leave out (skip-layer guidance).
             unused: stream whose flow is not needed; it is returned as zeros, and what only it needs is left out.
-            others: arguments of further passes, which go through each block before the next block runs.
+            extra_branches: arguments of further passes, which go through each block before the next block runs.
 
         Returns:
-            The flows, shaped as ``video`` and ``audio``, references included; with ``others`` a list, of all passes.
+            The flows, shaped as ``video`` and ``audio``, references included; with ``extra_branches`` a list, of all
+            passes.
 
         Raises:
             InputError: latents that do not divide into patches, references or texts that are too long.
@@ -154,17 +155,17 @@ class WanFusionTransformer(nn.Module):
             skip_block=skip_block,
             unused=unused,
         )
-        entered = [own, *(self._enter(**other) for other in others)]
+        entered = [own, *(self._enter(**other) for other in extra_branches)]
         states, frames = [tokens for tokens, _ in entered], [frame for _, frame in entered]
         del own, entered  # so that no tokens outlive the block that replaces them
-        if others and brings_weights_in(self.engine):
+        if extra_branches and weights_are_streamed(self.engine):
             for block in self.blocks:
                 first, *rest = (frame.passing(tokens) for frame, tokens in zip(frames, states, strict=True))
-                states = block(*first, others=rest)
+                states = block(*first, extra_branches=rest)
         else:
             self._take_turns(states, frames)
         flows = [self._leave(tokens, frame) for tokens, frame in zip(states, frames, strict=True)]
-        return flows if others else flows[0]
+        return flows if extra_branches else flows[0]
 
     def _take_turns(self, states: list[Pair], frames: Sequence[Frame]) -> None:
         """Run the passes through all blocks, each in a call of its own; replace their tokens in ``states``."""
@@ -172,13 +173,13 @@ class WanFusionTransformer(nn.Module):
             for block in self.blocks:
                 for frame, tokens in zip(frames, states, strict=True):
                     block.project_texts(frame.passing(tokens))
-        turns = Turns(states[0][0].device, passes=len(frames))
+        streams = InterleavedStreams(states[0][0].device, branches=len(frames))
         for block in self.blocks:
             for index, frame in enumerate(frames):
-                with turns.of(index):
+                with streams.stream(index):
                     options = {"skip_block": frame.skip_block, "unused": frame.unused}
                     states[index] = block(*states[index], *frame.conditions, **options)
-        turns.join()
+        streams.join()
 
     def _enter(
         self,
@@ -250,7 +251,9 @@ class WanFusionTransformer(nn.Module):
         times = torch.stack((torch.zeros_like(timestep), timestep)[-len(runs) :])
         time = stem.time_embedding(times.view(len(runs), -1), tokens.dtype)
         positions = Positions(rope, padded_length(length))
-        return time, Conditions(stem.time_projection(time), local_split(runs, tokens.shape[1]), positions, text)
+        return time, Conditions(
+            stem.time_projection(time), local_segment_lengths(runs, tokens.shape[1]), positions, text
+        )
 
 
 def build_transformer(config: Mapping[str, Any]) -> WanFusionTransformer:

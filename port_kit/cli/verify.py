@@ -133,15 +133,15 @@ def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: st
     A layout that the model or the machine cannot have is refused before anything runs; of the default matrix it is
     left out, and told.
     """
-    from port_kit.parallel.choice import choose_layouts, facts_of, find_device
-    from port_kit.parallel.verify import MATRIX, TOLERANCE, port_subject, verify_parallel
+    from port_kit.parallel.layout_selection import choose_layouts, find_device, read_model_shape
+    from port_kit.parallel.verify import DEFAULT_LAYOUTS, TOLERANCE, port_test_case, verify_parallel
 
     found = find_port(port)
     machine = find_device(device, TOLERANCE)
     reports = []
     with TemporaryDirectory(prefix="port-kit-") as scratch:
-        subject = machine.prepare(port_subject(found, Path(scratch), model, prompt))
-        chosen, left_out = choose_layouts(layouts, MATRIX, facts_of(found, subject.model), machine)
+        subject = machine.prepare(port_test_case(found, Path(scratch), model, prompt))
+        chosen, left_out = choose_layouts(layouts, DEFAULT_LAYOUTS, read_model_shape(found, subject.model), machine)
         for layout, reason in left_out.items():
             click.echo(f"left out {layout}: {reason}", err=as_json)
         for report in verify_parallel(subject, chosen, tolerance=machine.tolerance):

@@ -1,11 +1,11 @@
 """HSDP from the first byte: blocks become shards before their weights are read, so no rank ever holds a whole model.
 
 vLLM-Omni loads a whole transformer on every rank and shards it afterwards. A port that wraps the making of its blocks
-in :func:`blocks_without_memory` and calls :func:`shard_before_loading` at the head of ``load_weights`` loads into
+in :func:`meta_blocks` and calls :func:`shard_before_loading` at the head of ``load_weights`` loads into
 shards instead: at any time a rank holds its own part of the blocks, what is outside of them, and one tensor of the
 checkpoint. vLLM-Omni then finds the blocks sharded and does the rest as ever. ::
 
-    with blocks_without_memory():
+    with meta_blocks():
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
     ...
     def load_weights(self, weights):
@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from port_kit.parallel.memory import give_memory
+from port_kit.parallel.memory import materialize
 from port_kit.regions import Region
 from port_kit.targets import Target, read_targets
 
@@ -37,37 +37,37 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 #: What vLLM-Omni is given to shard where all blocks are shards already: it refuses to shard nothing.
-REST = "hsdp_rest"
+REMAINDER = "hsdp_remainder"
 
 
-def shards_first(config: OmniDiffusionConfig | None) -> bool:
+def shards_on_load(config: OmniDiffusionConfig | None) -> bool:
     """Whether an engine with this configuration loads into shards; False outside of an engine."""
     if config is None or not config.parallel_config.use_hsdp:
         return False
     return config.quantization_config is None and not getattr(config, "enable_broadcast_weight_load", False)
 
 
-def blocks_without_memory() -> AbstractContextManager[object]:
+def meta_blocks() -> AbstractContextManager[object]:
     """Return the device context to make blocks in: meta where they are going to be shards, else the current one."""
     from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
-    return torch.device("meta") if shards_first(get_current_diffusion_config_or_none()) else nullcontext()
+    return torch.device("meta") if shards_on_load(get_current_diffusion_config_or_none()) else nullcontext()
 
 
 @torch.no_grad()
 def shard_before_loading(transformer: nn.Module, config: OmniDiffusionConfig, device: torch.device) -> None:
-    """Shard a transformer's blocks and give each shard memory; nothing where :func:`shards_first` says no.
+    """Shard a transformer's blocks and give each shard memory; nothing where :func:`shards_on_load` says no.
 
     Every parameter of a block gets a ``weight_loader`` that takes whole tensors (or whole slots of a fused one) and
     keeps this rank's rows. Every rank must call this, at the same point.
 
     Args:
         transformer: declares ``_hsdp_shard_conditions``, and ``_hsdp_ignored_modules`` if it has any; its blocks were
-            made within :func:`blocks_without_memory`.
+            made within :func:`meta_blocks`.
         config: the engine's.
         device: where the shards go.
     """
-    if not shards_first(config):
+    if not shards_on_load(config):
         return
     targets = read_targets(transformer).targets
     ignored = _ignored_parameters(transformer)
@@ -77,11 +77,11 @@ def shard_before_loading(transformer: nn.Module, config: OmniDiffusionConfig, de
         policy = _policy(transformer, config)
         for block in reversed(blocks):
             fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored & set(block.parameters()))
-        _leave_rest(transformer)
-    give_memory(transformer, device)
+        _add_remainder(transformer)
+    materialize(transformer, device)
     for name, parameter in transformer.named_parameters():
         if isinstance(parameter, DTensor):
-            _take_whole_tensors(parameter, targets[name])
+            _accept_full_tensors(parameter, targets[name])
 
 
 def _blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -115,13 +115,13 @@ def _policy(transformer: nn.Module, config: OmniDiffusionConfig) -> MixedPrecisi
     return MixedPrecisionPolicy(param_dtype=None if keep else config.dtype, cast_forward_inputs=False)
 
 
-def _leave_rest(transformer: nn.Module) -> None:
+def _add_remainder(transformer: nn.Module) -> None:
     """Let vLLM-Omni's own step, which comes after loading, take what is outside of the blocks."""
-    transformer.add_module(REST, nn.Identity())
-    transformer._hsdp_shard_conditions = [lambda name, _module: name == REST]  # type: ignore[assignment]
+    transformer.add_module(REMAINDER, nn.Identity())
+    transformer._hsdp_shard_conditions = [lambda name, _module: name == REMAINDER]  # type: ignore[assignment]
 
 
-def _take_whole_tensors(parameter: Tensor, whole: Target) -> None:
+def _accept_full_tensors(parameter: Tensor, whole: Target) -> None:
     """Let a shard be written as the parameter that it is part of."""
     for name in ("output_dim", "input_dim"):  # by these a fused parameter's slots are known
         dim = getattr(whole.tensor, name, None)

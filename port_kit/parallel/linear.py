@@ -25,7 +25,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.platforms import current_platform
 
-from port_kit.parallel.peers import peers_of
+from port_kit.parallel.comm.symm_mem import get_peer_buffers
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -91,11 +91,11 @@ def row(
     )
 
 
-def summands(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, ...]:
+def row_parallel_partials(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, ...]:
     """Return the output of a linear that :func:`row` made, or the two parts of which it is the sum.
 
-    Two ranks of one host send each other their parts through mailboxes (:mod:`~port_kit.parallel.peers`); what reads
-    the output can add them in the same pass. It must do so before anything else is exchanged. All else, such as a
+    Two ranks of one host send each other their parts through mailboxes (:mod:`~port_kit.parallel.comm.symm_mem`); what
+    reads the output can add them in the same pass. It must do so before anything else is exchanged. All else, such as a
     linear with a LoRA around it, or more ranks, is summed as vLLM does.
 
     Args:
@@ -103,20 +103,20 @@ def summands(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, ...]:
         x: ``[..., K]``, this rank's part of the input.
     """
     plain = type(layer) is RowParallelLinear and layer.tp_size == 2
-    peers = peers_of(get_tp_group().device_group, x) if plain else None
+    peers = get_peer_buffers(get_tp_group().device_group, x) if plain else None
     if peers is None:
         return (layer(x),)
     bias = layer.bias if layer.tp_rank == 0 else None
-    return peers.summands_of_two(layer.quant_method.apply(layer, x, bias))
+    return peers.exchange_partial_sums(layer.quant_method.apply(layer, x, bias))
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum of ``x`` over the tensor-parallel ranks; small tensors, of which latency is the cost."""
     group = get_tp_group()
-    peers = peers_of(group.device_group, x) if group.world_size == 2 else None
+    peers = get_peer_buffers(group.device_group, x) if group.world_size == 2 else None
     if peers is None:
         return tensor_model_parallel_all_reduce(x)
-    own, other = peers.summands_of_two(x)
+    own, other = peers.exchange_partial_sums(x)
     return own + other
 
 
@@ -125,7 +125,7 @@ def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: 
     return _plain(ReplicatedLinear(dim, output, quant_config=quant, prefix=prefix, return_bias=False))
 
 
-def tensor_parallel_place() -> tuple[int, int]:
+def tp_rank_and_size() -> tuple[int, int]:
     """Return (this rank's place, ranks) of the group that shares each matrix; (0, 1) outside of an engine."""
     from vllm.distributed import parallel_state
 

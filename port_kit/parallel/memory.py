@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def give_memory(module: nn.Module, device: torch.device) -> None:
+def materialize(module: nn.Module, device: torch.device) -> None:
     """Put a module's parameters that are on the meta device on another one, uninitialised.
 
     ``Module.to_empty`` does so too, but makes plain parameters of vLLM's, which then have no loaders.
@@ -28,10 +28,10 @@ def _real(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
 
 def local_bytes(module: nn.Module) -> int:
     """Return the bytes of parameters that this rank holds of a module; those without memory count nothing."""
-    local = (own_part(parameter) for parameter in module.parameters())
+    local = (local_shard(parameter) for parameter in module.parameters())
     return sum(part.numel() * part.element_size() for part in local if part.device.type != "meta")
 
 
-def own_part(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Tensor) -> Tensor:
     """Return what this rank holds of a parameter: its shard under HSDP, else the parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,10 +1,11 @@
 """Before anything is loaded: can a model run in this layout, what else is possible, and what each rank will hold.
 
-:func:`survey` reads the facts from a model that was built on the meta device, so no weight is read or allocated::
+:func:`describe_model` reads the shape from a model that was built on the meta device, so no weight is read or
+allocated::
 
     with single_rank(torch.bfloat16), torch.device("meta"):
-        facts = survey(build_transformer(config), branches=4)
-    plan = preflight(Layout.parse("tp2xulysses2"), facts, ranks=4)
+        shape = describe_model(build_transformer(config), branches=4)
+    plan = preflight(Layout.parse("tp2xulysses2"), shape, ranks=4)
     plan.weight_bytes           # of the transformer, on the fullest rank
 """
 
@@ -30,7 +31,7 @@ SEQUENCE_KINDS = ("ulysses", "ring", "allgather")
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelShape:
     """What decides which layouts a transformer can have.
 
     Attributes:
@@ -65,13 +66,13 @@ class Preflight:
         layout: the layout.
         weight_bytes: of the transformer, on the fullest rank.
         peak_weight_bytes: the same while a block runs; more than ``weight_bytes`` under HSDP only.
-        idle: ranks that a step leaves without a guidance branch of their own.
+        idle_ranks: ranks that a step leaves without a guidance branch of their own.
     """
 
     layout: Layout
     weight_bytes: int
     peak_weight_bytes: int
-    idle: int
+    idle_ranks: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-serialisable values."""
@@ -81,12 +82,12 @@ class Preflight:
             "parallel_config": self.layout.parallel_config,
             "weight_bytes": self.weight_bytes,
             "peak_weight_bytes": self.peak_weight_bytes,
-            "idle": self.idle,
+            "idle_ranks": self.idle_ranks,
         }
 
 
-def survey(transformer: nn.Module, *, branches: int = 1) -> Facts:
-    """Read the facts from a transformer that was built for one rank; the meta device will do.
+def describe_model(transformer: nn.Module, *, branches: int = 1) -> ModelShape:
+    """Read the shape from a transformer that was built for one rank; the meta device will do.
 
     Args:
         transformer: built of vLLM's linears and vLLM-Omni's ``Attention``.
@@ -97,7 +98,7 @@ def survey(transformer: nn.Module, *, branches: int = 1) -> Facts:
     heads = [module.num_heads for module in transformer.modules() if isinstance(module, Attention)]
     widths = list(_split_widths(transformer))
     split = sum(_bytes(parameter) for parameter in _split_parameters(transformer))
-    return Facts(
+    return ModelShape(
         heads=math.gcd(*heads),
         widths=math.gcd(*widths) if widths else 1,
         branches=branches,
@@ -108,89 +109,89 @@ def survey(transformer: nn.Module, *, branches: int = 1) -> Facts:
     )
 
 
-def preflight(layout: Layout, facts: Facts, *, ranks: int | None = None) -> Preflight:
+def preflight(layout: Layout, shape: ModelShape, *, ranks: int | None = None) -> Preflight:
     """Check a layout against a model and the ranks that there are.
 
     Raises:
         ParallelError: with every problem, and for each the degrees that are possible. ``details["possible"]`` lists
             the degrees of each kind alone, ``details["weight_bytes"]`` what each rank then holds of the transformer.
     """
-    problems = list(_problems(layout, facts))
+    problems = list(_problems(layout, shape))
     if ranks is not None and layout.world > ranks:
         problems.append(f"{layout} needs {layout.world} ranks and there are {ranks}")
     if problems:
-        possible = possible_degrees(facts, ranks)
+        possible = possible_degrees(shape, ranks)
         raise ParallelError(
             "; ".join(problems),
             code="parallel_degree",
             hint="possible: "
-            + ", ".join(_offer(kind, degrees, facts) for kind, degrees in possible.items())
-            + f"; undivided weights are {facts.weight_bytes / GIGABYTE:.3g} GB",
+            + ", ".join(_suggest(kind, degrees, shape) for kind, degrees in possible.items())
+            + f"; undivided weights are {shape.weight_bytes / GIGABYTE:.3g} GB",
             problems=problems,
             possible={kind: list(degrees) for kind, degrees in possible.items()},
             weight_bytes={
-                f"{kind}{degree}": weight_bytes(Layout(**{kind: degree}), facts)
+                f"{kind}{degree}": weight_bytes(Layout(**{kind: degree}), shape)
                 for kind, degrees in possible.items()
                 for degree in degrees
             },
         )
-    held = weight_bytes(layout, facts)
-    peak = held + min(WHOLE_BLOCKS * facts.block_bytes, facts.weight_bytes) if layout.hsdp > 1 else held
-    return Preflight(layout, held, peak, max(0, layout.cfg - facts.branches))
+    held = weight_bytes(layout, shape)
+    peak = held + min(WHOLE_BLOCKS * shape.block_bytes, shape.weight_bytes) if layout.hsdp > 1 else held
+    return Preflight(layout, held, peak, max(0, layout.cfg - shape.branches))
 
 
-def _offer(kind: str, degrees: list[int], facts: Facts) -> str:
+def _suggest(kind: str, degrees: list[int], shape: ModelShape) -> str:
     """Say which degrees of a kind there are; and where it divides the weights, what a rank then holds of them."""
-    held = [weight_bytes(Layout(**{kind: degree}), facts) for degree in degrees]
-    if held[0] >= facts.weight_bytes:
+    held = [weight_bytes(Layout(**{kind: degree}), shape) for degree in degrees]
+    if held[0] >= shape.weight_bytes:
         return f"{kind} {_listed(degrees)}"
     sizes = ", ".join(f"{size / GIGABYTE:.3g}" for size in held)
     return f"{kind} {_listed(degrees)} ({sizes} GB of weights a rank)"
 
 
-def weight_bytes(layout: Layout, facts: Facts) -> int:
+def weight_bytes(layout: Layout, shape: ModelShape) -> int:
     """Return the bytes of transformer parameters that the fullest rank holds between steps."""
-    split = -(-facts.split_bytes // layout.tp)
-    return -(-(split + facts.whole_bytes) // layout.hsdp)
+    split = -(-shape.split_bytes // layout.tp)
+    return -(-(split + shape.whole_bytes) // layout.hsdp)
 
 
-def possible_degrees(facts: Facts, ranks: int | None = None) -> Mapping[str, list[int]]:
+def possible_degrees(shape: ModelShape, ranks: int | None = None) -> Mapping[str, list[int]]:
     """Return, for each kind of parallelism alone, the degrees from 2 that this model can have."""
     limit = ranks or 64
     free = list(range(2, min(limit, 8) + 1))
-    shardable = free if facts.sharded else []
+    shardable = free if shape.sharded else []
     degrees = {
-        "tp": _from_two(_tensor_degrees(facts), limit),
-        "ulysses": _from_two(divisors(facts.heads), limit) if facts.sharded else [],
+        "tp": _from_two(_tensor_degrees(shape), limit),
+        "ulysses": _from_two(divisors(shape.heads), limit) if shape.sharded else [],
         "ring": shardable,
         "allgather": shardable,
-        "cfg": _from_two(divisors(facts.branches), limit),
-        "hsdp": free if facts.block_bytes else [],
+        "cfg": _from_two(divisors(shape.branches), limit),
+        "hsdp": free if shape.block_bytes else [],
     }
     return {kind: found for kind, found in degrees.items() if found}
 
 
-def _problems(layout: Layout, facts: Facts) -> Iterator[str]:
-    if layout.tp not in _tensor_degrees(facts):
+def _problems(layout: Layout, shape: ModelShape) -> Iterator[str]:
+    if layout.tp not in _tensor_degrees(shape):
         yield (
-            f"tp {layout.tp} does not divide {facts.heads} heads and widths of {facts.widths}: "
-            f"use {_listed(_tensor_degrees(facts))}"
+            f"tp {layout.tp} does not divide {shape.heads} heads and widths of {shape.widths}: "
+            f"use {_listed(_tensor_degrees(shape))}"
         )
-    elif (facts.heads // layout.tp) % layout.ulysses:
-        here = facts.heads // layout.tp
+    elif (shape.heads // layout.tp) % layout.ulysses:
+        here = shape.heads // layout.tp
         yield f"ulysses {layout.ulysses} does not divide the {here} heads of a rank: use {_listed(divisors(here))}"
-    if layout.sequence > 1 and not facts.sharded:
+    if layout.sequence > 1 and not shape.sharded:
         kinds = [kind for kind in SEQUENCE_KINDS if kind in layout.degrees]
         yield f"{' and '.join(kinds)} would shard nothing: the transformer declares no _sp_plan"
-    if layout.cfg > facts.branches:
-        use = _listed(divisors(facts.branches))
-        yield f"cfg {layout.cfg} has more ranks than the {facts.branches} branches: use {use}"
-    if layout.hsdp > 1 and not facts.block_bytes:
+    if layout.cfg > shape.branches:
+        use = _listed(divisors(shape.branches))
+        yield f"cfg {layout.cfg} has more ranks than the {shape.branches} branches: use {use}"
+    if layout.hsdp > 1 and not shape.block_bytes:
         yield "hsdp would shard nothing: no module matches _hsdp_shard_conditions"
 
 
-def _tensor_degrees(facts: Facts) -> list[int]:
-    return divisors(math.gcd(facts.heads, facts.widths))
+def _tensor_degrees(shape: ModelShape) -> list[int]:
+    return divisors(math.gcd(shape.heads, shape.widths))
 
 
 def _from_two(degrees: list[int], limit: int) -> list[int]:

@@ -4,18 +4,18 @@ vLLM-Omni shards tensors where a transformer's ``_sp_plan`` says so. Three traps
 module holds the remedy of each:
 
 * a plan that does not match is only a warning, and the result stays right without any sharding. Put a
-  :class:`Boundary` where streams are split and another where they are gathered, and name them with
-  :func:`boundary_plan`; ``port-kit verify parallel`` then proves that tokens were sharded;
+  :class:`SPBoundary` where streams are split and another where they are gathered, and name them with
+  :func:`make_sp_plan`; ``port-kit verify parallel`` then proves that tokens were sharded;
 * lengths must divide by the number of ranks, and padding is visible to attention. Pad with :func:`pad_tokens`, tell
-  every attention the true length, and cut after the gather. :class:`LengthTrimmedAttention` drops the padded keys by
+  every attention the true length, and cut after the gather. :class:`PaddedAttention` drops the padded keys by
   length, without a mask, under Ulysses, Ring, AllGather-KV and Ulysses x Ring;
 * attention over keys that every rank holds whole (text) must skip sequence parallelism:
-  ``LengthTrimmedAttention(..., skip_sequence_parallel=True)``.
+  ``PaddedAttention(..., skip_sequence_parallel=True)``.
 
 A transformer with two streams looks like this::
 
     class MyTransformer(nn.Module):
-        _sp_plan = boundary_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})
+        _sp_plan = make_sp_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})
 
         def forward(self, video, audio, video_rope, audio_rope):
             video_length, audio_length = video.shape[1], audio.shape[1]
@@ -37,14 +37,14 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
-from port_kit.parallel.exchange import lean
-from port_kit.parallel.short import GatheredKeys, GatheredQueries
+from port_kit.parallel.comm.asymmetric_attention import GatherKVStrategy, GatherQueryStrategy
+from port_kit.parallel.comm.fused_sequence_parallel import optimize_strategy
 
 #: Dimension that holds the tokens in every tensor that crosses a boundary.
 TOKENS = 1
 
 
-class Boundary(nn.Module):
+class SPBoundary(nn.Module):
     """Identity over tensors: a place in the module tree where a plan splits or gathers them."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -52,27 +52,30 @@ class Boundary(nn.Module):
         return tensors
 
 
-class LengthTrimmedAttention(Attention):
+class PaddedAttention(Attention):
     """vLLM-Omni's attention over keys whose tail is padding: it attends to the first ``kv_length`` keys only.
 
     Ulysses and AllGather-KV hold all keys when the kernel runs, so cutting there is exact. Ring circulates blocks and
     cuts each one itself, told by the metadata. No mask is made, so every backend can run it.
 
     Args:
-        short: which side has few tokens, if one has: it is sent, whatever the kind of sequence parallelism.
+        gather: which side has few tokens, if one has: it is sent, whatever the kind of sequence parallelism.
     """
 
     _kv_length: int | None = None
     parallel_strategy: Any
     ring_runner: Any
 
-    def __init__(self, *args: Any, short: Literal["keys", "queries"] | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, gather: Literal["kv", "q"] | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        if short and self.parallel_strategy.enabled and not self.skip_sequence_parallel:
-            strategy = GatheredKeys if short == "keys" else GatheredQueries
+        if gather and self.parallel_strategy.enabled and not self.skip_sequence_parallel:
+            strategy = GatherKVStrategy if gather == "kv" else GatherQueryStrategy
             self.parallel_strategy = strategy(get_sp_group())
             self.use_ring = False
-        self.parallel_strategy, self.ring_runner = lean(self.parallel_strategy), lean(self.ring_runner)
+        self.parallel_strategy, self.ring_runner = (
+            optimize_strategy(self.parallel_strategy),
+            optimize_strategy(self.ring_runner),
+        )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kv_length: int | None = None) -> Tensor:
         """Attend.
@@ -96,17 +99,17 @@ class LengthTrimmedAttention(Attention):
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Tensor:
         strategy = self._get_active_parallel_strategy()
-        if isinstance(strategy, GatheredQueries):
+        if isinstance(strategy, GatherQueryStrategy):
             return strategy.attend(query, key, value, self._kv_length, self.softmax_scale)
         if self._kv_length is not None:
             key, value = key[:, : self._kv_length], value[:, : self._kv_length]
         return super()._run_local_attention(query, key, value, attn_metadata)
 
 
-def boundary_plan(
+def make_sp_plan(
     shard: Mapping[str, Sequence[int]], gather: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[int, SequenceParallelInput] | list[SequenceParallelOutput]]:
-    """Return an ``_sp_plan`` over :class:`Boundary` modules.
+    """Return an ``_sp_plan`` over :class:`SPBoundary` modules.
 
     Args:
         shard: paths of boundaries that split, each with the number of dimensions of every tensor it is given.
@@ -148,7 +151,7 @@ def padded_length(length: int) -> int | None:
     return length if length % sequence_parallel_size() else None
 
 
-def local_split(lengths: Sequence[int], local: int) -> tuple[int, ...]:
+def local_segment_lengths(lengths: Sequence[int], local: int) -> tuple[int, ...]:
     """Cut consecutive runs of the whole sequence down to what this rank holds of each.
 
     Padding at the end counts as part of the last run.

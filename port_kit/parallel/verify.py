@@ -1,9 +1,9 @@
 """``port-kit verify parallel``: N ranks against one, with proof that the work was divided.
 
-A *subject* is a model directory and requests. Every layout runs in forked workers (:mod:`port_kit.testing.workers`)
+A *test case* is a model directory and requests. Every layout runs in forked workers (:mod:`port_kit.testing.workers`)
 beside a run on one rank; outputs must agree, and what each rank did must show that it did its share
-(:mod:`port_kit.parallel.trace`, :mod:`port_kit.parallel.findings`). If outputs differ, both runs are repeated with
-all modules' outputs kept, and the first module that differs is named.
+(:mod:`port_kit.parallel.recorder`, :mod:`port_kit.parallel.parallel_checks`). If outputs differ, both runs are repeated
+with all modules' outputs kept, and the first module that differs is named.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from port_kit.errors import ParallelError
-from port_kit.parallel import trace
-from port_kit.parallel.findings import Finding, branch_alone, compare, first_divergence
+from port_kit.parallel import recorder
 from port_kit.parallel.layout import Layout
+from port_kit.parallel.parallel_checks import Finding, branch_alone, compare, first_divergence
 from port_kit.port import Port, resolve
 from port_kit.testing.workers import RankResult, Request, run_workers
 
 #: Layouts of 2 to 4 ranks that a port with attention, guidance and blocks should support.
-MATRIX = (
+DEFAULT_LAYOUTS = (
     *("tp2", "ulysses2", "ring2", "ring3", "allgather2", "cfg2", "hsdp2"),
     *("ulysses2xring2", "tp2xulysses2", "ulysses2xcfg2", "hsdp2xulysses2", "hsdp2xcfg2"),
 )
@@ -37,7 +37,7 @@ TOLERANCE = 5e-6
 
 
 @dataclass(frozen=True)
-class Subject:
+class ParallelTestCase:
     """What is run.
 
     Attributes:
@@ -56,16 +56,16 @@ class Subject:
     output_tolerance: float = TOLERANCE
 
     def run(self, layout: Layout, *, keep_outputs: bool = False) -> list[RankResult]:
-        """Run on the layout's ranks; each result's ``probe`` is the rank's :class:`~port_kit.parallel.trace.Trace`."""
+        """Run on the layout's ranks; each result's ``probe`` is a :class:`~port_kit.parallel.recorder.Trace`."""
 
         def prepare() -> None:
             os.dup2(2, 1)  # ranks log to stdout, which belongs to the caller's data
-            trace.install(keep_outputs=keep_outputs)
+            recorder.install(keep_outputs=keep_outputs)
             if self.setup:
                 self.setup(layout.world)
 
         config = {**self.config, "parallel_config": layout.parallel_config}
-        return run_workers(self.model, self.requests, config=config, setup=prepare, probe=trace.collect)
+        return run_workers(self.model, self.requests, config=config, setup=prepare, probe=recorder.collect)
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ class LayoutReport:
         }
 
 
-def port_subject(port: Port, scratch: Path, model: Path | None = None, prompt: str = "a cat") -> Subject:
-    """Return what a port is verified with: its own tiny subject, or a model directory and a plain prompt.
+def port_test_case(port: Port, scratch: Path, model: Path | None = None, prompt: str = "a cat") -> ParallelTestCase:
+    """Return what a port is verified with: its own tiny test case, or a model directory and a plain prompt.
 
     Args:
         port: a port.
@@ -143,10 +143,10 @@ def port_subject(port: Port, scratch: Path, model: Path | None = None, prompt: s
         prompt: for ``model``.
 
     Raises:
-        ParallelError: the port declares no subject and no model is given.
+        ParallelError: the port declares no test case and no model is given.
     """
     if model is not None:
-        return Subject(model, [Request(prompt, {"num_inference_steps": 2, "seed": 0})])
+        return ParallelTestCase(model, [Request(prompt, {"num_inference_steps": 2, "seed": 0})])
     if not port.parallel:
         raise ParallelError(
             f"port {port.name} declares no tiny model to be run in parallel",
@@ -158,7 +158,7 @@ def port_subject(port: Port, scratch: Path, model: Path | None = None, prompt: s
 
 
 def verify_parallel(
-    subject: Subject, layouts: Iterable[str] = MATRIX, *, tolerance: float = TOLERANCE
+    test_case: ParallelTestCase, layouts: Iterable[str] = DEFAULT_LAYOUTS, *, tolerance: float = TOLERANCE
 ) -> Iterator[LayoutReport]:
     """Run one rank, then every layout, and report on each.
 
@@ -166,18 +166,18 @@ def verify_parallel(
         ParallelError: a layout is impossible in itself, or the run on one rank fails.
     """
     parsed = [Layout.parse(text) for text in layouts]
-    single = subject.run(Layout())[0]
+    single = test_case.run(Layout())[0]
     for layout in parsed:
-        yield verify_layout(subject, layout, single, tolerance=tolerance)
+        yield verify_layout(test_case, layout, single, tolerance=tolerance)
 
 
 def verify_layout(
-    subject: Subject, layout: Layout, single: RankResult, *, tolerance: float = TOLERANCE
+    test_case: ParallelTestCase, layout: Layout, single: RankResult, *, tolerance: float = TOLERANCE
 ) -> LayoutReport:
-    """Run one layout and compare it with ``single``, the result of ``subject.run(Layout())``."""
+    """Run one layout and compare it with ``single``, the result of ``test_case.run(Layout())``."""
     started = time.monotonic()
     try:
-        ranks = subject.run(layout)
+        ranks = test_case.run(layout)
     except ParallelError as error:
         finding = _failure(error)
         return LayoutReport(str(layout), layout.world, None, None, (), (), {}, (finding,), time.monotonic() - started)
@@ -186,8 +186,8 @@ def verify_layout(
     max_abs = max(_flow_difference(layout, single.probe, trace) for trace in traces)
     output_max_abs = max(difference(rank.outputs, single.outputs) for rank in ranks)
     if max_abs > tolerance:
-        findings.append(_diagnose(subject, layout, f"flows differ from one rank's by up to {max_abs:.2e}", tolerance))
-    elif output_max_abs > subject.output_tolerance:
+        findings.append(_diagnose(test_case, layout, f"flows differ from one rank's by up to {max_abs:.2e}", tolerance))
+    elif output_max_abs > test_case.output_tolerance:
         message = f"flows agree, and what the pipeline returns differs by up to {output_max_abs:.2e}"
         findings.append(Finding("outputs_differ", "pipeline", message))
     return LayoutReport(
@@ -203,20 +203,20 @@ def verify_layout(
     )
 
 
-def _flow_difference(layout: Layout, single: trace.Trace, rank: trace.Trace) -> float:
+def _flow_difference(layout: Layout, single: recorder.Trace, rank: recorder.Trace) -> float:
     """Compare each of a rank's calls with the same branch of the same step on one rank."""
     numbered = ((branch_alone(layout, single, rank, i), flow) for i, flow in enumerate(rank.flows))
     pairs = ((flow, single.flows[alone]) for alone, flow in numbered if alone < len(single.flows))
     return max((difference(flow, expected) for flow, expected in pairs), default=math.inf)
 
 
-def _diagnose(subject: Subject, layout: Layout, seen: str, tolerance: float) -> Finding:
+def _diagnose(test_case: ParallelTestCase, layout: Layout, seen: str, tolerance: float) -> Finding:
     """Run both again with the modules' outputs kept, and name the first module that differs on any rank."""
     message = f"{seen}; {tolerance:.0e} is allowed"
     if layout.cfg > 1:
         return Finding("outputs_differ", "guidance", message)
-    alone = subject.run(Layout(), keep_outputs=True)[0].probe
-    for rank in subject.run(layout, keep_outputs=True):
+    alone = test_case.run(Layout(), keep_outputs=True)[0].probe
+    for rank in test_case.run(layout, keep_outputs=True):
         path = first_divergence(alone, rank.probe, 10 * tolerance)
         if path:
             return Finding("outputs_differ", path, f"{message}; {path} is the first to differ, on rank {rank.rank}")
@@ -230,7 +230,7 @@ def _failure(error: ParallelError) -> Finding:
     return Finding("failed", f"rank {error.details.get('rank', '?')}", error.message.partition("\n")[0])
 
 
-def _tokens(one: trace.Trace) -> int:
+def _tokens(one: recorder.Trace) -> int:
     return max((call.query for calls in one.attention.values() for call in calls), default=0)
 
 

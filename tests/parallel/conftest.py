@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from port_kit.parallel.layout import Layout
-from port_kit.parallel.verify import Subject
+from port_kit.parallel.verify import ParallelTestCase
 from port_kit.testing.workers import RankResult, Request
 from tests.parallel import probe_pipeline
 
@@ -48,13 +48,13 @@ def dreamid_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def subject(probe_model: Path, goldens: Path) -> Subject:
+def subject(probe_model: Path, goldens: Path) -> ParallelTestCase:
     given = [*INPUTS, *({"golden": str(goldens / "fusion" / name)} for name in GOLDENS)]
     requests = [Request("probe", {"num_inference_steps": 1, "seed": 1, "extra_args": extra}) for extra in given]
-    return Subject(probe_model, requests, setup=lambda _world: probe_pipeline.register())
+    return ParallelTestCase(probe_model, requests, setup=lambda _world: probe_pipeline.register())
 
 
 @pytest.fixture(scope="session")
-def single(subject: Subject) -> RankResult:
+def single(subject: ParallelTestCase) -> RankResult:
     """The run on one rank that all others are compared with."""
     return subject.run(Layout())[0]

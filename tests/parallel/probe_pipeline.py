@@ -22,15 +22,15 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
 from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
 from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.parallel.cfg_batching import BatchedCFGMixin
 from port_kit.parallel.hsdp import shard_before_loading
-from port_kit.parallel.passes import PassesTogether
 from port_kit.pipeline.loading import read_json
 from port_kit.remap import load_weights
 
 Pair = tuple[Tensor, Tensor]
 
 
-class ProbePipeline(nn.Module, PassesTogether):
+class ProbePipeline(nn.Module, BatchedCFGMixin):
     """Everything that vLLM-Omni needs of a pipeline, and nothing else."""
 
     _dit_modules: ClassVar = ["transformer"]

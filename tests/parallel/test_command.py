@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from port_kit.cli import main
 from port_kit.errors import ParallelError
-from port_kit.parallel.choice import Device, choose_layouts
-from port_kit.parallel.findings import FAULTS, Finding
-from port_kit.parallel.preflight import Facts
-from port_kit.parallel.verify import MATRIX, LayoutReport, difference, port_subject
+from port_kit.parallel.layout_selection import Device, choose_layouts
+from port_kit.parallel.parallel_checks import FAULTS, Finding
+from port_kit.parallel.preflight import ModelShape
+from port_kit.parallel.verify import DEFAULT_LAYOUTS, LayoutReport, difference, port_test_case
 from port_kit.port import find_port
 
 
@@ -54,9 +54,9 @@ def test_a_device_that_vllm_is_not_built_for_is_refused() -> None:
 
 
 def test_of_the_matrix_only_what_fits_the_model_and_the_machine_is_run() -> None:
-    facts = Facts(heads=3, widths=8, branches=4, split_bytes=80, whole_bytes=8, block_bytes=10, sharded=True)
+    shape = ModelShape(heads=3, widths=8, branches=4, split_bytes=80, whole_bytes=8, block_bytes=10, sharded=True)
     two = Device("cuda", 2, 1e-4)
-    chosen, left_out = choose_layouts((), MATRIX, facts, two)
+    chosen, left_out = choose_layouts((), DEFAULT_LAYOUTS, shape, two)
     assert chosen == ["ring2", "allgather2", "cfg2", "hsdp2", "hsdp2xcfg2"]
     assert "tp 2 does not divide 3 heads" in left_out["tp2"]
     assert "needs 4 ranks and there are 2" in left_out["ulysses2xcfg2"]
@@ -65,14 +65,14 @@ def test_of_the_matrix_only_what_fits_the_model_and_the_machine_is_run() -> None
         {"ring3": "ring3 needs 3 ranks and there are 2"},
     )
     with pytest.raises(ParallelError, match="ring3 needs 3 ranks"):
-        choose_layouts(("ring3",), MATRIX, None, two)
+        choose_layouts(("ring3",), DEFAULT_LAYOUTS, None, two)
 
 
 def test_a_port_without_a_tiny_model_needs_one(tmp_path: Path) -> None:
     port = replace(find_port("dreamid_omni"), parallel="")
     with pytest.raises(ParallelError, match="declares no tiny model"):
-        port_subject(port, tmp_path)
-    assert port_subject(port, tmp_path, tmp_path / "mine").model == tmp_path / "mine"
+        port_test_case(port, tmp_path)
+    assert port_test_case(port, tmp_path, tmp_path / "mine").model == tmp_path / "mine"
 
 
 def test_a_report_tells_each_finding_and_its_remedy() -> None:

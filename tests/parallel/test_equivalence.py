@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from port_kit.parallel.layout import Layout
-from port_kit.parallel.verify import Subject, verify_layout
+from port_kit.parallel.verify import ParallelTestCase, verify_layout
 from port_kit.testing.workers import RankResult
 from tests.parallel.conftest import GOLDENS, INPUTS
 
@@ -27,7 +27,7 @@ def test_one_rank_computes_what_the_original_recorded(single: RankResult, golden
 
 
 @pytest.mark.parametrize("layout", [*SINGLES, *FOURS, *COMBINED, "tp2xulysses2xcfg2"])
-def test_ranks_compute_what_one_computes(layout: str, subject: Subject, single: RankResult) -> None:
+def test_ranks_compute_what_one_computes(layout: str, subject: ParallelTestCase, single: RankResult) -> None:
     parsed = Layout.parse(layout)
     report = verify_layout(subject, parsed, single)
     assert report.ok, report.findings

@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from port_kit.parallel.layout import Layout
-from port_kit.parallel.sequence import LengthTrimmedAttention, boundary_plan
-from port_kit.parallel.verify import Subject, verify_layout
+from port_kit.parallel.sequence import PaddedAttention, make_sp_plan
+from port_kit.parallel.verify import ParallelTestCase, verify_layout
 from port_kit.testing.workers import RankResult
 from tests.parallel.conftest import GOLDENS, INPUTS
 
@@ -26,7 +26,7 @@ def missing_plan() -> None:
 def misspelt_plan() -> None:
     from port_kit.models.wan_fusion.transformer import WanFusionTransformer
 
-    WanFusionTransformer._sp_plan = boundary_plan({"shards": (3, 3, 4, 4)}, {"gather": (3, 3)})
+    WanFusionTransformer._sp_plan = make_sp_plan({"shards": (3, 3, 4, 4)}, {"gather": (3, 3)})
 
 
 def half_a_plan() -> None:
@@ -40,12 +40,12 @@ def half_a_plan() -> None:
 
 
 def unmasked_pad() -> None:
-    whole = LengthTrimmedAttention.forward
+    whole = PaddedAttention.forward
 
-    def forward(self: LengthTrimmedAttention, q: Tensor, k: Tensor, v: Tensor, kv_length: int | None = None) -> Tensor:
+    def forward(self: PaddedAttention, q: Tensor, k: Tensor, v: Tensor, kv_length: int | None = None) -> Tensor:
         return whole(self, q, k, v)
 
-    LengthTrimmedAttention.forward = forward
+    PaddedAttention.forward = forward
 
 
 def exchanged_text() -> None:
@@ -58,9 +58,9 @@ def exchanged_text() -> None:
 def local_norm() -> None:
     """Every rank takes its own heads for all of them."""
     from port_kit.models.wan_fusion import attention, fused
-    from port_kit.parallel.linear import tensor_parallel_place
+    from port_kit.parallel.linear import tp_rank_and_size
 
-    ranks = tensor_parallel_place()[1]
+    ranks = tp_rank_and_size()[1]
     attention.shared_squares = lambda *tensors: [fused.square_sums(x) * ranks for x in tensors]
 
 
@@ -109,7 +109,7 @@ def condition_on_too_little() -> None:
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_planted_fault_is_found_and_named(
-    plant: Callable[[], None], layout: str, fault: str, where: str, subject: Subject, single: RankResult
+    plant: Callable[[], None], layout: str, fault: str, where: str, subject: ParallelTestCase, single: RankResult
 ) -> None:
     prepare = subject.setup
 

@@ -99,7 +99,7 @@ def load(model: Path, layout: str, prepare: Callable[[], object] = lambda: None)
 
 def _load_whole() -> None:
     """As vLLM-Omni does by itself: load everything, then shard."""
-    hsdp.shards_first = lambda config: False
+    hsdp.shards_on_load = lambda config: False
 
 
 def test_no_rank_holds_a_whole_model_while_it_loads(deep_model: Path) -> None:

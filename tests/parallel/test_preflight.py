@@ -12,40 +12,40 @@ from port_kit.errors import ParallelError
 from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
 from port_kit.models.wan_fusion.transformer import build_transformer
 from port_kit.parallel.layout import Layout
-from port_kit.parallel.preflight import Facts, possible_degrees, preflight, survey
-from port_kit.parallel.verify import MATRIX
+from port_kit.parallel.preflight import ModelShape, describe_model, possible_degrees, preflight
+from port_kit.parallel.verify import DEFAULT_LAYOUTS
 from port_kit.runtime.local import single_rank
 
 GIB = 2**30
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
+def shape() -> ModelShape:
     with single_rank(torch.bfloat16), torch.device("meta"):
-        return survey(build_transformer(TRANSFORMER_CONFIG), branches=4)
+        return describe_model(build_transformer(TRANSFORMER_CONFIG), branches=4)
 
 
-def test_the_full_size_model_is_surveyed_without_weights(facts: Facts) -> None:
-    assert facts.heads == 24
-    assert facts.weight_bytes == 2 * 11_660_753_108
-    assert facts.split_bytes / facts.weight_bytes > 0.999
-    assert facts.sharded
-    assert facts.block_bytes > facts.weight_bytes / 35
+def test_the_full_size_model_is_described_without_weights(shape: ModelShape) -> None:
+    assert shape.heads == 24
+    assert shape.weight_bytes == 2 * 11_660_753_108
+    assert shape.split_bytes / shape.weight_bytes > 0.999
+    assert shape.sharded
+    assert shape.block_bytes > shape.weight_bytes / 35
 
 
 @pytest.mark.parametrize(
     ("layout", "gibibytes"),
     [("single", 21.72), ("ulysses2", 21.72), ("tp2", 10.87), ("tp4xulysses2", 5.44), ("hsdp2", 10.86)],
 )
-def test_memory_a_rank(layout: str, gibibytes: float, facts: Facts) -> None:
-    plan = preflight(Layout.parse(layout), facts, ranks=8)
+def test_memory_a_rank(layout: str, gibibytes: float, shape: ModelShape) -> None:
+    plan = preflight(Layout.parse(layout), shape, ranks=8)
     assert plan.weight_bytes / GIB == pytest.approx(gibibytes, abs=0.02)
     assert (plan.peak_weight_bytes > plan.weight_bytes) == ("hsdp" in layout)
 
 
-@pytest.mark.parametrize("layout", MATRIX)
-def test_the_matrix_is_possible(layout: str, facts: Facts) -> None:
-    assert preflight(Layout.parse(layout), facts).to_json()["layout"] == layout
+@pytest.mark.parametrize("layout", DEFAULT_LAYOUTS)
+def test_the_matrix_is_possible(layout: str, shape: ModelShape) -> None:
+    assert preflight(Layout.parse(layout), shape).to_json()["layout"] == layout
 
 
 @pytest.mark.parametrize(
@@ -58,25 +58,25 @@ def test_the_matrix_is_possible(layout: str, facts: Facts) -> None:
         ("ring4xcfg4", "ring4xcfg4 needs 16 ranks and there are 8"),
     ],
 )
-def test_an_impossible_layout_is_answered_with_possible_ones(layout: str, message: str, facts: Facts) -> None:
+def test_an_impossible_layout_is_answered_with_possible_ones(layout: str, message: str, shape: ModelShape) -> None:
     with pytest.raises(ParallelError) as caught:
-        preflight(Layout.parse(layout), facts, ranks=8)
+        preflight(Layout.parse(layout), shape, ranks=8)
     assert message in caught.value.message
     assert caught.value.hint.startswith("possible: tp 2, 4 or 8 (11.7, 5.84, 2.92 GB of weights a rank), ulysses 2")
     assert caught.value.hint.endswith("undivided weights are 23.3 GB")
-    assert caught.value.details["weight_bytes"]["hsdp4"] == -(-facts.weight_bytes // 4)
+    assert caught.value.details["weight_bytes"]["hsdp4"] == -(-shape.weight_bytes // 4)
     assert caught.value.details["possible"]["cfg"] == [2, 4]
     assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
 
 
-def test_all_problems_are_told_at_once(facts: Facts) -> None:
+def test_all_problems_are_told_at_once(shape: ModelShape) -> None:
     with pytest.raises(ParallelError) as caught:
-        preflight(Layout(tp=5, cfg=3, ring=2), replace(facts, branches=2, sharded=False), ranks=2)
+        preflight(Layout(tp=5, cfg=3, ring=2), replace(shape, branches=2, sharded=False), ranks=2)
     assert len(caught.value.details["problems"]) == 4
 
 
-def test_a_model_that_declares_nothing_has_no_sharding(facts: Facts) -> None:
-    bare = replace(facts, sharded=False, block_bytes=0, branches=1)
+def test_a_model_that_declares_nothing_has_no_sharding(shape: ModelShape) -> None:
+    bare = replace(shape, sharded=False, block_bytes=0, branches=1)
     assert possible_degrees(bare, 8) == {"tp": [2, 4, 8]}
     with pytest.raises(ParallelError, match="declares no _sp_plan"):
         preflight(Layout(ulysses=2), bare)
@@ -113,6 +113,6 @@ def test_a_layout_that_does_not_exist_is_refused(text: str, message: str) -> Non
 def test_the_engine_accepts_what_a_layout_gives() -> None:
     from vllm_omni.diffusion.data import DiffusionParallelConfig
 
-    for text in (*MATRIX, "single", "hsdp2xcfg4"):
+    for text in (*DEFAULT_LAYOUTS, "single", "hsdp2xcfg4"):
         layout = Layout.parse(text)
         assert DiffusionParallelConfig(**layout.parallel_config).world_size == layout.world

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from port_kit.download import download
-from port_kit.parallel.verify import Subject
+from port_kit.parallel.verify import ParallelTestCase
 from port_kit.testing import Hub, Request, TinyComponent, tiny_repositories
 from tidepool.recipe import RECIPE
 
@@ -36,7 +36,7 @@ def model_directory(scratch: Path) -> Path:
     return report.directory
 
 
-def subject(scratch: Path) -> Subject:
+def subject(scratch: Path) -> ParallelTestCase:
     """Return what ``port-kit verify parallel tidepool`` runs."""
     request = Request("a crab", {"num_inference_steps": 2, "seed": 5})
-    return Subject(model_directory(scratch), [request], output_tolerance=1e-3)
+    return ParallelTestCase(model_directory(scratch), [request], output_tolerance=1e-3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from port_kit.parallel import linear
-from port_kit.parallel.sequence import Boundary, LengthTrimmedAttention, boundary_plan, pad_tokens, padded_length
+from port_kit.parallel.sequence import PaddedAttention, SPBoundary, make_sp_plan, pad_tokens, padded_length
 from tidepool.config import BYTES
 
 CHANNELS = 3
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.down = linear.row(config["ffn_dim"], dim, None, f"{prefix}.down")
         self.modulation = linear.replicated(dim, 4 * dim, None, f"{prefix}.modulation")
         self.heads = self.qkv.num_heads  # of this rank
-        self.attn = LengthTrimmedAttention(
+        self.attn = PaddedAttention(
             num_heads=self.heads,
             head_size=dim // heads,
             num_kv_heads=self.heads,
@@ -41,7 +41,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x_BVD: Tensor, condition_BD: Tensor, length: int | None) -> Tensor:
-        """Return the tokens after this block; ``length`` as :meth:`LengthTrimmedAttention.forward` takes it."""
+        """Return the tokens after this block; ``length`` as :meth:`PaddedAttention.forward` takes it."""
         shift, scale, shift_mlp, scale_mlp = self.modulation(condition_BD)[:, None].chunk(4, -1)
         parts = self.qkv(_norm(x_BVD) * (1 + scale) + shift).chunk(3, -1)
         q_BVNH, k_BVNH, v_BVNH = (part.unflatten(-1, (self.heads, -1)) for part in parts)
@@ -53,7 +53,7 @@ class Block(nn.Module):
 class TidepoolTransformer(nn.Module):
     """Patches in, velocities out. The class attributes are what vLLM-Omni reads for parallelism and offload."""
 
-    _sp_plan: ClassVar = boundary_plan({"shard": (3,)}, {"gather": (3,)})
+    _sp_plan: ClassVar = make_sp_plan({"shard": (3,)}, {"gather": (3,)})
     _hsdp_shard_conditions: ClassVar = [lambda _name, module: isinstance(module, Block)]
     _layerwise_offload_blocks_attrs: ClassVar = ["blocks"]
     _repeated_blocks: ClassVar = ["Block"]
@@ -67,7 +67,7 @@ class TidepoolTransformer(nn.Module):
         self.time = linear.replicated(dim, dim, None, "time")
         self.blocks = nn.ModuleList(Block(config, f"blocks.{index}") for index in range(config["layers"]))
         self.final = linear.replicated(dim, values, None, "final")
-        self.shard, self.gather = Boundary(), Boundary()
+        self.shard, self.gather = SPBoundary(), SPBoundary()
 
     def forward(self, video: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
         """Predict the velocity of (B, 3, F, H, W) at time (B,) in [0, 1] for a prompt of bytes (B, T)."""

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
 from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline, get_post_process_func
-from port_kit.parallel import trace
+from port_kit.parallel import recorder
 
 __all__ = ["TracedDreamIDPipeline", "get_post_process_func"]
 
@@ -21,21 +21,21 @@ class TracedDreamIDPipeline(DreamIDOmniPipeline):
     """Keeps the latents of the last step, and what this rank did for them."""
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
-        trace.install()
+        recorder.install()
         super().__init__(od_config=od_config, prefix=prefix)
         self.steps: list[Any] = []
         self.on_step = self.steps.append
 
     def forward(self, req: DiffusionRequestBatch, **options: Any) -> DiffusionOutput:
         """Serve the request, then write the report that it asks for."""
-        before = trace.collect(self).calls
+        before = recorder.collect(self).calls
         output = super().forward(req, **options)
         report = req.sampling_params.extra_args.get("report")
         if report:
-            self._write(Path(f"{report}.{get_world_group().rank_in_group}"), trace.collect(self), before)
+            self._write(Path(f"{report}.{get_world_group().rank_in_group}"), recorder.collect(self), before)
         return output
 
-    def _write(self, path: Path, seen: trace.Trace, before: int) -> None:
+    def _write(self, path: Path, seen: recorder.Trace, before: int) -> None:
         last = self.steps[-1]
         save_file({"video": last.video.contiguous(), "audio": last.audio.contiguous()}, f"{path}.safetensors")
         figures = {

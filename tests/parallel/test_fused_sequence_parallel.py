@@ -1,4 +1,4 @@
-"""The lean forms of Ulysses and Ring against vLLM-Omni's own, on processes of a gloo group."""
+"""The optimize_strategy forms of Ulysses and Ring against vLLM-Omni's own, on processes of a gloo group."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_att
 from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttention
 
-from port_kit.parallel import exchange
-from port_kit.parallel.exchange import Exchanged, LeanRing, LeanUlysses, lean
+from port_kit.parallel.comm import fused_sequence_parallel
+from port_kit.parallel.comm.fused_sequence_parallel import ExchangedContext, FusedRing, FusedUlysses, optimize_strategy
 from port_kit.runtime.patches import install_worker_fixes
 
 
@@ -27,14 +27,14 @@ def ulysses(rank: int, ranks: int) -> None:
     """Trade heads for tokens and back, with values that are a slice, of head dims that divide into words and do not."""
     group = SimpleNamespace(ulysses_group=dist.group.WORLD, ulysses_world_size=ranks, ring_world_size=1)
     theirs = UlyssesParallelAttention(group, 2, 1, False)  # type: ignore[arg-type]
-    ours = lean(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
-    assert type(ours) is LeanUlysses
+    ours = optimize_strategy(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
+    assert type(ours) is FusedUlysses
     for batch, tokens, size, dtype in ((1, 5, 16, torch.bfloat16), (2, 3, 6, torch.bfloat16), (2, 4, 8, torch.float32)):
         heads = 2 * ranks
         fused = torch.randn(batch, tokens, 3 * heads * size, generator=torch.Generator().manual_seed(rank)).to(dtype)
         given = [part.unflatten(-1, (heads, size)) for part in fused.chunk(3, -1)]
         mine, expected = ours.pre_attention(*given, None), theirs.pre_attention(*given, None)
-        assert isinstance(mine[4], Exchanged)
+        assert isinstance(mine[4], ExchangedContext)
         assert all(a.equal(b) for a, b in zip(mine[:3], expected[:3], strict=True))
         assert ours.post_attention(mine[0], mine[4]).equal(theirs.post_attention(expected[0], expected[4]))
         assert ours.post_attention(mine[2], mine[4]).equal(given[2])
@@ -43,7 +43,7 @@ def ulysses(rank: int, ranks: int) -> None:
 def uneven(rank: int, ranks: int) -> None:
     """Heads that do not divide are refused as vLLM-Omni refuses them."""
     group = SimpleNamespace(ulysses_group=dist.group.WORLD, ulysses_world_size=ranks, ring_world_size=1)
-    strategy = lean(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
+    strategy = optimize_strategy(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="head_cnt divisible by ulysses_degree"):
         strategy.pre_attention(*(torch.zeros(1, 4, ranks + 1, 8) for _ in range(3)), None)
 
@@ -51,11 +51,11 @@ def uneven(rank: int, ranks: int) -> None:
 def ring(rank: int, ranks: int) -> None:
     """Keys go round; here the blocks' attention is SDPA's, since FlashAttention runs on GPUs only."""
     install_worker_fixes()  # vLLM-Omni's ring has no kernel for CPUs
-    exchange._can_use_fa3 = lambda _device: True
-    exchange.flash_attention = sdpa
+    fused_sequence_parallel._can_use_fa3 = lambda _device: True
+    fused_sequence_parallel.flash_attention = sdpa
     group: Any = SimpleNamespace(ring_group=dist.group.WORLD, ring_world_size=ranks)
-    ours, theirs = lean(RingParallelAttention(group)), RingParallelAttention(group)
-    assert type(ours) is LeanRing
+    ours, theirs = optimize_strategy(RingParallelAttention(group)), RingParallelAttention(group)
+    assert type(ours) is FusedRing
     for length in (None, 5 * ranks - 1, 4):  # no padding, padding, and ranks that hold nothing else
         generator = torch.Generator().manual_seed(rank)
         query, key, value = torch.randn(3, 2, 5, 4, 16, generator=generator).bfloat16()
@@ -90,5 +90,5 @@ def test_the_lean_form_does_what_vllm_omni_does(work: Callable[[int, int], None]
 
 def test_other_strategies_stay_what_they_are() -> None:
     other = SimpleNamespace()
-    assert lean(other) is other
-    assert lean(None) is None
+    assert optimize_strategy(other) is other
+    assert optimize_strategy(None) is None

@@ -5,14 +5,14 @@ The passes of a guided step do not depend on each other. Two things are gained b
 * Under HSDP or layerwise offload a block's weights are gathered, or copied from the host, at each call of the block. A
   block that is given all passes in one call has them brought in once a step.
 * Where the ranks of a host share each pass, one pass computes while what they send of another is on its way
-  (:mod:`~port_kit.parallel.turns`).
+  (:mod:`~port_kit.parallel.comm.stream_interleave`).
 
-A pipeline gets it from :class:`PassesTogether`, in the place of vLLM-Omni's ``CFGParallelMixin``. Its transformer takes
-further passes as ``others``; where :func:`brings_weights_in`, its blocks take all passes in one call::
+A pipeline gets it from :class:`BatchedCFGMixin`, in the place of vLLM-Omni's ``CFGParallelMixin``. Its transformer
+takes further passes as ``extra_branches``; where :func:`weights_are_streamed`, its blocks take all passes in one call::
 
     class MyTransformer(nn.Module):
-        def forward(self, x, others=()):          # others: arguments of further passes, for which a list is returned
-            states = [self.begin(x), *(self.begin(**other) for other in others)]
+        def forward(self, x, extra_branches=()):  # arguments of further passes, for which a list is returned
+            states = [self.begin(x), *(self.begin(**other) for other in extra_branches)]
             for block in self.blocks:
                 states = block(states)
             ...
@@ -31,39 +31,39 @@ from vllm_omni.diffusion.distributed.parallel_state import (
     is_cfg_group_initialized,
 )
 
-from port_kit.parallel.peers import is_wanted
+from port_kit.parallel.comm.symm_mem import is_enabled
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
-def brings_weights_in(config: OmniDiffusionConfig | None) -> bool:
+def weights_are_streamed(config: OmniDiffusionConfig | None) -> bool:
     """Whether a block's weights are on the device only while it runs; False outside of an engine."""
     return config is not None and (config.parallel_config.use_hsdp or config.enable_layerwise_offload)
 
 
-def shares_passes(config: OmniDiffusionConfig) -> bool:
+def overlaps_communication(config: OmniDiffusionConfig) -> bool:
     """Whether the GPUs of an engine divide the tokens or the heads of a pass, and may write to each other's memory."""
     parallel = config.parallel_config
     divided = max(parallel.sequence_parallel_size, parallel.tensor_parallel_size) > 1
-    return divided and current_platform.is_cuda() and is_wanted()
+    return divided and current_platform.is_cuda() and is_enabled()
 
 
-def passes_go_together(config: OmniDiffusionConfig) -> bool:
+def should_batch_branches(config: OmniDiffusionConfig) -> bool:
     """Whether an engine's transformer should be given all passes of a rank in one call.
 
     Each pass then keeps its tokens until all are done, so that is left where nothing is gained, as on one GPU. Caches
     compare a call with the call before, so with a cache each call is one pass.
     """
-    gains = brings_weights_in(config) or shares_passes(config)
+    gains = weights_are_streamed(config) or overlaps_communication(config)
     return gains and config.cache_backend in (None, "", "none")
 
 
-class PassesTogether(CFGParallelMixin):
+class BatchedCFGMixin(CFGParallelMixin):
     """vLLM-Omni's guidance mixin, with the passes of a rank given to the transformer together where that saves time.
 
-    The transformer's ``forward`` takes ``others``, the arguments of further passes, and returns a list where there are
-    any; see the module's head. Which passes a rank makes, and how they are combined, is the mixin's.
+    The transformer's ``forward`` takes ``extra_branches``, the arguments of further passes, and returns a list where
+    there are any; see the module's head. Which passes a rank makes, and how they are combined, is the mixin's.
     """
 
     od_config: OmniDiffusionConfig
@@ -79,9 +79,9 @@ class PassesTogether(CFGParallelMixin):
     ) -> Any:
         """Make this rank's passes together if they should be, then do as vLLM-Omni does."""
         branches = list(branches_kwargs)
-        own = _own_passes(len(branches))
-        if do_true_cfg and len(own) > 1 and passes_go_together(self.od_config):
-            predicted = self.predict_passes([branches[index] for index in own])
+        own = _local_branches(len(branches))
+        if do_true_cfg and len(own) > 1 and should_batch_branches(self.od_config):
+            predicted = self.predict_branches([branches[index] for index in own])
             for index, flows in zip(own, predicted, strict=True):
                 branches[index] = {"predicted": flows}
         return super().predict_noise_with_multi_branch_cfg(
@@ -92,13 +92,13 @@ class PassesTogether(CFGParallelMixin):
         """Run one pass, unless it has been run together with others."""
         return self.transformer(**branch) if predicted is None else predicted
 
-    def predict_passes(self, passes: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def predict_branches(self, branches: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Run several passes in one call of the transformer."""
-        return self.transformer(**passes[0], others=passes[1:])
+        return self.transformer(**branches[0], extra_branches=branches[1:])
 
 
-def _own_passes(passes: int) -> range:
+def _local_branches(branches: int) -> range:
     """Return the passes that fall to this rank, as vLLM-Omni deals them out: in turns."""
     if not is_cfg_group_initialized():
-        return range(passes)
-    return range(get_classifier_free_guidance_rank(), passes, get_classifier_free_guidance_world_size())
+        return range(branches)
+    return range(get_classifier_free_guidance_rank(), branches, get_classifier_free_guidance_world_size())

@@ -13,12 +13,12 @@ from port_kit.parallel.layout import Layout
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from port_kit.parallel.trace import AttentionCall, Trace
+    from port_kit.parallel.recorder import AttentionCall, Trace
 
 #: Faults that are told apart, and what to do about each.
 FAULTS: Mapping[str, str] = {
     "not_sharded": "name the boundaries in _sp_plan exactly as the modules are called; a wrong name is only a warning",
-    "padding_attended": "tell the attention the true length (LengthTrimmedAttention, kv_length=padded_length(n))",
+    "padding_attended": "tell the attention the true length (PaddedAttention, kv_length=padded_length(n))",
     "replicated_keys_exchanged": "build this attention with skip_sequence_parallel=True: every rank has all its keys",
     "weights_not_split": "use vLLM's parallel linears and give each its full width",
     "weights_not_sharded": "let _hsdp_shard_conditions match the blocks",
@@ -98,7 +98,7 @@ def branch_alone(layout: Layout, single: Trace, trace: Trace, branch: int) -> in
     """Return which call of the transformer on one rank a rank's call ``branch`` is: guidance ranks take turns."""
     if trace.calls * layout.cfg != single.calls:
         return branch
-    return branch * layout.cfg + trace.places["cfg"]
+    return branch * layout.cfg + trace.rank_coords["cfg"]
 
 
 def _attention(layout: Layout, path: str, call: AttentionCall, alone: AttentionCall) -> Finding | None:
@@ -139,7 +139,7 @@ def _hsdp(layout: Layout, single: Trace, trace: Trace, rank: str) -> Iterator[Fi
 
 
 def _guidance(layout: Layout, single: Trace, trace: Trace, rank: str) -> Iterator[Finding]:
-    place = trace.places["cfg"]
+    place = trace.rank_coords["cfg"]
     if trace.calls >= single.calls > 1:
         yield Finding(
             "branches_not_divided",
@@ -171,20 +171,20 @@ def first_divergence(single: Trace, trace: Trace, tolerance: float) -> str:
         queue = expected.get((path, call))
         if not queue:
             continue
-        part = _own_part(queue.pop(0), value, trace.places)
+        part = _own_part(queue.pop(0), value, trace.rank_coords)
         if part is not None and _distance(part, value) > tolerance:
             return path
     return ""
 
 
-def _own_part(whole: Tensor, local: Tensor, places: Mapping[str, int]) -> Tensor | None:
+def _own_part(whole: Tensor, local: Tensor, rank_coords: Mapping[str, int]) -> Tensor | None:
     """Cut the whole output down to a rank's: dimension 1 by its place in the sequence, later ones by tensor place."""
     if whole.ndim != local.ndim:
         return None
     for dim, (full, own) in enumerate(zip(whole.shape, local.shape, strict=True)):
         if full == own:
             continue
-        place = places["sequence"] if dim == 1 else places["tp"]
+        place = rank_coords["sequence"] if dim == 1 else rank_coords["tp"]
         start = place * own
         if own > full or (dim > 1 and full % own):
             return None

@@ -4,7 +4,7 @@ vLLM-Omni calls a pipeline's post-process factory with the engine's configuratio
 process of whoever made the ``Omni``: that is where a port calls :func:`check_engine`. ::
 
     def get_post_process_func(od_config):
-        check_engine(od_config, lambda: build_transformer(read_config(od_config.model)), passes=2)
+        check_engine(od_config, lambda: build_transformer(read_config(od_config.model)), branches=2)
         ...
 """
 
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from port_kit.errors import ParallelError
 from port_kit.parallel.layout import Layout, divisors
-from port_kit.parallel.outline import outline
-from port_kit.parallel.preflight import GIGABYTE, Preflight, preflight, survey
+from port_kit.parallel.meta_init import meta_init
+from port_kit.parallel.preflight import GIGABYTE, Preflight, describe_model, preflight
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,13 +43,13 @@ def layout_of(config: DiffusionParallelConfig) -> Layout:
     )
 
 
-def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *, passes: int) -> Preflight | None:
+def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *, branches: int) -> Preflight | None:
     """Refuse what an engine cannot do with a model. Loads nothing, and touches no device.
 
     Args:
         config: the engine's.
         build: builds the transformer; it is called once, on the meta device, and only for several ranks.
-        passes: of the transformer in one guided step.
+        branches: of the transformer in one guided step.
 
     Returns:
         What each rank will hold; None for one rank.
@@ -57,13 +57,13 @@ def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *,
     Raises:
         ParallelError: the layout is impossible for the model; says what is possible, and what a rank would hold then.
     """
-    check_cache(config, passes=passes)
+    check_cache(config, branches=branches)
     layout = layout_of(config.parallel_config)
     if layout.world == 1:
         return None
-    with outline(config.dtype):
-        facts = survey(build(), branches=passes)
-    plan = preflight(layout, facts)
+    with meta_init(config.dtype):
+        shape = describe_model(build(), branches=branches)
+    plan = preflight(layout, shape)
     logger.info(
         "%s: %.2f GB of the transformer's weights a rank, %.2f GB while a block runs",
         layout,
@@ -73,16 +73,16 @@ def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *,
     return plan
 
 
-def check_cache(config: OmniDiffusionConfig, *, passes: int) -> None:
-    """Refuse Cache-DiT where ranks would run unequal numbers of passes: they decide together at every call.
+def check_cache(config: OmniDiffusionConfig, *, branches: int) -> None:
+    """Refuse Cache-DiT where ranks would run unequal numbers of branches: they decide together at every call.
 
     Raises:
         ParallelError: with the degrees of guidance parallelism that are possible.
     """
     ranks = config.parallel_config.cfg_parallel_size
-    if config.cache_backend == "cache_dit" and passes % ranks:
+    if config.cache_backend == "cache_dit" and branches % ranks:
         raise ParallelError(
-            f"cache_dit with {passes} guidance passes over {ranks} ranks, of which some would run more than others",
+            f"cache_dit with {branches} guidance passes over {ranks} ranks, of which some would run more than others",
             code="cache_passes",
-            hint=f"set cfg_parallel_size to {' or '.join(map(str, divisors(passes)))}, or leave the cache out",
+            hint=f"set cfg_parallel_size to {' or '.join(map(str, divisors(branches)))}, or leave the cache out",
         )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from port_kit.parallel.merge import merge, plain_merge
+from port_kit.parallel.comm.merge_attn_states import merge_attn_states, merge_attn_states_torch
 
 ROOT = Path(__file__).parents[2]
 #: Batch, tokens, heads, head dim.
@@ -38,14 +38,14 @@ def test_parts_are_one_attention(scale: float) -> None:
     first, second, third = (
         attention(scale * query, key[:, cut], value[:, cut]) for cut in (slice(4), slice(4, 5), slice(5, 9))
     )
-    part = merge(*first, *second, torch.float32)
-    for ours, expected in zip(merge(*part, *third, torch.float32), whole, strict=True):
+    part = merge_attn_states(*first, *second, torch.float32)
+    for ours, expected in zip(merge_attn_states(*part, *third, torch.float32), whole, strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def check(device: str) -> None:
     """Compare the kernel with plain PyTorch, for a first and a last block, log-sum-exps of either layout."""
-    from port_kit.parallel.merge_kernel import merge as kernel
+    from port_kit.parallel.comm.merge_attn_kernel import merge_attn_states as kernel
 
     for batch, tokens, heads, size in SHAPES:
         generator = torch.Generator(device).manual_seed(size)
@@ -58,7 +58,9 @@ def check(device: str) -> None:
             s = 20 * torch.randn(batch, heads, tokens, generator=generator, device=device)
             t = 20 * torch.randn(batch, tokens, heads, generator=generator, device=device).transpose(1, 2)
             bound = {"rtol": 8e-3, "atol": 1e-6} if wanted == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
-            for ours, plain in zip(kernel(a, s, b, t, wanted), plain_merge(a, s, b, t, wanted), strict=True):
+            for ours, plain in zip(
+                kernel(a, s, b, t, wanted), merge_attn_states_torch(a, s, b, t, wanted), strict=True
+            ):
                 torch.testing.assert_close(ours, plain, **bound)
 
 

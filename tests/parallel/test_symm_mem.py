@@ -23,9 +23,9 @@ from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_att
 from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttention
 
-from port_kit.parallel import driver, exchange, peers, short
-from port_kit.parallel.exchange import LeanRing, lean
-from port_kit.parallel.peers import Peers
+from port_kit.parallel.comm import asymmetric_attention, cuda_stream_ops, fused_sequence_parallel, symm_mem
+from port_kit.parallel.comm.fused_sequence_parallel import FusedRing, optimize_strategy
+from port_kit.parallel.comm.symm_mem import PeerBuffers
 from port_kit.runtime.patches import install_worker_fixes
 
 
@@ -46,37 +46,38 @@ class SharedMemory:
         whole = torch.from_file(str(self.files[rank]), shared=True, size=self.size, dtype=torch.uint8)
         return whole[: prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks, and then a moment, so that some read late."""
         dist.barrier()
         time.sleep(random.random() * 0.004)
 
 
-def mailboxes(folder: str, depth: int = 2) -> Peers:
+def peer_buffers(folder: str, num_buffers: int = 2) -> PeerBuffers:
     """Return the mailboxes of all processes."""
-    return Peers(dist.get_rank(), dist.get_world_size(), lambda size: SharedMemory(size, Path(folder)), depth)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return PeerBuffers(rank, size, lambda bytes_: SharedMemory(bytes_, Path(folder)), num_buffers)
 
 
 def gathered_and_summed(rank: int, ranks: int, folder: str) -> None:
     """Join and add tensors of changing shapes, many times over, each rank at its own speed."""
-    post = mailboxes(folder)
+    post = peer_buffers(folder)
     for step in range(40):
         shape = (1 + step % 2, 2 + step % 3, 4)
         every = [torch.full(shape, float(step * ranks + place)).bfloat16() for place in range(ranks)]
         for dim in range(3):
             assert post.gather(every[rank], dim).equal(torch.cat(every, dim))
         if ranks == 2:
-            own, other = post.summands_of_two(every[rank])
+            own, other = post.exchange_partial_sums(every[rank])
             assert own.equal(every[rank])
             assert other.equal(every[1 - rank])
     if ranks != 2:
         with pytest.raises(ValueError, match=f"of {ranks} ranks"):
-            post.summands_of_two(torch.zeros(1))
+            post.exchange_partial_sums(torch.zeros(1))
 
 
-def one_mailbox_is_too_few(rank: int, ranks: int, folder: str) -> None:
+def one_buffer_is_too_few(rank: int, ranks: int, folder: str) -> None:
     """A rank that is ahead overwrites what another has not read: what ``depth`` is for."""
-    post, wrong = mailboxes(folder, depth=1), 0
+    post, wrong = peer_buffers(folder, num_buffers=1), 0
     for step in range(60):
         joined = post.gather(torch.full((64,), float(step)), 0)
         wrong += not joined.eq(step).all()
@@ -87,17 +88,17 @@ def one_mailbox_is_too_few(rank: int, ranks: int, folder: str) -> None:
 
 def ulysses(rank: int, ranks: int, folder: str) -> None:
     """Heads for tokens and back, as vLLM-Omni's collective trades them; keys of fewer heads go its own way."""
-    post = mailboxes(folder)
-    exchange.peers_of = lambda *_args, **_options: post
+    post = peer_buffers(folder)
+    fused_sequence_parallel.get_peer_buffers = lambda *_args, **_options: post
     group = SimpleNamespace(ulysses_group=dist.group.WORLD, ulysses_world_size=ranks, ring_world_size=1)
     theirs = UlyssesParallelAttention(group, 2, 1, False)  # type: ignore[arg-type]
-    ours = lean(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
+    ours = optimize_strategy(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
     for batch, tokens, size, dtype in ((1, 5, 16, torch.bfloat16), (2, 3, 6, torch.bfloat16), (2, 4, 8, torch.float32)):
         heads = 2 * ranks
         fused = torch.randn(batch, tokens, 3 * heads * size, generator=torch.Generator().manual_seed(rank)).to(dtype)
         given = [part.unflatten(-1, (heads, size)) for part in fused.chunk(3, -1)]
         for key, value in ((given[1], given[2]), (given[1][:, :, :ranks], given[2][:, :, :ranks])):
-            before = peers.exchanged["calls"]
+            before = symm_mem.transfer_stats["calls"]
             mine, expected = (
                 ours.pre_attention(given[0], key, value, None),
                 theirs.pre_attention(given[0], key, value, None),
@@ -105,24 +106,26 @@ def ulysses(rank: int, ranks: int, folder: str) -> None:
             assert all(a.equal(b) for a, b in zip(mine[:3], expected[:3], strict=True))
             output = mine[0].clone()
             assert ours.post_attention(output, mine[4]).equal(theirs.post_attention(output, expected[4]))
-            assert peers.exchanged["calls"] - before == 1 + (key.shape == given[0].shape)
+            assert symm_mem.transfer_stats["calls"] - before == 1 + (key.shape == given[0].shape)
 
 
 def ring(rank: int, ranks: int, folder: str) -> None:
     """Blocks that their owners send are those that are handed on; with and without padding, over and over."""
-    post, asked = mailboxes(folder, depth=3), []
-    exchange._can_use_fa3 = lambda _device: True
-    exchange.flash_attention = sdpa
+    post, asked = peer_buffers(folder, num_buffers=3), []
+    fused_sequence_parallel._can_use_fa3 = lambda _device: True
+    fused_sequence_parallel.flash_attention = sdpa
     group: Any = SimpleNamespace(ring_group=dist.group.WORLD, ring_world_size=ranks)
-    ours = lean(RingParallelAttention(group))
-    assert type(ours) is LeanRing
+    ours = optimize_strategy(RingParallelAttention(group))
+    assert type(ours) is FusedRing
     generator = torch.Generator().manual_seed(rank)
     for length in (None, 5 * ranks - 1, 4, None):
         given = torch.randn(3, 2, 5, 4, 16, generator=generator).bfloat16().unbind(0)
         metadata = None if length is None else AttentionMetadata(extra={"valid_kv_length": length})
         results = []
         for found in (post, None):
-            exchange.peers_of = lambda *_args, depth, found=found: asked.append(depth) or found
+            fused_sequence_parallel.get_peer_buffers = lambda *_args, num_buffers, found=found: (
+                asked.append(num_buffers) or found
+            )
             results.append(ours.run_attention(*given, metadata, softmax_scale=0.3))
         assert results[0].equal(results[1])
         assert results[0].abs().max() > 0
@@ -131,15 +134,15 @@ def ring(rank: int, ranks: int, folder: str) -> None:
 
 def short_streams(rank: int, ranks: int, folder: str) -> None:
     """The short side of an attention goes through mailboxes where there are some."""
-    post = mailboxes(folder)
+    post = peer_buffers(folder)
     group: Any = SimpleNamespace(device_group=dist.group.WORLD, world_size=ranks, rank_in_group=rank)
-    short.peers_of = lambda *_args: post
+    asymmetric_attention.get_peer_buffers = lambda *_args: post
     whole = torch.randn(3, 1, 4 * ranks, 2, 8, generator=torch.Generator().manual_seed(0))
     query, key, value = whole.chunk(ranks, 2)[rank]
-    _, keys, values, _, _ = short.GatheredKeys(group).pre_attention(query, key, value, None)
+    _, keys, values, _, _ = asymmetric_attention.GatherKVStrategy(group).pre_attention(query, key, value, None)
     assert keys.equal(whole[1])
     assert values.equal(whole[2])
-    strategy = short.GatheredQueries(group)
+    strategy = asymmetric_attention.GatherQueryStrategy(group)
     queries, *_ = strategy.pre_attention(query, key, value, None)
     assert queries.equal(whole[0])
     mine = strategy.post_attention(strategy.attend(queries, key, value, None, 0.3), None)
@@ -167,12 +170,12 @@ def on_gpus(rank: int, ranks: int, folder: str) -> None:
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                post = peers.peers_of(group, given)
+                post = symm_mem.get_peer_buffers(group, given)
                 assert post is not None, "these GPUs do not reach each other"
                 joined = post.gather(given, 0).clone()
                 if rank == step % ranks:
                     torch.cuda._sleep(1_000_000)  # one rank is late by a millisecond or so
-                results.append((joined, sum(post.summands_of_two(given)) if ranks == 2 else joined[:1]))
+                results.append((joined, sum(post.exchange_partial_sums(given)) if ranks == 2 else joined[:1]))
         for stream in streams:
             torch.cuda.current_stream().wait_stream(stream)
         for joined, total in results:
@@ -194,31 +197,33 @@ def in_group(rank: int, work: Callable[[int, int, str], None], ranks: int, folde
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("work", [gathered_and_summed, one_mailbox_is_too_few, ulysses, ring, short_streams])
-def test_mailboxes(work: Callable[[int, int, str], None], ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", [gathered_and_summed, one_buffer_is_too_few, ulysses, ring, short_streams])
+def test_peer_buffers(work: Callable[[int, int, str], None], ranks: int, tmp_path: Path) -> None:
     start_processes(in_group, (work, ranks, str(tmp_path)), nprocs=ranks, start_method="fork")
 
 
 @pytest.mark.gpu
-def test_mailboxes_on_gpus(tmp_path: Path) -> None:
+def test_peer_buffers_on_gpus(tmp_path: Path) -> None:
     ranks = torch.cuda.device_count()
     assert ranks >= 2, "this test needs two GPUs"
     start_processes(on_gpus, (ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")
 
 
-def test_a_cpu_has_no_mailboxes() -> None:
-    assert peers.peers_of(SimpleNamespace(), torch.zeros(1)) is None  # type: ignore[arg-type]
+def test_a_cpu_has_no_peer_buffers() -> None:
+    assert symm_mem.get_peer_buffers(SimpleNamespace(), torch.zeros(1)) is None  # type: ignore[arg-type]
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(driver.logger, "warning", said.append)  # other tests leave loggers in any state
+    monkeypatch.setattr(cuda_stream_ops.logger, "warning", said.append)  # other tests leave loggers in any state
     for absent in ("cuda", "cuda.bindings"):
-        monkeypatch.setattr(driver, "find_spec", lambda name, absent=absent: None if name == absent else object())
-        assert not driver.is_installed.__wrapped__()
+        monkeypatch.setattr(
+            cuda_stream_ops, "find_spec", lambda name, absent=absent: None if name == absent else object()
+        )
+        assert not cuda_stream_ops.is_installed.__wrapped__()
         assert "pip install cuda-bindings" in said.pop()
-    monkeypatch.setattr(driver, "find_spec", lambda _name: object())
-    assert driver.is_installed.__wrapped__()
+    monkeypatch.setattr(cuda_stream_ops, "find_spec", lambda _name: object())
+    assert cuda_stream_ops.is_installed.__wrapped__()
     assert not said
 
 
@@ -229,9 +234,9 @@ def test_what_the_driver_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         asked.append(arguments)
         return (801,)
 
-    monkeypatch.setattr(driver, "_driver", lambda: SimpleNamespace(cuStreamWaitValue32=refuse))
+    monkeypatch.setattr(cuda_stream_ops, "_driver", lambda: SimpleNamespace(cuStreamWaitValue32=refuse))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     place = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="cuStreamWaitValue32 was refused.*801.*PORT_KIT_PEER_COPIES=0"):
-        driver.wait_for_number(place, 2**32 + 3)
+    with pytest.raises(RuntimeError, match="cuStreamWaitValue32 was refused.*801.*PORT_KIT_DISABLE_SYMM_MEM=1"):
+        cuda_stream_ops.stream_wait_value(place, 2**32 + 3)
     assert asked == [(7, place.data_ptr(), 3, 0)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from port_kit.parallel.peers import exchanged
+from port_kit.parallel.comm.symm_mem import transfer_stats
 
 Noted = TypeVar("Noted")
 
@@ -52,9 +52,9 @@ class Trace:
     """What one rank did.
 
     Attributes:
-        places: this rank's place in each group: ``tp``, ``sequence``, ``cfg``.
+        rank_coords: this rank's place in each group: ``tp``, ``sequence``, ``cfg``.
         attention: calls by the layer's path.
-        collectives: ``{operator: (calls, bytes)}``; ``mailboxes`` are those of :mod:`~port_kit.parallel.peers`.
+        collectives: ``{operator: (calls, bytes)}``; ``symm_mem`` are those of :mod:`~port_kit.parallel.comm.symm_mem`.
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
         calls: how many passes the transformers made.
         branches: a fingerprint of the inputs of the first passes, in order.
@@ -63,7 +63,7 @@ class Trace:
             computation; empty unless asked for.
     """
 
-    places: Mapping[str, int]
+    rank_coords: Mapping[str, int]
     attention: Mapping[str, list[AttentionCall]]
     collectives: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, tuple[tuple[int, ...], int]]
@@ -108,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         from vllm_omni.diffusion.attention.layer import Attention
 
         if is_transformer(module):
-            self.number(passes=1)
+            self.number(branches=1)
         if isinstance(module, Attention):
             self.open.append((id(module), args[0].shape[1], args[1].shape[1]))
             self.seen = None
@@ -123,28 +123,30 @@ class _Recorder(TorchDispatchMode):
             self.new_calls.append((key, AttentionCall(query, keys, self.seen or keys, exchanged, 0)))
         self.keep_output(module, output)
         if is_transformer(module):
-            self.note_passes((*args, *(value for name, value in kwargs.items() if name != "others")), kwargs, output)
+            self.note_branches(
+                (*args, *(value for name, value in kwargs.items() if name != "extra_branches")), kwargs, output
+            )
 
-    def note_passes(self, first: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def note_branches(self, first: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note the passes of one call of a transformer: one, or several that it was given together."""
-        others = kwargs.get("others", ())
-        given = [first, *(tuple(other.values()) for other in others)]
-        for inputs, flows in zip(given, output if others else [output], strict=True):
+        extra_branches = kwargs.get("extra_branches", ())
+        given = [first, *(tuple(other.values()) for other in extra_branches)]
+        for inputs, flows in zip(given, output if extra_branches else [output], strict=True):
             if len(self.branches) < KEPT_BRANCHES:
                 self.branches.append(_fingerprint(inputs))
                 self.flows.append(tuple(map(_copy, _tensors(flows))))
         self.number(len(given))
         self.transformer_calls += len(given)
 
-    def number(self, passes: int) -> None:
+    def number(self, branches: int) -> None:
         """Say of each call and output that was noted since the last time which pass it is of.
 
         Every module has made its passes one after the other.
         """
-        for key, place, call in _divided(self.new_calls, passes):
+        for key, place, call in _divided(self.new_calls, branches):
             if len(self.calls[key]) < KEPT_CALLS:
                 self.calls[key].append(replace(call, branch=self.transformer_calls + place))
-        for key, place, value in _divided(self.new_outputs, passes):
+        for key, place, value in _divided(self.new_outputs, branches):
             self.outputs.append((key, self.transformer_calls + place, value))
         self.new_calls.clear()
         self.new_outputs.clear()
@@ -163,7 +165,7 @@ class _Recorder(TorchDispatchMode):
         from vllm_omni.diffusion.attention.layer import Attention
         from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 
-        from port_kit.parallel.exchange import LeanRing
+        from port_kit.parallel.comm.fused_sequence_parallel import FusedRing
 
         local = Attention._run_local_attention
 
@@ -172,7 +174,7 @@ class _Recorder(TorchDispatchMode):
             return local(layer, query, key, value, metadata)
 
         Attention._run_local_attention = run_local
-        for kind in (RingParallelAttention, LeanRing):
+        for kind in (RingParallelAttention, FusedRing):
             kind.run_attention = self.watched_ring(kind.run_attention)  # type: ignore[method-assign]
 
     def watched_ring(self, run: Any) -> Any:
@@ -215,9 +217,9 @@ def collect(pipeline: nn.Module) -> Trace:
     if _recorder is None:
         raise RuntimeError("install() was not called before the model ran")
     paths = {id(module): path for path, module in pipeline.named_modules()}
-    _recorder.number(passes=1)
+    _recorder.number(branches=1)
     return Trace(
-        places=_places(),
+        rank_coords=_rank_coords(),
         attention={paths[key]: calls for key, calls in _recorder.calls.items() if key in paths},
         collectives=_collectives(_recorder),
         parameters=_parameters(pipeline),
@@ -230,8 +232,8 @@ def collect(pipeline: nn.Module) -> Trace:
 
 def _collectives(recorder: _Recorder) -> dict[str, tuple[int, int]]:
     found = {operator: (calls, recorder.bytes[operator]) for operator, calls in sorted(recorder.collectives.items())}
-    if exchanged["calls"]:
-        found["mailboxes"] = exchanged["calls"], exchanged["bytes"]
+    if transfer_stats["calls"]:
+        found["symm_mem"] = transfer_stats["calls"], transfer_stats["bytes"]
     return found
 
 
@@ -240,12 +242,12 @@ def is_transformer(module: nn.Module) -> bool:
     return hasattr(type(module), "_hsdp_shard_conditions") or hasattr(type(module), "_sp_plan")
 
 
-def _divided(noted: list[tuple[int, Noted]], passes: int) -> Iterator[tuple[int, int, Noted]]:
+def _divided(noted: list[tuple[int, Noted]], branches: int) -> Iterator[tuple[int, int, Noted]]:
     """Divide what each module did, in order, into as many equal parts: yields module, part, what it did."""
     total = Counter(key for key, _ in noted)
     met: Counter[int] = Counter()
     for key, what in noted:
-        yield key, met[key] * passes // total[key], what
+        yield key, met[key] * branches // total[key], what
         met[key] += 1
 
 
@@ -286,7 +288,7 @@ def _parameters(pipeline: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
     return found
 
 
-def _places() -> dict[str, int]:
+def _rank_coords() -> dict[str, int]:
     """This rank's place in each group, from the groups themselves."""
     from vllm.distributed import get_tp_group
     from vllm_omni.diffusion.distributed.parallel_state import get_cfg_group, get_sp_group

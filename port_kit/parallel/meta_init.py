@@ -1,4 +1,4 @@
-"""A model's outline: its modules on the meta device, in any process, without process groups and without a device.
+"""A model's meta_init: its modules on the meta device, in any process, without process groups and without a device.
 
 :func:`port_kit.runtime.local.single_rank` opens a world of one rank, which on a GPU machine touches the GPU. Before an
 engine's workers start, the process that starts them must not; here vLLM's linears only see a group of one rank.
@@ -23,7 +23,7 @@ class _Alone:
 
 
 @contextmanager
-def outline(dtype: torch.dtype) -> Iterator[None]:
+def meta_init(dtype: torch.dtype) -> Iterator[None]:
     """Let modules be built on the meta device as one rank alone would build them.
 
     Args:
@@ -35,7 +35,7 @@ def outline(dtype: torch.dtype) -> Iterator[None]:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
-    config = OmniDiffusionConfig(model="outline", dtype=dtype)
+    config = OmniDiffusionConfig(model="meta", dtype=dtype)
     group, default = parallel_state._TP, torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(_quiet("vllm"))

@@ -14,9 +14,9 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from port_kit.errors import ParallelError
 from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
 from port_kit.models.wan_fusion.transformer import build_transformer
-from port_kit.parallel.guard import check_engine, layout_of
+from port_kit.parallel.engine_checks import check_engine, layout_of
 from port_kit.parallel.layout import Layout
-from port_kit.parallel.preflight import preflight, survey
+from port_kit.parallel.preflight import describe_model, preflight
 from port_kit.runtime.local import single_rank
 
 
@@ -36,7 +36,7 @@ def test_one_rank_needs_no_check() -> None:
     def never() -> nn.Module:
         raise AssertionError("built for one rank")
 
-    assert check_engine(engine("single"), never, passes=4) is None
+    assert check_engine(engine("single"), never, branches=4) is None
 
 
 @pytest.mark.parametrize("text", ["tp2xulysses2xcfg2", "hsdp4xcfg4", "hsdp4", "ulysses2xring2", "allgather4"])
@@ -44,28 +44,28 @@ def test_what_a_rank_will_hold_is_known_before_anything_is_loaded(text: str) -> 
     config = engine(text)
     assert str(layout_of(config.parallel_config)) == text
     before = (parallel_state._TP, torch.get_default_dtype())
-    plan = check_engine(config, build, passes=4)
+    plan = check_engine(config, build, branches=4)
     assert (parallel_state._TP, torch.get_default_dtype()) == before
     assert torch.empty(1).device.type == "cpu"
     with single_rank(torch.bfloat16), torch.device("meta"):
-        facts = survey(build(), branches=4)
-    assert plan == preflight(Layout.parse(text), facts)
+        shape = describe_model(build(), branches=4)
+    assert plan == preflight(Layout.parse(text), shape)
 
 
 def test_an_impossible_layout_is_refused_with_what_is_possible() -> None:
     with pytest.raises(ParallelError, match="tp 5 does not divide 24 heads") as caught:
-        check_engine(engine("tp5xcfg2"), build, passes=4)
+        check_engine(engine("tp5xcfg2"), build, branches=4)
     assert caught.value.details["possible"]["cfg"] == [2, 4]
     assert "tp 2, 4 or 8 (11.7, 5.84, 2.92 GB of weights a rank)" in caught.value.hint
 
 
 @pytest.mark.parametrize("layout", ["single", "cfg2", "cfg4", "tp2"])
 def test_a_cache_is_possible_where_all_ranks_run_as_many_passes(layout: str) -> None:
-    check_engine(engine(layout, cache_backend="cache_dit"), build, passes=4)
+    check_engine(engine(layout, cache_backend="cache_dit"), build, branches=4)
 
 
 def test_a_cache_over_unequal_numbers_of_passes_is_refused() -> None:
     with pytest.raises(ParallelError, match="cache_dit with 4 guidance passes over 3 ranks") as caught:
-        check_engine(engine("cfg3", cache_backend="cache_dit"), build, passes=4)
+        check_engine(engine("cfg3", cache_backend="cache_dit"), build, branches=4)
     assert caught.value.code == "cache_passes"
     assert "cfg_parallel_size to 1 or 2 or 4" in caught.value.hint

@@ -1,12 +1,14 @@
 """Ulysses and Ring with fewer bytes moved on the GPU: vLLM-Omni's strategies, their copies and sums made in one pass.
 
 What is sent between ranks is what vLLM-Omni's own strategies send; on one host it goes through mailboxes
-(:mod:`~port_kit.parallel.peers`), so that copy engines carry it. Around it vLLM-Omni's move a long sequence's queries,
-keys, values and outputs several times more: Ulysses through element-wise transposes, twice for outputs; Ring through
-float32 copies of every block's output, four passes a block. At 22,528 tokens on two H100 that was 5 % of a step.
+(:mod:`~port_kit.parallel.comm.symm_mem`), so that copy engines carry it. Around it vLLM-Omni's move a long sequence's
+queries, keys, values and outputs several times more: Ulysses through element-wise transposes, twice for outputs; Ring
+through float32 copies of every block's output, four passes a block. At 22,528 tokens on two H100 that was 5 % of a
+step.
 
-:class:`~port_kit.parallel.sequence.LengthTrimmedAttention` puts them in place of what :func:`lean` is given; where they
-have nothing to add (float32, joint or uneven heads, a kernel that is not FlashAttention-3), they do as vLLM-Omni does.
+:class:`~port_kit.parallel.sequence.PaddedAttention` puts them in place of what :func:`optimize_strategy` is given;
+where they have nothing to add (float32, joint or uneven heads, a kernel that is not FlashAttention-3), they do as
+vLLM-Omni does.
 
 Shape suffixes: B batch, S tokens of this rank, P ranks, N heads, n heads of one rank after the exchange, H head dim.
 """
@@ -28,22 +30,22 @@ from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttent
 from vllm_omni.diffusion.distributed.comm import RingComm
 from vllm_omni.diffusion.forward_context import get_ulysses_mode
 
-from port_kit.parallel.merge import merge
-from port_kit.parallel.peers import Peers, peers_of
+from port_kit.parallel.comm.merge_attn_states import merge_attn_states
+from port_kit.parallel.comm.symm_mem import PeerBuffers, get_peer_buffers
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 
 #: Copies go in words of this type, 16 bytes: eight times fewer than values of bfloat16.
-WORD = torch.complex128
+DTYPE_128BIT = torch.complex128
 
 
 @dataclass(frozen=True)
-class Exchanged(ParallelAttentionContext):
+class ExchangedContext(ParallelAttentionContext):
     """Says that the queries were exchanged here, so that the output is exchanged back here."""
 
 
-class LeanUlysses(UlyssesParallelAttention):
+class FusedUlysses(UlyssesParallelAttention):
     """Ulysses with one copy for each of queries, keys, values and outputs."""
 
     def pre_attention(
@@ -53,32 +55,32 @@ class LeanUlysses(UlyssesParallelAttention):
         ranks = torch.distributed.get_world_size(self._ulysses_pg)
         uneven = any(x.shape[2] % ranks for x in (query, key, value))
         options = self._use_sync or self._ulysses_a2a_permute or get_ulysses_mode(default="strict") != "strict"
-        if uneven or options or not _is_plain(attn_metadata):
+        if uneven or options or not _is_unmasked(attn_metadata):
             return super().pre_attention(query, key, value, attn_metadata)
-        peers = peers_of(self._ulysses_pg, query)
+        peers = get_peer_buffers(self._ulysses_pg, query)
         if peers is not None and query.shape == key.shape == value.shape:
-            exchanged = _post_heads(peers, (query, key, value))
+            exchanged = _all_to_all_qkv(peers, (query, key, value))
         else:
             exchanged = [self._gather_tokens(x, ranks) for x in (query, key, value)]
-        return *exchanged, attn_metadata, Exchanged(self.name)
+        return *exchanged, attn_metadata, ExchangedContext(self.name)
 
     def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
         """Trade tokens for heads: ``[B, P * S, n, H]`` becomes ``[B, S, N, H]``."""
-        if not isinstance(ctx, Exchanged):
+        if not isinstance(ctx, ExchangedContext):
             return super().post_attention(attn_output, ctx)
         ranks = torch.distributed.get_world_size(self._ulysses_pg)
         parts = attn_output.unflatten(1, (ranks, -1)).transpose(0, 1)
-        peers = peers_of(self._ulysses_pg, attn_output)
+        peers = get_peer_buffers(self._ulysses_pg, attn_output)
         if peers is not None:
-            return _post_tokens(peers, parts)
-        received = self._trade(parts)
-        return unwords(words(received).permute(1, 2, 0, 3, 4).flatten(2, 3), attn_output.dtype)
+            return _all_to_all_output(peers, parts)
+        received = self._all_to_all(parts)
+        return from_128bit(as_128bit(received).permute(1, 2, 0, 3, 4).flatten(2, 3), attn_output.dtype)
 
     def _gather_tokens(self, x_BSNH: Tensor, ranks: int) -> Tensor:
-        parts = words(x_BSNH).unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()
-        return self._trade(unwords(parts, x_BSNH.dtype)).transpose(0, 1).flatten(1, 2)
+        parts = as_128bit(x_BSNH).unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()
+        return self._all_to_all(from_128bit(parts, x_BSNH.dtype)).transpose(0, 1).flatten(1, 2)
 
-    def _trade(self, parts: Tensor) -> Tensor:
+    def _all_to_all(self, parts: Tensor) -> Tensor:
         """Send part i to rank i; return what the ranks sent, in their order."""
         parts = parts.contiguous()
         received = torch.empty_like(parts)
@@ -86,35 +88,35 @@ class LeanUlysses(UlyssesParallelAttention):
         return received
 
 
-def _post_heads(peers: Peers, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _all_to_all_qkv(peers: PeerBuffers, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Trade heads for tokens through mailboxes, for all tensors at once: ``[B, S, N, H]`` each, alike."""
     batch, tokens, heads, size = tensors[0].shape
     dtype = tensors[0].dtype
-    boxes = peers.take((len(tensors), peers.size, batch, tokens, heads // peers.size, size), dtype)
+    buffers = peers.next_buffers((len(tensors), peers.size, batch, tokens, heads // peers.size, size), dtype)
     for index, x in enumerate(tensors):
-        parts_PBSnH = words(x).unflatten(2, (peers.size, -1)).permute(2, 0, 1, 3, 4)
-        for rank in peers.others:  # packed here, so that a copy engine can carry it
-            boxes[rank][index, peers.rank].copy_(unwords(parts_PBSnH[rank].contiguous(), dtype))
-        copy_words(boxes[peers.rank][index, peers.rank], x.unflatten(2, (peers.size, -1))[:, :, peers.rank])
-    peers.meet()
-    return [received.transpose(0, 1).flatten(1, 2) for received in boxes[peers.rank].unbind(0)]
+        parts_PBSnH = as_128bit(x).unflatten(2, (peers.size, -1)).permute(2, 0, 1, 3, 4)
+        for rank in peers.peer_ranks:  # packed here, so that a copy engine can carry it
+            buffers[rank][index, peers.rank].copy_(from_128bit(parts_PBSnH[rank].contiguous(), dtype))
+        copy_128bit(buffers[peers.rank][index, peers.rank], x.unflatten(2, (peers.size, -1))[:, :, peers.rank])
+    peers.barrier()
+    return [received.transpose(0, 1).flatten(1, 2) for received in buffers[peers.rank].unbind(0)]
 
 
-def _post_tokens(peers: Peers, parts_PBSnH: Tensor) -> Tensor:
+def _all_to_all_output(peers: PeerBuffers, parts_PBSnH: Tensor) -> Tensor:
     """Trade tokens for heads through mailboxes; return ``[B, S, N, H]``."""
     ranks, batch, tokens, heads, size = parts_PBSnH.shape
-    boxes = peers.take(parts_PBSnH.shape, parts_PBSnH.dtype)
-    for rank in peers.others:
-        boxes[rank][peers.rank].copy_(parts_PBSnH[rank])
-    peers.meet()
+    buffers = peers.next_buffers(parts_PBSnH.shape, parts_PBSnH.dtype)
+    for rank in peers.peer_ranks:
+        buffers[rank][peers.rank].copy_(parts_PBSnH[rank])
+    peers.barrier()
     whole = parts_PBSnH.new_empty(batch, tokens, ranks, heads, size)
     for rank in range(ranks):
-        received = parts_PBSnH[rank] if rank == peers.rank else boxes[peers.rank][rank]
-        copy_words(whole[:, :, rank], received)
+        received = parts_PBSnH[rank] if rank == peers.rank else buffers[peers.rank][rank]
+        copy_128bit(whole[:, :, rank], received)
     return whole.flatten(2, 3)
 
 
-class LeanRing(RingParallelAttention):
+class FusedRing(RingParallelAttention):
     """Ring whose blocks are put together in one pass each."""
 
     def run_attention(
@@ -129,37 +131,37 @@ class LeanRing(RingParallelAttention):
         """Attend to the keys of all ranks, which go round; see vLLM-Omni's method."""
         flash = self.attn_backend_pref is None or self.attn_backend_pref.lower() == "flash_attn"
         flash = flash and query.dtype != torch.float32 and _can_use_fa3(query.device)
-        if causal or not flash or not _is_plain(attn_metadata):
+        if causal or not flash or not _is_unmasked(attn_metadata):
             options = {"softmax_scale": softmax_scale, "causal": causal}
             return super().run_attention(query, key, value, attn_metadata, **options)
         length = attn_metadata.extra.get("valid_kv_length") if attn_metadata is not None else None
         scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return self._go_round(query.contiguous(), key.contiguous(), value.contiguous(), length, scale)
+        return self._run_ring(query.contiguous(), key.contiguous(), value.contiguous(), length, scale)
 
-    def _go_round(self, query: Tensor, key: Tensor, value: Tensor, length: int | None, scale: float) -> Tensor:
+    def _run_ring(self, query: Tensor, key: Tensor, value: Tensor, length: int | None, scale: float) -> Tensor:
         ring = RingComm(self._sp_group.ring_group)
         ranks = ring.world_size
-        peers = peers_of(self._sp_group.ring_group, key, depth=3)
-        carrier = _Relay(ring, key, value) if peers is None else _Post(peers, key, value)
+        peers = get_peer_buffers(self._sp_group.ring_group, key, num_buffers=3)
+        transfer = RingKVTransfer(ring, key, value) if peers is None else P2PKVTransfer(peers, key, value)
         out = lse = None
         for turn in range(ranks):
             is_last = turn + 1 == ranks
             if not is_last:
-                carrier.start()
+                transfer.start()
             valid = ring_kv_block_valid_length(length, key.shape[1], (ring.rank - turn) % ranks, ranks)
             if valid:
                 new_out, new_lse = flash_attention(query, key[:, :valid], value[:, :valid], scale)
                 if out is None or lse is None:
                     out, lse = new_out, new_lse
                 else:
-                    out, lse = merge(out, lse, new_out, new_lse, query.dtype if is_last else torch.float32)
+                    out, lse = merge_attn_states(out, lse, new_out, new_lse, query.dtype if is_last else torch.float32)
             if not is_last:
-                key, value = carrier.finish()
+                key, value = transfer.finish()
         assert out is not None  # not all keys of all ranks are padding
         return out.to(query.dtype)
 
 
-class _Relay:
+class RingKVTransfer:
     """Brings the next block's keys and values from the rank before, which had them before."""
 
     def __init__(self, ring: RingComm, key: Tensor, value: Tensor) -> None:
@@ -177,40 +179,40 @@ class _Relay:
         return self.block
 
 
-class _Post:
+class P2PKVTransfer:
     """Brings the next block's keys and values from the rank whose they are, on a stream beside the current one."""
 
-    def __init__(self, peers: Peers, key: Tensor, value: Tensor) -> None:
+    def __init__(self, peers: PeerBuffers, key: Tensor, value: Tensor) -> None:
         self.peers, self.own = peers, (key, value)
         self.turn = 0
-        self.stream = _beside(torch.cuda.current_stream(key.device)) if key.is_cuda else None
+        self.stream = _side_stream(torch.cuda.current_stream(key.device)) if key.is_cuda else None
 
     def start(self) -> None:
         """Send this rank's own block to where its turn has come."""
         peers = self.peers
         self.turn += 1
-        self.boxes = peers.take((2, *self.own[0].shape), self.own[0].dtype)
+        self.buffers = peers.next_buffers((2, *self.own[0].shape), self.own[0].dtype)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for box, tensor in zip(self.boxes[(peers.rank + self.turn) % peers.size], self.own, strict=True):
-                box.copy_(tensor)
-            peers.meet()
+            for buffer, tensor in zip(self.buffers[(peers.rank + self.turn) % peers.size], self.own, strict=True):
+                buffer.copy_(tensor)
+            peers.barrier()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return the block's keys and values; the current stream waits for them."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
-        key, value = self.boxes[self.peers.rank]
+        key, value = self.buffers[self.peers.rank]
         return key, value
 
 
 @cache
-def _beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+def _side_stream(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(stream.device)
 
 
-def _is_plain(metadata: AttentionMetadata | None) -> bool:
+def _is_unmasked(metadata: AttentionMetadata | None) -> bool:
     """Whether an attention has no mask and no joint tokens: at most the length of its keys is said."""
     if metadata is None:
         return True
@@ -235,33 +237,33 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     return out, lse[..., : query.shape[1]]  # some kernels pad it
 
 
-def lean(strategy: Any) -> Any:
-    """Return the lean form of vLLM-Omni's strategy, or the strategy itself where there is none."""
+def optimize_strategy(strategy: Any) -> Any:
+    """Return the fused form of vLLM-Omni's strategy, or the strategy itself where there is none."""
     if type(strategy) is UlyssesParallelAttention:
         dims = strategy._scatter_idx, strategy._gather_idx
-        return LeanUlysses(strategy._sp_group, *dims, strategy._use_sync, strategy._ulysses_a2a_permute)
+        return FusedUlysses(strategy._sp_group, *dims, strategy._use_sync, strategy._ulysses_a2a_permute)
     if type(strategy) is RingParallelAttention:
-        return LeanRing(strategy._sp_group, strategy.attn_backend_pref, strategy.attn_backend_explicit)
+        return FusedRing(strategy._sp_group, strategy.attn_backend_pref, strategy.attn_backend_explicit)
     return strategy
 
 
-def words(x: Tensor) -> Tensor:
+def as_128bit(x: Tensor) -> Tensor:
     """Return a view in words of 16 bytes, where the last dimension divides into them."""
-    size = WORD.itemsize
+    size = DTYPE_128BIT.itemsize
     aligned = x.stride(-1) == 1 and all(stride * x.itemsize % size == 0 for stride in x.stride()[:-1])
     fits = x.shape[-1] * x.itemsize % size == 0 and x.storage_offset() * x.itemsize % size == 0
-    return x.view(WORD) if aligned and fits else x
+    return x.view(DTYPE_128BIT) if aligned and fits else x
 
 
-def copy_words(to: Tensor, x: Tensor) -> None:
+def copy_128bit(to: Tensor, x: Tensor) -> None:
     """Copy between tensors of one shape and dtype, in words where both divide into them."""
-    wide, given = words(to), words(x)
+    wide, given = as_128bit(to), as_128bit(x)
     if wide.dtype == given.dtype:
         wide.copy_(given)
     else:
         to.copy_(x)
 
 
-def unwords(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values again that :func:`words` made words of."""
+def from_128bit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values again that :func:`as_128bit` made words of."""
     return x.view(dtype)

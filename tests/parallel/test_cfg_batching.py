@@ -14,10 +14,11 @@ from torch import Tensor
 from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
 from port_kit.models.wan_fusion.stems import Text
 from port_kit.models.wan_fusion.transformer import build_transformer
-from port_kit.parallel import driver, passes
+from port_kit.parallel import cfg_batching
+from port_kit.parallel.cfg_batching import BatchedCFGMixin, should_batch_branches
+from port_kit.parallel.comm import cuda_stream_ops
 from port_kit.parallel.layout import Layout
-from port_kit.parallel.passes import PassesTogether, passes_go_together
-from port_kit.parallel.verify import Subject, verify_layout
+from port_kit.parallel.verify import ParallelTestCase, verify_layout
 from port_kit.runtime.local import single_rank
 from port_kit.testing.workers import RankResult
 
@@ -44,7 +45,7 @@ def engine(
     ids=["plain", "hsdp", "offload", "hsdp, cache", "offload, cache"],
 )
 def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: bool) -> None:
-    assert passes_go_together(config) is expected
+    assert should_batch_branches(config) is expected
 
 
 @pytest.mark.parametrize(
@@ -58,14 +59,14 @@ def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: 
     ids=["plain", "sequence", "tensor", "sequence, cache"],
 )
 def test_passes_go_together_where_gpus_share_them(config: Any, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not passes_go_together(config)  # on a CPU nothing runs while a rank waits
-    monkeypatch.setattr(passes, "current_platform", SimpleNamespace(is_cuda=lambda: True))
-    monkeypatch.setattr(driver, "is_installed", lambda: False)
-    assert not passes_go_together(config)  # nor where NCCL carries everything
-    monkeypatch.setattr(driver, "is_installed", lambda: True)
-    assert passes_go_together(config) is expected
-    monkeypatch.setenv("PORT_KIT_PEER_COPIES", "0")
-    assert not passes_go_together(config)
+    assert not should_batch_branches(config)  # on a CPU nothing runs while a rank waits
+    monkeypatch.setattr(cfg_batching, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(cuda_stream_ops, "is_installed", lambda: False)
+    assert not should_batch_branches(config)  # nor where NCCL carries everything
+    monkeypatch.setattr(cuda_stream_ops, "is_installed", lambda: True)
+    assert should_batch_branches(config) is expected
+    monkeypatch.setenv("PORT_KIT_DISABLE_SYMM_MEM", "1")
+    assert not should_batch_branches(config)
 
 
 @torch.inference_mode()
@@ -98,14 +99,14 @@ def test_together_is_one_after_the_other() -> None:
         clip, sound, other = draw(1, channels[0], 3, 4, 4), draw(1, 9, channels[1]), draw(1, 3, 16)
         alone = [model(**one) for one in branches()]
         first, *others = branches()
-        together = model(**first, others=others)
+        together = model(**first, extra_branches=others)
     assert len(together) == len(alone)
     for mine, expected in zip(together, alone, strict=True):
         assert all(a.equal(b) for a, b in zip(mine, expected, strict=True))
     assert alone[0][0].abs().max() > 0
 
 
-def test_hsdp_gathers_each_block_once_a_step(subject: Subject, single: RankResult, probe_model: Path) -> None:
+def test_hsdp_gathers_each_block_once_a_step(subject: ParallelTestCase, single: RankResult, probe_model: Path) -> None:
     blocks = json.loads((probe_model / "transformer/config.json").read_text())["video"]["num_layers"]
     report = verify_layout(subject, Layout.parse("hsdp2"), single)
     assert report.ok, report.findings
@@ -113,19 +114,19 @@ def test_hsdp_gathers_each_block_once_a_step(subject: Subject, single: RankResul
     assert report.collectives["_allgather_base"][0] == steps * (blocks + 1)  # and what is outside of blocks
 
 
-class Pipeline(PassesTogether):
+class Pipeline(BatchedCFGMixin):
     """Notes how its passes are made; each gives its own number."""
 
     def __init__(self, config: Any) -> None:
         self.od_config = config
         self.calls: list[list[int]] = []
 
-    def transformer(self, number: int, others: Any = None) -> Any:  # type: ignore[override]
+    def transformer(self, number: int, extra_branches: Any = None) -> Any:  # type: ignore[override]
         """Give each pass's number, as flows are given."""
-        numbers = [number, *(other["number"] for other in others or ())]
+        numbers = [number, *(other["number"] for other in extra_branches or ())]
         self.calls.append(numbers)
         flows = [(torch.tensor(float(one)), torch.tensor(-float(one))) for one in numbers]
-        return flows[0] if others is None else flows
+        return flows[0] if extra_branches is None else flows
 
     def combine_multi_branch_cfg_noise(self, predictions: Any, scale: Any, cfg_normalize: bool = False) -> Any:
         """Give them all."""

@@ -12,12 +12,12 @@ import torch
 
 from port_kit.errors import ParallelError
 from port_kit.parallel.layout import Layout
-from port_kit.parallel.outline import outline
-from port_kit.parallel.preflight import Facts, preflight, survey
+from port_kit.parallel.meta_init import meta_init
+from port_kit.parallel.preflight import ModelShape, describe_model, preflight
 from port_kit.port import Port, resolve
 
 if TYPE_CHECKING:
-    from port_kit.parallel.verify import Subject
+    from port_kit.parallel.verify import ParallelTestCase
 
 #: Largest absolute difference of an output from one rank's on a GPU, float32: kernels differ with the shapes of parts.
 GPU_TOLERANCE = 1e-4
@@ -39,9 +39,9 @@ class Device:
     tolerance: float
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def prepare(self, subject: Subject) -> Subject:
-        """Return the subject with what this device needs."""
-        return replace(subject, config={**subject.config, **self.config})
+    def prepare(self, test_case: ParallelTestCase) -> ParallelTestCase:
+        """Return the test case with what this device needs."""
+        return replace(test_case, config={**test_case.config, **self.config})
 
 
 def find_device(wanted: str, tolerance: float) -> Device:
@@ -71,27 +71,27 @@ def find_device(wanted: str, tolerance: float) -> Device:
     return Device(kind, torch.cuda.device_count(), max(tolerance, GPU_TOLERANCE), config)
 
 
-def facts_of(port: Port, model: Path) -> Facts | None:
-    """Read what decides a port's layouts; None where the port does not name its transformer or its passes."""
+def read_model_shape(port: Port, model: Path) -> ModelShape | None:
+    """Read what decides a port's layouts; None where the port does not name its transformer or its branches."""
     names = {component.name: component for component in port.components}
-    passes = getattr(resolve(port.pipeline), "guidance_passes", None)
+    branches = getattr(resolve(port.pipeline), "guidance_branches", None)
     config = model / "transformer" / "config.json"
-    if "transformer" not in names or passes is None or not config.is_file():
+    if "transformer" not in names or branches is None or not config.is_file():
         return None
     build: Any = resolve(names["transformer"].build)
-    with outline(torch.float32):
-        return survey(build(json.loads(config.read_text(encoding="utf-8"))), branches=passes)
+    with meta_init(torch.float32):
+        return describe_model(build(json.loads(config.read_text(encoding="utf-8"))), branches=branches)
 
 
 def choose_layouts(
-    wanted: Iterable[str], matrix: Iterable[str], facts: Facts | None, device: Device
+    wanted: Iterable[str], defaults: Iterable[str], shape: ModelShape | None, device: Device
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the layouts to run, and those of the matrix that are left out, each with the reason.
+    """Return the layouts to run, and those of the defaults that are left out, each with the reason.
 
     Args:
-        wanted: layouts that somebody asked for; empty for the matrix.
-        matrix: the layouts to take otherwise.
-        facts: of the model; None where they are not known.
+        wanted: layouts that somebody asked for; empty for the defaults.
+        defaults: the layouts to take otherwise.
+        shape: of the model; None where they are not known.
         device: where they would run.
 
     Raises:
@@ -99,13 +99,13 @@ def choose_layouts(
     """
     wanted = list(wanted)
     for text in wanted:
-        _check(Layout.parse(text), facts, device)
+        _check(Layout.parse(text), shape, device)
     if wanted:
         return wanted, {}
     chosen, left_out = [], {}
-    for text in matrix:
+    for text in defaults:
         try:
-            _check(Layout.parse(text), facts, device)
+            _check(Layout.parse(text), shape, device)
         except ParallelError as error:
             left_out[text] = error.message
         else:
@@ -113,9 +113,9 @@ def choose_layouts(
     return chosen, left_out
 
 
-def _check(layout: Layout, facts: Facts | None, device: Device) -> None:
-    if facts is not None:
-        preflight(layout, facts, ranks=device.ranks)
+def _check(layout: Layout, shape: ModelShape | None, device: Device) -> None:
+    if shape is not None:
+        preflight(layout, shape, ranks=device.ranks)
     elif device.ranks is not None and layout.world > device.ranks:
         raise ParallelError(
             f"{layout} needs {layout.world} ranks and there are {device.ranks}",

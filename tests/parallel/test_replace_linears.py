@@ -8,7 +8,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 from port_kit.errors import ParallelError
-from port_kit.parallel.adapt import Role, matches, replace_linears
+from port_kit.parallel.replace_linears import Role, matches, replace_linears
 from port_kit.runtime.local import single_rank
 
 

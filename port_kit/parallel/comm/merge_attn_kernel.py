@@ -1,4 +1,4 @@
-"""The Triton kernel of :func:`~port_kit.parallel.merge.merge`: one program puts together a few heads of tokens."""
+"""The Triton kernel of :mod:`~port_kit.parallel.comm.merge_attn_states`: one program merges a few heads of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 VALUES = 4096
 
 
-def merge(a_BSNH: Tensor, s_BNS: Tensor, b_BSNH: Tensor, t_BNS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def merge_attn_states(
+    a_BSNH: Tensor, s_BNS: Tensor, b_BSNH: Tensor, t_BNS: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return the output in ``dtype`` and the log-sum-exp; outputs contiguous, log-sum-exps of any strides."""
     batch, tokens, heads, size = a_BSNH.shape
     out = torch.empty_like(a_BSNH, dtype=dtype)

@@ -5,11 +5,11 @@ side of an attention is a few hundred tokens (sound beside video), that moves a 
 or makes a chain of tiny exchanges. The two strategies here fit into vLLM-Omni's ``Attention`` in the place of its own,
 for one layer, under any kind of sequence parallelism:
 
-* :class:`GatheredKeys`: the keys are short. Every rank gathers them whole and attends with its own queries.
-* :class:`GatheredQueries`: the queries are short. Every rank gathers them whole and attends to its own keys; the parts
-  are weighed by their log-sum-exp and put together, as Ring does with its blocks.
+* :class:`GatherKVStrategy`: the keys are short. Every rank gathers them whole and attends with its own queries.
+* :class:`GatherQueryStrategy`: the queries are short. Every rank gathers them whole and attends to its own keys; the
+  parts are weighed by their log-sum-exp and put together, as Ring does with its blocks.
 
-A port chooses with ``LengthTrimmedAttention(..., short="keys")``. Results are exact for any lengths; the choice only
+A port chooses with ``PaddedAttention(..., gather="kv")``. Results are exact for any lengths; the choice only
 decides what is sent.
 
 Shape suffixes: B batch, S tokens of this rank, Q all queries, P ranks, N heads, H head dim.
@@ -26,8 +26,8 @@ from vllm_omni.diffusion.attention.backends.ring.ring_utils import ring_kv_block
 from vllm_omni.diffusion.attention.parallel.base import ParallelAttentionContext
 from vllm_omni.diffusion.attention.parallel.ring import _can_use_fa3
 
-from port_kit.parallel.exchange import flash_attention
-from port_kit.parallel.peers import peers_of
+from port_kit.parallel.comm.fused_sequence_parallel import flash_attention
+from port_kit.parallel.comm.symm_mem import get_peer_buffers
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 Prepared = tuple[Tensor, Tensor, Tensor, "AttentionMetadata | None", ParallelAttentionContext | None]
 
 
-class GatheredKeys:
+class GatherKVStrategy:
     """Local queries attend to keys and values of all ranks, which one collective brings."""
 
-    name = "gathered_keys"
+    name = "gather_kv"
     enabled = True
 
     def __init__(self, group: SequenceParallelGroupCoordinator) -> None:
@@ -57,10 +57,10 @@ class GatheredKeys:
         return attn_output
 
 
-class GatheredQueries:
+class GatherQueryStrategy:
     """Queries of all ranks attend to local keys, and every rank puts the parts of its own queries together."""
 
-    name = "gathered_queries"
+    name = "gather_q"
     enabled = True
 
     def __init__(self, group: SequenceParallelGroupCoordinator) -> None:
@@ -87,7 +87,7 @@ class GatheredQueries:
             nothing = q_BQNH.new_zeros(q_BQNH.shape, dtype=torch.float32)
             return torch.cat((nothing, nothing.new_full((*q_BQNH.shape[:3], 1), -torch.inf)), -1)
         flash = q_BQNH.dtype != torch.float32 and _can_use_fa3(q_BQNH.device)
-        attend = flash_attention if flash else _plain_attention
+        attend = flash_attention if flash else _torch_attention
         out, lse_BNQ = attend(q_BQNH, key[:, :valid], value[:, :valid], scale)
         return torch.cat((out.float(), lse_BNQ.transpose(1, 2).unsqueeze(-1)), -1)
 
@@ -101,10 +101,10 @@ class GatheredQueries:
 
 
 def _gather(group: SequenceParallelGroupCoordinator, x: Tensor, dim: int) -> Tensor:
-    peers = peers_of(group.device_group, x)
+    peers = get_peer_buffers(group.device_group, x)
     return group.all_gather(x, dim=dim) if peers is None else peers.gather(x, dim)
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = pytorch_attn_forward(query, key, value, softmax_scale=scale, causal=False)
     return out, lse[..., : query.shape[1]]
