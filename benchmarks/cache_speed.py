@@ -34,8 +34,8 @@ class Watch:
     def start(self) -> None:
         """Watch the pipelines of this process; what it prints goes to stderr."""
         os.dup2(2, 1)
-        from port_kit.models.wan_fusion.block import FusionBlock
-        from port_kit.models.wan_fusion.pipeline import FusionPipeline
+        from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
+        from port_kit.models.wan.transformer.block import FusionBlock
 
         make, forward = FusionPipeline.__init__, FusionBlock.forward
 

@@ -63,8 +63,8 @@ class Watch:
         os.dup2(2, 1)
         import torch
 
-        from port_kit.models.wan_fusion import pipeline as module
-        from port_kit.models.wan_fusion.block import FusionBlock
+        from port_kit.models.wan.pipeline import fusion_pipeline as module
+        from port_kit.models.wan.transformer.block import FusionBlock
 
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         kind: Any = module.FusionPipeline
@@ -232,7 +232,7 @@ def save(output: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write the MP4 as the server would; where PyAV is a stand-in that only imports, say so."""
     import av
 
-    from port_kit.models.wan_fusion.request import AUDIO_SAMPLE_RATE, FPS
+    from port_kit.models.wan.pipeline.request import AUDIO_SAMPLE_RATE, FPS
     from port_kit.pipeline.media import envelope, write_mp4
 
     if not isinstance(getattr(av, "library_versions", None), dict):

@@ -19,7 +19,7 @@ from typing import Any
 from port_kit.checkpoint.dtypes import DTYPES
 
 OUTLINES = {
-    "transformer": "wan_fusion",
+    "transformer": "wan_transformer",
     "text_encoder": "umt5_xxl_encoder",
     "vae": "wan2_2_vae",
     "audio_vae": "mmaudio_vae_16k",

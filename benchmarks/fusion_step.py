@@ -93,7 +93,7 @@ class Clock:
 
 def build(config: dict[str, Any], device: torch.device) -> nn.Module:
     """Build the transformer with random weights, of a scale that keeps activations finite."""
-    from port_kit.models.wan_fusion.transformer import build_transformer
+    from port_kit.models.wan.transformer.model import build_transformer
 
     with device:
         model = build_transformer(config).eval().requires_grad_(False)
@@ -108,7 +108,7 @@ def build(config: dict[str, Any], device: torch.device) -> nn.Module:
 
 def inputs(config: dict[str, Any], height: int, width: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return one branch's arguments for a clip of this size in pixels; texts are kept as in a request."""
-    from port_kit.models.wan_fusion.stems import Text
+    from port_kit.models.wan.transformer.modality_io import Text
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -153,21 +153,21 @@ def rates(model: nn.Module, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> d
 @contextmanager
 def variant(name: str) -> Iterator[None]:
     """Exchange the forms of the fused steps while the context lasts."""
-    from port_kit.models.wan_fusion import fused
+    from port_kit.models.wan.transformer import fused_ops
 
     compiled = partial(torch.compile, dynamic=False) if name == "inductor" else lambda function: function
     gelu = compiled(partial(nn.functional.gelu, approximate="tanh"))
     changes = {
-        "_add_norms": compiled(fused.plain_add_norms),
-        "rms_norm": compiled(fused.plain_rms_norm),
+        "_add_norms": compiled(fused_ops.plain_add_norms),
+        "rms_norm": compiled(fused_ops.plain_rms_norm),
         "linear_gelu": lambda layer, x: gelu(layer(x)),
     }
-    before = {key: getattr(fused, key) for key in changes}
-    vars(fused).update(changes)
+    before = {key: getattr(fused_ops, key) for key in changes}
+    vars(fused_ops).update(changes)
     try:
         yield
     finally:
-        vars(fused).update(before)
+        vars(fused_ops).update(before)
 
 
 def measure(
@@ -250,7 +250,7 @@ def kernels(model: nn.Module, branch: dict[str, Any], device: torch.device, show
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
+    from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
     from port_kit.runtime.local import single_rank
 
     device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")

@@ -123,7 +123,7 @@ def load(way: str, folder: Path, started: float) -> dict[str, Any]:
     from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
     from port_kit.models.dreamid_omni.weights import COMPONENTS
-    from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
+    from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
     from port_kit.pipeline.loading import build_components, load_component_weights, weights_sources
     from port_kit.remap import load_components
     from port_kit.runtime.local import single_rank
@@ -217,7 +217,7 @@ def step(model: Any, device: Any, dtype: Any) -> None:
     """One denoising step of four branches, for two latent frames of 64x64 pixels and their sound."""
     import torch
 
-    from port_kit.models.wan_fusion.stems import Text
+    from port_kit.models.wan.transformer.modality_io import Text
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)

@@ -64,7 +64,7 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
     dummy_run_num_frames = 0
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
-        from port_kit.models.wan_fusion.transformer import build_transformer
+        from port_kit.models.wan.transformer.model import build_transformer
         from port_kit.pipeline.loading import read_json
 
         super().__init__()
@@ -76,7 +76,7 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the transformer with random weights through the loader of checkpoints."""
-        from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
+        from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
         from port_kit.parallel.hsdp import shard_before_loading
         from port_kit.remap import load_weights
 
@@ -121,7 +121,7 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
 
 def whole_shapes(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter as one rank alone has it."""
-    from port_kit.models.wan_fusion.transformer import build_transformer
+    from port_kit.models.wan.transformer.model import build_transformer
     from port_kit.parallel.meta_init import meta_init
 
     with meta_init(dtype):
@@ -192,7 +192,7 @@ def register() -> None:
 
 def write_model(folder: Path, *, tiny: bool) -> dict[str, Any]:
     """Write a model directory without weights; return the transformer's configuration."""
-    from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
+    from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
 
     sizes = TINY if tiny else {}
     config = dict(TRANSFORMER_CONFIG)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.request import (
+from port_kit.models.wan.pipeline.request import (
     MAX_SIDE,
     SIZE_MULTIPLE,
     FusionRequest,
@@ -65,8 +65,8 @@ def parse_request(prompt: Any, sampling: Any, lengths: Lengths) -> GenerationReq
 
     Args:
         prompt: ``{"prompt": text, "multi_modal_data": {"image": [...], "audio": [...]}}``, as vLLM-Omni takes it.
-        sampling: ``OmniDiffusionSamplingParams``; what :func:`~port_kit.models.wan_fusion.request.parse_common` reads
-            and :class:`GuidanceScales` travel in its ``extra_args``.
+        sampling: ``OmniDiffusionSamplingParams``. Its ``extra_args`` hold the options of
+            :func:`~port_kit.models.wan.pipeline.request.parse_common` and the fields of :class:`GuidanceScales`.
         lengths: of the clip that the model makes.
 
     Raises:

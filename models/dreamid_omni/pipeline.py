@@ -16,12 +16,12 @@ from vllm_omni.diffusion.models.interface import SupportAudioInput, SupportImage
 
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.weights import COMPONENTS
-from port_kit.models.wan_fusion.denoising import Denoising
-from port_kit.models.wan_fusion.pipeline import FusionPipeline, admission, get_post_process_func
-from port_kit.models.wan_fusion.prompts import strip_tags
-from port_kit.models.wan_fusion.references import cut_voice, fit_image, load_image, load_voice
-from port_kit.models.wan_fusion.request import Lengths
-from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan.pipeline.conditioning_media import cut_voice, fit_image, load_image, load_voice
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, admission, get_post_process_func
+from port_kit.models.wan.pipeline.prompts import strip_tags
+from port_kit.models.wan.pipeline.request import Lengths
+from port_kit.models.wan.pipeline.request_state import Denoising
+from port_kit.models.wan.transformer.modality_io import Text
 from port_kit.port import Component
 
 __all__ = ["DreamIDOmniPipeline", "get_post_process_func", "get_pre_process_func"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from port_kit.download import FileRule, GitCode, Recipe, Repository
 from port_kit.models.dreamid_omni.config import AUDIO_LATENT_LENGTH, VIDEO_LATENT_LENGTH
-from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.sources import SHARED_REPOSITORIES, configs
+from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
+from port_kit.models.wan.weights.hub_repos import SHARED_REPOSITORIES, configs
 
 RECIPE = Recipe(
     name="dreamid_omni",

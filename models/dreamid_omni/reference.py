@@ -6,6 +6,6 @@ from port_kit.reference import Reference
 
 REFERENCE = Reference(
     git_code="dreamid_omni_reference",
-    script="port_kit.models.wan_fusion.reference_runner",
+    script="port_kit.models.wan.parity.original_runner",
     options={"family": "dreamid_omni", "package": "dreamid_omni"},
 )

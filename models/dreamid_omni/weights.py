@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from port_kit.models.wan_fusion.components import components
+from port_kit.models.wan.weights.components import components
 
 COMPONENTS = components("TRANSFORMER_CONFIG")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from port_kit.models.ovi.weights import COMPONENTS
-from port_kit.models.wan_fusion.components import SHARED_LICENCES
+from port_kit.models.wan.weights.components import SHARED_LICENCES
 from port_kit.port import Port
 
 _RECIPES = "port_kit.models.ovi.recipe"
@@ -24,7 +24,7 @@ PORT = Port(
     components=COMPONENTS,
     pre_process="get_pre_process_func",
     post_process="get_post_process_func",
-    parity="port_kit.models.wan_fusion.golden_pipeline:ovi_cases",
+    parity="port_kit.models.wan.parity.pipeline_cases:ovi_cases",
     reference="port_kit.models.ovi.reference:REFERENCE",
     parallel="port_kit.models.ovi.parallel_subject:tiny_subject",
     card="docs/ports/ovi.md",

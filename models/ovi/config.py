@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from port_kit.errors import InputError, PortKitError
-from port_kit.models.wan_fusion.request import (
+from port_kit.models.wan.pipeline.request import (
     MAX_SIDE,
     SIZE_MULTIPLE,
     FusionRequest,
@@ -115,8 +115,9 @@ def parse_request(prompt: Any, sampling: Any, lengths: Lengths, model: Model) ->
 
     Args:
         prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": picture}}`` as vLLM-Omni takes it.
-        sampling: ``OmniDiffusionSamplingParams``; what :func:`~port_kit.models.wan_fusion.request.parse_common` reads,
-            :class:`GuidanceScales` and ``slg_layer`` travel in its ``extra_args``. Height and width give the ratio.
+        sampling: ``OmniDiffusionSamplingParams``. Its ``extra_args`` hold the options of
+            :func:`~port_kit.models.wan.pipeline.request.parse_common`, the fields of :class:`GuidanceScales` and
+            ``slg_layer``. Height and width give the aspect ratio.
         lengths: of the clip that the model makes.
         model: what the model directory says.
 

@@ -15,12 +15,12 @@ from vllm_omni.diffusion.models.interface import SupportImageInput
 
 from port_kit.models.ovi import config
 from port_kit.models.ovi.weights import COMPONENTS
-from port_kit.models.wan_fusion.config import FusionConfig
-from port_kit.models.wan_fusion.denoising import Conditions, Denoising
-from port_kit.models.wan_fusion.pipeline import FusionPipeline, admission, get_post_process_func
-from port_kit.models.wan_fusion.references import load_image, resize_image
-from port_kit.models.wan_fusion.request import Lengths
-from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan.pipeline.conditioning_media import load_image, resize_image
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, admission, get_post_process_func
+from port_kit.models.wan.pipeline.request import Lengths
+from port_kit.models.wan.pipeline.request_state import Conditions, Denoising
+from port_kit.models.wan.transformer.config import FusionConfig
+from port_kit.models.wan.transformer.modality_io import Text
 from port_kit.pipeline.loading import read_json
 from port_kit.port import Component
 

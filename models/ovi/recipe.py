@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from port_kit.download import FileRule, GitCode, Recipe, Repository
 from port_kit.models.ovi.config import SKIP_BLOCK, VARIANTS
-from port_kit.models.wan_fusion.config import OVI_TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.sources import SHARED_REPOSITORIES, configs
+from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG
+from port_kit.models.wan.weights.hub_repos import SHARED_REPOSITORIES, configs
 
 
 def recipe(variant: str) -> Recipe:

@@ -6,6 +6,6 @@ from port_kit.reference import Reference
 
 REFERENCE = Reference(
     git_code="ovi_reference",
-    script="port_kit.models.wan_fusion.reference_runner",
+    script="port_kit.models.wan.parity.original_runner",
     options={"family": "ovi", "package": "ovi"},
 )

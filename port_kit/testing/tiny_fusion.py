@@ -1,4 +1,4 @@
-"""The tiny model of the ports that share ``models/wan_fusion``: two million parameters instead of eighteen billion.
+"""The tiny model of the ports that share ``models/wan``: two million parameters instead of eighteen billion.
 
 The outlines in ``outlines/`` are the names, shapes and dtypes of the published checkpoints. Sizes shrink so that the
 model stays the same kind of thing: head size 16 still splits into (8, 4, 4) rotary dimensions for time, rows and
@@ -40,7 +40,7 @@ _TOWER = {
 
 
 def outline(name: str) -> dict[str, Any]:
-    """Return a full-size outline by the name of its file, ``wan_fusion`` or ``umt5_xxl_encoder``."""
+    """Return a full-size outline by the name of its file, ``wan_transformer`` or ``umt5_xxl_encoder``."""
     return read_outline(OUTLINES / f"{name}.json")
 
 
@@ -77,7 +77,7 @@ def components(recipe: Recipe) -> dict[str, TinyComponent]:
 def _transformer_outline(recipe: Recipe) -> dict[str, Any]:
     """Return the transformer's outline in the dtype of its published file: DreamID-Omni's float32, Ovi's bfloat16."""
     is_ovi = recipe.configs["transformer"]["rope"]["family"] == "ovi"
-    tensors = outline("wan_fusion")
+    tensors = outline("wan_transformer")
     return {name: [shape, "bfloat16" if is_ovi else dtype] for name, (shape, dtype) in tensors.items()}
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from port_kit.errors import InputError, PortKitError
-from port_kit.models.wan_fusion.audio_vae import build_audio_vae
-from port_kit.models.wan_fusion.component_configs import VOCODER_CONFIG, vocoder_config
-from port_kit.models.wan_fusion.golden_components import load_audio_vae, load_vocoder
-from port_kit.models.wan_fusion.mel import SAMPLE_RATE, LogMel, mel_bands
-from port_kit.models.wan_fusion.vocoder import FILTER_TAPS, SnakeBeta, build_vocoder
+from port_kit.models.wan.components.audio_vae import build_audio_vae
+from port_kit.models.wan.components.configs import VOCODER_CONFIG, vocoder_config
+from port_kit.models.wan.components.mel import SAMPLE_RATE, LogMel, mel_bands
+from port_kit.models.wan.components.vocoder import FILTER_TAPS, SnakeBeta, build_vocoder
+from port_kit.models.wan.parity.component_cases import load_audio_vae, load_vocoder
 
 
 def tone(hertz: float, samples: int = 16_000) -> torch.Tensor:

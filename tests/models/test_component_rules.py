@@ -14,13 +14,13 @@ from torch import nn
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
-from port_kit.models.wan_fusion import component_configs as configs
-from port_kit.models.wan_fusion import golden_components as golden
-from port_kit.models.wan_fusion import rules_components as rules
-from port_kit.models.wan_fusion.audio_vae import build_audio_vae
-from port_kit.models.wan_fusion.text_encoder import build_text_encoder
-from port_kit.models.wan_fusion.video_vae import build_video_vae
-from port_kit.models.wan_fusion.vocoder import build_vocoder
+from port_kit.models.wan.components import configs
+from port_kit.models.wan.components.audio_vae import build_audio_vae
+from port_kit.models.wan.components.text_encoder import build_text_encoder
+from port_kit.models.wan.components.video_vae import build_video_vae
+from port_kit.models.wan.components.vocoder import build_vocoder
+from port_kit.models.wan.parity import component_cases as golden
+from port_kit.models.wan.weights import component_rules as rules
 from port_kit.remap import RuleSet, load_weights
 from port_kit.remap.transforms import find_transform
 from tests.conftest import DATA

@@ -17,8 +17,8 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from port_kit.models.dreamid_omni import PORT
 from port_kit.models.dreamid_omni.config import GuidanceScales
 from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
-from port_kit.models.wan_fusion.denoising import Job
-from port_kit.models.wan_fusion.golden_pipeline import Recording, load_pipeline, request_of, run_e2e
+from port_kit.models.wan.parity.pipeline_cases import Recording, load_pipeline, request_of, run_e2e
+from port_kit.models.wan.pipeline.request_state import Job
 from port_kit.parity import Case, run_case
 from port_kit.port import find_port
 from port_kit.runtime.local import single_rank

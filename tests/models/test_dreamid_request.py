@@ -10,7 +10,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from port_kit.errors import CODES, InputError
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.config import GenerationRequest, GuidanceScales, parse_request
-from port_kit.models.wan_fusion.request import Lengths
+from port_kit.models.wan.pipeline.request import Lengths
 
 LENGTHS = Lengths(31, 157)
 

@@ -27,12 +27,12 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion import batching
-from port_kit.models.wan_fusion.denoising import Denoising
-from port_kit.models.wan_fusion.golden_pipeline import load_pipeline
-from port_kit.models.wan_fusion.pipeline import FusionPipeline
-from port_kit.models.wan_fusion.request import check_cached_outputs
-from port_kit.models.wan_fusion.stepping import CLIPS
+from port_kit.models.wan.parity.pipeline_cases import load_pipeline
+from port_kit.models.wan.pipeline import batching
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
+from port_kit.models.wan.pipeline.request import check_cached_outputs
+from port_kit.models.wan.pipeline.request_state import Denoising
+from port_kit.models.wan.pipeline.step_execution import CLIPS
 from port_kit.pipeline.media import envelope, measure_mp4, write_result
 from port_kit.runtime.local import single_rank
 

@@ -23,12 +23,12 @@ from vllm_omni.diffusion.lora.manager import DiffusionLoRAManager
 from vllm_omni.errors import OmniClientError
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.block import FusionBlock
-from port_kit.models.wan_fusion.config import FusionConfig
-from port_kit.models.wan_fusion.golden_pipeline import load_pipeline
-from port_kit.models.wan_fusion.pipeline import FusionPipeline
-from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
-from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+from port_kit.models.wan.parity.pipeline_cases import load_pipeline
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
+from port_kit.models.wan.transformer.block import FusionBlock
+from port_kit.models.wan.transformer.config import FusionConfig
+from port_kit.models.wan.transformer.model import WanFusionTransformer
+from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.pipeline.loading import read_json
 from port_kit.remap import load_weights
 from port_kit.runtime.features import OFFLOADS, check_options
@@ -316,7 +316,7 @@ def test_eight_bit_weights_are_made_while_loading_and_stay_close(
 
 
 def test_full_size_linears_that_are_quantized_fit_eight_bit_kernels() -> None:
-    from port_kit.models.wan_fusion.config import OVI_TRANSFORMER_CONFIG
+    from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG
 
     with single_rank(torch.bfloat16, "meta"):
         transformer = WanFusionTransformer(

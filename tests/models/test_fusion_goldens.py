@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from port_kit.errors import ConfigError, InputError
-from port_kit.models.wan_fusion import golden_fusion, probes
-from port_kit.models.wan_fusion.config import OVI_TRANSFORMER_CONFIG, TRANSFORMER_CONFIG, FusionConfig
-from port_kit.models.wan_fusion.golden_fusion import FusionGolden, recorded_passes
-from port_kit.models.wan_fusion.stems import Text
-from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+from port_kit.models.wan.parity import activation_hooks, transformer_cases
+from port_kit.models.wan.parity.transformer_cases import FusionGolden, recorded_passes
+from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG, TRANSFORMER_CONFIG, FusionConfig
+from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.model import WanFusionTransformer
 from port_kit.parity import run_case
 from port_kit.runtime.local import single_rank
 
@@ -43,7 +43,7 @@ def test_every_recorded_case_is_listed(cases: dict[str, FusionGolden]) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_pass_is_the_original_s(name: str, dtype: str, goldens: Path) -> None:
-    (case,) = [case for case in golden_fusion.cases(goldens) if case.name == f"fusion/{name} {dtype}"]
+    (case,) = [case for case in transformer_cases.cases(goldens) if case.name == f"fusion/{name} {dtype}"]
     report = run_case(case)
     assert report.ok, (report.first_divergence, report.to_json())
     recorded = sum(key.startswith(("vid.", "audio.")) for key in cases_outputs(goldens, name))
@@ -58,9 +58,9 @@ def test_every_intermediate_value_is_watched(cases: dict[str, FusionGolden]) -> 
     case = cases["dreamid_two_refs"]
     with single_rank(torch.float32):
         model = case.build()
-        with probes.record(model) as values:
+        with activation_hooks.record(model) as values:
             case.run(model, 0, torch.float32)
-    assert list(values) == [probe.name for probe in probes.probes(model.config)]
+    assert list(values) == [probe.name for probe in activation_hooks.probes(model.config)]
     assert case.recorded("intermediates_fp32").keys() <= values.keys()
 
 
@@ -73,7 +73,7 @@ def test_a_divergence_is_named_at_its_first_module(goldens: Path, monkeypatch: p
         return model
 
     monkeypatch.setattr(FusionGolden, "build", damaged)
-    (case,) = [case for case in golden_fusion.cases(goldens) if case.name == "fusion/dreamid_two_refs fp32"]
+    (case,) = [case for case in transformer_cases.cases(goldens) if case.name == "fusion/dreamid_two_refs fp32"]
     report = run_case(case)
     assert not report.ok
     assert report.first_divergence == "vid.block1.out"
@@ -89,7 +89,7 @@ def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, Fusi
         for step in (900, 500):
             time = torch.tensor(step)
             fresh = model(video, audio, time, raw[0], raw[1])
-            with probes.record(model) as values:
+            with activation_hooks.record(model) as values:
                 again = model(video, audio, time, *kept)
             assert ("vid.context" in values) == (step == 900)
             assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))
@@ -103,7 +103,7 @@ def test_an_unused_stream_changes_nothing_of_the_other(unused: str, cases: dict[
         inputs = (torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 20), torch.tensor(700))
         texts = torch.randn(2, 1, 6, model.config.text_dim)
         both = model(*inputs, *texts)
-        with probes.record(model) as values:
+        with activation_hooks.record(model) as values:
             flows = model(*inputs, *texts, unused=unused)
     left_out = {"video": "vid", "audio": "audio"}[unused]
     assert not any(name.startswith((f"{left_out}.block2.ffn", f"{left_out}.head")) for name in values)

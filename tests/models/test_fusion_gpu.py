@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from port_kit.models.wan_fusion import golden_fusion
+from port_kit.models.wan.parity import transformer_cases
 from port_kit.parity import CaseReport, run_case
 from tests.models.test_fusion_goldens import CASES
 
@@ -22,8 +22,8 @@ FACTOR = 1.2
 def test_a_pass_on_a_gpu_is_the_original_s(
     name: str, dtype: str, goldens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(golden_fusion, "BF16_FACTOR", FACTOR)
-    (case,) = [case for case in golden_fusion.cases(goldens, "cuda") if case.name == f"fusion/{name} {dtype}"]
+    monkeypatch.setattr(transformer_cases, "BF16_FACTOR", FACTOR)
+    (case,) = [case for case in transformer_cases.cases(goldens, "cuda") if case.name == f"fusion/{name} {dtype}"]
     report = run_case(case)
     print(f"\n{report.name}: {worst(report)}")
     assert report.ok, (report.first_divergence, report.to_json())

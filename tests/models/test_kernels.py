@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from port_kit.models.wan_fusion import fused
-from port_kit.models.wan_fusion.fused import Affine
+from port_kit.models.wan.transformer import fused_ops
+from port_kit.models.wan.transformer.fused_ops import Affine
 
 #: Batch, tokens, width, rotated pairs of a head, tokens of each timestep.
 SHAPES = (
@@ -35,7 +35,7 @@ Pair = tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tuple[int, ...]]) -> Iterator[Pair]:
     """Yield what kernels give and what plain PyTorch gives for every form in which they are called."""
-    from port_kit.models.wan_fusion import kernels
+    from port_kit.models.wan.transformer import kernels
 
     batch, tokens, width, pair_count, runs = shape
     generator = torch.Generator(device).manual_seed(tokens + width)
@@ -56,9 +56,9 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
         "both kinds of norm": ((y,), gate, [modulated, learned]),
     }
     for name, (summands, weight, affines) in forms.items():
-        vectors = [fused._vectors(affine, x) for affine in affines]
+        vectors = [fused_ops._vectors(affine, x) for affine in affines]
         ours = kernels.add_norms(x, summands, weight, vectors, runs[0], 1e-6)
-        yield name, ours, fused.plain_add_norms(x, summands, weight, affines, runs, 1e-6)
+        yield name, ours, fused_ops.plain_add_norms(x, summands, weight, affines, runs, 1e-6)
 
     q, w = draw(batch, tokens, 3 * width)[..., width : 2 * width], draw(width)
     rope = torch.randn((1, tokens, pair_count, 2), generator=generator, device=device)
@@ -72,7 +72,7 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
     ):
         options = {"width": whole, "eps": 1e-6, "plain": plain}
         ours = kernels.rms_rope(q, w, sums, None if table is None else table[0], **options)
-        yield f"rms {options}", ours, fused.plain_rms_norm(q, w, sums, table, **options)
+        yield f"rms {options}", ours, fused_ops.plain_rms_norm(q, w, sums, table, **options)
 
 
 def check(dtype: torch.dtype, device: str, bound: float) -> None:
@@ -105,7 +105,7 @@ def test_the_epilogue_is_the_tanh_approximation_of_gelu() -> None:
         x = torch.randn(2, 70, 256, device="cuda", dtype=torch.bfloat16)
         exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
         exact = torch.nn.functional.gelu(exact, approximate="tanh")
-        ours, plain = fused.linear_gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh")
+        ours, plain = fused_ops.linear_gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh")
     errors = [((value.double() - exact).norm() / exact.norm()).item() for value in (ours, plain)]
     assert errors[0] <= 1.01 * errors[1] <= 5e-3
 

@@ -13,9 +13,9 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.models.dreamid_omni import PORT as DREAMID
 from port_kit.models.ovi import PORT as OVI
-from port_kit.models.wan_fusion.lora_names import WAN_NAMES
-from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
-from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+from port_kit.models.wan.transformer.model import WanFusionTransformer
+from port_kit.models.wan.weights.lora_names import WAN_NAMES
+from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.port import Port
 from port_kit.remap.lora import remap_lora, restore_names
 from port_kit.runtime.target_cache import component_target

@@ -17,9 +17,9 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from port_kit.models.ovi import PORT
 from port_kit.models.ovi.config import GuidanceScales
 from port_kit.models.ovi.pipeline import OviPipeline
-from port_kit.models.wan_fusion.denoising import Job
-from port_kit.models.wan_fusion.golden_pipeline import load_pipeline, ovi_cases, run_e2e
-from port_kit.models.wan_fusion.golden_runs import OVI_I2V, OVI_T2V, EndToEnd
+from port_kit.models.wan.parity.pipeline_cases import load_pipeline, ovi_cases, run_e2e
+from port_kit.models.wan.parity.recorded_runs import OVI_I2V, OVI_T2V, EndToEnd
+from port_kit.models.wan.pipeline.request_state import Job
 from port_kit.parity import Case, run_case
 from port_kit.port import find_port
 from port_kit.runtime.local import single_rank

@@ -23,7 +23,7 @@ from port_kit.models.ovi.config import (
     size_of_picture,
 )
 from port_kit.models.ovi.recipe import recipe
-from port_kit.models.wan_fusion.request import Lengths
+from port_kit.models.wan.pipeline.request import Lengths
 
 LENGTHS = Lengths(31, 157)
 MODEL = Model(video_area=720 * 720, audio_prompt=TAGS, skip_block=11, blocks=30)

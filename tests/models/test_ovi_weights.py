@@ -16,9 +16,9 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.models.ovi import PORT
 from port_kit.models.ovi.recipe import RECIPE
-from port_kit.models.wan_fusion.config import OVI_TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
-from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG
+from port_kit.models.wan.transformer.model import build_transformer
+from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.pipeline.loading import build_components
 from port_kit.port import Component
 from port_kit.remap import load_components

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.prompts import strip_tags, tokenize
-from port_kit.models.wan_fusion.references import cut_voice, fit_image, load_image, load_voice
-from port_kit.models.wan_fusion.text_encoder import load_tokenizer
+from port_kit.models.wan.components.text_encoder import load_tokenizer
+from port_kit.models.wan.pipeline.conditioning_media import cut_voice, fit_image, load_image, load_voice
+from port_kit.models.wan.pipeline.prompts import strip_tags, tokenize
 from port_kit.pipeline.media import envelope, measure_mp4, to_frames, write_mp4
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from port_kit.errors import ConfigError, InputError
-from port_kit.models.wan_fusion.config import RopeConfig
-from port_kit.models.wan_fusion.rope import RopeTables, reference_offset, rotate
+from port_kit.models.wan.transformer.config import RopeConfig
+from port_kit.models.wan.transformer.rope import RopeTables, reference_offset, rotate
 
 SCALING = 31 / 157
 DREAMID = RopeConfig("dreamid_omni", SCALING, "bfloat16")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.scheduler import SOLVERS, build_scheduler
+from port_kit.models.wan.pipeline.scheduler import SOLVERS, build_scheduler
 
 
 def test_four_steps_of_unipc_are_the_references() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from port_kit.errors import ParityError
-from port_kit.models.wan_fusion.component_configs import TEXT_ENCODER_CONFIG, text_encoder_config
-from port_kit.models.wan_fusion.golden_components import load_text_encoder
-from port_kit.models.wan_fusion.text_encoder import build_text_encoder, clean_prompt
+from port_kit.models.wan.components.configs import TEXT_ENCODER_CONFIG, text_encoder_config
+from port_kit.models.wan.components.text_encoder import build_text_encoder, clean_prompt
+from port_kit.models.wan.parity.component_cases import load_text_encoder
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
-from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.golden_fusion import FusionGolden, recorded_passes
-from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
-from port_kit.models.wan_fusion.transformer import WanFusionTransformer, build_transformer
+from port_kit.models.wan.parity.transformer_cases import FusionGolden, recorded_passes
+from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
+from port_kit.models.wan.transformer.model import WanFusionTransformer, build_transformer
+from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.remap import load_weights
 from port_kit.runtime.local import single_rank
 from port_kit.testing.tiny import expand
@@ -42,7 +42,7 @@ def load(case: FusionGolden, state: dict[str, Tensor]) -> WanFusionTransformer:
 
 
 def test_every_published_tensor_has_its_place() -> None:
-    tensors = expand(outline("wan_fusion"))
+    tensors = expand(outline("wan_transformer"))
     source = Manifest.from_json({name: [list(shape), dtype] for name, (shape, dtype) in tensors.items()})
     assert len(source) == 2073
     started = time.process_time()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from port_kit.errors import InputError, ParityError, PortKitError
-from port_kit.models.wan_fusion.component_configs import VAE_CONFIG, vae_config
-from port_kit.models.wan_fusion.golden_components import load_video_vae
-from port_kit.models.wan_fusion.video_vae import VideoVAE, build_video_vae
+from port_kit.models.wan.components.configs import VAE_CONFIG, vae_config
+from port_kit.models.wan.components.video_vae import VideoVAE, build_video_vae
+from port_kit.models.wan.parity.component_cases import load_video_vae
 from port_kit.pipeline.precision import default_dtype
 
 

@@ -20,8 +20,8 @@ from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
-from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
-from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.models.wan.transformer.model import build_transformer
+from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.pipeline.loading import read_json

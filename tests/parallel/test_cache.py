@@ -34,8 +34,8 @@ def sing() -> Request:
 
 def watch() -> None:
     """Let pipelines in this process keep the latents of their last step and count what they compute."""
-    from port_kit.models.wan_fusion.block import FusionBlock
-    from port_kit.models.wan_fusion.pipeline import FusionPipeline
+    from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
+    from port_kit.models.wan.transformer.block import FusionBlock
 
     FusionPipeline.last = None
     FusionPipeline.computed = 0

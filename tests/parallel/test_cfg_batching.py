@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.stems import Text
-from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
+from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.parallel import cfg_batching
 from port_kit.parallel.cfg_batching import BatchedCFGMixin, should_batch_branches
 from port_kit.parallel.comm import cuda_stream_ops

@@ -12,8 +12,8 @@ from vllm.distributed import parallel_state
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 
 from port_kit.errors import ParallelError
-from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
+from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.parallel.engine_checks import check_engine, layout_of
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.preflight import describe_model, preflight

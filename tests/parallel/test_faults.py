@@ -18,13 +18,13 @@ REQUESTS = len(INPUTS) + len(GOLDENS)
 
 
 def missing_plan() -> None:
-    from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+    from port_kit.models.wan.transformer.model import WanFusionTransformer
 
     WanFusionTransformer._sp_plan = None
 
 
 def misspelt_plan() -> None:
-    from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+    from port_kit.models.wan.transformer.model import WanFusionTransformer
 
     WanFusionTransformer._sp_plan = make_sp_plan({"shards": (3, 3, 4, 4)}, {"gather": (3, 3)})
 
@@ -33,7 +33,7 @@ def half_a_plan() -> None:
     """Only the video stream is split; the audio stream is whole on every rank and exchanged all the same."""
     from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 
-    from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+    from port_kit.models.wan.transformer.model import WanFusionTransformer
 
     split = {i: SequenceParallelInput(split_dim=1, expected_dims=n, split_output=True) for i, n in ((0, 3), (2, 4))}
     WanFusionTransformer._sp_plan = {"shard": split, "gather": [SequenceParallelOutput(gather_dim=1), None]}
@@ -49,7 +49,7 @@ def unmasked_pad() -> None:
 
 
 def exchanged_text() -> None:
-    from port_kit.models.wan_fusion import attention
+    from port_kit.models.wan.transformer import attention
 
     build = attention._attention
     attention._attention = lambda *args, skip_sequence_parallel=False, **options: build(*args, **options)
@@ -57,11 +57,11 @@ def exchanged_text() -> None:
 
 def local_norm() -> None:
     """Every rank takes its own heads for all of them."""
-    from port_kit.models.wan_fusion import attention, fused
+    from port_kit.models.wan.transformer import attention, fused_ops
     from port_kit.parallel.linear import tp_rank_and_size
 
     ranks = tp_rank_and_size()[1]
-    attention.shared_squares = lambda *tensors: [fused.square_sums(x) * ranks for x in tensors]
+    attention.shared_squares = lambda *tensors: [fused_ops.square_sums(x) * ranks for x in tensors]
 
 
 def wrong_guidance_rank() -> None:
@@ -78,14 +78,14 @@ def undivided_guidance() -> None:
 
 
 def condition_without_match() -> None:
-    from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+    from port_kit.models.wan.transformer.model import WanFusionTransformer
 
     WanFusionTransformer._hsdp_shard_conditions = [lambda name, _module: name.startswith("layers.")]
 
 
 def condition_on_too_little() -> None:
     """HSDP also shards the root, so a condition that matches little must not be enough to hide whole blocks."""
-    from port_kit.models.wan_fusion.transformer import WanFusionTransformer
+    from port_kit.models.wan.transformer.model import WanFusionTransformer
 
     WanFusionTransformer._hsdp_ignored_modules = ["blocks"]
 

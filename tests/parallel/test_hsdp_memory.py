@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
+from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.parallel import hsdp
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.memory import local_bytes

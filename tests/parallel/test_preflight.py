@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from port_kit.errors import ParallelError
-from port_kit.models.wan_fusion.config import TRANSFORMER_CONFIG
-from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
+from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.preflight import ModelShape, describe_model, possible_degrees, preflight
 from port_kit.parallel.verify import DEFAULT_LAYOUTS

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from port_kit.models.wan_fusion.reference_runner import be_exact, exact_attention
+from port_kit.models.wan.parity.original_runner import be_exact, exact_attention
 
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])

@@ -17,7 +17,7 @@ from port_kit.testing.tiny_fusion import outline, tiny_fusion_model
 
 #: What the published checkpoints hold: tensors and elements.
 PUBLISHED = {
-    "wan_fusion": (2073, 11_660_753_108),
+    "wan_transformer": (2073, 11_660_753_108),
     "wan2_2_vae": (196, 704_688_668),
     "umt5_xxl_encoder": (242, 5_680_910_336),
     "mmaudio_vae_16k": (57, 171_657_378),
@@ -127,7 +127,9 @@ def test_the_tokenizer_loads_and_fits_the_encoder(tiny: TinyModel) -> None:
 
 
 def test_a_part_that_nobody_gives_is_an_error(tmp_path: Path) -> None:
-    component = TinyComponent(outline("wan_fusion"), sizes={3072: 8, 4096: 8, 14336: 8, 8192: 8}, layers={"blocks": 1})
+    component = TinyComponent(
+        outline("wan_transformer"), sizes={3072: 8, 4096: 8, 14336: 8, 8192: 8}, layers={"blocks": 1}
+    )
     with pytest.raises(PortKitError, match="text_encoder"):
         tiny_repositories(RECIPE, {"transformer": component}, tmp_path)
 
@@ -140,7 +142,7 @@ def test_outlines_scale_to_the_original_codes_own_tiny_checkpoints(goldens: Path
     wan = checkpoints / "Wan2.2-TI2V-5B"
     gated = -(-int(2 * 4 * fusion["dim"] / 3) // 256) * 256
     sizes = {3072: fusion["dim"], 4096: fusion["text_dim"], 14336: fusion["ffn_dim"], 8192: gated}
-    expected = scale(expand(outline("wan_fusion")), sizes=sizes, layers={"blocks": fusion["num_layers"]})
+    expected = scale(expand(outline("wan_transformer")), sizes=sizes, layers={"blocks": fusion["num_layers"]})
     assert _shapes(expected) == _file_shapes(checkpoints / "DreamID_Omni" / "dreamid_omni.safetensors")
     expected = scale(expand(outline("wan2_2_vae")), sizes={160: vae["dim"], 256: vae["dec_dim"]})
     assert _shapes(expected) == _file_shapes(wan / "Wan2.2_VAE.pth")

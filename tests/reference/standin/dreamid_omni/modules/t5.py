@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from port_kit.models.wan_fusion.component_configs import text_encoder_config
-from port_kit.models.wan_fusion.rules_components import TEXT_ENCODER
+from port_kit.models.wan.components.configs import text_encoder_config
+from port_kit.models.wan.weights.component_rules import TEXT_ENCODER
 from port_kit.remap import load_weights
 
 

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from port_kit.models.wan_fusion.component_configs import WAN_2_2_LATENT_MEAN, WAN_2_2_LATENT_STD, vae_config
-from port_kit.models.wan_fusion.rules_components import VAE
+from port_kit.models.wan.components.configs import WAN_2_2_LATENT_MEAN, WAN_2_2_LATENT_STD, vae_config
+from port_kit.models.wan.weights.component_rules import VAE
 from port_kit.remap import load_weights
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dreamid_omni.modules.mmaudio.ext.autoencoder.vae import get_my_vae
-from port_kit.models.wan_fusion.rules_components import VOCODER
-from port_kit.models.wan_fusion.vocoder import build_vocoder
+from port_kit.models.wan.components.vocoder import build_vocoder
+from port_kit.models.wan.weights.component_rules import VOCODER
 from port_kit.remap import load_weights
 
 

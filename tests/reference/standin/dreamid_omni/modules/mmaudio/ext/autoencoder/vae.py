@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from port_kit.models.wan_fusion.audio_vae import build_audio_vae
-from port_kit.models.wan_fusion.rules_components import AUDIO_VAE
+from port_kit.models.wan.components.audio_vae import build_audio_vae
+from port_kit.models.wan.weights.component_rules import AUDIO_VAE
 from port_kit.remap import load_weights
 
 

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.text_encoder import MAX_TOKENS, clean_prompt
+from port_kit.models.wan.components.text_encoder import MAX_TOKENS, clean_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from port_kit.models.wan_fusion.config import FusionConfig
+    from port_kit.models.wan.transformer.config import FusionConfig
 
 #: The original's names of the streams, and this transformer's.
 STREAMS = {"vid": "video", "audio": "audio"}

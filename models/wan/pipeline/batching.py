@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from port_kit.models.wan_fusion.denoising import Denoising
-from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan.pipeline.request_state import Denoising
+from port_kit.models.wan.transformer.modality_io import Text
 
 #: The transformer's arguments in one guidance pass.
 Pass = Mapping[str, Any]

@@ -18,18 +18,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from port_kit.errors import ParityError
-from port_kit.models.wan_fusion import component_configs as configs
-from port_kit.models.wan_fusion.audio_vae import AudioVAE, build_audio_vae
-from port_kit.models.wan_fusion.rules_components import AUDIO_VAE, TEXT_ENCODER, VAE, VOCODER
-from port_kit.models.wan_fusion.scheduler import SOLVERS, build_scheduler
-from port_kit.models.wan_fusion.text_encoder import (
+from port_kit.models.wan.components import configs
+from port_kit.models.wan.components.audio_vae import AudioVAE, build_audio_vae
+from port_kit.models.wan.components.text_encoder import (
     TextEncoder,
     build_text_encoder,
     clean_prompt,
     load_tokenizer,
 )
-from port_kit.models.wan_fusion.video_vae import VideoVAE, build_video_vae
-from port_kit.models.wan_fusion.vocoder import Vocoder, build_vocoder
+from port_kit.models.wan.components.video_vae import VideoVAE, build_video_vae
+from port_kit.models.wan.components.vocoder import Vocoder, build_vocoder
+from port_kit.models.wan.pipeline.scheduler import SOLVERS, build_scheduler
+from port_kit.models.wan.weights.component_rules import AUDIO_VAE, TEXT_ENCODER, VAE, VOCODER
 from port_kit.parity import Bound, Case, Pair
 from port_kit.pipeline.precision import default_dtype
 from port_kit.remap import RuleSet, load_weights

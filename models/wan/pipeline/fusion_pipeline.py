@@ -24,12 +24,11 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
 from port_kit.errors import InputError, RemapError
 from port_kit.manifest import Manifest
-from port_kit.models.wan_fusion.batching import groups, join
-from port_kit.models.wan_fusion.denoising import Conditions, Denoising, Job, Step, draw_noise
-from port_kit.models.wan_fusion.layouts import refuse_impossible
-from port_kit.models.wan_fusion.lora_names import WAN_NAMES
-from port_kit.models.wan_fusion.prompts import tokenize
-from port_kit.models.wan_fusion.request import (
+from port_kit.models.wan.components.text_encoder import load_tokenizer
+from port_kit.models.wan.pipeline.batching import groups, join
+from port_kit.models.wan.pipeline.parallel_config import refuse_impossible
+from port_kit.models.wan.pipeline.prompts import tokenize
+from port_kit.models.wan.pipeline.request import (
     AUDIO_LATENT_CHANNELS,
     AUDIO_SAMPLE_RATE,
     DEFAULT_STEPS,
@@ -41,9 +40,10 @@ from port_kit.models.wan_fusion.request import (
     Lengths,
     check_cached_outputs,
 )
-from port_kit.models.wan_fusion.stems import Text
-from port_kit.models.wan_fusion.stepping import StepExecution
-from port_kit.models.wan_fusion.text_encoder import load_tokenizer
+from port_kit.models.wan.pipeline.request_state import Conditions, Denoising, Job, Step, draw_noise
+from port_kit.models.wan.pipeline.step_execution import StepExecution
+from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.weights.lora_names import WAN_NAMES
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
 from port_kit.pipeline.caching import arrange_cache
 from port_kit.pipeline.inputs import refusal

@@ -5,8 +5,8 @@ rule set         file                                  target
 ===============  ====================================  ==================================================
 TEXT_ENCODER     models_t5_umt5-xxl-enc-bf16.pth       transformers' ``UMT5EncoderModel``
 VAE              Wan2.2_VAE.pth                        diffusers' ``AutoencoderKLWan``
-AUDIO_VAE        v1-16.pth                             :class:`~port_kit.models.wan_fusion.audio_vae.AudioVAE`
-VOCODER          best_netG.pt, key ``generator``       :class:`~port_kit.models.wan_fusion.vocoder.Vocoder`
+AUDIO_VAE        v1-16.pth                             :class:`~port_kit.models.wan.components.audio_vae.AudioVAE`
+VOCODER          best_netG.pt, key ``generator``       :class:`~port_kit.models.wan.components.vocoder.Vocoder`
 ===============  ====================================  ==================================================
 
 Two of them compute: the audio VAE's filters are brought to unit norm, and the vocoder's weight normalisation is folded.

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from port_kit.models.wan_fusion.fused import Summands
-from port_kit.models.wan_fusion.layers import QueryKeyNorm, shared_squares
+from port_kit.models.wan.transformer.fused_ops import Summands
+from port_kit.models.wan.transformer.layers import QueryKeyNorm, shared_squares
 from port_kit.parallel import linear
 from port_kit.parallel.sequence import PaddedAttention
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-    from port_kit.models.wan_fusion.config import FusionConfig
+    from port_kit.models.wan.transformer.config import FusionConfig
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.attention import Positions, Stream
-from port_kit.models.wan_fusion.block import Conditions, FusionBlock, Passing
-from port_kit.models.wan_fusion.config import FusionConfig
-from port_kit.models.wan_fusion.rope import RopeTables
-from port_kit.models.wan_fusion.stems import AudioConvs, Stem, Text, VideoPatches, unpatchify
+from port_kit.models.wan.transformer.attention import Positions, Stream
+from port_kit.models.wan.transformer.block import Conditions, FusionBlock, Passing
+from port_kit.models.wan.transformer.config import FusionConfig
+from port_kit.models.wan.transformer.modality_io import AudioConvs, Stem, Text, VideoPatches, unpatchify
+from port_kit.models.wan.transformer.rope import RopeTables
 from port_kit.parallel.cfg_batching import weights_are_streamed
 from port_kit.parallel.comm.stream_interleave import InterleavedStreams
 from port_kit.parallel.hsdp import meta_blocks

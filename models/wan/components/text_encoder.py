@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.initialization import no_init_weights
 
 from port_kit.errors import OptionalDependencyError
-from port_kit.models.wan_fusion.text_encoder_split import split
+from port_kit.models.wan.components.text_encoder_parallel import split
 from port_kit.parallel.linear import tp_rank_and_size
 
 if TYPE_CHECKING:

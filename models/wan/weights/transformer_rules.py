@@ -1,4 +1,4 @@
-r"""How the original fusion checkpoint maps onto :class:`~port_kit.models.wan_fusion.transformer.WanFusionTransformer`.
+r"""How the original fusion checkpoint maps onto :class:`~port_kit.models.wan.transformer.model.WanFusionTransformer`.
 
 DreamID-Omni and Ovi publish the same names. A source name starts with its tower, ``video_model.`` or
 ``audio_model.``; layer i of both towers becomes the two halves of block i. Projections of one input are fused, and
@@ -15,7 +15,7 @@ _FLAT_TAPS = Op.of("rearrange", pattern="o i k -> o (i k)")
 _FLAT_PATCH = Op.of("rearrange", pattern="o c f h w -> o (c f h w)")
 
 TRANSFORMER = RuleSet(
-    name="wan_fusion",
+    name="wan_transformer",
     allow_downcast=True,  # DreamID-Omni publishes float32 and runs it in bfloat16
     rules=(
         # stems

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from port_kit.models.wan_fusion.request import FusionRequest, Lengths
-from port_kit.models.wan_fusion.scheduler import build_scheduler
-from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan.pipeline.request import FusionRequest, Lengths
+from port_kit.models.wan.pipeline.scheduler import build_scheduler
+from port_kit.models.wan.transformer.modality_io import Text
 
 
 @dataclass(frozen=True)

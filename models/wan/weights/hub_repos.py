@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from port_kit.download import FileRule, Repository
-from port_kit.models.wan_fusion.component_configs import (
+from port_kit.models.wan.components.configs import (
     AUDIO_VAE_CONFIG,
     TEXT_ENCODER_CONFIG,
     VAE_CONFIG,

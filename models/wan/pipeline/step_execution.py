@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.worker.input_batch import InputBatch
     from vllm_omni.diffusion.worker.utils import StepRequestState
 
-    from port_kit.models.wan_fusion.denoising import Denoising, Job
+    from port_kit.models.wan.pipeline.request_state import Denoising, Job
 
 #: Under these names the engine's state of a request keeps its clips and the flows that were just predicted.
 CLIPS, FLOWS = "port_kit_clips", "port_kit_flows"
@@ -32,7 +32,7 @@ Flows = tuple[Tensor, Tensor]
 
 
 class StepExecution:
-    """The engine's four calls, made of what a :class:`~port_kit.models.wan_fusion.pipeline.FusionPipeline` has."""
+    """The four methods that step execution calls, in terms of the request loop of a pipeline."""
 
     supports_step_execution: ClassVar[bool] = True
 

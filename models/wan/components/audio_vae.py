@@ -6,7 +6,7 @@ each), 80 mel bands, 20 latent channels, W channels of a layer, K taps of a conv
 The network is magnitude preserving (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
 Models", section 2): filters have unit norm, activations are rescaled to unit magnitude, and the constants below keep
 variance through SiLU and through sums. A checkpoint holds raw filters; its rule set normalises each on loading
-(:data:`port_kit.models.wan_fusion.rules_components.AUDIO_VAE`), so that the modules here are plain convolutions.
+(:data:`port_kit.models.wan.weights.component_rules.AUDIO_VAE`), so that the modules here are plain convolutions.
 
 Convolutions compute in the dtype of the weights; norms and the mel front end in float32.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from port_kit.errors import InputError, PortKitError
-from port_kit.models.wan_fusion.mel import LogMel
+from port_kit.models.wan.components.mel import LogMel
 
 #: Width of each resolution over ``hidden_dim``; resolution 0 is the mel frame rate.
 WIDTHS = (1, 2, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import PortNotFoundError
-from port_kit.models.wan_fusion.transformer import build_transformer
+from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.parallel.engine_checks import check_engine
 from port_kit.pipeline.loading import read_json
 from port_kit.port import list_ports, resolve

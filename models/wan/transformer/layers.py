@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from port_kit.models.wan_fusion import fused
+from port_kit.models.wan.transformer import fused_ops
 from port_kit.parallel import linear
 from port_kit.parallel.norm import FullWidthRMSNorm
 
@@ -42,7 +42,7 @@ class QueryKeyNorm(FullWidthRMSNorm):
             plain: give the norm without the rotation as well, first.
         """
         plain = plain or rope is None
-        return fused.rms_norm(x_BSD, self.weight, squares_BS, rope, width=self.dim, eps=self.eps, plain=plain)
+        return fused_ops.rms_norm(x_BSD, self.weight, squares_BS, rope, width=self.dim, eps=self.eps, plain=plain)
 
 
 def shared_squares(*tensors: Tensor) -> list[Tensor] | list[None]:
@@ -53,7 +53,7 @@ def shared_squares(*tensors: Tensor) -> list[Tensor] | list[None]:
     """
     if get_tensor_model_parallel_world_size() == 1:
         return [None] * len(tensors)
-    sums = torch.cat([fused.square_sums(x) for x in tensors], 1)
+    sums = torch.cat([fused_ops.square_sums(x) for x in tensors], 1)
     return list(linear.sum_over_ranks(sums).split([x.shape[1] for x in tensors], 1))
 
 
@@ -65,9 +65,9 @@ class FeedForward(nn.Module):
         self.up = linear.column(dim, hidden, quant, f"{prefix}.up")
         self.down = linear.row(hidden, dim, quant, f"{prefix}.down")
 
-    def forward(self, x_BSD: Tensor) -> fused.Summands:
+    def forward(self, x_BSD: Tensor) -> fused_ops.Summands:
         """Return ``[B, S, D]``, or summands of it."""
-        return linear.row_parallel_partials(self.down, fused.linear_gelu(self.up, x_BSD))
+        return linear.row_parallel_partials(self.down, fused_ops.linear_gelu(self.up, x_BSD))
 
 
 class TextEmbedding(nn.Module):
@@ -82,7 +82,7 @@ class TextEmbedding(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         """Take raw states ``[B, T, text_dim]``, T at most ``length``; return ``[B, length, D]``."""
         padded = F.pad(text, (0, 0, 0, self.length - text.shape[1]))
-        return self.down(fused.linear_gelu(self.up, padded))
+        return self.down(fused_ops.linear_gelu(self.up, padded))
 
 
 class TimeEmbedding(nn.Module):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
-from port_kit.models.wan_fusion.attention import CrossAttention, Positions, SelfAttention, Stream
-from port_kit.models.wan_fusion.config import FusionConfig
-from port_kit.models.wan_fusion.fused import Affine, add, add_norms, norm
-from port_kit.models.wan_fusion.lanes import Lanes
-from port_kit.models.wan_fusion.layers import FeedForward
-from port_kit.models.wan_fusion.stems import Text
+from port_kit.models.wan.transformer.attention import CrossAttention, Positions, SelfAttention, Stream
+from port_kit.models.wan.transformer.config import FusionConfig
+from port_kit.models.wan.transformer.fused_ops import Affine, add, add_norms, norm
+from port_kit.models.wan.transformer.layers import FeedForward
+from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.side_stream import Lanes
 from port_kit.parallel.cfg_batching import weights_are_streamed
 
 if TYPE_CHECKING:

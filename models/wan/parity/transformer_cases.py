@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from port_kit.models.wan_fusion import probes
-from port_kit.models.wan_fusion.config import FusionConfig, RopeConfig
-from port_kit.models.wan_fusion.rope import RopeTables, rotate
-from port_kit.models.wan_fusion.rules_transformer import TRANSFORMER
-from port_kit.models.wan_fusion.transformer import WanFusionTransformer, build_transformer
+from port_kit.models.wan.parity import activation_hooks
+from port_kit.models.wan.transformer.config import FusionConfig, RopeConfig
+from port_kit.models.wan.transformer.model import WanFusionTransformer, build_transformer
+from port_kit.models.wan.transformer.rope import RopeTables, rotate
+from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.parity import Bound, Case, Pair
 from port_kit.remap import load_weights
 from port_kit.runtime.local import single_rank
@@ -131,7 +131,7 @@ def _fp32_pairs(golden: FusionGolden, device: str) -> Iterator[Pair]:
     with single_rank(torch.float32, device):
         model = golden.build()
         for sample in golden.samples:
-            with probes.record(model) as values:
+            with activation_hooks.record(model) as values:
                 flows = golden.run(model, sample, torch.float32)
             # Intermediate values are recorded for single samples only.
             yield from (

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion.config import RopeConfig
+from port_kit.models.wan.transformer.config import RopeConfig
 
 THETA = 10000.0
 #: Latent frames between the positions of consecutive references.

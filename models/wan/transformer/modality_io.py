@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from vllm_omni.quantization.component_config import safe_quant_config
 
 from port_kit.errors import InputError
-from port_kit.models.wan_fusion import fused
-from port_kit.models.wan_fusion.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, windows
+from port_kit.models.wan.transformer import fused_ops
+from port_kit.models.wan.transformer.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, windows
 from port_kit.parallel import linear
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-    from port_kit.models.wan_fusion.config import FusionConfig
+    from port_kit.models.wan.transformer.config import FusionConfig
 
 
 class Text:
@@ -108,7 +108,7 @@ class Head(nn.Module):
     def forward(self, x_BSD: Tensor, time_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
         """Return ``[B, S, output]``. ``runs`` tells how many tokens have each of the G timesteps."""
         shift, scale = (self.modulation + time_GBD.unsqueeze(-2)).unbind(2)
-        return self.proj(fused.norm(x_BSD, fused.Affine(1 + scale, shift), runs, self.eps))
+        return self.proj(fused_ops.norm(x_BSD, fused_ops.Affine(1 + scale, shift), runs, self.eps))
 
 
 class Stem(nn.Module):

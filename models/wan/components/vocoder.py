@@ -6,7 +6,7 @@ output has 256 M samples at 16 kHz.
 The network alternates learned upsampling with residual blocks whose activation is periodic (snake). An activation
 makes overtones; to keep them from folding back, it runs at twice the rate, between a fixed interpolation filter and a
 fixed low-pass filter. The filters are in the checkpoint. Weight normalisation of the checkpoint is folded into plain
-weights on loading, by the rule set (:data:`port_kit.models.wan_fusion.rules_components.VOCODER`).
+weights on loading, by the rule set (:data:`port_kit.models.wan.weights.component_rules.VOCODER`).
 
 Convolutions compute in the dtype of the weights, the periodic part of the activation in float32.
 """

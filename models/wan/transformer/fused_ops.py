@@ -1,9 +1,8 @@
 """The steps between the matrix products of a fusion block, each in one pass over memory where there is a GPU.
 
 Each function has two forms: plain PyTorch (``plain_*``), and on CUDA a Triton kernel
-(:mod:`~port_kit.models.wan_fusion.kernels`) that reads its inputs once and rounds its results once. They exist because
-of bytes, not of operations: at 704x1024 one tensor of all video tokens has 138 MB, and separate kernels for norms,
-modulation, residuals, rotation and casts move some sixty of them a layer.
+(:mod:`~port_kit.models.wan.transformer.kernels`) that reads its inputs once and rounds its results once. Separate
+kernels for norms, modulation, residuals, rotation and casts are bound by memory bandwidth.
 
 Shape suffixes: B batch, S tokens of a stream, D width, G distinct timesteps of a stream (1 or 2), R rotated pairs of
 a head, K inputs of a linear.
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from port_kit.models.wan_fusion.rope import rotate
+from port_kit.models.wan.transformer.rope import rotate
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
@@ -79,7 +78,7 @@ def _add_norms(
 ) -> tuple[Tensor, ...]:
     if not x_BSD.is_cuda:
         return plain_add_norms(x_BSD, y_BSD, gate_GBD, affines, runs, eps)
-    from port_kit.models.wan_fusion import kernels
+    from port_kit.models.wan.transformer import kernels
 
     y = [part.contiguous() for part in y_BSD]
     vectors = [_vectors(affine, x_BSD) for affine in affines]
@@ -118,14 +117,14 @@ def rms_norm(
         x_BSD: this rank's part of the width; a slice of a fused projection need not be copied.
         weight_D: of this rank's part.
         squares_BS: float32 sums of squares over the whole width, or None where ``x`` has all of it.
-        rope_1SR2: table of the tokens (:mod:`~port_kit.models.wan_fusion.rope`), or None for no rotation.
+        rope_1SR2: table of the tokens (:mod:`~port_kit.models.wan.transformer.rope`), or None for no rotation.
         width: of all ranks together.
         eps: of the norm.
         plain: whether the norm itself is wanted.
     """
     if not x_BSD.is_cuda:
         return plain_rms_norm(x_BSD, weight_D, squares_BS, rope_1SR2, width=width, eps=eps, plain=plain)
-    from port_kit.models.wan_fusion import kernels
+    from port_kit.models.wan.transformer import kernels
 
     table = None if rope_1SR2 is None else rope_1SR2[0].contiguous()
     return kernels.rms_rope(_rows(x_BSD), weight_D, squares_BS, table, width=width, eps=eps, plain=plain)
@@ -155,7 +154,7 @@ def plain_rms_norm(
 def square_sums(x_BSD: Tensor) -> Tensor:
     """Return the sums of squares of this rank's part of each token, float32 ``[B, S]``."""
     if x_BSD.is_cuda:
-        from port_kit.models.wan_fusion import kernels
+        from port_kit.models.wan.transformer import kernels
 
         return kernels.square_sums(_rows(x_BSD))
     return torch.linalg.vector_norm(x_BSD, dim=-1, dtype=torch.float32).square()

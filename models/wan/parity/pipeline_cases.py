@@ -18,20 +18,20 @@ import torch
 from safetensors import safe_open
 
 from port_kit.checkpoint.convert import convert_file
-from port_kit.models.wan_fusion.component_configs import (
+from port_kit.models.wan.components.configs import (
     audio_vae_config,
     text_encoder_config,
     vae_config,
 )
-from port_kit.models.wan_fusion.golden_components import read_vocoder_config
-from port_kit.models.wan_fusion.golden_runs import DREAMID, OVI_I2V, OVI_T2V, EndToEnd, Recording
-from port_kit.models.wan_fusion.request import MAX_TEXT_TOKENS
+from port_kit.models.wan.parity.component_cases import read_vocoder_config
+from port_kit.models.wan.parity.recorded_runs import DREAMID, OVI_I2V, OVI_T2V, EndToEnd, Recording
+from port_kit.models.wan.pipeline.request import MAX_TEXT_TOKENS
 from port_kit.parity import Bound, Case, Pair
 from port_kit.port import list_ports, resolve
 from port_kit.runtime.local import single_rank
 
 if TYPE_CHECKING:
-    from port_kit.models.wan_fusion.denoising import Step
+    from port_kit.models.wan.pipeline.request_state import Step
 
 #: Where a goldens folder keeps the files of each Hub repository.
 CHECKOUTS = {
@@ -55,7 +55,7 @@ def ovi_cases(goldens: Path) -> Iterator[Case]:
 
 
 def _cases(goldens: Path, *runs: EndToEnd) -> Iterator[Case]:
-    from port_kit.models.wan_fusion.goldens import family_cases
+    from port_kit.models.wan.parity.family_cases import family_cases
 
     yield from family_cases(goldens)
     for run in runs:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from port_kit.errors import ParityError
-from port_kit.models.wan_fusion import golden_components, golden_fusion
+from port_kit.models.wan.parity import component_cases, transformer_cases
 from port_kit.parity import Case
 
 
@@ -27,5 +27,5 @@ def family_cases(goldens: Path) -> Iterator[Case]:
             code="goldens_invalid",
             hint="give the folder that holds SET.json, ckpts/ and one folder a component",
         )
-    yield from golden_components.cases(goldens)
-    yield from golden_fusion.cases(goldens)
+    yield from component_cases.cases(goldens)
+    yield from transformer_cases.cases(goldens)

@@ -1,4 +1,4 @@
-"""Triton kernels of the fusion transformer's memory-bound steps; :mod:`~port_kit.models.wan_fusion.fused` calls them.
+"""Triton kernels of the fusion transformer's memory-bound operations, called by :mod:`.fused_ops`.
 
 One program computes one token: it reads the row once and writes each result once, everything between is float32.
 Rows are padded to a power of two in registers only. Each kernel has a plain PyTorch twin in ``fused``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from port_kit.port import Component
 
-_FAMILY = "port_kit.models.wan_fusion"
+_FAMILY = "port_kit.models.wan"
 #: Components that all ports have, and their modules.
 _SHARED = {"text_encoder": "text_encoder", "vae": "video_vae", "audio_vae": "audio_vae", "vocoder": "vocoder"}
 
@@ -21,20 +21,20 @@ def components(transformer_config: str) -> tuple[Component, ...]:
     component's name. The tokenizer has no weights and is no component.
 
     Args:
-        transformer_config: name of the full-size configuration in :mod:`port_kit.models.wan_fusion.config`.
+        transformer_config: name of the full-size configuration in :mod:`port_kit.models.wan.transformer.config`.
     """
     transformer = Component(
         name="transformer",
-        build=f"{_FAMILY}.transformer:build_transformer",
-        rules=f"{_FAMILY}.rules_transformer:TRANSFORMER",
-        config=f"{_FAMILY}.config:{transformer_config}",
+        build=f"{_FAMILY}.transformer.model:build_transformer",
+        rules=f"{_FAMILY}.weights.transformer_rules:TRANSFORMER",
+        config=f"{_FAMILY}.transformer.config:{transformer_config}",
     )
     shared = (
         Component(
             name=name,
-            build=f"{_FAMILY}.{module}:build_{module}",
-            rules=f"{_FAMILY}.rules_components:{name.upper()}",
-            config=f"{_FAMILY}.component_configs:{name.upper()}_CONFIG",
+            build=f"{_FAMILY}.components.{module}:build_{module}",
+            rules=f"{_FAMILY}.weights.component_rules:{name.upper()}",
+            config=f"{_FAMILY}.components.configs:{name.upper()}_CONFIG",
         )
         for name, module in _SHARED.items()
     )
