@@ -108,7 +108,7 @@ def build(config: dict[str, Any], device: torch.device) -> nn.Module:
 
 def inputs(config: dict[str, Any], height: int, width: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return one branch's arguments for a clip of this size in pixels; texts are kept as in a request."""
-    from port_kit.models.wan.transformer.modality_io import Text
+    from port_kit.models.wan.transformer.modality_io import TextContext
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -118,8 +118,8 @@ def inputs(config: dict[str, Any], height: int, width: int, device: torch.device
         "video": draw(1, channels, LATENT_FRAMES + PICTURES, height // 16, width // 16),
         "audio": draw(1, AUDIO_LATENTS + VOICE_LATENTS, config["audio"]["in_dim"]),
         "timestep": torch.tensor(500, device=device),
-        "video_text": Text(draw(1, TEXT_TOKENS, text_dim)),
-        "audio_text": Text(draw(1, TEXT_TOKENS, text_dim)),
+        "video_text": TextContext(draw(1, TEXT_TOKENS, text_dim)),
+        "audio_text": TextContext(draw(1, TEXT_TOKENS, text_dim)),
         "video_reference_frames": PICTURES,
         "audio_reference_lengths": (VOICE_LATENTS,),
     }
@@ -158,8 +158,8 @@ def variant(name: str) -> Iterator[None]:
     compiled = partial(torch.compile, dynamic=False) if name == "inductor" else lambda function: function
     gelu = compiled(partial(nn.functional.gelu, approximate="tanh"))
     changes = {
-        "_add_norms": compiled(fused_ops.plain_add_norms),
-        "rms_norm": compiled(fused_ops.plain_rms_norm),
+        "_add_norms": compiled(fused_ops.add_norms_torch),
+        "rms_norm": compiled(fused_ops.rms_norm_torch),
         "linear_gelu": lambda layer, x: gelu(layer(x)),
     }
     before = {key: getattr(fused_ops, key) for key in changes}

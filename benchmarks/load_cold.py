@@ -217,7 +217,7 @@ def step(model: Any, device: Any, dtype: Any) -> None:
     """One denoising step of four branches, for two latent frames of 64x64 pixels and their sound."""
     import torch
 
-    from port_kit.models.wan.transformer.modality_io import Text
+    from port_kit.models.wan.transformer.modality_io import TextContext
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -227,8 +227,8 @@ def step(model: Any, device: Any, dtype: Any) -> None:
         "video": draw(1, config.video_channels, 3, 4, 4),
         "audio": draw(1, 10 + 31, config.audio_channels),
         "timestep": torch.tensor(500, device=device),
-        "video_text": Text(draw(1, 20, config.text_dim)),
-        "audio_text": Text(draw(1, 20, config.text_dim)),
+        "video_text": TextContext(draw(1, 20, config.text_dim)),
+        "audio_text": TextContext(draw(1, 20, config.text_dim)),
         "video_reference_frames": 1,
         "audio_reference_lengths": (31,),
     }

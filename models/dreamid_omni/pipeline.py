@@ -21,7 +21,7 @@ from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, admissi
 from port_kit.models.wan.pipeline.prompts import strip_tags
 from port_kit.models.wan.pipeline.request import Lengths
 from port_kit.models.wan.pipeline.request_state import Denoising
-from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.port import Component
 
 __all__ = ["DreamIDOmniPipeline", "get_post_process_func", "get_pre_process_func"]
@@ -63,7 +63,7 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
         frames, tokens = given.pictures.shape[2], given.voices.shape[1]
 
         def put(
-            pictures: Tensor, voices: Tensor, texts: tuple[Text, Text], unused: str | None = None
+            pictures: Tensor, voices: Tensor, texts: tuple[TextContext, TextContext], unused: str | None = None
         ) -> dict[str, Any]:
             return {
                 "video": torch.cat((state.video[:, :, :-frames], pictures), dim=2),

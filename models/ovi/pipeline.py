@@ -20,7 +20,7 @@ from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, admissi
 from port_kit.models.wan.pipeline.request import Lengths
 from port_kit.models.wan.pipeline.request_state import Conditions, Denoising
 from port_kit.models.wan.transformer.config import FusionConfig
-from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.pipeline.loading import read_json
 from port_kit.port import Component
 
@@ -72,7 +72,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         """Return the two passes of a step: with the prompt; with the negative prompts and one block left out."""
         given, request = state.conditions, state.job.request
 
-        def put(texts: tuple[Text, Text], skip_block: int | None) -> dict[str, Any]:
+        def put(texts: tuple[TextContext, TextContext], skip_block: int | None) -> dict[str, Any]:
             return {
                 "video": state.video,
                 "audio": state.audio,

@@ -12,7 +12,7 @@ from port_kit.errors import ConfigError, InputError
 from port_kit.models.wan.parity import activation_hooks, transformer_cases
 from port_kit.models.wan.parity.transformer_cases import FusionGolden, recorded_passes
 from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG, TRANSFORMER_CONFIG, FusionConfig
-from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.transformer.model import WanFusionTransformer
 from port_kit.parity import run_case
 from port_kit.runtime.local import single_rank
@@ -85,7 +85,7 @@ def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, Fusi
         model = case.build()
         video, audio = torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 20)
         raw = torch.randn(2, 1, 6, model.config.text_dim)
-        kept = Text(raw[0]), Text(raw[1])
+        kept = TextContext(raw[0]), TextContext(raw[1])
         for step in (900, 500):
             time = torch.tensor(step)
             fresh = model(video, audio, time, raw[0], raw[1])

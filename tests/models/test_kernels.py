@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from port_kit.models.wan.transformer import fused_ops
-from port_kit.models.wan.transformer.fused_ops import Affine
+from port_kit.models.wan.transformer.fused_ops import ScaleShift
 
 #: Batch, tokens, width, rotated pairs of a head, tokens of each timestep.
 SHAPES = (
@@ -45,8 +45,8 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
 
     x, y, z = (draw(batch, tokens, width) for _ in range(3))
     scale, shift, gate = draw(len(runs), batch, 6, width).unbind(2)[:3]
-    modulated, learned = Affine(scale, shift), Affine(draw(width), draw(width))
-    forms: dict[str, tuple[tuple[Tensor, ...], Tensor | None, list[Affine]]] = {
+    modulated, learned = ScaleShift(scale, shift), ScaleShift(draw(width), draw(width))
+    forms: dict[str, tuple[tuple[Tensor, ...], Tensor | None, list[ScaleShift]]] = {
         "norm": ((), None, [modulated]),
         "add": ((y,), gate, []),
         "add, two norms": ((y,), gate, [learned, learned]),
@@ -58,7 +58,7 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
     for name, (summands, weight, affines) in forms.items():
         vectors = [fused_ops._vectors(affine, x) for affine in affines]
         ours = kernels.add_norms(x, summands, weight, vectors, runs[0], 1e-6)
-        yield name, ours, fused_ops.plain_add_norms(x, summands, weight, affines, runs, 1e-6)
+        yield name, ours, fused_ops.add_norms_torch(x, summands, weight, affines, runs, 1e-6)
 
     q, w = draw(batch, tokens, 3 * width)[..., width : 2 * width], draw(width)
     rope = torch.randn((1, tokens, pair_count, 2), generator=generator, device=device)
@@ -72,7 +72,7 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
     ):
         options = {"width": whole, "eps": 1e-6, "plain": plain}
         ours = kernels.rms_rope(q, w, sums, None if table is None else table[0], **options)
-        yield f"rms {options}", ours, fused_ops.plain_rms_norm(q, w, sums, table, **options)
+        yield f"rms {options}", ours, fused_ops.rms_norm_torch(q, w, sums, table, **options)
 
 
 def check(dtype: torch.dtype, device: str, bound: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
-from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.parallel import cfg_batching
 from port_kit.parallel.cfg_batching import BatchedCFGMixin, should_batch_branches
@@ -86,7 +86,7 @@ def test_together_is_one_after_the_other() -> None:
         shared = draw(1, 5, 16)
 
         def branches() -> list[dict[str, Any]]:
-            text = Text(shared)
+            text = TextContext(shared)
             first = {"video": clip, "audio": sound, "timestep": torch.tensor([900]), "video_text": text}
             short = {"video": clip[:, :, :2], "audio": sound[:, :4], "timestep": torch.tensor([30])}
             return [

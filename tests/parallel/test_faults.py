@@ -61,7 +61,7 @@ def local_norm() -> None:
     from port_kit.parallel.linear import tp_rank_and_size
 
     ranks = tp_rank_and_size()[1]
-    attention.shared_squares = lambda *tensors: [fused_ops.square_sums(x) * ranks for x in tensors]
+    attention.tp_square_sums = lambda *tensors: [fused_ops.square_sums(x) * ranks for x in tensors]
 
 
 def wrong_guidance_rank() -> None:

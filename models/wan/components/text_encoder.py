@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.initialization import no_init_weights
 
 from port_kit.errors import OptionalDependencyError
-from port_kit.models.wan.components.text_encoder_parallel import split
+from port_kit.models.wan.components.text_encoder_parallel import parallelize
 from port_kit.parallel.linear import tp_rank_and_size
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class TextEncoder(UMT5EncoderModel):
         with torch.device("meta") if ranks > 1 else device, no_init_weights():
             super().__init__(config)  # a checkpoint fills every weight; drawing 5.7 billion numbers takes minutes
         if ranks > 1:
-            split(self, device)
+            parallelize(self, device)
         else:
             # Initialisation is also where transformers ties these two names of one table.
             self.encoder.embed_tokens.weight = self.shared.weight

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
 
 
-class OwnHeads(nn.Embedding):
+class LocalRelativeBias(nn.Embedding):
     """A table of one number a bucket and head, of which this rank reads its heads' columns."""
 
     def __init__(self, buckets: int, heads: int, place: int, ranks: int) -> None:
@@ -34,7 +34,7 @@ class OwnHeads(nn.Embedding):
         return super().forward(buckets)[..., self.own]
 
 
-def split(model: UMT5EncoderModel, device: torch.device) -> None:
+def parallelize(model: UMT5EncoderModel, device: torch.device) -> None:
     """Divide an encoder that was made on the meta device over the ranks, and give each share memory on ``device``.
 
     Raises:
@@ -64,7 +64,9 @@ def _split_attention(attention: Any, config: UMT5Config, path: str, place: int, 
         setattr(attention, name, linear.column(config.d_model, inner, None, f"{path}.{name}", bias=False))
     attention.o = linear.row(inner, config.d_model, None, f"{path}.o", bias=False)
     attention.n_heads, attention.inner_dim = config.num_heads // ranks, inner // ranks
-    attention.relative_attention_bias = OwnHeads(config.relative_attention_num_buckets, config.num_heads, place, ranks)
+    attention.relative_attention_bias = LocalRelativeBias(
+        config.relative_attention_num_buckets, config.num_heads, place, ranks
+    )
 
 
 def _split_feed_forward(feed_forward: Any, config: UMT5Config, path: str) -> None:

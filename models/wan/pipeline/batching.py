@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from port_kit.models.wan.pipeline.request_state import Denoising
-from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.modality_io import TextContext
 
 #: The transformer's arguments in one guidance pass.
 Pass = Mapping[str, Any]
@@ -52,8 +52,8 @@ def join(passes: Sequence[Pass]) -> dict[str, Any]:
 
 
 def _together(values: Sequence[Any]) -> Any:
-    if isinstance(values[0], Text):
-        return Text.joined(values)
+    if isinstance(values[0], TextContext):
+        return TextContext.collate(values)
     if isinstance(values[0], Tensor):
         return torch.cat([value.reshape(1) if value.ndim == 0 else value for value in values])
     return values[0]
@@ -65,7 +65,7 @@ def _form(one: Pass) -> Hashable:
 
 
 def _form_of(value: Any) -> Hashable:
-    value = value.raw if isinstance(value, Text) else value
+    value = value.raw if isinstance(value, TextContext) else value
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 

@@ -42,7 +42,7 @@ from port_kit.models.wan.pipeline.request import (
 )
 from port_kit.models.wan.pipeline.request_state import Conditions, Denoising, Job, Step, draw_noise
 from port_kit.models.wan.pipeline.step_execution import StepExecution
-from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.weights.lora_names import WAN_NAMES
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
 from port_kit.pipeline.caching import arrange_cache
@@ -285,8 +285,8 @@ class FusionPipeline(
         positive, video_negative, audio_negative = (self.encode_prompt(ids) for ids in job.tokens)
         no_voice = torch.empty(1, 0, AUDIO_LATENT_CHANNELS, device=self.device)
         return Conditions(
-            texts=(Text(positive), Text(positive)),
-            negatives=(Text(video_negative), Text(audio_negative)),
+            texts=(TextContext(positive), TextContext(positive)),
+            negatives=(TextContext(video_negative), TextContext(audio_negative)),
             pictures=torch.cat(pictures, dim=2).to(self.dtype),
             voices=torch.cat((no_voice, *voices), dim=1).to(self.dtype),
             voice_lengths=tuple(voice.shape[1] for voice in voices),

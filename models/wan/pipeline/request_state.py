@@ -14,7 +14,7 @@ from torch import Tensor
 
 from port_kit.models.wan.pipeline.request import FusionRequest, Lengths
 from port_kit.models.wan.pipeline.scheduler import build_scheduler
-from port_kit.models.wan.transformer.modality_io import Text
+from port_kit.models.wan.transformer.modality_io import TextContext
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Conditions:
         voice_lengths: latents of each voice.
     """
 
-    texts: tuple[Text, Text]
-    negatives: tuple[Text, Text]
+    texts: tuple[TextContext, TextContext]
+    negatives: tuple[TextContext, TextContext]
     pictures: Tensor
     voices: Tensor
     voice_lengths: tuple[int, ...]

@@ -102,16 +102,16 @@ def build_scheduler(
         scheduler.set_timesteps(steps, device=device)
     elif solver == "unipc":
         scheduler = UniPCMultistepScheduler(**_flow_options(shift))
-        scheduler.set_timesteps(sigmas=_falling(LARGEST_TRAINING_SIGMA, steps), device=device)
+        scheduler.set_timesteps(sigmas=_linear_sigmas(LARGEST_TRAINING_SIGMA, steps), device=device)
     else:
         scheduler = _FlowDPMSolver(**_flow_options(shift))
-        scheduler.set_timesteps(sigmas=_falling(1.0, steps), device=device)
+        scheduler.set_timesteps(sigmas=_linear_sigmas(1.0, steps), device=device)
     # Truncated timesteps can repeat from about 250 steps on; without this, diffusers would begin at the second.
     scheduler.set_begin_index(0)
     return scheduler
 
 
-def _falling(first: float, steps: int) -> np.ndarray:
+def _linear_sigmas(first: float, steps: int) -> np.ndarray:
     return np.linspace(first, 0.0, steps + 1)[:-1]
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from port_kit.models.wan.transformer.fused_ops import Summands
-from port_kit.models.wan.transformer.layers import QueryKeyNorm, shared_squares
+from port_kit.models.wan.transformer.fused_ops import PartialSums
+from port_kit.models.wan.transformer.layers import QKNorm, tp_square_sums
 from port_kit.parallel import linear
 from port_kit.parallel.sequence import PaddedAttention
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Positions:
+class RotaryContext:
     """Where the tokens of a stream are.
 
     Attributes:
@@ -49,19 +49,19 @@ class SelfAttention(nn.Module):
         dim = config.dim
         self.qkv = linear.qkv(dim, config.head_dim, config.num_heads, quant, f"{prefix}.qkv")
         self.o = linear.row(dim, dim, quant, f"{prefix}.o")
-        self.norm_q = QueryKeyNorm(dim, config.eps)
-        self.norm_k = QueryKeyNorm(dim, config.eps)
+        self.norm_q = QKNorm(dim, config.eps)
+        self.norm_k = QKNorm(dim, config.eps)
         self.heads = self.qkv.num_heads
         gather: GatherOperand = "kv" if stream == "audio" else None
         self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", gather=gather)
 
-    def forward(self, x_BSD: Tensor, positions: Positions) -> Summands:
+    def forward(self, x_BSD: Tensor, rotary: RotaryContext) -> PartialSums:
         """Take normalised tokens; return ``[B, S, D]``, or summands of it."""
         q, k, v = self.qkv(x_BSD).chunk(3, -1)
-        q_squares, k_squares = shared_squares(q, k)
-        (q,) = self.norm_q(q, q_squares, positions.rope)
-        (k,) = self.norm_k(k, k_squares, positions.rope)
-        attended = self.attn(*(split_heads(t, self.heads) for t in (q, k, v)), positions.length)
+        q_squares, k_squares = tp_square_sums(q, k)
+        (q,) = self.norm_q(q, q_squares, rotary.rope)
+        (k,) = self.norm_k(k, k_squares, rotary.rope)
+        attended = self.attn(*(split_heads(t, self.heads) for t in (q, k, v)), rotary.length)
         return linear.row_parallel_partials(self.o, attended.flatten(2))
 
 
@@ -79,9 +79,9 @@ class CrossAttention(nn.Module):
         self.kv = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv")
         self.kv_fusion = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv_fusion")
         self.o = linear.row(dim, dim, quant, f"{prefix}.o")
-        self.norm_q = QueryKeyNorm(dim, eps)
-        self.norm_k = QueryKeyNorm(dim, eps)
-        self.norm_k_fusion = QueryKeyNorm(dim, eps)
+        self.norm_q = QKNorm(dim, eps)
+        self.norm_k = QKNorm(dim, eps)
+        self.norm_k_fusion = QKNorm(dim, eps)
         self.pre_attn_norm_fusion = nn.LayerNorm(dim, eps)
         self.heads = self.q.output_size_per_partition // config.head_dim
         # every rank holds the whole text: nothing to exchange
@@ -95,29 +95,29 @@ class CrossAttention(nn.Module):
         self,
         x_BSD: Tensor,
         text_kv: tuple[Tensor, Tensor],
-        positions: Positions,
+        rotary: RotaryContext,
         other_BOD: Tensor,
-        other_positions: Positions,
-    ) -> Summands:
+        other_rotary: RotaryContext,
+    ) -> PartialSums:
         """Return ``[B, S, D]``, or summands of it; a stream of no tokens is not attended.
 
         Args:
             x_BSD: this stream's tokens after :attr:`norm`.
             text_kv: what :meth:`project_text` gave for this stream's text.
-            positions: of this stream.
+            rotary: of this stream.
             other_BOD: the other stream's tokens after :attr:`pre_attn_norm_fusion`.
-            other_positions: of the other stream.
+            other_rotary: of the other stream.
         """
         q = self.q(x_BSD)
         if not other_BOD.shape[1]:
-            (q,) = self.norm_q(q, *shared_squares(q))
+            (q,) = self.norm_q(q, *tp_square_sums(q))
             return linear.row_parallel_partials(self.o, self._attend_text(q, text_kv).flatten(2))
         k, v = self.kv_fusion(other_BOD).chunk(2, -1)
-        q_squares, k_squares = shared_squares(q, k)
-        q, q_turned = self.norm_q(q, q_squares, positions.rope, plain=True)
-        (k,) = self.norm_k_fusion(k, k_squares, other_positions.rope)
+        q_squares, k_squares = tp_square_sums(q, k)
+        q, q_turned = self.norm_q(q, q_squares, rotary.rope, plain=True)
+        (k,) = self.norm_k_fusion(k, k_squares, other_rotary.rope)
         attended = self._attend_text(q, text_kv)
-        fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_positions.length)
+        fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_rotary.length)
         return linear.row_parallel_partials(self.o, (attended + fused).flatten(2))
 
     def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
@@ -126,7 +126,7 @@ class CrossAttention(nn.Module):
     def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; no timestep changes them."""
         k, v = self.kv(text_BTD).chunk(2, -1)
-        (k,) = self.norm_k(k, *shared_squares(k))
+        (k,) = self.norm_k(k, *tp_square_sums(k))
         return k, v
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
-from port_kit.models.wan.transformer.attention import CrossAttention, Positions, SelfAttention, Stream
+from port_kit.models.wan.transformer.attention import CrossAttention, RotaryContext, SelfAttention, Stream
 from port_kit.models.wan.transformer.config import FusionConfig
-from port_kit.models.wan.transformer.fused_ops import Affine, add, add_norms, norm
+from port_kit.models.wan.transformer.fused_ops import ScaleShift, add, add_norms, norm
 from port_kit.models.wan.transformer.layers import FeedForward
-from port_kit.models.wan.transformer.modality_io import Text
-from port_kit.models.wan.transformer.side_stream import Lanes
+from port_kit.models.wan.transformer.modality_io import TextContext
+from port_kit.models.wan.transformer.side_stream import SideStream
 from port_kit.parallel.cfg_batching import weights_are_streamed
 
 if TYPE_CHECKING:
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class StreamConditioning:
     """What one stream's half of a block needs besides tokens.
 
     Attributes:
         time: modulation vectors of the distinct timesteps, ``[G, B, 6, D]``.
-        runs: how many of this rank's tokens, in order, have each timestep.
-        positions: of this rank's tokens.
+        timestep_segments: how many of this rank's tokens, in order, have each timestep.
+        rotary: of this rank's tokens.
         text: embedded text.
     """
 
     time: Tensor
-    runs: tuple[int, ...]
-    positions: Positions
-    text: Text
+    timestep_segments: tuple[int, ...]
+    rotary: RotaryContext
+    text: TextContext
 
 
-class Passing(NamedTuple):
+class BlockInputs(NamedTuple):
     """A guidance pass as a block takes it: the arguments of :meth:`FusionBlock.forward`."""
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor
-    video: Conditions
-    audio: Conditions
+    video: StreamConditioning
+    audio: StreamConditioning
     skip_block: int | None
     unused: Stream | None
 
@@ -56,7 +56,7 @@ class Passing(NamedTuple):
 class Modulation(NamedTuple):
     """How a sub-layer's input is scaled and shifted after its norm, and its output weighed; one row a timestep."""
 
-    affine: Affine
+    scale_shift: ScaleShift
     gate: Tensor
 
 
@@ -70,12 +70,12 @@ class StreamBlock(nn.Module):
         self.cross_attn = CrossAttention(config, stream, quant, f"{prefix}.cross_attn")
         self.ffn = FeedForward(config.dim, config.ffn_dim, quant, f"{prefix}.ffn")
 
-    def modulations(self, conditions: Conditions) -> tuple[Modulation, Modulation]:
+    def modulations(self, conditioning: StreamConditioning) -> tuple[Modulation, Modulation]:
         """Return the modulation of self-attention and of the feed-forward."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditions.time).unbind(2)
-        return Modulation(Affine(1 + scale1, shift1), gate1), Modulation(Affine(1 + scale2, shift2), gate2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditioning.time).unbind(2)
+        return Modulation(ScaleShift(1 + scale1, shift1), gate1), Modulation(ScaleShift(1 + scale2, shift2), gate2)
 
-    def text_keys_values(self, text: Text, layer: int) -> tuple[Tensor, Tensor]:
+    def text_keys_values(self, text: TextContext, layer: int) -> tuple[Tensor, Tensor]:
         """Return this layer's keys and values of the text, computed at the first call with this text or its part."""
         if text.parts:
             keys, values = zip(*(self.text_keys_values(part, layer) for part in text.parts), strict=True)
@@ -85,7 +85,7 @@ class StreamBlock(nn.Module):
         return text.keys_values[layer]
 
 
-class Attended(NamedTuple):
+class AttnState(NamedTuple):
     """A stream after its self-attention.
 
     Attributes:
@@ -107,26 +107,26 @@ class FusionBlock(nn.Module):
         self.index = index
         self.is_last = index == config.num_layers - 1
         engine = get_current_diffusion_config_or_none()
-        self.lanes = Lanes(two=not weights_are_streamed(engine))
+        self.side_stream = SideStream(enabled=not weights_are_streamed(engine))
         self.eps = config.eps
         self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
         self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
 
-    def project_texts(self, passing: Passing) -> None:
+    def project_texts(self, inputs: BlockInputs) -> None:
         """Compute the keys and values of a pass's texts now, if they have not been."""
-        for half, conditions in ((self.audio, passing.audio), (self.video, passing.video)):
-            for text in conditions.text.parts or (conditions.text,):
+        for half, conditioning in ((self.audio, inputs.audio), (self.video, inputs.video)):
+            for text in conditioning.text.parts or (conditioning.text,):
                 half.text_keys_values(text, self.index)
 
     def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        video: Conditions,
-        audio: Conditions,
+        video: StreamConditioning,
+        audio: StreamConditioning,
         skip_block: int | None = None,
         unused: Stream | None = None,
-        extra_branches: Sequence[Passing] = (),
+        extra_branches: Sequence[BlockInputs] = (),
     ) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
         """Return the streams after this layer, video first.
 
@@ -135,54 +135,54 @@ class FusionBlock(nn.Module):
         Args:
             hidden_states: video tokens ``[B, V, D]``.
             encoder_hidden_states: audio tokens ``[B, A, D]``.
-            video: conditions of the video stream.
-            audio: conditions of the audio stream.
+            video: conditioning of the video stream.
+            audio: conditioning of the audio stream.
             skip_block: layer that returns its input.
             unused: stream that nobody reads after the last layer, which then leaves it where the other has read it.
             extra_branches: further passes; where there are any, a list is returned, of all passes.
         """
-        done = self._pass(Passing(hidden_states, encoder_hidden_states, video, audio, skip_block, unused))
+        done = self._pass(BlockInputs(hidden_states, encoder_hidden_states, video, audio, skip_block, unused))
         return [done, *map(self._pass, extra_branches)] if extra_branches else done
 
-    def _pass(self, given: Passing) -> tuple[Tensor, Tensor]:
+    def _pass(self, given: BlockInputs) -> tuple[Tensor, Tensor]:
         video_tokens, audio_tokens, video, audio, skip_block, unused = given
         if skip_block == self.index:
             return video_tokens, audio_tokens
         v_attention, v_ffn = self.video.modulations(video)
         a_attention, a_ffn = self.audio.modulations(audio)
         unread = unused if self.is_last else None
-        with self.lanes.beside(video_tokens):
+        with self.side_stream.fork(video_tokens):
             a = self._self_attend(self.audio, self.video, audio_tokens, a_attention, audio)
         v = self._self_attend(self.video, self.audio, video_tokens, v_attention, video)
-        self.lanes.join(video_tokens)
-        with self.lanes.beside(video_tokens):
+        self.side_stream.join(video_tokens)
+        with self.side_stream.fork(video_tokens):
             a_out = a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video)
         v_out = v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio)
-        self.lanes.join(video_tokens)
+        self.side_stream.join(video_tokens)
         return v_out, a_out
 
     def _self_attend(
-        self, half: StreamBlock, other: StreamBlock, x: Tensor, modulation: Modulation, own: Conditions
-    ) -> Attended:
+        self, half: StreamBlock, other: StreamBlock, x: Tensor, modulation: Modulation, own: StreamConditioning
+    ) -> AttnState:
         if not x.shape[1]:
-            return Attended(x, x, x)
-        y = half.self_attn(norm(x, modulation.affine, own.runs, self.eps), own.positions)
+            return AttnState(x, x, x)
+        y = half.self_attn(norm(x, modulation.scale_shift, own.timestep_segments, self.eps), own.rotary)
         readers = half.cross_attn.norm, other.cross_attn.pre_attn_norm_fusion
-        affines = [Affine(reader.weight, reader.bias) for reader in readers]
-        return Attended(*add_norms(x, y, modulation.gate, affines, own.runs, self.eps))
+        scale_shifts = [ScaleShift(reader.weight, reader.bias) for reader in readers]
+        return AttnState(*add_norms(x, y, modulation.gate, scale_shifts, own.timestep_segments, self.eps))
 
     def _fuse(
         self,
         half: StreamBlock,
-        x: Attended,
+        x: AttnState,
         other_keys: Tensor,
         modulation: Modulation,
-        own: Conditions,
-        theirs: Conditions,
+        own: StreamConditioning,
+        theirs: StreamConditioning,
     ) -> Tensor:
         if not x.tokens.shape[1]:
             return x.tokens
         text = half.text_keys_values(own.text, self.index)
-        y = half.cross_attn(x.query, text, own.positions, other_keys, theirs.positions)
-        tokens, normed = add_norms(x.tokens, y, None, [modulation.affine], own.runs, self.eps)
-        return add(tokens, half.ffn(normed), modulation.gate, own.runs)
+        y = half.cross_attn(x.query, text, own.rotary, other_keys, theirs.rotary)
+        tokens, normed = add_norms(x.tokens, y, None, [modulation.scale_shift], own.timestep_segments, self.eps)
+        return add(tokens, half.ffn(normed), modulation.gate, own.timestep_segments)

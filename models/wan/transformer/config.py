@@ -24,7 +24,7 @@ SHARED_FIELDS = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_
 REQUIRED_VALUES: Mapping[str, Any] = {"qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}
 #: The original's constructor default; its JSON leaves the field out.
 DEFAULT_TEXT_DIM = 4096
-#: Hidden width of the audio stem's gated convolution is rounded up to a multiple of this.
+#: Hidden width of the audio adapter's gated convolution is rounded up to a multiple of this.
 GATED_CONV_MULTIPLE = 256
 
 
@@ -70,7 +70,7 @@ class FusionConfig:
         patch_size: video latent voxels (frames, rows, columns) in one token.
         video_channels: channels of a video latent, in and out.
         audio_channels: channels of an audio latent, in and out.
-        audio_kernel: taps of the audio stem's convolutions, odd.
+        audio_kernel: taps of the audio adapter's convolutions, odd.
         rope: rotary positions.
     """
 
@@ -107,7 +107,7 @@ class FusionConfig:
 
     @property
     def gated_conv_dim(self) -> int:
-        """Hidden width of the audio stem's gated convolution: 8/3 of ``dim``, rounded up."""
+        """Hidden width of the audio adapter's gated convolution: 8/3 of ``dim``, rounded up."""
         hidden = 2 * (4 * self.dim) // 3
         return -(-hidden // GATED_CONV_MULTIPLE) * GATED_CONV_MULTIPLE
 

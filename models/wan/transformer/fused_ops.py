@@ -24,81 +24,81 @@ if TYPE_CHECKING:
 
 
 #: One tensor, or two of which the sum is meant: of ranks that computed a part each.
-Summands = tuple[Tensor, ...]
+PartialSums = tuple[Tensor, ...]
 
 
-class Affine(NamedTuple):
+class ScaleShift(NamedTuple):
     """What a layer norm's result is multiplied with, and what is added to it.
 
     Attributes:
-        factor: ``[G, B, D]``, or ``[D]`` for all tokens alike.
-        shift: as ``factor``.
+        scale: ``[G, B, D]``, or ``[D]`` for all tokens alike.
+        shift: as ``scale``.
     """
 
-    factor: Tensor
+    scale: Tensor
     shift: Tensor
 
 
-def norm(x_BSD: Tensor, affine: Affine, runs: tuple[int, ...], eps: float) -> Tensor:
-    """Return the layer norm of ``x``, times the factor, plus the shift.
+def norm(x_BSD: Tensor, scale_shift: ScaleShift, timestep_segments: tuple[int, ...], eps: float) -> Tensor:
+    """Return the layer norm of ``x``, times the scale, plus the shift.
 
     Args:
         x_BSD: tokens.
-        affine: vectors of each of the G timesteps.
-        runs: how many tokens, in order, have each timestep; G numbers.
+        scale_shift: vectors of each of the G timesteps.
+        timestep_segments: how many tokens, in order, have each timestep; G numbers.
         eps: of the norm.
     """
-    return _add_norms(x_BSD, (), None, (affine,), runs, eps)[0]
+    return _add_norms(x_BSD, (), None, (scale_shift,), timestep_segments, eps)[0]
 
 
-def add(x_BSD: Tensor, y_BSD: Summands, gate_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
+def add(x_BSD: Tensor, y_BSD: PartialSums, gate_GBD: Tensor, timestep_segments: tuple[int, ...]) -> Tensor:
     """Return ``x + gate * y``, each run of tokens with the gate of its timestep."""
-    return _add_norms(x_BSD, y_BSD, gate_GBD, (), runs, 0.0)[0]
+    return _add_norms(x_BSD, y_BSD, gate_GBD, (), timestep_segments, 0.0)[0]
 
 
 def add_norms(
     x_BSD: Tensor,
-    y_BSD: Summands,
+    y_BSD: PartialSums,
     gate_GBD: Tensor | None,
-    affines: Sequence[Affine],
-    runs: tuple[int, ...],
+    scale_shifts: Sequence[ScaleShift],
+    timestep_segments: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Return ``x + gate * y`` (a gate of None is 1), and one layer norm of it for each of at most two ``affines``."""
-    return _add_norms(x_BSD, y_BSD, gate_GBD, affines, runs, eps)
+    """Return ``x + gate * y`` (a gate of None is 1), and its layer norm per element of ``scale_shifts``, at most 2."""
+    return _add_norms(x_BSD, y_BSD, gate_GBD, scale_shifts, timestep_segments, eps)
 
 
 def _add_norms(
     x_BSD: Tensor,
-    y_BSD: Summands,
+    y_BSD: PartialSums,
     gate_GBD: Tensor | None,
-    affines: Sequence[Affine],
-    runs: tuple[int, ...],
+    scale_shifts: Sequence[ScaleShift],
+    timestep_segments: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, ...]:
     if not x_BSD.is_cuda:
-        return plain_add_norms(x_BSD, y_BSD, gate_GBD, affines, runs, eps)
+        return add_norms_torch(x_BSD, y_BSD, gate_GBD, scale_shifts, timestep_segments, eps)
     from port_kit.models.wan.transformer import kernels
 
     y = [part.contiguous() for part in y_BSD]
-    vectors = [_vectors(affine, x_BSD) for affine in affines]
-    return kernels.add_norms(x_BSD.contiguous(), y, gate_GBD, vectors, runs[0], eps)
+    vectors = [_vectors(scale_shift, x_BSD) for scale_shift in scale_shifts]
+    return kernels.add_norms(x_BSD.contiguous(), y, gate_GBD, vectors, timestep_segments[0], eps)
 
 
-def plain_add_norms(
+def add_norms_torch(
     x_BSD: Tensor,
-    y_BSD: Summands,
+    y_BSD: PartialSums,
     gate_GBD: Tensor | None,
-    affines: Sequence[Affine],
-    runs: tuple[int, ...],
+    scale_shifts: Sequence[ScaleShift],
+    timestep_segments: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, ...]:
     """Return the sum, where there is a ``y``, and the norms, in plain PyTorch."""
     if not y_BSD:
-        return tuple(_norm(x_BSD, affine, runs, eps) for affine in affines)
+        return tuple(_norm(x_BSD, scale_shift, timestep_segments, eps) for scale_shift in scale_shifts)
     y = y_BSD[0] if len(y_BSD) == 1 else y_BSD[0] + y_BSD[1]
-    total = x_BSD + y if gate_GBD is None else _gated(x_BSD, y, gate_GBD, runs)
-    return total, *(_norm(total, affine, runs, eps) for affine in affines)
+    total = x_BSD + y if gate_GBD is None else _gated(x_BSD, y, gate_GBD, timestep_segments)
+    return total, *(_norm(total, scale_shift, timestep_segments, eps) for scale_shift in scale_shifts)
 
 
 def rms_norm(
@@ -123,14 +123,14 @@ def rms_norm(
         plain: whether the norm itself is wanted.
     """
     if not x_BSD.is_cuda:
-        return plain_rms_norm(x_BSD, weight_D, squares_BS, rope_1SR2, width=width, eps=eps, plain=plain)
+        return rms_norm_torch(x_BSD, weight_D, squares_BS, rope_1SR2, width=width, eps=eps, plain=plain)
     from port_kit.models.wan.transformer import kernels
 
     table = None if rope_1SR2 is None else rope_1SR2[0].contiguous()
     return kernels.rms_rope(_rows(x_BSD), weight_D, squares_BS, table, width=width, eps=eps, plain=plain)
 
 
-def plain_rms_norm(
+def rms_norm_torch(
     x_BSD: Tensor,
     weight_D: Tensor,
     squares_BS: Tensor | None,
@@ -180,20 +180,24 @@ def _is_plain(layer: LinearBase) -> bool:
     return plain and layer.bias is not None and not layer.gather_output
 
 
-def _norm(x_BSD: Tensor, affine: Affine, runs: tuple[int, ...], eps: float) -> Tensor:
+def _norm(x_BSD: Tensor, scale_shift: ScaleShift, timestep_segments: tuple[int, ...], eps: float) -> Tensor:
     shape = x_BSD.shape[-1:]
-    if affine.factor.dim() == 1:
-        return F.layer_norm(x_BSD, shape, affine.factor, affine.shift, eps)
-    return _modulate(F.layer_norm(x_BSD, shape, eps=eps), affine, runs)
+    if scale_shift.scale.dim() == 1:
+        return F.layer_norm(x_BSD, shape, scale_shift.scale, scale_shift.shift, eps)
+    return _modulate(F.layer_norm(x_BSD, shape, eps=eps), scale_shift, timestep_segments)
 
 
-def _modulate(x_BSD: Tensor, affine: Affine, runs: tuple[int, ...]) -> Tensor:
-    rows = zip(x_BSD.split(runs, 1), affine.factor.unsqueeze(-2), affine.shift.unsqueeze(-2), strict=True)
-    return _joined([torch.addcmul(shift, x, factor) for x, factor, shift in rows])
+def _modulate(x_BSD: Tensor, scale_shift: ScaleShift, timestep_segments: tuple[int, ...]) -> Tensor:
+    rows = zip(
+        x_BSD.split(timestep_segments, 1), scale_shift.scale.unsqueeze(-2), scale_shift.shift.unsqueeze(-2), strict=True
+    )
+    return _joined([torch.addcmul(shift, x, scale) for x, scale, shift in rows])
 
 
-def _gated(x_BSD: Tensor, y_BSD: Tensor, gate_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
-    rows = zip(x_BSD.split(runs, 1), y_BSD.split(runs, 1), gate_GBD.unsqueeze(-2), strict=True)
+def _gated(x_BSD: Tensor, y_BSD: Tensor, gate_GBD: Tensor, timestep_segments: tuple[int, ...]) -> Tensor:
+    rows = zip(
+        x_BSD.split(timestep_segments, 1), y_BSD.split(timestep_segments, 1), gate_GBD.unsqueeze(-2), strict=True
+    )
     return _joined([torch.addcmul(x, y, gate) for x, y, gate in rows])
 
 
@@ -207,7 +211,7 @@ def _rows(x_BSD: Tensor) -> Tensor:
     return x_BSD if evenly and x_BSD.stride(2) == 1 else x_BSD.contiguous()
 
 
-def _vectors(affine: Affine, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+def _vectors(scale_shift: ScaleShift, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
     """Return both as ``[G, B, D]`` for a kernel; one vector for all as a view of stride 0."""
-    factor, shift = (v.expand(2, x_BSD.shape[0], -1) if v.dim() == 1 else v for v in affine)
-    return factor, shift
+    scale, shift = (v.expand(2, x_BSD.shape[0], -1) if v.dim() == 1 else v for v in scale_shift)
+    return scale, shift

@@ -21,26 +21,26 @@ VALUES = {"norm": 64, "add": 32, "rms": 32}
 
 def add_norms(
     x_BSD: Tensor,
-    summands_BSD: Sequence[Tensor],
+    partial_sums_BSD: Sequence[Tensor],
     gate_GBD: Tensor | None,
-    affines: list[tuple[Tensor, Tensor]],
-    first_run: int,
+    scale_shifts: list[tuple[Tensor, Tensor]],
+    first_segment: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Return ``x + gate * y``, unless there is no ``y``, and up to two layer norms of it, each with factor and shift.
+    """Return ``x + gate * y``, unless there is no ``y``, and up to two layer norms of it, each with scale and shift.
 
     Args:
         x_BSD: contiguous.
-        summands_BSD: at most two, contiguous, of which ``y`` is the sum.
+        partial_sums_BSD: at most two, contiguous, of which ``y`` is the sum.
         gate_GBD: any strides but the last, or None for 1.
-        affines: factor and shift of each norm, both ``[G, B, D]`` (a G or B of stride 0 is one vector for all).
-        first_run: tokens of a sample that take row 0 of G; the others take row 1.
+        scale_shifts: scale and shift of each norm, both ``[G, B, D]`` (a G or B of stride 0 is one vector for all).
+        first_segment: tokens of a sample that take row 0 of G; the others take row 1.
         eps: of the norms.
     """
-    width, block, warps = _row(x_BSD, VALUES["add" if summands_BSD else "norm"])
-    total = torch.empty_like(x_BSD) if summands_BSD else x_BSD
-    normed = [torch.empty_like(x_BSD) for _ in affines]
-    vectors = [vector for affine in affines for vector in affine]
+    width, block, warps = _row(x_BSD, VALUES["add" if partial_sums_BSD else "norm"])
+    total = torch.empty_like(x_BSD) if partial_sums_BSD else x_BSD
+    normed = [torch.empty_like(x_BSD) for _ in scale_shifts]
+    vectors = [vector for scale_shift in scale_shifts for vector in scale_shift]
     # a kernel takes all its pointers; those it does not use are never read
     vectors += [x_BSD] * (4 - len(vectors))
     gate = x_BSD if gate_GBD is None else gate_GBD
@@ -49,23 +49,23 @@ def add_norms(
     if rows:
         _add_norms[(rows,)](
             x_BSD,
-            *[*summands_BSD, x_BSD, x_BSD][:2],
+            *[*partial_sums_BSD, x_BSD, x_BSD][:2],
             total,
             *outputs,
             gate,
             *vectors,
             *(stride for vector in (gate, *vectors) for stride in vector.stride()[:2]),
             x_BSD.shape[1],
-            first_run,
+            first_segment,
             eps,
             D=width,
             BLOCK=block,
-            SUMMANDS=len(summands_BSD),
+            PARTIAL_SUMS=len(partial_sums_BSD),
             GATED=gate_GBD is not None,
-            NORMS=len(affines),
+            NORMS=len(scale_shifts),
             num_warps=warps,
         )
-    return (total, *normed) if summands_BSD else tuple(normed)
+    return (total, *normed) if partial_sums_BSD else tuple(normed)
 
 
 def rms_rope(
@@ -140,52 +140,52 @@ def _add_norms(
     normed0_ptr: tl.tensor,
     normed1_ptr: tl.tensor,
     gate_ptr: tl.tensor,
-    factor0_ptr: tl.tensor,
+    scale0_ptr: tl.tensor,
     shift0_ptr: tl.tensor,
-    factor1_ptr: tl.tensor,
+    scale1_ptr: tl.tensor,
     shift1_ptr: tl.tensor,
     gate_g: tl.tensor,
     gate_b: tl.tensor,
-    factor0_g: tl.tensor,
-    factor0_b: tl.tensor,
+    scale0_g: tl.tensor,
+    scale0_b: tl.tensor,
     shift0_g: tl.tensor,
     shift0_b: tl.tensor,
-    factor1_g: tl.tensor,
-    factor1_b: tl.tensor,
+    scale1_g: tl.tensor,
+    scale1_b: tl.tensor,
     shift1_g: tl.tensor,
     shift1_b: tl.tensor,
     tokens: tl.tensor,
-    first_run: tl.tensor,
+    first_segment: tl.tensor,
     eps: tl.tensor,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    SUMMANDS: tl.constexpr,
+    PARTIAL_SUMS: tl.constexpr,
     GATED: tl.constexpr,
     NORMS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     b = row // tokens
-    g = ((row % tokens) >= first_run).to(tl.int64)
+    g = ((row % tokens) >= first_segment).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
     # everything is asked for before the first sum is waited for
     x = tl.load(x_ptr + row * D + at, mask=inside, other=0.0)
-    if SUMMANDS > 0:
+    if PARTIAL_SUMS > 0:
         y = tl.load(y_ptr + row * D + at, mask=inside, other=0.0)
-    if SUMMANDS > 1:
+    if PARTIAL_SUMS > 1:
         z = tl.load(z_ptr + row * D + at, mask=inside, other=0.0)
     if GATED:
         gate = tl.load(gate_ptr + g * gate_g + b * gate_b + at, mask=inside, other=0.0)
     if NORMS > 0:
-        factor0 = tl.load(factor0_ptr + g * factor0_g + b * factor0_b + at, mask=inside, other=0.0)
+        scale0 = tl.load(scale0_ptr + g * scale0_g + b * scale0_b + at, mask=inside, other=0.0)
         shift0 = tl.load(shift0_ptr + g * shift0_g + b * shift0_b + at, mask=inside, other=0.0)
     if NORMS > 1:
-        factor1 = tl.load(factor1_ptr + g * factor1_g + b * factor1_b + at, mask=inside, other=0.0)
+        scale1 = tl.load(scale1_ptr + g * scale1_g + b * scale1_b + at, mask=inside, other=0.0)
         shift1 = tl.load(shift1_ptr + g * shift1_g + b * shift1_b + at, mask=inside, other=0.0)
     x = x.to(tl.float32)
-    if SUMMANDS > 0:
+    if PARTIAL_SUMS > 0:
         y = y.to(tl.float32)
-        if SUMMANDS > 1:
+        if PARTIAL_SUMS > 1:
             y += z.to(tl.float32)
         if GATED:
             y *= gate.to(tl.float32)
@@ -195,10 +195,10 @@ def _add_norms(
     if NORMS > 0:
         centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
         x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-        normed = (x * factor0.to(tl.float32) + shift0.to(tl.float32)).to(normed0_ptr.dtype.element_ty)
+        normed = (x * scale0.to(tl.float32) + shift0.to(tl.float32)).to(normed0_ptr.dtype.element_ty)
         tl.store(normed0_ptr + row * D + at, normed, mask=inside)
     if NORMS > 1:
-        normed = (x * factor1.to(tl.float32) + shift1.to(tl.float32)).to(normed1_ptr.dtype.element_ty)
+        normed = (x * scale1.to(tl.float32) + shift1.to(tl.float32)).to(normed1_ptr.dtype.element_ty)
         tl.store(normed1_ptr + row * D + at, normed, mask=inside)
 
 

@@ -1,4 +1,4 @@
-"""What the blocks and stems of the fusion transformer are made of, attention aside.
+"""Layers of the blocks and adapters of the fusion transformer, except attention.
 
 Shape suffixes: B batch, S tokens of a stream, D width, G distinct timesteps of a stream.
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_PERIOD = 10000.0
 
 
-class QueryKeyNorm(FullWidthRMSNorm):
+class QKNorm(FullWidthRMSNorm):
     """RMS norm of queries or keys over the width of all heads together, and the rotation after it, in one pass."""
 
     def forward(  # type: ignore[override]
@@ -37,7 +37,7 @@ class QueryKeyNorm(FullWidthRMSNorm):
 
         Args:
             x_BSD: queries or keys.
-            squares_BS: what :func:`shared_squares` gave for them.
+            squares_BS: what :func:`tp_square_sums` gave for them.
             rope: table ``[1, S, R, 2]`` of their positions, or None for the norm alone.
             plain: give the norm without the rotation as well, first.
         """
@@ -45,7 +45,7 @@ class QueryKeyNorm(FullWidthRMSNorm):
         return fused_ops.rms_norm(x_BSD, self.weight, squares_BS, rope, width=self.dim, eps=self.eps, plain=plain)
 
 
-def shared_squares(*tensors: Tensor) -> list[Tensor] | list[None]:
+def tp_square_sums(*tensors: Tensor) -> list[Tensor] | list[None]:
     """Return each token's sum of squares over the whole width, float32 ``[B, S]``; None where one rank has all of it.
 
     Args:
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
         self.up = linear.column(dim, hidden, quant, f"{prefix}.up")
         self.down = linear.row(hidden, dim, quant, f"{prefix}.down")
 
-    def forward(self, x_BSD: Tensor) -> fused_ops.Summands:
+    def forward(self, x_BSD: Tensor) -> fused_ops.PartialSums:
         """Return ``[B, S, D]``, or summands of it."""
         return linear.row_parallel_partials(self.down, fused_ops.linear_gelu(self.up, x_BSD))
 
@@ -96,7 +96,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the embedding ``[..., D]`` of timesteps of any shape."""
-        return self.down(F.silu(self.up(sinusoids(timestep, self.freq_dim).to(dtype))))
+        return self.down(F.silu(self.up(timestep_embedding(timestep, self.freq_dim).to(dtype))))
 
 
 class TimeProjection(nn.Module):
@@ -111,7 +111,7 @@ class TimeProjection(nn.Module):
         return self.linear(F.silu(embedding)).unflatten(-1, (6, -1))
 
 
-def sinusoids(timestep: Tensor, dim: int) -> Tensor:
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Return ``[..., dim]`` in float64: cosines of the geometric frequencies, then sines."""
     half = dim // 2
     powers = torch.arange(half, dtype=torch.float64, device=timestep.device) / -half
@@ -133,11 +133,11 @@ class GatedConv(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return ``[B, S, D]``."""
-        gate, up = self.gate_up(windows(x_BSD, self.kernel)).chunk(2, -1)
-        return self.down(windows(F.silu(gate) * up, self.kernel))
+        gate, up = self.gate_up(unfold1d(x_BSD, self.kernel)).chunk(2, -1)
+        return self.down(unfold1d(F.silu(gate) * up, self.kernel))
 
 
-def windows(x_BSD: Tensor, kernel: int) -> Tensor:
+def unfold1d(x_BSD: Tensor, kernel: int) -> Tensor:
     """Return every token's window of ``kernel`` tokens, zero beyond the ends, ``[B, S, D * kernel]``.
 
     The taps of a channel lie together, as in a convolution's weight ``[out, in, kernel]`` flattened to a matrix.

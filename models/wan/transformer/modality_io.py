@@ -16,7 +16,7 @@ from vllm_omni.quantization.component_config import safe_quant_config
 
 from port_kit.errors import InputError
 from port_kit.models.wan.transformer import fused_ops
-from port_kit.models.wan.transformer.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, windows
+from port_kit.models.wan.transformer.layers import GatedConv, TextEmbedding, TimeEmbedding, TimeProjection, unfold1d
 from port_kit.parallel import linear
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from port_kit.models.wan.transformer.config import FusionConfig
 
 
-class Text:
+class TextContext:
     """A stream's text, and what has been computed from it so far.
 
     Nothing here depends on the timestep. Give the transformer the same object in every step of a request and the
@@ -39,17 +39,17 @@ class Text:
         self.raw = raw
         self.embedded: Tensor | None = None
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
-        self.parts: tuple[Text, ...] = ()
+        self.parts: tuple[TextContext, ...] = ()
 
     @classmethod
-    def joined(cls, parts: Sequence[Text]) -> Text:
+    def collate(cls, parts: Sequence[TextContext]) -> TextContext:
         """Return texts of equal length as one batch, in order; what is computed of it is kept by each part."""
         text = cls(torch.cat([part.raw for part in parts]))
         text.parts = tuple(parts)
         return text
 
 
-class VideoPatches(nn.Module):
+class VideoPatchEmbed(nn.Module):
     """Video latents to tokens: one linear over each patch."""
 
     def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
@@ -80,7 +80,7 @@ class VideoPatches(nn.Module):
         return f, h, w
 
 
-class AudioConvs(nn.Module):
+class AudioPatchEmbed(nn.Module):
     """Audio latents to tokens: a convolution and a gated convolution along time."""
 
     def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
@@ -93,7 +93,7 @@ class AudioConvs(nn.Module):
 
     def forward(self, latents_BAC: Tensor) -> Tensor:
         """Return ``[B, A, D]``."""
-        return self.gated(F.silu(self.proj(windows(latents_BAC, self.kernel))))
+        return self.gated(F.silu(self.proj(unfold1d(latents_BAC, self.kernel))))
 
 
 class Head(nn.Module):
@@ -105,13 +105,13 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
         self.proj = linear.replicated(config.dim, output, quant, f"{prefix}.proj")
 
-    def forward(self, x_BSD: Tensor, time_GBD: Tensor, runs: tuple[int, ...]) -> Tensor:
-        """Return ``[B, S, output]``. ``runs`` tells how many tokens have each of the G timesteps."""
+    def forward(self, x_BSD: Tensor, time_GBD: Tensor, timestep_segments: tuple[int, ...]) -> Tensor:
+        """Return ``[B, S, output]``. ``timestep_segments`` tells how many tokens have each of the G timesteps."""
         shift, scale = (self.modulation + time_GBD.unsqueeze(-2)).unbind(2)
-        return self.proj(fused_ops.norm(x_BSD, fused_ops.Affine(1 + scale, shift), runs, self.eps))
+        return self.proj(fused_ops.norm(x_BSD, fused_ops.ScaleShift(1 + scale, shift), timestep_segments, self.eps))
 
 
-class Stem(nn.Module):
+class ModalityAdapter(nn.Module):
     """Everything of one stream that is not in a block."""
 
     def __init__(
@@ -131,7 +131,7 @@ class Stem(nn.Module):
         self.time_projection = TimeProjection(dim, precise, f"{prefix}.time_projection")
         self.head = Head(config, output, precise, f"{prefix}.head")
 
-    def embed_text(self, text: Text) -> None:
+    def embed_text(self, text: TextContext) -> None:
         """Embed a text that has not been embedded yet; of a joined one, its parts.
 
         Raises:

@@ -17,10 +17,16 @@ from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import InputError
-from port_kit.models.wan.transformer.attention import Positions, Stream
-from port_kit.models.wan.transformer.block import Conditions, FusionBlock, Passing
+from port_kit.models.wan.transformer.attention import RotaryContext, Stream
+from port_kit.models.wan.transformer.block import BlockInputs, FusionBlock, StreamConditioning
 from port_kit.models.wan.transformer.config import FusionConfig
-from port_kit.models.wan.transformer.modality_io import AudioConvs, Stem, Text, VideoPatches, unpatchify
+from port_kit.models.wan.transformer.modality_io import (
+    AudioPatchEmbed,
+    ModalityAdapter,
+    TextContext,
+    VideoPatchEmbed,
+    unpatchify,
+)
 from port_kit.models.wan.transformer.rope import RopeTables
 from port_kit.parallel.cfg_batching import weights_are_streamed
 from port_kit.parallel.comm.stream_interleave import InterleavedStreams
@@ -35,11 +41,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Frame:
+class ForwardContext:
     """What a pass keeps beside its tokens, from where the blocks begin to its flows.
 
     Attributes:
-        conditions: what blocks need of the video and of the audio.
+        conditioning: what blocks need of the video and of the audio.
         skip_block: layer to leave out.
         unused: stream whose flow is not needed.
         grid: tokens of the video by (frame, row, column).
@@ -48,7 +54,7 @@ class Frame:
         latents: what was given.
     """
 
-    conditions: tuple[Conditions, Conditions]
+    conditioning: tuple[StreamConditioning, StreamConditioning]
     skip_block: int | None
     unused: Stream | None
     grid: tuple[int, int, int]
@@ -56,9 +62,9 @@ class Frame:
     times: tuple[Tensor, Tensor]
     latents: tuple[Tensor, Tensor]
 
-    def passing(self, tokens: Pair) -> Passing:
+    def block_inputs(self, tokens: Pair) -> BlockInputs:
         """Return the pass as a block takes it."""
-        return Passing(*tokens, *self.conditions, self.skip_block, self.unused)
+        return BlockInputs(*tokens, *self.conditioning, self.skip_block, self.unused)
 
 
 class WanFusionTransformer(nn.Module):
@@ -96,10 +102,10 @@ class WanFusionTransformer(nn.Module):
         self.config = config
         self.engine = get_current_diffusion_config_or_none()
         self.rope = RopeTables(config.rope, config.head_dim)
-        patches = VideoPatches(config, quant_config, f"{path}video.patch_embedding")
-        convs = AudioConvs(config, quant_config, f"{path}audio.patch_embedding")
-        self.video = Stem(config, patches, config.patch_dim, quant_config, f"{path}video")
-        self.audio = Stem(config, convs, config.audio_channels, quant_config, f"{path}audio")
+        patches = VideoPatchEmbed(config, quant_config, f"{path}video.patch_embedding")
+        convs = AudioPatchEmbed(config, quant_config, f"{path}audio.patch_embedding")
+        self.video = ModalityAdapter(config, patches, config.patch_dim, quant_config, f"{path}video")
+        self.audio = ModalityAdapter(config, convs, config.audio_channels, quant_config, f"{path}audio")
         with meta_blocks():
             self.blocks = nn.ModuleList(
                 FusionBlock(config, i, quant_config, f"{path}blocks.{i}") for i in range(config.num_layers)
@@ -111,8 +117,8 @@ class WanFusionTransformer(nn.Module):
         video: Tensor,
         audio: Tensor,
         timestep: Tensor,
-        video_text: Tensor | Text,
-        audio_text: Tensor | Text,
+        video_text: Tensor | TextContext,
+        audio_text: Tensor | TextContext,
         *,
         video_reference_frames: int = 0,
         audio_reference_lengths: tuple[int, ...] = (),
@@ -121,13 +127,14 @@ class WanFusionTransformer(nn.Module):
         unused: Stream | None = None,
         extra_branches: Sequence[Mapping[str, Any]] = (),
     ) -> Pair | list[Pair]:
-        """Predict both flows. A stream of no frames or no tokens is left out, and the other runs alone.
+        """Predict both flows. A stream of no frames or no tokens is left out.
 
         Args:
             video: latents ``[B, C, F, H, W]``; references are the last frames.
             audio: latents ``[B, A, C]``; references are the last tokens.
             timestep: ``[B]`` or 0-dim, in 0..1000; the same for both streams and for references.
-            video_text: states ``[B, T, text_dim]`` for the video, unpadded, or a :class:`Text` kept over the steps.
+            video_text: states ``[B, T, text_dim]`` for the video, unpadded, or a
+                :class:`TextContext` that is kept over the steps.
             audio_text: the same for the audio.
             video_reference_frames: how many of the last frames are references.
             audio_reference_lengths: tokens of each audio reference.
@@ -143,7 +150,7 @@ class WanFusionTransformer(nn.Module):
         Raises:
             InputError: latents that do not divide into patches, references or texts that are too long.
         """
-        own = self._enter(
+        own = self._prepare_tokens(
             video,
             audio,
             timestep,
@@ -155,50 +162,50 @@ class WanFusionTransformer(nn.Module):
             skip_block=skip_block,
             unused=unused,
         )
-        entered = [own, *(self._enter(**other) for other in extra_branches)]
-        states, frames = [tokens for tokens, _ in entered], [frame for _, frame in entered]
+        entered = [own, *(self._prepare_tokens(**other) for other in extra_branches)]
+        states, contexts = [tokens for tokens, _ in entered], [context for _, context in entered]
         del own, entered  # so that no tokens outlive the block that replaces them
         if extra_branches and weights_are_streamed(self.engine):
             for block in self.blocks:
-                first, *rest = (frame.passing(tokens) for frame, tokens in zip(frames, states, strict=True))
+                first, *rest = (context.block_inputs(tokens) for context, tokens in zip(contexts, states, strict=True))
                 states = block(*first, extra_branches=rest)
         else:
-            self._take_turns(states, frames)
-        flows = [self._leave(tokens, frame) for tokens, frame in zip(states, frames, strict=True)]
+            self._run_interleaved(states, contexts)
+        flows = [self._compute_flows(tokens, context) for tokens, context in zip(states, contexts, strict=True)]
         return flows if extra_branches else flows[0]
 
-    def _take_turns(self, states: list[Pair], frames: Sequence[Frame]) -> None:
+    def _run_interleaved(self, states: list[Pair], contexts: Sequence[ForwardContext]) -> None:
         """Run the passes through all blocks, each in a call of its own; replace their tokens in ``states``."""
-        if len(frames) > 1:  # what passes share is made before they part
+        if len(contexts) > 1:  # what passes share is made before they part
             for block in self.blocks:
-                for frame, tokens in zip(frames, states, strict=True):
-                    block.project_texts(frame.passing(tokens))
-        streams = InterleavedStreams(states[0][0].device, branches=len(frames))
+                for context, tokens in zip(contexts, states, strict=True):
+                    block.project_texts(context.block_inputs(tokens))
+        streams = InterleavedStreams(states[0][0].device, branches=len(contexts))
         for block in self.blocks:
-            for index, frame in enumerate(frames):
+            for index, context in enumerate(contexts):
                 with streams.stream(index):
-                    options = {"skip_block": frame.skip_block, "unused": frame.unused}
-                    states[index] = block(*states[index], *frame.conditions, **options)
+                    options = {"skip_block": context.skip_block, "unused": context.unused}
+                    states[index] = block(*states[index], *context.conditioning, **options)
         streams.join()
 
-    def _enter(
+    def _prepare_tokens(
         self,
         video: Tensor,
         audio: Tensor,
         timestep: Tensor,
-        video_text: Tensor | Text,
-        audio_text: Tensor | Text,
+        video_text: Tensor | TextContext,
+        audio_text: Tensor | TextContext,
         *,
         video_reference_frames: int = 0,
         audio_reference_lengths: tuple[int, ...] = (),
         first_frame_clean: bool = False,
         skip_block: int | None = None,
         unused: Stream | None = None,
-    ) -> tuple[Pair, Frame]:
+    ) -> tuple[Pair, ForwardContext]:
         """Take the arguments of :meth:`forward` to where the blocks begin; return both streams' tokens first."""
         grid = self.video.patch_embedding.grid(video)
         cells = grid[1] * grid[2]
-        v_runs = (cells, grid[0] * cells - cells) if first_frame_clean and grid[0] else (grid[0] * cells,)
+        v_segments = (cells, grid[0] * cells - cells) if first_frame_clean and grid[0] else (grid[0] * cells,)
         if skip_block is not None and not 0 <= skip_block < self.config.num_layers:
             raise InputError(f"block {skip_block} is to be skipped of {self.config.num_layers}", code="block_index")
         v, v_length, v_rope = self._tokens(
@@ -208,51 +215,55 @@ class WanFusionTransformer(nn.Module):
             self.audio, audio, self.rope.audio(audio.shape[1], audio_reference_lengths, audio.device)
         )
         v, a, v_rope, a_rope = self.shard(v, a, v_rope, a_rope)
-        v_time, v_conditions = self._conditions(self.video, timestep, v, v_runs, v_length, v_rope, video_text)
-        a_time, a_conditions = self._conditions(self.audio, timestep, a, (a_length,), a_length, a_rope, audio_text)
+        v_time, v_conditioning = self._conditioning(self.video, timestep, v, v_segments, v_length, v_rope, video_text)
+        a_time, a_conditioning = self._conditioning(self.audio, timestep, a, (a_length,), a_length, a_rope, audio_text)
         times, lengths = (v_time, a_time), (v_length, a_length)
-        frame = Frame((v_conditions, a_conditions), skip_block, unused, grid, lengths, times, (video, audio))
-        return (v, a), frame
+        context = ForwardContext(
+            (v_conditioning, a_conditioning), skip_block, unused, grid, lengths, times, (video, audio)
+        )
+        return (v, a), context
 
-    def _leave(self, tokens: Pair, frame: Frame) -> Pair:
+    def _compute_flows(self, tokens: Pair, context: ForwardContext) -> Pair:
         """Return the flows of tokens that come out of the last block."""
-        (v, a), (video, audio), unused = tokens, frame.latents, frame.unused
-        v = self._flow(self.video, v, frame.times[0], frame.conditions[0], is_used=unused != "video")
-        a = self._flow(self.audio, a, frame.times[1], frame.conditions[1], is_used=unused != "audio")
+        (v, a), (video, audio), unused = tokens, context.latents, context.unused
+        v = self._output_tokens(self.video, v, context.times[0], context.conditioning[0], is_used=unused != "video")
+        a = self._output_tokens(self.audio, a, context.times[1], context.conditioning[1], is_used=unused != "audio")
         v, a = self.gather(v, a)
-        v, a = v[:, : frame.lengths[0]], a[:, : frame.lengths[1]]
-        v_flow = unpatchify(v, frame.grid, self.config) if unused != "video" else torch.zeros_like(video)
+        v, a = v[:, : context.lengths[0]], a[:, : context.lengths[1]]
+        v_flow = unpatchify(v, context.grid, self.config) if unused != "video" else torch.zeros_like(video)
         return v_flow, a if unused != "audio" else torch.zeros_like(audio)
 
-    def _flow(self, stem: Stem, tokens: Tensor, time: Tensor, conditions: Conditions, *, is_used: bool) -> Tensor:
+    def _output_tokens(
+        self, adapter: ModalityAdapter, tokens: Tensor, time: Tensor, conditioning: StreamConditioning, *, is_used: bool
+    ) -> Tensor:
         """Return this rank's part of a flow, in tokens; of a stream that is not used, no tokens."""
         if not is_used:
             return tokens[:, :0]
-        return stem.head(tokens, time, conditions.runs)
+        return adapter.head(tokens, time, conditioning.timestep_segments)
 
-    def _tokens(self, stem: Stem, latents: Tensor, rope: Tensor) -> tuple[Tensor, int, Tensor]:
+    def _tokens(self, adapter: ModalityAdapter, latents: Tensor, rope: Tensor) -> tuple[Tensor, int, Tensor]:
         """Return a stream's tokens, their number, and their rope table; both tensors ready to be sharded."""
-        tokens = stem.patch_embedding(latents)
+        tokens = adapter.patch_embedding(latents)
         return pad_tokens(tokens), tokens.shape[1], pad_tokens(rope)
 
-    def _conditions(
+    def _conditioning(
         self,
-        stem: Stem,
+        adapter: ModalityAdapter,
         timestep: Tensor,
         tokens: Tensor,
-        runs: tuple[int, ...],
+        timestep_segments: tuple[int, ...],
         length: int,
         rope: Tensor,
-        text: Tensor | Text,
-    ) -> tuple[Tensor, Conditions]:
-        """Return the time embedding ``[G, B, D]`` and the conditions of a stream whose ``tokens`` are sharded."""
-        text = text if isinstance(text, Text) else Text(text)
-        stem.embed_text(text)
-        times = torch.stack((torch.zeros_like(timestep), timestep)[-len(runs) :])
-        time = stem.time_embedding(times.view(len(runs), -1), tokens.dtype)
-        positions = Positions(rope, padded_length(length))
-        return time, Conditions(
-            stem.time_projection(time), local_segment_lengths(runs, tokens.shape[1]), positions, text
+        text: Tensor | TextContext,
+    ) -> tuple[Tensor, StreamConditioning]:
+        """Return the time embedding ``[G, B, D]`` and the conditioning of a stream whose ``tokens`` are sharded."""
+        text = text if isinstance(text, TextContext) else TextContext(text)
+        adapter.embed_text(text)
+        times = torch.stack((torch.zeros_like(timestep), timestep)[-len(timestep_segments) :])
+        time = adapter.time_embedding(times.view(len(timestep_segments), -1), tokens.dtype)
+        rotary = RotaryContext(rope, padded_length(length))
+        return time, StreamConditioning(
+            adapter.time_projection(time), local_segment_lengths(timestep_segments, tokens.shape[1]), rotary, text
         )
 
 

@@ -3,10 +3,10 @@
 Both halves of a block are independent between two points: where each has read the latents, and where each reads the
 other. Between them the audio half runs beside the video half::
 
-    with lanes.beside(v):
+    with side_stream.fork(v):
         a = audio half ...        # on the second stream
     v = video half ...            # on the first
-    lanes.join(v)                 # from here on both may be read
+    side_stream.join(v)                 # from here on both may be read
 
 On one GPU this gains half a percent, since the whole chip works at its limit of power. It is there for ranks that share
 the video tokens: sound has too few for its part to get shorter, and fills the time in which video waits. Under HSDP
@@ -31,36 +31,36 @@ from port_kit.parallel.comm.stream_interleave import InterleavedStreams
 
 
 @dataclass(frozen=True)
-class Lanes:
+class SideStream:
     """The two streams of a device.
 
     Attributes:
         two: whether there are two; else everything is launched on the current one.
     """
 
-    two: bool = True
+    enabled: bool = True
 
     @contextmanager
-    def beside(self, x: Tensor) -> Iterator[None]:
+    def fork(self, x: Tensor) -> Iterator[None]:
         """Launch what is inside on the second stream of the device of ``x``, after all that was launched so far."""
-        if not self._has_two(x):
+        if not self._is_used(x):
             yield
             return
-        side = _second(x.device)
+        side = _side_stream(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
             yield
 
     def join(self, x: Tensor) -> None:
         """Make the current stream wait for what was launched on the second."""
-        if self._has_two(x):
-            torch.cuda.current_stream(x.device).wait_stream(_second(x.device))
+        if self._is_used(x):
+            torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
 
-    def _has_two(self, x: Tensor) -> bool:
-        return self.two and x.is_cuda and not InterleavedStreams.active
+    def _is_used(self, x: Tensor) -> bool:
+        return self.enabled and x.is_cuda and not InterleavedStreams.active
 
 
 @cache
-def _second(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     # Its few blocks go first wherever a multiprocessor gets free, so that it is never the one waited for.
     return torch.cuda.Stream(device, priority=-1)
