@@ -5,6 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.port-kit-set-up$(LATEST)
 LOCK := requirements/lock.txt
+DOCS := $(VENV)/.port-kit-docs
 TRITON := build/triton
 EXAMPLE := examples/offline_inference/dreamid_omni
 DEMO := build/demo
@@ -42,7 +43,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up lock demo test check docs clean
+.PHONY: help set-up lock demo test check tree docs clean
 
 help:
 	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png"
@@ -50,7 +51,7 @@ help:
 	@echo "make set-up  install the locked versions into .venv; with LATEST=1 the newest that are allowed"
 	@echo "make lock    write requirements/lock.txt anew"
 	@echo "make check   set up, lint, check imports and types"
-	@echo "make docs    write the pages that are generated: the command line, troubleshooting"
+	@echo "make docs    write the generated pages, build the site in build/site, check its links"
 	@echo "make clean   remove build/ and .venv/"
 
 set-up: $(STAMP)
@@ -83,22 +84,30 @@ demo: $(STAMP)
 	$(RUN) $(EXAMPLE)/download_dreamid_omni.py --tiny --output-dir $(DEMO)/model
 	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --picture $(DEMO)/demo.png
 
-# models/ is imported as port_kit.models through package_dir, which mypy does not read: give it a tree that looks so.
-check: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/lint-imports --no-logo
+# models/ is imported as port_kit.models through package_dir, which mypy and griffe do not read: link a tree of that form.
+tree:
 	@rm -rf build/types && mkdir -p build/types/port_kit
 	@ln -s $(addprefix ../../../,$(wildcard port_kit/*)) build/types/port_kit/
 	@ln -s ../../../models build/types/port_kit/models
+
+check: $(STAMP) tree
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --no-incremental -p port_kit
 
 test: check $(TRITON)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# Pages that are made from the code; a test refuses stale ones.
-docs: $(STAMP)
+$(DOCS): $(STAMP)
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+# Generated pages (a test refuses stale ones), then the site in build/site; a broken link fails.
+docs: $(DOCS) tree
 	$(RUN) -m port_kit.pages
+	$(RUN) tools/site.py build/pages
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf build $(VENV)
