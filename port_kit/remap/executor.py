@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING
 
 from port_kit.checkpoint.dtypes import ITEM_SIZES, all_finite, both_floating, keeps_values, overflows
 from port_kit.manifest import TensorSpec
-from port_kit.regions import (
-    Region,
-    full_region,
-    intersection,
-    region_index,
-    region_numel,
-    region_shape,
-    relative_to,
-)
+from port_kit.regions import Region, full_region, intersection, region_index, region_numel, region_shape, relative_to
 from port_kit.remap.problems import Problem
 from port_kit.remap.resolve import CopyTask
 from port_kit.remap.tensor_ops import Cast, apply, copy_into

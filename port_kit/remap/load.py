@@ -58,7 +58,7 @@ def load_weights(
         Names of the targets that are loaded (or kept with a reason), with ``prefix``.
 
     Raises:
-        RemapError: with every gap in ``details["problems"]``; see :func:`port_kit.remap.plan.compile_plan`.
+        RemapError: with every gap in ``details["problems"]``; see :meth:`port_kit.remap.rules.RuleSet.compile`.
     """
     loader = WeightLoader(
         module, rules, sizes=sizes, prefix=prefix, folder=folder, allow_downcast=allow_downcast, converted=converted
@@ -148,7 +148,7 @@ class WeightLoader:
         self._rules, self._prefix = rules, prefix
         self._target = target_manifest(module, found)
         naming = "" if converted is None else "converted" if converted else "original"
-        options: Any = {"allow_downcast": allow_downcast, "aliases": found.aliases, "opaque": found.opaque}
+        options: Any = {"allow_downcast": allow_downcast, "opaque": found.opaque}
         self._resolver = Resolver(rules, self._target, sizes or {}, **options)
         self._builder = PlanBuilder(rules, self._target, self._resolver, naming)
         self._executor = Executor(found.targets, self._resolver.target)

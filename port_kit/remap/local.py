@@ -97,10 +97,8 @@ def load_local(
 
     source, found = Manifest.from_safetensors(folder), read_targets(module)
     target = target_manifest(module, found)
-    resolver = Resolver(
-        rules, target, sizes or {}, allow_downcast=allow_downcast, aliases=found.aliases, opaque=found.opaque
-    )
-    plan = check(rules, source, target, sizes, allow_downcast=allow_downcast, opaque=found.opaque, resolver=resolver)
+    resolver = Resolver(rules, target, sizes or {}, allow_downcast=allow_downcast, opaque=found.opaque)
+    plan = check(rules, source, target, resolver=resolver)
     raise_problems(plan.explained(), f"{rules.name} does not map {folder} completely")
     executor = Executor(found.targets, resolver.target)
     root = Path(folder) if Path(folder).is_dir() else Path(folder).parent

@@ -119,8 +119,7 @@ class _Mapping:
     def __init__(self, rules: Rules, sizes: Mapping[str, int], target: Specs | None, parts: Parts) -> None:
         self.name, self.rules, self._target, self._parts = rules.name, rules.rules, target, parts
         self.checks = target is not None
-        aliases = getattr(target, "aliases", None)
-        self._resolver = Resolver(rules, target or {}, sizes, allow_downcast=True, aliases=aliases)
+        self._resolver = Resolver(rules, target or {}, sizes, allow_downcast=True)
         self._select = lru_cache(maxsize=None)(select)
         self._rows: dict[str, dict[str, int]] = {}
 

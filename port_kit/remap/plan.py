@@ -27,7 +27,7 @@ from port_kit.regions import (
 from port_kit.remap.concat import place_group, roles_of
 from port_kit.remap.error_context import add_context
 from port_kit.remap.patterns import compile_pattern
-from port_kit.remap.problems import Problem, raise_problems
+from port_kit.remap.problems import Problem
 from port_kit.remap.resolve import CopyTask, Resolved, Resolver, unmatched
 from port_kit.remap.rule import Rule, Rules
 from port_kit.remap.tensor_ops import Reorder, Slice, source_region
@@ -51,7 +51,7 @@ class Plan:
         dropped: ``{source: reason}`` of sources that are not used at all.
         kept: ``{target: reason}`` of targets that keep their initial values.
         converted: the checkpoint has the target's names, and rules are not applied.
-        problems: all gaps; empty in a plan of :func:`compile_plan`.
+        problems: all gaps; empty in a plan of :meth:`~port_kit.remap.rules.RuleSet.compile`.
         sizes: the named sizes, evaluated.
     """
 
@@ -98,26 +98,6 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list
     return dict(found)
 
 
-def compile_plan(
-    rules: Rules, source: Manifest, target: Manifest, sizes: Mapping[str, int], *, allow_downcast: bool = False
-) -> Plan:
-    """Compile rules against two manifests.
-
-    Args:
-        rules: the rules.
-        source: names, shapes and dtypes of the checkpoint; its ``naming`` says if it is converted already.
-        target: names, shapes and dtypes of the module.
-        sizes: named sizes on top of the rules' own.
-        allow_downcast: floating-point values may be rounded to the target's dtype.
-
-    Raises:
-        RemapError: with every gap in ``details["problems"]``; the code is theirs, or ``remap_failed`` for several.
-    """
-    plan = check(rules, source, target, sizes, allow_downcast=allow_downcast)
-    raise_problems(plan.explained(), f"{rules.name} does not map {source.origin or 'the source'} completely")
-    return plan
-
-
 def check(
     rules: Rules,
     source: Manifest,
@@ -128,16 +108,19 @@ def check(
     opaque: tuple[Set[str], int] = (frozenset(), 1),
     resolver: Resolver | None = None,
 ) -> Plan:
-    """Compile without raising: the plan may be incomplete, and has the problems.
+    """Compile rules against two manifests without raising: the plan may be incomplete, and has the problems.
 
     Args:
-        rules, source, target, sizes, allow_downcast: as for :func:`compile_plan`.
+        rules: the rules.
+        source: names, shapes and dtypes of the checkpoint; its ``naming`` says if it is converted already.
+        target: names, shapes and dtypes of the module.
+        sizes: named sizes on top of the rules' own.
+        allow_downcast: floating-point values may be rounded to the target's dtype.
         opaque: as for :class:`~port_kit.remap.resolve.Resolver`.
         resolver: one to use again, made of these arguments.
     """
     if resolver is None:
-        options: Any = {"allow_downcast": allow_downcast, "aliases": target.aliases, "opaque": opaque}
-        resolver = Resolver(rules, target, sizes or {}, **options)
+        resolver = Resolver(rules, target, sizes or {}, allow_downcast=allow_downcast, opaque=opaque)
     builder = PlanBuilder(rules, target, resolver, source.naming_for(rules.name))
     for name, spec in source.items():
         builder.add(name, spec)
@@ -158,8 +141,8 @@ class PlanBuilder:
 
     def __init__(self, rules: Rules, target: Manifest, resolver: Resolver, naming: str) -> None:
         self.rules, self.target, self.resolver, self.naming = rules, target, resolver, naming
-        options: Any = {"allow_downcast": resolver.allow_downcast, "aliases": target.aliases, "opaque": resolver.opaque}
-        self._identity = Resolver(IDENTITY, resolver.target, {}, **options)
+        options: Any = {"allow_downcast": resolver.allow_downcast, "opaque": resolver.opaque}
+        self._identity = Resolver(IDENTITY, target, {}, **options)
         self._identity.target = resolver.target
         self._known = {*target, *target.aliases}
         self._specs: dict[str, TensorSpec] = {}

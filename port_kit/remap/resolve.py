@@ -80,8 +80,7 @@ class Resolver:
     """Resolves sources by rules towards the targets of a manifest.
 
     Args:
-        rules, target, sizes, allow_downcast: as for :func:`port_kit.remap.plan.compile_plan`.
-        aliases: further names of targets, ``{alias: name}``.
+        rules, target, sizes, allow_downcast: as for :func:`port_kit.remap.plan.check`.
         opaque: targets whose own loader alone knows their complete shape, and the tensor-parallel size. Such a target
             accepts a source that is that many times its size on one axis.
     """
@@ -93,7 +92,6 @@ class Resolver:
         sizes: Mapping[str, int],
         *,
         allow_downcast: bool = False,
-        aliases: Mapping[str, str] | None = None,
         opaque: tuple[Set[str], int] = (frozenset(), 1),
     ) -> None:
         self.rules = rules.rules
@@ -101,7 +99,7 @@ class Resolver:
         self.opaque = opaque
         self.sizes = evaluate_sizes(rules.sizes, sizes)
         self.allow_downcast = allow_downcast or rules.allow_downcast
-        self.aliases = dict(aliases or {})
+        self.aliases: Mapping[str, str] = getattr(target, "aliases", {})  # a manifest has them
         patterns = [(number, compile_pattern(rule.source)) for number, rule in enumerate(self.rules) if rule.source]
         self._ordinary = [pattern for pattern in patterns if not self.rules[pattern[0]].fallback]
         self._fallback = [pattern for pattern in patterns if self.rules[pattern[0]].fallback]

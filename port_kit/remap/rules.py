@@ -30,7 +30,8 @@ from typing import Any
 from port_kit.manifest import Manifest
 from port_kit.remap.ops import Op, rules_error
 from port_kit.remap.patterns import literal_template
-from port_kit.remap.plan import Plan, compile_plan
+from port_kit.remap.plan import Plan, check
+from port_kit.remap.problems import raise_problems
 from port_kit.remap.rule import Rule, Rules
 
 __all__ = ["Op", "Rule", "RuleSet", "import_rules"]
@@ -136,10 +137,21 @@ class RuleSet(Rules):
         return cls.from_dict(_read_text(Path(path)), folder=Path(path).parent, depth=depth)
 
     def compile(
-        self, source: Manifest, target: Manifest, sizes: Mapping[str, int] | None = None, **options: bool
+        self,
+        source: Manifest,
+        target: Manifest,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        allow_downcast: bool = False,
     ) -> Plan:
-        """Compile against two manifests; see :func:`port_kit.remap.plan.compile_plan`."""
-        return compile_plan(self, source, target, sizes or {}, **options)
+        """Compile against two manifests; arguments as for :func:`port_kit.remap.plan.check`.
+
+        Raises:
+            RemapError: with every gap in ``details["problems"]``; the code is theirs, or ``remap_failed`` for several.
+        """
+        plan = check(self, source, target, sizes, allow_downcast=allow_downcast)
+        raise_problems(plan.explained(), f"{self.name} does not map {source.origin or 'the source'} completely")
+        return plan
 
 
 def import_rules(reference: str) -> RuleSet:

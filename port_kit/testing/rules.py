@@ -135,7 +135,7 @@ class Mutated:
 
 def mutated(plan: Plan) -> Mutated:
     """Try every mutation of :func:`mutations` on a plan."""
-    resolver = _CachedResolver(plan.rules, plan.target, plan.sizes, aliases=plan.target.aliases)
+    resolver = _CachedResolver(plan.rules, plan.target, plan.sizes)
     expected = _bytes_moved(plan)
     same: list[str] = []
     uncaught: list[str] = []
