@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -17,6 +17,7 @@ from re import _constants as sre  # type: ignore[attr-defined]  # the parsed for
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.manifest import Manifest
 from port_kit.remap.names import template_of
 from port_kit.remap.patterns import REPEATS, compile_pattern, parse_pattern, parse_template
 from port_kit.remap.problems import SHOWN, Names, Problem, closest_match
@@ -34,11 +35,7 @@ _ABSENT = ("remap_missing", "remap_incomplete_group")
 
 
 def add_context(
-    problems: Sequence[Problem],
-    rules: Rules,
-    sources: Mapping[str, str],
-    targets: Collection[str],
-    sizes: Mapping[str, int],
+    problems: Sequence[Problem], rules: Rules, source: Manifest, target: Manifest, sizes: Mapping[str, int]
 ) -> list[Problem]:
     """Return the problems, those that are shown with their context.
 
@@ -46,45 +43,40 @@ def add_context(
     is compared with those names first, because a renamed tensor results in both problems.
 
     Args:
-        problems, rules: all problems of a plan, and its rules.
-        sources: ``{name: file}`` of the checkpoint; the file may be empty.
-        targets: the names of the module.
+        problems, rules, source, target: of a plan, the problems all.
         sizes: named sizes, all of them integers.
     """
     result = list(problems)
     unexpected = Names(problem.source for problem in problems if problem.code == "remap_unexpected")
-    present = _Present(sources)
-    known = Names([*targets, *(name for name in sources if name not in unexpected)])
+    present = _Present(source)
+    known = Names([*target, *(name for name in source if name not in unexpected)])
     absent: list[str] = []
     for at, problem in enumerate(result[:SHOWN]):
         if problem.code in _ABSENT and not problem.source:
             names = _expected(problem, rules, present, sizes)
             absent += [name for names_of_part in names for name in names_of_part.split(" or ")]
-            result[at] = _with_absent(problem, names, sources, present.names, unexpected)
+            result[at] = _with_absent(problem, names, source, present, unexpected)
     for at, problem in enumerate(result[:SHOWN]):
         if problem.code == "remap_unexpected":
             near = closest_match(problem.source, absent) or closest_match(problem.target or problem.source, known)
             result[at] = replace(problem, near="" if near == problem.source else near)
-        elif problem.source and not problem.file:
-            result[at] = replace(problem, file=sources.get(problem.source, ""))
+        elif problem.source and problem.source in source and not problem.file:
+            result[at] = replace(problem, file=source[problem.source].file)
     return result
 
 
-class _Present:
+class _Present(Names):
     """The names of a checkpoint and their parts."""
-
-    def __init__(self, sources: Iterable[str]) -> None:
-        self.names = Names(sources)
 
     @cached_property
     def parts(self) -> set[str]:
         """All modules that contain a tensor, and the last parts of the names with their dot."""
-        return {part for name in self.names for part in (*_modules(name), f".{name.rpartition('.')[2]}")}
+        return {part for name in self for part in (*_modules(name), f".{name.rpartition('.')[2]}")}
 
     def likeness(self, name: str) -> tuple[bool, bool, int]:
         """Return the existing parts of an absent name: its template, its last part, the number of its modules."""
         depth = sum(module in self.parts for module in _modules(name))
-        return template_of(name) in self.names.templates, f".{name.rpartition('.')[2]}" in self.parts, depth
+        return template_of(name) in self.templates, f".{name.rpartition('.')[2]}" in self.parts, depth
 
 
 def _expected(problem: Problem, rules: Rules, present: _Present, sizes: Mapping[str, int]) -> list[str]:
@@ -94,7 +86,7 @@ def _expected(problem: Problem, rules: Rules, present: _Present, sizes: Mapping[
     """
     found = []
     for part in problem.missing or ("",):
-        names = [name for name in expected_sources(rules, problem.target, part, sizes) if name not in present.names]
+        names = [name for name in expected_sources(rules, problem.target, part, sizes) if name not in present]
         best = max(map(present.likeness, names), default=None)
         equal = [name for name in names if present.likeness(name) == best]
         if equal:
@@ -107,15 +99,13 @@ def _modules(name: str) -> Iterator[str]:
     return itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
-def _with_absent(
-    problem: Problem, names: list[str], sources: Mapping[str, str], known: Names, unexpected: Names
-) -> Problem:
+def _with_absent(problem: Problem, names: list[str], source: Manifest, known: Names, unexpected: Names) -> Problem:
     if not names:
         return replace(problem, near=closest_match(problem.target, known))
     first = names[0].partition(" or ")[0]
     near = closest_match(first, unexpected) or closest_match(first, known, cutoff=0.4)
-    files = {*sources.values()}
-    file = files.pop() if len(files) == 1 else sources.get(near, "")
+    files = {spec.file for spec in source.values()}
+    file = files.pop() if len(files) == 1 else source[near].file if near else ""
     found = f"missing from {file}" if file else "missing"
     message = f"{problem.message}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} {found}"
     return replace(problem, message=message, source=first, file=file, near=near)
@@ -156,9 +146,7 @@ def _spellings(rule: Rule, target: str, part: str, sizes: Mapping[str, int]) -> 
 def _held(template: str, text: str) -> dict[str, str] | None:
     """Return the values of a template's groups in a text, or None if the template cannot yield the text."""
     match = re.fullmatch(_reader(template), text)
-    if match is None:
-        return None
-    return {name[1:]: value for name, value in match.groupdict().items()}
+    return None if match is None else {name[1:]: value for name, value in match.groupdict().items()}
 
 
 @lru_cache(maxsize=1024)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from port_kit.checkpoint.dtypes import DTYPES
-from port_kit.errors import RemapError
 from port_kit.remap.patterns import parse_size
+from port_kit.remap.problems import remap_error
 from port_kit.remap.transforms import find_transform
 
+#: Errors of these codes, from a message and a hint.
+op_error = partial(remap_error, "remap_op")
+rules_error = partial(remap_error, "remap_rules")
 #: op -> its arguments, the required ones with a star.
 OPS: dict[str, tuple[str, ...]] = {
     "copy": (),
@@ -213,13 +217,3 @@ def region_bounds(text: str) -> list[tuple[str, ...]]:
     if any(len(part) > 2 or part == ("",) for part in parts):
         raise op_error(f"part {text!r} cannot be read", "one index or start:stop per axis, separated by commas")
     return parts
-
-
-def rules_error(message: str, hint: str) -> RemapError:
-    """Return a ``remap_rules`` error."""
-    return RemapError(message, code="remap_rules", hint=hint)
-
-
-def op_error(message: str, hint: str) -> RemapError:
-    """Return a ``remap_op`` error."""
-    return RemapError(message, code="remap_op", hint=hint)

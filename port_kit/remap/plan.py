@@ -74,8 +74,7 @@ class Plan:
         """Return the problems, the first of them with the names that are absent and the closest existing names."""
         if not self.problems:
             return []
-        files = {name: spec.file for name, spec in self.source.items()}
-        return add_context(self.problems, self.rules, files, list(self.target), self.sizes)
+        return add_context(self.problems, self.rules, self.source, self.target, self.sizes)
 
     def by_target(self) -> dict[str, list[CopyTask]]:
         """Return the tasks of each target."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from port_kit.errors import RemapError
@@ -25,22 +26,19 @@ class Scope:
 
     def __init__(self, sizes: Mapping[str, int], rule: str, name: str, match: re.Match[str], shape: Shape) -> None:
         self._sizes, self._rule, self._name, self._match, self._shape = sizes, rule, name, match, shape
-        self._names: dict[str, int] | None = None
 
     @property
     def where(self) -> str:
         """The rule and the tensor, as messages name them."""
         return f"rule {self._rule!r} on {self._name}"
 
-    @property
+    @cached_property
     def names(self) -> Mapping[str, int]:
         """Named sizes, the source's extents (``in0`` ...), and the numeric groups (``_1`` ... and by name)."""
-        if self._names is None:
-            self._names = {**self._sizes, **{f"in{axis}": extent for axis, extent in enumerate(self._shape)}}
-            groups = {f"_{number}": text for number, text in enumerate(self._match.groups(), 1)}
-            groups.update(self._match.groupdict())
-            self._names.update({key: int(text) for key, text in groups.items() if text and text.isdecimal()})
-        return self._names
+        extents = {f"in{axis}": extent for axis, extent in enumerate(self._shape)}
+        groups = {f"_{number}": text for number, text in enumerate(self._match.groups(), 1)} | self._match.groupdict()
+        numbers = {key: int(text) for key, text in groups.items() if text and text.isdecimal()}
+        return {**self._sizes, **extents, **numbers}
 
     def size(self, expression: int | str) -> int:
         """Evaluate a size; raises ``remap_size``."""

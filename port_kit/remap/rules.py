@@ -124,7 +124,13 @@ class RuleSet(Rules):
 
     def to_toml(self) -> str:
         """Return the set as TOML; :meth:`from_toml` reads the same set back."""
-        return _toml_text(self.to_dict())
+        data = self.to_dict()
+        lines = [f"{key} = {_value(data[key])}" for key in ("name", "allow_downcast") if key in data]
+        if "sizes" in data:
+            lines += ["", "[sizes]", *(f"{name} = {_value(size)}" for name, size in data["sizes"].items())]
+        for table in data["rule"]:
+            lines += ["", "[[rule]]", *(f"{key} = {_value(_short(key, value))}" for key, value in table.items())]
+        return "\n".join(lines) + "\n"
 
     @classmethod
     def from_toml(cls, text: str, *, folder: Path | None = None) -> RuleSet:
@@ -200,8 +206,8 @@ def _prefixed(rule: Rule, source: str, target: str) -> Rule:
         return replace(rule, target=f"{re.escape(target)}(?:{rule.target})")
     # a pattern with alternatives at its top level must not lose them to the prefix
     pattern = f"(?:{rule.source})" if source and "|" in rule.source else rule.source
-    templates: str | tuple[str, ...] = rule.target
-    if rule.target:
+    templates = rule.target
+    if templates:
         templates = escaped + templates if isinstance(templates, str) else tuple(escaped + text for text in templates)
     return replace(rule, source=re.escape(source) + pattern, target=templates)
 
@@ -215,16 +221,6 @@ def _read_text(source: str | Path) -> object:
     except (OSError, ValueError, RecursionError) as error:
         name = source if isinstance(source, Path) else "TOML text"
         raise rules_error(f"{name} cannot be read: {error}", _FORM) from error
-
-
-def _toml_text(data: Mapping[str, Any]) -> str:
-    """Write the data of a rule set as TOML."""
-    lines = [f"{key} = {_value(data[key])}" for key in ("name", "allow_downcast") if key in data]
-    if "sizes" in data:
-        lines += ["", "[sizes]", *(f"{name} = {_value(size)}" for name, size in data["sizes"].items())]
-    for table in data["rule"]:
-        lines += ["", "[[rule]]", *(f"{key} = {_value(_short(key, value))}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"
 
 
 def _short(key: str, value: Any) -> Any:
