@@ -251,7 +251,7 @@ def kernels(model: nn.Module, branch: dict[str, Any], device: torch.device, show
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
-    from port_kit.runtime.local import single_rank
+    from port_kit.runtime.single_process import single_rank
 
     device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
     dtype = torch.float32 if given.tiny else torch.bfloat16

@@ -126,7 +126,7 @@ def load(way: str, folder: Path, started: float) -> dict[str, Any]:
     from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
     from port_kit.pipeline.loading import build_components, load_component_weights, weights_sources
     from port_kit.remap import load_components
-    from port_kit.runtime.local import single_rank
+    from port_kit.runtime.single_process import single_rank
 
     component = next(one for one in COMPONENTS if one.name == "transformer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -87,7 +87,7 @@ def prove(module: nn.Module, runs: dict[str, Callable[[], object]]) -> None:
 
 
 def measure(layers: int, rounds: int, folder: Path) -> dict[str, object]:
-    from port_kit.runtime.local import single_rank
+    from port_kit.runtime.single_process import single_rank
 
     with single_rank(dtype=torch.bfloat16), torch.inference_mode():
         module = build(layers)

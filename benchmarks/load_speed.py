@@ -260,7 +260,7 @@ def main() -> None:
 
 
 def measure(file: Path, blocks: int, rounds: int) -> dict[str, object]:
-    from port_kit.runtime.local import single_rank
+    from port_kit.runtime.single_process import single_rank
 
     with single_rank(dtype=torch.bfloat16, default_device=False):  # the engine's loader loads without one, too
         fused = fused_module(blocks)

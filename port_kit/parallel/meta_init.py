@@ -1,7 +1,8 @@
 """A model's meta_init: its modules on the meta device, in any process, without process groups and without a device.
 
-:func:`port_kit.runtime.local.single_rank` opens a world of one rank, which on a GPU machine touches the GPU. Before an
-engine's workers start, the process that starts them must not; here vLLM's linears only see a group of one rank.
+:func:`port_kit.runtime.single_process.single_rank` opens a world of one rank, which on a GPU machine touches the GPU.
+Before an engine's workers start, the process that starts them must not; here vLLM's linears only see a group of one
+rank.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
 )
 
 #: Seconds that loading vLLM-Omni in the child may take.
-PROBE_TIMEOUT = 300.0
+SELF_CHECK_TIMEOUT = 300.0
 
 _INSTALL = "pip install 'port-kit[omni]', on a machine without a GPU 'port-kit[omni,cpu]'"
 _LOW_DISK = 10 << 30
@@ -94,11 +94,14 @@ def _runtime(versions: dict[str, str | None]) -> Check:
     omni = versions["vllm-omni"]
     if omni is None:
         return Check("runtime", False, "vLLM-Omni is not installed; downloads and checks work, models do not", _INSTALL)
-    from port_kit.runtime.ledger import SERIES
+    from port_kit.runtime.patch_registry import SUPPORTED_SERIES
 
-    proven = omni.startswith(f"{SERIES}.")
+    proven = omni.startswith(f"{SUPPORTED_SERIES}.")
     return Check(
-        "runtime", proven, f"vLLM-Omni {omni}, proven on {SERIES}.x", f"pip install 'vllm-omni>={SERIES},<0.31'"
+        "runtime",
+        proven,
+        f"vLLM-Omni {omni}, proven on {SUPPORTED_SERIES}.x",
+        f"pip install 'vllm-omni>={SUPPORTED_SERIES},<0.31'",
     )
 
 
@@ -165,7 +168,10 @@ def _disk() -> Check:
     usage = shutil.disk_usage(Path.cwd())
     free = f"{usage.free / 2**30:.1f} GiB free in {Path.cwd()}"
     return Check(
-        "disk", usage.free > _LOW_DISK, free, "a port's download tells what it needs: port-kit download --dry-run"
+        "disk",
+        usage.free > _LOW_DISK,
+        free,
+        "a port's download tells what it needs: port-kit download --dry-run",
     )
 
 
@@ -173,11 +179,11 @@ def _engine() -> Iterator[Check]:
     """Run the probe in a child and turn its report into checks."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "port_kit.runtime.probe", str(report)]
+        command = [sys.executable, "-m", "port_kit.runtime.self_check", str(report)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SELF_CHECK_TIMEOUT)
         except subprocess.TimeoutExpired:
-            yield Check("plugins", False, f"loading vLLM-Omni took more than {PROBE_TIMEOUT:g} s", "try again")
+            yield Check("plugins", False, f"loading vLLM-Omni took more than {SELF_CHECK_TIMEOUT:g} s", "try again")
             return
         if not report.exists():
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -1,6 +1,6 @@
 """The patches of upstream behaviour, each applied behind its guard.
 
-What they are for is in ``patches.md``, what they rest on in :mod:`port_kit.runtime.ledger`.
+What they are for is in ``patches.md``, what they rest on in :mod:`port_kit.runtime.patch_registry`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from port_kit.runtime.guards import OWN_KERNELS, require
+from port_kit.runtime.upstream_checks import OWN_KERNELS, require
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ def _install_ring_kernel() -> None:
     _installed.add("ring_attention_kernel")
 
 
-def keep_engine_on_refusal() -> None:
+def install_client_error_handling() -> None:
     """Let ``Omni.generate`` survive a refused request, once a process, in processes that have ``Omni`` loaded.
 
     Raises:
@@ -70,9 +70,9 @@ def keep_engine_on_refusal() -> None:
     if module is None or "refused_request" in _installed:
         return
     require("refused_request")
-    from port_kit.runtime.client import keeping_engine
+    from port_kit.runtime.error_mapping import keep_engine_on_client_error
 
-    module.Omni.generate = keeping_engine(module.Omni.generate)  # type: ignore[attr-defined]
+    module.Omni.generate = keep_engine_on_client_error(module.Omni.generate)  # type: ignore[attr-defined]
     _installed.add("refused_request")
 
 
@@ -129,7 +129,7 @@ def _keep_size(*, model: str | None, revision: str | None = None) -> bool:
     return True
 
 
-def refuse_malformed_forms() -> None:
+def map_malformed_form_errors() -> None:
     """Answer two kinds of malformed requests with 400, once a process, in processes that have the endpoints loaded.
 
     Raises:
@@ -141,8 +141,8 @@ def refuse_malformed_forms() -> None:
     require("malformed_forms")
     from vllm_omni.entrypoints.openai.protocol import videos
 
-    from port_kit.runtime.client import refusing
+    from port_kit.runtime.error_mapping import as_client_error
 
-    helpers._parse_form_json = refusing(helpers._parse_form_json, RecursionError, "JSON is nested too deeply")  # type: ignore[attr-defined]
-    videos.parse_size = refusing(videos.parse_size, ValueError)
+    helpers._parse_form_json = as_client_error(helpers._parse_form_json, RecursionError, "JSON is nested too deeply")  # type: ignore[attr-defined]
+    videos.parse_size = as_client_error(videos.parse_size, ValueError)
     _installed.add("malformed_forms")

@@ -12,8 +12,8 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 from port_kit.errors import RegistrationError
-from port_kit.runtime.guards import check_version, require
 from port_kit.runtime.patches import install_worker_fixes
+from port_kit.runtime.upstream_checks import check_version, require
 
 #: How many ranks may be asked for. A process is a device, so this only has to be more than anyone runs.
 MAX_RANKS = 64

@@ -89,11 +89,11 @@ def register_metadata() -> None:
     if find_spec("vllm_omni") is None:
         return
     _declare_output_types()
-    from port_kit.runtime.patches import declare_references, refuse_malformed_forms
+    from port_kit.runtime.patches import declare_references, map_malformed_form_errors
 
     for port in list_ports().values():
         declare_references(port.class_name, port.references)
-    refuse_malformed_forms()
+    map_malformed_form_errors()
 
 
 def _declare_output_types() -> None:
@@ -110,11 +110,11 @@ def register_pipelines() -> None:
     Raises:
         RegistrationError: vLLM-Omni has a version that the kit was not proven on, or did not take a port.
     """
-    from port_kit.runtime.guards import check_version
-    from port_kit.runtime.patches import keep_engine_on_refusal
+    from port_kit.runtime.patches import install_client_error_handling
+    from port_kit.runtime.upstream_checks import check_version
 
     check_version()
-    keep_engine_on_refusal()
+    install_client_error_handling()
     register_metadata()
     for problem in list_ports().problems:
         # Every process of the engine says so; a model of such a port is then an unknown one to vLLM-Omni.

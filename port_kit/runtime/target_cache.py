@@ -72,7 +72,7 @@ def build_manifest(component: Component, config: Mapping[str, Any]) -> Manifest:
         build: Any = resolve(component.build)
         import torch
 
-        from port_kit.runtime.local import single_rank
+        from port_kit.runtime.single_process import single_rank
 
         with single_rank(dtype=torch.float32), torch.device("meta"):
             return Manifest.from_module(build(config))

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from port_kit.errors import RegistrationError
-from port_kit.runtime import guards, patches
-from port_kit.runtime.ledger import PATCHES
+from port_kit.runtime import patches, upstream_checks
+from port_kit.runtime.patch_registry import PATCHES
 
 RUNTIME = Path(patches.__file__).parent
 PARTS = ("Why", "How", "Upstream", "Guard", "Goes when")
@@ -55,19 +55,19 @@ def _guards(call: ast.Call) -> set[str]:
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_every_guard_accepts_what_is_installed(name: str) -> None:
-    guards.require(name)
+    upstream_checks.require(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "index"), [(name, index) for name, patch in PATCHES.items() for index in range(len(patch.needs))]
+    ("name", "index"), [(name, index) for name, patch in PATCHES.items() for index in range(len(patch.preconditions))]
 )
 def test_every_guard_fires_where_upstream_is_another(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     patch = PATCHES[name]
-    needs = [*patch.needs]
+    needs = [*patch.preconditions]
     needs[index] = replace(needs[index], expected=("what an older release had",))
     monkeypatch.setitem(PATCHES, name, replace(patch, needs=tuple(needs)))
     with pytest.raises(RegistrationError, match="what an older release had") as caught:
-        guards.require(name)
+        upstream_checks.require(name)
     assert caught.value.code == "upstream_changed"
     assert caught.value.details == {"patch": name, "target": needs[index].target}
 
@@ -97,10 +97,10 @@ def test_only_the_proven_series_is_accepted(version: str, accepted: bool, monkey
 
     monkeypatch.setattr(vllm_omni.version, "__version__", version)
     if accepted:
-        guards.check_version()
+        upstream_checks.check_version()
         return
     with pytest.raises(RegistrationError, match=re.escape(version)) as caught:
-        guards.check_version()
+        upstream_checks.check_version()
     assert caught.value.code == "vllm_omni_version"
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from port_kit.errors import ParallelError, PortKitError
-from port_kit.runtime.local import single_rank
 from port_kit.runtime.plugin import register_pipelines
+from port_kit.runtime.single_process import single_rank
 from port_kit.testing.workers import RankResult, Request, WaitingRanks, run_workers, warm_up
 
 REQUEST = Request("a cat", {"num_inference_steps": 2, "seed": 3})

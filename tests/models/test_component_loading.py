@@ -16,7 +16,7 @@ from port_kit.models.dreamid_omni.weights import COMPONENTS
 from port_kit.pipeline.loading import build_components, load_component_weights, weights_sources
 from port_kit.port import resolve
 from port_kit.remap import load_components
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 
 class Owner(nn.Module):

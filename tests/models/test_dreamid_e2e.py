@@ -21,7 +21,7 @@ from port_kit.models.wan.parity.pipeline_cases import Recording, load_pipeline, 
 from port_kit.models.wan.pipeline.request_state import Job
 from port_kit.parity import Case, run_case
 from port_kit.port import find_port
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 
 @pytest.fixture(scope="module")

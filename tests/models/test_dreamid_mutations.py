@@ -19,7 +19,7 @@ from port_kit.models.dreamid_omni import PORT
 from port_kit.pipeline.loading import build_components
 from port_kit.port import resolve
 from port_kit.remap import RuleSet, load_components, load_local
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 #: One of so many tensors is mutated; all of the query, key and value of one layer are.
 STRIDES = {"transformer": 23, "text_encoder": 1, "vae": 13, "audio_vae": 3, "vocoder": 83}

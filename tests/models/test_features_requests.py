@@ -34,7 +34,7 @@ from port_kit.models.wan.pipeline.request import check_cached_outputs
 from port_kit.models.wan.pipeline.request_state import Denoising
 from port_kit.models.wan.pipeline.step_execution import CLIPS
 from port_kit.pipeline.media import envelope, measure_mp4, write_result
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 VOICE = (0.1 * np.random.default_rng(0).standard_normal(40_000)).astype(np.float32)
 PICTURE = Image.new("RGB", (64, 64), (90, 120, 60))

@@ -31,8 +31,8 @@ from port_kit.models.wan.transformer.model import WanFusionTransformer
 from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.pipeline.loading import read_json
 from port_kit.remap import load_weights
-from port_kit.runtime.features import OFFLOADS, check_options
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.engine_options import OFFLOADS, check_options
+from port_kit.runtime.single_process import single_rank
 
 RANK, ALPHA = 4, 2.0
 #: Adapters and merged weights round differently; the flows are of size 1.

@@ -15,7 +15,7 @@ from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG, TRANS
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.transformer.model import WanFusionTransformer
 from port_kit.parity import run_case
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 CASES = (
     "dreamid_no_refs",

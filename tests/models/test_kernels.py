@@ -96,7 +96,7 @@ def test_kernels_equal_plain_pytorch_on_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_the_epilogue_is_the_tanh_approximation_of_gelu() -> None:
     from port_kit.parallel import linear
-    from port_kit.runtime.local import single_rank
+    from port_kit.runtime.single_process import single_rank
 
     with single_rank(torch.bfloat16, "cuda"), torch.inference_mode():
         layer = linear.column(256, 512, None, "up")

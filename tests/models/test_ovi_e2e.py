@@ -22,7 +22,7 @@ from port_kit.models.wan.parity.recorded_runs import OVI_I2V, OVI_T2V, EndToEnd
 from port_kit.models.wan.pipeline.request_state import Job
 from port_kit.parity import Case, run_case
 from port_kit.port import find_port
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.pipeline.loading import build_components
 from port_kit.port import Component
 from port_kit.remap import load_components
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 from port_kit.runtime.target_cache import component_target
 from port_kit.testing.tiny import expand
 from port_kit.testing.tiny_fusion import components

@@ -17,7 +17,7 @@ from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
 from port_kit.models.wan.transformer.model import WanFusionTransformer, build_transformer
 from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.remap import load_weights
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 from port_kit.testing.tiny import expand
 from port_kit.testing.tiny_fusion import outline
 

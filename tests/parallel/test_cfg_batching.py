@@ -19,7 +19,7 @@ from port_kit.parallel.cfg_batching import BatchedCFGMixin, should_batch_branche
 from port_kit.parallel.comm import cuda_stream_ops
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.verify import ParallelTestCase, verify_layout
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 from port_kit.testing.workers import RankResult
 
 TINY = {"num_layers": 3, "dim": 48, "num_heads": 4, "ffn_dim": 64, "text_dim": 16}

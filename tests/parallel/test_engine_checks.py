@@ -17,7 +17,7 @@ from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.parallel.engine_checks import check_engine, layout_of
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.preflight import describe_model, preflight
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 
 def engine(layout: str, **fields: Any) -> OmniDiffusionConfig:

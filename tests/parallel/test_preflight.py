@@ -14,7 +14,7 @@ from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.preflight import ModelShape, describe_model, possible_degrees, preflight
 from port_kit.parallel.verify import DEFAULT_LAYOUTS
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 GIB = 2**30
 

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelL
 
 from port_kit.errors import ParallelError
 from port_kit.parallel.replace_linears import Role, matches, replace_linears
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 
 def tree() -> nn.Module:

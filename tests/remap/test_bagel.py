@@ -16,7 +16,7 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import RuleSet, load_weights
 from port_kit.remap.plan import check
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 from port_kit.targets import read_targets
 from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip
 from port_kit.testing.tokenizer import write_tokenizer

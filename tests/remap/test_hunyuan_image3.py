@@ -12,7 +12,7 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import Rule, RuleSet, load_weights
 from port_kit.remap.plan import check
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 from port_kit.targets import read_targets
 from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip
 from tests.remap.two_ways import PACKS, assert_two_ways_agree, cleared, manifest_of, random_checkpoint

@@ -18,8 +18,8 @@ from port_kit.errors import InputError, RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.lora import remap_lora
-from port_kit.runtime.local import single_rank
 from port_kit.runtime.lora import read_adapter
+from port_kit.runtime.single_process import single_rank
 
 WIDTH, HEAD, HEADS, FFN, OUT, RANK = 32, 8, 4, 24, 12, 3
 GROUPED = Op.of("rearrange", pattern="(g r d) i -> (r g d) i", sizes=[["r", 4], ["d", HEAD]])

@@ -16,7 +16,7 @@ from port_kit.manifest import Manifest
 from port_kit.remap import RuleSet, load_weights
 from port_kit.remap.export import export
 from port_kit.remap.local import load_local
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 WIDTH, HEAD, HEADS, KV_HEADS, FFN = 64, 16, 4, 2, 96
 FP8 = torch.float8_e4m3fn

@@ -28,7 +28,7 @@ from port_kit.models.wan.parity.recorded_runs import DREAMID, OVI_I2V, OVI_T2V, 
 from port_kit.models.wan.pipeline.request import MAX_TEXT_TOKENS
 from port_kit.parity import Bound, Case, Pair
 from port_kit.port import list_ports, resolve
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 if TYPE_CHECKING:
     from port_kit.models.wan.pipeline.request_state import Step

@@ -24,7 +24,7 @@ from port_kit.models.wan.transformer.rope import RopeTables, rotate
 from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.parity import Bound, Case, Pair
 from port_kit.remap import load_weights
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 FP32 = Bound(max_abs=5e-5, why="the same mathematics in another order of summation")
 ROPE = Bound(max_abs=1e-6, why="nothing is reordered")

@@ -50,7 +50,7 @@ from port_kit.pipeline.inputs import refusal
 from port_kit.pipeline.loading import build_components, load_component_weights, read_json, weights_sources
 from port_kit.pipeline.media import envelope, to_frames
 from port_kit.port import Component, resolve
-from port_kit.runtime.features import check_options
+from port_kit.runtime.engine_options import check_options
 from port_kit.runtime.lora import read_adapter
 
 Admission = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]

@@ -1,7 +1,7 @@
 """The ledger: every place where the kit changes upstream behaviour or leans on upstream's private parts.
 
 ``patches.md`` is the same ledger for people: one section an entry of :data:`PATCHES`, under the same name. An entry
-lists what it rests on; :mod:`port_kit.runtime.guards` compares that with what is installed.
+lists what it rests on; :mod:`port_kit.runtime.upstream_checks` compares that with what is installed.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 #: The vLLM-Omni series that the patches were proven on.
-SERIES = "0.30"
+SUPPORTED_SERIES = "0.30"
 
 
 @dataclass(frozen=True)
-class Need:
+class Precondition:
     """One fact about upstream that a patch rests on.
 
     Attributes:
-        kind: how the fact is read, a key of :data:`port_kit.runtime.guards.READERS`.
+        kind: how the fact is read, a key of :data:`port_kit.runtime.upstream_checks.READERS`.
         target: what is read: ``"module:attribute.path"``, or an operator's name.
         expected: the values under which the patch is right.
     """
@@ -33,7 +33,7 @@ class Patch:
 
     name: str
     summary: str
-    needs: tuple[Need, ...]
+    preconditions: tuple[Precondition, ...]
 
 
 PATCHES: dict[str, Patch] = {
@@ -43,8 +43,10 @@ PATCHES: dict[str, Patch] = {
             "cpu_platform",
             "a platform for CPUs through the platform interface",
             (
-                Need("parameters", "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_worker_cls", ("",)),
-                Need(
+                Precondition(
+                    "parameters", "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_worker_cls", ("",)
+                ),
+                Precondition(
                     "parameters",
                     "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_attn_backend_cls",
                     ("selected_backend, head_size, allow_trtllm_default",),
@@ -55,7 +57,7 @@ PATCHES: dict[str, Patch] = {
             "sdpa_forward",
             "SDPA entered past the switch over accelerators",
             (
-                Need(
+                Precondition(
                     "parameters",
                     "vllm_omni.diffusion.attention.backends.sdpa:SDPAImpl._forward_impl",
                     ("self, query, key, value, attn_metadata, mask_mode",),
@@ -66,12 +68,12 @@ PATCHES: dict[str, Patch] = {
             "async_output_loop",
             "outputs packed without a device stream",
             (
-                Need(
+                Precondition(
                     "source",
                     "vllm_omni.diffusion.worker.diffusion_worker:WorkerProc._async_output_loop",
                     ("a8b089e936400760",),
                 ),
-                Need(
+                Precondition(
                     "parameters",
                     "vllm_omni.diffusion.ipc:pack_diffusion_output_shm",
                     ("output, d2h_stream",),
@@ -82,7 +84,7 @@ PATCHES: dict[str, Patch] = {
             "ring_attention_kernel",
             "a CPU kernel for the operator that Ring attention calls",
             (
-                Need(
+                Precondition(
                     "schema",
                     "aten::_scaled_dot_product_efficient_attention",
                     (
@@ -91,7 +93,7 @@ PATCHES: dict[str, Patch] = {
                         " Tensor log_sumexp, Tensor philox_seed, Tensor philox_offset)",
                     ),
                 ),
-                Need(
+                Precondition(
                     "schema",
                     "aten::_scaled_dot_product_flash_attention_for_cpu",
                     (
@@ -99,15 +101,15 @@ PATCHES: dict[str, Patch] = {
                         " *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)",
                     ),
                 ),
-                Need("cpu_kernel", "aten::_scaled_dot_product_efficient_attention", ("none",)),
+                Precondition("cpu_kernel", "aten::_scaled_dot_product_efficient_attention", ("none",)),
             ),
         ),
         Patch(
             "output_type",
             "a port's modality declared where vLLM-Omni keeps those of its own models",
             (
-                Need("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
-                Need(
+                Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
+                Precondition(
                     "annotation",
                     "vllm_omni.diffusion.model_metadata:DiffusionModelMetadata.final_output_type",
                     ("str | None",),
@@ -118,14 +120,14 @@ PATCHES: dict[str, Patch] = {
             "references",
             "a port's reference media declared where the video endpoints look for them",
             (
-                Need("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
-                Need(
+                Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
+                Precondition(
                     "annotation",
                     "vllm_omni.diffusion.model_metadata:DiffusionModelMetadata.supports_mixed_reference_inputs",
                     ("<class 'bool'>",),
                 ),
-                Need("type", "vllm_omni.model_extras.registry:_EXTRA_SPECS", ("dict",)),
-                Need(
+                Precondition("type", "vllm_omni.model_extras.registry:_EXTRA_SPECS", ("dict",)),
+                Precondition(
                     "source",
                     "vllm_omni.model_extras.registry:should_preserve_reference_image_size",
                     ("197b1a2774d907d8",),
@@ -135,18 +137,20 @@ PATCHES: dict[str, Patch] = {
         Patch(
             "refused_request",
             "an engine that outlives a request refused for its own fault",
-            (Need("source", "vllm_omni.entrypoints.omni:Omni.generate", ("eeae6cd3c0c54eb4",)),),
+            (Precondition("source", "vllm_omni.entrypoints.omni:Omni.generate", ("eeae6cd3c0c54eb4",)),),
         ),
         Patch(
             "malformed_forms",
             "400 for malformed video requests that upstream fails on",
             (
-                Need(
+                Precondition(
                     "source",
                     "vllm_omni.entrypoints.openai.video.generation.helpers:_parse_form_json",
                     ("2a181adfe177ce6a",),
                 ),
-                Need("source", "vllm_omni.entrypoints.openai.image_api_utils:parse_size", ("9e3bc57ec589e4de",)),
+                Precondition(
+                    "source", "vllm_omni.entrypoints.openai.image_api_utils:parse_size", ("9e3bc57ec589e4de",)
+                ),
             ),
         ),
     )

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_omni.errors import OmniClientError
 
 
-def keeping_engine(generate: Callable[..., Any]) -> Callable[..., Any]:
+def keep_engine_on_client_error(generate: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``Omni.generate`` that leaves the engine open where a request was refused for its own fault.
 
     Upstream's closes the engine on any error of a list call. Its generator form closes nothing, so the list is made
@@ -39,7 +39,7 @@ def keeping_engine(generate: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def refusing(parse: Callable[..., Any], kind: type[Exception], message: str = "") -> Callable[..., Any]:
+def as_client_error(parse: Callable[..., Any], kind: type[Exception], message: str = "") -> Callable[..., Any]:
     """Return ``parse`` with its errors of one kind made the client's, which a server answers with 400."""
 
     @wraps(parse)

@@ -1,4 +1,4 @@
-"""What the plugins do in a fresh process: ``python -m port_kit.runtime.probe REPORT`` writes it to REPORT as JSON.
+"""What the plugins do in a fresh process: ``python -m port_kit.runtime.self_check REPORT`` writes it to REPORT as JSON.
 
 ``port-kit doctor`` runs this in a child, because loading vLLM-Omni takes many seconds, changes the process, and is
 exactly what may fail. The report goes to a file: vLLM logs to stdout.
@@ -15,7 +15,7 @@ from port_kit.errors import PortKitError, RegistrationError
 from port_kit.port import list_ports
 
 
-def probe() -> dict[str, Any]:
+def run_self_check() -> dict[str, Any]:
     """Load vLLM-Omni with all plugins, as an engine does, and describe what came of it.
 
     Returns:
@@ -44,8 +44,8 @@ def probe() -> dict[str, Any]:
 
 def _patches() -> dict[str, str]:
     """Try every guard."""
-    from port_kit.runtime.guards import require
-    from port_kit.runtime.ledger import PATCHES
+    from port_kit.runtime.patch_registry import PATCHES
+    from port_kit.runtime.upstream_checks import require
 
     states: dict[str, str] = {}
     for name in PATCHES:
@@ -60,7 +60,7 @@ def _patches() -> dict[str, str]:
 def main(report: str) -> None:
     """Write the report, or the error of the kit that prevented it."""
     try:
-        result = probe()
+        result = run_self_check()
     except PortKitError as error:
         result = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
     Path(report).write_text(json.dumps(result), encoding="utf-8")

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 
 from port_kit.errors import RegistrationError
-from port_kit.runtime.ledger import PATCHES, SERIES, Need
+from port_kit.runtime.patch_registry import PATCHES, SUPPORTED_SERIES, Precondition
 
 #: Operators whose CPU kernel is the kit's own by now.
 OWN_KERNELS: set[str] = set()
@@ -18,11 +18,11 @@ def check_version() -> None:
     """Raise where the installed vLLM-Omni is not of the series that the kit was proven on."""
     from vllm_omni.version import __version__
 
-    if __version__ != SERIES and not __version__.startswith(f"{SERIES}."):
+    if __version__ != SUPPORTED_SERIES and not __version__.startswith(f"{SUPPORTED_SERIES}."):
         raise RegistrationError(
-            f"vLLM-Omni {__version__} is installed; this port-kit was proven on {SERIES}.x",
+            f"vLLM-Omni {__version__} is installed; this port-kit was proven on {SUPPORTED_SERIES}.x",
             code="vllm_omni_version",
-            hint=f"install 'vllm-omni>={SERIES},<0.31', or a port-kit made for {__version__}",
+            hint=f"install 'vllm-omni>={SUPPORTED_SERIES},<0.31', or a port-kit made for {__version__}",
             found=__version__,
         )
 
@@ -33,23 +33,23 @@ def require(name: str) -> None:
     Raises:
         RegistrationError: upstream has changed; names the patch, the target, what was expected and what was found.
     """
-    for need in PATCHES[name].needs:
-        found = _read(need)
-        if found not in need.expected:
+    for precondition in PATCHES[name].preconditions:
+        found = _read(precondition)
+        if found not in precondition.expected:
             raise RegistrationError(
-                f"patch {name} was written against another {need.target}: its {need.kind} is {found!r},"
-                f" expected {' or '.join(map(repr, need.expected))}",
+                f"patch {name} was written against another {precondition.target}: its {precondition.kind} is {found!r},"
+                f" expected {' or '.join(map(repr, precondition.expected))}",
                 code="upstream_changed",
                 hint=f"read the section {name} in port_kit/runtime/patches.md and adapt the patch or drop it",
                 patch=name,
-                target=need.target,
+                target=precondition.target,
             )
 
 
-def _read(need: Need) -> str:
+def _read(precondition: Precondition) -> str:
     """Read one fact; an attribute, module or operator that is gone reads as ``missing``."""
     try:
-        return READERS[need.kind](need.target)
+        return READERS[precondition.kind](precondition.target)
     except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError) as error:
         return f"missing ({type(error).__name__}: {error})"
 

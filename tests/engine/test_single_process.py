@@ -8,7 +8,7 @@ import sys
 
 RUN = """
 import torch
-from port_kit.runtime.local import single_rank
+from port_kit.runtime.single_process import single_rank
 
 with single_rank(torch.bfloat16) as config:
     print(config.dtype, torch.get_default_dtype(), torch.distributed.get_world_size())
