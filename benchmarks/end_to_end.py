@@ -78,7 +78,7 @@ class Watch:
                 *owners, name = path.split(".")
                 owner = pipeline.get_submodule(".".join(owners))
                 setattr(owner, name, self.timed(phase, getattr(owner, name)))
-            pipeline.predict_all = self.timed("predict", pipeline.predict_all)
+            pipeline.predict = self.timed("predict", pipeline.predict)
 
         def serve(pipeline: Any, *args: Any, **options: Any) -> Any:
             self.requests.append({})
@@ -233,12 +233,12 @@ def save(output: dict[str, Any], folder: Path) -> dict[str, Any]:
     import av
 
     from port_kit.models.wan.pipeline.request import AUDIO_SAMPLE_RATE, FPS
-    from port_kit.pipeline.media import envelope, write_mp4
+    from port_kit.pipeline.media import to_omni_payload, write_mp4
 
     if not isinstance(getattr(av, "library_versions", None), dict):
         return {"skipped": "PyAV here is a stand-in that only imports"}
     start = time.perf_counter()
-    payload = envelope(output, fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)["payload"]
+    payload = to_omni_payload(output, fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)["payload"]
     path = write_mp4(folder / "clip.mp4", payload["video"], payload["audio"], fps=FPS, sample_rate=AUDIO_SAMPLE_RATE)
     return {"seconds": round(time.perf_counter() - start, 3), "bytes": path.stat().st_size}
 

@@ -1,4 +1,4 @@
-"""DreamID-Omni: reference pictures, reference voices and a prompt to a video with sound."""
+"""DreamID-Omni: reference images, reference audios and a prompt to a video with audio."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from port_kit.port import Port
 
 PORT = Port(
     name="dreamid_omni",
-    title="DreamID-Omni: reference pictures, reference voices and a prompt to a 5 s video with sound",
+    title="DreamID-Omni: reference images, reference audios and a prompt to a 5 s video with audio",
     class_name="DreamIDOmniPipeline",
     pipeline="port_kit.models.dreamid_omni.pipeline:DreamIDOmniPipeline",
     output_type="video",

@@ -11,7 +11,7 @@ from port_kit.models.wan.pipeline.request import (
     MAX_SIDE,
     SIZE_MULTIPLE,
     FusionRequest,
-    Lengths,
+    LatentLengths,
     media_of,
     parse_common,
     prompt_fields,
@@ -20,11 +20,11 @@ from port_kit.pipeline.inputs import as_list, check_size
 
 VIDEO_LATENT_LENGTH = 31  # latent frames: 1 + 30 * 4 = 121 frames
 AUDIO_LATENT_LENGTH = 157  # audio latents: 314 mel frames of 256 samples = 80,384 samples
-GUIDANCE_BRANCHES = 4  # of the transformer, a step: full, without text, without pictures, without voices
-#: Latents that one voice reference takes: 1 s = 16,000 samples = 62 mel frames = 31 latents.
-VOICE_LATENT_LENGTH = 31
+GUIDANCE_BRANCHES = 4  # of the transformer, a step: full, without text, without images, without audios
+#: Latents that one reference audio takes: 1 s = 16,000 samples = 62 mel frames = 31 latents.
+AUDIO_REFERENCE_LENGTH = 31
 #: The audio tower reads at most 1024 tokens, references included.
-MAX_REFERENCES = (1024 - AUDIO_LATENT_LENGTH) // VOICE_LATENT_LENGTH
+MAX_REFERENCES = (1024 - AUDIO_LATENT_LENGTH) // AUDIO_REFERENCE_LENGTH
 
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 704, 1280  # pixels
 DEFAULT_SEED = 100
@@ -41,26 +41,26 @@ class GuidanceScales:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest(FusionRequest):
+class DreamIDOmniRequest(FusionRequest):
     """One checked request. References are still as the caller gave them.
 
     Attributes:
         prompt: may hold the model's markers (``<img1>``, ``<sub1>``, ``<S>..<E>``) and ``[TAG]`` blocks.
-        images: reference pictures, one a person.
-        voices: reference voices, the i-th is the i-th picture's.
+        images: reference images, one a person.
+        audios: reference audios, the i-th is the i-th image's.
     """
 
     images: tuple[Any, ...]
-    voices: tuple[Any, ...]
+    audios: tuple[Any, ...]
     scales: GuidanceScales = field(default_factory=GuidanceScales)
 
     @property
-    def reference_lengths(self) -> Lengths:
-        """One latent frame a picture, :data:`VOICE_LATENT_LENGTH` audio latents a voice."""
-        return Lengths(len(self.images), len(self.voices) * VOICE_LATENT_LENGTH)
+    def reference_lengths(self) -> LatentLengths:
+        """One latent frame an image, :data:`AUDIO_REFERENCE_LENGTH` audio latents a reference audio."""
+        return LatentLengths(len(self.images), len(self.audios) * AUDIO_REFERENCE_LENGTH)
 
 
-def parse_request(prompt: Any, sampling: Any, lengths: Lengths) -> GenerationRequest:
+def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths) -> DreamIDOmniRequest:
     """Check a request completely, references' contents aside.
 
     Args:
@@ -74,33 +74,33 @@ def parse_request(prompt: Any, sampling: Any, lengths: Lengths) -> GenerationReq
     """
     fields = prompt_fields(prompt)
     common = parse_common(fields, sampling, lengths, scales=GuidanceScales, options=(), seed=DEFAULT_SEED)
-    images, voices = _references(media_of(fields))
+    images, audios = _references(media_of(fields))
     height, width = check_size(
         DEFAULT_HEIGHT if sampling.height is None else sampling.height,
         DEFAULT_WIDTH if sampling.width is None else sampling.width,
         multiple=SIZE_MULTIPLE,
         maximum=MAX_SIDE,
     )
-    request = GenerationRequest(**common, height=height, width=width, images=images, voices=voices)
+    request = DreamIDOmniRequest(**common, height=height, width=width, images=images, audios=audios)
     request.check_noise(lengths)
     return request
 
 
 def _references(data: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    images, voices = tuple(as_list(data.get("image"))), tuple(as_list(data.get("audio")))
-    for what, found in (("picture", images), ("voice", voices)):
+    images, audios = tuple(as_list(data.get("image"))), tuple(as_list(data.get("audio")))
+    for what, found in (("image", images), ("audio", audios)):
         if not found:
             raise InputError(
-                f"the request has no reference {what}; at least one picture and one voice are required",
+                f"the request has no reference {what}; at least one image and one reference audio are required",
                 code="input_missing",
                 hint='give them as multi_modal_data={"image": [...], "audio": [...]}, to a server as input_references',
             )
-    if len(images) != len(voices):
+    if len(images) != len(audios):
         raise InputError(
-            f"{len(images)} reference picture(s) and {len(voices)} voice(s); as many voices as pictures are required",
+            f"{len(images)} reference image(s) and {len(audios)} reference audio(s); equal numbers are required",
             code="input_count",
-            hint="the i-th voice belongs to the i-th picture",
+            hint="the i-th reference audio belongs to the i-th image",
         )
     if len(images) > MAX_REFERENCES:
         raise InputError(f"{len(images)} references; at most {MAX_REFERENCES} are taken", code="input_count")
-    return images, voices
+    return images, audios

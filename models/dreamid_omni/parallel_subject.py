@@ -1,4 +1,4 @@
-"""What ``port-kit verify parallel dreamid_omni`` runs: the tiny checkpoint, one picture, one voice, one step.
+"""What ``port-kit verify parallel dreamid_omni`` runs: the tiny checkpoint, one image, one reference audio, one step.
 
 One step, because guidance enlarges what the first leaves of rounding, and the second starts from there.
 """
@@ -16,9 +16,9 @@ from port_kit.testing.tiny_fusion import download_tiny
 from port_kit.testing.workers import Request
 
 #: Samples of 16 kHz: two seconds and a little, of which the model hears the second one.
-VOICE_SAMPLES = 33_000
+REFERENCE_AUDIO_SAMPLES = 33_000
 #: Flows must agree to 5e-6. Guidance multiplies what rounding leaves of them by up to 13, one step takes it to the
-#: latents whole, and a vocoder of random weights, near its full scale, to the sound: 1e-3 was seen on sound of scale 1.
+#: latents whole, and a vocoder of random weights, near its full scale, to the audio: 1e-3 was seen on audio of scale 1.
 OUTPUT_TOLERANCE = 5e-3
 
 
@@ -29,7 +29,7 @@ def tiny_subject(scratch: Path) -> ParallelTestCase:
 
 
 def _request() -> Request:
-    voice = (0.1 * np.random.default_rng(1).standard_normal(VOICE_SAMPLES)).astype(np.float32)
-    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [voice]}
+    audio = (0.1 * np.random.default_rng(1).standard_normal(REFERENCE_AUDIO_SAMPLES)).astype(np.float32)
+    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [audio]}
     prompt = {"prompt": "one person sings", "multi_modal_data": media}
     return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 11})

@@ -1,7 +1,7 @@
-"""DreamID-Omni on vLLM-Omni: reference pictures and voices, a prompt, four-branch guidance, video with sound.
+"""DreamID-Omni on vLLM-Omni: reference images, reference audios, a prompt, four-branch guidance, video with audio.
 
-Shapes: C latent channels, F latent frames with the reference pictures last, h and w latent cells (16 pixels),
-L audio latents with the reference voices last.
+Shapes: C latent channels, F latent frames with the reference images last, h and w latent cells (16 pixels),
+L audio latents with the reference audios last.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from vllm_omni.diffusion.models.interface import SupportAudioInput, SupportImage
 
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.weights import COMPONENTS
-from port_kit.models.wan.pipeline.conditioning_media import cut_voice, fit_image, load_image, load_voice
-from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, admission, get_post_process_func
+from port_kit.models.wan.pipeline.conditioning_media import (
+    crop_reference_audio,
+    fit_image,
+    load_image,
+    load_reference_audio,
+)
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, get_post_process_func, make_pre_process_func
 from port_kit.models.wan.pipeline.prompts import strip_tags
-from port_kit.models.wan.pipeline.request import Lengths
-from port_kit.models.wan.pipeline.request_state import Denoising
+from port_kit.models.wan.pipeline.request import LatentLengths
+from port_kit.models.wan.pipeline.request_state import DenoiseState
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.port import Component
 
@@ -28,9 +33,10 @@ __all__ = ["DreamIDOmniPipeline", "get_post_process_func", "get_pre_process_func
 
 
 class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
-    """Pictures and voices of people stand behind the clip's own latents, clean in what the transformer sees.
+    """Pipeline whose reference images and reference audios follow the latents of the output.
 
-    What the solvers step holds noise in the references' places, as in the reference; it is dropped at the end.
+    The transformer sees clean references. The solvers step noise in their places, as the original implementation
+    does; that noise is dropped before decoding.
     """
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
@@ -38,49 +44,51 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
     support_image_input: ClassVar[bool] = True
     support_audio_input: ClassVar[bool] = True
 
-    def read(
-        self, prompt: Any, sampling: Any, lengths: Lengths
-    ) -> tuple[config.GenerationRequest, Sequence[Tensor], Sequence[Tensor]]:
-        """Return the checked request, its pictures (3, H, W) in [-1, 1] and its voices (16000,), float32.
+    def preprocess(
+        self, prompt: Any, sampling: Any, lengths: LatentLengths
+    ) -> tuple[config.DreamIDOmniRequest, Sequence[Tensor], Sequence[Tensor]]:
+        """Return the checked request, its images (3, H, W) in [-1, 1] and its reference audios (16000,), float32.
 
         Raises:
             InputError: the request cannot be served.
         """
         request = config.parse_request(prompt, sampling, lengths)
-        images = [load_image(image, name=f"picture {i}") for i, image in enumerate(request.images, 1)]
-        sounds = [(load_voice(voice, name=f"voice {i}"), f"voice {i}") for i, voice in enumerate(request.voices, 1)]
-        pictures = [fit_image(image, request.height, request.width) for image in images]
-        voices = [cut_voice(samples, name=name) for samples, name in sounds]
-        return replace(request, prompt=strip_tags(request.prompt)), pictures, voices
+        decoded = [load_image(image, name=f"image {i}") for i, image in enumerate(request.images, 1)]
+        samples = [
+            load_reference_audio(audio, name=f"reference audio {i}") for i, audio in enumerate(request.audios, 1)
+        ]
+        images = [fit_image(image, request.height, request.width) for image in decoded]
+        audios = [crop_reference_audio(audio, name=f"reference audio {i}") for i, audio in enumerate(samples, 1)]
+        return replace(request, prompt=strip_tags(request.prompt)), images, audios
 
-    def branches(self, state: Denoising) -> list[dict[str, Any]]:
-        """Return the four passes of a step: full; without the text; without the pictures; without the voices.
+    def branches(self, state: DenoiseState) -> list[dict[str, Any]]:
+        """Return the four branches of a step: complete; without the text; without the images; without the audios.
 
-        References that a pass goes without are zeroed, not removed: they keep their places and positions. Of the
-        last two passes only the modality whose references are missing is used.
+        References that a branch omits are zeros at the same positions. Of the last two branches only the modality
+        without references is used.
         """
-        given = state.conditions
-        frames, tokens = given.pictures.shape[2], given.voices.shape[1]
+        given = state.conditioning
+        frames, tokens = given.images.shape[2], given.audios.shape[1]
 
-        def put(
-            pictures: Tensor, voices: Tensor, texts: tuple[TextContext, TextContext], unused: str | None = None
+        def arguments(
+            images: Tensor, audios: Tensor, texts: tuple[TextContext, TextContext], unused: str | None = None
         ) -> dict[str, Any]:
             return {
-                "video": torch.cat((state.video[:, :, :-frames], pictures), dim=2),
-                "audio": torch.cat((state.audio[:, :-tokens], voices), dim=1),
+                "video": torch.cat((state.video[:, :, :-frames], images), dim=2),
+                "audio": torch.cat((state.audio[:, :-tokens], audios), dim=1),
                 "timestep": state.timestep,
                 "video_text": texts[0],
                 "audio_text": texts[1],
                 "video_reference_frames": frames,
-                "audio_reference_lengths": given.voice_lengths,
+                "audio_reference_lengths": given.audio_reference_lengths,
                 "unused": unused,
             }
 
         return [
-            put(given.pictures, given.voices, given.texts),
-            put(given.pictures, given.voices, given.negatives),
-            put(torch.zeros_like(given.pictures), given.voices, given.texts, unused="audio"),
-            put(given.pictures, torch.zeros_like(given.voices), given.texts, unused="video"),
+            arguments(given.images, given.audios, given.texts),
+            arguments(given.images, given.audios, given.negatives),
+            arguments(torch.zeros_like(given.images), given.audios, given.texts, unused="audio"),
+            arguments(given.images, torch.zeros_like(given.audios), given.texts, unused="video"),
         ]
 
     def combine_multi_branch_cfg_noise(
@@ -89,15 +97,15 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
         """Guide each modality by the text and by its own references.
 
         Args:
-            predictions: (video, audio) of the four passes, in the order of :meth:`branches`.
+            predictions: (video, audio) of the four branches, in the order of :meth:`branches`.
             true_cfg_scale: :class:`~port_kit.models.dreamid_omni.config.GuidanceScales` as a dict.
             cfg_normalize: not used by this model.
         """
-        full, no_text, no_pictures, no_voices = predictions
+        full, no_text, no_images, no_audios = predictions
         scale = config.GuidanceScales(**true_cfg_scale)
         return (
-            _guide(full[0], no_text[0], no_pictures[0], scale.video_cfg_scale, scale.video_ref_cfg_scale),
-            _guide(full[1], no_text[1], no_voices[1], scale.audio_cfg_scale, scale.audio_ref_cfg_scale),
+            _guide(full[0], no_text[0], no_images[0], scale.video_cfg_scale, scale.video_ref_cfg_scale),
+            _guide(full[1], no_text[1], no_audios[1], scale.audio_cfg_scale, scale.audio_ref_cfg_scale),
         )
 
 
@@ -105,4 +113,4 @@ def _guide(full: Tensor, no_text: Tensor, no_reference: Tensor, text_scale: floa
     return no_text + text_scale * (full - no_text) + reference_scale * (full - no_reference)
 
 
-get_pre_process_func = admission(DreamIDOmniPipeline)
+get_pre_process_func = make_pre_process_func(DreamIDOmniPipeline)

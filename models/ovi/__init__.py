@@ -1,4 +1,4 @@
-"""Ovi: a prompt, and a first frame where one is given, to a video with sound."""
+"""Ovi: a prompt, and a first frame where one is given, to a video with audio."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _RECIPES = "port_kit.models.ovi.recipe"
 
 PORT = Port(
     name="ovi",
-    title="Ovi: a prompt, or a first frame and a prompt, to a 5 or 10 s video with sound",
+    title="Ovi: a prompt, or a first frame and a prompt, to a 5 or 10 s video with audio",
     class_name="OviPipeline",
     pipeline="port_kit.models.ovi.pipeline:OviPipeline",
     output_type="video",

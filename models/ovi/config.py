@@ -13,7 +13,7 @@ from port_kit.models.wan.pipeline.request import (
     MAX_SIDE,
     SIZE_MULTIPLE,
     FusionRequest,
-    Lengths,
+    LatentLengths,
     media_of,
     parse_common,
     prompt_fields,
@@ -24,7 +24,7 @@ GUIDANCE_BRANCHES = 2  # of the transformer, a step: with the prompt, with the n
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint has its area
 DEFAULT_SEED = 103
 SKIP_BLOCK = 11  # left out in the pass with the negative prompts; the original calls it slg_layer
-#: How far a picture's ratio may lie from that of a height and width given beside it.
+#: How far an image's ratio may lie from that of a height and width given beside it.
 RATIO_TOLERANCE = 0.02
 
 #: How a checkpoint was taught to read what is heard: between tags, or after a label at the end.
@@ -47,19 +47,19 @@ class Variant:
     file: str
     video_area: int
     audio_prompt: str
-    lengths: Lengths
+    lengths: LatentLengths
 
 
 #: Ovi 1.0 is the first, Ovi 1.1 the other two.
 VARIANTS: Mapping[str, Variant] = {
-    "720x720_5s": Variant("model.safetensors", 720 * 720, TAGS, Lengths(31, 157)),
-    "960x960_5s": Variant("model_960x960.safetensors", 960 * 960, LABEL, Lengths(31, 157)),
-    "960x960_10s": Variant("model_960x960_10s.safetensors", 960 * 960, LABEL, Lengths(61, 314)),
+    "720x720_5s": Variant("model.safetensors", 720 * 720, TAGS, LatentLengths(31, 157)),
+    "960x960_5s": Variant("model_960x960.safetensors", 960 * 960, LABEL, LatentLengths(31, 157)),
+    "960x960_10s": Variant("model_960x960_10s.safetensors", 960 * 960, LABEL, LatentLengths(61, 314)),
 }
 
 
 @dataclass(frozen=True)
-class Model:
+class CheckpointOptions:
     """What a model directory says about requests.
 
     Attributes:
@@ -75,7 +75,7 @@ class Model:
     blocks: int
 
     @classmethod
-    def from_index(cls, index: Mapping[str, Any], blocks: int) -> Model:
+    def from_index(cls, index: Mapping[str, Any], blocks: int) -> CheckpointOptions:
         """Read ``model_index.json``; raises PortKitError (``model_incomplete``) where it lacks a key."""
         missing = [name for name in ("video_area", "audio_prompt", "skip_block") if name not in index]
         if missing:
@@ -96,7 +96,7 @@ class GuidanceScales:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest(FusionRequest):
+class OviRequest(FusionRequest):
     """One checked request.
 
     Attributes:
@@ -110,11 +110,11 @@ class GenerationRequest(FusionRequest):
     scales: GuidanceScales = field(default_factory=GuidanceScales)
 
 
-def parse_request(prompt: Any, sampling: Any, lengths: Lengths, model: Model) -> GenerationRequest:
-    """Check a request, the picture's content aside; with a picture, :func:`size_of_picture` decides on the size.
+def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: CheckpointOptions) -> OviRequest:
+    """Check a request, the image's content aside; with an image, :func:`size_for_image` decides on the size.
 
     Args:
-        prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": picture}}`` as vLLM-Omni takes it.
+        prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": image}}`` as vLLM-Omni takes it.
         sampling: ``OmniDiffusionSamplingParams``. Its ``extra_args`` hold the options of
             :func:`~port_kit.models.wan.pipeline.request.parse_common`, the fields of :class:`GuidanceScales` and
             ``slg_layer``. Height and width give the aspect ratio.
@@ -130,7 +130,7 @@ def parse_request(prompt: Any, sampling: Any, lengths: Lengths, model: Model) ->
     height, width = size_for_area(height, width, model.video_area)
     skip = (sampling.extra_args or {}).get("slg_layer", model.skip_block)
     common["prompt"] = format_prompt(common["prompt"], model.audio_prompt)
-    return GenerationRequest(
+    return OviRequest(
         **common,
         height=height,
         width=width,
@@ -154,14 +154,14 @@ def _ratio(sampling: Any) -> tuple[int, int]:
 
 
 def _image(media: Mapping[str, Any]) -> Any:
-    images, sounds = as_list(media.get("image")), as_list(media.get("audio"))
+    images, audios = as_list(media.get("image")), as_list(media.get("audio"))
     if len(images) > 1:
-        raise InputError(f"{len(images)} pictures; one, the first frame, is taken", code="input_count")
-    if sounds:
+        raise InputError(f"{len(images)} images; one, the first frame, is taken", code="input_count")
+    if audios:
         raise InputError(
-            f"{len(sounds)} sound(s); this model reads none",
+            f"{len(audios)} audio(s); this model reads none",
             code="input_count",
-            hint="describe the sound in the prompt",
+            hint="describe the audio in the prompt",
         )
     return images[0] if images else None
 
@@ -184,8 +184,8 @@ def size_for_area(height: int, width: int, area: int) -> tuple[int, int]:
     return _checked(cells[0] * SIZE_MULTIPLE, cells[1] * SIZE_MULTIPLE, height, width)
 
 
-def size_of_picture(height: int, width: int, area: int) -> tuple[int, int]:
-    """Choose the size in multiples of 32 pixels that comes nearest to the area, then to the picture's ratio.
+def size_for_image(height: int, width: int, area: int) -> tuple[int, int]:
+    """Choose the size in multiples of 32 pixels that comes nearest to the area, then to the image's ratio.
 
     The candidates are those of the original: seven numbers of rows around the ideal one with the columns that suit
     their ratio, and the sides scaled one by one.
@@ -203,16 +203,16 @@ def size_of_picture(height: int, width: int, area: int) -> tuple[int, int]:
 
 
 def check_ratio(sampling: Any, height: int, width: int) -> None:
-    """Refuse a height and width that another ratio than the picture's ``height`` x ``width`` belongs to."""
+    """Refuse a height and width that another ratio than the image's ``height`` x ``width`` belongs to."""
     if sampling.height is None:
         return
     given, found = sampling.width / sampling.height, width / height
     if abs(given / found - 1) > RATIO_TOLERANCE:
         raise InputError(
-            f"height and width are {sampling.height} and {sampling.width}, the picture is {height}x{width}; "
-            "the video takes the picture's ratio",
+            f"height and width are {sampling.height} and {sampling.width}, the image is {height}x{width}; "
+            "the video takes the image's ratio",
             code="input_size",
-            hint="leave height and width out, or crop the picture",
+            hint="leave height and width out, or crop the image",
         )
 
 

@@ -15,14 +15,14 @@ from port_kit.testing.tiny_fusion import download_tiny
 from port_kit.testing.workers import Request
 
 #: Flows must agree to 5e-6. One step takes what guidance makes of the rest, up to 8 times as much, to the latents
-#: whole, and a vocoder of random weights, near its full scale, to the sound.
+#: whole, and a vocoder of random weights, near its full scale, to the audio.
 OUTPUT_TOLERANCE = 5e-3
 
 
 def tiny_subject(scratch: Path) -> ParallelTestCase:
     """Download the tiny model from a loopback Hub into ``scratch``, and return it with a request."""
     report = download_tiny(RECIPE, scratch / "tiny")
-    picture = Image.new("RGB", (96, 64), (200, 30, 90))
-    prompt = {"prompt": "rain on a roof. Audio: rain", "multi_modal_data": {"image": picture}}
+    image = Image.new("RGB", (96, 64), (200, 30, 90))
+    prompt = {"prompt": "rain on a roof. Audio: rain", "multi_modal_data": {"image": image}}
     request = Request(prompt, {"num_inference_steps": 1, "seed": 11})
     return ParallelTestCase(Path(report.directory), [request], output_tolerance=OUTPUT_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Ovi on vLLM-Omni: a prompt, and a first frame where one is given, to a video with sound.
+"""Ovi on vLLM-Omni: a prompt, and a first frame where one is given, to a video with audio.
 
 Shapes: C latent channels, F latent frames, h and w latent cells (16 pixels), L audio latents.
 """
@@ -16,9 +16,9 @@ from vllm_omni.diffusion.models.interface import SupportImageInput
 from port_kit.models.ovi import config
 from port_kit.models.ovi.weights import COMPONENTS
 from port_kit.models.wan.pipeline.conditioning_media import load_image, resize_image
-from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, admission, get_post_process_func
-from port_kit.models.wan.pipeline.request import Lengths
-from port_kit.models.wan.pipeline.request_state import Conditions, Denoising
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, get_post_process_func, make_pre_process_func
+from port_kit.models.wan.pipeline.request import LatentLengths
+from port_kit.models.wan.pipeline.request_state import DenoiseState, EncodedConditioning
 from port_kit.models.wan.transformer.config import FusionConfig
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.pipeline.loading import read_json
@@ -28,7 +28,7 @@ __all__ = ["OviPipeline", "get_post_process_func", "get_pre_process_func"]
 
 
 class OviPipeline(FusionPipeline, SupportImageInput):
-    """A first frame that is given is written into the clip before every step, and its tokens have timestep 0.
+    """Pipeline that writes a given first frame into the latents before every step; its tokens have timestep 0.
 
     Attributes:
         model: what the model directory says about requests.
@@ -42,48 +42,50 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         """Read the checkpoint's own facts too."""
         super().read_directory(model)
         transformer = FusionConfig.from_dict(read_json(model, "transformer/config.json"))
-        self.model = config.Model.from_index(self.index, blocks=transformer.num_layers)
+        self.options = config.CheckpointOptions.from_index(self.index, blocks=transformer.num_layers)
 
-    def read(
-        self, prompt: Any, sampling: Any, lengths: Lengths
-    ) -> tuple[config.GenerationRequest, Sequence[Tensor], Sequence[Tensor]]:
-        """Return the checked request, its picture (3, H, W) in [-1, 1] if it has one, and no voices.
+    def preprocess(
+        self, prompt: Any, sampling: Any, lengths: LatentLengths
+    ) -> tuple[config.OviRequest, Sequence[Tensor], Sequence[Tensor]]:
+        """Return the checked request, its image (3, H, W) in [-1, 1] if it has one, and no audio.
 
         Raises:
             InputError: the request cannot be served.
         """
-        request = config.parse_request(prompt, sampling, lengths, self.model)
-        pictures: list[Tensor] = []
+        request = config.parse_request(prompt, sampling, lengths, self.options)
+        images: list[Tensor] = []
         if request.image is not None:
             image = load_image(request.image)
             config.check_ratio(sampling, image.height, image.width)
-            height, width = config.size_of_picture(image.height, image.width, self.model.video_area)
+            height, width = config.size_for_image(image.height, image.width, self.options.video_area)
             request = replace(request, height=height, width=width)
-            pictures = [resize_image(image, height, width)]
+            images = [resize_image(image, height, width)]
         request.check_noise(lengths)
-        return request, pictures, ()
+        return request, images, ()
 
-    def hold(self, video: Tensor, audio: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+    def reapply_conditioning(
+        self, video: Tensor, audio: Tensor, conditioning: EncodedConditioning
+    ) -> tuple[Tensor, Tensor]:
         """Return the latents with the given first frame in its place."""
-        first = conditions.pictures
+        first = conditioning.images
         return torch.cat((first, video[:, :, first.shape[2] :]), dim=2), audio
 
-    def branches(self, state: Denoising) -> list[dict[str, Any]]:
-        """Return the two passes of a step: with the prompt; with the negative prompts and one block left out."""
-        given, request = state.conditions, state.job.request
+    def branches(self, state: DenoiseState) -> list[dict[str, Any]]:
+        """Return the two branches of a step: with the prompt; with the negative prompts and one block left out."""
+        given, request = state.conditioning, state.prepared.request
 
-        def put(texts: tuple[TextContext, TextContext], skip_block: int | None) -> dict[str, Any]:
+        def arguments(texts: tuple[TextContext, TextContext], skip_block: int | None) -> dict[str, Any]:
             return {
                 "video": state.video,
                 "audio": state.audio,
                 "timestep": state.timestep,
                 "video_text": texts[0],
                 "audio_text": texts[1],
-                "first_frame_clean": given.pictures.shape[2] > 0,
+                "first_frame_clean": given.images.shape[2] > 0,
                 "skip_block": skip_block,
             }
 
-        return [put(given.texts, None), put(given.negatives, request.skip_block or None)]
+        return [arguments(given.texts, None), arguments(given.negatives, request.skip_block or None)]
 
     def combine_multi_branch_cfg_noise(
         self, predictions: list[Any], true_cfg_scale: Any, cfg_normalize: bool = False
@@ -91,7 +93,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         """Guide each modality by the text with its own scale.
 
         Args:
-            predictions: (video, audio) of both passes, in the order of :meth:`branches`.
+            predictions: (video, audio) of both branches, in the order of :meth:`branches`.
             true_cfg_scale: :class:`~port_kit.models.ovi.config.GuidanceScales` as a dict.
             cfg_normalize: not used by this model.
         """
@@ -105,4 +107,4 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         return video, audio
 
 
-get_pre_process_func = admission(OviPipeline)
+get_pre_process_func = make_pre_process_func(OviPipeline)

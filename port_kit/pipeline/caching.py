@@ -1,8 +1,8 @@
-"""Cache-DiT with guidance: every pass of a step has a memory of its own, however many of them a rank runs.
+"""Cache-DiT with guidance: one cache context per branch of a step.
 
-Cache-DiT compares a block's residual with that of the call before. It can keep the two passes of plain guidance apart;
-with more of them it would compare a pass with another one of the same step, and reuse the wrong residuals. Here each
-pass has its own context, put in place before the transformer is called, so that the cache sees one pass after step.
+Cache-DiT compares the residual of a block with that of the previous call. It separates two branches. With more of them
+it would compare branches with each other and reuse the wrong residuals. Here each branch has its own context, which is
+installed before the transformer is called.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
-def arrange_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, branches: int) -> None:
-    """Prepare a transformer for Cache-DiT, if that is on: one context for each pass that this rank runs in a step.
+def configure_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, branches: int) -> None:
+    """Prepare a transformer for Cache-DiT, if it is on: one context per branch that this rank runs in a step.
 
     Args:
-        transformer: gets an adapter configuration of its own; the class keeps its.
-        od_config: says whether Cache-DiT is on, and over how many ranks the passes go.
-        branches: guidance passes of one step; pass ``i`` runs on rank ``i`` modulo the number of ranks.
+        transformer: gets its own adapter configuration; that of the class is not changed.
+        od_config: the engine's configuration.
+        branches: guidance branches per step; branch ``i`` runs on rank ``i`` modulo the number of ranks.
 
     Raises:
-        ParallelError: ranks would run unequal numbers of passes.
+        ParallelError: ranks would run unequal numbers of branches.
     """
     if od_config.cache_backend != "cache_dit":
         return
@@ -38,13 +38,13 @@ def arrange_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, bra
     declared: Any = transformer._cache_dit_adapter_config
     transformer._cache_dit_adapter_config = replace(declared, has_separate_cfg=False)
     if own > 1:
-        transformer.register_forward_pre_hook(PassContexts(own))
+        transformer.register_forward_pre_hook(BranchCacheContexts(own))
 
 
-class PassContexts:
-    """Puts the next pass's context in place before every call of the transformer.
+class BranchCacheContexts:
+    """Forward pre-hook that installs the context of the next branch.
 
-    A new request gets a new context from vLLM-Omni; that one is not ours, which is how its first pass is known.
+    vLLM-Omni makes a new context per request. An unknown context therefore marks the first branch of a request.
 
     Args:
         branches: of one step, on this rank, always in the same order.
@@ -56,7 +56,7 @@ class PassContexts:
         self.kept: dict[str, list[Any]] = {}
 
     def __call__(self, transformer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Exchange the contexts of all lists of blocks; nothing while the cache is off."""
+        """Replace the contexts of all lists of blocks; do nothing while the cache is off."""
         manager: Any = getattr(transformer, "_context_manager", None)
         if manager is None:
             return

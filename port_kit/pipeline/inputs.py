@@ -150,7 +150,7 @@ def check_adapter(adapter: object) -> None:
         )
 
 
-def refusal(error: PortKitError) -> Exception:
+def to_client_error(error: PortKitError) -> Exception:
     """Return a request's error as one that vLLM-Omni answers with 400."""
     from vllm_omni.errors import OmniClientError
 

@@ -30,7 +30,7 @@ def to_frames(video: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def envelope(output: dict[str, torch.Tensor], *, fps: int, sample_rate: int) -> dict[str, Any]:
+def to_omni_payload(output: dict[str, torch.Tensor], *, fps: int, sample_rate: int) -> dict[str, Any]:
     """Put the worker's output into the form that vLLM-Omni's formatter and its video server read.
 
     Args:
@@ -40,7 +40,7 @@ def envelope(output: dict[str, torch.Tensor], *, fps: int, sample_rate: int) -> 
     """
     video: np.ndarray = _array(output["video"])
     audio: np.ndarray = _array(output["audio"]).astype(np.float32)
-    # Several videos are a list, and each is then one of the result's images; their sounds stay one array.
+    # Several videos are a list, and each is then one of the result's images; their audios stay one array.
     return {
         "payload": {"video": list(video) if video.ndim == 5 else video, "audio": audio},
         "metadata": {"video": {"fps": fps}, "audio": {"sample_rate": sample_rate}},
@@ -52,7 +52,7 @@ def _array(value: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def write_mp4(path: Path | str, frames: np.ndarray, samples: np.ndarray, *, fps: float, sample_rate: int) -> Path:
-    """Write H.264 video with AAC sound, with vLLM-Omni's own encoder (the one behind ``/v1/videos``).
+    """Write H.264 video with AAC audio, with vLLM-Omni's own encoder (the one behind ``/v1/videos``).
 
     Args:
         path: the file; its folder is made.
@@ -68,8 +68,8 @@ def write_mp4(path: Path | str, frames: np.ndarray, samples: np.ndarray, *, fps:
         raise InputError(f"frames are {found}; uint8 (F, H, W, 3) is required", code="media_write")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sound = np.clip(np.asarray(samples, dtype=np.float32).reshape(-1), -1.0, 1.0)
-    path.write_bytes(mux_video_audio_bytes(np.ascontiguousarray(frames), sound, fps=fps, audio_sample_rate=sample_rate))
+    audio = np.clip(np.asarray(samples, dtype=np.float32).reshape(-1), -1.0, 1.0)
+    path.write_bytes(mux_video_audio_bytes(np.ascontiguousarray(frames), audio, fps=fps, audio_sample_rate=sample_rate))
     return path
 
 
@@ -78,21 +78,21 @@ def write_result(path: Path | str, result: Any) -> list[Path]:
 
     Args:
         path: the file, or the pattern of several.
-        result: of a request to a port that gives videos with sound.
+        result: of a request to a port that gives videos with audio.
     """
     extra, path = result.multimodal_output, Path(path)
     rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
-    sounds = np.asarray(extra["audio"])
+    audios = np.asarray(extra["audio"])
     if len(result.images) == 1:
-        return [write_mp4(path, result.images[0], sounds, fps=fps, sample_rate=rate)]
+        return [write_mp4(path, result.images[0], audios, fps=fps, sample_rate=rate)]
     return [
-        write_mp4(path.with_stem(f"{path.stem}_{i}"), video, sound, fps=fps, sample_rate=rate)
-        for i, (video, sound) in enumerate(zip(result.images, sounds, strict=True), 1)
+        write_mp4(path.with_stem(f"{path.stem}_{i}"), video, audio, fps=fps, sample_rate=rate)
+        for i, (video, audio) in enumerate(zip(result.images, audios, strict=True), 1)
     ]
 
 
 @dataclass(frozen=True)
-class Mp4Facts:
+class MediaInfo:
     """What a file holds, measured by decoding it.
 
     Attributes:
@@ -121,12 +121,12 @@ class Mp4Facts:
         """Return one line for people."""
         return (
             f"{path}: {self.frames} frames {self.width}x{self.height} at {self.fps:g} fps "
-            f"({self.video_codec}, {self.video_seconds:.2f} s), sound at {self.sample_rate} Hz "
+            f"({self.video_codec}, {self.video_seconds:.2f} s), audio at {self.sample_rate} Hz "
             f"({self.audio_codec}, {self.audio_seconds:.2f} s, peak {self.peak:.2f})"
         )
 
 
-def measure_mp4(path: Path | str) -> Mp4Facts:
+def measure_mp4(path: Path | str) -> MediaInfo:
     """Decode a file completely and say what is in it.
 
     Raises:
@@ -141,7 +141,7 @@ def measure_mp4(path: Path | str) -> Mp4Facts:
         raise InputError(f"{path} cannot be read: {error}", code="media_write") from error
 
 
-def _measure(container: av.container.InputContainer) -> Mp4Facts:
+def _measure(container: av.container.InputContainer) -> MediaInfo:
     video, audio = container.streams.video[0], container.streams.audio[0]
     frames, samples, peak = 0, 0, 0.0
     for frame in container.decode(video, audio):
@@ -151,7 +151,7 @@ def _measure(container: av.container.InputContainer) -> Mp4Facts:
             samples += frame.samples
             peak = max(peak, float(np.abs(frame.to_ndarray()).max(initial=0.0)))
     fps = float(video.average_rate or math.nan)
-    return Mp4Facts(
+    return MediaInfo(
         frames=frames,
         fps=fps,
         height=video.height,

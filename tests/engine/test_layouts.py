@@ -26,9 +26,9 @@ PATIENCE = 1800
 @pytest.fixture(scope="module")
 def traced_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The goldens' tiny DreamID-Omni, served by a pipeline that tells what its ranks do."""
-    from port_kit.models.wan.parity.pipeline_cases import Recording, assemble
+    from port_kit.models.wan.parity.pipeline_cases import RunRecording, assemble
 
-    recording = Recording.read(goldens / "e2e_dreamid")
+    recording = RunRecording.read(goldens / "e2e_dreamid")
     model = assemble(goldens, tmp_path_factory.mktemp("models") / "tiny", recording.record)
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "TracedDreamIDPipeline"}))

@@ -10,17 +10,17 @@ import pytest
 @pytest.fixture(scope="session")
 def dreamid_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DreamID-Omni, made with the recipe's own file rules and conversion; float32 positions, as recorded."""
-    from port_kit.models.wan.parity.pipeline_cases import Recording, assemble
+    from port_kit.models.wan.parity.pipeline_cases import RunRecording, assemble
 
-    recording = Recording.read(goldens / "e2e_dreamid")
+    recording = RunRecording.read(goldens / "e2e_dreamid")
     return assemble(goldens, tmp_path_factory.mktemp("models") / "tiny", recording.record)
 
 
 @pytest.fixture(scope="session")
 def ovi_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ovi, made with the recipe's own file rules and conversion; frames of 4096 pixels, as recorded."""
-    from port_kit.models.wan.parity.pipeline_cases import Recording, assemble
+    from port_kit.models.wan.parity.pipeline_cases import RunRecording, assemble
     from port_kit.models.wan.parity.recorded_runs import OVI_T2V
 
-    recording = Recording.read(goldens / OVI_T2V.folder)
+    recording = RunRecording.read(goldens / OVI_T2V.folder)
     return assemble(goldens, tmp_path_factory.mktemp("models") / "ovi", recording.record, OVI_T2V)

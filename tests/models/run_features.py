@@ -16,12 +16,12 @@ import numpy as np
 
 
 def summary(result: Any) -> dict[str, Any]:
-    """Sums of each video and of each sound."""
-    sounds = np.asarray(result.multimodal_output["audio"], dtype=np.float64)
+    """Sums of each video and of each audio."""
+    audios = np.asarray(result.multimodal_output["audio"], dtype=np.float64)
     return {
         "shape": [list(np.asarray(video).shape) for video in result.images],
         "video": [int(np.asarray(video).astype(np.int64).sum()) for video in result.images],
-        "sound": [float(np.abs(sound).sum()) for sound in sounds.reshape(len(result.images), -1)],
+        "audio": [float(np.abs(audio).sum()) for audio in audios.reshape(len(result.images), -1)],
     }
 
 

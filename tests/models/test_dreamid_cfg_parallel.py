@@ -1,4 +1,4 @@
-"""The four passes of a step on 1, 2 and 4 ranks: the same video and sound, and each rank ran its share only."""
+"""The four passes of a step on 1, 2 and 4 ranks: the same video and audio, and each rank ran its share only."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ STEPS = 2
 
 
 def talk() -> Request:
-    """A small request with one picture and one voice."""
-    voice = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
-    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [voice]}
+    """A small request with one image and one audio."""
+    audio = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
+    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [audio]}
     prompt = {"prompt": "one person sings", "multi_modal_data": media}
     return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": STEPS, "seed": 11})
 

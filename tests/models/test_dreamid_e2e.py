@@ -17,8 +17,9 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from port_kit.models.dreamid_omni import PORT
 from port_kit.models.dreamid_omni.config import GuidanceScales
 from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
-from port_kit.models.wan.parity.pipeline_cases import Recording, load_pipeline, request_of, run_e2e
-from port_kit.models.wan.pipeline.request_state import Job
+from port_kit.models.wan.parity.pipeline_cases import RunRecording, load_pipeline, request_of, run_e2e
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
+from port_kit.models.wan.pipeline.request_state import PreparedRequest
 from port_kit.parity import Case, run_case
 from port_kit.port import find_port
 from port_kit.runtime.single_process import single_rank
@@ -32,9 +33,9 @@ def pipeline(dreamid_model: Path) -> Iterator[DreamIDOmniPipeline]:
 
 
 @pytest.fixture(scope="module")
-def recording(goldens: Path) -> Recording:
+def recording(goldens: Path) -> RunRecording:
     """What the reference engine was given and what it gave."""
-    return Recording.read(goldens / "e2e_dreamid")
+    return RunRecording.read(goldens / "e2e_dreamid")
 
 
 def request(media: tuple[Any, Any], request_id: str = "test", **sampling: Any) -> DiffusionRequestBatch:
@@ -42,6 +43,11 @@ def request(media: tuple[Any, Any], request_id: str = "test", **sampling: Any) -
     fields = {"height": 64, "width": 96, "num_inference_steps": 2, "seed": 5, **sampling}
     prompt = {"prompt": "two people talk", "multi_modal_data": {"image": media[0], "audio": media[1]}}
     return DiffusionRequestBatch([OmniDiffusionRequest(prompt, OmniDiffusionSamplingParams(**fields), request_id)])
+
+
+def prepare(pipeline: FusionPipeline, batch: DiffusionRequestBatch) -> PreparedRequest:
+    """Prepare the only request of a batch."""
+    return pipeline.prepare(batch.prompts[0], batch.sampling_params)
 
 
 def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
@@ -63,7 +69,7 @@ def test_every_step_video_and_sound_match_the_reference_engine(goldens: Path) ->
 
 
 def test_the_whole_request_gives_121_frames_and_their_sound(
-    pipeline: DreamIDOmniPipeline, recording: Recording
+    pipeline: DreamIDOmniPipeline, recording: RunRecording
 ) -> None:
     output = pipeline.forward(request_of(recording)).output
     assert output["video"].shape == (121, 64, 96, 3) and output["video"].dtype == torch.uint8
@@ -73,12 +79,12 @@ def test_the_whole_request_gives_121_frames_and_their_sound(
     assert (frames - expected).abs().max() < 1 / 127 + 1e-4
 
 
-def test_seeds_make_noise_that_is_the_same_again(pipeline: DreamIDOmniPipeline, recording: Recording) -> None:
+def test_seeds_make_noise_that_is_the_same_again(pipeline: DreamIDOmniPipeline, recording: RunRecording) -> None:
     media = recording.media("image"), recording.media("audio")
-    job = pipeline.prepare(request(media))
-    first, again = pipeline.noise(job), pipeline.noise(job)
+    prepared = prepare(pipeline, request(media))
+    first, again = pipeline.noise(prepared), pipeline.noise(prepared)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    other = pipeline.noise(pipeline.prepare(request(media, seed=6)))
+    other = pipeline.noise(prepare(pipeline, request(media, seed=6)))
     assert not torch.equal(first[0], other[0])
     # One seed, one generator a modality: both begin with the same numbers.
     assert torch.allclose(first[0].flatten()[:16], first[1].flatten()[:16])
@@ -104,11 +110,11 @@ def test_the_start_up_run_is_short(pipeline: DreamIDOmniPipeline) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"image": []}, "no reference picture"),
-        ({"audio": None}, "no reference voice"),
-        ({"image": 1}, "2 voice(s)"),
-        ({"image": [b"corrupt", b"corrupt"]}, "picture 1 cannot be read"),
-        ({"audio": [np.zeros(16_000, np.float32)] * 2}, "voice 1 lasts 1.00 s"),
+        ({"image": []}, "no reference image"),
+        ({"audio": None}, "no reference audio"),
+        ({"image": 1}, "2 reference audio(s)"),
+        ({"image": [b"corrupt", b"corrupt"]}, "image 1 cannot be read"),
+        ({"audio": [np.zeros(16_000, np.float32)] * 2}, "reference audio 1 lasts 1.00 s"),
         ({"height": 72}, "height is 72"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"extra_args": {"video_cfg_scale": float("nan")}}, "video_cfg_scale is nan"),
@@ -119,20 +125,20 @@ def test_the_start_up_run_is_short(pipeline: DreamIDOmniPipeline) -> None:
 )
 def test_a_bad_request_is_a_clients_error_before_any_model_runs(
     pipeline: DreamIDOmniPipeline,
-    recording: Recording,
+    recording: RunRecording,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, Any],
     says: str,
 ) -> None:
-    ran: list[Job] = []
+    ran: list[PreparedRequest] = []
     monkeypatch.setattr(pipeline, "generate", ran.append)
-    images, voices = recording.media("image"), recording.media("audio")
+    images, audios = recording.media("image"), recording.media("audio")
     change = dict(change)
     images = images[:1] if change.get("image") == 1 else change.pop("image", images)
     change.pop("image", None)
-    voices = change.pop("audio", voices)
+    audios = change.pop("audio", audios)
     prompt = change.pop("prompt", None)
-    batch = request((images, voices), **change)
+    batch = request((images, audios), **change)
     if prompt is not None:
         batch.requests[0].prompt["prompt"] = prompt
     result = pipeline.forward(batch)
@@ -143,11 +149,11 @@ def test_a_bad_request_is_a_clients_error_before_any_model_runs(
 
 
 def test_guidance_pushes_each_modality_by_its_own_references() -> None:
-    full, no_text, no_pictures, no_voices = (
+    full, no_text, no_images, no_audios = (
         (torch.tensor(v), torch.tensor(a)) for v, a in ((5, 7), (1, 2), (3, 4), (2, 6))
     )
     scales = dataclasses.asdict(GuidanceScales(3.0, 1.5, 4.0, 2.0))
     combine = DreamIDOmniPipeline.combine_multi_branch_cfg_noise
-    video, audio = combine(None, [full, no_text, no_pictures, no_voices], scales)  # type: ignore[arg-type]
+    video, audio = combine(None, [full, no_text, no_images, no_audios], scales)  # type: ignore[arg-type]
     assert video == 1 + 3.0 * (5 - 1) + 1.5 * (5 - 3)
     assert audio == 2 + 4.0 * (7 - 2) + 2.0 * (7 - 6)

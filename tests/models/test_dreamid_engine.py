@@ -29,24 +29,24 @@ def answers(dreamid_model: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 def test_a_good_request_gives_a_video_with_its_sound(answers: dict[str, dict[str, Any]]) -> None:
     good = answers["good before"]
     assert (good["type"], good["video"], good["dtype"]) == ("video", [121, 64, 96, 3], "uint8")
-    assert (good["sound"], good["rate"], good["fps"]) == ([80_384], 16_000, 24)
+    assert (good["audio"], good["rate"], good["fps"]) == ([80_384], 16_000, 24)
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("no pictures", "no reference picture"),
-        ("no sound", "no reference voice"),
-        ("text only", "no reference picture"),
-        ("unequal counts", "1 reference picture(s) and 2 voice(s)"),
+        ("no images", "no reference image"),
+        ("no audio", "no reference audio"),
+        ("text only", "no reference image"),
+        ("unequal counts", "1 reference image(s) and 2 reference audio(s)"),
         ("size", "height is 100; a multiple of 32 is required"),
         ("zero steps", "num_inference_steps is 0"),
         ("negative steps", "num_inference_steps is -2"),
         ("long prompt", "prompt has 10000 characters"),
-        ("corrupt picture", "picture 1 cannot be read"),
-        ("missing file", "voice 1 cannot be read"),
-        ("short voice", "voice 2 lasts 1.25 s"),
-        ("wrong type", "picture 1 is int"),
+        ("corrupt image", "image 1 cannot be read"),
+        ("missing file", "reference audio 1 cannot be read"),
+        ("short audio", "reference audio 2 lasts 1.25 s"),
+        ("wrong type", "image 1 is int"),
         ("scale", "audio_cfg_scale is nan"),
         ("misspelt", "did you mean 'video_cfg_scale'"),
     ],

@@ -9,15 +9,15 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.errors import CODES, InputError
 from port_kit.models.dreamid_omni import config
-from port_kit.models.dreamid_omni.config import GenerationRequest, GuidanceScales, parse_request
-from port_kit.models.wan.pipeline.request import Lengths
+from port_kit.models.dreamid_omni.config import DreamIDOmniRequest, GuidanceScales, parse_request
+from port_kit.models.wan.pipeline.request import LatentLengths
 
-LENGTHS = Lengths(31, 157)
+LENGTHS = LatentLengths(31, 157)
 
 
 def parse(
     prompt: Any = "a talk", *, image: Any = ("a.png",), audio: Any = ("a.wav",), **sampling: Any
-) -> GenerationRequest:
+) -> DreamIDOmniRequest:
     """Parse a request that is good apart from what is given."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image, "audio": audio}}
     return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS)
@@ -57,16 +57,16 @@ def test_guidance_scale_is_the_videos_only_where_a_request_sets_it() -> None:
 
 def test_one_reference_need_not_be_a_list_and_a_waveform_with_its_rate_is_one() -> None:
     request = parse(image="a.png", audio=([0.0], 16000))
-    assert (request.images, request.voices) == (("a.png",), (([0.0], 16000),))
+    assert (request.images, request.audios) == (("a.png",), (([0.0], 16000),))
 
 
 @pytest.mark.parametrize(
     ("change", "code", "says"),
     [
-        ({"image": None}, "input_missing", "no reference picture"),
-        ({"image": []}, "input_missing", "no reference picture"),
-        ({"audio": None}, "input_missing", "no reference voice"),
-        ({"image": ["a", "b"]}, "input_count", "2 reference picture(s) and 1 voice(s)"),
+        ({"image": None}, "input_missing", "no reference image"),
+        ({"image": []}, "input_missing", "no reference image"),
+        ({"audio": None}, "input_missing", "no reference audio"),
+        ({"image": ["a", "b"]}, "input_count", "2 reference image(s) and 1 reference audio(s)"),
         ({"image": ["a"] * 28, "audio": ["b"] * 28}, "input_count", f"at most {config.MAX_REFERENCES}"),
         ({"prompt": ""}, "input_missing", "prompt is empty"),
         ({"prompt": " \n"}, "input_missing", "prompt is empty"),
@@ -114,7 +114,7 @@ def test_options_of_the_servers_own_are_left_alone() -> None:
 
 @pytest.mark.parametrize("prompt", ["plain text", {"prompt": "p"}, {"prompt": "p", "multi_modal_data": None}])
 def test_a_prompt_without_references_is_refused(prompt: Any) -> None:
-    with pytest.raises(InputError, match="no reference picture"):
+    with pytest.raises(InputError, match="no reference image"):
         parse_request(prompt, OmniDiffusionSamplingParams(), LENGTHS)
 
 

@@ -38,7 +38,7 @@ def answers(ovi_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def same(one: dict[str, Any], other: dict[str, Any], row: int = 0) -> bool:
     """Whether a request's video ``row`` is the other's first, as far as sums tell; batches round differently."""
     video = abs(one["video"][row] / other["video"][0] - 1) < 1e-5
-    return video and one["sound"][row] == pytest.approx(other["sound"][0], rel=1e-3)
+    return video and one["audio"][row] == pytest.approx(other["audio"][0], rel=1e-3)
 
 
 def test_requests_at_the_same_time_give_what_each_gives_alone(answers: dict[str, dict[str, Any]]) -> None:
@@ -59,7 +59,7 @@ def test_a_refused_request_is_the_clients_error(answers: dict[str, dict[str, Any
 
 
 def test_several_videos_have_the_next_seeds(answers: dict[str, dict[str, Any]]) -> None:
-    assert len(answers["two"]["video"]) == len(answers["two"]["sound"]) == 2
+    assert len(answers["two"]["video"]) == len(answers["two"]["audio"]) == 2
     assert same(answers["two"], answers["alone"]) and same(answers["two"], answers["next seed"], 1)
     assert not same(answers["two"], answers["alone"], 1)
 

@@ -31,13 +31,13 @@ from port_kit.models.wan.parity.pipeline_cases import load_pipeline
 from port_kit.models.wan.pipeline import batching
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.models.wan.pipeline.request import check_cached_outputs
-from port_kit.models.wan.pipeline.request_state import Denoising
-from port_kit.models.wan.pipeline.step_execution import CLIPS
-from port_kit.pipeline.media import envelope, measure_mp4, write_result
+from port_kit.models.wan.pipeline.request_state import DenoiseState
+from port_kit.models.wan.pipeline.step_execution import STATES
+from port_kit.pipeline.media import measure_mp4, to_omni_payload, write_result
 from port_kit.runtime.single_process import single_rank
 
-VOICE = (0.1 * np.random.default_rng(0).standard_normal(40_000)).astype(np.float32)
-PICTURE = Image.new("RGB", (64, 64), (90, 120, 60))
+AUDIO = (0.1 * np.random.default_rng(0).standard_normal(40_000)).astype(np.float32)
+IMAGE = Image.new("RGB", (64, 64), (90, 120, 60))
 #: Of one request's latents, alone and in a batch: matrix products of other sizes round differently. They are of size 1.
 TOLERANCE = 2e-5
 
@@ -46,7 +46,7 @@ both_ports = pytest.mark.parametrize("pipeline", ["ovi", "dreamid_omni"], indire
 
 @pytest.fixture(scope="module")
 def pipeline(request: pytest.FixtureRequest, ovi_model: Path, dreamid_model: Path) -> Iterator[FusionPipeline]:
-    """A tiny pipeline that makes the shortest clip: 5 frames; Ovi where a test does not ask for both ports."""
+    """A tiny pipeline that makes the shortest state: 5 frames; Ovi where a test does not ask for both ports."""
     with single_rank(torch.float32), torch.inference_mode():
         made = load_pipeline(ovi_model if getattr(request, "param", "ovi") == "ovi" else dreamid_model)
         made.lengths = made.warm_up
@@ -54,10 +54,10 @@ def pipeline(request: pytest.FixtureRequest, ovi_model: Path, dreamid_model: Pat
 
 
 def media_of(pipeline: FusionPipeline, people: int = 1) -> dict[str, Any]:
-    """What the port's requests hold: Ovi's nothing, or a first frame for more people; else pictures with voices."""
+    """What the port's requests hold: Ovi's nothing, or a first frame for more people; else images with audios."""
     if type(pipeline).__name__ == "OviPipeline":
-        return {"image": PICTURE} if people > 1 else {}
-    return {"image": [PICTURE] * people, "audio": [VOICE] * people}
+        return {"image": IMAGE} if people > 1 else {}
+    return {"image": [IMAGE] * people, "audio": [AUDIO] * people}
 
 
 def ask(
@@ -77,12 +77,12 @@ def ask(
 def undecoded(pipeline: FusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results hold latents in place of frames and samples: exact to compare, and most of the time is decoding."""
 
-    def finish(clips: Sequence[Denoising]) -> DiffusionOutput:
-        assert all(clip.is_done for clip in clips)
-        video, audio = (torch.cat([getattr(clip, kind) for clip in clips]) for kind in ("video", "audio"))
+    def postprocess(states: Sequence[DenoiseState]) -> DiffusionOutput:
+        assert all(state.is_done for state in states)
+        video, audio = (torch.cat([getattr(state, kind) for state in states]) for kind in ("video", "audio"))
         return DiffusionOutput(output={"video": video, "audio": audio})
 
-    monkeypatch.setattr(pipeline, "finish", finish)
+    monkeypatch.setattr(pipeline, "postprocess", postprocess)
 
 
 def serve(pipeline: FusionPipeline, *requests: OmniDiffusionRequest) -> Any:
@@ -173,7 +173,7 @@ def test_a_cancelled_request_leaves_between_steps_and_the_others_run_on(pipeline
     engine.add(dropped)
     engine.add(kept)
     engine.step()
-    assert engine.runner.state_cache["dropped"].extra[CLIPS][0].index == 1
+    assert engine.runner.state_cache["dropped"].extra[STATES][0].index == 1
     engine.scheduler.finish_requests("dropped", DiffusionRequestStatus.FINISHED_ABORTED)
     assert engine.step() == ["kept"]
     assert not engine.runner.state_cache, "what a cancelled request held is still there"
@@ -211,7 +211,7 @@ def test_videos_of_one_request_are_those_of_requests_with_the_next_seeds(pipelin
 
 def test_several_videos_are_given_out_and_written_one_by_one(pipeline: FusionPipeline, tmp_path: Path) -> None:
     result = serve(pipeline, ask(pipeline, "n", num_inference_steps=1, num_outputs_per_prompt=2))
-    made = envelope(result.output, fps=24, sample_rate=16_000)["payload"]
+    made = to_omni_payload(result.output, fps=24, sample_rate=16_000)["payload"]
     assert [video.shape for video in made["video"]] == [(5, 64, 64, 3)] * 2
     assert made["video"][0].dtype == np.uint8 and made["audio"].shape == (2, *result.output["audio"].shape[1:])
     extra = {"audio": made["audio"], "audio_sample_rate": 16_000, "fps": 24}
@@ -262,12 +262,12 @@ def test_a_batch_shares_calls_where_requests_fit_and_gives_what_each_gives_alone
     )
     together = serve(pipeline, *requests)
     joined = max(rows)
-    tokens = [pipeline.job(one.prompt, one.sampling_params).tokens[0] for one in requests]
+    tokens = [pipeline.prepare(one.prompt, one.sampling_params).tokens[0] for one in requests]
     assert joined == 2 + (len(tokens[0]) == len(tokens[1])) and set(rows) == {1, joined}
     for request, result in zip(requests, together, strict=True):
         assert distance(result, serve(pipeline, request)) < TOLERANCE, request.request_id
     rows.clear()
-    monkeypatch.setattr(batching, "LARGEST_CALL", 1)
+    monkeypatch.setattr(batching, "MAX_BATCH_CELLS", 1)
     serve(pipeline, *requests[:2])
     assert set(rows) == {1}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from port_kit.errors import ConfigError, InputError
 from port_kit.models.wan.parity import activation_hooks, transformer_cases
-from port_kit.models.wan.parity.transformer_cases import FusionGolden, recorded_passes
+from port_kit.models.wan.parity.transformer_cases import TransformerGolden, recorded_forwards
 from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG, TRANSFORMER_CONFIG, FusionConfig
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.transformer.model import WanFusionTransformer
@@ -32,11 +32,11 @@ CASES = (
 
 
 @pytest.fixture(scope="session")
-def cases(goldens: Path) -> dict[str, FusionGolden]:
-    return recorded_passes(goldens)
+def cases(goldens: Path) -> dict[str, TransformerGolden]:
+    return recorded_forwards(goldens)
 
 
-def test_every_recorded_case_is_listed(cases: dict[str, FusionGolden]) -> None:
+def test_every_recorded_case_is_listed(cases: dict[str, TransformerGolden]) -> None:
     assert sorted(cases) == sorted(CASES)
 
 
@@ -54,32 +54,32 @@ def cases_outputs(goldens: Path, name: str) -> list[str]:
     return list(load_file(goldens / "fusion" / name / "outputs_fp32.safetensors"))
 
 
-def test_every_intermediate_value_is_watched(cases: dict[str, FusionGolden]) -> None:
+def test_every_intermediate_value_is_watched(cases: dict[str, TransformerGolden]) -> None:
     case = cases["dreamid_two_refs"]
     with single_rank(torch.float32):
         model = case.build()
-        with activation_hooks.record(model) as values:
+        with activation_hooks.record_activations(model) as values:
             case.run(model, 0, torch.float32)
-    assert list(values) == [probe.name for probe in activation_hooks.probes(model.config)]
+    assert list(values) == [hook.name for hook in activation_hooks.activation_hooks(model.config)]
     assert case.recorded("intermediates_fp32").keys() <= values.keys()
 
 
 def test_a_divergence_is_named_at_its_first_module(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = FusionGolden.build
+    build = TransformerGolden.build
 
-    def damaged(golden: FusionGolden) -> WanFusionTransformer:
+    def damaged(golden: TransformerGolden) -> WanFusionTransformer:
         model = build(golden)
         model.blocks[1].video.ffn.down.weight.data[0, 0] += 1.0
         return model
 
-    monkeypatch.setattr(FusionGolden, "build", damaged)
+    monkeypatch.setattr(TransformerGolden, "build", damaged)
     (case,) = [case for case in transformer_cases.cases(goldens) if case.name == "fusion/dreamid_two_refs fp32"]
     report = run_case(case)
     assert not report.ok
     assert report.first_divergence == "vid.block1.out"
 
 
-def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, FusionGolden]) -> None:
+def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, TransformerGolden]) -> None:
     case = cases["ovi_t2v"]
     with single_rank(torch.float32), torch.inference_mode():
         model = case.build()
@@ -89,7 +89,7 @@ def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, Fusi
         for step in (900, 500):
             time = torch.tensor(step)
             fresh = model(video, audio, time, raw[0], raw[1])
-            with activation_hooks.record(model) as values:
+            with activation_hooks.record_activations(model) as values:
                 again = model(video, audio, time, *kept)
             assert ("vid.context" in values) == (step == 900)
             assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))
@@ -97,13 +97,13 @@ def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, Fusi
 
 
 @pytest.mark.parametrize("unused", ["video", "audio"])
-def test_an_unused_stream_changes_nothing_of_the_other(unused: str, cases: dict[str, FusionGolden]) -> None:
+def test_an_unused_stream_changes_nothing_of_the_other(unused: str, cases: dict[str, TransformerGolden]) -> None:
     with single_rank(torch.float32), torch.inference_mode():
         model = cases["ovi_t2v"].build()
         inputs = (torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 20), torch.tensor(700))
         texts = torch.randn(2, 1, 6, model.config.text_dim)
         both = model(*inputs, *texts)
-        with activation_hooks.record(model) as values:
+        with activation_hooks.record_activations(model) as values:
             flows = model(*inputs, *texts, unused=unused)
     left_out = {"video": "vid", "audio": "audio"}[unused]
     assert not any(name.startswith((f"{left_out}.block2.ffn", f"{left_out}.head")) for name in values)
@@ -111,7 +111,7 @@ def test_an_unused_stream_changes_nothing_of_the_other(unused: str, cases: dict[
         assert torch.equal(flow, torch.zeros_like(expected) if name == unused else expected)
 
 
-def test_samples_of_a_batch_do_not_mix(cases: dict[str, FusionGolden]) -> None:
+def test_samples_of_a_batch_do_not_mix(cases: dict[str, TransformerGolden]) -> None:
     with single_rank(torch.float32), torch.inference_mode():
         model = cases["dreamid_two_refs"].build()
         video, audio = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 9, 20)
@@ -170,7 +170,7 @@ def test_a_wrong_config_is_refused(change: dict[str, object], message: str) -> N
         ({"skip_block": 3}, "block 3 is to be skipped of 3"),
     ],
 )
-def test_a_wrong_input_is_refused(change: dict[str, object], message: str, cases: dict[str, FusionGolden]) -> None:
+def test_a_wrong_input_is_refused(change: dict[str, object], message: str, cases: dict[str, TransformerGolden]) -> None:
     inputs = {"video": torch.zeros(1, 48, 2, 4, 4), "audio": torch.zeros(1, 5, 20), "timestep": torch.tensor(1)}
     inputs |= {"video_text": torch.zeros(1, 1, 64), "audio_text": torch.zeros(1, 1, 64)}
     with single_rank(torch.float32), torch.inference_mode():

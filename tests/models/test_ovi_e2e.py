@@ -18,8 +18,9 @@ from port_kit.models.ovi import PORT
 from port_kit.models.ovi.config import GuidanceScales
 from port_kit.models.ovi.pipeline import OviPipeline
 from port_kit.models.wan.parity.pipeline_cases import load_pipeline, ovi_cases, run_e2e
-from port_kit.models.wan.parity.recorded_runs import OVI_I2V, OVI_T2V, EndToEnd
-from port_kit.models.wan.pipeline.request_state import Job
+from port_kit.models.wan.parity.recorded_runs import OVI_I2V, OVI_T2V, RecordedRun
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
+from port_kit.models.wan.pipeline.request_state import PreparedRequest
 from port_kit.parity import Case, run_case
 from port_kit.port import find_port
 from port_kit.runtime.single_process import single_rank
@@ -40,6 +41,11 @@ def request(media: dict[str, Any] | None = None, request_id: str = "test", **sam
     return DiffusionRequestBatch([OmniDiffusionRequest(prompt, OmniDiffusionSamplingParams(**fields), request_id)])
 
 
+def prepare(pipeline: FusionPipeline, batch: DiffusionRequestBatch) -> PreparedRequest:
+    """Prepare the only request of a batch."""
+    return pipeline.prepare(batch.prompts[0], batch.sampling_params)
+
+
 def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
     assert find_port("ovi") == PORT
     assert PORT.class_name == OviPipeline.__name__
@@ -51,7 +57,7 @@ def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
 
 
 @pytest.mark.parametrize("run", [OVI_T2V, OVI_I2V], ids=lambda run: run.folder)
-def test_latents_video_and_sound_match_the_reference_engine(goldens: Path, run: EndToEnd) -> None:
+def test_latents_video_and_sound_match_the_reference_engine(goldens: Path, run: RecordedRun) -> None:
     report = run_case(Case(f"{run.folder} fp32", lambda: run_e2e(goldens, "fp32", run)))
     assert report.ok, report.to_json()
     names = [difference.name for difference in report.differences]
@@ -66,23 +72,23 @@ def test_the_ports_cases_are_its_runs_and_all_that_it_shares(goldens: Path) -> N
     assert {"umt5 fp32", "wan_vae fp32", "mmaudio fp32", "fusion/ovi_slg fp32", "fusion/rope fp32"} <= set(names)
 
 
-def test_a_first_frame_stays_and_its_picture_gives_the_size(pipeline: OviPipeline) -> None:
+def test_a_first_frame_stays_and_its_image_gives_the_size(pipeline: OviPipeline) -> None:
     with torch.inference_mode():
-        job = pipeline.prepare(request({"image": Image.new("RGB", (300, 150), (200, 30, 90))}))
-        assert (job.request.height, job.request.width) == (32, 96)
-        state = pipeline.start(job)
-        first = state.conditions.pictures
+        prepared = prepare(pipeline, request({"image": Image.new("RGB", (300, 150), (200, 30, 90))}))
+        assert (prepared.request.height, prepared.request.width) == (32, 96)
+        (state,) = pipeline.begin(prepared)
+        first = state.conditioning.images
         assert first.shape == (1, 48, 1, 2, 6)
         positive, negative = pipeline.branches(state)
         assert (positive["first_frame_clean"], positive["skip_block"], negative["skip_block"]) == (True, None, 1)
         assert torch.equal(positive["video"][:, :, :1], first)
-        pipeline.advance(state, (torch.ones_like(state.video), torch.ones_like(state.audio)))
+        pipeline.scheduler_step(state, (torch.ones_like(state.video), torch.ones_like(state.audio)))
         assert torch.equal(state.video[:, :, :1], first) and state.is_done
 
 
 def test_text_alone_has_no_clean_frame_and_no_block_left_out_where_none_is_asked(pipeline: OviPipeline) -> None:
     with torch.inference_mode():
-        state = pipeline.start(pipeline.prepare(request(extra_args={"slg_layer": 0})))
+        (state,) = pipeline.begin(prepare(pipeline, request(extra_args={"slg_layer": 0})))
         assert state.video.shape == (1, 48, 31, 2, 6)
         assert [(b["first_frame_clean"], b["skip_block"]) for b in pipeline.branches(state)] == [(False, None)] * 2
 
@@ -98,9 +104,9 @@ def test_the_start_up_run_is_short(pipeline: OviPipeline) -> None:
 @pytest.mark.parametrize(
     ("media", "sampling", "says"),
     [
-        ({"image": [b"corrupt"]}, {}, "picture cannot be read"),
-        ({"image": Image.new("RGB", (64, 64))}, {"height": 64, "width": 128}, "the picture is 64x64"),
-        ({"image": [3]}, {}, "picture is int"),
+        ({"image": [b"corrupt"]}, {}, "image cannot be read"),
+        ({"image": Image.new("RGB", (64, 64))}, {"height": 64, "width": 128}, "the image is 64x64"),
+        ({"image": [3]}, {}, "image is int"),
         ({}, {"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({}, {"extra_args": {"slg_layer": 3}}, "0 to 2"),
         ({}, {"extra_args": {"video_noise": torch.zeros(1)}}, "a tensor of shape (48, 31, 2, 6) is required"),
@@ -115,7 +121,7 @@ def test_a_bad_request_is_a_clients_error_before_any_model_runs(
     sampling: dict[str, Any],
     says: str,
 ) -> None:
-    ran: list[Job] = []
+    ran: list[PreparedRequest] = []
     monkeypatch.setattr(pipeline, "generate", ran.append)
     result = pipeline.forward(request(media, **sampling))
     assert not ran

@@ -45,7 +45,7 @@ def test_the_tiny_model_makes_a_video_with_sound_from_a_first_frame(tmp_path: Pa
     Image.new("RGB", (130, 50), (90, 120, 60)).save(tmp_path / "first.png")
     options = ["--tiny", "--enforce-eager", "--num-inference-steps", "2", "--image", str(tmp_path / "first.png")]
     told = script("generate_ovi.py", "--model", str(model), *options, "--output", str(tmp_path / "out.mp4"))
-    assert "out.mp4: 121 frames 128x64 at 24 fps (h264, 5.04 s), sound at 16000 Hz" in told
+    assert "out.mp4: 121 frames 128x64 at 24 fps (h264, 5.04 s), audio at 16000 Hz" in told
 
 
 def test_engine_options_keep_vllm_omnis_names(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,23 +13,23 @@ from port_kit.models.ovi.config import (
     LABEL,
     TAGS,
     VARIANTS,
-    GenerationRequest,
+    CheckpointOptions,
     GuidanceScales,
-    Model,
+    OviRequest,
     check_ratio,
     format_prompt,
     parse_request,
     size_for_area,
-    size_of_picture,
+    size_for_image,
 )
 from port_kit.models.ovi.recipe import recipe
-from port_kit.models.wan.pipeline.request import Lengths
+from port_kit.models.wan.pipeline.request import LatentLengths
 
-LENGTHS = Lengths(31, 157)
-MODEL = Model(video_area=720 * 720, audio_prompt=TAGS, skip_block=11, blocks=30)
+LENGTHS = LatentLengths(31, 157)
+MODEL = CheckpointOptions(video_area=720 * 720, audio_prompt=TAGS, skip_block=11, blocks=30)
 
 
-def parse(prompt: Any = "a street", *, image: Any = None, **sampling: Any) -> GenerationRequest:
+def parse(prompt: Any = "a street", *, image: Any = None, **sampling: Any) -> OviRequest:
     """Parse a request that is good apart from what is given."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image}} if image is not None else prompt
     return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS, MODEL)
@@ -73,22 +73,22 @@ def test_height_and_width_give_the_ratio_and_the_checkpoint_the_area(
 
 
 @pytest.mark.parametrize(
-    ("picture", "area", "made"),
+    ("image", "area", "made"),
     [
-        ((50, 130), 64 * 64, (32, 96)),  # the recorded run's picture
+        ((50, 130), 64 * 64, (32, 96)),  # the recorded run's image
         ((736, 1424), 960 * 960, (704, 1344)),
         ((720, 720), 720 * 720, (704, 704)),
         ((1000, 1000), 960 * 960, (960, 960)),
     ],
 )
-def test_a_picture_gives_the_ratio(picture: tuple[int, int], area: int, made: tuple[int, int]) -> None:
-    assert size_of_picture(*picture, area) == made
+def test_an_image_gives_the_ratio(image: tuple[int, int], area: int, made: tuple[int, int]) -> None:
+    assert size_for_image(*image, area) == made
 
 
-def test_a_size_beside_a_picture_must_have_its_ratio() -> None:
+def test_a_size_beside_an_image_must_have_its_ratio() -> None:
     check_ratio(OmniDiffusionSamplingParams(height=512, width=992), 768, 1488)
     check_ratio(OmniDiffusionSamplingParams(), 768, 768)
-    with pytest.raises(InputError, match="height and width are 512 and 992, the picture is 768x768") as caught:
+    with pytest.raises(InputError, match="height and width are 512 and 992, the image is 768x768") as caught:
         check_ratio(OmniDiffusionSamplingParams(height=512, width=992), 768, 768)
     assert caught.value.code == "input_size"
 
@@ -112,7 +112,7 @@ def test_what_is_heard_takes_the_form_that_the_checkpoint_reads(prompt: str, tag
     [
         ({"prompt": ""}, "input_missing", "prompt is empty"),
         ({"prompt": 3}, "input_type", "prompt is int"),
-        ({"image": ["a", "b"]}, "input_count", "2 pictures; one, the first frame"),
+        ({"image": ["a", "b"]}, "input_count", "2 images; one, the first frame"),
         ({"height": 512}, "input_missing", "height is given alone"),
         ({"width": 512}, "input_missing", "width is given alone"),
         ({"height": 0, "width": 512}, "input_value", "height is 0"),
@@ -138,7 +138,7 @@ def test_each_mistake_is_named(change: dict[str, Any], code: str, says: str) -> 
 
 def test_sounds_are_refused() -> None:
     fields = {"prompt": "p", "multi_modal_data": {"audio": ["a.wav"]}}
-    with pytest.raises(InputError, match="1 sound"):
+    with pytest.raises(InputError, match="1 audio"):
         parse_request(fields, OmniDiffusionSamplingParams(), LENGTHS, MODEL)
 
 
@@ -147,7 +147,7 @@ def test_a_variant_is_a_file_an_area_a_length_and_a_form_of_prompts(name: str) -
     given, made = VARIANTS[name], recipe(name)
     assert made.repositories[0].files[0].pattern == given.file
     assert made.repositories[0].files[0].target(given.file) == "transformer/model.safetensors"
-    model = Model.from_index(made.model_index, blocks=30)
+    model = CheckpointOptions.from_index(made.model_index, blocks=30)
     assert (model.video_area, model.audio_prompt, model.skip_block) == (given.video_area, given.audio_prompt, 11)
     seconds = 10 if name.endswith("10s") else 5
     assert given.lengths.frames == 1 + 24 * seconds
@@ -156,7 +156,7 @@ def test_a_variant_is_a_file_an_area_a_length_and_a_form_of_prompts(name: str) -
 
 def test_a_model_directory_without_the_keys_is_refused() -> None:
     with pytest.raises(PortKitError, match="model_index.json lacks audio_prompt, skip_block") as caught:
-        Model.from_index({"video_area": 1}, blocks=2)
+        CheckpointOptions.from_index({"video_area": 1}, blocks=2)
     assert caught.value.code == "model_incomplete"
 
 

@@ -1,4 +1,4 @@
-"""Pictures, voices, prompts and video files: the shared helpers of the family."""
+"""Images, audios, prompts and video files: the shared helpers of the family."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from PIL import Image
 
 from port_kit.errors import InputError
 from port_kit.models.wan.components.text_encoder import load_tokenizer
-from port_kit.models.wan.pipeline.conditioning_media import cut_voice, fit_image, load_image, load_voice
+from port_kit.models.wan.pipeline.conditioning_media import (
+    crop_reference_audio,
+    fit_image,
+    load_image,
+    load_reference_audio,
+)
 from port_kit.models.wan.pipeline.prompts import strip_tags, tokenize
-from port_kit.pipeline.media import envelope, measure_mp4, to_frames, write_mp4
+from port_kit.pipeline.media import measure_mp4, to_frames, to_omni_payload, write_mp4
 
 
 def tone(rate: int, seconds: float = 3.0) -> np.ndarray:
@@ -26,7 +31,7 @@ def tone(rate: int, seconds: float = 3.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "digest"), [("img0.png", "773c6c6d331b4c18"), ("img1.png", "04b6b38cb55bc2fe")])
-def test_a_picture_is_fitted_as_the_reference_fits_it(goldens: Path, name: str, digest: str) -> None:
+def test_an_image_is_fitted_as_the_reference_fits_it(goldens: Path, name: str, digest: str) -> None:
     """The digests are those of the pixels that the reference code gave its VAE."""
     fitted = fit_image(load_image(goldens / "e2e_media" / name), 64, 96)
     assert hashlib.sha256(fitted.numpy().tobytes()).hexdigest().startswith(digest)
@@ -38,10 +43,10 @@ def test_any_ratio_fits_on_white(size: tuple[int, int]) -> None:
     assert pixels.shape == (3, 64, 96)
     assert pixels.min() == -1.0 and pixels.max() <= 1.0
     covered = (pixels < 0).any(0)
-    assert covered.any(0).all() or covered.any(1).all()  # the picture touches two opposite sides
+    assert covered.any(0).all() or covered.any(1).all()  # the image touches two opposite sides
 
 
-def test_a_picture_may_be_a_path_bytes_an_array_or_an_image_in_any_mode() -> None:
+def test_an_image_may_be_a_path_bytes_an_array_or_an_image_in_any_mode() -> None:
     array = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
@@ -50,44 +55,44 @@ def test_a_picture_may_be_a_path_bytes_an_array_or_an_image_in_any_mode() -> Non
     assert load_image(Image.new("LA", (4, 4))).mode == "RGB"
 
 
-@pytest.mark.parametrize("source", [b"no picture", "missing.png", 3, np.zeros((3, 3)), np.zeros((0, 4, 3), np.uint8)])
-def test_what_is_no_picture_is_refused_by_name(source: Any) -> None:
-    with pytest.raises(InputError, match="picture 2"):
-        load_image(source, name="picture 2")
+@pytest.mark.parametrize("source", [b"no image", "missing.png", 3, np.zeros((3, 3)), np.zeros((0, 4, 3), np.uint8)])
+def test_what_is_no_image_is_refused_by_name(source: Any) -> None:
+    with pytest.raises(InputError, match="image 2"):
+        load_image(source, name="image 2")
 
 
-def test_a_truncated_picture_is_refused(goldens: Path) -> None:
+def test_a_truncated_image_is_refused(goldens: Path) -> None:
     data = (goldens / "e2e_media" / "img0.png").read_bytes()
     with pytest.raises(InputError, match="cannot be read") as caught:
         load_image(data[: len(data) // 2])
     assert caught.value.code == "input_unreadable"
 
 
-def test_a_voice_keeps_its_second_second(goldens: Path) -> None:
+def test_a_reference_audio_keeps_its_second_second(goldens: Path) -> None:
     path = goldens / "e2e_media" / "aud0.wav"
-    samples = load_voice(path)
-    assert np.array_equal(samples, load_voice(path.read_bytes()))
-    assert torch.equal(cut_voice(samples), torch.from_numpy(samples[16_000:32_000]))
+    samples = load_reference_audio(path)
+    assert np.array_equal(samples, load_reference_audio(path.read_bytes()))
+    assert torch.equal(crop_reference_audio(samples), torch.from_numpy(samples[16_000:32_000]))
 
 
 @pytest.mark.parametrize("rate", [8000, 16_000, 44_100, 48_000])
-def test_a_voice_is_resampled_and_mixed_down(rate: int) -> None:
+def test_a_reference_audio_is_resampled_and_mixed_down(rate: int) -> None:
     stereo = np.stack([tone(rate), tone(rate)])
-    samples = load_voice((stereo, rate))
+    samples = load_reference_audio((stereo, rate))
     assert abs(len(samples) - 48_000) < 20
     middle = slice(16_000, 32_000)
     assert np.abs(samples[middle] - tone(16_000)[middle]).max() < 2e-3
 
 
 def test_integer_samples_are_scaled_to_one() -> None:
-    samples = load_voice(((tone(16_000) * 32_767).astype(np.int16), 16_000))
+    samples = load_reference_audio(((tone(16_000) * 32_767).astype(np.int16), 16_000))
     assert np.abs(samples - tone(16_000)).max() < 1e-4
 
 
 @pytest.mark.parametrize(
     ("source", "code"),
     [
-        (b"no sound", "input_unreadable"),
+        (b"no audio", "input_unreadable"),
         ("missing.wav", "input_unreadable"),
         (None, "input_type"),
         ("", "input_unreadable"),
@@ -98,27 +103,27 @@ def test_integer_samples_are_scaled_to_one() -> None:
         ((tone(16_000) * np.nan, 16_000), "input_value"),
     ],
 )
-def test_what_is_no_voice_is_refused_by_name(source: Any, code: str) -> None:
-    with pytest.raises(InputError, match="voice 1") as caught:
-        load_voice(source, name="voice 1")
+def test_what_is_no_audio_is_refused_by_name(source: Any, code: str) -> None:
+    with pytest.raises(InputError, match="reference audio 1") as caught:
+        load_reference_audio(source, name="reference audio 1")
     assert caught.value.code == code
 
 
-def test_a_short_voice_is_refused() -> None:
+def test_a_short_audio_is_refused() -> None:
     with pytest.raises(InputError, match=r"lasts 1\.50 s; at least 2 s") as caught:
-        cut_voice(load_voice(tone(16_000, 1.5)))
+        crop_reference_audio(load_reference_audio(tone(16_000, 1.5)))
     assert caught.value.code == "input_too_short"
 
 
-def test_a_video_without_sound_is_no_voice(tmp_path: Path) -> None:
+def test_a_video_without_sound_is_no_audio(tmp_path: Path) -> None:
     path = tmp_path / "mute.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("h264", rate=24)
         stream.width = stream.height = 64
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
-    with pytest.raises(InputError, match="no sound track"):
-        load_voice(path)
+    with pytest.raises(InputError, match="no audio track"):
+        load_reference_audio(path)
     with pytest.raises(InputError, match="lacks a video or an audio stream"):
         measure_mp4(path)
 
@@ -162,7 +167,7 @@ def test_the_envelope_is_what_the_formatter_reads() -> None:
         "video": torch.zeros(2, 4, 4, 3, dtype=torch.uint8),
         "audio": torch.zeros(8, dtype=torch.bfloat16).float(),
     }
-    normal = normalize_diffusion_postprocess_output(envelope(output, fps=24, sample_rate=16_000))
+    normal = normalize_diffusion_postprocess_output(to_omni_payload(output, fps=24, sample_rate=16_000))
     assert normal.primary_key == "video"
     assert normal.metadata == {"video": {"fps": 24}, "audio": {"sample_rate": 16_000}}
     assert normal.outputs["audio"].dtype == np.float32

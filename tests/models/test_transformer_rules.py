@@ -12,7 +12,7 @@ from torch import Tensor
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
-from port_kit.models.wan.parity.transformer_cases import FusionGolden, recorded_passes
+from port_kit.models.wan.parity.transformer_cases import TransformerGolden, recorded_forwards
 from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
 from port_kit.models.wan.transformer.model import WanFusionTransformer, build_transformer
 from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
@@ -25,16 +25,16 @@ QUERY = "video_model.blocks.1.self_attn.q.weight"
 
 
 @pytest.fixture(scope="module")
-def case(goldens: Path) -> FusionGolden:
-    return recorded_passes(goldens)["ovi_t2v"]
+def case(goldens: Path) -> TransformerGolden:
+    return recorded_forwards(goldens)["ovi_t2v"]
 
 
 @pytest.fixture(scope="module")
-def state(case: FusionGolden) -> dict[str, Tensor]:
+def state(case: TransformerGolden) -> dict[str, Tensor]:
     return load_file(case.folder / case.meta["state"])
 
 
-def load(case: FusionGolden, state: dict[str, Tensor]) -> WanFusionTransformer:
+def load(case: TransformerGolden, state: dict[str, Tensor]) -> WanFusionTransformer:
     with single_rank(torch.float32):
         model = build_transformer(case.config)
         load_weights(model, state.items(), TRANSFORMER)
@@ -54,7 +54,7 @@ def test_every_published_tensor_has_its_place() -> None:
     assert time.process_time() - started < 5
 
 
-def test_projections_lie_where_they_are_read(case: FusionGolden, state: dict[str, Tensor]) -> None:
+def test_projections_lie_where_they_are_read(case: TransformerGolden, state: dict[str, Tensor]) -> None:
     model = load(case, state)
     q, k, v = (state[f"audio_model.blocks.2.self_attn.{name}.bias"] for name in "qkv")
     assert torch.equal(model.blocks[2].audio.self_attn.qkv.bias, torch.cat((q, k, v)).float())
@@ -64,14 +64,16 @@ def test_projections_lie_where_they_are_read(case: FusionGolden, state: dict[str
     assert torch.equal(model.audio.patch_embedding.gated.gate_up.weight, torch.cat((gate, up)).float())
 
 
-def test_any_order_gives_the_same_weights(case: FusionGolden, state: dict[str, Tensor]) -> None:
+def test_any_order_gives_the_same_weights(case: TransformerGolden, state: dict[str, Tensor]) -> None:
     forwards = load(case, state).state_dict()
     backwards = load(case, dict(reversed(state.items()))).state_dict()
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
 @pytest.mark.parametrize("damage", ["missing", "renamed", "reshaped", "surplus"])
-def test_a_damaged_checkpoint_is_refused_by_name(damage: str, case: FusionGolden, state: dict[str, Tensor]) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(
+    damage: str, case: TransformerGolden, state: dict[str, Tensor]
+) -> None:
     damaged = dict(state)
     if damage == "missing":
         del damaged[QUERY]

@@ -41,9 +41,9 @@ def probe_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def dreamid_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The goldens' tiny DreamID-Omni, all components, as a model directory."""
-    from port_kit.models.wan.parity.pipeline_cases import Recording, assemble
+    from port_kit.models.wan.parity.pipeline_cases import RunRecording, assemble
 
-    recording = Recording.read(goldens / "e2e_dreamid")
+    recording = RunRecording.read(goldens / "e2e_dreamid")
     return assemble(goldens, tmp_path_factory.mktemp("models") / "tiny", recording.record)
 
 

@@ -171,7 +171,7 @@ def test_references_as_data_urls_are_what_uploads_are(
         ({"extra_params": "[" * 100_000}, "nested too deeply"),
         ({"model": "another"}, "Model mismatch"),
         ({"enable_frame_interpolation": "true"}, "this model interpolates no frames"),
-        ({"generate_sound": "false"}, "makes the sound together with the video"),
+        ({"generate_sound": "false"}, "makes the audio together with the video"),
     ],
 )
 def test_a_bad_field_is_refused_with_its_reason(
@@ -185,11 +185,11 @@ def test_a_bad_field_is_refused_with_its_reason(
 @pytest.mark.parametrize(
     ("take", "says"),
     [
-        ([], "[input_missing] the request has no reference picture"),
-        ([0, 1], "[input_missing] the request has no reference voice"),
-        ([0, 2, 3], "[input_count] 1 reference picture(s) and 2 voice(s)"),
-        ([0, 1, 2, "short"], "[input_too_short] voice 2 lasts 0.50 s"),
-        ([0, 1, 2, "junk"], "[input_unreadable] voice 2 cannot be read"),
+        ([], "[input_missing] the request has no reference image"),
+        ([0, 1], "[input_missing] the request has no reference audio"),
+        ([0, 2, 3], "[input_count] 1 reference image(s) and 2 reference audio(s)"),
+        ([0, 1, 2, "short"], "[input_too_short] reference audio 2 lasts 0.50 s"),
+        ([0, 1, 2, "junk"], "[input_unreadable] reference audio 2 cannot be read"),
         ([0, "broken", 2, 3], "Invalid"),
         ([0, 1, 2, 3, "video"], "[input_value] the request has a reference of the kind 'video'"),
     ],

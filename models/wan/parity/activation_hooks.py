@@ -1,7 +1,7 @@
-"""The intermediate values of the original's forward pass, found again in this transformer.
+"""Forward hooks that capture the intermediate values of the original implementation in this transformer.
 
-Goldens record values under the original's names (``vid.block0.self_attn``). :func:`record` captures the same values
-here, so that a comparison can name the first module that diverges.
+Goldens record values under the original names (``vid.block0.self_attn``). :func:`record_activations` captures the same
+values here, so that a comparison names the first module that diverges.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STREAMS = {"vid": "video", "audio": "audio"}
 
 
 @dataclass(frozen=True)
-class Probe:
+class ActivationHook:
     """One intermediate value.
 
     Attributes:
@@ -36,34 +36,34 @@ class Probe:
     read: Callable[[Any], Tensor]
 
 
-def probes(config: FusionConfig) -> list[Probe]:
+def activation_hooks(config: FusionConfig) -> list[ActivationHook]:
     """Return the intermediate values of a transformer, in the order in which they are computed."""
-    found = [Probe(f"{stream}.tokens", f"{name}.patch_embedding", _as_is) for stream, name in STREAMS.items()]
+    found = [ActivationHook(f"{stream}.tokens", f"{name}.patch_embedding", _as_is) for stream, name in STREAMS.items()]
     for stream, name in STREAMS.items():
         found += [
-            Probe(f"{stream}.context", f"{name}.text_embedding", _as_is),
-            Probe(f"{stream}.e_all", f"{name}.time_embedding", _first_and_last_token),
-            Probe(f"{stream}.e0_all", f"{name}.time_projection", _first_and_last_token),
+            ActivationHook(f"{stream}.context", f"{name}.text_embedding", _as_is),
+            ActivationHook(f"{stream}.e_all", f"{name}.time_embedding", _first_and_last_token),
+            ActivationHook(f"{stream}.e0_all", f"{name}.time_projection", _first_and_last_token),
         ]
     for index in range(config.num_layers):
-        found += _block_probes(index)
-    return found + [Probe(f"{stream}.head", f"{name}.head", _as_is) for stream, name in STREAMS.items()]
+        found += _block_hooks(index)
+    return found + [ActivationHook(f"{stream}.head", f"{name}.head", _as_is) for stream, name in STREAMS.items()]
 
 
-def _block_probes(index: int) -> list[Probe]:
+def _block_hooks(index: int) -> list[ActivationHook]:
     audio, video = f"blocks.{index}.audio", f"blocks.{index}.video"
     ours = (f"audio.block{index}", audio), (f"vid.block{index}", video)
-    found = [Probe(f"{name}.self_attn", f"{path}.self_attn.o", _as_is) for name, path in ours]
+    found = [ActivationHook(f"{name}.self_attn", f"{path}.self_attn.o", _as_is) for name, path in ours]
     for name, path in ours:
-        found.append(Probe(f"{name}.cross_attn", f"{path}.cross_attn.o", _as_is))
-        found.append(Probe(f"{name}.ffn", f"{path}.ffn.down", _as_is))
-    found.append(Probe(f"vid.block{index}.out", f"blocks.{index}", lambda output: output[0]))
-    found.append(Probe(f"audio.block{index}.out", f"blocks.{index}", lambda output: output[1]))
+        found.append(ActivationHook(f"{name}.cross_attn", f"{path}.cross_attn.o", _as_is))
+        found.append(ActivationHook(f"{name}.ffn", f"{path}.ffn.down", _as_is))
+    found.append(ActivationHook(f"vid.block{index}.out", f"blocks.{index}", lambda output: output[0]))
+    found.append(ActivationHook(f"audio.block{index}.out", f"blocks.{index}", lambda output: output[1]))
     return found
 
 
 @contextmanager
-def record(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
+def record_activations(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Capture the intermediate values of the forward passes inside the context; a later pass replaces an earlier one.
 
     Yields:
@@ -71,15 +71,15 @@ def record(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     values: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for probe in probes(transformer.config):
-            handle = transformer.get_submodule(probe.module).register_forward_hook(_keeper(probe, values))
+        for hook in activation_hooks(transformer.config):
+            handle = transformer.get_submodule(hook.module).register_forward_hook(_keeper(hook, values))
             stack.callback(handle.remove)
         yield values
 
 
-def _keeper(probe: Probe, values: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+def _keeper(hook: ActivationHook, values: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        values[probe.name] = probe.read(output).detach()
+        values[hook.name] = hook.read(output).detach()
 
     return keep
 

@@ -24,7 +24,7 @@ from port_kit.models.wan.components.configs import (
     vae_config,
 )
 from port_kit.models.wan.parity.component_cases import read_vocoder_config
-from port_kit.models.wan.parity.recorded_runs import DREAMID, OVI_I2V, OVI_T2V, EndToEnd, Recording
+from port_kit.models.wan.parity.recorded_runs import DREAMID, OVI_I2V, OVI_T2V, RecordedRun, RunRecording
 from port_kit.models.wan.pipeline.request import MAX_TEXT_TOKENS
 from port_kit.parity import Bound, Case, Pair
 from port_kit.port import list_ports, resolve
@@ -54,7 +54,7 @@ def ovi_cases(goldens: Path) -> Iterator[Case]:
     return _cases(goldens, OVI_T2V, OVI_I2V)
 
 
-def _cases(goldens: Path, *runs: EndToEnd) -> Iterator[Case]:
+def _cases(goldens: Path, *runs: RecordedRun) -> Iterator[Case]:
     from port_kit.models.wan.parity.family_cases import family_cases
 
     yield from family_cases(goldens)
@@ -64,16 +64,16 @@ def _cases(goldens: Path, *runs: EndToEnd) -> Iterator[Case]:
                 yield Case(f"{run.folder} {precision}", partial(run_e2e, goldens, precision, run))
 
 
-def run_e2e(goldens: Path, precision: str = "fp32", run: EndToEnd = DREAMID) -> list[Pair]:
+def run_e2e(goldens: Path, precision: str = "fp32", run: RecordedRun = DREAMID) -> list[Pair]:
     """Run the pipeline as the reference engine was run; compare whatever is recorded, in the order of the run."""
-    recording = Recording.read(goldens / run.folder, precision)
+    recording = RunRecording.read(goldens / run.folder, precision)
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         model = assemble(goldens, Path(folder), recording.record, run)
         with single_rank(PRECISIONS[precision]):
             return list(_compare(load_pipeline(model), recording, run))
 
 
-def assemble(goldens: Path, target: Path, record: Mapping[str, Any], run: EndToEnd = DREAMID) -> Path:
+def assemble(goldens: Path, target: Path, record: Mapping[str, Any], run: RecordedRun = DREAMID) -> Path:
     """Make a model directory from a goldens folder's checkpoints, as a download from their repositories would."""
     for repository in run.recipe.repositories:
         checkout = goldens / "ckpts" / CHECKOUTS[repository.repo_id]
@@ -127,7 +127,7 @@ def load_pipeline(model: Path) -> Any:
     return pipeline
 
 
-def request_of(recording: Recording, run: EndToEnd = DREAMID) -> Any:
+def request_of(recording: RunRecording, run: RecordedRun = DREAMID) -> Any:
     """Return the recorded arguments as vLLM-Omni's request, with the recorded noise."""
     from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -139,14 +139,15 @@ def request_of(recording: Recording, run: EndToEnd = DREAMID) -> Any:
 
 
 @torch.inference_mode()
-def _compare(pipeline: Any, recording: Recording, run: EndToEnd) -> Iterable[Pair]:
+def _compare(pipeline: Any, recording: RunRecording, run: RecordedRun) -> Iterable[Pair]:
     """Run once and yield what is recorded, in the order in which the pipeline computes it."""
-    job = pipeline.prepare(request_of(recording, run))
-    seen: dict[str, torch.Tensor] = {f"pixels_to_vae.{i}": x[None, :, None] for i, x in enumerate(job.pictures)}
-    state = pipeline.start(job)
-    given = state.conditions
-    seen["ref.image_latents"] = given.pictures[0]
-    seen["ref.audio_latents"] = given.voices[0]
+    request = request_of(recording, run).requests[0]
+    prepared = pipeline.prepare(request.prompt, request.sampling_params)
+    seen: dict[str, torch.Tensor] = {f"pixels_to_vae.{i}": x[None, :, None] for i, x in enumerate(prepared.images)}
+    (state,) = pipeline.begin(prepared)
+    given = state.conditioning
+    seen["ref.image_latents"] = given.images[0]
+    seen["ref.audio_latents"] = given.audios[0]
     seen |= {f"text.{i}": text.raw[0] for i, text in enumerate((given.texts[0], *given.negatives))}
 
     def watch(step: Step) -> None:
@@ -157,7 +158,7 @@ def _compare(pipeline: Any, recording: Recording, run: EndToEnd) -> Iterable[Pai
 
     pipeline.on_step = watch
     while not state.is_done:
-        pipeline.advance(state, pipeline.predict(state))
+        pipeline.scheduler_step(state, *pipeline.predict([state]))
     video, audio = pipeline.decode(state)
     seen["video.frames"] = _recorded_part(video[0], recording, "video.frames", dim=1)
     seen["audio.wave"] = _recorded_part(audio, recording, "audio.wave", dim=0)
@@ -166,7 +167,7 @@ def _compare(pipeline: Any, recording: Recording, run: EndToEnd) -> Iterable[Pai
             yield Pair(name, value, recording.tensors[name], recording.bounds.get(name, EXACT))
 
 
-def _recorded_part(value: torch.Tensor, recording: Recording, name: str, *, dim: int) -> torch.Tensor:
+def _recorded_part(value: torch.Tensor, recording: RunRecording, name: str, *, dim: int) -> torch.Tensor:
     """Return the frames or samples that are recorded: all, or those whose numbers stand in ``<name>_index``."""
     index = recording.tensors.get(f"{name}_index")
     return value if index is None else value.index_select(dim, index)

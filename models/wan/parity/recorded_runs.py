@@ -18,17 +18,17 @@ from port_kit.parity import Bound
 
 #: Two independent roundings of size g lie about 1.41 g apart.
 GAPS = 1.5
-#: What follows a path where the engine was given the opened picture.
+#: What follows a path where the engine was given the opened image.
 _OPENED = " (PIL)"
 
 
 @dataclass(frozen=True)
-class Recording:
+class RunRecording:
     """What the reference engine was given and what it gave.
 
     Attributes:
         record: arguments, constants and shapes.
-        tensors: noise, latents after every step, some decoded frames, the sound.
+        tensors: noise, latents after every step, some decoded frames, the audio.
         folder: paths among the arguments are relative to it.
         bounds: of a tensor's difference, where the run's own rounding sets one.
     """
@@ -39,7 +39,7 @@ class Recording:
     bounds: Mapping[str, Bound] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, precision: str = "fp32") -> Recording:
+    def read(cls, folder: Path, precision: str = "fp32") -> RunRecording:
         """Read ``record_<precision>.json`` and ``trajectory_<precision>.safetensors``."""
         record = json.loads((folder / f"record_{precision}.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / f"trajectory_{precision}.safetensors")
@@ -62,7 +62,7 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class EndToEnd:
+class RecordedRun:
     """A recorded run.
 
     Attributes:
@@ -79,7 +79,7 @@ class EndToEnd:
     index: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     options: tuple[str, ...]
 
-    def request(self, recording: Recording) -> tuple[dict[str, Any], dict[str, Any]]:
+    def request(self, recording: RunRecording) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the recorded arguments as a prompt and fields of the sampling parameters, with the recorded noise."""
         given = recording.arguments
         size = given["video_frame_height_width"] or (None, None)
@@ -114,7 +114,7 @@ def _ovi_index(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"video_area": constants.pop("target_area"), "skip_block": record["args"]["slg_layer"], **constants}
 
 
-DREAMID = EndToEnd(
+DREAMID = RecordedRun(
     "e2e_dreamid",
     DREAMID_RECIPE,
     rope=_dreamid_rope,
@@ -122,7 +122,7 @@ DREAMID = EndToEnd(
     options=("video_cfg_scale", "video_ref_cfg_scale", "audio_cfg_scale", "audio_ref_cfg_scale"),
 )
 OVI_T2V, OVI_I2V = (
-    EndToEnd(
+    RecordedRun(
         folder,
         OVI_RECIPE,
         rope=lambda record: {"family": "ovi"},

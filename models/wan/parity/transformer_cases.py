@@ -35,7 +35,7 @@ DREAMID_SCALING = 31 / 157
 
 
 @dataclass(frozen=True)
-class FusionGolden:
+class TransformerGolden:
     """One recorded forward pass, or batch of them."""
 
     folder: Path
@@ -111,27 +111,27 @@ def cases(goldens: Path, device: str = "cpu") -> Iterator[Case]:
     """Yield the cases below ``fusion/``: rotations first, then every forward pass in both dtypes that are recorded."""
     if (goldens / "fusion" / "rope" / "rope.json").is_file():
         yield Case("fusion/rope fp32", partial(_rope_pairs, goldens / "fusion" / "rope"))
-    for name, golden in recorded_passes(goldens).items():
+    for name, golden in recorded_forwards(goldens).items():
         yield Case(f"fusion/{name} fp32", partial(_fp32_pairs, golden, device))
         if golden.recorded("outputs_bf16"):
             yield Case(f"fusion/{name} bf16", partial(_bf16_pairs, golden, device))
 
 
-def recorded_passes(goldens: Path) -> dict[str, FusionGolden]:
+def recorded_forwards(goldens: Path) -> dict[str, TransformerGolden]:
     """Return the recorded forward passes below ``fusion/``, by name."""
     folders = (path.parent for path in sorted(goldens.glob("fusion/*/inputs.json")))
     return {
-        folder.name: FusionGolden(folder, json.loads((folder / "inputs.json").read_text(encoding="utf-8")))
+        folder.name: TransformerGolden(folder, json.loads((folder / "inputs.json").read_text(encoding="utf-8")))
         for folder in folders
     }
 
 
-def _fp32_pairs(golden: FusionGolden, device: str) -> Iterator[Pair]:
+def _fp32_pairs(golden: TransformerGolden, device: str) -> Iterator[Pair]:
     expected, intermediates = golden.recorded("outputs_fp32"), golden.recorded("intermediates_fp32")
     with single_rank(torch.float32, device):
         model = golden.build()
         for sample in golden.samples:
-            with activation_hooks.record(model) as values:
+            with activation_hooks.record_activations(model) as values:
                 flows = golden.run(model, sample, torch.float32)
             # Intermediate values are recorded for single samples only.
             yield from (
@@ -140,7 +140,7 @@ def _fp32_pairs(golden: FusionGolden, device: str) -> Iterator[Pair]:
             yield from (Pair(name, flow, expected[name], FP32) for name, flow in flows.items() if name in expected)
 
 
-def _bf16_pairs(golden: FusionGolden, device: str) -> Iterator[Pair]:
+def _bf16_pairs(golden: TransformerGolden, device: str) -> Iterator[Pair]:
     exact, rounded = golden.recorded("outputs_fp32"), golden.recorded("outputs_bf16")
     with single_rank(torch.bfloat16, device):
         model = golden.build()

@@ -1,9 +1,8 @@
-"""Clips that are denoised at the same time: which of them one call of the transformer may hold, and how they are put
-together.
+"""Batching of denoising states into calls of the transformer.
 
-A call's result for a clip does not depend on what else is in it, up to the rounding of larger matrix products. Clips
-fit together where everything that is not a tensor is equal and the tensors have equal shapes; texts must be equally
-long, because they are not padded.
+The result for a state does not depend on the rest of the batch, up to the rounding of larger matrix products. States
+fit together if everything that is not a tensor is equal and the tensors have equal shapes. Texts must have equal
+lengths, because they are not padded.
 """
 
 from __future__ import annotations
@@ -14,41 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from port_kit.models.wan.pipeline.request_state import Denoising
+from port_kit.models.wan.pipeline.request_state import DenoiseState
 from port_kit.models.wan.transformer.modality_io import TextContext
 
-#: The transformer's arguments in one guidance pass.
-Pass = Mapping[str, Any]
+#: Arguments of the transformer in one guidance branch.
+Branch = Mapping[str, Any]
 
-#: Latent cells and audio latents that clips of one call may have together, 4 cells a token. A clip of the default size
-#: (89,280 cells and 157) fills a device by itself: together, such clips would cost memory and gain no time.
-LARGEST_CALL = 131_072
+#: Latent cells and audio latents of the states of one call, 4 cells per token. A state of the default size (89,280
+#: and 157) fills a device by itself: batching such states would cost memory and gain no time.
+MAX_BATCH_CELLS = 131_072
 
 
-def groups(clips: Sequence[Denoising], passes: Sequence[Sequence[Pass]]) -> list[list[int]]:
-    """Return the places of the clips that go together, in order; none is left out.
+def group_requests(states: Sequence[DenoiseState], branches: Sequence[Sequence[Branch]]) -> list[list[int]]:
+    """Return the indices of the states of each call, in order.
 
     Args:
-        clips: each before its next step.
-        passes: of each clip.
+        states: each before its next step.
+        branches: of each state.
     """
     found: dict[Hashable, list[list[int]]] = {}
-    for index, (clip, own) in enumerate(zip(clips, passes, strict=True)):
-        size = _size(clip)
-        key = (clip.job.request.scales, *(_form(one) for one in own))
+    for index, (state, own) in enumerate(zip(states, branches, strict=True)):
+        size = _size(state)
+        key = (state.prepared.request.scales, *(_form(one) for one in own))
         rows = found.setdefault(key, [[]])
-        if rows[-1] and (len(rows[-1]) + 1) * size > LARGEST_CALL:
+        if rows[-1] and (len(rows[-1]) + 1) * size > MAX_BATCH_CELLS:
             rows.append([])
         rows[-1].append(index)
     return [row for rows in found.values() for row in rows]
 
 
-def join(passes: Sequence[Pass]) -> dict[str, Any]:
-    """Put one pass of several clips that go together into one call; a clip alone is passed on as it is."""
-    first = passes[0]
-    if len(passes) == 1:
+def collate(branches: Sequence[Branch]) -> dict[str, Any]:
+    """Return one branch of several states as the arguments of one call; a single state's as they are."""
+    first = branches[0]
+    if len(branches) == 1:
         return dict(first)
-    return {name: _together([one[name] for one in passes]) for name in first}
+    return {name: _together([one[name] for one in branches]) for name in first}
 
 
 def _together(values: Sequence[Any]) -> Any:
@@ -59,8 +58,8 @@ def _together(values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def _form(one: Pass) -> Hashable:
-    """What of a pass has to be equal."""
+def _form(one: Branch) -> Hashable:
+    """Return the properties of a branch that must be equal within a call."""
     return tuple((name, _form_of(value)) for name, value in sorted(one.items()))
 
 
@@ -69,5 +68,5 @@ def _form_of(value: Any) -> Hashable:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
-def _size(clip: Denoising) -> int:
-    return clip.video[:, 0].numel() + clip.audio[:, :, 0].numel()
+def _size(state: DenoiseState) -> int:
+    return state.video[:, 0].numel() + state.audio[:, :, 0].numel()

@@ -1,4 +1,4 @@
-"""Reference pictures and voices: from whatever a request holds to the tensors that the encoders take.
+"""Reference images and audios: from whatever a request holds to the tensors that the encoders take.
 
 Legend: C colour channels, H height, W width, S audio samples.
 """
@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from port_kit.errors import InputError
 
 SAMPLE_RATE = 16_000  # Hz, of the audio VAE
-#: The part of a voice that is used, in seconds: the second second, which skips a clip's hesitant beginning.
-VOICE_START, VOICE_END = 1.0, 2.0
+#: The part of a reference audio that is used, in seconds: the second second, which skips a clip's hesitant beginning.
+REFERENCE_AUDIO_START, REFERENCE_AUDIO_END = 1.0, 2.0
 _WHITE = (255, 255, 255)
-_MAX_PIXELS = 100_000_000  # a picture beyond this is a decompression bomb, not a reference
-_MAX_VOICE_SECONDS = 60  # what lies beyond is not decoded
+_MAX_PIXELS = 100_000_000  # an image beyond this is a decompression bomb, not a reference
+_MAX_AUDIO_SECONDS = 60  # what lies beyond is not decoded
 
 
-def load_image(source: object, *, name: str = "picture") -> Image.Image:
-    """Return a reference picture in RGB.
+def load_image(source: object, *, name: str = "image") -> Image.Image:
+    """Return a reference image in RGB.
 
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array (H, W, 3).
@@ -73,13 +73,13 @@ def _decode_image(source: str | Path | bytes, name: str) -> Image.Image:
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Fit a picture inside ``height`` x ``width`` with its ratio kept, centred on white.
+    """Fit an image inside ``height`` x ``width`` with its ratio kept, centred on white.
 
     Returns:
         float32 (C=3, H, W) in [-1, 1].
     """
     scale = min(height / image.height, width / image.width)
-    # Rounded down as the reference does; a sliver of a picture still keeps one pixel.
+    # Rounded down as the reference does; a sliver of an image still keeps one pixel.
     inner = max(1, int(image.width * scale)), max(1, int(image.height * scale))
     canvas = Image.new("RGB", (width, height), _WHITE)
     resized = image.resize(inner, Image.Resampling.LANCZOS)
@@ -89,7 +89,7 @@ def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
 
 
 def resize_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Resize a picture, its ratio aside, by bicubic interpolation without low-pass filter, as the reference does.
+    """Resize an image, its ratio aside, by bicubic interpolation without low-pass filter, as the reference does.
 
     Returns:
         float32 (C=3, H, W), nominally in [-1, 1]: interpolation may overshoot.
@@ -100,19 +100,19 @@ def resize_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
     return F.interpolate(pixels[None], size=(height, width), mode="bicubic", align_corners=False)[0]
 
 
-def load_voice(source: object, *, name: str = "voice") -> np.ndarray:
-    """Return a reference voice as mono float32 samples (S,) at 16 kHz in [-1, 1].
+def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
+    """Return a reference audio as mono float32 samples (S,) at 16 kHz in [-1, 1].
 
     Args:
-        source: a path or the bytes of a sound or video file, ``(samples, rate)``, or samples at 16 kHz;
+        source: a path or the bytes of an audio or video file, ``(samples, rate)``, or samples at 16 kHz;
             samples are (S,) or (channels, S).
         name: what it is called in messages.
 
     Raises:
-        InputError: unreadable, without a sound track, not finite, or of another type.
+        InputError: unreadable, without an audio track, not finite, or of another type.
     """
     if isinstance(source, (str, Path, bytes)):
-        return _decode_sound(source, name)
+        return _decode_audio(source, name)
     samples, rate = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, SAMPLE_RATE)
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().float().cpu().numpy()
@@ -155,13 +155,13 @@ def _mono_16k(samples: np.ndarray, rate: int) -> np.ndarray:
     return _join([*resampler.resample(frame), *resampler.resample(None)])
 
 
-def _decode_sound(source: str | Path | bytes, name: str) -> np.ndarray:
-    """Decode the first sound track of any file that FFmpeg reads."""
+def _decode_audio(source: str | Path | bytes, name: str) -> np.ndarray:
+    """Decode the first audio track of any file that FFmpeg reads."""
     opened: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
         with av.open(opened) as container:
             if not container.streams.audio:
-                raise InputError(f"{name} has no sound track", code="input_unreadable", hint="give a sound file")
+                raise InputError(f"{name} has no audio track", code="input_unreadable", hint="give an audio file")
             return _resample_track(container)
     except InputError:
         raise
@@ -170,14 +170,14 @@ def _decode_sound(source: str | Path | bytes, name: str) -> np.ndarray:
 
 
 def _resample_track(container: av.container.InputContainer) -> np.ndarray:
-    """Decode as much of the first sound track as a voice may need; only its second second is used."""
+    """Decode as much of the first audio track as a reference audio may need; only its second second is used."""
     resampler = _resampler()
     frames: list[av.AudioFrame] = []
     seconds = 0.0
     for frame in container.decode(container.streams.audio[0]):
         frames += resampler.resample(frame)
         seconds += frame.samples / frame.sample_rate
-        if seconds >= _MAX_VOICE_SECONDS:
+        if seconds >= _MAX_AUDIO_SECONDS:
             break
     return _join([*frames, *resampler.resample(None)])
 
@@ -191,18 +191,18 @@ def _join(frames: list[av.AudioFrame]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
 
 
-def cut_voice(samples: np.ndarray, *, name: str = "voice") -> torch.Tensor:
-    """Return the part of a voice that is used (second 1 to 2), float32 (S=16000,).
+def crop_reference_audio(samples: np.ndarray, *, name: str = "audio") -> torch.Tensor:
+    """Return the part of a reference audio that is used (second 1 to 2), float32 (S=16000,).
 
     Raises:
-        InputError: the voice ends before that.
+        InputError: the reference audio ends before that.
     """
-    start, end = int(VOICE_START * SAMPLE_RATE), int(VOICE_END * SAMPLE_RATE)
+    start, end = int(REFERENCE_AUDIO_START * SAMPLE_RATE), int(REFERENCE_AUDIO_END * SAMPLE_RATE)
     if len(samples) < end:
         raise InputError(
-            f"{name} lasts {len(samples) / SAMPLE_RATE:.2f} s; at least {VOICE_END:g} s are required",
+            f"{name} lasts {len(samples) / SAMPLE_RATE:.2f} s; at least {REFERENCE_AUDIO_END:g} s are required",
             code="input_too_short",
-            hint=f"seconds {VOICE_START:g} to {VOICE_END:g} of it are used: give a longer clip",
+            hint=f"seconds {REFERENCE_AUDIO_START:g} to {REFERENCE_AUDIO_END:g} of it are used: give a longer clip",
         )
     return torch.from_numpy(np.ascontiguousarray(samples[start:end]))
 

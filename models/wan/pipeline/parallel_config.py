@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
-def refuse_impossible(od_config: OmniDiffusionConfig) -> None:
+def validate_parallel_config(od_config: OmniDiffusionConfig) -> None:
     """Refuse an engine's layout, or its cache, that the model in its directory cannot have; nothing is loaded.
 
     Raises:

@@ -53,7 +53,7 @@ COMMON_OPTIONS = (
 #: Fields of vLLM-Omni's video API that would change nothing, with what is done instead.
 _UNUSED = {
     "short_edge": "height and width alone decide the size",
-    "sound_duration": "the sound is as long as the video",
+    "sound_duration": "the audio is as long as the video",
     "start_time_seconds": "this model reads no reference video",
     "enable_frame_interpolation": "this model interpolates no frames",
     "quality": "num_inference_steps alone decides the quality",
@@ -63,7 +63,7 @@ _UNUSED = {
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LatentLengths:
     """How long a clip is, in latents, without references."""
 
     video: int
@@ -108,11 +108,11 @@ class FusionRequest:
     audio_noise: Any = None
 
     @property
-    def reference_lengths(self) -> Lengths:
+    def reference_lengths(self) -> LatentLengths:
         """Places that references take behind the clip's own latents."""
-        return Lengths(0, 0)
+        return LatentLengths(0, 0)
 
-    def noise_shapes(self, lengths: Lengths) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def noise_shapes(self, lengths: LatentLengths) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of both initial latents, the references' places at the end included."""
         more, stride = self.reference_lengths, VIDEO_SPATIAL_STRIDE
         return (
@@ -120,7 +120,7 @@ class FusionRequest:
             (lengths.audio + more.audio, AUDIO_LATENT_CHANNELS),
         )
 
-    def check_noise(self, lengths: Lengths) -> None:
+    def check_noise(self, lengths: LatentLengths) -> None:
         """Raise InputError where given noise has another shape than :meth:`noise_shapes`."""
         for name, shape in zip(("video_noise", "audio_noise"), self.noise_shapes(lengths), strict=True):
             noise = getattr(self, name)
@@ -158,7 +158,7 @@ def media_of(fields: Mapping[str, Any], kinds: Collection[str] = ("image", "audi
 
 
 def parse_common(
-    fields: Mapping[str, Any], sampling: Any, lengths: Lengths, *, scales: Any, options: Iterable[str], seed: int
+    fields: Mapping[str, Any], sampling: Any, lengths: LatentLengths, *, scales: Any, options: Iterable[str], seed: int
 ) -> dict[str, Any]:
     """Check what all ports have in common.
 
@@ -204,9 +204,9 @@ def _check_unused(sampling: Any, options: Mapping[str, Any]) -> None:
     check_codec_options(options.get("video_codec_options"))
     if options.get("generate_sound") is False:
         raise InputError(
-            "generate_sound is false; this model makes the sound together with the video",
+            "generate_sound is false; this model makes the audio together with the video",
             code="input_value",
-            hint="leave generate_sound out, and drop the sound track afterwards",
+            hint="leave generate_sound out, and drop the audio track afterwards",
         )
 
 

@@ -1,6 +1,6 @@
 """What a request is while it is served: read and checked, encoded, denoised step by step.
 
-Shapes: B = 1 batch, C latent channels, F latent frames, h and w latent cells (16 pixels), L audio latents, n pictures.
+Shapes: B = 1 batch, C latent channels, F latent frames, h and w latent cells (16 pixels), L audio latents, n images.
 """
 
 from __future__ import annotations
@@ -12,72 +12,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from port_kit.models.wan.pipeline.request import FusionRequest, Lengths
+from port_kit.models.wan.pipeline.request import FusionRequest, LatentLengths
 from port_kit.models.wan.pipeline.scheduler import build_scheduler
 from port_kit.models.wan.transformer.modality_io import TextContext
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedRequest:
     """A request whose every part has been read and checked; nothing after it can be the caller's fault.
 
     Attributes:
         request: its numbers and texts; of a port, its own subclass.
-        lengths: of the clip.
-        tokens: ids of the prompt, the video's negative prompt and the sound's negative prompt.
-        pictures: float32 (3, H, W) each, in [-1, 1].
-        voices: float32 (16000,) each.
+        lengths: of the state.
+        tokens: ids of the prompt, the video's negative prompt and the audio's negative prompt.
+        images: float32 (3, H, W) each, in [-1, 1].
+        audios: float32 (16000,) each.
     """
 
     request: Any
-    lengths: Lengths
+    lengths: LatentLengths
     tokens: tuple[list[int], list[int], list[int]]
-    pictures: Sequence[Tensor] = ()
-    voices: Sequence[Tensor] = ()
+    images: Sequence[Tensor] = ()
+    audios: Sequence[Tensor] = ()
 
-    @property
-    def clips(self) -> list[Job]:
-        """One job for each video that is asked for: video i has the request's seed plus i, and all else the same."""
+    def split_outputs(self) -> list[PreparedRequest]:
+        """Return one request per output video; video i has the seed of this request plus i."""
         given: FusionRequest = self.request
         requests = (replace(given, seed=given.seed + i, outputs=1) for i in range(given.outputs))
         return [replace(self, request=request) for request in requests]
 
 
 @dataclass(frozen=True)
-class Conditions:
+class EncodedConditioning:
     """What every step is given: texts, which keep their keys and values over the steps, and clean references.
 
     Attributes:
-        texts: the prompt for the video and for the sound.
-        negatives: the negative prompts for the video and for the sound.
-        pictures: latents (1, C, n, h, w), n = 0 where there are none.
-        voices: latents (1, L, C), one after the other; L = 0 where there are none.
-        voice_lengths: latents of each voice.
+        texts: the prompt for the video and for the audio.
+        negatives: the negative prompts for the video and for the audio.
+        images: latents (1, C, n, h, w); n = 0 without reference images.
+        audios: latents (1, L, C), one after the other; L = 0 where there are none.
+        audio_reference_lengths: latents of each reference audio.
     """
 
     texts: tuple[TextContext, TextContext]
     negatives: tuple[TextContext, TextContext]
-    pictures: Tensor
-    voices: Tensor
-    voice_lengths: tuple[int, ...]
+    images: Tensor
+    audios: Tensor
+    audio_reference_lengths: tuple[int, ...]
 
 
 @dataclass
-class Denoising:
-    """A clip between two steps; it changes with each.
+class DenoiseState:
+    """A state between two steps; it changes with each.
 
     Attributes:
-        job: what is made.
-        conditions: what every step is given.
+        prepared: what is made.
+        conditioning: what every step is given.
         video: (1, C, F, h, w), places of references included.
         audio: (1, L, C), places of references included.
-        solvers: the video's and the sound's; they keep their own history.
+        solvers: the video's and the audio's; they keep their own history.
         timesteps: (steps,) int64 on the device: one copy for all steps, so that none waits for a transfer.
         index: of the next step.
     """
 
-    job: Job
-    conditions: Conditions
+    prepared: PreparedRequest
+    conditioning: EncodedConditioning
     video: Tensor
     audio: Tensor
     solvers: tuple[Any, Any]
@@ -85,11 +84,15 @@ class Denoising:
     index: int = 0
 
     @classmethod
-    def begin(cls, job: Job, conditions: Conditions, video: Tensor, audio: Tensor) -> Denoising:
+    def begin(
+        cls, prepared: PreparedRequest, conditioning: EncodedConditioning, video: Tensor, audio: Tensor
+    ) -> DenoiseState:
         """Start from noise, with solvers of the request's kind; they work on the CPU, so that no step waits."""
-        given: FusionRequest = job.request
+        given: FusionRequest = prepared.request
         solvers = tuple(build_scheduler(given.solver, steps=given.steps, shift=given.shift) for _ in range(2))
-        return cls(job, conditions, video, audio, (solvers[0], solvers[1]), solvers[0].timesteps.to(video.device))
+        return cls(
+            prepared, conditioning, video, audio, (solvers[0], solvers[1]), solvers[0].timesteps.to(video.device)
+        )
 
     @property
     def is_done(self) -> bool:

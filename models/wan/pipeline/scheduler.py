@@ -13,7 +13,7 @@ euler     FlowMatchEulerDiscrete...      1, ends at the shifted first training s
 ========  =============================  ==========================================  =================
 
 Truncation matters: the network is given the integer (999, 937, 833, 624 for four steps of unipc), the solver uses
-the exact sigma. A scheduler keeps the history of one tensor: video and sound take one object each.
+the exact sigma. A scheduler keeps the history of one tensor: video and audio take one object each.
 """
 
 from __future__ import annotations

@@ -16,17 +16,17 @@ from torch import Tensor
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 
 from port_kit.errors import InputError
-from port_kit.pipeline.inputs import refusal
+from port_kit.pipeline.inputs import to_client_error
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import DiffusionOutput
     from vllm_omni.diffusion.worker.input_batch import InputBatch
     from vllm_omni.diffusion.worker.utils import StepRequestState
 
-    from port_kit.models.wan.pipeline.request_state import Denoising, Job
+    from port_kit.models.wan.pipeline.request_state import DenoiseState, PreparedRequest
 
-#: Under these names the engine's state of a request keeps its clips and the flows that were just predicted.
-CLIPS, FLOWS = "port_kit_clips", "port_kit_flows"
+#: Under these names the engine's state of a request keeps its states and the flows that were just predicted.
+STATES, FLOWS = "port_kit_states", "port_kit_flows"
 
 Flows = tuple[Tensor, Tensor]
 
@@ -37,23 +37,23 @@ class StepExecution:
     supports_step_execution: ClassVar[bool] = True
 
     @abstractmethod
-    def job(self, prompt: Any, sampling: Any, *, is_start_up: bool) -> Job:
+    def prepare(self, prompt: Any, sampling: Any, *, is_dummy_run: bool) -> PreparedRequest:
         """Check a request and read its references."""
 
     @abstractmethod
-    def begin(self, job: Job) -> list[Denoising]:
+    def begin(self, prepared: PreparedRequest) -> list[DenoiseState]:
         """Encode what a request gives and draw its noise."""
 
     @abstractmethod
-    def predict_all(self, clips: Sequence[Denoising]) -> list[Flows]:
-        """Return the guided flows of each clip's next step."""
+    def predict(self, states: Sequence[DenoiseState]) -> list[Flows]:
+        """Return the guided flows of each state's next step."""
 
     @abstractmethod
-    def advance(self, state: Denoising, guided: Flows) -> None:
-        """Make a clip's step."""
+    def scheduler_step(self, state: DenoiseState, guided: Flows) -> None:
+        """Make a state's step."""
 
     @abstractmethod
-    def finish(self, clips: Sequence[Denoising]) -> DiffusionOutput:
+    def postprocess(self, states: Sequence[DenoiseState]) -> DiffusionOutput:
         """Decode what a request asked for."""
 
     def prepare_encode(self, state: StepRequestState, **_: Any) -> StepRequestState:
@@ -62,17 +62,17 @@ class StepExecution:
         Raises:
             OmniClientError: it cannot be served; the others run on.
         """
-        is_start_up = OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
+        is_dummy_run = OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
         try:
-            clips = self.begin(self.job(state.prompt, state.sampling, is_start_up=is_start_up))
+            states = self.begin(self.prepare(state.prompt, state.sampling, is_dummy_run=is_dummy_run))
         except InputError as error:
-            raise refusal(error) from error
-        state.extra[CLIPS] = clips
+            raise to_client_error(error) from error
+        state.extra[STATES] = states
         # Solvers differ in the type of their timesteps, and the engine wants one type for all requests of a step.
-        state.timesteps = clips[0].timesteps.float()
+        state.timesteps = states[0].timesteps.float()
         # The engine would put the latents of all requests into one tensor, which pictures and references of unequal
-        # sizes forbid, and which nobody reads: it gets a place-holder, and clips are put together where they fit.
-        state.latents = torch.zeros(1, 1, device=clips[0].video.device)
+        # sizes forbid, and which nobody reads: it gets a place-holder, and states are put together where they fit.
+        state.latents = torch.zeros(1, 1, device=states[0].video.device)
         return state
 
     def denoise_step(
@@ -80,16 +80,16 @@ class StepExecution:
     ) -> None:
         """Predict the flows of every running request's next step; they stay in the requests' states."""
         running = input_batch.states if states is None else states
-        flows = iter(self.predict_all([clip for state in running for clip in state.extra[CLIPS]]))
+        flows = iter(self.predict([own for state in running for own in state.extra[STATES]]))
         for state in running:
-            state.extra[FLOWS] = [next(flows) for _ in state.extra[CLIPS]]
+            state.extra[FLOWS] = [next(flows) for _ in state.extra[STATES]]
 
     def step_scheduler(self, state: StepRequestState, noise_pred: Tensor | None, **_: Any) -> None:
         """Make one request's step."""
-        for clip, guided in zip(state.extra[CLIPS], state.extra.pop(FLOWS), strict=True):
-            self.advance(clip, guided)
+        for denoise_state, guided in zip(state.extra[STATES], state.extra.pop(FLOWS), strict=True):
+            self.scheduler_step(denoise_state, guided)
         state.step_index += 1
 
     def post_decode(self, state: StepRequestState, **_: Any) -> DiffusionOutput:
         """Decode a request that has made all its steps."""
-        return self.finish(state.extra.pop(CLIPS))
+        return self.postprocess(state.extra.pop(STATES))

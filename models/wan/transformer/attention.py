@@ -36,7 +36,7 @@ class RotaryContext:
     length: int | None = None
 
 
-#: A clip has a hundred video tokens for each of its sound: between ranks, sound travels and video stays.
+#: A clip has a hundred video tokens for each of its audio: between ranks, audio travels and video stays.
 Stream = Literal["video", "audio"]
 GatherOperand = Literal["kv", "q"] | None
 

@@ -64,7 +64,7 @@ def add_norms(
     timestep_segments: tuple[int, ...],
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Return ``x + gate * y`` (a gate of None is 1), and its layer norm per element of ``scale_shifts``, at most 2."""
+    """Return ``x + gate * y`` (a gate of None is 1), and one layer norm of it per scale and shift (at most 2)."""
     return _add_norms(x_BSD, y_BSD, gate_GBD, scale_shifts, timestep_segments, eps)
 
 

@@ -11,7 +11,7 @@ What the checkpoints were trained with, and why the dtypes below are what they a
 * a head splits into temporal, vertical and horizontal parts; audio uses the temporal part only;
 * Ovi computes all angles in float64. DreamID-Omni computes temporal angles in float32, where position 760 is off by
   1e-5 already, so that is part of the model;
-* reference positions are absolute: picture j is at frame ``150 * (j + 1)``; sound j starts at ``offset * (j + 1)``
+* reference positions are absolute: image j is at frame ``150 * (j + 1)``; audio j starts at ``offset * (j + 1)``
   with the offset rounded by the dtype of the frequency scaling.
 """
 

@@ -9,7 +9,7 @@ other. Between them the audio half runs beside the video half::
     side_stream.join(v)                 # from here on both may be read
 
 On one GPU this gains half a percent, since the whole chip works at its limit of power. It is there for ranks that share
-the video tokens: sound has too few for its part to get shorter, and fills the time in which video waits. Under HSDP
+the video tokens: audio has too few for its part to get shorter, and fills the time in which video waits. Under HSDP
 the first kernels of a block wait for its parameters anyway, and a step took 1.5 % longer: there it is off. So it is
 where passes take turns (:mod:`~port_kit.parallel.comm.stream_interleave`): then each has another beside it.
 
