@@ -51,12 +51,12 @@ class Watch:
 
     def step(self, step: Any) -> None:
         """Note the end of a step; the first of a request starts over."""
-        if step.video.is_cuda:
+        if step.latents["video"].is_cuda:
             torch.cuda.synchronize()
         if step.index == 0:
             self.ends.clear()
         self.ends.append(time.perf_counter())
-        self.latents = (step.video, step.audio)
+        self.latents = (step.latents["video"], step.latents["audio"])
 
     def result(self, _pipeline: nn.Module) -> dict[str, Any]:
         """Return what was noted of the last request."""

@@ -63,11 +63,11 @@ class Watch:
         os.dup2(2, 1)
         import torch
 
-        from port_kit.models.wan.pipeline import fusion_pipeline as module
         from port_kit.models.wan.transformer.block import FusionBlock
+        from port_kit.pipeline import base as module
 
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
-        kind: Any = module.FusionPipeline
+        kind: Any = module.PortPipeline
         block: Any = FusionBlock
         make, forward, run = kind.__init__, kind.forward, block.forward
 
@@ -137,7 +137,7 @@ class Watch:
 
     def step(self, step: Any) -> None:
         """Keep the last latents."""
-        self.latents = (step.video, step.audio)
+        self.latents = (step.latents["video"], step.latents["audio"])
 
     def result(self, pipeline: Any) -> dict[str, Any]:
         """Return what was noted."""

@@ -22,6 +22,9 @@ from functools import cache
 from port_kit.discovery import Ports, discover
 from port_kit.errors import OptionalDependencyError, PortKitError, PortNotFoundError
 
+#: Kinds of components: denoising transformers, encoders of conditioning, and VAEs with their vocoders.
+KINDS = ("transformer", "encoder", "vae")
+
 
 @dataclass(frozen=True)
 class Component:
@@ -33,12 +36,14 @@ class Component:
             ``<name>/config.json``) and returns the ``nn.Module`` on the current default device and dtype.
         rules: ``"module:attribute"`` of the :class:`~port_kit.remap.RuleSet` from original names to the module's.
         config: ``"module:attribute"`` of the full-size configuration (a mapping), as the recipe writes it.
+        kind: one of :data:`KINDS`.
     """
 
     name: str
     build: str
     rules: str
     config: str
+    kind: str = "transformer"
 
 
 @dataclass(frozen=True)

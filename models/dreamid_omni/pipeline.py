@@ -22,11 +22,12 @@ from port_kit.models.wan.pipeline.conditioning_media import (
     load_image,
     load_reference_audio,
 )
-from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, get_post_process_func, make_pre_process_func
+from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.models.wan.pipeline.prompts import strip_tags
 from port_kit.models.wan.pipeline.request import LatentLengths
-from port_kit.models.wan.pipeline.request_state import DenoiseState
 from port_kit.models.wan.transformer.modality_io import TextContext
+from port_kit.pipeline.process_funcs import get_post_process_func, get_pre_process_func
+from port_kit.pipeline.request_state import DenoiseState
 from port_kit.port import Component
 
 __all__ = ["DreamIDOmniPipeline", "get_post_process_func", "get_pre_process_func"]
@@ -74,8 +75,8 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
             images: Tensor, audios: Tensor, texts: tuple[TextContext, TextContext], unused: str | None = None
         ) -> dict[str, Any]:
             return {
-                "video": torch.cat((state.video[:, :, :-frames], images), dim=2),
-                "audio": torch.cat((state.audio[:, :-tokens], audios), dim=1),
+                "video": torch.cat((state.latents["video"][:, :, :-frames], images), dim=2),
+                "audio": torch.cat((state.latents["audio"][:, :-tokens], audios), dim=1),
                 "timestep": state.timestep,
                 "video_text": texts[0],
                 "audio_text": texts[1],
@@ -111,6 +112,3 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
 
 def _guide(full: Tensor, no_text: Tensor, no_reference: Tensor, text_scale: float, reference_scale: float) -> Tensor:
     return no_text + text_scale * (full - no_text) + reference_scale * (full - no_reference)
-
-
-get_pre_process_func = make_pre_process_func(DreamIDOmniPipeline)

@@ -16,12 +16,13 @@ from vllm_omni.diffusion.models.interface import SupportImageInput
 from port_kit.models.ovi import config
 from port_kit.models.ovi.weights import COMPONENTS
 from port_kit.models.wan.pipeline.conditioning_media import load_image, resize_image
-from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline, get_post_process_func, make_pre_process_func
+from port_kit.models.wan.pipeline.fusion_pipeline import EncodedConditioning, FusionPipeline
 from port_kit.models.wan.pipeline.request import LatentLengths
-from port_kit.models.wan.pipeline.request_state import DenoiseState, EncodedConditioning
 from port_kit.models.wan.transformer.config import FusionConfig
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.pipeline.loading import read_json
+from port_kit.pipeline.process_funcs import get_post_process_func, get_pre_process_func
+from port_kit.pipeline.request_state import DenoiseState
 from port_kit.port import Component
 
 __all__ = ["OviPipeline", "get_post_process_func", "get_pre_process_func"]
@@ -63,12 +64,10 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         request.check_noise(lengths)
         return request, images, ()
 
-    def reapply_conditioning(
-        self, video: Tensor, audio: Tensor, conditioning: EncodedConditioning
-    ) -> tuple[Tensor, Tensor]:
-        """Return the latents with the given first frame in its place."""
-        first = conditioning.images
-        return torch.cat((first, video[:, :, first.shape[2] :]), dim=2), audio
+    def reapply_conditioning(self, latents: dict[str, Tensor], conditioning: EncodedConditioning) -> dict[str, Tensor]:
+        """Return the latents with the given first frame restored."""
+        first, video = conditioning.images, latents["video"]
+        return {**latents, "video": torch.cat((first, video[:, :, first.shape[2] :]), dim=2)}
 
     def branches(self, state: DenoiseState) -> list[dict[str, Any]]:
         """Return the two branches of a step: with the prompt; with the negative prompts and one block left out."""
@@ -76,8 +75,8 @@ class OviPipeline(FusionPipeline, SupportImageInput):
 
         def arguments(texts: tuple[TextContext, TextContext], skip_block: int | None) -> dict[str, Any]:
             return {
-                "video": state.video,
-                "audio": state.audio,
+                "video": state.latents["video"],
+                "audio": state.latents["audio"],
                 "timestep": state.timestep,
                 "video_text": texts[0],
                 "audio_text": texts[1],
@@ -105,6 +104,3 @@ class OviPipeline(FusionPipeline, SupportImageInput):
             )
         )
         return video, audio
-
-
-get_pre_process_func = make_pre_process_func(OviPipeline)

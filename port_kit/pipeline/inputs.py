@@ -150,6 +150,20 @@ def check_adapter(adapter: object) -> None:
         )
 
 
+def check_cached_outputs(outputs: int, cache_backend: str | None) -> None:
+    """Refuse several videos a request where blocks are cached: the cache remembers one video's from step to step.
+
+    Raises:
+        InputError: with what to do.
+    """
+    if outputs > 1 and cache_backend not in (None, "none"):
+        raise InputError(
+            f"num_outputs_per_prompt is {outputs}; with cache_backend={cache_backend} a request makes one video",
+            code="input_value",
+            hint="send one request for each video, or start the engine without cache_backend",
+        )
+
+
 def to_client_error(error: PortKitError) -> Exception:
     """Return a request's error as one that vLLM-Omni answers with 400."""
     from vllm_omni.errors import OmniClientError

@@ -19,8 +19,8 @@ from port_kit.models.dreamid_omni.config import GuidanceScales
 from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
 from port_kit.models.wan.parity.pipeline_cases import RunRecording, load_pipeline, request_of, run_e2e
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
-from port_kit.models.wan.pipeline.request_state import PreparedRequest
 from port_kit.parity import Case, run_case
+from port_kit.pipeline.request_state import PreparedRequest
 from port_kit.port import find_port
 from port_kit.runtime.single_process import single_rank
 
@@ -82,12 +82,12 @@ def test_the_whole_request_gives_121_frames_and_their_sound(
 def test_seeds_make_noise_that_is_the_same_again(pipeline: DreamIDOmniPipeline, recording: RunRecording) -> None:
     media = recording.media("image"), recording.media("audio")
     prepared = prepare(pipeline, request(media))
-    first, again = pipeline.noise(prepared), pipeline.noise(prepared)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    other = pipeline.noise(prepare(pipeline, request(media, seed=6)))
-    assert not torch.equal(first[0], other[0])
+    first, again = pipeline.initial_latents(prepared), pipeline.initial_latents(prepared)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = pipeline.initial_latents(prepare(pipeline, request(media, seed=6)))
+    assert not torch.equal(first["video"], other["video"])
     # One seed, one generator a modality: both begin with the same numbers.
-    assert torch.allclose(first[0].flatten()[:16], first[1].flatten()[:16])
+    assert torch.allclose(first["video"].flatten()[:16], first["audio"].flatten()[:16])
 
 
 def test_the_start_up_run_is_short(pipeline: DreamIDOmniPipeline) -> None:

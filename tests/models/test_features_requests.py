@@ -28,12 +28,11 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.errors import InputError
 from port_kit.models.wan.parity.pipeline_cases import load_pipeline
-from port_kit.models.wan.pipeline import batching
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
-from port_kit.models.wan.pipeline.request import check_cached_outputs
-from port_kit.models.wan.pipeline.request_state import DenoiseState
-from port_kit.models.wan.pipeline.step_execution import STATES
+from port_kit.pipeline.inputs import check_cached_outputs
 from port_kit.pipeline.media import measure_mp4, to_omni_payload, write_result
+from port_kit.pipeline.request_state import DenoiseState
+from port_kit.pipeline.step_execution import STATES
 from port_kit.runtime.single_process import single_rank
 
 AUDIO = (0.1 * np.random.default_rng(0).standard_normal(40_000)).astype(np.float32)
@@ -79,7 +78,7 @@ def undecoded(pipeline: FusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None
 
     def postprocess(states: Sequence[DenoiseState]) -> DiffusionOutput:
         assert all(state.is_done for state in states)
-        video, audio = (torch.cat([getattr(state, kind) for state in states]) for kind in ("video", "audio"))
+        video, audio = (torch.cat([state.latents[kind] for state in states]) for kind in ("video", "audio"))
         return DiffusionOutput(output={"video": video, "audio": audio})
 
     monkeypatch.setattr(pipeline, "postprocess", postprocess)
@@ -267,7 +266,7 @@ def test_a_batch_shares_calls_where_requests_fit_and_gives_what_each_gives_alone
     for request, result in zip(requests, together, strict=True):
         assert distance(result, serve(pipeline, request)) < TOLERANCE, request.request_id
     rows.clear()
-    monkeypatch.setattr(batching, "MAX_BATCH_CELLS", 1)
+    monkeypatch.setattr(type(pipeline), "max_batch_size", 1)
     serve(pipeline, *requests[:2])
     assert set(rows) == {1}
 

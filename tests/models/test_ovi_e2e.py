@@ -20,8 +20,8 @@ from port_kit.models.ovi.pipeline import OviPipeline
 from port_kit.models.wan.parity.pipeline_cases import load_pipeline, ovi_cases, run_e2e
 from port_kit.models.wan.parity.recorded_runs import OVI_I2V, OVI_T2V, RecordedRun
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
-from port_kit.models.wan.pipeline.request_state import PreparedRequest
 from port_kit.parity import Case, run_case
+from port_kit.pipeline.request_state import PreparedRequest
 from port_kit.port import find_port
 from port_kit.runtime.single_process import single_rank
 
@@ -82,14 +82,16 @@ def test_a_first_frame_stays_and_its_image_gives_the_size(pipeline: OviPipeline)
         positive, negative = pipeline.branches(state)
         assert (positive["first_frame_clean"], positive["skip_block"], negative["skip_block"]) == (True, None, 1)
         assert torch.equal(positive["video"][:, :, :1], first)
-        pipeline.scheduler_step(state, (torch.ones_like(state.video), torch.ones_like(state.audio)))
-        assert torch.equal(state.video[:, :, :1], first) and state.is_done
+        pipeline.scheduler_step(
+            state, (torch.ones_like(state.latents["video"]), torch.ones_like(state.latents["audio"]))
+        )
+        assert torch.equal(state.latents["video"][:, :, :1], first) and state.is_done
 
 
 def test_text_alone_has_no_clean_frame_and_no_block_left_out_where_none_is_asked(pipeline: OviPipeline) -> None:
     with torch.inference_mode():
         (state,) = pipeline.begin(prepare(pipeline, request(extra_args={"slg_layer": 0})))
-        assert state.video.shape == (1, 48, 31, 2, 6)
+        assert state.latents["video"].shape == (1, 48, 31, 2, 6)
         assert [(b["first_frame_clean"], b["skip_block"]) for b in pipeline.branches(state)] == [(False, None)] * 2
 
 

@@ -43,7 +43,7 @@ def watch() -> None:
 
     def keep(self: Any, **options: Any) -> None:
         make(self, **options)
-        self.on_step = lambda step: setattr(FusionPipeline, "last", (step.video, step.audio))
+        self.on_step = lambda step: setattr(FusionPipeline, "last", (step.latents["video"], step.latents["audio"]))
 
     def count(self: Any, *args: Any, **options: Any) -> Any:
         FusionPipeline.computed += 1

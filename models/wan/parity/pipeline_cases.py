@@ -31,7 +31,7 @@ from port_kit.port import list_ports, resolve
 from port_kit.runtime.single_process import single_rank
 
 if TYPE_CHECKING:
-    from port_kit.models.wan.pipeline.request_state import Step
+    from port_kit.pipeline.request_state import StepResult
 
 #: Where a goldens folder keeps the files of each Hub repository.
 CHECKOUTS = {
@@ -150,18 +150,18 @@ def _compare(pipeline: Any, recording: RunRecording, run: RecordedRun) -> Iterab
     seen["ref.audio_latents"] = given.audios[0]
     seen |= {f"text.{i}": text.raw[0] for i, text in enumerate((given.texts[0], *given.negatives))}
 
-    def watch(step: Step) -> None:
-        for name, value in (("video", step.guided_video), ("audio", step.guided_audio)):
-            seen[f"{name}.step{step.index}.guided"] = value[0]
-        for name, value in (("video", step.video), ("audio", step.audio)):
-            seen[f"{name}.step{step.index}.latent_after"] = value[0]
+    def watch(step: StepResult) -> None:
+        for name in step.latents:
+            seen[f"{name}.step{step.index}.guided"] = step.guided[name][0]
+        for name, latent in step.latents.items():
+            seen[f"{name}.step{step.index}.latent_after"] = latent[0]
 
     pipeline.on_step = watch
     while not state.is_done:
         pipeline.scheduler_step(state, *pipeline.predict([state]))
-    video, audio = pipeline.decode(state)
-    seen["video.frames"] = _recorded_part(video[0], recording, "video.frames", dim=1)
-    seen["audio.wave"] = _recorded_part(audio, recording, "audio.wave", dim=0)
+    decoded = pipeline.decode(state)
+    seen["video.frames"] = _recorded_part(decoded["video"][0], recording, "video.frames", dim=1)
+    seen["audio.wave"] = _recorded_part(decoded["audio"], recording, "audio.wave", dim=0)
     for name, value in seen.items():
         if name in recording.tensors:
             yield Pair(name, value, recording.tensors[name], recording.bounds.get(name, EXACT))

@@ -234,20 +234,6 @@ def _outputs(sampling: Any, options: Mapping[str, Any]) -> int:
     return count
 
 
-def check_cached_outputs(outputs: int, cache_backend: str | None) -> None:
-    """Refuse several videos a request where blocks are cached: the cache remembers one video's from step to step.
-
-    Raises:
-        InputError: with what to do.
-    """
-    if outputs > 1 and cache_backend not in (None, "none"):
-        raise InputError(
-            f"num_outputs_per_prompt is {outputs}; with cache_backend={cache_backend} a request makes one video",
-            code="input_value",
-            hint="send one request for each video, or start the engine without cache_backend",
-        )
-
-
 def _negative(modality: str, options: Mapping[str, Any], fields: Mapping[str, Any], default: str) -> str:
     """Read a negative prompt from ``extra_args``, else from the prompt's own fields; empty text is allowed."""
     name = f"{modality}_negative_prompt"

@@ -6,7 +6,7 @@ T text tokens, D width, G distinct timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,11 @@ class TextContext:
         self.embedded: Tensor | None = None
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         self.parts: tuple[TextContext, ...] = ()
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Shape and dtype; texts of a batch are not padded and must have equal lengths."""
+        return tuple(self.raw.shape), self.raw.dtype
 
     @classmethod
     def collate(cls, parts: Sequence[TextContext]) -> TextContext:

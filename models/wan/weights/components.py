@@ -35,6 +35,7 @@ def components(transformer_config: str) -> tuple[Component, ...]:
             build=f"{_FAMILY}.components.{module}:build_{module}",
             rules=f"{_FAMILY}.weights.component_rules:{name.upper()}",
             config=f"{_FAMILY}.components.configs:{name.upper()}_CONFIG",
+            kind="encoder" if name == "text_encoder" else "vae",
         )
         for name, module in _SHARED.items()
     )

@@ -11,8 +11,9 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
-from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline, get_post_process_func
+from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
 from port_kit.parallel import recorder
+from port_kit.pipeline.process_funcs import get_post_process_func
 
 __all__ = ["TracedDreamIDPipeline", "get_post_process_func"]
 
@@ -37,7 +38,7 @@ class TracedDreamIDPipeline(DreamIDOmniPipeline):
 
     def _write(self, path: Path, seen: recorder.Trace, before: int) -> None:
         last = self.steps[-1]
-        save_file({"video": last.video.contiguous(), "audio": last.audio.contiguous()}, f"{path}.safetensors")
+        save_file({name: latent.contiguous() for name, latent in last.latents.items()}, f"{path}.safetensors")
         figures = {
             "places": dict(seen.places),
             "calls": seen.calls - before,

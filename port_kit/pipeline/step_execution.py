@@ -1,4 +1,4 @@
-"""Step execution: vLLM-Omni's engine makes one denoising step of every running request at a time.
+"""Step execution: one denoising step of every running request at a time.
 
 A request may then join while others run, and leave between two steps. The engine keeps a ``StepRequestState`` for each
 request and calls ``prepare_encode`` once, ``denoise_step`` for all of them together, ``step_scheduler`` for each, and
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.worker.input_batch import InputBatch
     from vllm_omni.diffusion.worker.utils import StepRequestState
 
-    from port_kit.models.wan.pipeline.request_state import DenoiseState, PreparedRequest
+    from port_kit.pipeline.request_state import DenoiseState, PreparedRequest
 
-#: Under these names the engine's state of a request keeps its states and the flows that were just predicted.
+#: Keys in the engine's ``StepRequestState.extra``: the denoising states of a request, and their predictions.
 STATES, FLOWS = "port_kit_states", "port_kit_flows"
 
-Flows = tuple[Tensor, Tensor]
+Flows = tuple[Tensor, ...]
 
 
 class StepExecution:
@@ -68,11 +68,11 @@ class StepExecution:
         except InputError as error:
             raise to_client_error(error) from error
         state.extra[STATES] = states
-        # Solvers differ in the type of their timesteps, and the engine wants one type for all requests of a step.
+        # Solvers differ in the dtype of their timesteps; the engine requires one dtype per step.
         state.timesteps = states[0].timesteps.float()
-        # The engine would put the latents of all requests into one tensor, which pictures and references of unequal
-        # sizes forbid, and which nobody reads: it gets a place-holder, and states are put together where they fit.
-        state.latents = torch.zeros(1, 1, device=states[0].video.device)
+        # The engine concatenates the latents of all requests, which fails for unequal sizes, and does not read the
+        # result. It gets a placeholder; :meth:`predict` batches states that fit together.
+        state.latents = torch.zeros(1, 1, device=states[0].timesteps.device)
         return state
 
     def denoise_step(
