@@ -118,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     from vllm_omni.platforms import current_omni_platform
 
-    from port_kit.models.dreamid_omni.parallel_subject import tiny_subject
+    from port_kit.models.wan.parity.parallel_subjects import dreamid_omni_subject as tiny_subject
 
     options.dtype = options.dtype or ("bfloat16" if current_omni_platform.is_cuda() else "float32")
     with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch:

@@ -58,7 +58,7 @@ class Port:
         output_type: the stage's modality, ``video`` for video with or without sound.
         references: reference media that a request may hold, of ``image`` and ``audio``, as servers are told.
         pre_process: name of the factory of what sees requests when they arrive in the engine's process, or empty.
-        post_process: name of the post-process factory in the pipeline's module, as vLLM-Omni's registry takes it.
+        post_process: name of the post-process factory in the pipeline's module.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
         variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them.
         components: the weights, in loading order.
@@ -80,7 +80,7 @@ class Port:
     components: tuple[Component, ...]
     references: tuple[str, ...] = ()
     pre_process: str = ""
-    post_process: str = ""
+    post_process: str = "get_post_process_func"
     variants: Mapping[str, str] = field(default_factory=dict)
     parity: str = ""
     reference: str = ""

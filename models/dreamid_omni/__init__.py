@@ -15,10 +15,9 @@ PORT = Port(
     recipe="port_kit.models.dreamid_omni.recipe:RECIPE",
     components=COMPONENTS,
     pre_process="get_pre_process_func",
-    post_process="get_post_process_func",
     parity="port_kit.models.wan.parity.pipeline_cases:dreamid_cases",
-    reference="port_kit.models.dreamid_omni.reference:REFERENCE",
-    parallel="port_kit.models.dreamid_omni.parallel_subject:tiny_subject",
+    reference="port_kit.models.dreamid_omni.recipe:REFERENCE",
+    parallel="port_kit.models.wan.parity.parallel_subjects:dreamid_omni_subject",
     card="docs/ports/dreamid_omni.md",
     licences={
         "transformer": "research use only (DreamID-Omni's README)",

@@ -6,6 +6,7 @@ from port_kit.download import FileRule, GitCode, Recipe, Repository
 from port_kit.models.dreamid_omni.config import AUDIO_LATENT_LENGTH, VIDEO_LATENT_LENGTH
 from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
 from port_kit.models.wan.weights.hub_repos import SHARED_REPOSITORIES, configs
+from port_kit.reference import Reference
 
 RECIPE = Recipe(
     name="dreamid_omni",
@@ -32,4 +33,11 @@ RECIPE = Recipe(
             licence="Apache-2.0",
         ),
     ),
+)
+
+#: The original implementation, run by ``port-kit verify parity dreamid_omni --reference``.
+REFERENCE = Reference(
+    git_code="dreamid_omni_reference",
+    script="port_kit.models.wan.parity.original_runner",
+    options={"family": "dreamid_omni", "package": "dreamid_omni"},
 )

@@ -23,10 +23,9 @@ PORT = Port(
     },
     components=COMPONENTS,
     pre_process="get_pre_process_func",
-    post_process="get_post_process_func",
     parity="port_kit.models.wan.parity.pipeline_cases:ovi_cases",
-    reference="port_kit.models.ovi.reference:REFERENCE",
-    parallel="port_kit.models.ovi.parallel_subject:tiny_subject",
+    reference="port_kit.models.ovi.recipe:REFERENCE",
+    parallel="port_kit.models.wan.parity.parallel_subjects:ovi_subject",
     card="docs/ports/ovi.md",
     licences={"transformer": "Apache-2.0 (Ovi)", **SHARED_LICENCES, "reference code": "Apache-2.0"},
 )

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from port_kit.download import Recipe
-from port_kit.models.dreamid_omni.recipe import RECIPE as DREAMID_RECIPE
-from port_kit.models.ovi.recipe import RECIPE as OVI_RECIPE
 from port_kit.parity import Bound
+from port_kit.port import find_port, resolve
 
 #: Two independent roundings of size g lie about 1.41 g apart.
 GAPS = 1.5
@@ -67,17 +66,23 @@ class RecordedRun:
 
     Attributes:
         folder: where a goldens folder keeps it.
-        recipe: of the port.
+        port: name of the port.
         rope: the ``rope`` section of ``transformer/config.json``, from the record.
         index: what the record changes in ``model_index.json``.
         options: names of the arguments that only this port has.
     """
 
     folder: str
-    recipe: Recipe
+    port: str
     rope: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     index: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     options: tuple[str, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Recipe of the port."""
+        recipe: Any = resolve(find_port(self.port).recipe)
+        return recipe  # type: ignore[no-any-return]
 
     def request(self, recording: RunRecording) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the recorded arguments as a prompt and fields of the sampling parameters, with the recorded noise."""
@@ -116,7 +121,7 @@ def _ovi_index(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 DREAMID = RecordedRun(
     "e2e_dreamid",
-    DREAMID_RECIPE,
+    "dreamid_omni",
     rope=_dreamid_rope,
     index=lambda record: record["constants"],
     options=("video_cfg_scale", "video_ref_cfg_scale", "audio_cfg_scale", "audio_ref_cfg_scale"),
@@ -124,7 +129,7 @@ DREAMID = RecordedRun(
 OVI_T2V, OVI_I2V = (
     RecordedRun(
         folder,
-        OVI_RECIPE,
+        "ovi",
         rope=lambda record: {"family": "ovi"},
         index=_ovi_index,
         options=("video_guidance_scale", "audio_guidance_scale", "slg_layer"),
