@@ -18,6 +18,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from port_kit.discovery import Ports, discover
 from port_kit.errors import OptionalDependencyError, PortKitError, PortNotFoundError
@@ -67,6 +68,10 @@ class Port:
             ``verify parity --reference`` runs, or empty.
         parallel: ``"module:function"`` that takes a scratch folder and returns the tiny
             :class:`~port_kit.parallel.verify.ParallelTestCase` that ``verify parallel`` runs, or empty.
+        request_options: ``extra_args`` that requests may set, each with its type: ``str``, ``int`` or ``float``.
+        example_prompt: prompt of ``port-kit generate`` without ``--prompt``.
+        seed: of ``port-kit generate`` without ``--seed``.
+        tiny: sampling parameters that suit the tiny checkpoint.
         card: path of the port's card in the repository, for people.
         licences: what the weights and the code may be used for, one line each: ``{part: licence}``.
     """
@@ -85,6 +90,10 @@ class Port:
     parity: str = ""
     reference: str = ""
     parallel: str = ""
+    request_options: Mapping[str, str] = field(default_factory=dict)
+    example_prompt: str = ""
+    seed: int = 0
+    tiny: Mapping[str, Any] = field(default_factory=dict)
     card: str = ""
     licences: Mapping[str, str] = field(default_factory=dict)
 

@@ -18,6 +18,23 @@ PORT = Port(
     parity="port_kit.models.wan.parity.pipeline_cases:dreamid_cases",
     reference="port_kit.models.dreamid_omni.recipe:REFERENCE",
     parallel="port_kit.models.wan.parity.parallel_subjects:dreamid_omni_subject",
+    request_options={
+        "solver_name": "str",
+        "video_negative_prompt": "str",
+        "audio_negative_prompt": "str",
+        "shift": "float",
+        "video_cfg_scale": "float",
+        "video_ref_cfg_scale": "float",
+        "audio_cfg_scale": "float",
+        "audio_ref_cfg_scale": "float",
+    },
+    example_prompt=(
+        "<img1>: In the frame, a woman is identified as <sub1>. <img2>: In the frame, a man is identified as <sub2>. "
+        "<sub1> and <sub2> sit at a table by a window. <sub1> smiles and says, <S>Hello there, my old friend.<E> "
+        "<sub2> looks up and answers, <S>It has been far too long.<E>"
+    ),
+    seed=100,
+    tiny={"height": 64, "width": 96, "num_inference_steps": 4},
     card="docs/ports/dreamid_omni.md",
     licences={
         "transformer": "research use only (DreamID-Omni's README)",

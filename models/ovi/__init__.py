@@ -26,6 +26,21 @@ PORT = Port(
     parity="port_kit.models.wan.parity.pipeline_cases:ovi_cases",
     reference="port_kit.models.ovi.recipe:REFERENCE",
     parallel="port_kit.models.wan.parity.parallel_subjects:ovi_subject",
+    request_options={
+        "solver_name": "str",
+        "video_negative_prompt": "str",
+        "audio_negative_prompt": "str",
+        "shift": "float",
+        "video_guidance_scale": "float",
+        "audio_guidance_scale": "float",
+        "slg_layer": "int",
+    },
+    example_prompt=(
+        "A street musician plays a violin under an awning while it rains. She looks up, smiles and says, "
+        "<S>One more song before the train comes.<E> Audio: violin, steady rain, a clear female voice."
+    ),
+    seed=103,
+    tiny={"num_inference_steps": 4},
     card="docs/ports/ovi.md",
     licences={"transformer": "Apache-2.0 (Ovi)", **SHARED_LICENCES, "reference code": "Apache-2.0"},
 )

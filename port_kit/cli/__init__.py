@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "doctor": ("port_kit.cli.doctor", "Versions, plugin, token, disk, installed git code."),
     "download": ("port_kit.cli.download", "Fetch, convert and assemble a port's model directory."),
+    "generate": ("port_kit.cli.generate", "Run one request on a model directory and write an MP4 file."),
     "inspect": ("port_kit.cli.inspect", "Which path a repository or folder is on, why, and the next step."),
     "layout": ("port_kit.cli.layout", "Draw which rank of a parallel layout holds and does what."),
     "list": ("port_kit.cli.list", "The ports of this environment."),

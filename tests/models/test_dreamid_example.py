@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from port_kit.cli.generate import build_parser, build_request, engine_options
 from port_kit.models.dreamid_omni import PORT
 from port_kit.models.wan.parity.pipeline_cases import load_pipeline
 from port_kit.runtime.single_process import single_rank
@@ -47,21 +48,17 @@ def test_the_tiny_download_loads_completely(tmp_path: Path) -> None:
     assert dtypes == {"transformer": {torch.bfloat16}, "vae": {torch.float32}}
 
 
-def test_engine_options_keep_vllm_omnis_names(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        "generate --model M --cfg-parallel-size 2 --ulysses-degree 2 --enforce-eager --cache-backend cache_dit".split(),
-    )
-    options = generate.engine_options(generate.parse_arguments())
+def test_engine_options_keep_vllm_omnis_names() -> None:
+    words = "--model M --cfg-parallel-size 2 --ulysses-degree 2 --enforce-eager --cache-backend cache_dit"
+    options = engine_options(build_parser(PORT).parse_args(words.split()))
     parallel = options.pop("parallel_config")
     assert (parallel.cfg_parallel_size, parallel.ulysses_degree, parallel.world_size) == (2, 2, 4)
     assert options == {"model": "M", "dtype": "bfloat16", "enforce_eager": True, "cache_backend": "cache_dit"}
 
 
-def test_a_request_says_only_what_was_given(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", "generate --model M --tiny --shift 3 --num-inference-steps 2".split())
-    prompt, sampling = generate.request_of(generate.parse_arguments())
+def test_a_request_says_only_what_was_given(generate: ModuleType) -> None:
+    arguments = build_parser(PORT).parse_args("--model M --tiny --shift 3 --num-inference-steps 2".split())
+    prompt, sampling = build_request(PORT, arguments, generate.DEFAULT_MEDIA)
     assert (sampling.height, sampling.width, sampling.num_inference_steps, sampling.seed) == (64, 96, 2, 100)
     assert sampling.extra_args == {"shift": 3.0}
     media = prompt["multi_modal_data"]

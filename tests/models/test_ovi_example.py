@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-import pytest
 from PIL import Image
 
+from port_kit.cli.generate import build_parser, build_request, engine_options
 from port_kit.models.ovi import PORT
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "ovi"
-
-
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    """The generate script as a module."""
-    spec = importlib.util.spec_from_file_location("generate_ovi", EXAMPLE / "generate_ovi.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def script(name: str, *options: str) -> str:
@@ -48,19 +36,17 @@ def test_the_tiny_model_makes_a_video_with_sound_from_a_first_frame(tmp_path: Pa
     assert "out.mp4: 121 frames 128x64 at 24 fps (h264, 5.04 s), audio at 16000 Hz" in told
 
 
-def test_engine_options_keep_vllm_omnis_names(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "generate --model M --cfg-parallel-size 2 --ulysses-degree 2 --use-hsdp --enforce-eager"
-    monkeypatch.setattr(sys, "argv", words.split())
-    options = generate.engine_options(generate.parse_arguments())
+def test_engine_options_keep_vllm_omnis_names() -> None:
+    words = "--model M --cfg-parallel-size 2 --ulysses-degree 2 --use-hsdp --enforce-eager"
+    options = engine_options(build_parser(PORT).parse_args(words.split()))
     parallel = options.pop("parallel_config")
     assert (parallel.cfg_parallel_size, parallel.ulysses_degree, parallel.use_hsdp) == (2, 2, True)
     assert options == {"model": "M", "dtype": "bfloat16", "enforce_eager": True}
 
 
-def test_a_request_says_only_what_was_given(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "generate --model M --tiny --slg-layer 0 --video-guidance-scale 5 --image a.png"
-    monkeypatch.setattr(sys, "argv", words.split())
-    prompt, sampling = generate.request_of(generate.parse_arguments())
+def test_a_request_says_only_what_was_given() -> None:
+    words = "--model M --tiny --slg-layer 0 --video-guidance-scale 5 --image a.png"
+    prompt, sampling = build_request(PORT, build_parser(PORT).parse_args(words.split()))
     assert (sampling.height, sampling.width, sampling.num_inference_steps, sampling.seed) == (None, None, 4, 103)
     assert sampling.extra_args == {"slg_layer": 0, "video_guidance_scale": 5.0}
-    assert prompt["multi_modal_data"] == {"image": "a.png"}
+    assert prompt["multi_modal_data"] == {"image": ["a.png"]}

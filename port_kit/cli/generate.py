@@ -1,0 +1,158 @@
+"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from port_kit.cli.output import handles_errors
+from port_kit.port import Port, find_port
+
+#: Types of :attr:`~port_kit.port.Port.request_options` on the command line.
+TYPES: Mapping[str, type] = {"str": str, "int": int, "float": float}
+PARALLEL_DEGREES = ("tensor_parallel_size", "ulysses_degree", "ring_degree", "cfg_parallel_size")
+HSDP_OPTIONS = ("use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
+ENGINE_OPTIONS = (
+    "dtype",
+    "enforce_eager",
+    "cache_backend",
+    "enable_cpu_offload",
+    "enable_layerwise_offload",
+    "quantization",
+)
+#: Command-line names of the conditioning media.
+MEDIA_OPTIONS = {
+    "image": ("--images", "--image", "--image-path"),
+    "audio": ("--audios", "--voices", "--audio-path"),
+}
+
+
+def build_parser(port: Port) -> argparse.ArgumentParser:
+    """Return the parser of a port's options; engine options have vLLM-Omni's names."""
+    parser = argparse.ArgumentParser(prog=f"port-kit generate {port.name}", description=port.title)
+    parser.add_argument("--model", required=True, help=f"model directory, made by: port-kit download {port.name}")
+    parser.add_argument("-o", "--output", default=f"{port.name}.mp4")
+    parser.add_argument("--picture", default=None, help="also draw frames and waveform into this PNG")
+    parser.add_argument("--prompt", default=port.example_prompt or None)
+    parser.add_argument("--prompt-file", default=None, help="JSON file that holds the prompt as one string")
+    parser.add_argument("--tiny", action="store_true", help=f"settings of the tiny checkpoint: {dict(port.tiny)}")
+    for kind in port.references:
+        parser.add_argument(*MEDIA_OPTIONS[kind], dest=kind, nargs="+", default=None, help=f"{kind} files")
+
+    request = parser.add_argument_group("request (defaults are the model's)")
+    for name in ("height", "width", "num-inference-steps"):
+        request.add_argument(f"--{name}", type=int, default=None)
+    request.add_argument("--seed", type=int, default=port.seed)
+    request.add_argument("--num-outputs", type=int, default=1, help="output i has the seed plus i")
+    for name, kind in port.request_options.items():
+        request.add_argument(f"--{name.replace('_', '-')}", type=TYPES[kind], default=None)
+
+    engine = parser.add_argument_group("engine (passed to vLLM-Omni)")
+    engine.add_argument("--dtype", default="bfloat16")
+    for name in PARALLEL_DEGREES:
+        engine.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
+    engine.add_argument("--use-hsdp", action="store_true")
+    engine.add_argument("--hsdp-shard-size", type=int, default=None)
+    engine.add_argument("--hsdp-replicate-size", type=int, default=None)
+    engine.add_argument("--enforce-eager", action="store_true", help="do not compile")
+    engine.add_argument("--cache-backend", default=None, choices=["cache_dit", "tea_cache"])
+    engine.add_argument("--enable-cpu-offload", action="store_true")
+    engine.add_argument("--enable-layerwise-offload", action="store_true")
+    engine.add_argument("--quantization", default=None, help="fp8: quantize weights to eight bits while loading")
+    return parser
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of ``Omni``."""
+    from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+    given = vars(arguments)
+    parallel = {name: given[name] for name in (*PARALLEL_DEGREES, *HSDP_OPTIONS) if given[name] is not None}
+    options = {name: given[name] for name in ENGINE_OPTIONS if given[name]}
+    return {"model": arguments.model, "parallel_config": DiffusionParallelConfig(**parallel), **options}
+
+
+def build_request(
+    port: Port, arguments: argparse.Namespace, default_media: Mapping[str, Callable[[], Any]] | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Return the prompt and ``OmniDiffusionSamplingParams``; options that are not given keep the model's defaults.
+
+    Args:
+        port: the port.
+        arguments: of :func:`build_parser`.
+        default_media: per kind, a function that makes the media of a request that names none.
+    """
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    sampling = dict(port.tiny) if arguments.tiny else {}
+    sampling |= {name: given[name] for name in ("height", "width", "num_inference_steps", "seed") if name in given}
+    extra = {name: given[name] for name in port.request_options if name in given}
+    text = arguments.prompt
+    if arguments.prompt_file:
+        text = json.loads(Path(arguments.prompt_file).read_text(encoding="utf-8"))
+    media = {kind: given[kind] for kind in port.references if kind in given}
+    for kind, make in (default_media or {}).items():
+        media.setdefault(kind, make())
+    prompt: dict[str, Any] = {"prompt": text}
+    if media:
+        prompt["multi_modal_data"] = media
+    return prompt, OmniDiffusionSamplingParams(
+        extra_args=extra, num_outputs_per_prompt=arguments.num_outputs, **sampling
+    )
+
+
+def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable[[], Any]] | None = None) -> int:
+    """Generate the outputs of one request and print the properties of the files; return the exit code."""
+    arguments = build_parser(port).parse_args(options)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # An engine in this process prefixes every line on stdout with its name: duplicate the descriptor before.
+    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    from vllm_omni import Omni
+
+    from port_kit.pipeline.media import measure_mp4, write_result
+    from port_kit.reports import picture_of_clip
+
+    prompt, sampling = build_request(port, arguments, default_media)
+    omni = Omni(**engine_options(arguments))
+    try:
+        started = time.perf_counter()
+        # A generator raises the error of a refused request without closing the engine.
+        (result,) = omni.generate(prompt, sampling, py_generator=True)
+        seconds = time.perf_counter() - started
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        omni.close()
+    paths = write_result(arguments.output, result)
+    for path in paths:
+        print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    if arguments.picture:
+        print(f"frames and waveform: {picture_of_clip(paths[0], arguments.picture)}", file=stdout, flush=True)
+    return 0
+
+
+@click.command(
+    "generate",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog='Examples:  port-kit generate ovi --model DIR --prompt "rain on a roof" -o rain.mp4  |  '
+    "port-kit generate dreamid_omni --help",
+)
+@click.argument("port")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@handles_errors("generate")
+def command(port: str, options: tuple[str, ...]) -> None:
+    """Run one request on a port's model directory and write an MP4 file.
+
+    OPTIONS depend on the port: port-kit generate PORT --help.
+    """
+    raise SystemExit(run(find_port(port), options))
