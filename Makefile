@@ -43,11 +43,13 @@ endif
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up lock demo test check tree docs clean
+.PHONY: help set-up lock demo test test-fast coverage check tree docs clean
 
 help:
 	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png"
 	@echo "make test    set up, check, and run the tests"
+	@echo "make test-fast  the tests of the inner loop"
+	@echo "make coverage   run the tests, measure coverage, write build/coverage"
 	@echo "make set-up  install the locked versions into .venv; with LATEST=1 the newest that are allowed"
 	@echo "make lock    write requirements/lock.txt anew"
 	@echo "make check   set up, lint, check imports and types"
@@ -98,6 +100,13 @@ check: $(STAMP) tree
 
 test: check $(TRITON)
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# The inner loop: without the modules that tests/conftest.py marks as integration tests.
+test-fast: $(STAMP)
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not gpu and not slow and not integration'
+
+coverage: $(TRITON)
+	$(RUN) -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=html --cov-report=xml
 
 $(DOCS): $(STAMP)
 	$(INSTALL) -e '.[docs]'
