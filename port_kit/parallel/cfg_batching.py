@@ -1,18 +1,17 @@
-"""All guidance passes of a rank in one call of the transformer, where that saves time.
+"""Batching of a rank's CFG branches into one transformer call.
 
-The passes of a guided step do not depend on each other. Two things are gained by giving a transformer all of them:
+The branches of a guided step are independent. One call for all of them has two benefits:
 
-* Under HSDP or layerwise offload a block's weights are gathered, or copied from the host, at each call of the block. A
-  block that is given all passes in one call has them brought in once a step.
-* Where the ranks of a host share each pass, one pass computes while what they send of another is on its way
+* Under HSDP or layerwise offload, a block's weights are gathered or copied once per step instead of once per branch.
+* If ranks share each branch, one branch computes while another communicates
   (:mod:`~port_kit.parallel.comm.stream_interleave`).
 
-A pipeline gets it from :class:`BatchedCFGMixin`, in the place of vLLM-Omni's ``CFGParallelMixin``. Its transformer
-takes further passes as ``extra_branches``; where :func:`weights_are_streamed`, its blocks take all passes in one call::
+A pipeline derives from :class:`BatchedCFGMixin` instead of vLLM-Omni's ``CFGParallelMixin``. Its transformer accepts
+further branches as ``extra_branches``. If :func:`weights_are_streamed`, its blocks accept all branches in one call::
 
     class MyTransformer(nn.Module):
-        def forward(self, x, extra_branches=()):  # arguments of further passes, for which a list is returned
-            states = [self.begin(x), *(self.begin(**other) for other in extra_branches)]
+        def forward(self, x, extra_branches=()):  # arguments of further branches; with any, returns a list
+            states = [self.begin(x), *(self.begin(**branch) for branch in extra_branches)]
             for block in self.blocks:
                 states = block(states)
             ...
@@ -38,32 +37,32 @@ if TYPE_CHECKING:
 
 
 def weights_are_streamed(config: OmniDiffusionConfig | None) -> bool:
-    """Whether a block's weights are on the device only while it runs; False outside of an engine."""
+    """Return True if a block's weights are on the device only while it runs; False outside of an engine."""
     return config is not None and (config.parallel_config.use_hsdp or config.enable_layerwise_offload)
 
 
 def overlaps_communication(config: OmniDiffusionConfig) -> bool:
-    """Whether the GPUs of an engine divide the tokens or the heads of a pass, and may write to each other's memory."""
+    """Return True if GPUs divide a branch's tokens or heads and symmetric memory is enabled."""
     parallel = config.parallel_config
     divided = max(parallel.sequence_parallel_size, parallel.tensor_parallel_size) > 1
     return divided and current_platform.is_cuda() and is_enabled()
 
 
 def should_batch_branches(config: OmniDiffusionConfig) -> bool:
-    """Whether an engine's transformer should be given all passes of a rank in one call.
+    """Return True if the transformer should run all branches of a rank in one call.
 
-    Each pass then keeps its tokens until all are done, so that is left where nothing is gained, as on one GPU. Caches
-    compare a call with the call before, so with a cache each call is one pass.
+    Batching keeps the tokens of all branches in memory, so it is off if it has no benefit, as on one GPU. Step caches
+    compare consecutive calls, so it is also off with a cache.
     """
     gains = weights_are_streamed(config) or overlaps_communication(config)
     return gains and config.cache_backend in (None, "", "none")
 
 
 class BatchedCFGMixin(CFGParallelMixin):
-    """vLLM-Omni's guidance mixin, with the passes of a rank given to the transformer together where that saves time.
+    """vLLM-Omni's guidance mixin with batching of a rank's branches.
 
-    The transformer's ``forward`` takes ``extra_branches``, the arguments of further passes, and returns a list where
-    there are any; see the module's head. Which passes a rank makes, and how they are combined, is the mixin's.
+    The transformer's ``forward`` accepts ``extra_branches``, the arguments of further branches. With any, it returns a
+    list. The base mixin assigns branches to ranks and combines the results.
     """
 
     od_config: OmniDiffusionConfig
@@ -77,7 +76,7 @@ class BatchedCFGMixin(CFGParallelMixin):
         cfg_normalize: bool = False,
         output_slice: int | None = None,
     ) -> Any:
-        """Make this rank's passes together if they should be, then do as vLLM-Omni does."""
+        """Batch this rank's branches if that is enabled, then delegate to the base mixin."""
         branches = list(branches_kwargs)
         own = _local_branches(len(branches))
         if do_true_cfg and len(own) > 1 and should_batch_branches(self.od_config):
@@ -89,16 +88,16 @@ class BatchedCFGMixin(CFGParallelMixin):
         )
 
     def predict_noise(self, *, predicted: Any = None, **branch: Any) -> Any:
-        """Run one pass, unless it has been run together with others."""
+        """Return ``predicted`` if the branch was part of a batch, else run the branch."""
         return self.transformer(**branch) if predicted is None else predicted
 
     def predict_branches(self, branches: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Run several passes in one call of the transformer."""
+        """Run several branches in one call of the transformer."""
         return self.transformer(**branches[0], extra_branches=branches[1:])
 
 
 def _local_branches(branches: int) -> range:
-    """Return the passes that fall to this rank, as vLLM-Omni deals them out: in turns."""
+    """Return the branches of this rank; vLLM-Omni assigns them round-robin."""
     if not is_cfg_group_initialized():
         return range(branches)
     return range(get_classifier_free_guidance_rank(), branches, get_classifier_free_guidance_world_size())

@@ -1,7 +1,7 @@
-"""The check of an engine's layout before its workers start: what is impossible is refused while nothing is loaded.
+"""Layout checks before an engine's workers start.
 
-vLLM-Omni calls a pipeline's post-process factory with the engine's configuration before it starts any worker, in the
-process of whoever made the ``Omni``: that is where a port calls :func:`check_engine`. ::
+vLLM-Omni calls a pipeline's post-process factory with the engine's configuration in the process that creates ``Omni``,
+before any worker starts. A port calls :func:`check_engine` there::
 
     def get_post_process_func(od_config):
         check_engine(od_config, lambda: build_transformer(read_config(od_config.model)), branches=2)
@@ -30,7 +30,7 @@ def layout_of(config: DiffusionParallelConfig) -> Layout:
     """Return an engine's degrees as a :class:`Layout`.
 
     Raises:
-        ParallelError: a combination that does not exist.
+        ParallelError: an unsupported combination of degrees.
     """
     shards = config.hsdp_shard_size if config.hsdp_shard_size > 0 else config.world_size
     return Layout(
@@ -44,18 +44,18 @@ def layout_of(config: DiffusionParallelConfig) -> Layout:
 
 
 def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *, branches: int) -> Preflight | None:
-    """Refuse what an engine cannot do with a model. Loads nothing, and touches no device.
+    """Check an engine's layout against a model. Reads no weights and touches no device.
 
     Args:
-        config: the engine's.
-        build: builds the transformer; it is called once, on the meta device, and only for several ranks.
-        branches: of the transformer in one guided step.
+        config: the engine's configuration.
+        build: builds the transformer; called once on the meta device if there are several ranks.
+        branches: guidance branches per step.
 
     Returns:
-        What each rank will hold; None for one rank.
+        Weight bytes per rank; None for one rank.
 
     Raises:
-        ParallelError: the layout is impossible for the model; says what is possible, and what a rank would hold then.
+        ParallelError: the model does not support the layout; the hint lists supported layouts with their weight bytes.
     """
     check_cache(config, branches=branches)
     layout = layout_of(config.parallel_config)
@@ -65,7 +65,7 @@ def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *,
         shape = describe_model(build(), branches=branches)
     plan = preflight(layout, shape)
     logger.info(
-        "%s: %.2f GB of the transformer's weights a rank, %.2f GB while a block runs",
+        "%s: %.2f GB of transformer weights per rank, %.2f GB while a block runs",
         layout,
         plan.weight_bytes / GIGABYTE,
         plan.peak_weight_bytes / GIGABYTE,
@@ -74,15 +74,17 @@ def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *,
 
 
 def check_cache(config: OmniDiffusionConfig, *, branches: int) -> None:
-    """Refuse Cache-DiT where ranks would run unequal numbers of branches: they decide together at every call.
+    """Check that all ranks run equally many branches if Cache-DiT is on.
+
+    Ranks decide together at each transformer call whether to reuse the cache.
 
     Raises:
-        ParallelError: with the degrees of guidance parallelism that are possible.
+        ParallelError: ``cache_passes``; the hint lists supported values of ``cfg_parallel_size``.
     """
     ranks = config.parallel_config.cfg_parallel_size
     if config.cache_backend == "cache_dit" and branches % ranks:
         raise ParallelError(
-            f"cache_dit with {branches} guidance passes over {ranks} ranks, of which some would run more than others",
+            f"cache_dit needs equally many branches per rank: got {branches} branches on {ranks} ranks",
             code="cache_passes",
-            hint=f"set cfg_parallel_size to {' or '.join(map(str, divisors(branches)))}, or leave the cache out",
+            hint=f"set cfg_parallel_size to {' or '.join(map(str, divisors(branches)))}, or disable the cache",
         )

@@ -1,9 +1,8 @@
-"""HSDP from the first byte: blocks become shards before their weights are read, so no rank ever holds a whole model.
+"""HSDP that shards blocks before their weights are loaded, so that no rank allocates the full model.
 
-vLLM-Omni loads a whole transformer on every rank and shards it afterwards. A port that wraps the making of its blocks
-in :func:`meta_blocks` and calls :func:`shard_before_loading` at the head of ``load_weights`` loads into
-shards instead: at any time a rank holds its own part of the blocks, what is outside of them, and one tensor of the
-checkpoint. vLLM-Omni then finds the blocks sharded and does the rest as ever. ::
+vLLM-Omni loads the full transformer on each rank and shards it afterwards. A port instead builds its blocks within
+:func:`meta_blocks` and calls :func:`shard_before_loading` first in ``load_weights``. A rank then holds its shards of
+the blocks, the parameters outside of the blocks, and one checkpoint tensor::
 
     with meta_blocks():
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -12,8 +11,8 @@ checkpoint. vLLM-Omni then finds the blocks sharded and does the rest as ever. :
         shard_before_loading(self.transformer, self.od_config, self.device)
         return load_weights(self.transformer, weights, RULES)
 
-Quantized models and ``enable_broadcast_weight_load`` keep vLLM-Omni's way: their weights change, or are sent, while
-they are whole.
+Quantized models and ``enable_broadcast_weight_load`` use vLLM-Omni's order: they need full weights on each rank for
+conversion or broadcast.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ from port_kit.targets import Target, read_targets
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
-#: What vLLM-Omni is given to shard where all blocks are shards already: it refuses to shard nothing.
+#: Empty module for vLLM-Omni to shard after loading; it raises an error if no module matches.
 REMAINDER = "hsdp_remainder"
 
 
 def shards_on_load(config: OmniDiffusionConfig | None) -> bool:
-    """Whether an engine with this configuration loads into shards; False outside of an engine."""
+    """Return True if an engine with this configuration loads into shards; False outside of an engine."""
     if config is None or not config.parallel_config.use_hsdp:
         return False
     return config.quantization_config is None and not getattr(config, "enable_broadcast_weight_load", False)
 
 
 def meta_blocks() -> AbstractContextManager[object]:
-    """Return the device context to make blocks in: meta where they are going to be shards, else the current one."""
+    """Return a device context for building blocks: meta if they will be sharded, else the current device."""
     from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
     return torch.device("meta") if shards_on_load(get_current_diffusion_config_or_none()) else nullcontext()
@@ -56,16 +55,16 @@ def meta_blocks() -> AbstractContextManager[object]:
 
 @torch.no_grad()
 def shard_before_loading(transformer: nn.Module, config: OmniDiffusionConfig, device: torch.device) -> None:
-    """Shard a transformer's blocks and give each shard memory; nothing where :func:`shards_on_load` says no.
+    """Shard a transformer's blocks and allocate the shards. A no-op unless :func:`shards_on_load`.
 
-    Every parameter of a block gets a ``weight_loader`` that takes whole tensors (or whole slots of a fused one) and
-    keeps this rank's rows. Every rank must call this, at the same point.
+    Each block parameter gets a ``weight_loader`` that accepts full tensors, or full shards of a fused parameter, and
+    copies this rank's rows. A collective call.
 
     Args:
-        transformer: declares ``_hsdp_shard_conditions``, and ``_hsdp_ignored_modules`` if it has any; its blocks were
-            made within :func:`meta_blocks`.
-        config: the engine's.
-        device: where the shards go.
+        transformer: declares ``_hsdp_shard_conditions`` and optionally ``_hsdp_ignored_modules``; its blocks were built
+            within :func:`meta_blocks`.
+        config: the engine's configuration.
+        device: device of the shards.
     """
     if not shards_on_load(config):
         return
@@ -94,14 +93,14 @@ def _blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def _ignored_parameters(transformer: nn.Module) -> set[nn.Parameter]:
-    """Parameters that stay whole: of the modules that the transformer names, and those that FSDP cannot shard."""
+    """Return parameters that stay replicated: those of ignored modules, and those that FSDP cannot shard."""
     paths = getattr(transformer, "_hsdp_ignored_modules", None) or ()
     named = {parameter for path in paths for parameter in transformer.get_submodule(path).parameters()}
     return named | {p for p in transformer.parameters() if p.ndim == 0 or not p.is_floating_point()}
 
 
 def _mesh(config: OmniDiffusionConfig) -> DeviceMesh:
-    """Rows of the mesh are shard groups, as in vLLM-Omni."""
+    """Return the device mesh; its rows are shard groups, as in vLLM-Omni."""
     from vllm_omni.platforms import current_omni_platform
 
     parallel = config.parallel_config
@@ -110,43 +109,43 @@ def _mesh(config: OmniDiffusionConfig) -> DeviceMesh:
 
 
 def _policy(transformer: nn.Module, config: OmniDiffusionConfig) -> MixedPrecisionPolicy:
-    """vLLM-Omni's: parameters are used in the engine's dtype unless the transformer wants its own kept."""
+    """Return vLLM-Omni's policy: parameters are cast to the engine's dtype unless the transformer preserves its own."""
     keep = bool(getattr(transformer, "_hsdp_preserve_parameter_dtypes", False))
     return MixedPrecisionPolicy(param_dtype=None if keep else config.dtype, cast_forward_inputs=False)
 
 
 def _add_remainder(transformer: nn.Module) -> None:
-    """Let vLLM-Omni's own step, which comes after loading, take what is outside of the blocks."""
+    """Make vLLM-Omni's sharding step after loading apply to everything outside of the blocks."""
     transformer.add_module(REMAINDER, nn.Identity())
     transformer._hsdp_shard_conditions = [lambda name, _module: name == REMAINDER]  # type: ignore[assignment]
 
 
-def _accept_full_tensors(parameter: Tensor, whole: Target) -> None:
-    """Let a shard be written as the parameter that it is part of."""
-    for name in ("output_dim", "input_dim"):  # by these a fused parameter's slots are known
-        dim = getattr(whole.tensor, name, None)
+def _accept_full_tensors(parameter: Tensor, full: Target) -> None:
+    """Attach the loading attributes of the full parameter to its shard."""
+    for name in ("output_dim", "input_dim"):  # attributes that define the shards of a fused parameter
+        dim = getattr(full.tensor, name, None)
         if dim is not None:
             setattr(parameter, name, dim)
-    parameter.weight_loader = RowWriter(whole.spec.slots)  # type: ignore[attr-defined]
+    parameter.weight_loader = RowWriter(full.spec.slots)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class RowWriter:
-    """The ``weight_loader`` of a shard: takes whole tensors, keeps this rank's rows.
+    """``weight_loader`` of an HSDP shard that copies this rank's rows of full tensors.
 
     Attributes:
-        slots: where each slot of a fused parameter stands in the whole one; empty for plain parameters.
+        slots: region of each shard of a fused parameter in the full parameter; empty for plain parameters.
     """
 
     slots: Mapping[str, Region]
 
     @torch.no_grad()
     def __call__(self, parameter: DTensor, piece: Tensor, slot: str | int = "") -> None:
-        """Write this rank's rows of ``piece``, the whole parameter or a whole slot of it."""
+        """Copy this rank's rows of ``piece``, the full parameter or one full shard of a fused parameter."""
         local = parameter.to_local()
         mesh = parameter.device_mesh
         rows, ranks = parameter.shape[0], mesh.size(-1)
-        start = min(-(-rows // ranks) * mesh.get_local_rank(mesh.ndim - 1), rows)  # as torch.chunk cuts
+        start = min(-(-rows // ranks) * mesh.get_local_rank(mesh.ndim - 1), rows)  # as torch.chunk splits
         first, last = self.slots[str(slot)][0] if slot != "" else (0, rows)
         low, high = max(start, first), min(start + local.shape[0], last)
         if low < high:

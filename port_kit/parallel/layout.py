@@ -1,6 +1,6 @@
-"""How the ranks of a world are used: degrees of each kind of parallelism, by vLLM-Omni's names.
+"""Degrees of parallelism, by vLLM-Omni's names.
 
-Written as ``tp2``, ``ulysses2xring2``, ``hsdp2xcfg2``; ``single`` is one rank. Imports nothing heavy.
+Written as ``tp2``, ``ulysses2xring2`` or ``hsdp2xcfg2``; ``single`` is one rank. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from port_kit.errors import ParallelError
 
-#: Fields of :class:`Layout` and what ``DiffusionParallelConfig`` calls them.
+#: Fields of :class:`Layout` and the corresponding fields of ``DiffusionParallelConfig``.
 CONFIG_NAMES = {
     "tp": "tensor_parallel_size",
     "ulysses": "ulysses_degree",
@@ -26,15 +26,15 @@ _DEGREE = re.compile(r"([a-z]+)(\d+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; 1 means that a kind is not used.
+    """Degrees of parallelism; a degree of 1 disables a kind.
 
     Attributes:
-        tp: ranks that share each matrix.
-        hsdp: ranks that share the parameters of each block; laid over the others.
-        ulysses: ranks that share a sequence and exchange heads.
-        ring: ranks that share a sequence and pass keys around.
-        allgather: ranks that share a sequence and gather all keys.
-        cfg: ranks that share the guidance branches.
+        tp: ranks that split each matrix.
+        hsdp: ranks that shard the parameters of each block; independent of the other kinds' groups.
+        ulysses: ranks that split a sequence and exchange heads.
+        ring: ranks that split a sequence and circulate keys and values.
+        allgather: ranks that split a sequence and all-gather keys and values.
+        cfg: ranks that split the guidance branches.
     """
 
     tp: int = 1
@@ -48,9 +48,9 @@ class Layout:
         for field in fields(self):
             degree = getattr(self, field.name)
             if not isinstance(degree, int) or degree < 1:
-                raise _invalid(f"{field.name} is {degree!r}; a degree is a whole number from 1")
+                raise _invalid(f"{field.name}: expected an integer of at least 1, got {degree!r}")
         if self.allgather > 1 and self.ulysses * self.ring > 1:
-            raise _invalid("allgather cannot be combined with ulysses or ring", "use one of them")
+            raise _invalid("allgather cannot be combined with ulysses or ring", "use only one of them")
         if self.hsdp > 1 and self.tp > 1:
             raise _invalid("hsdp cannot be combined with tp", "use hsdp with ulysses, ring, allgather or cfg")
         if self.hsdp > 1 and self._others > 1 and self._others % self.hsdp:
@@ -61,12 +61,12 @@ class Layout:
 
     @property
     def sequence(self) -> int:
-        """Ranks that share a sequence."""
+        """Number of ranks that split a sequence."""
         return self.ulysses * self.ring * self.allgather
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self._others if self._others > 1 else self.hsdp
 
     @property
@@ -75,7 +75,7 @@ class Layout:
 
     @property
     def parallel_config(self) -> dict[str, Any]:
-        """What ``Omni(parallel_config=...)`` takes."""
+        """The argument ``Omni(parallel_config=...)`` for this layout."""
         config: dict[str, Any] = {CONFIG_NAMES[kind]: degree for kind, degree in self.degrees.items()}
         if self.hsdp > 1:
             config |= {"use_hsdp": True, "hsdp_replicate_size": self.world // self.hsdp}
@@ -83,7 +83,7 @@ class Layout:
 
     @property
     def degrees(self) -> Mapping[str, int]:
-        """Kinds that are used, with their degree."""
+        """Degrees greater than 1, by kind."""
         return {field.name: degree for field in fields(self) if (degree := getattr(self, field.name)) > 1}
 
     def __str__(self) -> str:
@@ -91,18 +91,18 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """Read ``tp2xulysses2``.
+        """Parse a layout such as ``tp2xulysses2``.
 
         Raises:
-            ParallelError: an unknown kind, a kind twice, or a combination that vLLM-Omni does not have.
+            ParallelError: an unknown or repeated kind, or a combination that vLLM-Omni does not support.
         """
         degrees: dict[str, int] = {}
         for part in text.split("x") if text != "single" else ():
             match = _DEGREE.fullmatch(part.strip())
             if not match or match[1] not in CONFIG_NAMES or match[1] in degrees:
                 raise _invalid(
-                    f"{part!r} in {text!r} is no degree, or is given twice",
-                    f"write kinds and degrees as in tp2xulysses2; kinds: {', '.join(CONFIG_NAMES)}",
+                    f"{part!r} in {text!r} is not a degree, or its kind is repeated",
+                    f"write the layout as in tp2xulysses2; kinds: {', '.join(CONFIG_NAMES)}",
                 )
             degrees[match[1]] = int(match[2])
         return cls(**degrees)

@@ -1,4 +1,4 @@
-"""Which layouts ``verify parallel`` runs on which device: what the model or the machine cannot have is not begun."""
+"""Selection of the layouts that ``verify parallel`` runs on a device."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from port_kit.port import Port, resolve
 if TYPE_CHECKING:
     from port_kit.parallel.verify import ParallelTestCase
 
-#: Largest absolute difference of an output from one rank's on a GPU, float32: kernels differ with the shapes of parts.
+#: Largest absolute difference from one rank's output on a GPU, float32. Kernels depend on the shapes of the shards.
 GPU_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where ranks run.
+    """Device that ranks run on.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
-        ranks: devices that there are; None where processes are devices.
-        tolerance: largest absolute difference that rounding explains.
-        config: fields of ``OmniDiffusionConfig`` that the comparison needs there.
+        ranks: available devices; None on a CPU, which bounds no number of ranks.
+        tolerance: largest absolute difference from one rank's output.
+        config: fields of ``OmniDiffusionConfig`` that the comparison needs on the device.
     """
 
     kind: str
@@ -40,16 +40,16 @@ class Device:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def prepare(self, test_case: ParallelTestCase) -> ParallelTestCase:
-        """Return the test case with what this device needs."""
+        """Return the test case with this device's configuration."""
         return replace(test_case, config={**test_case.config, **self.config})
 
 
 def find_device(wanted: str, tolerance: float) -> Device:
-    """Return the device that this environment's vLLM runs on; nothing is initialised there.
+    """Return the device that this environment's vLLM runs on, without initializing it.
 
     Args:
         wanted: ``auto``, ``cpu`` or ``cuda``.
-        tolerance: on a CPU.
+        tolerance: tolerance on a CPU.
 
     Raises:
         ParallelError: vLLM is built for another device.
@@ -59,20 +59,20 @@ def find_device(wanted: str, tolerance: float) -> Device:
     kind = "cuda" if current_omni_platform.is_cuda() else "cpu"
     if wanted not in ("auto", kind):
         raise ParallelError(
-            f"device {wanted} was asked for; the vLLM of this environment runs on {kind}",
+            f"Device {wanted} is not available: the installed vLLM runs on {kind}.",
             code="parallel_device",
-            hint=f"use --device {kind}, or an environment whose vLLM is built for {wanted}",
+            hint=f"pass --device {kind}, or install a vLLM built for {wanted}",
             device=wanted,
         )
     if kind == "cpu":
         return Device(kind, None, tolerance)
-    # Float32 shows a fault that bfloat16's rounding would hide; of the attention kernels, SDPA's take it.
+    # float32 shows faults that bfloat16 rounding hides; SDPA is the attention backend that supports it
     config = {"diffusion_attention_backend": "TORCH_SDPA"}
     return Device(kind, torch.cuda.device_count(), max(tolerance, GPU_TOLERANCE), config)
 
 
 def read_model_shape(port: Port, model: Path) -> ModelShape | None:
-    """Read what decides a port's layouts; None where the port does not name its transformer or its branches."""
+    """Return a port's model shape; None if the port does not declare its transformer or its branches."""
     names = {component.name: component for component in port.components}
     branches = getattr(resolve(port.pipeline), "guidance_branches", None)
     config = model / "transformer" / "config.json"
@@ -86,16 +86,16 @@ def read_model_shape(port: Port, model: Path) -> ModelShape | None:
 def choose_layouts(
     wanted: Iterable[str], defaults: Iterable[str], shape: ModelShape | None, device: Device
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the layouts to run, and those of the defaults that are left out, each with the reason.
+    """Return the layouts to run, and the default layouts that are skipped, each with the reason.
 
     Args:
-        wanted: layouts that somebody asked for; empty for the defaults.
-        defaults: the layouts to take otherwise.
-        shape: of the model; None where they are not known.
-        device: where they would run.
+        wanted: requested layouts; empty to run the default layouts.
+        defaults: layouts to run if none is requested.
+        shape: shape of the model; None if unknown.
+        device: device to run on.
 
     Raises:
-        ParallelError: a layout that was asked for is impossible; says what is possible.
+        ParallelError: the model or the device does not support a requested layout.
     """
     wanted = list(wanted)
     for text in wanted:
@@ -118,7 +118,7 @@ def _check(layout: Layout, shape: ModelShape | None, device: Device) -> None:
         preflight(layout, shape, ranks=device.ranks)
     elif device.ranks is not None and layout.world > device.ranks:
         raise ParallelError(
-            f"{layout} needs {layout.world} ranks and there are {device.ranks}",
+            f"{layout} needs {layout.world} ranks, got {device.ranks}.",
             code="parallel_degree",
-            hint=f"use layouts of at most {device.ranks} ranks",
+            hint=f"pass a layout of at most {device.ranks} ranks",
         )

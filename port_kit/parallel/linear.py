@@ -1,9 +1,8 @@
-"""vLLM's parallel linears with what a port always wants of them.
+"""Constructors for vLLM's parallel linears with this kit's defaults.
 
-Each function builds one linear that returns its output alone (not an output and a bias), takes part in quantization
-under its ``prefix``, and keeps its weight where hooks can see it: on a CPU vLLM would otherwise pack the weight into
-a private buffer after loading and leave an empty parameter behind, so that HSDP would shard nothing and offload would
-move nothing. All widths are the full ones; the linears divide them by the tensor-parallel size.
+Each linear returns its output without the bias, accepts quantization under its ``prefix``, and keeps its weight a
+parameter on a CPU. vLLM's CPU build otherwise packs the weight into a private buffer after loading, which neither HSDP
+nor offload finds. All widths are full widths; the linears divide them by the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ Layer = TypeVar("Layer", bound=LinearBase)
 def qkv(
     dim: int, head_dim: int, heads: int, quant: QuantizationConfig | None, prefix: str, *, bias: bool = True
 ) -> QKVParallelLinear:
-    """Query, key and value of one attention in one matrix, split by heads."""
-    return _plain(
+    """Build a fused query, key and value projection, split by heads."""
+    return _with_defaults(
         QKVParallelLinear(dim, head_dim, heads, bias=bias, quant_config=quant, prefix=prefix, return_bias=False)
     )
 
@@ -45,8 +44,8 @@ def qkv(
 def merged(
     dim: int, outputs: list[int], quant: QuantizationConfig | None, prefix: str, *, bias: bool = True
 ) -> MergedColumnParallelLinear:
-    """Several projections of the same input in one matrix; each is split by output."""
-    return _plain(
+    """Build fused projections of the same input, each split by output."""
+    return _with_defaults(
         MergedColumnParallelLinear(dim, outputs, bias=bias, quant_config=quant, prefix=prefix, return_bias=False)
     )
 
@@ -60,8 +59,8 @@ def column(
     gather: bool = False,
     bias: bool = True,
 ) -> ColumnParallelLinear:
-    """Split by output; with ``gather`` every rank gets the whole output."""
-    return _plain(
+    """Build a linear split by output. With ``gather``, all-gather the output."""
+    return _with_defaults(
         ColumnParallelLinear(
             dim,
             output,
@@ -77,8 +76,8 @@ def column(
 def row(
     dim: int, output: int, quant: QuantizationConfig | None, prefix: str, *, bias: bool = True
 ) -> RowParallelLinear:
-    """Split by input, which is already split; the outputs are summed over the ranks."""
-    return _plain(
+    """Build a linear split by input. Its input is already split; its output is all-reduced."""
+    return _with_defaults(
         RowParallelLinear(
             dim,
             output,
@@ -92,14 +91,14 @@ def row(
 
 
 def row_parallel_partials(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, ...]:
-    """Return the output of a linear that :func:`row` made, or the two parts of which it is the sum.
+    """Return the output of a :func:`row` linear, or two partial sums that add up to it.
 
-    Two ranks of one host send each other their parts through mailboxes (:mod:`~port_kit.parallel.comm.symm_mem`); what
-    reads the output can add them in the same pass. It must do so before anything else is exchanged. All else, such as a
-    linear with a LoRA around it, or more ranks, is summed as vLLM does.
+    On two ranks of one host, partial sums are exchanged through symmetric memory
+    (:mod:`~port_kit.parallel.comm.symm_mem`), and the consumer adds them, fused with its own work. It must read them
+    before the next exchange. In all other cases, such as a linear with LoRA or more ranks, the output is all-reduced.
 
     Args:
-        layer: split by input.
+        layer: linear that is split by input.
         x: ``[..., K]``, this rank's part of the input.
     """
     plain = type(layer) is RowParallelLinear and layer.tp_size == 2
@@ -111,7 +110,7 @@ def row_parallel_partials(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, 
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Return the sum of ``x`` over the tensor-parallel ranks; small tensors, of which latency is the cost."""
+    """All-reduce a small tensor over the tensor-parallel ranks with low latency."""
     group = get_tp_group()
     peers = get_peer_buffers(group.device_group, x) if group.world_size == 2 else None
     if peers is None:
@@ -121,12 +120,12 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: str) -> ReplicatedLinear:
-    """Whole on every rank: for matrices too small to be worth a collective."""
-    return _plain(ReplicatedLinear(dim, output, quant_config=quant, prefix=prefix, return_bias=False))
+    """Build a replicated linear, for matrices too small to split."""
+    return _with_defaults(ReplicatedLinear(dim, output, quant_config=quant, prefix=prefix, return_bias=False))
 
 
 def tp_rank_and_size() -> tuple[int, int]:
-    """Return (this rank's place, ranks) of the group that shares each matrix; (0, 1) outside of an engine."""
+    """Return rank and size of the tensor-parallel group; (0, 1) outside of an engine."""
     from vllm.distributed import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
@@ -135,12 +134,14 @@ def tp_rank_and_size() -> tuple[int, int]:
     return group.rank_in_group, group.world_size
 
 
-def _plain(layer: Layer) -> Layer:
-    """Keep an unquantized weight a parameter on a CPU; the layer then also runs without a loader's last step.
+def _with_defaults(layer: Layer) -> Layer:
+    """Apply this kit's defaults to a linear.
 
-    A layer that is quantized while it loads is quantized when all its elements have come. vLLM begins to count when it
-    makes the weight, before the bias: a bias that comes first would be missed, and every layer with one would wait,
-    unquantized, for the end of loading. So the counting begins again here, with the bias.
+    On a CPU, an unquantized weight stays a parameter, so that the layer also runs without vLLM's post-load step.
+
+    With online quantization, vLLM quantizes a layer as soon as all its elements are loaded. It starts to count when the
+    weight is created, before the bias exists, and would miss a bias that is loaded first. The count is restarted here,
+    including the bias.
     """
     if getattr(layer.quant_method, "uses_meta_device", False):
         initialize_online_processing(layer)

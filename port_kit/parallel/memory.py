@@ -1,4 +1,4 @@
-"""Parameters without memory: modules are made on the meta device, cut to this rank's share, and only then given any."""
+"""Allocation of parameters that were built on the meta device, and their local sizes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch.distributed.tensor import DTensor
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Put a module's parameters that are on the meta device on another one, uninitialised.
+    """Allocate a module's meta parameters on a device, uninitialized.
 
-    ``Module.to_empty`` does so too, but makes plain parameters of vLLM's, which then have no loaders.
+    Unlike ``Module.to_empty``, keep the parameters' classes and attributes, such as vLLM's ``weight_loader``.
     """
     for owner in module.modules():
         for leaf, parameter in owner._parameters.items():
@@ -27,11 +27,11 @@ def _real(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
 
 
 def local_bytes(module: nn.Module) -> int:
-    """Return the bytes of parameters that this rank holds of a module; those without memory count nothing."""
+    """Return the bytes of a module's parameters on this rank, without those on the meta device."""
     local = (local_shard(parameter) for parameter in module.parameters())
     return sum(part.numel() * part.element_size() for part in local if part.device.type != "meta")
 
 
 def local_shard(parameter: Tensor) -> Tensor:
-    """Return what this rank holds of a parameter: its shard under HSDP, else the parameter."""
+    """Return this rank's shard of a parameter under HSDP, else the parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

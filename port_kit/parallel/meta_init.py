@@ -1,8 +1,7 @@
-"""A model's meta_init: its modules on the meta device, in any process, without process groups and without a device.
+"""Construction of modules on the meta device, without process groups.
 
-:func:`port_kit.runtime.single_process.single_rank` opens a world of one rank, which on a GPU machine touches the GPU.
-Before an engine's workers start, the process that starts them must not; here vLLM's linears only see a group of one
-rank.
+:func:`port_kit.runtime.single_process.single_rank` initializes process groups and, on a GPU machine, CUDA. The process
+that starts an engine's workers must do neither.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import torch
 
 
 @dataclass(frozen=True)
-class _Alone:
-    """What vLLM's linears ask of their group while they are built."""
+class _SingleRankGroup:
+    """Stand-in for the tensor-parallel group that vLLM's linears read in their constructors."""
 
     rank_in_group: int = 0
     world_size: int = 1
@@ -25,10 +24,10 @@ class _Alone:
 
 @contextmanager
 def meta_init(dtype: torch.dtype) -> Iterator[None]:
-    """Let modules be built on the meta device as one rank alone would build them.
+    """Build modules on the meta device as for one rank.
 
     Args:
-        dtype: default dtype of new parameters, as in the engine.
+        dtype: default dtype of new parameters; pass the engine's.
     """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -44,7 +43,7 @@ def meta_init(dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(set_current_diffusion_config(config))
         stack.callback(setattr, parallel_state, "_TP", group)
         stack.callback(torch.set_default_dtype, default)
-        parallel_state._TP = _Alone()  # type: ignore[assignment]
+        parallel_state._TP = _SingleRankGroup()  # type: ignore[assignment]
         torch.set_default_dtype(dtype)
         stack.enter_context(torch.device("meta"))
         yield
@@ -52,7 +51,7 @@ def meta_init(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Keep a logger from telling of the configuration, as if an engine started with it."""
+    """Suppress a logger's messages about the configuration, which describe no engine."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.WARNING)

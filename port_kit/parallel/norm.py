@@ -1,4 +1,4 @@
-"""A norm over all heads, of which each rank holds some."""
+"""RMS norm over heads that are split over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vllm.distributed import (
 
 
 class FullWidthRMSNorm(nn.Module):
-    """RMS norm over the width of all heads together, exact under tensor parallelism.
+    """RMS norm over the width of all heads, exact under tensor parallelism.
 
-    Each rank holds the part of the weight that belongs to its heads; the square sums are added up over the ranks.
+    Each rank holds the weight of its heads; square sums are all-reduced.
 
     Args:
-        dim: the whole width.
+        dim: full width.
         eps: added to the mean square.
     """
 
@@ -28,10 +28,10 @@ class FullWidthRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim // self.ranks), requires_grad=False)
         self.weight.weight_loader = _load_own_part
-        self.weight.full_shape = (dim,)  # what a checkpoint has of it, for whoever checks before loading
+        self.weight.full_shape = (dim,)  # shape in the checkpoint, for coverage checks
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[..., D]``, of which the last dimension is this rank's part; statistics are float32."""
+        """Normalize ``[..., D]`` over all ranks; D is this rank's part of the width. Statistics are float32."""
         wide = x.float()
         mean = wide.square().sum(-1, keepdim=True)
         if self.ranks > 1:
@@ -40,6 +40,6 @@ class FullWidthRMSNorm(nn.Module):
 
 
 def _load_own_part(parameter: nn.Parameter, loaded: Tensor) -> None:
-    """Copy this rank's part of a full-width weight."""
+    """Copy this rank's part of a full weight."""
     size = parameter.shape[0]
     parameter.data.copy_(loaded.narrow(0, get_tensor_model_parallel_rank() * size, size))

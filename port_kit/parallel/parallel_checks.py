@@ -1,4 +1,4 @@
-"""What is wrong with a parallel run, told from what its ranks did beside what one rank did."""
+"""Checks of a parallel run against a run on one rank: how work was divided, and where outputs diverge."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
 
     from port_kit.parallel.recorder import AttentionCall, Trace
 
-#: Faults that are told apart, and what to do about each.
+#: Fault codes, each with a hint.
 FAULTS: Mapping[str, str] = {
-    "not_sharded": "name the boundaries in _sp_plan exactly as the modules are called; a wrong name is only a warning",
-    "padding_attended": "tell the attention the true length (PaddedAttention, kv_length=padded_length(n))",
-    "replicated_keys_exchanged": "build this attention with skip_sequence_parallel=True: every rank has all its keys",
-    "weights_not_split": "use vLLM's parallel linears and give each its full width",
-    "weights_not_sharded": "let _hsdp_shard_conditions match the blocks",
-    "branches_not_divided": "run the branches through CFGParallelMixin",
-    "wrong_branch": "branch i belongs to rank i % n; use the rank of the guidance group",
-    "outputs_differ": "look at the first module that differs",
+    "not_sharded": "use the exact module paths of the boundaries in _sp_plan; an unknown path is only a warning",
+    "padding_attended": "pass the unpadded length to the attention (PaddedAttention, kv_length=padded_length(n))",
+    "replicated_keys_exchanged": "pass skip_sequence_parallel=True to this attention: its keys are replicated",
+    "weights_not_split": "use vLLM's parallel linears with full widths",
+    "weights_not_sharded": "make _hsdp_shard_conditions match the blocks",
+    "branches_not_divided": "call the branches through CFGParallelMixin",
+    "wrong_branch": "run branch i on rank i % n of the guidance group",
+    "outputs_differ": "check the first module that differs",
     "failed": "read the rank's traceback",
 }
-#: HSDP keeps no more than this times its fair share of the parameters on a rank.
+#: Largest ratio of a rank's parameter bytes under HSDP to an even share.
 HSDP_SLACK = 1.1
-#: Relative difference between fingerprints of the same inputs on one rank and on several.
+#: Largest relative difference between fingerprints of equal inputs.
 SAME_INPUT = 1e-3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One fault in a parallel run.
 
     Attributes:
         fault: a key of :data:`FAULTS`.
-        where: the module, or the rank.
-        message: what was seen and what was expected.
+        where: module path or rank.
+        message: found and expected values.
     """
 
     fault: str
@@ -49,12 +49,12 @@ class Finding:
 
     @property
     def hint(self) -> str:
-        """What to do about it."""
+        """Remedy for the fault."""
         return FAULTS[self.fault]
 
 
 def compare(layout: Layout, single: Trace, ranks: Sequence[Trace]) -> list[Finding]:
-    """Return what is wrong with how the work was divided; results are compared elsewhere."""
+    """Return faults in the division of work. Outputs are compared by ``verify_layout``."""
     found: dict[tuple[str, str], Finding] = {}
     for index, trace in enumerate(ranks):
         for finding in _rank_findings(layout, single, trace, f"rank {index}"):
@@ -90,12 +90,12 @@ def _sequence(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
         yield Finding(
             "not_sharded",
             "transformer",
-            f"{layout} is configured and no attention of any rank holds less than the whole sequence",
+            f"{layout}: expected attention over a part of the sequence, got all tokens on each rank",
         )
 
 
 def branch_alone(layout: Layout, single: Trace, trace: Trace, branch: int) -> int:
-    """Return which call of the transformer on one rank a rank's call ``branch`` is: guidance ranks take turns."""
+    """Return the index on one rank of a rank's transformer call. Guidance ranks run branches round-robin."""
     if trace.calls * layout.cfg != single.calls:
         return branch
     return branch * layout.cfg + trace.rank_coords["cfg"]
@@ -106,25 +106,27 @@ def _attention(layout: Layout, path: str, call: AttentionCall, alone: AttentionC
         return None
     if call.query >= alone.query > 1:
         return Finding(
-            "not_sharded", path, f"its query has all {alone.query} tokens on every rank of {layout}, not a share"
+            "not_sharded", path, f"expected a part of the {alone.query} query tokens per rank of {layout}, got all"
         )
     if call.key == alone.key and call.query < alone.query and alone.key > 1 and call.seen != alone.seen:
         return Finding(
             "replicated_keys_exchanged",
             path,
-            f"each rank has all {alone.key} keys, and they are exchanged: the kernel saw {call.seen}",
+            f"keys are replicated but exchanged: expected {alone.seen} keys in the kernel, got {call.seen}",
         )
     if call.seen > alone.seen:
-        return Finding(
-            "padding_attended", path, f"its kernel saw {call.seen} keys where one rank attends to {alone.seen}"
-        )
+        return Finding("padding_attended", path, f"expected {alone.seen} keys in the kernel, got {call.seen}")
     return None
 
 
 def _tensor(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
     split = [path for path, (shape, _) in trace.parameters.items() if shape != single.parameters[path][0]]
     if not split:
-        yield Finding("weights_not_split", "transformer", f"every parameter is whole on every rank of {layout}")
+        yield Finding(
+            "weights_not_split",
+            "transformer",
+            f"expected split parameters, got full parameters on each rank of {layout}",
+        )
 
 
 def _hsdp(layout: Layout, single: Trace, trace: Trace, rank: str) -> Iterator[Finding]:
@@ -133,8 +135,8 @@ def _hsdp(layout: Layout, single: Trace, trace: Trace, rank: str) -> Iterator[Fi
         yield Finding(
             "weights_not_sharded",
             rank,
-            f"it holds {share:.0%} of the transformer's parameters; hsdp {layout.hsdp} allows "
-            f"{HSDP_SLACK / layout.hsdp:.0%}",
+            f"expected at most {HSDP_SLACK / layout.hsdp:.0%} of the transformer's parameters with hsdp {layout.hsdp}, "
+            f"got {share:.0%}",
         )
 
 
@@ -144,12 +146,12 @@ def _guidance(layout: Layout, single: Trace, trace: Trace, rank: str) -> Iterato
         yield Finding(
             "branches_not_divided",
             rank,
-            f"it ran the transformer {trace.calls} times, as often as one rank alone",
+            f"expected fewer transformer calls than the {single.calls} of one rank, got {trace.calls}",
         )
     elif place < len(single.branches) and trace.branches and not _same(trace.branches[0], single.branches[place]):
         ran = [i for i, branch in enumerate(single.branches) if _same(trace.branches[0], branch)]
-        what = f"branch {ran[0]}" if ran else "inputs that one rank never ran"
-        yield Finding("wrong_branch", rank, f"it is number {place} of its guidance group and began with {what}")
+        what = f"branch {ran[0]}" if ran else "inputs that no branch has"
+        yield Finding("wrong_branch", rank, f"expected branch {place} first, got {what}")
 
 
 def _same(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -159,10 +161,10 @@ def _same(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def first_divergence(single: Trace, trace: Trace, tolerance: float) -> str:
-    """Name the first module whose output is not this rank's part of one rank's; empty if there is none.
+    """Return the path of the first module whose output differs from one rank's; empty if there is none.
 
-    Both traces must hold outputs. Layers whose parts interleave (fused projections) cannot be compared and are passed
-    over; what they feed is compared.
+    Both traces must hold outputs. Fused projections are skipped, because their shards interleave; the modules that
+    use their outputs are compared.
     """
     expected: dict[tuple[str, int], list[Tensor]] = {}
     for path, call, value in single.outputs:
@@ -171,29 +173,29 @@ def first_divergence(single: Trace, trace: Trace, tolerance: float) -> str:
         queue = expected.get((path, call))
         if not queue:
             continue
-        part = _own_part(queue.pop(0), value, trace.rank_coords)
+        part = _local_part(queue.pop(0), value, trace.rank_coords)
         if part is not None and _distance(part, value) > tolerance:
             return path
     return ""
 
 
-def _own_part(whole: Tensor, local: Tensor, rank_coords: Mapping[str, int]) -> Tensor | None:
-    """Cut the whole output down to a rank's: dimension 1 by its place in the sequence, later ones by tensor place."""
-    if whole.ndim != local.ndim:
+def _local_part(full_output: Tensor, local: Tensor, rank_coords: Mapping[str, int]) -> Tensor | None:
+    """Slice a full output to a rank's part: dimension 1 by sequence rank, later ones by tensor-parallel rank."""
+    if full_output.ndim != local.ndim:
         return None
-    for dim, (full, own) in enumerate(zip(whole.shape, local.shape, strict=True)):
+    for dim, (full, own) in enumerate(zip(full_output.shape, local.shape, strict=True)):
         if full == own:
             continue
         place = rank_coords["sequence"] if dim == 1 else rank_coords["tp"]
         start = place * own
         if own > full or (dim > 1 and full % own):
             return None
-        whole = whole.narrow(dim, min(start, full), max(0, min(own, full - start)))
-    return whole
+        full_output = full_output.narrow(dim, min(start, full), max(0, min(own, full - start)))
+    return full_output
 
 
 def _distance(part: Tensor, local: Tensor) -> float:
-    """Largest difference over the rows that exist on one rank; the rest of ``local`` is padding."""
+    """Return the largest difference over the rows of ``part``; further rows of ``local`` are padding."""
     for dim, size in enumerate(part.shape):
         local = local.narrow(dim, 0, min(size, local.shape[dim]))
     difference = (part - local).abs()

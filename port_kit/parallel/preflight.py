@@ -1,12 +1,11 @@
-"""Before anything is loaded: can a model run in this layout, what else is possible, and what each rank will hold.
+"""Preflight: the layouts that a model supports and the weight bytes per rank, before any weight is loaded.
 
-:func:`describe_model` reads the shape from a model that was built on the meta device, so no weight is read or
-allocated::
+:func:`describe_model` reads a model that was built on the meta device::
 
-    with single_rank(torch.bfloat16), torch.device("meta"):
+    with meta_init(torch.bfloat16):
         shape = describe_model(build_transformer(config), branches=4)
     plan = preflight(Layout.parse("tp2xulysses2"), shape, ranks=4)
-    plan.weight_bytes           # of the transformer, on the fullest rank
+    plan.weight_bytes           # of the transformer, on the rank with the most
 """
 
 from __future__ import annotations
@@ -22,51 +21,51 @@ from port_kit.parallel.layout import Layout, divisors
 if TYPE_CHECKING:
     from torch import nn
 
-#: Blocks whose parameters are whole at the same time under HSDP: the one that runs and the one that is fetched.
-WHOLE_BLOCKS = 2
-#: Bytes of a gigabyte as memory is sold.
+#: Blocks that are gathered at the same time under HSDP: the running one and the prefetched one.
+GATHERED_BLOCKS = 2
+#: Bytes per gigabyte.
 GIGABYTE = 10**9
-#: Kinds that shard a sequence; any degree is possible for those that do not exchange heads.
+#: Kinds that split a sequence. Only Ulysses restricts the degree.
 SEQUENCE_KINDS = ("ulysses", "ring", "allgather")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides which layouts a transformer can have.
+    """Properties of a transformer that determine its layouts.
 
     Attributes:
-        heads: attention heads, all layers' greatest common divisor.
-        widths: greatest common divisor of all widths that tensor parallelism divides.
-        branches: guidance branches in a step, 1 for none.
-        split_bytes: bytes of parameters that tensor parallelism divides.
-        whole_bytes: bytes of parameters that it leaves whole.
-        block_bytes: bytes of the largest block that HSDP shards; 0 where it has no conditions that match.
-        sharded: whether an ``_sp_plan`` is declared.
+        heads: greatest common divisor of all layers' attention heads.
+        widths: greatest common divisor of all widths that tensor parallelism splits.
+        branches: guidance branches per step, 1 without guidance.
+        split_bytes: bytes of parameters that tensor parallelism splits.
+        replicated_bytes: bytes of parameters that tensor parallelism replicates.
+        block_bytes: bytes of the largest block that HSDP shards; 0 if no module matches its conditions.
+        sharded: True if the transformer declares an ``_sp_plan``.
     """
 
     heads: int
     widths: int
     branches: int
     split_bytes: int
-    whole_bytes: int
+    replicated_bytes: int
     block_bytes: int
     sharded: bool
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the transformer's parameters."""
-        return self.split_bytes + self.whole_bytes
+        """Bytes of all parameters."""
+        return self.split_bytes + self.replicated_bytes
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """A layout that is possible.
+    """A supported layout and its memory.
 
     Attributes:
         layout: the layout.
-        weight_bytes: of the transformer, on the fullest rank.
-        peak_weight_bytes: the same while a block runs; more than ``weight_bytes`` under HSDP only.
-        idle_ranks: ranks that a step leaves without a guidance branch of their own.
+        weight_bytes: bytes of transformer weights on the rank with the most.
+        peak_weight_bytes: the same while a block runs; differs from ``weight_bytes`` only under HSDP.
+        idle_ranks: guidance ranks without a branch.
     """
 
     layout: Layout
@@ -87,11 +86,11 @@ class Preflight:
 
 
 def describe_model(transformer: nn.Module, *, branches: int = 1) -> ModelShape:
-    """Read the shape from a transformer that was built for one rank; the meta device will do.
+    """Return the shape of a transformer that was built for one rank, for example on the meta device.
 
     Args:
-        transformer: built of vLLM's linears and vLLM-Omni's ``Attention``.
-        branches: guidance branches in a step.
+        transformer: consists of vLLM's linears and vLLM-Omni's ``Attention``.
+        branches: guidance branches per step.
     """
     from vllm_omni.diffusion.attention.layer import Attention
 
@@ -103,30 +102,30 @@ def describe_model(transformer: nn.Module, *, branches: int = 1) -> ModelShape:
         widths=math.gcd(*widths) if widths else 1,
         branches=branches,
         split_bytes=split,
-        whole_bytes=sum(map(_bytes, transformer.parameters())) - split,
+        replicated_bytes=sum(map(_bytes, transformer.parameters())) - split,
         block_bytes=_largest_block(transformer),
         sharded=bool(getattr(transformer, "_sp_plan", None)),
     )
 
 
 def preflight(layout: Layout, shape: ModelShape, *, ranks: int | None = None) -> Preflight:
-    """Check a layout against a model and the ranks that there are.
+    """Check a layout against a model and the number of available ranks.
 
     Raises:
-        ParallelError: with every problem, and for each the degrees that are possible. ``details["possible"]`` lists
-            the degrees of each kind alone, ``details["weight_bytes"]`` what each rank then holds of the transformer.
+        ParallelError: ``parallel_degree``. ``details["problems"]`` lists all problems, ``details["possible"]`` the
+            supported degrees per kind, ``details["weight_bytes"]`` the weight bytes per rank for each of them.
     """
     problems = list(_problems(layout, shape))
     if ranks is not None and layout.world > ranks:
-        problems.append(f"{layout} needs {layout.world} ranks and there are {ranks}")
+        problems.append(f"{layout} needs {layout.world} ranks, got {ranks}")
     if problems:
         possible = possible_degrees(shape, ranks)
         raise ParallelError(
             "; ".join(problems),
             code="parallel_degree",
-            hint="possible: "
+            hint="supported: "
             + ", ".join(_suggest(kind, degrees, shape) for kind, degrees in possible.items())
-            + f"; undivided weights are {shape.weight_bytes / GIGABYTE:.3g} GB",
+            + f"; one rank holds {shape.weight_bytes / GIGABYTE:.3g} GB of weights",
             problems=problems,
             possible={kind: list(degrees) for kind, degrees in possible.items()},
             weight_bytes={
@@ -136,27 +135,27 @@ def preflight(layout: Layout, shape: ModelShape, *, ranks: int | None = None) ->
             },
         )
     held = weight_bytes(layout, shape)
-    peak = held + min(WHOLE_BLOCKS * shape.block_bytes, shape.weight_bytes) if layout.hsdp > 1 else held
+    peak = held + min(GATHERED_BLOCKS * shape.block_bytes, shape.weight_bytes) if layout.hsdp > 1 else held
     return Preflight(layout, held, peak, max(0, layout.cfg - shape.branches))
 
 
 def _suggest(kind: str, degrees: list[int], shape: ModelShape) -> str:
-    """Say which degrees of a kind there are; and where it divides the weights, what a rank then holds of them."""
+    """Format the supported degrees of a kind, with weight bytes per rank if it splits weights."""
     held = [weight_bytes(Layout(**{kind: degree}), shape) for degree in degrees]
     if held[0] >= shape.weight_bytes:
         return f"{kind} {_listed(degrees)}"
     sizes = ", ".join(f"{size / GIGABYTE:.3g}" for size in held)
-    return f"{kind} {_listed(degrees)} ({sizes} GB of weights a rank)"
+    return f"{kind} {_listed(degrees)} ({sizes} GB of weights per rank)"
 
 
 def weight_bytes(layout: Layout, shape: ModelShape) -> int:
-    """Return the bytes of transformer parameters that the fullest rank holds between steps."""
+    """Return the bytes of transformer weights on the rank with the most, while no block runs."""
     split = -(-shape.split_bytes // layout.tp)
-    return -(-(split + shape.whole_bytes) // layout.hsdp)
+    return -(-(split + shape.replicated_bytes) // layout.hsdp)
 
 
 def possible_degrees(shape: ModelShape, ranks: int | None = None) -> Mapping[str, list[int]]:
-    """Return, for each kind of parallelism alone, the degrees from 2 that this model can have."""
+    """Return the supported degrees above 1 of each kind alone."""
     limit = ranks or 64
     free = list(range(2, min(limit, 8) + 1))
     shardable = free if shape.sharded else []
@@ -179,15 +178,15 @@ def _problems(layout: Layout, shape: ModelShape) -> Iterator[str]:
         )
     elif (shape.heads // layout.tp) % layout.ulysses:
         here = shape.heads // layout.tp
-        yield f"ulysses {layout.ulysses} does not divide the {here} heads of a rank: use {_listed(divisors(here))}"
+        yield f"ulysses {layout.ulysses} does not divide the {here} heads per rank: use {_listed(divisors(here))}"
     if layout.sequence > 1 and not shape.sharded:
         kinds = [kind for kind in SEQUENCE_KINDS if kind in layout.degrees]
-        yield f"{' and '.join(kinds)} would shard nothing: the transformer declares no _sp_plan"
+        yield f"{' and '.join(kinds)} cannot split the sequence: the transformer declares no _sp_plan"
     if layout.cfg > shape.branches:
         use = _listed(divisors(shape.branches))
         yield f"cfg {layout.cfg} has more ranks than the {shape.branches} branches: use {use}"
     if layout.hsdp > 1 and not shape.block_bytes:
-        yield "hsdp would shard nothing: no module matches _hsdp_shard_conditions"
+        yield "hsdp cannot shard any block: no module matches _hsdp_shard_conditions"
 
 
 def _tensor_degrees(shape: ModelShape) -> list[int]:
@@ -203,7 +202,7 @@ def _listed(degrees: list[int]) -> str:
 
 
 def _split_widths(transformer: nn.Module) -> Iterator[int]:
-    """Yield the widths that tensor parallelism divides: outputs of column linears, inputs of row linears."""
+    """Yield the widths that tensor parallelism splits: outputs of column linears, inputs of row linears."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 
     for module in transformer.modules():
@@ -216,7 +215,7 @@ def _split_widths(transformer: nn.Module) -> Iterator[int]:
 
 
 def _split_parameters(transformer: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters that tensor parallelism divides: those of column linears, and weights of row linears."""
+    """Yield the parameters that tensor parallelism splits: those of column linears, and weights of row linears."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
     for module in transformer.modules():

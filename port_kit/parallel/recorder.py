@@ -1,7 +1,7 @@
-"""What a rank really did: its attention, its collectives, its parameters and its branches, measured while it ran.
+"""Recording of a rank's work: attention calls, collectives, parameters and branches.
 
-Equal results prove nothing about sharding: a model whose plan does not match computes everything on every rank, and
-rightly. :func:`install` watches a process from before its model is built; :func:`collect` says what was seen.
+Equal results do not prove sharding: with a plan that matches no module, each rank computes everything and the result is
+correct. Call :func:`install` before the model is built and :func:`collect` after it ran.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from port_kit.parallel.comm.symm_mem import transfer_stats
 
 Noted = TypeVar("Noted")
 
-#: Calls of each attention that are kept.
+#: Maximum number of recorded calls per attention layer.
 KEPT_CALLS = 4096
-#: Passes whose inputs and flows are kept.
+#: Maximum number of branches whose inputs and flows are recorded.
 KEPT_BRANCHES = 64
-#: Passes of which all modules' outputs are kept, where they are asked for.
+#: Maximum number of branches whose module outputs are recorded, if requested.
 KEPT_OUTPUTS = 16
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of one attention layer on this rank.
+    """One call of an attention layer on this rank.
 
     Attributes:
-        query: tokens of the query that the layer was given.
-        key: tokens of the keys that the layer was given.
-        seen: keys that the kernel attended to, of all ranks together.
-        exchanged: the layer took part in sequence parallelism.
-        branch: which pass of the transformer it was part of, counted from 0.
+        query: number of query tokens in the layer's input.
+        key: number of key tokens in the layer's input.
+        seen: number of keys that the kernel attended to, over all ranks.
+        exchanged: True if the layer used sequence parallelism.
+        branch: index of the transformer call, from 0.
     """
 
     query: int
@@ -49,18 +49,18 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one rank did.
+    """Record of one rank's work.
 
     Attributes:
-        rank_coords: this rank's place in each group: ``tp``, ``sequence``, ``cfg``.
-        attention: calls by the layer's path.
-        collectives: ``{operator: (calls, bytes)}``; ``symm_mem`` are those of :mod:`~port_kit.parallel.comm.symm_mem`.
+        rank_coords: this rank's rank in each group: ``tp``, ``sequence``, ``cfg``.
+        attention: calls by layer path.
+        collectives: ``{operator: (calls, bytes)}``; ``symm_mem`` counts transfers of that module.
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
-        calls: how many passes the transformers made.
-        branches: a fingerprint of the inputs of the first passes, in order.
-        flows: what the transformer gave in these passes.
-        outputs: outputs of all modules in the first passes of a transformer, ``(path, pass, tensor)`` in order of
-            computation; empty unless asked for.
+        calls: number of branches that the transformers ran.
+        branches: fingerprints of the inputs of the first branches, in order.
+        flows: transformer outputs of these branches.
+        outputs: module outputs of the first branches, ``(path, branch, tensor)`` in order of computation; empty unless
+            requested.
     """
 
     rank_coords: Mapping[str, int]
@@ -79,13 +79,13 @@ class Trace:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees everything that a process does; a dispatch mode for its collectives, hooks for the rest."""
+    """Recorder of a process: a dispatch mode for collectives, module hooks for everything else."""
 
     def __init__(self, keep_outputs: bool) -> None:
         super().__init__()
         self.keep_outputs = keep_outputs
         self.calls: dict[int, list[AttentionCall]] = defaultdict(list)
-        self.open: list[tuple[int, int, int]] = []  # id, query and key tokens of the attention that is running
+        self.open: list[tuple[int, int, int]] = []  # id, query and key tokens of running attentions
         self.seen: int | None = None
         self.collectives: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
@@ -93,18 +93,18 @@ class _Recorder(TorchDispatchMode):
         self.branches: list[tuple[float, ...]] = []
         self.flows: list[tuple[Tensor, ...]] = []
         self.outputs: list[tuple[int, int, Tensor]] = []
-        self.new_calls: list[tuple[int, AttentionCall]] = []  # these two since the last call of a transformer
+        self.new_calls: list[tuple[int, AttentionCall]] = []  # both since the last transformer call
         self.new_outputs: list[tuple[int, Tensor]] = []
 
     def start(self) -> None:
-        """Watch for the life of the process."""
+        """Record until the process ends."""
         register_module_forward_pre_hook(self.before)
         register_module_forward_hook(self.after, with_kwargs=True)
         self.watch_kernels()
         self.__enter__()
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note what an attention is given, and where a transformer begins."""
+        """Record an attention's input sizes and the start of a transformer call."""
         from vllm_omni.diffusion.attention.layer import Attention
 
         if is_transformer(module):
@@ -114,7 +114,7 @@ class _Recorder(TorchDispatchMode):
             self.seen = None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Note what an attention did, what a transformer was given and gave, and any module's output if asked."""
+        """Record attention calls, transformer inputs and outputs, and module outputs if requested."""
         from vllm_omni.diffusion.attention.layer import Attention
 
         if isinstance(module, Attention):
@@ -128,7 +128,7 @@ class _Recorder(TorchDispatchMode):
             )
 
     def note_branches(self, first: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Note the passes of one call of a transformer: one, or several that it was given together."""
+        """Record the branches of one transformer call."""
         extra_branches = kwargs.get("extra_branches", ())
         given = [first, *(tuple(other.values()) for other in extra_branches)]
         for inputs, flows in zip(given, output if extra_branches else [output], strict=True):
@@ -139,9 +139,9 @@ class _Recorder(TorchDispatchMode):
         self.transformer_calls += len(given)
 
     def number(self, branches: int) -> None:
-        """Say of each call and output that was noted since the last time which pass it is of.
+        """Assign the attention calls and outputs since the last transformer call to branches.
 
-        Every module has made its passes one after the other.
+        Each module runs the branches in order.
         """
         for key, place, call in _divided(self.new_calls, branches):
             if len(self.calls[key]) < KEPT_CALLS:
@@ -152,7 +152,7 @@ class _Recorder(TorchDispatchMode):
         self.new_outputs.clear()
 
     def keep_output(self, module: nn.Module, output: Any) -> None:
-        """Keep what a module gave; but not of fused projections, whose parts interleave over the ranks."""
+        """Record a module's output, except for fused projections, whose shards interleave."""
         from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
         if not self.keep_outputs or self.transformer_calls >= KEPT_OUTPUTS:
@@ -161,7 +161,7 @@ class _Recorder(TorchDispatchMode):
             self.new_outputs += [(id(module), _copy(value)) for value in _tensors(output)]
 
     def watch_kernels(self) -> None:
-        """Note how many keys the kernel is given, after all exchange and trimming."""
+        """Record the number of keys in the kernel's input, after exchange and trimming."""
         from vllm_omni.diffusion.attention.layer import Attention
         from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 
@@ -178,18 +178,18 @@ class _Recorder(TorchDispatchMode):
             kind.run_attention = self.watched_ring(kind.run_attention)  # type: ignore[method-assign]
 
     def watched_ring(self, run: Any) -> Any:
-        """Return a ring's ``run_attention`` that notes how many keys went round."""
+        """Wrap a Ring ``run_attention`` to record the number of keys over all ranks."""
 
         def run_ring(ring: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, **options: Any) -> Tensor:
-            whole = key.shape[1] * ring._sp_group.ring_world_size
+            total = key.shape[1] * ring._sp_group.ring_world_size
             valid = metadata.extra.get("valid_kv_length") if metadata is not None else None
-            self.seen = whole if valid is None else min(whole, valid)
+            self.seen = total if valid is None else min(total, valid)
             return run(ring, query, key, value, metadata, **options)
 
         return run_ring
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count the operators that talk to other ranks, and the bytes of the tensors they are given."""
+        """Count communication operators and the bytes of their tensor arguments."""
         name = func.name()
         if name.startswith(("c10d::", "_c10d_functional::")) or "shm_all" in name or "shm_gather" in name:
             short = name.partition("::")[2].rstrip("_")
@@ -202,20 +202,20 @@ _recorder: _Recorder | None = None
 
 
 def install(*, keep_outputs: bool = False) -> None:
-    """Watch this process from now on. Call it in a rank before its model is built, and once."""
+    """Start recording in this process. Call once, before the model is built."""
     global _recorder
     _recorder = _Recorder(keep_outputs)
     _recorder.start()
 
 
 def collect(pipeline: nn.Module) -> Trace:
-    """Return what has been seen, under the pipeline's module paths.
+    """Return the record, with module paths relative to the pipeline.
 
     Raises:
-        RuntimeError: nothing was installed.
+        RuntimeError: :func:`install` was not called.
     """
     if _recorder is None:
-        raise RuntimeError("install() was not called before the model ran")
+        raise RuntimeError("recorder.install() was not called before the model ran")
     paths = {id(module): path for path, module in pipeline.named_modules()}
     _recorder.number(branches=1)
     return Trace(
@@ -238,16 +238,16 @@ def _collectives(recorder: _Recorder) -> dict[str, tuple[int, int]]:
 
 
 def is_transformer(module: nn.Module) -> bool:
-    """Whether this is a diffusion transformer: it declares how vLLM-Omni may shard it."""
+    """Return True if a module declares ``_hsdp_shard_conditions`` or ``_sp_plan``, as transformers do."""
     return hasattr(type(module), "_hsdp_shard_conditions") or hasattr(type(module), "_sp_plan")
 
 
 def _divided(noted: list[tuple[int, Noted]], branches: int) -> Iterator[tuple[int, int, Noted]]:
-    """Divide what each module did, in order, into as many equal parts: yields module, part, what it did."""
+    """Split each module's entries into equal consecutive groups; yield module, group and entry."""
     total = Counter(key for key, _ in noted)
     met: Counter[int] = Counter()
-    for key, what in noted:
-        yield key, met[key] * branches // total[key], what
+    for key, entry in noted:
+        yield key, met[key] * branches // total[key], entry
         met[key] += 1
 
 
@@ -261,7 +261,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _fingerprint(args: tuple[Any, ...]) -> tuple[float, ...]:
-    """Reduce the tensors among the arguments to one number each; equal inputs give equal numbers."""
+    """Return one number per tensor argument; equal inputs have equal numbers."""
     tensors = [getattr(arg, "raw", arg) for arg in args]
     return tuple(float(_weighted_sum(tensor)) for tensor in tensors if isinstance(tensor, Tensor))
 
@@ -289,7 +289,7 @@ def _parameters(pipeline: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def _rank_coords() -> dict[str, int]:
-    """This rank's place in each group, from the groups themselves."""
+    """Return this rank's rank in each group."""
     from vllm.distributed import get_tp_group
     from vllm_omni.diffusion.distributed.parallel_state import get_cfg_group, get_sp_group
 

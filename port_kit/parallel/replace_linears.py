@@ -1,10 +1,10 @@
-"""Exchange the plain linears of a module that somebody else wrote for parallel ones, by an explicit table.
+"""Replacement of ``nn.Linear`` modules by vLLM's parallel linears, according to a table.
 
-A table says for each ``nn.Linear`` that is worth a collective how it is split; ``*`` stands for one part of a path::
+The table maps path patterns to roles; ``*`` matches one path component::
 
     LINEARS = {"blocks.*.ff.net.0.proj": "column", "blocks.*.ff.net.2": "row", "time_embed.linear": "gathered"}
 
-Every linear that no entry names stays whole on every rank.
+Linears without an entry stay replicated.
 """
 
 from __future__ import annotations
@@ -22,42 +22,43 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-#: column: split by output; row: split by input, which a column linear before it has split; gathered: split by output,
-#: and every rank gets all of it.
+#: column: split by output; row: split by input, after a column linear; gathered: split by output, then all-gathered.
 Role = Literal["column", "row", "gathered"]
 
 
 def replace_linears(
     module: nn.Module, table: Mapping[str, Role], quant: QuantizationConfig | None, prefix: str
 ) -> None:
-    """Replace the linears that a table names; names, shapes and biases stay.
+    """Replace the linears in a table; names, full shapes and biases stay.
 
     Args:
-        module: built empty; the parallel linears have no values either.
-        table: path of a linear, or a pattern of paths, to its role.
-        quant: quantization of the new linears, None for none.
+        module: module without loaded weights; the new linears are uninitialized.
+        table: role by path or path pattern.
+        quant: quantization of the new linears, or None.
         prefix: path of ``module`` in the pipeline.
 
     Raises:
-        ParallelError: an entry names no linear, or something else.
+        ParallelError: ``parallel_table``; an entry matches no module, or one that is not an ``nn.Linear``.
     """
     paths = [path for path, _ in module.named_modules()]
     for pattern, role in table.items():
         found = [path for path in paths if matches(path, pattern)]
         plain = {path: module.get_submodule(path) for path in found}
         if not plain or not all(isinstance(child, nn.Linear) for child in plain.values()):
-            kinds = sorted({type(child).__name__ for child in plain.values()}) or ["nothing"]
+            kinds = sorted({type(child).__name__ for child in plain.values()}) or ["no module"]
             raise ParallelError(
-                f"{pattern!r} names {' and '.join(kinds)}; a table of linears names nn.Linear",
+                f"Table entry {pattern!r}: expected nn.Linear, got {' and '.join(kinds)}.",
                 code="parallel_table",
-                hint="correct the path: print the module to see its tree",
+                hint="correct the path; print(module) shows the module tree",
+                entry=pattern,
+                found=kinds,
             )
         for path, child in plain.items():
             _put(module, path, _parallel(child, role, quant, f"{prefix}.{path}"))
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a module's path is what a pattern means: part by part, so that ``*`` crosses no dot."""
+    """Return True if a path matches a pattern, component by component: ``*`` matches no dot."""
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 

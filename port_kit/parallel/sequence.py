@@ -1,18 +1,17 @@
 """Sequence parallelism for models with several token streams of any length.
 
-vLLM-Omni shards tensors where a transformer's ``_sp_plan`` says so. Three traps make it hard to get right, and this
-module holds the remedy of each:
+vLLM-Omni shards tensors according to a transformer's ``_sp_plan``. This module solves three problems with it:
 
-* a plan that does not match is only a warning, and the result stays right without any sharding. Put a
-  :class:`SPBoundary` where streams are split and another where they are gathered, and name them with
-  :func:`make_sp_plan`; ``port-kit verify parallel`` then proves that tokens were sharded;
-* lengths must divide by the number of ranks, and padding is visible to attention. Pad with :func:`pad_tokens`, tell
-  every attention the true length, and cut after the gather. :class:`PaddedAttention` drops the padded keys by
-  length, without a mask, under Ulysses, Ring, AllGather-KV and Ulysses x Ring;
-* attention over keys that every rank holds whole (text) must skip sequence parallelism:
+* A plan that matches no module only logs a warning, and the result is correct without any sharding. Put a
+  :class:`SPBoundary` before the sharded region and another after it, and refer to both in :func:`make_sp_plan`.
+  ``port-kit verify parallel`` proves that tokens were sharded.
+* Lengths must be multiples of the number of ranks, but attention must ignore padding. Pad with :func:`pad_tokens`, pass
+  the unpadded length to each attention, and slice after the gather. :class:`PaddedAttention` drops padded keys without
+  a mask, under Ulysses, Ring, AllGather-KV and Ulysses x Ring.
+* Attention over replicated keys (text) must not use sequence parallelism:
   ``PaddedAttention(..., skip_sequence_parallel=True)``.
 
-A transformer with two streams looks like this::
+A transformer with two streams::
 
     class MyTransformer(nn.Module):
         _sp_plan = make_sp_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})
@@ -20,7 +19,7 @@ A transformer with two streams looks like this::
         def forward(self, video, audio, video_rope, audio_rope):
             video_length, audio_length = video.shape[1], audio.shape[1]
             tensors = self.shard(*map(pad_tokens, (video, audio, video_rope, audio_rope)))
-            ...                                # attention gets kv_length=video_length or audio_length
+            ...                                # attention with kv_length=padded_length(video_length or audio_length)
             video, audio = self.gather(video, audio)
             return video[:, :video_length], audio[:, :audio_length]
 """
@@ -40,26 +39,27 @@ from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_
 from port_kit.parallel.comm.asymmetric_attention import GatherKVStrategy, GatherQueryStrategy
 from port_kit.parallel.comm.fused_sequence_parallel import optimize_strategy
 
-#: Dimension that holds the tokens in every tensor that crosses a boundary.
+#: Token dimension of all tensors at a boundary.
 TOKENS = 1
 
 
 class SPBoundary(nn.Module):
-    """Identity over tensors: a place in the module tree where a plan splits or gathers them."""
+    """Identity module whose outputs an ``_sp_plan`` shards or gathers."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensors; vLLM-Omni's hooks shard or gather what is returned."""
+        """Return the tensors; vLLM-Omni's hooks shard or gather them."""
         return tensors
 
 
 class PaddedAttention(Attention):
-    """vLLM-Omni's attention over keys whose tail is padding: it attends to the first ``kv_length`` keys only.
+    """vLLM-Omni's attention over padded keys: it attends to the first ``kv_length`` keys.
 
-    Ulysses and AllGather-KV hold all keys when the kernel runs, so cutting there is exact. Ring circulates blocks and
-    cuts each one itself, told by the metadata. No mask is made, so every backend can run it.
+    Under Ulysses and AllGather-KV the kernel's input holds all keys and is sliced. Under Ring, vLLM-Omni slices each
+    block according to ``valid_kv_length`` in the metadata. There is no mask, so all backends are supported.
 
     Args:
-        gather: which side has few tokens, if one has: it is sent, whatever the kind of sequence parallelism.
+        gather: operand with far fewer tokens: ``"kv"``, ``"q"`` or None. It is all-gathered under any kind of sequence
+            parallelism.
     """
 
     _kv_length: int | None = None
@@ -72,19 +72,17 @@ class PaddedAttention(Attention):
             strategy = GatherKVStrategy if gather == "kv" else GatherQueryStrategy
             self.parallel_strategy = strategy(get_sp_group())
             self.use_ring = False
-        self.parallel_strategy, self.ring_runner = (
-            optimize_strategy(self.parallel_strategy),
-            optimize_strategy(self.ring_runner),
-        )
+        self.parallel_strategy = optimize_strategy(self.parallel_strategy)
+        self.ring_runner = optimize_strategy(self.ring_runner)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kv_length: int | None = None) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             query: [B, Sq, N, H], this rank's tokens.
             key: [B, Sk, N, H], this rank's tokens.
-            value: as ``key``.
-            kv_length: keys of the whole sequence before padding, over all ranks; None where nothing is padded.
+            value: [B, Sk, N, H], this rank's tokens.
+            kv_length: unpadded keys of the complete sequence, over all ranks; None without padding.
 
         Returns:
             [B, Sq, N, H].
@@ -112,12 +110,12 @@ def make_sp_plan(
     """Return an ``_sp_plan`` over :class:`SPBoundary` modules.
 
     Args:
-        shard: paths of boundaries that split, each with the number of dimensions of every tensor it is given.
-        gather: paths of boundaries that gather, in the same form.
+        shard: paths of boundaries that shard, each with the number of dimensions of its tensors.
+        gather: paths of boundaries that gather, each with the number of dimensions of its tensors.
 
     Returns:
-        A plan that splits and gathers all of these tensors along dimension 1. Lengths must already divide by the
-        number of ranks (:func:`pad_tokens`): the framework's own padding does not work with Ring.
+        A plan that shards and gathers along dimension 1. Lengths must be multiples of the number of ranks
+        (:func:`pad_tokens`): vLLM-Omni's padding does not support Ring.
     """
     plan: dict[str, Any] = {}
     for path, dims in shard.items():
@@ -131,7 +129,7 @@ def make_sp_plan(
 
 
 def sequence_parallel_size() -> int:
-    """Return how many ranks share a sequence; 1 outside of an engine."""
+    """Return the number of ranks that split a sequence; 1 outside of an engine."""
     if not is_forward_context_available():
         return 1
     config = get_forward_context().omni_diffusion_config
@@ -139,7 +137,7 @@ def sequence_parallel_size() -> int:
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """Zero-pad dimension 1 up to a multiple of :func:`sequence_parallel_size`; without sharding, a no-op."""
+    """Zero-pad dimension 1 to a multiple of :func:`sequence_parallel_size`."""
     missing = -x.shape[TOKENS] % sequence_parallel_size()
     if missing == 0:
         return x
@@ -147,25 +145,25 @@ def pad_tokens(x: Tensor) -> Tensor:
 
 
 def padded_length(length: int) -> int | None:
-    """Return ``length`` where :func:`pad_tokens` would pad it, else None: what attention takes as ``kv_length``."""
+    """Return ``length`` if :func:`pad_tokens` pads it, else None: the ``kv_length`` of attention."""
     return length if length % sequence_parallel_size() else None
 
 
 def local_segment_lengths(lengths: Sequence[int], local: int) -> tuple[int, ...]:
-    """Cut consecutive runs of the whole sequence down to what this rank holds of each.
+    """Return the local length of each consecutive segment of a sequence.
 
-    Padding at the end counts as part of the last run.
+    Padding is part of the last segment.
 
     Args:
-        lengths: tokens of each run, in order, before padding.
-        local: tokens that this rank holds.
+        lengths: tokens per segment, in order, before padding.
+        local: tokens on this rank.
 
     Returns:
-        Tokens of each run on this rank; they sum to ``local``.
+        Tokens per segment on this rank; they sum to ``local``.
     """
     size = sequence_parallel_size()
-    whole = sum(lengths) + -sum(lengths) % size
-    start = 0 if local == whole else get_sequence_parallel_rank() * local
+    padded = sum(lengths) + -sum(lengths) % size
+    start = 0 if local == padded else get_sequence_parallel_rank() * local
     edges, position = [0], 0
     for length in lengths[:-1]:
         position += length

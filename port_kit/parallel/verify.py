@@ -1,9 +1,9 @@
-"""``port-kit verify parallel``: N ranks against one, with proof that the work was divided.
+"""``port-kit verify parallel``: equal outputs on one and several ranks, with proof that work was divided.
 
-A *test case* is a model directory and requests. Every layout runs in forked workers (:mod:`port_kit.testing.workers`)
-beside a run on one rank; outputs must agree, and what each rank did must show that it did its share
-(:mod:`port_kit.parallel.recorder`, :mod:`port_kit.parallel.parallel_checks`). If outputs differ, both runs are repeated
-with all modules' outputs kept, and the first module that differs is named.
+A test case is a model directory and requests. Each layout runs in forked workers (:mod:`port_kit.testing.workers`), and
+so does one rank. Outputs must agree, and each rank's record (:mod:`port_kit.parallel.recorder`) must show its share of
+the work (:mod:`port_kit.parallel.parallel_checks`). If outputs differ, both runs are repeated with all module outputs,
+and the first module that differs is reported.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from port_kit.parallel.parallel_checks import Finding, branch_alone, compare, fi
 from port_kit.port import Port, resolve
 from port_kit.testing.workers import RankResult, Request, run_workers
 
-#: Layouts of 2 to 4 ranks that a port with attention, guidance and blocks should support.
+#: Layouts of 2 to 4 ranks for ports with attention, guidance and blocks.
 DEFAULT_LAYOUTS = (
     *("tp2", "ulysses2", "ring2", "ring3", "allgather2", "cfg2", "hsdp2"),
     *("ulysses2xring2", "tp2xulysses2", "ulysses2xcfg2", "hsdp2xulysses2", "hsdp2xcfg2"),
 )
-#: Largest absolute difference of an output from one rank's, float32.
+#: Largest absolute difference from one rank's output, float32.
 TOLERANCE = 5e-6
 
 
 @dataclass(frozen=True)
 class ParallelTestCase:
-    """What is run.
+    """A model directory and requests.
 
     Attributes:
-        model: a model directory.
-        requests: run in order, each on every rank.
-        config: fields of ``OmniDiffusionConfig``; ``parallel_config`` is the layout's.
-        setup: called in every rank before its worker is built, with the number of ranks.
-        output_tolerance: largest absolute difference of what the pipeline returns; decoders enlarge the transformer's
-            differences, and frames of whole numbers may fall one step apart whatever this is.
+        model: model directory.
+        requests: requests, run in order on all ranks.
+        config: fields of ``OmniDiffusionConfig``, without ``parallel_config``.
+        setup: called with the number of ranks on each rank before its worker is built.
+        output_tolerance: largest absolute difference of pipeline outputs, which decoders amplify. Integer frames may
+            also differ by one.
     """
 
     model: Path
@@ -56,10 +56,10 @@ class ParallelTestCase:
     output_tolerance: float = TOLERANCE
 
     def run(self, layout: Layout, *, keep_outputs: bool = False) -> list[RankResult]:
-        """Run on the layout's ranks; each result's ``probe`` is a :class:`~port_kit.parallel.recorder.Trace`."""
+        """Run on the layout's ranks. ``RankResult.probe`` holds a :class:`~port_kit.parallel.recorder.Trace`."""
 
         def prepare() -> None:
-            os.dup2(2, 1)  # ranks log to stdout, which belongs to the caller's data
+            os.dup2(2, 1)  # ranks log to stdout, which is reserved for data
             recorder.install(keep_outputs=keep_outputs)
             if self.setup:
                 self.setup(layout.world)
@@ -70,18 +70,18 @@ class ParallelTestCase:
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """One layout beside one rank.
+    """Comparison of a layout with one rank.
 
     Attributes:
-        layout: as :meth:`Layout.parse` reads it.
-        world: ranks.
-        max_abs: largest difference of what the transformer gave in any call on any rank; None where the run failed.
-        output_max_abs: largest difference of what the pipeline returned on any rank.
-        tokens: tokens of the widest attention query, on one rank and on each rank.
-        parameter_bytes: of the transformers, on one rank and on each rank.
-        collectives: of rank 0, ``{operator: (calls, bytes)}``.
-        findings: what is wrong; empty when the layout holds.
-        seconds: for the layout's run.
+        layout: layout in the form that :meth:`Layout.parse` reads.
+        world: number of ranks.
+        max_abs: largest difference of transformer outputs over all calls and ranks; None if the run failed.
+        output_max_abs: largest difference of pipeline outputs over all ranks; None if the run failed.
+        tokens: tokens of the longest attention query: in the single-rank run, then per rank.
+        parameter_bytes: bytes of transformer parameters: in the single-rank run, then per rank.
+        collectives: collectives of rank 0, ``{operator: (calls, bytes)}``.
+        findings: faults; empty if the layout is correct.
+        seconds: duration of the layout's run.
     """
 
     layout: str
@@ -96,11 +96,11 @@ class LayoutReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the ranks computed what one computes, and divided the work."""
+        """True if outputs agree and the work was divided."""
         return not self.findings
 
     def describe(self) -> str:
-        """Return one line, and one more for each finding."""
+        """Return one line, and one more per finding."""
         lines = [f"{'ok  ' if self.ok else 'FAIL'} {self.layout:<22} {self._figures()}"]
         lines += [f"     {f.fault} at {f.where}: {f.message} (hint: {f.hint})" for f in self.findings]
         return "\n".join(lines)
@@ -113,11 +113,11 @@ class LayoutReport:
         calls = sum(count for count, _ in self.collectives.values())
         return (
             f"max abs {self.max_abs:.1e}  tokens {tokens} of {self.tokens[0]}  "
-            f"weights a rank {share:.0%}  collectives {calls}  {self.seconds:.1f} s"
+            f"weights per rank {share:.0%}  collectives {calls}  {self.seconds:.1f} s"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON-serialisable values."""
+        """Return the report as JSON-serializable values."""
         findings = [{"fault": f.fault, "where": f.where, "message": f.message, "hint": f.hint} for f in self.findings]
         return {
             "layout": self.layout,
@@ -134,24 +134,24 @@ class LayoutReport:
 
 
 def port_test_case(port: Port, scratch: Path, model: Path | None = None, prompt: str = "a cat") -> ParallelTestCase:
-    """Return what a port is verified with: its own tiny test case, or a model directory and a plain prompt.
+    """Return a port's tiny test case, or one for a model directory.
 
     Args:
-        port: a port.
-        scratch: an empty folder for the tiny model.
-        model: a model directory to be used instead; small, because each rank loads it in float32.
-        prompt: for ``model``.
+        port: the port.
+        scratch: empty folder for the tiny model.
+        model: model directory to use instead of the tiny model. Each rank loads it in float32.
+        prompt: prompt for ``model``.
 
     Raises:
-        ParallelError: the port declares no test case and no model is given.
+        ParallelError: ``parallel_subject``; the port declares no test case and ``model`` is None.
     """
     if model is not None:
         return ParallelTestCase(model, [Request(prompt, {"num_inference_steps": 2, "seed": 0})])
     if not port.parallel:
         raise ParallelError(
-            f"port {port.name} declares no tiny model to be run in parallel",
+            f"Port {port.name} declares no test case for verify parallel.",
             code="parallel_subject",
-            hint="give a small model directory with --model, or set the port's parallel field",
+            hint="pass a small model directory with --model, or set the port's parallel field",
         )
     make: Any = resolve(port.parallel)
     return make(scratch)
@@ -160,10 +160,10 @@ def port_test_case(port: Port, scratch: Path, model: Path | None = None, prompt:
 def verify_parallel(
     test_case: ParallelTestCase, layouts: Iterable[str] = DEFAULT_LAYOUTS, *, tolerance: float = TOLERANCE
 ) -> Iterator[LayoutReport]:
-    """Run one rank, then every layout, and report on each.
+    """Run one rank, then each layout; yield one report per layout.
 
     Raises:
-        ParallelError: a layout is impossible in itself, or the run on one rank fails.
+        ParallelError: a layout is invalid, or the run on one rank fails.
     """
     parsed = [Layout.parse(text) for text in layouts]
     single = test_case.run(Layout())[0]
@@ -174,7 +174,7 @@ def verify_parallel(
 def verify_layout(
     test_case: ParallelTestCase, layout: Layout, single: RankResult, *, tolerance: float = TOLERANCE
 ) -> LayoutReport:
-    """Run one layout and compare it with ``single``, the result of ``test_case.run(Layout())``."""
+    """Run a layout and compare it with ``single``, the result of ``test_case.run(Layout())``."""
     started = time.monotonic()
     try:
         ranks = test_case.run(layout)
@@ -186,9 +186,9 @@ def verify_layout(
     max_abs = max(_flow_difference(layout, single.probe, trace) for trace in traces)
     output_max_abs = max(difference(rank.outputs, single.outputs) for rank in ranks)
     if max_abs > tolerance:
-        findings.append(_diagnose(test_case, layout, f"flows differ from one rank's by up to {max_abs:.2e}", tolerance))
+        findings.append(_diagnose(test_case, layout, f"flows differ from one rank's by {max_abs:.2e}", tolerance))
     elif output_max_abs > test_case.output_tolerance:
-        message = f"flows agree, and what the pipeline returns differs by up to {output_max_abs:.2e}"
+        message = f"pipeline outputs differ by {output_max_abs:.2e}, transformer flows agree"
         findings.append(Finding("outputs_differ", "pipeline", message))
     return LayoutReport(
         layout=str(layout),
@@ -204,27 +204,27 @@ def verify_layout(
 
 
 def _flow_difference(layout: Layout, single: recorder.Trace, rank: recorder.Trace) -> float:
-    """Compare each of a rank's calls with the same branch of the same step on one rank."""
+    """Return the largest difference of a rank's flows from the same branch and step on one rank."""
     numbered = ((branch_alone(layout, single, rank, i), flow) for i, flow in enumerate(rank.flows))
     pairs = ((flow, single.flows[alone]) for alone, flow in numbered if alone < len(single.flows))
     return max((difference(flow, expected) for flow, expected in pairs), default=math.inf)
 
 
 def _diagnose(test_case: ParallelTestCase, layout: Layout, seen: str, tolerance: float) -> Finding:
-    """Run both again with the modules' outputs kept, and name the first module that differs on any rank."""
-    message = f"{seen}; {tolerance:.0e} is allowed"
+    """Repeat both runs with module outputs; return a finding for the first module that differs."""
+    message = f"{seen}, tolerance {tolerance:.0e}"
     if layout.cfg > 1:
         return Finding("outputs_differ", "guidance", message)
     alone = test_case.run(Layout(), keep_outputs=True)[0].probe
     for rank in test_case.run(layout, keep_outputs=True):
         path = first_divergence(alone, rank.probe, 10 * tolerance)
         if path:
-            return Finding("outputs_differ", path, f"{message}; {path} is the first to differ, on rank {rank.rank}")
-    return Finding("outputs_differ", "pipeline", f"{message}; no module of the transformer differs")
+            return Finding("outputs_differ", path, f"{message}; first different module: {path} on rank {rank.rank}")
+    return Finding("outputs_differ", "pipeline", f"{message}; no transformer module differs")
 
 
 def _failure(error: ParallelError) -> Finding:
-    """Tell an HSDP condition that matches nothing, which vLLM-Omni refuses, from other failures."""
+    """Return the finding for a failed run; distinguish HSDP conditions that match no module."""
     if "No modules were sharded" in error.message or "_hsdp_shard_conditions" in error.message:
         return Finding("weights_not_sharded", "transformer", "no module matches _hsdp_shard_conditions")
     return Finding("failed", f"rank {error.details.get('rank', '?')}", error.message.partition("\n")[0])
@@ -235,9 +235,9 @@ def _tokens(one: recorder.Trace) -> int:
 
 
 def difference(actual: Any, expected: Any) -> float:
-    """Return the largest absolute difference of two nested outputs; infinite where their shapes differ.
+    """Return the largest absolute difference of two nested outputs; infinite if their shapes differ.
 
-    Whole numbers (decoded frames) one step apart count as equal: a value between two may be rounded either way.
+    Integers (decoded frames) that differ by one count as equal, because of rounding.
     """
     if isinstance(expected, np.ndarray):
         return difference(torch.from_numpy(actual), torch.from_numpy(expected))

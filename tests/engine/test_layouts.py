@@ -88,24 +88,19 @@ def test_each_rank_did_its_share(layout: str, reports: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "code", "says", "possible"),
+    ("layout", "code", "possible"),
     [
-        ("ulysses3", "parallel_degree", "ulysses 3 does not divide the 4 heads of a rank", "ulysses 2 or 4"),
-        ("tp3", "parallel_degree", "tp 3 does not divide 4 heads", "tp 2 or 4"),
-        ("cfg5", "parallel_degree", "cfg 5 has more ranks than the 4 branches", "cfg 2 or 4"),
-        (
-            "cfg3+cache_dit",
-            "cache_passes",
-            "cache_dit with 4 guidance passes over 3 ranks",
-            "cfg_parallel_size to 1 or 2 or 4",
-        ),
+        ("ulysses3", "parallel_degree", "ulysses 2 or 4"),
+        ("tp3", "parallel_degree", "tp 2 or 4"),
+        ("cfg5", "parallel_degree", "cfg 2 or 4"),
+        ("cfg3+cache_dit", "cache_passes", "cfg_parallel_size to 1 or 2 or 4"),
     ],
 )
 def test_what_the_model_cannot_have_is_refused_before_a_worker_starts(
-    layout: str, code: str, says: str, possible: str, reports: Path
+    layout: str, code: str, possible: str, reports: Path
 ) -> None:
     refused = outcome(reports, layout)["refused"]
-    assert f"[{code}] {says}" in refused["text"] and f"hint: {refused['hint']}" in refused["text"]
+    assert f"[{code}]" in refused["text"] and f"hint: {refused['hint']}" in refused["text"]
     assert (refused["code"], refused["workers"]) == (code, 0)
     assert possible in refused["hint"]
     if code == "parallel_degree":

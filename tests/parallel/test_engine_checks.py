@@ -53,10 +53,11 @@ def test_what_a_rank_will_hold_is_known_before_anything_is_loaded(text: str) -> 
 
 
 def test_an_impossible_layout_is_refused_with_what_is_possible() -> None:
-    with pytest.raises(ParallelError, match="tp 5 does not divide 24 heads") as caught:
+    with pytest.raises(ParallelError) as caught:
         check_engine(engine("tp5xcfg2"), build, branches=4)
+    assert caught.value.code == "parallel_degree"
     assert caught.value.details["possible"]["cfg"] == [2, 4]
-    assert "tp 2, 4 or 8 (11.7, 5.84, 2.92 GB of weights a rank)" in caught.value.hint
+    assert "tp 2, 4 or 8 (11.7, 5.84, 2.92 GB" in caught.value.hint
 
 
 @pytest.mark.parametrize("layout", ["single", "cfg2", "cfg4", "tp2"])
@@ -65,7 +66,7 @@ def test_a_cache_is_possible_where_all_ranks_run_as_many_passes(layout: str) -> 
 
 
 def test_a_cache_over_unequal_numbers_of_passes_is_refused() -> None:
-    with pytest.raises(ParallelError, match="cache_dit with 4 guidance passes over 3 ranks") as caught:
+    with pytest.raises(ParallelError) as caught:
         check_engine(engine("cfg3", cache_backend="cache_dit"), build, branches=4)
     assert caught.value.code == "cache_passes"
     assert "cfg_parallel_size to 1 or 2 or 4" in caught.value.hint

@@ -49,21 +49,22 @@ def test_the_matrix_is_possible(layout: str, shape: ModelShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "message"),
+    ("layout", "degrees"),
     [
-        ("tp5", "tp 5 does not divide 24 heads and widths of 1024: use 1, 2, 4 or 8"),
-        ("ulysses5", "ulysses 5 does not divide the 24 heads of a rank: use 1, 2, 3, 4, 6, 8, 12 or 24"),
-        ("tp8xulysses2", "ulysses 2 does not divide the 3 heads of a rank: use 1 or 3"),
-        ("cfg8", "cfg 8 has more ranks than the 4 branches: use 1, 2 or 4"),
-        ("ring4xcfg4", "ring4xcfg4 needs 16 ranks and there are 8"),
+        ("tp5", "1, 2, 4 or 8"),
+        ("ulysses5", "1, 2, 3, 4, 6, 8, 12 or 24"),
+        ("tp8xulysses2", "1 or 3"),
+        ("cfg8", "1, 2 or 4"),
+        ("ring4xcfg4", "8"),
     ],
 )
-def test_an_impossible_layout_is_answered_with_possible_ones(layout: str, message: str, shape: ModelShape) -> None:
+def test_an_impossible_layout_is_answered_with_possible_ones(layout: str, degrees: str, shape: ModelShape) -> None:
     with pytest.raises(ParallelError) as caught:
         preflight(Layout.parse(layout), shape, ranks=8)
-    assert message in caught.value.message
-    assert caught.value.hint.startswith("possible: tp 2, 4 or 8 (11.7, 5.84, 2.92 GB of weights a rank), ulysses 2")
-    assert caught.value.hint.endswith("undivided weights are 23.3 GB")
+    assert caught.value.code == "parallel_degree"
+    assert caught.value.details["problems"][0].endswith(f" {degrees}")
+    assert "tp 2, 4 or 8 (11.7, 5.84, 2.92 GB" in caught.value.hint
+    assert "23.3 GB" in caught.value.hint
     assert caught.value.details["weight_bytes"]["hsdp4"] == -(-shape.weight_bytes // 4)
     assert caught.value.details["possible"]["cfg"] == [2, 4]
     assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
@@ -78,10 +79,11 @@ def test_all_problems_are_told_at_once(shape: ModelShape) -> None:
 def test_a_model_that_declares_nothing_has_no_sharding(shape: ModelShape) -> None:
     bare = replace(shape, sharded=False, block_bytes=0, branches=1)
     assert possible_degrees(bare, 8) == {"tp": [2, 4, 8]}
-    with pytest.raises(ParallelError, match="declares no _sp_plan"):
-        preflight(Layout(ulysses=2), bare)
-    with pytest.raises(ParallelError, match="no module matches _hsdp_shard_conditions"):
-        preflight(Layout(hsdp=2), bare)
+    for layout, declaration in ((Layout(ulysses=2), "_sp_plan"), (Layout(hsdp=2), "_hsdp_shard_conditions")):
+        with pytest.raises(ParallelError) as caught:
+            preflight(layout, bare)
+        (problem,) = caught.value.details["problems"]
+        assert declaration in problem
 
 
 @pytest.mark.parametrize(
@@ -92,22 +94,11 @@ def test_a_layout_reads_what_it_writes(text: str, world: int) -> None:
     assert (str(layout), layout.world) == (text, world)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tp0", "tp is 0; a degree is a whole number from 1"),
-        ("tp2xtp2", "'tp2' in 'tp2xtp2' is no degree, or is given twice"),
-        ("pp2", "'pp2' in 'pp2' is no degree"),
-        ("", "'' in '' is no degree"),
-        ("allgather2xring2", "allgather cannot be combined with ulysses or ring"),
-        ("tp2xhsdp2", "hsdp cannot be combined with tp"),
-        ("hsdp3xcfg4", "hsdp 3 does not divide the 4 ranks of the other kinds"),
-    ],
-)
-def test_a_layout_that_does_not_exist_is_refused(text: str, message: str) -> None:
+@pytest.mark.parametrize("text", ["tp0", "tp2xtp2", "pp2", "", "allgather2xring2", "tp2xhsdp2", "hsdp3xcfg4"])
+def test_a_layout_that_does_not_exist_is_refused(text: str) -> None:
     with pytest.raises(ParallelError) as caught:
         Layout.parse(text)
-    assert message in caught.value.message
+    assert caught.value.code == "parallel_degree"
 
 
 def test_the_engine_accepts_what_a_layout_gives() -> None:

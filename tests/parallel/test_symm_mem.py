@@ -1,6 +1,6 @@
-"""Mailboxes: what is sent through them is what a collective brings, on processes that go at different speeds.
+"""Peer buffers give the results of collectives, on processes of different speeds.
 
-On a CPU the memory is a file that the ranks share; the GPU's is PyTorch's symmetric memory.
+On a CPU, the memory is a file that the ranks share. On a GPU, it is PyTorch's symmetric memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from port_kit.runtime.patches import install_worker_fixes
 
 
 class SharedMemory:
-    """Memory in files that all ranks map; a gloo barrier is its meeting."""
+    """Memory in files that all ranks map, with gloo's barrier."""
 
     made = 0
 
@@ -53,7 +53,7 @@ class SharedMemory:
 
 
 def peer_buffers(folder: str, num_buffers: int = 2) -> PeerBuffers:
-    """Return the mailboxes of all processes."""
+    """Return the buffers of all processes."""
     rank, size = dist.get_rank(), dist.get_world_size()
     return PeerBuffers(rank, size, lambda bytes_: SharedMemory(bytes_, Path(folder)), num_buffers)
 
@@ -71,12 +71,12 @@ def gathered_and_summed(rank: int, ranks: int, folder: str) -> None:
             assert own.equal(every[rank])
             assert other.equal(every[1 - rank])
     if ranks != 2:
-        with pytest.raises(ValueError, match=f"of {ranks} ranks"):
+        with pytest.raises(ValueError, match=f"got {ranks}"):
             post.exchange_partial_sums(torch.zeros(1))
 
 
 def one_buffer_is_too_few(rank: int, ranks: int, folder: str) -> None:
-    """A rank that is ahead overwrites what another has not read: what ``depth`` is for."""
+    """A rank that is ahead overwrites what another has not read: the purpose of ``num_buffers``."""
     post, wrong = peer_buffers(folder, num_buffers=1), 0
     for step in range(60):
         joined = post.gather(torch.full((64,), float(step)), 0)
@@ -132,8 +132,8 @@ def ring(rank: int, ranks: int, folder: str) -> None:
     assert set(asked) == {3}
 
 
-def short_streams(rank: int, ranks: int, folder: str) -> None:
-    """The short side of an attention goes through mailboxes where there are some."""
+def gathered_operands(rank: int, ranks: int, folder: str) -> None:
+    """The shorter operand of an attention is gathered through peer buffers."""
     post = peer_buffers(folder)
     group: Any = SimpleNamespace(device_group=dist.group.WORLD, world_size=ranks, rank_in_group=rank)
     asymmetric_attention.get_peer_buffers = lambda *_args: post
@@ -157,7 +157,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tenso
 
 
 def on_gpus(rank: int, ranks: int, folder: str) -> None:
-    """Join and add what NCCL joins and adds, on two streams at once, with mailboxes that grow meanwhile."""
+    """Join and add what NCCL joins and adds, on two streams at once, with buffers that grow."""
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", rank=rank, world_size=ranks, init_method=f"file://{folder}/store")
     group = dist.group.WORLD
@@ -197,7 +197,7 @@ def in_group(rank: int, work: Callable[[int, int, str], None], ranks: int, folde
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("work", [gathered_and_summed, one_buffer_is_too_few, ulysses, ring, short_streams])
+@pytest.mark.parametrize("work", [gathered_and_summed, one_buffer_is_too_few, ulysses, ring, gathered_operands])
 def test_peer_buffers(work: Callable[[int, int, str], None], ranks: int, tmp_path: Path) -> None:
     start_processes(in_group, (work, ranks, str(tmp_path)), nprocs=ranks, start_method="fork")
 
@@ -237,6 +237,6 @@ def test_what_the_driver_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda_stream_ops, "_driver", lambda: SimpleNamespace(cuStreamWaitValue32=refuse))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     place = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="cuStreamWaitValue32 was refused.*801.*PORT_KIT_DISABLE_SYMM_MEM=1"):
+    with pytest.raises(RuntimeError, match="cuStreamWaitValue32.*801.*PORT_KIT_DISABLE_SYMM_MEM=1"):
         cuda_stream_ops.stream_wait_value(place, 2**32 + 3)
     assert asked == [(7, place.data_ptr(), 3, 0)]

@@ -1,0 +1,1 @@
+"""Communication between ranks: symmetric-memory buffers, fused Ulysses and Ring, stream interleaving."""

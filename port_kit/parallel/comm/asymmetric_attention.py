@@ -1,16 +1,14 @@
-"""Sequence parallelism for attention between a long stream and a short one: the short one travels.
+"""Sequence-parallel attention for unequal lengths: all-gather the shorter operand.
 
-Ulysses, Ring and AllGather-KV move keys and values of any length, and Ulysses queries and outputs as well. Where one
-side of an attention is a few hundred tokens (sound beside video), that moves a hundred times the bytes that are needed,
-or makes a chain of tiny exchanges. The two strategies here fit into vLLM-Omni's ``Attention`` in the place of its own,
-for one layer, under any kind of sequence parallelism:
+Ulysses, Ring and AllGather-KV communicate keys and values of any length; Ulysses also queries and outputs. If one
+operand has few tokens (audio beside video), gathering only that operand needs far fewer bytes. Both strategies replace
+the strategy of one ``Attention`` layer, under any kind of sequence parallelism:
 
-* :class:`GatherKVStrategy`: the keys are short. Every rank gathers them whole and attends with its own queries.
-* :class:`GatherQueryStrategy`: the queries are short. Every rank gathers them whole and attends to its own keys; the
-  parts are weighed by their log-sum-exp and put together, as Ring does with its blocks.
+* :class:`GatherKVStrategy`, for short keys: each rank gathers all keys and attends with its local queries.
+* :class:`GatherQueryStrategy`, for short queries: each rank gathers all queries and attends to its local keys. The
+  partial outputs are merged by their log-sum-exp.
 
-A port chooses with ``PaddedAttention(..., gather="kv")``. Results are exact for any lengths; the choice only
-decides what is sent.
+Select them with ``PaddedAttention(..., gather="kv")`` or ``gather="q"``. The result is exact for any lengths.
 
 Shape suffixes: B batch, S tokens of this rank, Q all queries, P ranks, N heads, H head dim.
 """
@@ -37,7 +35,7 @@ Prepared = tuple[Tensor, Tensor, Tensor, "AttentionMetadata | None", ParallelAtt
 
 
 class GatherKVStrategy:
-    """Local queries attend to keys and values of all ranks, which one collective brings."""
+    """Local queries attend to the keys and values of all ranks, gathered in one collective."""
 
     name = "gather_kv"
     enabled = True
@@ -48,17 +46,17 @@ class GatherKVStrategy:
     def pre_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Prepared:
-        """Return the queries as they are and the whole keys and values."""
+        """Return local queries and gathered keys and values."""
         both = _gather(self.group, torch.stack((key, value)), dim=2)
         return query, both[0], both[1], attn_metadata, None
 
     def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
-        """Return what the kernel gave: it is of this rank's queries."""
+        """Return the output unchanged."""
         return attn_output
 
 
 class GatherQueryStrategy:
-    """Queries of all ranks attend to local keys, and every rank puts the parts of its own queries together."""
+    """Queries of all ranks attend to local keys; each rank merges the partial outputs of its queries."""
 
     name = "gather_q"
     enabled = True
@@ -69,30 +67,30 @@ class GatherQueryStrategy:
     def pre_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Prepared:
-        """Return the whole queries and the keys and values as they are."""
+        """Return gathered queries and local keys and values."""
         return _gather(self.group, query, dim=1), key, value, attn_metadata, None
 
     def attend(self, q_BQNH: Tensor, key: Tensor, value: Tensor, length: int | None, scale: float) -> Tensor:
-        """Attend to this rank's keys; return outputs and their log-sum-exp, float32 ``[B, Q, N, H + 1]``.
+        """Attend to local keys; return outputs and log-sum-exp, concatenated to float32 ``[B, Q, N, H + 1]``.
 
         Args:
             q_BQNH: queries of all ranks.
-            key: ``[B, S, N, H]``; the tail of the last ranks may be padding.
+            key: ``[B, S, N, H]``; may end with padding on the last ranks.
             value: as ``key``.
-            length: keys of all ranks without padding; None where there is none.
-            scale: of the products.
+            length: keys of all ranks without padding; None if there is no padding.
+            scale: softmax scale.
         """
         valid = ring_kv_block_valid_length(length, key.shape[1], self.group.rank_in_group, self.group.world_size)
         if not valid:
-            nothing = q_BQNH.new_zeros(q_BQNH.shape, dtype=torch.float32)
-            return torch.cat((nothing, nothing.new_full((*q_BQNH.shape[:3], 1), -torch.inf)), -1)
+            zeros = q_BQNH.new_zeros(q_BQNH.shape, dtype=torch.float32)
+            return torch.cat((zeros, zeros.new_full((*q_BQNH.shape[:3], 1), -torch.inf)), -1)
         flash = q_BQNH.dtype != torch.float32 and _can_use_fa3(q_BQNH.device)
         attend = flash_attention if flash else _torch_attention
         out, lse_BNQ = attend(q_BQNH, key[:, :valid], value[:, :valid], scale)
         return torch.cat((out.float(), lse_BNQ.transpose(1, 2).unsqueeze(-1)), -1)
 
     def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
-        """Put the parts of this rank's queries together; float32 ``[B, S, N, H]``."""
+        """Merge the partial outputs of this rank's queries; return float32 ``[B, S, N, H]``."""
         parts = _gather(self.group, attn_output.unsqueeze(0), dim=0)
         local = attn_output.shape[1] // self.group.world_size
         own = parts[:, :, self.group.rank_in_group * local :][:, :, :local]

@@ -1,6 +1,6 @@
-"""What CUDA's driver does on a stream by itself, without a kernel: write a value, and wait for one.
+"""CUDA stream memory operations: write a 32-bit value, or wait for one, in stream order.
 
-A kernel that waits holds a multiprocessor. Through NVIDIA's Python bindings, which PyTorch's CUDA builds require.
+They use ``cuda-bindings``, a requirement of PyTorch's CUDA builds. Unlike a spinning kernel, they do not occupy an SM.
 """
 
 from __future__ import annotations
@@ -16,42 +16,45 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-#: Numbers are compared in 32 bits that may wrap.
+#: Values are compared modulo 2**32.
 MASK_32BIT = 0xFFFFFFFF
 
 
 @cache
 def is_installed() -> bool:
-    """Whether the bindings are there; where they are not, a warning says how to get them. Imports nothing of them."""
+    """Return True if ``cuda-bindings`` is installed, without importing it. Logs a warning if it is missing."""
     found = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
     if not found:
-        logger.warning("NCCL carries what copy engines could: cuda-bindings is missing (pip install cuda-bindings)")
+        logger.warning("cuda-bindings is not installed; using NCCL for all transfers (pip install cuda-bindings)")
     return found
 
 
 def stream_write_value(address: Tensor, value: int) -> None:
-    """Write after everything that was launched on the current stream before; ``address`` may be another GPU's.
+    """Write a value after all work launched on the current stream.
 
     Args:
-        address: its first four bytes are written.
-        value: modulo 2**32.
+        address: tensor whose first four bytes are written; may be on a peer GPU.
+        value: taken modulo 2**32.
     """
     _call("cuStreamWriteValue32", address, value)
 
 
 def stream_wait_value(address: Tensor, value: int) -> None:
-    """Let the current stream wait until the first four bytes of ``address``, of this GPU, are at least ``value``."""
+    """Make the current stream wait until a value is reached.
+
+    Args:
+        address: tensor on this GPU whose first four bytes are compared.
+        value: minimum, modulo 2**32.
+    """
     _call("cuStreamWaitValue32", address, value)
 
 
 def _call(name: str, address: Tensor, value: int) -> None:
     stream = torch.cuda.current_stream().cuda_stream
-    default = 0  # writes: after a memory barrier; waits: until it is at least the value, cyclically
+    default = 0  # write: with a memory barrier; wait: cyclic greater-or-equal
     result: tuple[Any, ...] = getattr(_driver(), name)(stream, address.data_ptr(), value & MASK_32BIT, default)
     if int(result[0]):
-        raise RuntimeError(
-            f"{name} was refused by CUDA's driver: {result[0]!r}; PORT_KIT_DISABLE_SYMM_MEM=1 leaves it out"
-        )
+        raise RuntimeError(f"{name} failed: {result[0]!r}. Set PORT_KIT_DISABLE_SYMM_MEM=1 to use NCCL instead.")
 
 
 @cache

@@ -1,16 +1,13 @@
-"""Ulysses and Ring with fewer bytes moved on the GPU: vLLM-Omni's strategies, their copies and sums made in one pass.
+"""Ulysses and Ring attention with fewer copies than vLLM-Omni's strategies.
 
-What is sent between ranks is what vLLM-Omni's own strategies send; on one host it goes through mailboxes
-(:mod:`~port_kit.parallel.comm.symm_mem`), so that copy engines carry it. Around it vLLM-Omni's move a long sequence's
-queries, keys, values and outputs several times more: Ulysses through element-wise transposes, twice for outputs; Ring
-through float32 copies of every block's output, four passes a block. At 22,528 tokens on two H100 that was 5 % of a
-step.
+The communication volume is unchanged. On one host, symmetric memory replaces NCCL
+(:mod:`~port_kit.parallel.comm.symm_mem`). Ulysses packs and unpacks heads in 128-bit words, one copy per tensor. Ring
+merges each block's output in one kernel (:mod:`~port_kit.parallel.comm.merge_attn_states`).
 
-:class:`~port_kit.parallel.sequence.PaddedAttention` puts them in place of what :func:`optimize_strategy` is given;
-where they have nothing to add (float32, joint or uneven heads, a kernel that is not FlashAttention-3), they do as
-vLLM-Omni does.
+:class:`~port_kit.parallel.sequence.PaddedAttention` applies :func:`optimize_strategy`. Inputs that are not supported
+here use vLLM-Omni's code: float32, joint attention, uneven heads, and kernels other than FlashAttention-3.
 
-Shape suffixes: B batch, S tokens of this rank, P ranks, N heads, n heads of one rank after the exchange, H head dim.
+Shape suffixes: B batch, S tokens of this rank, P ranks, N heads, n heads per rank after the exchange, H head dim.
 """
 
 from __future__ import annotations
@@ -36,22 +33,22 @@ from port_kit.parallel.comm.symm_mem import PeerBuffers, get_peer_buffers
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 
-#: Copies go in words of this type, 16 bytes: eight times fewer than values of bfloat16.
+#: A 16-byte dtype for copies: one element holds eight bfloat16 values.
 DTYPE_128BIT = torch.complex128
 
 
 @dataclass(frozen=True)
 class ExchangedContext(ParallelAttentionContext):
-    """Says that the queries were exchanged here, so that the output is exchanged back here."""
+    """Marker context: :class:`FusedUlysses` exchanged the inputs and must exchange the output."""
 
 
 class FusedUlysses(UlyssesParallelAttention):
-    """Ulysses with one copy for each of queries, keys, values and outputs."""
+    """Ulysses attention with one packing copy each for queries, keys, values and outputs."""
 
     def pre_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> tuple[Any, ...]:
-        """Trade heads for tokens: ``[B, S, N, H]`` becomes ``[B, P * S, n, H]``."""
+        """Scatter heads and gather tokens: ``[B, S, N, H]`` becomes ``[B, P * S, n, H]``."""
         ranks = torch.distributed.get_world_size(self._ulysses_pg)
         uneven = any(x.shape[2] % ranks for x in (query, key, value))
         options = self._use_sync or self._ulysses_a2a_permute or get_ulysses_mode(default="strict") != "strict"
@@ -65,7 +62,7 @@ class FusedUlysses(UlyssesParallelAttention):
         return *exchanged, attn_metadata, ExchangedContext(self.name)
 
     def post_attention(self, attn_output: Tensor, ctx: ParallelAttentionContext | None) -> Tensor:
-        """Trade tokens for heads: ``[B, P * S, n, H]`` becomes ``[B, S, N, H]``."""
+        """Scatter tokens and gather heads: ``[B, P * S, n, H]`` becomes ``[B, S, N, H]``."""
         if not isinstance(ctx, ExchangedContext):
             return super().post_attention(attn_output, ctx)
         ranks = torch.distributed.get_world_size(self._ulysses_pg)
@@ -81,7 +78,7 @@ class FusedUlysses(UlyssesParallelAttention):
         return self._all_to_all(from_128bit(parts, x_BSNH.dtype)).transpose(0, 1).flatten(1, 2)
 
     def _all_to_all(self, parts: Tensor) -> Tensor:
-        """Send part i to rank i; return what the ranks sent, in their order."""
+        """Send chunk i to rank i; return the received chunks, ``[P, ...]`` by rank."""
         parts = parts.contiguous()
         received = torch.empty_like(parts)
         torch.distributed.all_to_all_single(received, parts, group=self._ulysses_pg)
@@ -89,13 +86,13 @@ class FusedUlysses(UlyssesParallelAttention):
 
 
 def _all_to_all_qkv(peers: PeerBuffers, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Trade heads for tokens through mailboxes, for all tensors at once: ``[B, S, N, H]`` each, alike."""
+    """Scatter heads and gather tokens of equally shaped ``[B, S, N, H]`` tensors in one exchange."""
     batch, tokens, heads, size = tensors[0].shape
     dtype = tensors[0].dtype
     buffers = peers.next_buffers((len(tensors), peers.size, batch, tokens, heads // peers.size, size), dtype)
     for index, x in enumerate(tensors):
         parts_PBSnH = as_128bit(x).unflatten(2, (peers.size, -1)).permute(2, 0, 1, 3, 4)
-        for rank in peers.peer_ranks:  # packed here, so that a copy engine can carry it
+        for rank in peers.peer_ranks:  # contiguous, so that a copy engine is used
             buffers[rank][index, peers.rank].copy_(from_128bit(parts_PBSnH[rank].contiguous(), dtype))
         copy_128bit(buffers[peers.rank][index, peers.rank], x.unflatten(2, (peers.size, -1))[:, :, peers.rank])
     peers.barrier()
@@ -103,21 +100,21 @@ def _all_to_all_qkv(peers: PeerBuffers, tensors: Sequence[Tensor]) -> list[Tenso
 
 
 def _all_to_all_output(peers: PeerBuffers, parts_PBSnH: Tensor) -> Tensor:
-    """Trade tokens for heads through mailboxes; return ``[B, S, N, H]``."""
+    """Scatter tokens and gather heads; return ``[B, S, N, H]``."""
     ranks, batch, tokens, heads, size = parts_PBSnH.shape
     buffers = peers.next_buffers(parts_PBSnH.shape, parts_PBSnH.dtype)
     for rank in peers.peer_ranks:
         buffers[rank][peers.rank].copy_(parts_PBSnH[rank])
     peers.barrier()
-    whole = parts_PBSnH.new_empty(batch, tokens, ranks, heads, size)
+    output = parts_PBSnH.new_empty(batch, tokens, ranks, heads, size)
     for rank in range(ranks):
         received = parts_PBSnH[rank] if rank == peers.rank else buffers[peers.rank][rank]
-        copy_128bit(whole[:, :, rank], received)
-    return whole.flatten(2, 3)
+        copy_128bit(output[:, :, rank], received)
+    return output.flatten(2, 3)
 
 
 class FusedRing(RingParallelAttention):
-    """Ring whose blocks are put together in one pass each."""
+    """Ring attention that merges each block with one kernel."""
 
     def run_attention(
         self,
@@ -128,7 +125,7 @@ class FusedRing(RingParallelAttention):
         softmax_scale: float | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Attend to the keys of all ranks, which go round; see vLLM-Omni's method."""
+        """Attend to the keys of all ranks; arguments as in vLLM-Omni's method."""
         flash = self.attn_backend_pref is None or self.attn_backend_pref.lower() == "flash_attn"
         flash = flash and query.dtype != torch.float32 and _can_use_fa3(query.device)
         if causal or not flash or not _is_unmasked(attn_metadata):
@@ -157,30 +154,30 @@ class FusedRing(RingParallelAttention):
                     out, lse = merge_attn_states(out, lse, new_out, new_lse, query.dtype if is_last else torch.float32)
             if not is_last:
                 key, value = transfer.finish()
-        assert out is not None  # not all keys of all ranks are padding
+        assert out is not None  # at least one key is valid
         return out.to(query.dtype)
 
 
 class RingKVTransfer:
-    """Brings the next block's keys and values from the rank before, which had them before."""
+    """Ring transfer through NCCL: the previous rank sends its current block."""
 
     def __init__(self, ring: RingComm, key: Tensor, value: Tensor) -> None:
         self.ring, self.block = ring, (key, value)
 
     def start(self) -> None:
-        """Begin to bring the next block, while the last is attended to."""
+        """Start receiving the next block."""
         key, value = self.block
         self.block = self.ring.send_recv(key), self.ring.send_recv(value)
         self.ring.commit()
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the block's keys and values."""
+        """Return keys and values of the next block."""
         self.ring.wait()
         return self.block
 
 
 class P2PKVTransfer:
-    """Brings the next block's keys and values from the rank whose they are, on a stream beside the current one."""
+    """Transfer through symmetric memory on a side stream: each owner sends its block to each rank."""
 
     def __init__(self, peers: PeerBuffers, key: Tensor, value: Tensor) -> None:
         self.peers, self.own = peers, (key, value)
@@ -188,7 +185,7 @@ class P2PKVTransfer:
         self.stream = _side_stream(torch.cuda.current_stream(key.device)) if key.is_cuda else None
 
     def start(self) -> None:
-        """Send this rank's own block to where its turn has come."""
+        """Send this rank's block to the rank that needs it next."""
         peers = self.peers
         self.turn += 1
         self.buffers = peers.next_buffers((2, *self.own[0].shape), self.own[0].dtype)
@@ -200,7 +197,7 @@ class P2PKVTransfer:
             peers.barrier()
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the block's keys and values; the current stream waits for them."""
+        """Return keys and values of the next block after making the current stream wait for them."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
         key, value = self.buffers[self.peers.rank]
@@ -213,7 +210,7 @@ def _side_stream(stream: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 def _is_unmasked(metadata: AttentionMetadata | None) -> bool:
-    """Whether an attention has no mask and no joint tokens: at most the length of its keys is said."""
+    """Return True if the metadata hold no mask and no joint tokens."""
     if metadata is None:
         return True
     given = (metadata.attn_mask, metadata.joint_attn_mask, metadata.joint_query, metadata.joint_key)
@@ -238,7 +235,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 
 
 def optimize_strategy(strategy: Any) -> Any:
-    """Return the fused form of vLLM-Omni's strategy, or the strategy itself where there is none."""
+    """Return the fused equivalent of a vLLM-Omni strategy, or the strategy itself if there is none."""
     if type(strategy) is UlyssesParallelAttention:
         dims = strategy._scatter_idx, strategy._gather_idx
         return FusedUlysses(strategy._sp_group, *dims, strategy._use_sync, strategy._ulysses_a2a_permute)
@@ -248,7 +245,7 @@ def optimize_strategy(strategy: Any) -> Any:
 
 
 def as_128bit(x: Tensor) -> Tensor:
-    """Return a view in words of 16 bytes, where the last dimension divides into them."""
+    """Return a 128-bit view, or ``x`` itself if its alignment or last dimension does not allow it."""
     size = DTYPE_128BIT.itemsize
     aligned = x.stride(-1) == 1 and all(stride * x.itemsize % size == 0 for stride in x.stride()[:-1])
     fits = x.shape[-1] * x.itemsize % size == 0 and x.storage_offset() * x.itemsize % size == 0
@@ -256,7 +253,7 @@ def as_128bit(x: Tensor) -> Tensor:
 
 
 def copy_128bit(to: Tensor, x: Tensor) -> None:
-    """Copy between tensors of one shape and dtype, in words where both divide into them."""
+    """Copy ``x`` to a tensor of equal shape and dtype, in 128-bit words if both allow it."""
     wide, given = as_128bit(to), as_128bit(x)
     if wide.dtype == given.dtype:
         wide.copy_(given)
@@ -265,5 +262,5 @@ def copy_128bit(to: Tensor, x: Tensor) -> None:
 
 
 def from_128bit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values again that :func:`as_128bit` made words of."""
+    """Return the view of :func:`as_128bit` in its original dtype."""
     return x.view(dtype)

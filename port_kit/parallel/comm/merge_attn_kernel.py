@@ -1,4 +1,4 @@
-"""The Triton kernel of :mod:`~port_kit.parallel.comm.merge_attn_states`: one program merges a few heads of tokens."""
+"""Triton kernel of :mod:`~port_kit.parallel.comm.merge_attn_states`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Values that one program puts together.
+#: Output values per program.
 VALUES = 4096
 
 
 def merge_attn_states(
     a_BSNH: Tensor, s_BNS: Tensor, b_BSNH: Tensor, t_BNS: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the output in ``dtype`` and the log-sum-exp; outputs contiguous, log-sum-exps of any strides."""
+    """Merge two outputs; see :func:`port_kit.parallel.comm.merge_attn_states.merge_attn_states`.
+
+    Log-sum-exps may have any strides.
+    """
     batch, tokens, heads, size = a_BSNH.shape
     out = torch.empty_like(a_BSNH, dtype=dtype)
     lse = s_BNS.new_empty(batch, heads, tokens)

@@ -1,9 +1,8 @@
-"""Passes that take turns on CUDA streams, so that one computes while what another sent is on its way.
+"""Interleaved execution of guidance branches on CUDA streams.
 
-Ranks that share a pass wait for each other several times a block. What they send is carried by copy engines
-(:mod:`~port_kit.parallel.comm.symm_mem`), and costs no time if there is something else to compute. The passes of a
-guided step do not depend on each other: up to :data:`MAX_STREAMS` have a stream each, and all go forward block by
-block::
+Ranks that share a branch communicate several times per block. The branches of a step are independent, so one branch
+computes while the transfers of another are in progress (:mod:`~port_kit.parallel.comm.symm_mem`). Each branch is
+assigned one of up to :data:`MAX_STREAMS` streams, and all branches advance block by block::
 
     streams = InterleavedStreams(x.device, branches=len(states))
     for block in blocks:
@@ -12,9 +11,9 @@ block::
                 states[index] = block(state)
     streams.join()
 
-With one pass, or on a CPU, all of this does nothing. What passes share must be made before they part: each stream waits
-for what was launched before ``InterleavedStreams(...)``, and none waits for another. Memory is safe without further
-marks as long as nothing is allocated on the first stream between the two ends.
+With one branch, or on a CPU, everything runs on the current stream. Create tensors that branches share before
+``InterleavedStreams(...)``: each stream waits for work launched earlier, and not for the other streams. Tensors need no
+``record_stream`` as long as nothing is allocated on the current stream before :meth:`InterleavedStreams.join`.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from typing import ClassVar
 
 import torch
 
-#: With two streams a rank idled where both waited; on two H100, four passes took 1.7 % less time on four.
+#: Maximum number of streams per device.
 MAX_STREAMS = 4
 
 
 class InterleavedStreams:
-    """One step's passes; begins where it is made, and ends with :meth:`join`.
+    """Streams of one step's branches, from construction to :meth:`join`.
 
     Args:
-        device: where the passes run.
-        branches: how many there are.
+        device: device of the branches.
+        branches: number of branches.
     """
 
-    #: Whether what is launched now has another pass beside it.
+    #: True while work is launched on an interleaved stream.
     active: ClassVar[bool] = False
 
     def __init__(self, device: torch.device, branches: int) -> None:
@@ -48,7 +47,7 @@ class InterleavedStreams:
 
     @contextmanager
     def stream(self, index: int) -> Iterator[None]:
-        """Launch what is inside on the stream of the pass."""
+        """Launch work on the stream of branch ``index``."""
         if not self.streams:
             yield
             return
@@ -60,7 +59,7 @@ class InterleavedStreams:
                 InterleavedStreams.active = False
 
     def join(self) -> None:
-        """Make the current stream wait for all passes."""
+        """Make the current stream wait for all branches."""
         for stream in self.streams:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 

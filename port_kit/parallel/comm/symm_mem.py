@@ -1,22 +1,20 @@
-"""What ranks of one host send each other through mailboxes in GPU memory, without NCCL's kernels.
+"""Peer-to-peer exchange through PyTorch symmetric memory, without NCCL kernels.
 
-NCCL copies with kernels. They take multiprocessors, and where attention and matrix products hold all of these, a
-transfer begins when they end, even on a stream of its own. Between GPUs that can write into each other's memory,
-PyTorch's symmetric memory lets a copy engine do it, while the multiprocessors go on with another pass.
+NCCL kernels need free SMs, so they cannot start while attention or a matrix product occupies all of them. Copies
+between GPUs with peer access run on copy engines and overlap with kernels.
 
-:func:`get_peer_buffers` gives a group's mailboxes, or None where its ranks are not on one host, their GPUs do not reach
-each other, NVIDIA's Python bindings are missing, or ``PORT_KIT_DISABLE_SYMM_MEM=1`` is set: then NCCL carries
-everything. Groups are vLLM-Omni's own. Every stream has mailboxes of its own, so that what is sent on one never waits
-for another::
+:func:`get_peer_buffers` returns the buffers of a group. It returns None if the ranks are on several hosts, if a pair of
+GPUs has no peer access, if ``cuda-bindings`` is missing, or if ``PORT_KIT_DISABLE_SYMM_MEM=1`` is set on any rank; the
+caller then uses NCCL. Each stream has its own buffers::
 
-    buffers = peers.next_buffers(x.shape, x.dtype)      # one mailbox a rank, of this shape on each
+    buffers = peers.next_buffers(x.shape, x.dtype)  # one buffer of this shape per rank
     for rank in peers.peer_ranks:
-        buffers[rank].copy_(x)                  # written by a copy engine, where both sides are contiguous
-    peers.barrier()                              # from here on what was written to this rank can be read
-    total = x + buffers[peers.rank]             # of two ranks
+        buffers[rank].copy_(x)                      # uses a copy engine if both sides are contiguous
+    peers.barrier()                                 # writes of all ranks to this rank are visible from here
+    total = x + buffers[peers.rank]                 # for two ranks
 
-What a mailbox holds must have been read, on the same stream, before the next :meth:`PeerBuffers.barrier` on that stream
-(with a ``num_buffers`` of 3, before the one after): then its next writers cannot come too early.
+A buffer must be read on the same stream before the next :meth:`PeerBuffers.barrier` on that stream, or before the one
+after it with ``num_buffers=3``. Otherwise another rank may overwrite it.
 """
 
 from __future__ import annotations
@@ -38,36 +36,36 @@ from port_kit.parallel.comm import cuda_stream_ops
 
 logger = logging.getLogger(__name__)
 
-#: Set to 0, it leaves all transfers to NCCL.
+#: Environment variable that disables symmetric memory if it is set to 1.
 DISABLE_VARIABLE = "PORT_KIT_DISABLE_SYMM_MEM"
-#: Bytes between the numbers by which ranks meet.
+#: Bytes between the signal values of two ranks in a signal pad: one cache line each.
 SIGNAL_STRIDE = 128
-#: Shapes of which a mailbox keeps its views.
+#: Maximum number of shapes whose views a buffer caches.
 MAX_CACHED_SHAPES = 64
-#: Calls of :meth:`PeerBuffers.barrier` in this process, bytes of the mailboxes that they made readable, and the memory
-#: that this rank's mailboxes take, in bytes. PyTorch's figures of allocated memory do not hold the last.
+#: Totals of this process: ``calls`` of :meth:`PeerBuffers.barrier`, ``bytes`` of the buffers that were exchanged, and
+#: ``memory``, the allocated bytes of this rank's buffers. PyTorch's memory statistics do not include the latter.
 transfer_stats: Counter[str] = Counter()
 
 
 class PeerMemory(Protocol):
-    """Memory of the same size on each rank, to which all ranks can write."""
+    """Memory of equal size on each rank that all ranks can write to."""
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the head of a rank's memory as a contiguous tensor."""
+        """Return the first bytes of a rank's memory as a contiguous tensor."""
 
     def barrier(self) -> None:
-        """Wait, on the current stream, until all ranks have come here on theirs; their writes are then seen."""
+        """Make the current stream wait for all ranks; their earlier writes are visible afterwards."""
 
 
 class SymmetricMemory:
-    """:class:`PeerMemory` on GPUs, from PyTorch.
+    """:class:`PeerMemory` in PyTorch symmetric memory.
 
-    Ranks meet by numbers that they write behind each other's memory and that the driver waits for. PyTorch's own
-    barrier waits in a kernel: it holds a multiprocessor, and a kernel that wants all of them ends late.
+    Ranks synchronize with ``cuStreamWriteValue32`` and ``cuStreamWaitValue32`` on a signal pad behind each buffer.
+    PyTorch's barrier is a kernel that occupies an SM while it waits.
 
     Args:
-        size: bytes on each rank.
-        group: whose ranks have it.
+        size: bytes per rank.
+        group: process group of the ranks.
     """
 
     def __init__(self, size: int, group: dist.ProcessGroup) -> None:
@@ -75,18 +73,18 @@ class SymmetricMemory:
 
         device = torch.device("cuda", torch.cuda.current_device())
         self.rank, self.peer_ranks = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
-        numbers = -(-size // SIGNAL_STRIDE) * SIGNAL_STRIDE
-        with torch.inference_mode(False):  # else it could only be written to in inference mode
-            # not from PyTorch's pool of such memory: ranks could take different pieces of it for the same mailbox
-            whole = numbers + SIGNAL_STRIDE * group.size()
-            self.own = _SymmetricMemory.empty_strided_p2p((whole,), (1,), torch.uint8, device)
-            self.own[numbers:].zero_()
+        pad_offset = -(-size // SIGNAL_STRIDE) * SIGNAL_STRIDE
+        with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+            # PyTorch's pool may return different blocks on different ranks, so it is not used
+            total = pad_offset + SIGNAL_STRIDE * group.size()
+            self.own = _SymmetricMemory.empty_strided_p2p((total,), (1,), torch.uint8, device)
+            self.own[pad_offset:].zero_()
             self.handle = _SymmetricMemory.rendezvous(self.own, group.group_name)
-        place = (group.size(), SIGNAL_STRIDE // 4), torch.int32, numbers // 4
-        self.signal_pads = [self.handle.get_buffer(rank, *place) for rank in range(group.size())]
+        pad = (group.size(), SIGNAL_STRIDE // 4), torch.int32, pad_offset // 4
+        self.signal_pads = [self.handle.get_buffer(rank, *pad) for rank in range(group.size())]
         self.signal_value = 0
-        # Without this, ranks hung or faulted now and then: PyTorch 2.13 seems to wipe the memory, and to upload its
-        # addresses, on a stream that no other waits for. All must have that behind them before one writes to another.
+        # PyTorch 2.13 initializes the memory and its address table on a stream that no other stream waits for. All
+        # ranks must finish that before any rank writes; otherwise they hang or fault sporadically.
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index])
 
@@ -105,15 +103,15 @@ class SymmetricMemory:
 
 
 class PeerBuffers:
-    """The mailboxes of a group's ranks for one stream.
+    """Buffers of a group's ranks for one stream.
 
     All ranks must make the same calls in the same order.
 
     Args:
-        rank: this rank's place in the group.
-        size: how many ranks the group has.
-        allocate: gives memory of so many bytes on each rank; called by all ranks together.
-        num_buffers: how many mailboxes a rank has; they are used in turns.
+        rank: rank in the group.
+        size: number of ranks.
+        allocate: allocates the given number of bytes on each rank; a collective call.
+        num_buffers: buffers per rank, used round-robin.
     """
 
     def __init__(self, rank: int, size: int, allocate: Callable[[int], PeerMemory], num_buffers: int = 2) -> None:
@@ -126,7 +124,7 @@ class PeerBuffers:
         self._index = -1
 
     def next_buffers(self, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Return the next mailbox of every rank, by rank, as a contiguous tensor; :meth:`barrier` closes it."""
+        """Return the next buffer of each rank as a contiguous tensor. Write to them until :meth:`barrier`."""
         self._index = (self._index + 1) % len(self._memories)
         key = (tuple(shape), dtype)
         views = self._views[self._index]
@@ -138,9 +136,9 @@ class PeerBuffers:
         return views[key]
 
     def barrier(self) -> None:
-        """Wait, on the current stream, until every rank has written to the mailboxes that were taken last."""
+        """Make the current stream wait until all ranks have written to the buffers returned last."""
         memory = self._memories[self._index]
-        assert memory is not None  # next_buffers() comes first
+        assert memory is not None  # next_buffers() was called before
         memory.barrier()
         transfer_stats["calls"] += 1
 
@@ -149,7 +147,7 @@ class PeerBuffers:
         memory = self._memories[self._index]
         if memory is None or size > self._sizes[self._index]:
             if memory is not None and torch.cuda.is_available():
-                torch.cuda.synchronize()  # what is given back has been read
+                torch.cuda.synchronize()  # pending reads of the old memory
             self._views[self._index].clear()
             memory = self._memories[self._index] = self._allocate(size)
             transfer_stats["memory"] += size - self._sizes[self._index]
@@ -157,7 +155,7 @@ class PeerBuffers:
         return [memory.view(rank, shape, dtype) for rank in range(self.size)]
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Return the ranks' equally shaped tensors, joined along ``dim``; to be read before the next meeting."""
+        """All-gather tensors of equal shape along ``dim``. Read the result before the next barrier."""
         buffers = self.next_buffers((self.size, *x.shape), x.dtype)
         for buffer in buffers:
             buffer[self.rank].copy_(x)
@@ -165,9 +163,13 @@ class PeerBuffers:
         return buffers[self.rank].movedim(0, dim).flatten(dim, dim + 1)
 
     def exchange_partial_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's tensor and the other's, to be read before the next meeting; only for two ranks."""
+        """Return this rank's tensor and the other rank's. Read the latter before the next barrier.
+
+        Raises:
+            ValueError: the group does not have two ranks.
+        """
         if self.size != 2:
-            raise ValueError(f"the other of {self.size} ranks' summands was asked for; of more than two use all_reduce")
+            raise ValueError(f"exchange_partial_sums needs 2 ranks, got {self.size}; use all_reduce")
         buffers = self.next_buffers(x.shape, x.dtype)
         buffers[1 - self.rank].copy_(x)
         self.barrier()
@@ -175,11 +177,11 @@ class PeerBuffers:
 
 
 def get_peer_buffers(group: dist.ProcessGroup, x: Tensor, num_buffers: int = 2) -> PeerBuffers | None:
-    """Return the current stream's mailboxes of a group, or None where NCCL, or a CPU's backend, has to carry.
+    """Return a group's buffers for the current stream, or None if symmetric memory is unavailable.
 
     Args:
-        group: of vLLM-Omni; all its ranks call this at the same place.
-        x: what is to be sent: on a CPU there are none.
+        group: process group. The first call for a group is collective.
+        x: tensor to send; the result is None if it is on a CPU.
         num_buffers: see :class:`PeerBuffers`.
     """
     if not x.is_cuda or not _have_peer_access(group):
@@ -188,7 +190,7 @@ def get_peer_buffers(group: dist.ProcessGroup, x: Tensor, num_buffers: int = 2) 
 
 
 def is_enabled() -> bool:
-    """Whether mailboxes may be used where they can."""
+    """Return True if symmetric memory is not disabled and ``cuda-bindings`` is installed."""
     return os.environ.get(DISABLE_VARIABLE) != "1" and cuda_stream_ops.is_installed()
 
 
@@ -199,7 +201,7 @@ def _peer_buffers(group: dist.ProcessGroup, _stream: int, num_buffers: int) -> P
 
 @cache
 def _have_peer_access(group: dist.ProcessGroup) -> bool:
-    """Whether each rank can write to the memory of each other; all ranks come to the same answer."""
+    """Return True if all pairs of ranks have peer access. Collective; equal on all ranks."""
     if group.size() == 1:
         return False
     here = (socket.gethostname(), torch.cuda.current_device(), is_enabled())
@@ -211,7 +213,7 @@ def _have_peer_access(group: dist.ProcessGroup) -> bool:
     answer = torch.tensor(int(reachable), device="cuda")
     dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
     if group.rank() == 0:
-        logger.info("%d ranks exchange through %s", group.size(), "peer memory" if answer.item() else "NCCL")
+        logger.info("%d ranks exchange data through %s", group.size(), "symmetric memory" if answer.item() else "NCCL")
     return bool(answer.item())
 
 
