@@ -1,6 +1,6 @@
 """SDPA attention on the CPU platform.
 
-Tensors are [B, S, N, H]: batch, sequence, heads, head size; any floating dtype that CPU SDPA takes.
+Tensors are [B, S, N, H]: batch, sequence, heads, head size; any floating dtype that CPU SDPA supports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ require("sdpa_forward")
 
 
 class CpuSDPAImpl(SDPAImpl):
-    """vLLM-Omni's SDPA, entered without its switch over accelerators (which raises for other platforms)."""
+    """vLLM-Omni's SDPA without its dispatch over accelerators, which raises on other platforms."""
 
     def forward(
         self,
@@ -24,12 +24,12 @@ class CpuSDPAImpl(SDPAImpl):
         value: torch.Tensor,
         attn_metadata: AttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """Attend: query [B, Sq, N, H], key and value [B, Sk, N or fewer, H]; returns [B, Sq, N, H]."""
+        """Compute attention of query [B, Sq, N, H] to key and value [B, Sk, N or fewer, H]; return [B, Sq, N, H]."""
         return self._forward_impl(query, key, value, attn_metadata)
 
 
 class CpuSDPABackend(SDPABackend):
-    """The backend keeps its upstream name ``SDPA``: Ring attention chooses its SDPA kernels by that name."""
+    """SDPA backend; its upstream name ``SDPA`` selects the SDPA kernels of Ring attention."""
 
     @staticmethod
     def get_impl_cls() -> type[CpuSDPAImpl]:

@@ -1,7 +1,7 @@
-"""Engine options that a platform or a combination cannot have: refused before an engine starts its workers.
+"""Checks of engine options that a platform or a combination of options does not support.
 
-vLLM-Omni would take some of them and do without, or fail at the first request. A port calls :func:`check_options`
-where vLLM-Omni shows it the engine's configuration first, in its post-process factory.
+vLLM-Omni ignores some of them, or fails at the first request. A port calls :func:`check_options` in its post-process
+factory, before workers start.
 """
 
 from __future__ import annotations
@@ -13,41 +13,34 @@ from port_kit.errors import InputError
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
-#: Options that move weights between the host's memory and a device's.
+#: Options that move weights between host and device memory.
 OFFLOADS = ("enable_cpu_offload", "enable_layerwise_offload", "enable_distributed_layerwise_offload")
 
 
 def check_options(config: OmniDiffusionConfig) -> None:
-    """Refuse what cannot run, by name.
+    """Check engine options.
 
     Raises:
-        InputError: ``engine_option``.
+        InputError: ``engine_option``; the platform or another option excludes an option. ``details["option"]`` is its
+            name.
     """
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         for name in OFFLOADS:
             if getattr(config, name, False):
-                raise _refused(f"{name} is on, and the weights are in the CPU's memory already", f"leave {name} out")
+                raise _unsupported(name, "weights are in CPU memory already", f"remove {name}")
         if config.quantization_config is not None:
             method = config.quantization_config.get_name()
-            raise _refused(
-                f"quantization={method!r} was asked for; its kernels need an accelerator", "leave quantization out"
-            )
+            raise _unsupported("quantization", f"{method!r} needs an accelerator", "remove quantization")
     if config.cache_backend in (None, "none"):
         return
+    cache = f"requests would share the cache of cache_backend={config.cache_backend!r}"
     if config.step_execution or config.streaming_output:
-        raise _refused(
-            f"step_execution with cache_backend={config.cache_backend!r}; requests would share one cache",
-            "leave one of the two out",
-        )
+        raise _unsupported("step_execution", cache, "remove step_execution or cache_backend")
     if config.max_num_seqs > 1:
-        raise _refused(
-            f"max_num_seqs={config.max_num_seqs} with cache_backend={config.cache_backend!r}; "
-            "requests would share one cache",
-            "set max_num_seqs to 1, or leave the cache out",
-        )
+        raise _unsupported("max_num_seqs", f"{cache}: expected 1, got {config.max_num_seqs}", "set max_num_seqs to 1")
 
 
-def _refused(problem: str, hint: str) -> InputError:
-    return InputError(problem, code="engine_option", hint=hint)
+def _unsupported(option: str, reason: str, hint: str) -> InputError:
+    return InputError(f"Option {option} is not supported: {reason}.", code="engine_option", hint=hint, option=option)

@@ -1,6 +1,4 @@
-"""What the kit changes before a request reaches an engine; see ``refused_request`` and ``malformed_forms`` in
-``patches.md``.
-"""
+"""Client errors at vLLM-Omni's entry points; see ``refused_request`` and ``malformed_forms`` in ``patches.md``."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ from vllm_omni.errors import OmniClientError
 
 
 def keep_engine_on_client_error(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``Omni.generate`` that leaves the engine open where a request was refused for its own fault.
+    """Wrap ``Omni.generate`` so that the engine stays open after a client error.
 
-    Upstream's closes the engine on any error of a list call. Its generator form closes nothing, so the list is made
-    from that, and the engine is closed here on every error but a refusal.
+    Upstream's list form closes the engine on any error, the generator form does not. The wrapper builds the list from
+    the generator form, and closes the engine on all errors except ``OmniClientError``.
     """
 
     @wraps(generate)
@@ -40,7 +38,7 @@ def keep_engine_on_client_error(generate: Callable[..., Any]) -> Callable[..., A
 
 
 def as_client_error(parse: Callable[..., Any], kind: type[Exception], message: str = "") -> Callable[..., Any]:
-    """Return ``parse`` with its errors of one kind made the client's, which a server answers with 400."""
+    """Wrap ``parse`` to raise ``OmniClientError`` (status 400) in place of errors of class ``kind``."""
 
     @wraps(parse)
     def run(*arguments: Any, **keywords: Any) -> Any:

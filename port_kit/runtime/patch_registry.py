@@ -1,25 +1,25 @@
-"""The ledger: every place where the kit changes upstream behaviour or leans on upstream's private parts.
+"""Registry of the patches of upstream behavior, and of the upstream internals that the kit uses.
 
-``patches.md`` is the same ledger for people: one section an entry of :data:`PATCHES`, under the same name. An entry
-lists what it rests on; :mod:`port_kit.runtime.upstream_checks` compares that with what is installed.
+``patches.md`` has one section per entry of :data:`PATCHES`, under the same name.
+:mod:`port_kit.runtime.upstream_checks` compares an entry's preconditions with the installed upstream.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: The vLLM-Omni series that the patches were proven on.
+#: Release series of vLLM-Omni that the patches are tested with.
 SUPPORTED_SERIES = "0.30"
 
 
 @dataclass(frozen=True)
 class Precondition:
-    """One fact about upstream that a patch rests on.
+    """Property of upstream that a patch depends on.
 
     Attributes:
-        kind: how the fact is read, a key of :data:`port_kit.runtime.upstream_checks.READERS`.
-        target: what is read: ``"module:attribute.path"``, or an operator's name.
-        expected: the values under which the patch is right.
+        kind: kind of property, a key of :data:`port_kit.runtime.upstream_checks.READERS`.
+        target: ``"module:attribute.path"``, or the name of an operator.
+        expected: accepted values.
     """
 
     kind: str
@@ -29,7 +29,7 @@ class Precondition:
 
 @dataclass(frozen=True)
 class Patch:
-    """One entry of the ledger: its name there, one line, and what it rests on."""
+    """Registry entry: name, one-line summary and preconditions."""
 
     name: str
     summary: str
@@ -55,7 +55,7 @@ PATCHES: dict[str, Patch] = {
         ),
         Patch(
             "sdpa_forward",
-            "SDPA entered past the switch over accelerators",
+            "SDPA called without the dispatch over accelerators",
             (
                 Precondition(
                     "parameters",
@@ -82,7 +82,7 @@ PATCHES: dict[str, Patch] = {
         ),
         Patch(
             "ring_attention_kernel",
-            "a CPU kernel for the operator that Ring attention calls",
+            "a CPU kernel for Ring attention's operator",
             (
                 Precondition(
                     "schema",
@@ -106,7 +106,7 @@ PATCHES: dict[str, Patch] = {
         ),
         Patch(
             "output_type",
-            "a port's modality declared where vLLM-Omni keeps those of its own models",
+            "a port's modality in vLLM-Omni's model metadata",
             (
                 Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
                 Precondition(
@@ -118,7 +118,7 @@ PATCHES: dict[str, Patch] = {
         ),
         Patch(
             "references",
-            "a port's reference media declared where the video endpoints look for them",
+            "a port's reference media in the tables of the video endpoints",
             (
                 Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
                 Precondition(
@@ -136,12 +136,12 @@ PATCHES: dict[str, Patch] = {
         ),
         Patch(
             "refused_request",
-            "an engine that outlives a request refused for its own fault",
+            "an engine that stays open after a client error",
             (Precondition("source", "vllm_omni.entrypoints.omni:Omni.generate", ("eeae6cd3c0c54eb4",)),),
         ),
         Patch(
             "malformed_forms",
-            "400 for malformed video requests that upstream fails on",
+            "status 400 instead of 500 for malformed video requests",
             (
                 Precondition(
                     "source",

@@ -1,6 +1,6 @@
-"""The patches of upstream behaviour, each applied behind its guard.
+"""Patches of upstream behavior, each applied after its preconditions are checked.
 
-What they are for is in ``patches.md``, what they rest on in :mod:`port_kit.runtime.patch_registry`.
+``patches.md`` describes them; :mod:`port_kit.runtime.patch_registry` lists their preconditions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _libraries: list[torch.library.Library] = []
 
 
 def installed() -> list[str]:
-    """Return the names of the patches that are in force in this process, sorted."""
+    """Return the sorted names of the patches that are applied in this process."""
     return sorted(_installed)
 
 
 def install_worker_fixes() -> None:
-    """Put the two worker fixes in place, once a process.
+    """Apply both CPU worker patches, once per process.
 
     Raises:
-        RegistrationError: upstream has changed under one of them.
+        RegistrationError: ``upstream_changed``.
     """
     if "async_output_loop" not in _installed:
         _install_output_loop()
@@ -55,16 +55,16 @@ def _install_ring_kernel() -> None:
 
     library = torch.library.Library("aten", "IMPL", "CPU")
     library.impl(_RING_OPERATOR.removeprefix("aten::"), efficient_attention_cpu)
-    _libraries.append(library)  # the registration ends when the library object does
+    _libraries.append(library)  # the registration lives as long as this object
     OWN_KERNELS.add(_RING_OPERATOR)
     _installed.add("ring_attention_kernel")
 
 
 def install_client_error_handling() -> None:
-    """Let ``Omni.generate`` survive a refused request, once a process, in processes that have ``Omni`` loaded.
+    """Keep the engine open after client errors. Applies once per process, if ``Omni`` is imported.
 
     Raises:
-        RegistrationError: upstream's method is another one now.
+        RegistrationError: ``upstream_changed``.
     """
     module = sys.modules.get("vllm_omni.entrypoints.omni")
     if module is None or "refused_request" in _installed:
@@ -77,10 +77,10 @@ def install_client_error_handling() -> None:
 
 
 def declare_output_type(class_name: str, output_type: str) -> None:
-    """Declare what the pipeline ``class_name`` puts out; other facts that upstream holds on it stay.
+    """Declare the output modality of a pipeline; other upstream metadata of the pipeline stay.
 
     Raises:
-        RegistrationError: upstream keeps modalities elsewhere now.
+        RegistrationError: ``upstream_changed``.
     """
     require("output_type")
     from dataclasses import replace
@@ -94,17 +94,16 @@ def declare_output_type(class_name: str, output_type: str) -> None:
 
 
 def declare_references(class_name: str, kinds: Collection[str]) -> None:
-    """Declare which reference media requests to the pipeline ``class_name`` may hold, for ``/v1/videos``.
+    """Declare the reference media that ``/v1/videos`` accepts for a pipeline.
 
-    A pipeline that reads pictures gets them as they were uploaded, and one that reads pictures and sounds may be sent
-    both as files of one form.
+    Reference images keep their uploaded size. With both kinds, one form may contain image and audio files.
 
     Args:
-        class_name: the key under which the pipeline is registered.
-        kinds: of ``"image"`` and ``"audio"``; empty declares nothing.
+        class_name: key of the pipeline in vLLM-Omni's registry.
+        kinds: any of ``"image"`` and ``"audio"``; a no-op if empty.
 
     Raises:
-        RegistrationError: upstream keeps these facts elsewhere now.
+        RegistrationError: ``upstream_changed``.
     """
     if not kinds:
         return
@@ -125,15 +124,15 @@ def declare_references(class_name: str, kinds: Collection[str]) -> None:
 
 
 def _keep_size(*, model: str | None, revision: str | None = None) -> bool:
-    """Say that the pipeline fits reference pictures itself; the parameters are upstream's."""
+    """Return True: the pipeline resizes reference images itself. Parameters are upstream's."""
     return True
 
 
 def map_malformed_form_errors() -> None:
-    """Answer two kinds of malformed requests with 400, once a process, in processes that have the endpoints loaded.
+    """Map two kinds of malformed requests to status 400. Applies once per process, if the endpoints are imported.
 
     Raises:
-        RegistrationError: upstream's functions are other ones now.
+        RegistrationError: ``upstream_changed``.
     """
     helpers = sys.modules.get("vllm_omni.entrypoints.openai.video.generation.helpers")
     if helpers is None or "malformed_forms" in _installed:

@@ -1,7 +1,7 @@
-"""The CPU as a vLLM-Omni platform, so that pipelines run where there is no accelerator.
+"""CPU platform for vLLM-Omni.
 
-vLLM-Omni supports accelerators only; its platform interface is open to others. "Devices" are processes here: the
-number of ranks is bounded by memory, not by hardware. All numbers that describe memory are in bytes.
+vLLM-Omni's platform interface is public, but it only ships accelerators. Each rank is a process; memory bounds their
+number. All memory sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from port_kit.errors import RegistrationError
 from port_kit.runtime.patches import install_worker_fixes
 from port_kit.runtime.upstream_checks import check_version, require
 
-#: How many ranks may be asked for. A process is a device, so this only has to be more than anyone runs.
+#: Upper bound of the number of ranks.
 MAX_RANKS = 64
 
 ATTENTION_BACKEND = "TORCH_SDPA"
@@ -25,16 +25,15 @@ require("cpu_platform")
 
 
 class CpuOmniPlatform(OmniPlatform, CpuPlatform):
-    """vLLM's CPU platform with the diffusion part that vLLM-Omni asks of every platform."""
+    """vLLM's CPU platform with the methods that vLLM-Omni requires of a diffusion platform."""
 
     _omni_enum = OmniPlatformEnum.OOT
 
     @classmethod
     def get_diffusion_worker_cls(cls) -> str:
-        """Return the worker's class path, after putting in place what workers need on a CPU.
+        """Return the worker's class path after applying the CPU worker patches.
 
-        vLLM-Omni asks once in every process that runs a worker, just before it builds the worker, and before
-        the output thread starts or attention runs: the one place for the CPU fixes.
+        vLLM-Omni calls this once per worker process, before the worker is built and its output thread starts.
         """
         install_worker_fixes()
         return "vllm_omni.diffusion.worker.diffusion_worker.DiffusionWorker"
@@ -46,30 +45,30 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):
         """Return the SDPA backend's class path.
 
         Raises:
-            RegistrationError: another backend was asked for; its kernels need an accelerator.
+            RegistrationError: ``attention_backend``; the selected backend needs an accelerator.
         """
         if selected_backend is not None and selected_backend.upper() != ATTENTION_BACKEND:
             raise RegistrationError(
-                f"attention backend {selected_backend!r} was asked for; a CPU runs {ATTENTION_BACKEND} only",
+                f"Attention backend on a CPU: expected {ATTENTION_BACKEND}, got {selected_backend!r}.",
                 code="attention_backend",
-                hint=f"leave the backend out, or set it to {ATTENTION_BACKEND}",
+                hint=f"remove the backend option, or set it to {ATTENTION_BACKEND}",
                 backend=selected_backend,
             )
         return "port_kit.runtime.attention.CpuSDPABackend"
 
     @classmethod
     def supports_torch_inductor(cls) -> bool:
-        """Say no: compiling for a CPU takes longer than the small models that run here."""
+        """Return False: compilation takes longer than running the small models of a CPU."""
         return False
 
     @classmethod
     def get_torch_device(cls, local_rank: int | None = None) -> torch.device:
-        """Return the CPU, whatever the rank."""
+        """Return the CPU."""
         return torch.device("cpu")
 
     @classmethod
     def get_device_count(cls) -> int:
-        """Return the number of ranks that may be asked for."""
+        """Return the upper bound of the number of ranks."""
         return MAX_RANKS
 
     @classmethod
@@ -79,24 +78,24 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):
 
     @classmethod
     def current_device(cls) -> int:
-        """Return 0: all ranks share the one CPU."""
+        """Return 0: all ranks share one CPU."""
         return 0
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
-        """Do nothing: there is one device."""
+        """Do nothing: a CPU is the only device."""
 
     @classmethod
     def synchronize(cls) -> None:
-        """Do nothing: CPU operators return when they are done."""
+        """Do nothing: CPU operators are synchronous."""
 
     @classmethod
     def empty_cache(cls) -> None:
-        """Do nothing: the CPU allocator keeps no cache that could be emptied."""
+        """Do nothing: the CPU allocator has no cache."""
 
     @classmethod
     def get_free_memory(cls, device: torch.device | None = None) -> int:
-        """Return the memory that can be had without swapping."""
+        """Return the memory that is available without swapping."""
         return psutil.virtual_memory().available
 
     @classmethod
@@ -107,7 +106,7 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):
 
     @classmethod
     def mem_get_info(cls, device: torch.device | None = None) -> tuple[int, int]:
-        """Return (available, total) memory, under the name that profiling code uses."""
+        """Return (available, total) memory; the name that profiling code uses."""
         return cls.get_device_memory(device)
 
     @classmethod
@@ -121,7 +120,7 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):
 
     @classmethod
     def max_memory_allocated(cls, device: torch.device | None = None) -> int:
-        """Return the resident memory of this process; a CPU keeps no peak of its own."""
+        """Return the resident memory of this process; peaks are not tracked."""
         return cls.memory_allocated(device)
 
     @classmethod

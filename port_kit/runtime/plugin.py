@@ -1,20 +1,20 @@
-"""The kit's entry points into vLLM-Omni: ports as pipelines, and the CPU as a platform.
+"""Entry points for vLLM-Omni: ports as pipelines, and the CPU platform.
 
-vLLM-Omni calls these by the entry points in ``setup.cfg``, in every process, in this order:
+vLLM-Omni calls these through the entry points in ``setup.cfg``, in each process, in this order:
 
 =============================  ==========================  ================================================
 entry-point group              function                    when
 =============================  ==========================  ================================================
 ``vllm_omni.platform_plugins`` :func:`announce_ports`      while ``vllm_omni`` is imported
-``vllm_omni.platform_plugins`` :func:`cpu_platform`        the same
+``vllm_omni.platform_plugins`` :func:`cpu_platform`        while ``vllm_omni`` is imported
 ``vllm.general_plugins``       :func:`register_metadata`   ``vllm serve``, before it builds its configuration
 ``vllm_omni.general_plugins``  :func:`register_pipelines`  when an engine, a stage or a worker starts
 =============================  ==========================  ================================================
 
-Two are early for one reason: vLLM-Omni resolves a stage's output modality before it loads general plugins, so a
-port that is only registered there would be an image stage, and ``/v1/videos`` would refuse it.
+vLLM-Omni resolves a stage's output modality before it loads general plugins. Without the earlier entry points, a port
+would be an image stage, and ``/v1/videos`` would reject requests.
 
-This module is imported at every start of vLLM on any machine: it imports nothing heavy itself.
+This module is imported at each start of vLLM, so it imports neither torch nor vLLM at module level.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 PLATFORM = "port_kit.runtime.platform.CpuOmniPlatform"
 PLATFORM_GROUP = "vllm_omni.platform_plugins"
 
-#: Holds while the other plugins are asked: one that asks others in its turn must not ask for ever.
+#: Non-empty while other plugins are called; prevents infinite recursion.
 _asking: list[bool] = []
 
 
 def cpu_platform() -> str | None:
-    """Offer the CPU platform; return its class path, or None where this machine has another one.
+    """Return the class path of the CPU platform, or None if another platform is available.
 
-    It is offered only where vLLM itself is its CPU build and no other installed plugin supplies a platform:
-    two out-of-tree platforms that both answer make ``import vllm_omni`` fail.
+    The platform is offered only if vLLM is a CPU build and no other installed plugin supplies a platform:
+    ``import vllm_omni`` fails if two out-of-tree platforms are offered.
     """
     from vllm.platforms import current_platform
 
@@ -52,7 +52,7 @@ def cpu_platform() -> str | None:
 
 
 def _other_platform_answers() -> bool:
-    """Ask the other platform plugins; those that ``VLLM_PLUGINS`` excludes or that fail do not count."""
+    """Return True if another plugin supplies a platform; ignore failing and excluded (``VLLM_PLUGINS``) plugins."""
     from vllm_omni.plugins import load_omni_plugins_by_group
 
     plugins = load_omni_plugins_by_group(PLATFORM_GROUP).values()
@@ -60,7 +60,7 @@ def _other_platform_answers() -> bool:
 
 
 def _answer(plugin: object) -> str | None:
-    """Call a platform plugin as vLLM-Omni does: a plugin that raises does not offer a platform."""
+    """Call a platform plugin as vLLM-Omni does; return None if it raises."""
     if not callable(plugin):
         return None
     try:
@@ -70,21 +70,20 @@ def _answer(plugin: object) -> str | None:
 
 
 def announce_ports() -> None:
-    """Declare every port's output modality while vLLM-Omni is being imported; supplies no platform.
+    """Declare the output modality of all ports while vLLM-Omni is imported; supply no platform.
 
-    Failures here are swallowed by vLLM-Omni's platform detection; :func:`register_pipelines` meets them again
-    and raises.
+    vLLM-Omni's platform detection suppresses errors here; :func:`register_pipelines` raises them again.
     """
     _declare_output_types()
 
 
 def register_metadata() -> None:
-    """Tell vLLM-Omni what each port puts out (``video`` covers video with sound), and what it can be sent.
+    """Declare each port's output modality (``video`` includes video with audio) and reference media. Idempotent.
 
-    Does nothing in an environment with vLLM but without vLLM-Omni. May run any number of times.
+    A no-op if vLLM is installed without vLLM-Omni.
 
     Raises:
-        RegistrationError: vLLM-Omni no longer keeps these facts where the kit declares them.
+        RegistrationError: ``upstream_changed``.
     """
     if find_spec("vllm_omni") is None:
         return
@@ -97,7 +96,7 @@ def register_metadata() -> None:
 
 
 def _declare_output_types() -> None:
-    """Declare what ports put out; all that this imports of vLLM-Omni is loaded while vLLM-Omni itself still is not."""
+    """Declare the output modality of all ports; safe during the import of vLLM-Omni."""
     from port_kit.runtime.patches import declare_output_type
 
     for port in list_ports().values():
@@ -105,10 +104,10 @@ def _declare_output_types() -> None:
 
 
 def register_pipelines() -> None:
-    """Register every port's pipeline under its ``_class_name``, and its modality. May run any number of times.
+    """Register all ports' pipelines under their ``_class_name``, and their metadata. Idempotent.
 
     Raises:
-        RegistrationError: vLLM-Omni has a version that the kit was not proven on, or did not take a port.
+        RegistrationError: the installed vLLM-Omni is not supported, or a port's declaration is invalid.
     """
     from port_kit.runtime.patches import install_client_error_handling
     from port_kit.runtime.upstream_checks import check_version
@@ -117,22 +116,22 @@ def register_pipelines() -> None:
     install_client_error_handling()
     register_metadata()
     for problem in list_ports().problems:
-        # Every process of the engine says so; a model of such a port is then an unknown one to vLLM-Omni.
+        # vLLM-Omni then reports a model of such a port as unknown
         logger.error("%s [%s]; %s", problem.message, problem.code, problem.hint)
     for port in list_ports().values():
         _register(port)
 
 
 def _register(port: Port) -> None:
-    """Hand one port to the registry; by keywords, because their order changed between releases."""
+    """Register one port. Keyword arguments, because their order differs between releases."""
     from vllm_omni.diffusion.registry import register_diffusion_model
 
     module, _, class_name = port.pipeline.partition(":")
     if not module or not class_name:
         raise RegistrationError(
-            f"port {port.name} gives its pipeline as {port.pipeline!r}; 'package.module:Class' is required",
+            f"Port {port.name}: expected pipeline 'package.module:Class', got {port.pipeline!r}.",
             code="port_unregistrable",
-            hint="correct the port's declaration",
+            hint="correct the pipeline field of the port",
             port=port.name,
         )
     register_diffusion_model(

@@ -1,7 +1,7 @@
-"""What the plugins do in a fresh process: ``python -m port_kit.runtime.self_check REPORT`` writes it to REPORT as JSON.
+"""Self-check of the plugins in a fresh process: ``python -m port_kit.runtime.self_check REPORT``.
 
-``port-kit doctor`` runs this in a child, because loading vLLM-Omni takes many seconds, changes the process, and is
-exactly what may fail. The report goes to a file: vLLM logs to stdout.
+``port-kit doctor`` runs it in a child process, because loading vLLM-Omni takes many seconds, changes the process and
+may fail. The result is written to REPORT as JSON, since vLLM logs to stdout.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from port_kit.port import list_ports
 
 
 def run_self_check() -> dict[str, Any]:
-    """Load vLLM-Omni with all plugins, as an engine does, and describe what came of it.
+    """Load vLLM-Omni with all plugins, as an engine does.
 
     Returns:
         ``platform`` (class path), ``output_types`` (by port, as a stage resolves them), ``registered`` (by port),
-        ``patches`` (by name: ``ok``, or why its guard fires).
+        ``patches`` (by name: ``ok``, or the failed precondition).
     """
     from vllm_omni.diffusion.model_metadata import get_diffusion_model_metadata
     from vllm_omni.platforms import current_omni_platform
@@ -28,7 +28,7 @@ def run_self_check() -> dict[str, Any]:
 
     ports = list_ports()
     platform = type(current_omni_platform)
-    # Read before general plugins are loaded: that is when a stage resolves its modality.
+    # before general plugins are loaded, as a stage resolves its modality
     types = {name: get_diffusion_model_metadata(port.class_name).final_output_type for name, port in ports.items()}
     load_omni_general_plugins()
     from vllm_omni.diffusion.registry import DiffusionModelRegistry
@@ -43,7 +43,7 @@ def run_self_check() -> dict[str, Any]:
 
 
 def _patches() -> dict[str, str]:
-    """Try every guard."""
+    """Check the preconditions of all patches."""
     from port_kit.runtime.patch_registry import PATCHES
     from port_kit.runtime.upstream_checks import require
 
@@ -58,7 +58,7 @@ def _patches() -> dict[str, str]:
 
 
 def main(report: str) -> None:
-    """Write the report, or the error of the kit that prevented it."""
+    """Write the report, or the kit's error."""
     try:
         result = run_self_check()
     except PortKitError as error:

@@ -1,7 +1,7 @@
-"""A world of one process: build and run vLLM-Omni modules without an engine.
+"""Process groups of one rank, to build and run vLLM-Omni modules without an engine.
 
-vLLM's linears and vLLM-Omni's ``Attention`` read process groups, two configurations and a forward context while they
-are built and while they run. :func:`single_rank` provides all of them::
+vLLM's linears and vLLM-Omni's ``Attention`` read process groups, two configurations and a forward context.
+:func:`single_rank` provides all of them::
 
     with single_rank(dtype=torch.float32):
         transformer = build_transformer(config)
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 def single_rank(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *, default_device: bool = True
 ) -> Iterator[OmniDiffusionConfig]:
-    """Make this process a world of one rank for as long as the context lasts.
+    """Initialize process groups of one rank within the context.
 
-    Inside, ``dtype`` is the default dtype of new parameters and ``device`` the default device; an inner
-    ``torch.device(...)`` overrides the latter. Contexts may be nested: an inner one shares the groups of the outer.
+    ``dtype`` is the default dtype of new parameters and ``device`` the default device. A nested ``torch.device(...)``
+    overrides the latter. Nested contexts share the process groups.
 
     Args:
-        dtype: floating dtype, also the one in the diffusion configuration.
+        dtype: floating dtype, also of the diffusion configuration.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"meta"``.
-        default_device: whether ``device`` becomes the default one. It costs every call of torch some Python, which
-            an engine does not have while it runs.
+        default_device: make ``device`` the default device. This adds Python overhead to each torch call, which an
+            engine does not have.
 
     Yields:
-        The ``OmniDiffusionConfig`` that modules see.
+        The ``OmniDiffusionConfig`` of the context.
 
     Raises:
-        ParallelError: this process is already one rank of a larger world.
+        ParallelError: ``parallel_world``; this process is one of several ranks.
     """
     from vllm.config import set_current_vllm_config
     from vllm_omni.diffusion.config import set_current_diffusion_config
@@ -55,13 +55,13 @@ def single_rank(
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
     device = torch.device(device)
-    # A folder that exists: any other name would be looked up, and offline that ends in an error.
+    # an existing folder: other names are looked up on the Hub, which fails offline
     config = OmniDiffusionConfig(model=str(Path(__file__).parent), dtype=dtype)
     host = torch.device("cpu") if device.type == "meta" else device
     vllm_config = create_diffusion_vllm_config(host, config)
     with ExitStack() as stack:
         stack.enter_context(set_current_vllm_config(vllm_config))
-        stack.enter_context(_world_of_one())
+        stack.enter_context(_single_rank_groups())
         stack.enter_context(set_current_diffusion_config(config))
         stack.enter_context(set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config))
         stack.enter_context(_default_dtype(dtype))
@@ -71,15 +71,15 @@ def single_rank(
 
 
 @contextmanager
-def _world_of_one() -> Iterator[None]:
-    """Open the distributed groups with one rank, rendezvous through a file; keep those that are already open."""
+def _single_rank_groups() -> Iterator[None]:
+    """Initialize process groups of one rank with a file rendezvous, or reuse those of this process."""
     from vllm_omni.diffusion.distributed import parallel_state as state
 
     if state.model_parallel_is_initialized():
         _require_one(torch.distributed.get_world_size())
         yield
         return
-    hook = sys.excepthook  # torch.distributed puts a rank in front of every traceback from here on
+    hook = sys.excepthook  # torch.distributed replaces it to prefix tracebacks with the rank
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
         state.init_distributed_environment(world_size=1, rank=0, local_rank=0, distributed_init_method=rendezvous)
@@ -96,9 +96,9 @@ def _world_of_one() -> Iterator[None]:
 def _require_one(world_size: int) -> None:
     if world_size != 1:
         raise ParallelError(
-            f"this process is one of {world_size} ranks; single_rank needs a process of its own",
+            f"single_rank: expected a process without other ranks, got a world of {world_size} ranks.",
             code="parallel_world",
-            hint="call it outside of workers, or use port_kit.testing.workers for several ranks",
+            hint="call it outside of workers; for several ranks use port_kit.testing.workers",
         )
 
 

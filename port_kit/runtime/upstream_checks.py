@@ -1,4 +1,4 @@
-"""Guards: a patch that meets an upstream it was not written against fails with its name, not silently."""
+"""Checks that the installed vLLM-Omni has the properties that patches depend on."""
 
 from __future__ import annotations
 
@@ -10,44 +10,48 @@ from collections.abc import Callable
 from port_kit.errors import RegistrationError
 from port_kit.runtime.patch_registry import PATCHES, SUPPORTED_SERIES, Precondition
 
-#: Operators whose CPU kernel is the kit's own by now.
+#: Operators whose CPU kernel was registered by the kit in this process.
 OWN_KERNELS: set[str] = set()
 
 
 def check_version() -> None:
-    """Raise where the installed vLLM-Omni is not of the series that the kit was proven on."""
+    """Check the installed vLLM-Omni's version.
+
+    Raises:
+        RegistrationError: ``vllm_omni_version``; it is not in the supported series.
+    """
     from vllm_omni.version import __version__
 
     if __version__ != SUPPORTED_SERIES and not __version__.startswith(f"{SUPPORTED_SERIES}."):
         raise RegistrationError(
-            f"vLLM-Omni {__version__} is installed; this port-kit was proven on {SUPPORTED_SERIES}.x",
+            f"vLLM-Omni: expected version {SUPPORTED_SERIES}.x, got {__version__}.",
             code="vllm_omni_version",
-            hint=f"install 'vllm-omni>={SUPPORTED_SERIES},<0.31', or a port-kit made for {__version__}",
+            hint=f"pip install 'vllm-omni>={SUPPORTED_SERIES},<0.31', or install a port-kit for {__version__}",
             found=__version__,
         )
 
 
 def require(name: str) -> None:
-    """Check all that the patch ``name`` rests on.
+    """Check all preconditions of the patch ``name``.
 
     Raises:
-        RegistrationError: upstream has changed; names the patch, the target, what was expected and what was found.
+        RegistrationError: ``upstream_changed``; a precondition does not hold.
     """
     for precondition in PATCHES[name].preconditions:
         found = _read(precondition)
         if found not in precondition.expected:
             raise RegistrationError(
-                f"patch {name} was written against another {precondition.target}: its {precondition.kind} is {found!r},"
-                f" expected {' or '.join(map(repr, precondition.expected))}",
+                f"Patch {name}: {precondition.kind} of {precondition.target}:"
+                f" expected {' or '.join(map(repr, precondition.expected))}, got {found!r}.",
                 code="upstream_changed",
-                hint=f"read the section {name} in port_kit/runtime/patches.md and adapt the patch or drop it",
+                hint=f"adapt or remove the patch; see section {name} of port_kit/runtime/patches.md",
                 patch=name,
                 target=precondition.target,
             )
 
 
 def _read(precondition: Precondition) -> str:
-    """Read one fact; an attribute, module or operator that is gone reads as ``missing``."""
+    """Return the value of a property; ``missing (...)`` if the target does not exist."""
     try:
         return READERS[precondition.kind](precondition.target)
     except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError) as error:
@@ -65,7 +69,7 @@ def _object(target: str) -> object:
 def _parameters(target: str) -> str:
     function = _object(target)
     if not callable(function):
-        raise TypeError(f"{target} cannot be called")
+        raise TypeError(f"{target} is not callable")
     return ", ".join(inspect.signature(function).parameters)
 
 

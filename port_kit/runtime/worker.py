@@ -1,6 +1,6 @@
-"""What diffusion workers need on a CPU: host-side output packing, and the kernel that Ring attention calls.
+"""CPU versions of two worker functions: output packing, and the kernel of Ring attention.
 
-Both replace or add to upstream code: :mod:`port_kit.runtime.patches` puts them in place, ``patches.md`` tells why.
+:mod:`port_kit.runtime.patches` installs them; ``patches.md`` gives the reasons.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What packing an output into shared memory can raise. The request then fails with a message; the thread goes on.
+#: Errors of packing an output into shared memory. They fail the request, not the thread.
 _PACKING_ERRORS = (OSError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 def async_output_loop(worker: WorkerProc) -> None:
-    """Pack outputs and send them, until None comes; runs in the worker's output thread.
+    """Pack and send outputs until the queue returns None. Runs in the worker's output thread.
 
-    Upstream's loop copies from the device on a side stream of the current accelerator and fails where there is
-    none. Outputs are in host memory here, so there is nothing to copy and nothing to wait for.
+    Upstream's loop copies outputs on a side stream and fails without an accelerator. On a CPU, outputs are in host
+    memory already.
     """
     while (item := worker._async_output_queue.get()) is not None:
         output, output_id, _event = item
@@ -39,11 +39,11 @@ def async_output_loop(worker: WorkerProc) -> None:
 
 
 def _packed(output: DiffusionOutput, output_id: str) -> AsyncDiffusionOutput:
-    """Return the message for one output: its tensors in shared memory, or the reason why they are not."""
+    """Return the message for one output: its tensors in shared memory, or an error."""
     try:
         pack_diffusion_output_shm(output)
     except _PACKING_ERRORS as error:
-        logger.exception("output %s could not be packed into shared memory", output_id)
+        logger.exception("failed to pack output %s into shared memory", output_id)
         return AsyncDiffusionOutput(
             kind=AsyncOutputKind.OUTPUT_READY,
             async_output_id=output_id,
@@ -63,10 +63,12 @@ def efficient_attention_cpu(
     *,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute ``aten::_scaled_dot_product_efficient_attention`` with the CPU's own flash kernel.
+    """Compute ``aten::_scaled_dot_product_efficient_attention`` with the CPU's flash kernel.
 
-    Args are those of the operator; query, key, value [B, N, S, H]. Returns the output [B, N, S, H], the log-sum-exp
-    [B, N, S] in float32 that Ring attention merges blocks with, and two scalars for a random state that is not used.
+    The arguments are the operator's; query, key and value are [B, N, S, H].
+
+    Returns:
+        Output [B, N, S, H], log-sum-exp [B, N, S] in float32, and two unused random-state scalars.
     """
     output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_bias, scale=scale

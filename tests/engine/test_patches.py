@@ -1,4 +1,4 @@
-"""The ledger of upstream patches: complete, guarded, and each patch doing what its section says."""
+"""The registry of upstream patches: complete, with checked preconditions, and each patch as documented."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _sections() -> dict[str, str]:
     return dict(zip(pieces[::2], pieces[1::2], strict=True))
 
 
-def test_the_ledger_and_the_list_have_the_same_entries() -> None:
+def test_registry_and_document_have_the_same_entries() -> None:
     assert list(_sections()) == list(PATCHES)
 
 
@@ -92,7 +92,7 @@ def test_an_attribute_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("version", "accepted"), [("0.30.0", True), ("0.30.2", True), ("0.3", False), ("0.31.0", False)]
 )
-def test_only_the_proven_series_is_accepted(version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_supported_series_is_accepted(version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm_omni.version
 
     monkeypatch.setattr(vllm_omni.version, "__version__", version)

@@ -85,7 +85,7 @@ def test_the_video_endpoints_are_told_which_references_a_port_reads() -> None:
 
 
 def test_a_pipeline_that_is_no_reference_is_refused() -> None:
-    with pytest.raises(RegistrationError, match="'package.module:Class' is required") as caught:
+    with pytest.raises(RegistrationError) as caught:
         plugin._register(replace(find_port("toy_av"), pipeline="toy_av.pipeline"))
     assert caught.value.code == "port_unregistrable"
 
@@ -95,7 +95,7 @@ def test_a_backend_without_a_cpu_kernel_is_refused() -> None:
 
     for backend in (None, "torch_sdpa"):
         assert current_omni_platform.get_diffusion_attn_backend_cls(backend, 64).endswith("CpuSDPABackend")
-    with pytest.raises(RegistrationError, match="FLASH_ATTN") as caught:
+    with pytest.raises(RegistrationError) as caught:
         current_omni_platform.get_diffusion_attn_backend_cls("FLASH_ATTN", 64)
     assert caught.value.code == "attention_backend"
 

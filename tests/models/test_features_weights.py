@@ -328,19 +328,19 @@ def test_full_size_linears_that_are_quantized_fit_eight_bit_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "option"),
     [
-        *(({name: True}, f"{name} is on, and the weights are in the CPU's memory already") for name in OFFLOADS),
-        ({"quantization_config": "fp8"}, "quantization='fp8' was asked for; its kernels need an accelerator"),
-        ({"cache_backend": "cache_dit", "step_execution": True}, "step_execution with cache_backend='cache_dit'"),
-        ({"cache_backend": "cache_dit", "max_num_seqs": 2}, "max_num_seqs=2 with cache_backend='cache_dit'"),
+        *(({name: True}, name) for name in OFFLOADS),
+        ({"quantization_config": "fp8"}, "quantization"),
+        ({"cache_backend": "cache_dit", "step_execution": True}, "step_execution"),
+        ({"cache_backend": "cache_dit", "max_num_seqs": 2}, "max_num_seqs"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_option_that_cannot_run_is_refused_by_name(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(InputError, match=says) as caught:
+def test_an_option_that_cannot_run_is_refused_by_name(options: dict[str, Any], option: str) -> None:
+    with pytest.raises(InputError) as caught:
         check_options(OmniDiffusionConfig(model="any", **options))
-    assert caught.value.code == "engine_option"
+    assert (caught.value.code, caught.value.details) == ("engine_option", {"option": option})
 
 
 def test_blocks_are_what_layerwise_offload_streams(pipeline: FusionPipeline) -> None:
