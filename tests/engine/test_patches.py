@@ -65,7 +65,7 @@ def test_every_guard_fires_where_upstream_is_another(name: str, index: int, monk
     patch = PATCHES[name]
     needs = [*patch.preconditions]
     needs[index] = replace(needs[index], expected=("what an older release had",))
-    monkeypatch.setitem(PATCHES, name, replace(patch, needs=tuple(needs)))
+    monkeypatch.setitem(PATCHES, name, replace(patch, preconditions=tuple(needs)))
     with pytest.raises(RegistrationError, match="what an older release had") as caught:
         upstream_checks.require(name)
     assert caught.value.code == "upstream_changed"
