@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from port_kit.inspect.inspection import inspect
 from port_kit.inspect.render import describe
-from port_kit.inspect.report import Card, Component, Finding, Inspection, Memory, WeightFile
+from port_kit.inspect.report import Component, Finding, Inspection, Memory, ModelCard, WeightFile
 
-__all__ = ["Card", "Component", "Finding", "Inspection", "Memory", "WeightFile", "describe", "inspect"]
+__all__ = ["ModelCard", "Component", "Finding", "Inspection", "Memory", "WeightFile", "describe", "inspect"]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from port_kit.inspect.catalogue import library_has
+from port_kit.inspect.checkpoint_files import WeightSet, choose, group
 from port_kit.inspect.documents import Documents
+from port_kit.inspect.known_classes import library_has
 from port_kit.inspect.report import Component, WeightFile
-from port_kit.inspect.sets import WeightSet, choose, group
 
 INDEXES = ("model_index.json", "modular_model_index.json")
 #: Files that name a folder's class, and how: ``{file: (key, library)}``.
@@ -39,7 +39,7 @@ def has_weights(class_name: str) -> bool:
 
 def index_path(documents: Documents) -> str:
     """Return which index there is, or an empty string."""
-    return next((path for path in INDEXES if path in documents.tree.files), "")
+    return next((path for path in INDEXES if path in documents.listing.files), "")
 
 
 def named_by_index(path: str, index: Mapping[str, Any]) -> dict[str, Named]:
@@ -88,7 +88,7 @@ def find_components(documents: Documents, files: Mapping[str, WeightFile]) -> li
 
 def _configured_folders(documents: Documents) -> set[str]:
     """Folders below the root that have a configuration."""
-    folders = (path.rpartition("/")[::2] for path in documents.tree.files)
+    folders = (path.rpartition("/")[::2] for path in documents.listing.files)
     return {folder for folder, name in folders if folder and name in CONFIGS}
 
 

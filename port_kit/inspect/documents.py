@@ -5,32 +5,32 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from port_kit.inspect.file_listing import FileListing
 from port_kit.inspect.report import Finding
-from port_kit.inspect.trees import Tree
 
 _LONGEST = 1 << 26  # an index of a hundred thousand tensors has ten megabytes
 
 
 class Documents:
-    """Reads text and JSON of a tree.
+    """Reads text and JSON of a listing.
 
     Attributes:
         problems: what is there and cannot be read, in the order of reading.
     """
 
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
+    def __init__(self, listing: FileListing) -> None:
+        self.listing = listing
         self.problems: list[Finding] = []
         self._objects: dict[str, dict[str, Any]] = {}
 
     def content(self, path: str) -> bytes:
         """Return a file's bytes; empty where it is not there, too large for what it is, or behind a gate."""
-        size = self.tree.files.get(path, 0)
+        size = self.listing.files.get(path, 0)
         if size > _LONGEST:
             self.problems.append(Finding(path, f"has {size} bytes, too many for a text"))
-        if not size or size > _LONGEST or self.tree.gate:
+        if not size or size > _LONGEST or self.listing.gate:
             return b""
-        with self.tree.open(path) as source:
+        with self.listing.open(path) as source:
             return source.read_at(0, size)
 
     def text(self, path: str) -> str:
@@ -44,7 +44,7 @@ class Documents:
         return self._objects[path]
 
     def _read(self, path: str) -> dict[str, Any]:
-        if path not in self.tree.files or self.tree.gate:
+        if path not in self.listing.files or self.listing.gate:
             return {}
         try:
             value = json.loads(self.content(path))

@@ -1,4 +1,4 @@
-"""Put an inspection together: listing, headers, card, verdict, what is missing, memory, next step."""
+"""Put an inspection together: listing, headers, card, classification, what is missing, memory, next step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from port_kit.errors import InspectError
-from port_kit.inspect.card import read_card
+from port_kit.inspect.classify import Classification, classify
 from port_kit.inspect.components import CONFIGS, INDEXES, find_components
 from port_kit.inspect.documents import Documents
-from port_kit.inspect.naming import new_command
-from port_kit.inspect.needs import missing
+from port_kit.inspect.file_listing import FileListing, open_listing
+from port_kit.inspect.missing_files import find_missing_files
+from port_kit.inspect.model_card import read_model_card
+from port_kit.inspect.pitfalls import find_pitfalls
+from port_kit.inspect.port_name import new_command
 from port_kit.inspect.report import Component, Inspection, Memory, WeightFile
-from port_kit.inspect.traps import traps
-from port_kit.inspect.trees import Tree, open_tree
-from port_kit.inspect.verdict import Verdict, judge
 from port_kit.inspect.weights import is_weights, read_weights
 
 _T = TypeVar("_T")
@@ -42,38 +42,38 @@ def inspect(
         DownloadError: the repository does not exist, may not be seen, or cannot be reached.
         OptionalDependencyError: vLLM-Omni, diffusers or transformers is needed for the answer and not installed.
     """
-    with open_tree(target, revision, endpoint, token) as tree:
-        _require_model(tree)
-        documents = Documents(tree)
-        _each(tree, documents.object, [path for path in tree.files if _is_config(path)])
-        files = _read_all(tree)
+    with open_listing(target, revision, endpoint, token) as listing:
+        _require_model(listing)
+        documents = Documents(listing)
+        _each(listing, documents.object, [path for path in listing.files if _is_config(path)])
+        files = _read_all(listing)
         components = find_components(documents, files)
-        verdict = judge(documents, components)
+        classification = classify(documents, components)
         return Inspection(
             target=target,
-            commit=tree.commit,
-            path=verdict.path,
-            evidence=verdict.evidence,
-            files=len(tree.files),
-            size=sum(tree.files.values()),
-            class_name=verdict.class_name,
+            commit=listing.commit,
+            path=classification.path,
+            evidence=classification.evidence,
+            files=len(listing.files),
+            size=sum(listing.files.values()),
+            class_name=classification.class_name,
             components=tuple(components),
-            gate=tree.gate,
-            card=read_card(documents.text("README.md")),
-            missing=tuple(missing(documents, verdict, components, files)),
-            traps=tuple(traps(documents, verdict, components, files)),
+            gate=listing.gate,
+            card=read_model_card(documents.text("README.md")),
+            missing=tuple(find_missing_files(documents, classification, components, files)),
+            pitfalls=tuple(find_pitfalls(documents, classification, components, files)),
             memory=_memory(components),
-            next=_next_step(target, tree, verdict, components, files),
+            next=_next_step(target, listing, classification, components, files),
         )
 
 
-def _require_model(tree: Tree) -> None:
-    if not any(is_weights(path) or _is_config(path) for path in tree.files):
+def _require_model(listing: FileListing) -> None:
+    if not any(is_weights(path) or _is_config(path) for path in listing.files):
         raise InspectError(
-            f"{tree.name} holds {len(tree.files)} files, none of them weights or a model's configuration",
+            f"{listing.name} holds {len(listing.files)} files, none of them weights or a model's configuration",
             code="inspect_empty",
             hint="name the repository or folder that has the weights",
-            files=list(tree.files)[:20],
+            files=list(listing.files)[:20],
         )
 
 
@@ -81,14 +81,14 @@ def _is_config(path: str) -> bool:
     return path.rpartition("/")[2] in (*INDEXES, *CONFIGS)
 
 
-def _read_all(tree: Tree) -> dict[str, WeightFile]:
-    paths = [path for path in tree.files if is_weights(path)]
-    return dict(zip(paths, _each(tree, lambda path: read_weights(tree, path), paths), strict=True))
+def _read_all(listing: FileListing) -> dict[str, WeightFile]:
+    paths = [path for path in listing.files if is_weights(path)]
+    return dict(zip(paths, _each(listing, lambda path: read_weights(listing, path), paths), strict=True))
 
 
-def _each(tree: Tree, read: Callable[[str], _T], paths: list[str]) -> list[_T]:
+def _each(listing: FileListing, read: Callable[[str], _T], paths: list[str]) -> list[_T]:
     """Read files of a repository over several connections, as each costs a round trip; those of a folder in turn."""
-    with ThreadPoolExecutor(_CONNECTIONS if tree.commit else 1) as pool:
+    with ThreadPoolExecutor(_CONNECTIONS if listing.commit else 1) as pool:
         return list(pool.map(read, paths))
 
 
@@ -109,16 +109,20 @@ def _memory(components: list[Component]) -> Memory | None:
 
 
 def _next_step(
-    target: str, tree: Tree, verdict: Verdict, components: list[Component], files: dict[str, WeightFile]
+    target: str,
+    listing: FileListing,
+    classification: Classification,
+    components: list[Component],
+    files: dict[str, WeightFile],
 ) -> str:
     quoted = shlex.quote(target)
-    if tree.gate:
+    if listing.gate:
         return f"accept the terms, then: hf auth login && port-kit inspect {quoted}"
     if any(file.format == "lfs pointer" for file in files.values()):
         return f"git -C {quoted} lfs pull && port-kit inspect {quoted}"
-    if verdict.path == "supported":
+    if classification.path == "supported":
         return f"vllm serve {quoted} --omni"
-    if verdict.port:
-        return f"port-kit download {verdict.port}"
+    if classification.port:
+        return f"port-kit download {classification.port}"
     transformer = next((part.class_name for part in components if part.name == "transformer"), "")
-    return new_command(target, verdict.path, verdict.class_name, transformer)
+    return new_command(target, classification.path, classification.class_name, transformer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from port_kit.download.progress import human
-from port_kit.inspect.report import TITLES, Card, Component, Finding, Inspection, Memory
+from port_kit.inspect.report import TITLES, Component, Finding, Inspection, Memory, ModelCard
 from port_kit.plain import plain
 
 
@@ -17,7 +17,7 @@ def describe(inspection: Inspection) -> str:
         _findings("evidence", inspection.evidence),
         ["components", *_table(inspection.components)] if inspection.components else [],
         _findings("missing", inspection.missing),
-        _findings("traps", inspection.traps),
+        _findings("pitfalls", inspection.pitfalls),
         list(_facts(inspection)),
         [f"next: {inspection.next}"],
     ]
@@ -79,7 +79,7 @@ def _facts(inspection: Inspection) -> Iterator[str]:
     yield from _columns(rows, indent="")
 
 
-def _open_gate(card: Card) -> str:
+def _open_gate(card: ModelCard) -> str:
     return "open to you; README.md asks for terms to be accepted" if card.asks_terms else "none: the files can be read"
 
 

@@ -12,7 +12,7 @@ from port_kit.manifest import Manifest
 
 #: supported: vLLM-Omni or a port serves it as it is; diffusers: all classes are in diffusers and transformers; hybrid:
 #: some are; custom: none are; unknown: the files that decide cannot be read (a gate).
-Path = Literal["supported", "diffusers", "hybrid", "custom", "unknown"]
+ModelPath = Literal["supported", "diffusers", "hybrid", "custom", "unknown"]
 TITLES: dict[str, str] = {
     "supported": "already supported",
     "diffusers": "diffusers-based",
@@ -152,7 +152,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What README.md says.
 
     Attributes:
@@ -200,7 +200,7 @@ class Inspection:
     Attributes:
         target: the repository id or the folder, as given.
         commit: of a repository, 40 hex digits; None for a folder.
-        path: see :data:`Path`.
+        path: see :data:`ModelPath`.
         evidence: why, in the order of the decision.
         files: number of files.
         size: bytes of all files.
@@ -216,16 +216,16 @@ class Inspection:
 
     target: str
     commit: str | None
-    path: Path
+    path: ModelPath
     evidence: tuple[Finding, ...]
     files: int
     size: int
     class_name: str
     components: tuple[Component, ...]
     gate: str
-    card: Card
+    card: ModelCard
     missing: tuple[Finding, ...]
-    traps: tuple[Finding, ...]
+    pitfalls: tuple[Finding, ...]
     memory: Memory | None
     next: str
 
@@ -239,7 +239,7 @@ class Inspection:
         plain |= {name: [dataclasses.asdict(item) for item in getattr(self, name)] for name in ("evidence", "missing")}
         return {
             **plain,
-            "traps": [dataclasses.asdict(item) for item in self.traps],
+            "pitfalls": [dataclasses.asdict(item) for item in self.pitfalls],
             "components": [part.to_dict() for part in self.components],
             "gate": self.gate,
             "card": dataclasses.asdict(self.card),

@@ -12,9 +12,9 @@ from port_kit.checkpoint.containers import LEFTOVERS, MAX_HEADER, PICKLE_SUFFIXE
 from port_kit.checkpoint.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.errors import CheckpointError
+from port_kit.inspect.file_listing import FileListing
 from port_kit.inspect.gguf import read_gguf
 from port_kit.inspect.report import WeightFile
-from port_kit.inspect.trees import Tree
 
 #: What files of these suffixes are called before they are read, and for good where nothing here reads them.
 FORMATS = {
@@ -44,12 +44,12 @@ def split_suffix(path: str) -> tuple[str, str]:
     return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (path, "")
 
 
-def read_weights(tree: Tree, path: str) -> WeightFile:
+def read_weights(listing: FileListing, path: str) -> WeightFile:
     """Read a file's header. What cannot be read is no error here but a ``problem`` of the file."""
-    size, expected = tree.files[path], FORMATS[split_suffix(path)[1]]
-    if tree.gate:
+    size, expected = listing.files[path], FORMATS[split_suffix(path)[1]]
+    if listing.gate:
         return WeightFile(path, size, expected, problem="not read: the repository is gated")
-    with tree.open(path) as opened:
+    with listing.open(path) as opened:
         source, reader = _Headed(opened), _READERS.get(expected)
         if source.read_at(0, len(_LFS)) == _LFS:
             return WeightFile(path, size, "lfs pointer", problem="a Git LFS pointer: its content was never fetched")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import Component
-from port_kit.inspect.sets import group
+from port_kit.inspect.checkpoint_files import group
 from port_kit.scaffold.render import WIDTH, literal
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.source import Source

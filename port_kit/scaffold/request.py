@@ -80,7 +80,7 @@ def _is_importable(name: str) -> bool:
 def _misleading(name: str) -> list[str]:
     """Words by which vLLM-Omni recognises its own models in a folder's name; empty where it is not installed."""
     from port_kit.errors import OptionalDependencyError
-    from port_kit.inspect.catalogue import omni
+    from port_kit.inspect.known_classes import omni
 
     try:
         known = omni()

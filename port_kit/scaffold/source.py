@@ -89,10 +89,10 @@ def read_source(target: str, default: str, *, endpoint: str | None = None) -> So
 
 def _documents(target: str, commit: str | None, endpoint: str | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     from port_kit.inspect.documents import Documents
-    from port_kit.inspect.trees import open_tree
+    from port_kit.inspect.file_listing import open_listing
 
-    with open_tree(target, commit, endpoint, None) as tree:
-        return Documents(tree).object("transformer/config.json"), tuple(tree.files)
+    with open_listing(target, commit, endpoint, None) as listing:
+        return Documents(listing).object("transformer/config.json"), tuple(listing.files)
 
 
 def choose_path(given: str | None, source: str, transformer: str, endpoint: str | None) -> PortPath:

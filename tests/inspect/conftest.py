@@ -10,7 +10,7 @@ import pytest
 
 from port_kit.inspect import Inspection, inspect
 from port_kit.testing.hub import Hub
-from tests.inspect.forge import Files, write
+from tests.inspect.fake_repositories import Files, write
 
 Folder = Callable[[Files], Path]
 Remote = Callable[..., Inspection]

@@ -12,14 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from port_kit.cli import main
-from port_kit.inspect import catalogue
+from port_kit.inspect import known_classes
 from port_kit.testing.hub import Hub
-from tests.inspect import forge
+from tests.inspect import fake_repositories
 from tests.inspect.conftest import Folder
 
 
 def test_json_envelope(folder: Folder) -> None:
-    result = CliRunner().invoke(main, ["inspect", str(folder(forge.hybrid_model())), "--json"])
+    result = CliRunner().invoke(main, ["inspect", str(folder(fake_repositories.hybrid_model())), "--json"])
     envelope = json.loads(result.stdout)
     assert result.exit_code == 0 and envelope["ok"] and envelope["command"] == "inspect"
     data = envelope["data"]
@@ -28,13 +28,13 @@ def test_json_envelope(folder: Folder) -> None:
 
 
 def test_text_goes_to_stdout(folder: Folder) -> None:
-    result = CliRunner().invoke(main, ["inspect", str(folder(forge.supported_model()))])
+    result = CliRunner().invoke(main, ["inspect", str(folder(fake_repositories.supported_model()))])
     assert result.exit_code == 0 and ": already supported\n" in result.stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_no_verdict_is_exit_code_1(flags: list[str]) -> None:
-    with Hub({"org/closed": forge.diffusers_model()}, gated=("org/closed",)) as hub:
+    with Hub({"org/closed": fake_repositories.diffusers_model()}, gated=("org/closed",)) as hub:
         result = CliRunner().invoke(main, ["inspect", "org/closed", "--endpoint", hub.endpoint, *flags])
     assert result.exit_code == 1 and "behind the gate" in result.stdout
 
@@ -45,8 +45,10 @@ def test_errors_have_a_code_and_a_hint(tmp_path: Path) -> None:
 
 
 def test_only_headers_travel_and_torch_stays_out() -> None:
-    big = forge.safetensors({"blocks.0.weight": (2048, 2048)})
-    files = forge.diffusers_model() | {"transformer/diffusion_pytorch_model-00001-of-00002.safetensors": big}
+    big = fake_repositories.safetensors({"blocks.0.weight": (2048, 2048)})
+    files = fake_repositories.diffusers_model() | {
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors": big
+    }
     program = (
         "import sys; from port_kit.cli import main\n"
         "main(['inspect', 'org/model', '--json'], standalone_mode=False)\n"
@@ -69,20 +71,20 @@ def test_only_headers_travel_and_torch_stays_out() -> None:
 
 
 def test_catalogue_has_what_is_known_to_exist() -> None:
-    omni = catalogue.omni()
+    omni = known_classes.omni()
     assert omni.pipelines["WanPipeline"].startswith("wan2_2.") and len(omni.pipelines) > 50
     assert "bagel" in omni.stages and omni.by_architecture["BagelForConditionalGeneration"] == "BagelPipeline"
-    names = catalogue.diffusers_names()
+    names = known_classes.diffusers_names()
     assert (names["AutoencoderKLWan"], names["UniPCMultistepScheduler"], names["WanPipeline"]) == (
         "models",
         "schedulers",
         "pipelines",
     )
     for name in ("UMT5EncoderModel", "T5TokenizerFast", "CLIPImageProcessorFast", "PreTrainedTokenizerFast"):
-        assert catalogue.library_has("transformers", name)
-    assert catalogue.library_has("stable_diffusion", "StableDiffusionSafetyChecker")
+        assert known_classes.library_has("transformers", name)
+    assert known_classes.library_has("stable_diffusion", "StableDiffusionSafetyChecker")
     for library, name in (("transformers", "NoSuchModel"), ("diffusers", "UMT5EncoderModel"), ("my_code", "Any")):
-        assert not catalogue.library_has(library, name)
+        assert not known_classes.library_has(library, name)
 
 
 @pytest.mark.slow
@@ -91,10 +93,10 @@ def test_catalogue_equals_what_the_packages_say_when_imported() -> None:
     from vllm_omni.config.pipeline_registry import OMNI_PIPELINES
     from vllm_omni.diffusion.registry import _DIFFUSION_MODELS
 
-    assert set(catalogue.omni().stages) == set(OMNI_PIPELINES)
-    assert set(catalogue.omni().pipelines) <= set(_DIFFUSION_MODELS)
+    assert set(known_classes.omni().stages) == set(OMNI_PIPELINES)
+    assert set(known_classes.omni().pipelines) <= set(_DIFFUSION_MODELS)
     known = diffusers._class_to_module
-    assert set(catalogue.diffusers_names()) <= set(known)
+    assert set(known_classes.diffusers_names()) <= set(known)
     assert {
-        name for name in set(known) - set(catalogue.diffusers_names()) if not known[name].startswith("utils")
+        name for name in set(known) - set(known_classes.diffusers_names()) if not known[name].startswith("utils")
     } == set()

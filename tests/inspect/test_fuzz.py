@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from port_kit.errors import CheckpointError
 from port_kit.inspect import Inspection, inspect
-from port_kit.inspect.card import read_card
+from port_kit.inspect.checkpoint_files import read_index
 from port_kit.inspect.gguf import read_gguf
-from port_kit.inspect.sets import read_index
-from tests.inspect import forge
+from port_kit.inspect.model_card import read_model_card
+from tests.inspect import fake_repositories
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["diffusers", "bagel", "F32"]),
@@ -47,13 +47,13 @@ def test_any_json_gives_a_report(
 ) -> None:
     text = json.dumps(header).encode()
     files = {
-        "model_index.json": forge.as_json(index),
-        "config.json": forge.as_json(config),
-        "transformer/config.json": forge.as_json(part),
-        "transformer/model.safetensors.index.json": forge.as_json(part),
+        "model_index.json": fake_repositories.as_json(index),
+        "config.json": fake_repositories.as_json(config),
+        "transformer/config.json": fake_repositories.as_json(part),
+        "transformer/model.safetensors.index.json": fake_repositories.as_json(part),
         "transformer/model.safetensors": len(text).to_bytes(8, "little") + text,
     }
-    report = inspect(str(forge.write(files, tmp_path / "some_model")))
+    report = inspect(str(fake_repositories.write(files, tmp_path / "some_model")))
     assert isinstance(report, Inspection)
     json.dumps(report.to_dict())
 
@@ -61,7 +61,7 @@ def test_any_json_gives_a_report(
 @RELAXED
 @given(place=st.integers(0, 200), value=st.integers(0, 255), cut=st.integers(0, 250))
 def test_damaged_gguf_is_an_error_of_ours(place: int, value: int, cut: int) -> None:
-    content = bytearray(forge.gguf("flux", {"a.weight": ((8, 4), 0), "b": ((4,), 1)}))
+    content = bytearray(fake_repositories.gguf("flux", {"a.weight": ((8, 4), 0), "b": ((4,), 1)}))
     content[place % len(content)] = value
     try:
         read_gguf(Bytes(bytes(content[:cut])))
@@ -71,18 +71,18 @@ def test_damaged_gguf_is_an_error_of_ours(place: int, value: int, cut: int) -> N
 
 @pytest.mark.parametrize("name", ["model_index.json", "config.json", "model.safetensors.index.json"])
 def test_brackets_without_end(name: str, tmp_path: Path) -> None:
-    files = {"model.safetensors": forge.safetensors({"a": (2,)}), name: DEEP}
-    report = inspect(str(forge.write(files, tmp_path / "some_model")))
+    files = {"model.safetensors": fake_repositories.safetensors({"a": (2,)}), name: DEEP}
+    report = inspect(str(fake_repositories.write(files, tmp_path / "some_model")))
     assert any(finding.file == name for finding in report.missing)
 
 
 @given(st.text(max_size=60))
 def test_any_card(text: str) -> None:
-    read_card(text)
-    read_card(f"---\n{text}\n---\n")
+    read_model_card(text)
+    read_model_card(f"---\n{text}\n---\n")
 
 
 def test_cards_and_indexes_of_strangers() -> None:
-    assert read_card(f"---\n{DEEP.decode()}\n---\n").problem
-    assert read_card("---\ndate: 2024-13-45\n---\n").problem
+    assert read_model_card(f"---\n{DEEP.decode()}\n---\n").problem
+    assert read_model_card("---\ndate: 2024-13-45\n---\n").problem
     assert read_index("a/x.index.json", b'{"weight_map": {"t": 3}}').weight_map == {"t": "a/3"}

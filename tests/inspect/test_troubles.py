@@ -14,7 +14,7 @@ from port_kit.cli import main
 from port_kit.errors import DownloadError, InspectError
 from port_kit.inspect import Inspection, describe, inspect
 from port_kit.testing.hub import Fault, Hub
-from tests.inspect import forge
+from tests.inspect import fake_repositories
 from tests.inspect.conftest import Folder, Remote
 
 
@@ -27,7 +27,7 @@ def facts(report: Inspection, kind: str) -> dict[str, list[str]]:
 
 
 def test_gated_diffusers_repository_is_not_decided(remote: Remote) -> None:
-    report = remote(forge.diffusers_model(), gated=("org/some_model",))
+    report = remote(fake_repositories.diffusers_model(), gated=("org/some_model",))
     assert report.path == "unknown"
     assert "is gated: no token was sent" in report.gate and "accept its terms at" in report.gate
     assert report.evidence[-1].file == "model_index.json" and "behind the gate" in report.evidence[-1].fact
@@ -37,14 +37,16 @@ def test_gated_diffusers_repository_is_not_decided(remote: Remote) -> None:
 
 
 def test_gated_custom_repository_is_decided_by_its_listing(remote: Remote) -> None:
-    report = remote({"fusion.pth": forge.torch_file({})}, gated=("org/some_model",))
+    report = remote({"fusion.pth": fake_repositories.torch_file({})}, gated=("org/some_model",))
     assert report.path == "custom" and report.gate
     assert [part.formats for part in report.components] == [("torch",)]
     assert report.components[0].weights[0].problem == "not read: the repository is gated"
 
 
 def test_gated_repository_opens_with_a_granted_token(remote: Remote) -> None:
-    files = forge.diffusers_model() | {"README.md": forge.card("license: other\nextra_gated_prompt: Accept this.")}
+    files = fake_repositories.diffusers_model() | {
+        "README.md": fake_repositories.card("license: other\nextra_gated_prompt: Accept this.")
+    }
     report = remote(files, gated=("org/some_model",), token="hf_x", asked={"token": "hf_x"})
     assert report.path == "diffusers" and not report.gate and report.card.asks_terms
     assert "gate     open to you; README.md asks for terms to be accepted" in describe(report)
@@ -52,7 +54,7 @@ def test_gated_repository_opens_with_a_granted_token(remote: Remote) -> None:
 
 def test_missing_and_private_repositories_are_told_apart_by_the_token(remote: Remote) -> None:
     with pytest.raises(DownloadError) as private:
-        remote(forge.custom_model(), private=("org/some_model",))
+        remote(fake_repositories.custom_model(), private=("org/some_model",))
     assert private.value.code in ("hub_token_missing", "hub_repo_missing")
     with Hub({}) as hub, pytest.raises(DownloadError) as missing:
         inspect("org/nothing", endpoint=hub.endpoint, token="hf_x")
@@ -62,13 +64,13 @@ def test_missing_and_private_repositories_are_told_apart_by_the_token(remote: Re
 
 def test_missing_revision(remote: Remote) -> None:
     with pytest.raises(DownloadError) as caught:
-        remote(forge.custom_model(), asked={"revision": "v9"})
+        remote(fake_repositories.custom_model(), asked={"revision": "v9"})
     assert caught.value.code == "hub_revision_missing" and "--revision" in caught.value.hint
 
 
 def test_a_server_that_is_gone_is_a_network_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("port_kit.inspect.trees.POLICY", _impatient())
-    with Hub({"org/some_model": forge.custom_model()}) as hub:
+    monkeypatch.setattr("port_kit.inspect.file_listing.POLICY", _impatient())
+    with Hub({"org/some_model": fake_repositories.custom_model()}) as hub:
         hub.inject(Fault("revision", times=-1, status=503))
         with pytest.raises(DownloadError) as caught:
             inspect("org/some_model", endpoint=hub.endpoint, token=False)
@@ -82,7 +84,7 @@ def _impatient() -> object:
 
 
 @pytest.mark.parametrize("files", [{}, {"README.md": b"# soon\n", "assets/a.png": b"png"}])
-def test_nothing_to_inspect(files: forge.Files, remote: Remote, folder: Folder, tmp_path: Path) -> None:
+def test_nothing_to_inspect(files: fake_repositories.Files, remote: Remote, folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "some_model").mkdir()
     for ask in (lambda: remote(files), lambda: inspect(str(folder(files)))):
         with pytest.raises(InspectError) as caught:
@@ -98,7 +100,7 @@ def test_neither_folder_nor_repository(target: str) -> None:
 
 
 def test_a_file_and_a_folder_with_a_revision(folder: Folder) -> None:
-    place = folder(forge.custom_model())
+    place = folder(fake_repositories.custom_model())
     with pytest.raises(InspectError, match="is a file"):
         inspect(str(place / "README.md"))
     with pytest.raises(InspectError, match="belongs to a repository"):
@@ -106,11 +108,11 @@ def test_a_file_and_a_folder_with_a_revision(folder: Folder) -> None:
 
 
 def test_broken_index_shards_and_configs(folder: Folder) -> None:
-    files = forge.diffusers_model()
+    files = fake_repositories.diffusers_model()
     index = "transformer/diffusion_pytorch_model.safetensors.index.json"
     weight_map = json.loads(files[index])["weight_map"] | {"proj.weight": "gone.safetensors"}
     weight_map["blocks.0.weight"] = weight_map["blocks.1.weight"]
-    files[index] = forge.index(weight_map)
+    files[index] = fake_repositories.index(weight_map)
     files["vae/config.json"] = b"{"
     files["text_encoder/model.safetensors.index.json"] = b"[]"
     missing = facts(inspect(str(folder(files))), "missing")
@@ -121,18 +123,23 @@ def test_broken_index_shards_and_configs(folder: Folder) -> None:
 
 
 def test_missing_shards_without_an_index(folder: Folder) -> None:
-    files = {f"model-0000{part}-of-00003.safetensors": forge.safetensors({f"layer.{part}": (2,)}) for part in (1, 3)}
+    files = {
+        f"model-0000{part}-of-00003.safetensors": fake_repositories.safetensors({f"layer.{part}": (2,)})
+        for part in (1, 3)
+    }
     report = inspect(str(folder(files)))
     assert [part.name for part in report.components] == ["model"]
     assert facts(report, "missing")["model-00001-of-00003.safetensors"] == ["2 of 3 shards are there"]
 
 
 def test_index_without_its_parts(folder: Folder) -> None:
-    files = {path: content for path, content in forge.diffusers_model().items() if not path.startswith("vae/")}
+    files = {
+        path: content for path, content in fake_repositories.diffusers_model().items() if not path.startswith("vae/")
+    }
     del files["text_encoder/model.safetensors"]
     index = json.loads(files["model_index.json"])
     del index["_diffusers_version"]
-    files["model_index.json"] = forge.as_json(index)
+    files["model_index.json"] = fake_repositories.as_json(index)
     missing = facts(inspect(str(folder(files))), "missing")["model_index.json"]
     assert missing == [
         "lacks _diffusers_version, by which vLLM-Omni knows a diffusion model",
@@ -147,9 +154,9 @@ class _Evil:
 
 
 def test_unsafe_cut_and_foreign_pickles_are_named_and_not_run(folder: Folder) -> None:
-    whole = forge.torch_file(forge.torch_tensors("a"))
+    whole = fake_repositories.torch_file(fake_repositories.torch_tensors("a"))
     files = {
-        "evil.pth": forge.torch_file({"a": _Evil()}),
+        "evil.pth": fake_repositories.torch_file({"a": _Evil()}),
         "plain.bin": pickle.dumps({"a": 1}),
         "cut.pt": whole[: len(whole) // 2],
         "page.ckpt": b"<!DOCTYPE html><html>404</html>",
@@ -166,7 +173,7 @@ def test_unsafe_cut_and_foreign_pickles_are_named_and_not_run(folder: Folder) ->
 
 
 def test_cut_and_foreign_safetensors(folder: Folder) -> None:
-    whole = forge.safetensors({"a": (4, 4)})
+    whole = fake_repositories.safetensors({"a": (4, 4)})
     files = {"cut.safetensors": whole[:-1], "not.safetensors": b"x" * 64, "new.safetensors": whole}
     missing = facts(inspect(str(folder(files))), "missing")
     assert "its header needs" in missing["cut.safetensors"][0]
@@ -175,12 +182,14 @@ def test_cut_and_foreign_safetensors(folder: Folder) -> None:
 
 
 def test_dtypes_that_are_newer_than_this_kit_are_shown_as_they_are(folder: Folder) -> None:
-    report = inspect(str(folder({"model.safetensors": forge.safetensors({"a": (4, 4)}, "float6")})))
+    report = inspect(str(folder({"model.safetensors": fake_repositories.safetensors({"a": (4, 4)}, "float6")})))
     assert report.components[0].dtypes == ("f6_e2m3",) and not report.components[0].manifest
 
 
 def test_gguf_header(remote: Remote) -> None:
-    content = forge.gguf("flux", {"img_in.weight": ((8, 4), 12), "img_in.bias": ((8,), 0), "new": ((1,), 99)})
+    content = fake_repositories.gguf(
+        "flux", {"img_in.weight": ((8, 4), 12), "img_in.bias": ((8,), 0), "new": ((1,), 99)}
+    )
     report = remote({"flux-q4.gguf": content, "cut.gguf": content[:40], "old.gguf": b"GGUF\1\0\0\0" + bytes(16)})
     part = report.component("flux-q4")
     assert part is not None
@@ -215,7 +224,7 @@ def test_lfs_pointers_and_dangling_links(folder: Folder) -> None:
 
 @pytest.mark.parametrize("name", ["pipe.safetensors", "config.json", "pipe.pth"])
 def test_a_pipe_is_named_and_not_waited_for(name: str, folder: Folder) -> None:
-    place = folder({"model.safetensors": forge.safetensors({"a": (2,)})})
+    place = folder({"model.safetensors": fake_repositories.safetensors({"a": (2,)})})
     os.mkfifo(place / name)
     report = inspect(str(place))
     assert facts(report, "missing")[name] == ["is no file, or a link that leads nowhere"]
@@ -225,7 +234,7 @@ def test_a_pipe_is_named_and_not_waited_for(name: str, folder: Folder) -> None:
 def test_a_header_whose_tensors_are_not_where_they_should_be(folder: Folder) -> None:
     def file(**entries: tuple[list[int], list[int]]) -> bytes:
         header = {name: {"dtype": "F32", "shape": shape, "data_offsets": at} for name, (shape, at) in entries.items()}
-        text, end = forge.as_json(header), max(at[1] for _, at in entries.values())
+        text, end = fake_repositories.as_json(header), max(at[1] for _, at in entries.values())
         return len(text).to_bytes(8, "little") + text + bytes(end)
 
     files = {
@@ -243,12 +252,12 @@ def test_a_header_whose_tensors_are_not_where_they_should_be(folder: Folder) -> 
 
 def test_names_cannot_write_on_the_terminal(folder: Folder) -> None:
     files = {
-        "a\u202eb.safetensors": forge.safetensors({"a": (2,)}),
+        "a\u202eb.safetensors": fake_repositories.safetensors({"a": (2,)}),
         "transformer/config.json": b'{"_class_name": "Foo\\u001b[2J\\nnext: rm \\ud800"}',
-        "README.md": forge.card('license: "mine\\e[31m"'),
+        "README.md": fake_repositories.card('license: "mine\\e[31m"'),
     }
     place = folder(files)
-    Path(os.fsdecode(os.fsencode(place) + b"/\xff.safetensors")).write_bytes(forge.safetensors({"b": (2,)}))
+    Path(os.fsdecode(os.fsencode(place) + b"/\xff.safetensors")).write_bytes(fake_repositories.safetensors({"b": (2,)}))
     text = describe(inspect(str(place)))
     assert text.replace("\n", "").isprintable() and text.encode()
     assert "a\\u202eb.safetensors" in text and "Foo\\x1b[2J\\nnext: rm \\ud800" in text
@@ -258,35 +267,39 @@ def test_names_cannot_write_on_the_terminal(folder: Folder) -> None:
 
 
 def test_a_folder_name_that_selects_a_built_in_pipeline(tmp_path: Path) -> None:
-    place = forge.write(forge.diffusers_model(), tmp_path / "My-Cosy_Voice3-remix")
-    assert facts(inspect(str(place)), "traps")["name My-Cosy_Voice3-remix"][0].startswith("contains 'cosyvoice3'")
+    place = fake_repositories.write(fake_repositories.diffusers_model(), tmp_path / "My-Cosy_Voice3-remix")
+    assert facts(inspect(str(place)), "pitfalls")["name My-Cosy_Voice3-remix"][0].startswith("contains 'cosyvoice3'")
 
 
 def test_a_root_model_type_that_goes_before_the_index(folder: Folder) -> None:
-    files = forge.diffusers_model() | {"config.json": forge.as_json({"model_type": "bagel"})}
-    assert "whatever the index says" in facts(inspect(str(folder(files))), "traps")["config.json"][0]
+    files = fake_repositories.diffusers_model() | {"config.json": fake_repositories.as_json({"model_type": "bagel"})}
+    assert "whatever the index says" in facts(inspect(str(folder(files))), "pitfalls")["config.json"][0]
 
 
 def test_a_repository_of_several_models(folder: Folder) -> None:
-    files = {f"small/{path}": content for path, content in forge.diffusers_model().items()}
-    traps = facts(inspect(str(folder(files))), "traps")
+    files = {f"small/{path}": content for path, content in fake_repositories.diffusers_model().items()}
+    traps = facts(inspect(str(folder(files))), "pitfalls")
     assert "a model directory of its own" in traps["small/model_index.json"][0]
 
 
 def test_variants_that_would_be_loaded_twice(folder: Folder) -> None:
-    files = forge.diffusers_model()
-    files["vae/diffusion_pytorch_model.fp16.safetensors"] = forge.safetensors({"encoder.weight": (4, 4)}, "float16")
-    files["vae/config.json"] = forge.as_json({"_class_name": "AutoencoderKL"})
+    files = fake_repositories.diffusers_model()
+    files["vae/diffusion_pytorch_model.fp16.safetensors"] = fake_repositories.safetensors(
+        {"encoder.weight": (4, 4)}, "float16"
+    )
+    files["vae/config.json"] = fake_repositories.as_json({"_class_name": "AutoencoderKL"})
     report = inspect(str(folder(files)))
     vae = report.component("vae")
     assert vae is not None and vae.dtypes == ("float32",)
     assert [file.path for file in vae.spare] == ["vae/diffusion_pytorch_model.fp16.safetensors"]
-    traps = facts(report, "traps")
+    traps = facts(report, "pitfalls")
     assert any("1 of its tensors are also in" in fact for found in traps.values() for fact in found)
     assert traps["vae/config.json"] == ["says AutoencoderKL, model_index.json says AutoencoderDC"]
 
 
 def test_a_card_that_is_no_yaml(folder: Folder) -> None:
-    files = forge.custom_model() | {"README.md": forge.card("license: [open", "see gitlab.com/a/b.")}
+    files = fake_repositories.custom_model() | {
+        "README.md": fake_repositories.card("license: [open", "see gitlab.com/a/b.")
+    }
     card = inspect(str(folder(files))).card
     assert card.problem.startswith("its metadata is no YAML") and card.code == ("https://gitlab.com/a/b",)

@@ -15,7 +15,7 @@ from port_kit.cli import main
 from port_kit.download import FileRule, Recipe
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import inspect
-from port_kit.inspect.catalogue import diffusers_names
+from port_kit.inspect.known_classes import diffusers_names
 from port_kit.remap import RuleSet
 from port_kit.scaffold import NewPort, new_port
 from port_kit.scaffold.diffusers_class import read_class
@@ -23,7 +23,7 @@ from port_kit.scaffold.knowledge import FAMILIES
 from port_kit.scaffold.render import TEMPLATES, literal
 from port_kit.scaffold.source import Source
 from port_kit.testing.hub import Hub
-from tests.inspect import forge
+from tests.inspect import fake_repositories
 
 ID = "org/some-model"
 
@@ -100,7 +100,10 @@ def test_a_custom_model_brings_its_files_names_and_proposals(tmp_path: Path, mon
     width = 8
     shapes = {f"layers.{i}.attn.{p}.weight": (width, width) for i in range(3) for p in ("to_q", "to_k", "to_v", "proj")}
     shapes |= {f"layers.{i}.mlp.fc{n}.weight": s for i in range(3) for n, s in ((1, (32, width)), (2, (width, 32)))}
-    files = {"weights/net.safetensors": forge.safetensors(shapes), "README.md": forge.card("license: apache-2.0")}
+    files = {
+        "weights/net.safetensors": fake_repositories.safetensors(shapes),
+        "README.md": fake_repositories.card("license: apache-2.0"),
+    }
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     with Hub({ID: files}) as hub:
@@ -130,29 +133,29 @@ def _recipe(path: Path) -> Recipe:
 
 
 def test_what_a_repository_calls_its_files_stays_text(tmp_path: Path) -> None:
-    files = {'x"+str(1)+".safetensors': forge.safetensors({"blocks.0.weight": (4, 4)})}
-    folder = forge.write(files, tmp_path / "model")
+    files = {'x"+str(1)+".safetensors': fake_repositories.safetensors({"blocks.0.weight": (4, 4)})}
+    folder = fake_repositories.write(files, tmp_path / "model")
     new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
     recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
     assert recipe.repositories[0].files[0].pattern == next(iter(files))
 
 
 def test_shards_are_named_by_their_pattern_and_pickles_are_converted(tmp_path: Path) -> None:
-    def rule_of(files: forge.Files) -> FileRule:
+    def rule_of(files: fake_repositories.Files) -> FileRule:
         place = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder = forge.write(files, place / "model")
+        folder = fake_repositories.write(files, place / "model")
         new_port(NewPort("some_net", "custom", place / "port", source=str(folder)))
         return _recipe(place / "port" / "some_net" / "recipe.py").repositories[0].files[0]
 
     shards = [f"net-0000{part}-of-00002" for part in (1, 2)]
-    pickles = {f"{name}.bin": forge.torch_file(forge.torch_tensors(name)) for name in shards}
+    pickles = {f"{name}.bin": fake_repositories.torch_file(fake_repositories.torch_tensors(name)) for name in shards}
     assert rule_of(pickles) == FileRule("net-*-of-00002.bin", folder="transformer", convert=True)
-    tensors = {f"weights/{name}.safetensors": forge.safetensors({name: (4, 4)}) for name in shards}
-    tensors["vae.safetensors"] = forge.safetensors({"a": (2,)})
+    tensors = {f"weights/{name}.safetensors": fake_repositories.safetensors({name: (4, 4)}) for name in shards}
+    tensors["vae.safetensors"] = fake_repositories.safetensors({"a": (2,)})
     assert rule_of(tensors) == FileRule("weights/net-*-of-00002.safetensors", folder="transformer")
-    short = {"net.sft": forge.safetensors({"a": (4, 4)})}
+    short = {"net.sft": fake_repositories.safetensors({"a": (4, 4)})}
     assert rule_of(short) == FileRule("net.sft", folder="transformer", name="model.safetensors")
-    wrapped = {"net[1].pt": forge.torch_file({"ema": forge.torch_tensors("a")})}
+    wrapped = {"net[1].pt": fake_repositories.torch_file({"ema": fake_repositories.torch_tensors("a")})}
     expected = {"name": "model.safetensors", "convert": True, "wrapper": "ema"}
     assert rule_of(wrapped) == FileRule("net[[]1].pt", folder="transformer", **expected)
 
@@ -160,14 +163,18 @@ def test_shards_are_named_by_their_pattern_and_pickles_are_converted(tmp_path: P
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("net-q4.gguf", forge.gguf("flux", {"a.weight": ((8, 4), 12)}), "is gguf, which nothing here converts"),
+        (
+            "net-q4.gguf",
+            fake_repositories.gguf("flux", {"a.weight": ((8, 4), 12)}),
+            "is gguf, which nothing here converts",
+        ),
         ("net.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         ("net.pth", b"<!DOCTYPE html><html>404</html>", "HTML page"),
         ("net.onnx", b"onnx", "tensors of onnx files are not read"),
     ],
 )
 def test_weights_that_no_download_can_use_are_refused(file: str, content: bytes, says: str, tmp_path: Path) -> None:
-    folder = forge.write({file: content}, tmp_path / "model")
+    folder = fake_repositories.write({file: content}, tmp_path / "model")
     with pytest.raises(ScaffoldError, match=says) as caught:
         new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
     assert caught.value.code == "scaffold_unsupported" and file in caught.value.message
@@ -175,7 +182,7 @@ def test_weights_that_no_download_can_use_are_refused(file: str, content: bytes,
 
 
 def test_what_the_folder_does_not_hold_is_not_promised(tmp_path: Path) -> None:
-    folder = forge.write({"config.json": b'{"model_type": "unheard"}'}, tmp_path / "model")
+    folder = fake_repositories.write({"config.json": b'{"model_type": "unheard"}'}, tmp_path / "model")
     new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
     assert not (tmp_path / "port" / "some_net" / "checkpoint.json").exists()
     assert "checkpoint.json" not in (tmp_path / "port" / "README.md").read_text()
@@ -185,14 +192,14 @@ def test_names_that_no_text_can_hold_are_written_as_escapes(tmp_path: Path) -> N
     folder = tmp_path / "model"
     folder.mkdir()
     name = os.fsdecode(b"\xff\x7f.safetensors")
-    (folder / name).write_bytes(forge.safetensors({"a.weight": (4, 4)}))
+    (folder / name).write_bytes(fake_repositories.safetensors({"a.weight": (4, 4)}))
     new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
     recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
     assert recipe.repositories[0].files[0].pattern == name
 
 
 def test_a_served_model_needs_no_port(tmp_path: Path) -> None:
-    folder = forge.write(forge.supported_model(), tmp_path / "some_model")
+    folder = fake_repositories.write(fake_repositories.supported_model(), tmp_path / "some_model")
     done = CliRunner().invoke(main, ["new", "some_port", "--from", str(folder)])
     assert done.exit_code == 1 and "needs no port" in done.output
 
@@ -210,9 +217,9 @@ def test_templates_hold_no_machine() -> None:
 
 
 def test_variants_beside_the_weights_are_left_out(tmp_path: Path) -> None:
-    files = forge.diffusers_model()
+    files = fake_repositories.diffusers_model()
     files["vae/diffusion_pytorch_model.fp16.safetensors"] = files["vae/diffusion_pytorch_model.safetensors"]
-    folder = forge.write(files, tmp_path / "model")
+    folder = fake_repositories.write(files, tmp_path / "model")
     source = Source(ID, inspection=inspect(str(folder)), listed=tuple(files))
     assert source.patterns("vae") == ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
     assert source.patterns("transformer") == ("transformer/config.json", "transformer/*.safetensors*")

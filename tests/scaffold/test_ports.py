@@ -13,7 +13,7 @@ import pytest
 
 from port_kit.scaffold import NewPort, new_port
 from port_kit.testing.hub import Hub
-from tests.inspect import forge
+from tests.inspect import fake_repositories
 from tests.scaffold.conftest import LTX, ROOT, environment, run_pytest
 
 GUIDE = ROOT / "docs" / "port_a_model.md"
@@ -72,26 +72,32 @@ def ports(ltx_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "ltx_video", folder / "of_diffusers")
     for path in OWN:
         files = sources()[path]
-        source = str(forge.write(files, folder / "sources" / path)) if files else ""
+        source = str(fake_repositories.write(files, folder / "sources" / path)) if files else ""
         new_port(NewPort(f"{path}_one", path, folder / f"of_{path}", source=source))  # type: ignore[arg-type]
     return folder
 
 
-def sources() -> dict[str, forge.Files]:
+def sources() -> dict[str, fake_repositories.Files]:
     """What the ports of one's own code are written from: shards of pickles, keys above tensors, a hybrid, nothing."""
     shards = {
-        f"weights/net-0000{part}-of-00002.bin": forge.torch_file(forge.torch_tensors(f"blocks.{part}.weight"))
+        f"weights/net-0000{part}-of-00002.bin": fake_repositories.torch_file(
+            fake_repositories.torch_tensors(f"blocks.{part}.weight")
+        )
         for part in (1, 2)
     }
-    wrapped = {"net [ema].pt": forge.torch_file({"state": {"ema": forge.torch_tensors("blocks.0.weight")}})}
-    return {"custom": shards, "external": wrapped, "hybrid": forge.hybrid_model(), "bypass": {}}
+    wrapped = {
+        "net [ema].pt": fake_repositories.torch_file(
+            {"state": {"ema": fake_repositories.torch_tensors("blocks.0.weight")}}
+        )
+    }
+    return {"custom": shards, "external": wrapped, "hybrid": fake_repositories.hybrid_model(), "bypass": {}}
 
 
 @pytest.mark.parametrize("path", OWN)
 @pytest.mark.parametrize("name", ["a" * 30, "zz"])
 def test_names_do_not_break_lines(name: str, path: str, tmp_path: Path) -> None:
     files = sources()[path]
-    source = str(forge.write(files, tmp_path / "source")) if files else ""
+    source = str(fake_repositories.write(files, tmp_path / "source")) if files else ""
     new_port(NewPort(name, path, tmp_path / "port", source=source))  # type: ignore[arg-type]
     lint(tmp_path / "port")
 

@@ -110,7 +110,9 @@ def _beside(folder: str, file: str) -> str:
     return f"{folder}/{file}" if folder else file
 
 
-def gaps(sets: Iterable[WeightSet], indexes: Iterable[Index], files: Mapping[str, WeightFile]) -> Iterator[Finding]:
+def missing_shards(
+    sets: Iterable[WeightSet], indexes: Iterable[Index], files: Mapping[str, WeightFile]
+) -> Iterator[Finding]:
     """Yield what is not whole: shards that are missing, indexes that disagree with their files."""
     indexed: set[str] = set()
     for index in indexes:
@@ -135,7 +137,7 @@ def _index_gaps(index: Index, files: Mapping[str, WeightFile]) -> Iterator[Findi
         yield Finding(index.path, f"lacks {len(unlisted)} tensors that its files hold: {_some(unlisted)}")
 
 
-def twice(taken: Iterable[WeightSet]) -> Iterator[Finding]:
+def duplicate_tensors(taken: Iterable[WeightSet]) -> Iterator[Finding]:
     """Yield tensors that would be loaded from two files of one component."""
     seen: dict[str, str] = {}
     for file in (file for item in taken for file in item.files):

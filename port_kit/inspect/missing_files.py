@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from port_kit.inspect.checkpoint_files import Index, group, missing_shards, read_index
+from port_kit.inspect.classify import Classification
 from port_kit.inspect.components import has_weights, index_path, named_by_index
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.report import Component, Finding, WeightFile
-from port_kit.inspect.sets import Index, gaps, group, read_index
-from port_kit.inspect.verdict import Verdict
 
 _TOKENIZER_FILES = {
     "tokenizer.json",
@@ -26,24 +26,24 @@ _TEXT_ENCODER = re.compile(r"(?:^|[/_.-])(?:text_encoder|u?m?t5|clip|llama|qwen|
 _LOADED = (".safetensors", ".bin", ".pt")
 
 
-def missing(
-    documents: Documents, verdict: Verdict, components: list[Component], files: dict[str, WeightFile]
+def find_missing_files(
+    documents: Documents, classification: Classification, components: list[Component], files: dict[str, WeightFile]
 ) -> list[Finding]:
     """List what has to be there, or whole, before vLLM-Omni can load the model."""
-    found = [*_index_needs(documents, verdict), *_transformer_config(documents, verdict)]
-    found += [Finding(link, "is no file, or a link that leads nowhere") for link in documents.tree.broken]
-    if not documents.tree.gate:
+    found = [*_index_needs(documents, classification), *_transformer_config(documents, classification)]
+    found += [Finding(link, "is no file, or a link that leads nowhere") for link in documents.listing.broken]
+    if not documents.listing.gate:
         found += [*_component_needs(documents, components), *_tokenizer(documents, components)]
         found += _readable(components, files)
         found += index_gaps(documents, files)
     return [*found, *sorted(documents.problems, key=lambda finding: finding.file)]
 
 
-def _index_needs(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+def _index_needs(documents: Documents, classification: Classification) -> Iterator[Finding]:
     path = index_path(documents)
-    if not path and verdict.path != "supported":
+    if not path and classification.path != "supported":
         yield Finding("model_index.json", "is not there; vLLM-Omni reads the pipeline's class from it")
-    if not path or documents.tree.gate:
+    if not path or documents.listing.gate:
         return
     index = documents.object(path)
     if not index.get("_class_name"):
@@ -52,19 +52,19 @@ def _index_needs(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
         yield Finding(path, "lacks _diffusers_version, by which vLLM-Omni knows a diffusion model")
 
 
-def _transformer_config(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+def _transformer_config(documents: Documents, classification: Classification) -> Iterator[Finding]:
     """Only where somebody has to write it: a served pipeline says itself what it needs."""
-    there = any(path in documents.tree.files for path in ("transformer/config.json", "unet/config.json"))
-    if verdict.path != "supported" and not there:
+    there = any(path in documents.listing.files for path in ("transformer/config.json", "unet/config.json"))
+    if classification.path != "supported" and not there:
         yield Finding("transformer/config.json", "is not there; vLLM-Omni gives it to the pipeline")
 
 
 def _component_needs(documents: Documents, components: list[Component]) -> Iterator[Finding]:
     path = index_path(documents)
     named = named_by_index(path, documents.object(path))
-    folders = {name.partition("/")[0] for name in documents.tree.files if "/" in name}
+    folders = {name.partition("/")[0] for name in documents.listing.files if "/" in name}
     for part in components:
-        if part.name in named and named[part.name].elsewhere not in ("", documents.tree.name):
+        if part.name in named and named[part.name].elsewhere not in ("", documents.listing.name):
             continue
         if part.name in named and part.name not in folders:
             yield Finding(path, f"names {part.name}, and there is no such folder")
@@ -73,7 +73,7 @@ def _component_needs(documents: Documents, components: list[Component]) -> Itera
 
 
 def _tokenizer(documents: Documents, components: list[Component]) -> Iterator[Finding]:
-    names = {path.rpartition("/")[2] for path in documents.tree.files}
+    names = {path.rpartition("/")[2] for path in documents.listing.files}
     encoders = [part.name for part in components if part.weights and _TEXT_ENCODER.search(part.name)]
     if encoders and not names & _TOKENIZER_FILES:
         yield Finding("tokenizer/", f"is not there; the text encoder {encoders[0]} needs one")
@@ -95,11 +95,11 @@ def _readable(components: list[Component], files: dict[str, WeightFile]) -> Iter
 def index_gaps(documents: Documents, files: dict[str, WeightFile]) -> Iterator[Finding]:
     """Shards that are missing, indexes that disagree with their files."""
     indexes = []
-    for path in documents.tree.files:
+    for path in documents.listing.files:
         if path.endswith(".json") and ".index." in path.rpartition("/")[2]:
             index = read_index(path, documents.content(path))
             if isinstance(index, Index):
                 indexes.append(index)
             else:
                 yield index
-    yield from gaps(group(files.values()), indexes, files)
+    yield from missing_shards(group(files.values()), indexes, files)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from port_kit.inspect.catalogue import omni
-from port_kit.inspect.report import Path as ModelPath
+from port_kit.inspect.known_classes import omni
+from port_kit.inspect.report import ModelPath
 from port_kit.scaffold.knowledge import FAMILIES
 
 

@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from port_kit.inspect.catalogue import omni
+from port_kit.inspect.checkpoint_files import WeightSet, duplicate_tensors, group
+from port_kit.inspect.classify import Classification
 from port_kit.inspect.components import CONFIGS, INDEXES, index_path
 from port_kit.inspect.documents import Documents
+from port_kit.inspect.known_classes import omni
 from port_kit.inspect.report import Component, Finding, WeightFile
-from port_kit.inspect.sets import WeightSet, group, twice
-from port_kit.inspect.verdict import Verdict
 
 _SAFETENSORS_INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
 
 
-def traps(
-    documents: Documents, verdict: Verdict, components: list[Component], files: dict[str, WeightFile]
+def find_pitfalls(
+    documents: Documents, classification: Classification, components: list[Component], files: dict[str, WeightFile]
 ) -> list[Finding]:
     """List the traps that this model lays."""
-    found = [*_folder_name(documents, verdict), *_model_type(documents, verdict), *_other_class(documents, components)]
+    found = [
+        *_folder_name(documents, classification),
+        *_model_type(documents, classification),
+        *_other_class(documents, components),
+    ]
     return [*found, *_loaded_twice(documents, files), *_own_code(documents), *_further_models(documents)]
 
 
-def _folder_name(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+def _folder_name(documents: Documents, classification: Classification) -> Iterator[Finding]:
     """vLLM-Omni looks for its keys in the folder's name where nothing else has selected a multi-stage pipeline."""
     config = documents.object("config.json")
-    if verdict.stage or config.get("model_type") or config.get("architecture"):
+    if classification.stage or config.get("model_type") or config.get("architecture"):
         return
     name = _basename(documents)
     keys = [key for key in omni().stages if _plain(key) in _plain(name)]
@@ -38,19 +42,24 @@ def _folder_name(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
 
 
 def _basename(documents: Documents) -> str:
-    name = documents.tree.name
-    return name.rpartition("/")[2] if documents.tree.commit else Path(name).resolve().name
+    name = documents.listing.name
+    return name.rpartition("/")[2] if documents.listing.commit else Path(name).resolve().name
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def _model_type(documents: Documents, verdict: Verdict) -> Iterator[Finding]:
+def _model_type(documents: Documents, classification: Classification) -> Iterator[Finding]:
     """A root config.json beside an index goes first."""
-    if verdict.stage and verdict.stage == documents.object("config.json").get("model_type") and index_path(documents):
+    if (
+        classification.stage
+        and classification.stage == documents.object("config.json").get("model_type")
+        and index_path(documents)
+    ):
         yield Finding(
-            "config.json", f"model_type {verdict.stage!r} selects vLLM-Omni's own pipeline, whatever the index says"
+            "config.json",
+            f"model_type {classification.stage!r} selects vLLM-Omni's own pipeline, whatever the index says",
         )
 
 
@@ -70,16 +79,16 @@ def _loaded_twice(documents: Documents, files: dict[str, WeightFile]) -> Iterato
         if item.suffix == ".safetensors":
             by_folder.setdefault(item.folder, []).append(item)
     for folder, sets in by_folder.items():
-        indexes = [name for name in _SAFETENSORS_INDEXES if _in(folder, name) in documents.tree.files]
+        indexes = [name for name in _SAFETENSORS_INDEXES if _in(folder, name) in documents.listing.files]
         if len(indexes) > 1:
             yield Finding(_in(folder, indexes[0]), f"lies beside {indexes[1]}: vLLM-Omni refuses two indexes")
         if not indexes:
-            yield from twice(sets)
+            yield from duplicate_tensors(sets)
 
 
 def _own_code(documents: Documents) -> Iterator[Finding]:
     """Code that comes with the weights runs only where it is trusted explicitly."""
-    code = [path for path in documents.tree.files if path.endswith(".py")]
+    code = [path for path in documents.listing.files if path.endswith(".py")]
     if code:
         more = f" and {len(code) - 1} more" if len(code) > 1 else ""
         yield Finding(code[0] + more, "is code that comes with the weights; nothing of it was executed")
@@ -87,7 +96,7 @@ def _own_code(documents: Documents) -> Iterator[Finding]:
 
 def _further_models(documents: Documents) -> Iterator[Finding]:
     """A repository of several models: each folder with an index is a model directory of its own."""
-    for path in documents.tree.files:
+    for path in documents.listing.files:
         folder, _, name = path.rpartition("/")
         if folder and name in INDEXES:
             yield Finding(path, f"makes {folder}/ a model directory of its own: fetch and inspect that folder")

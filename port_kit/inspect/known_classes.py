@@ -26,7 +26,7 @@ _INSTALL = (
 
 
 @dataclass(frozen=True)
-class Omni:
+class OmniRegistries:
     """What vLLM-Omni serves.
 
     Attributes:
@@ -47,7 +47,7 @@ class Omni:
 
 
 @cache
-def omni() -> Omni:
+def omni() -> OmniRegistries:
     """Read vLLM-Omni's registries.
 
     Raises:
@@ -57,7 +57,7 @@ def omni() -> Omni:
     models = _table("vllm_omni", "diffusion/registry.py", "_DIFFUSION_MODELS")
     stages = _table("vllm_omni", "config/pipeline_registry.py", "OMNI_PIPELINES")
     by_model_type, by_architecture = _root_config_rules(_parse("vllm_omni", "diffusion/data.py"))
-    return Omni(
+    return OmniRegistries(
         version=_version("vllm-omni"),
         pipelines={_text(key): ".".join(_strings(value)[:2]) for key, value in models},
         stages=tuple(_text(key) for key, _ in stages),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from port_kit.inspect.naming import new_command, port_name
+from port_kit.inspect.port_name import new_command, port_name
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ _HINTS = {
 }
 
 
-class Tree(Protocol):
+class FileListing(Protocol):
     """Attributes: ``name`` for messages; ``commit`` of a repository; ``files``: sizes by path; ``gate``: what keeps
     the files from being read, or empty; ``broken``: links that lead nowhere, and what is no file (a pipe, a device)."""
 
@@ -43,7 +43,7 @@ class Tree(Protocol):
         """Open a file for reading by offset."""
 
 
-class LocalTree:
+class LocalListing:
     """A folder. Hidden folders (``.git``, ``.cache``) are not looked into.
 
     Raises:
@@ -59,11 +59,11 @@ class LocalTree:
         self.files: Mapping[str, int] = {name: size for name, size in sizes.items() if size is not None}
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
-        """See :class:`Tree`."""
+        """See :class:`FileListing`."""
         return FileSource(self.root / path)
 
 
-class HubTree:
+class HubListing:
     """A repository at one commit; no file of it is read before it is opened.
 
     Args:
@@ -85,7 +85,7 @@ class HubTree:
         self.gate = self._ask_gate()
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
-        """See :class:`Tree`; each read is one ranged request."""
+        """See :class:`FileListing`; each read is one ranged request."""
         return nullcontext(RangeSource(self._hub, self._spec(path)))
 
     def _spec(self, path: str) -> FileSpec:
@@ -105,12 +105,14 @@ class HubTree:
 
 
 @contextmanager
-def open_tree(target: str, revision: str | None, endpoint: str | None, token: str | bool | None) -> Iterator[Tree]:
+def open_listing(
+    target: str, revision: str | None, endpoint: str | None, token: str | bool | None
+) -> Iterator[FileListing]:
     """Open a folder where there is one of that name, else the repository.
 
     Raises:
         InspectError: ``inspect_target`` for what is neither.
-        DownloadError: see :class:`HubTree`.
+        DownloadError: see :class:`HubListing`.
     """
     folder = Path(target).expanduser()
     if target and folder.is_dir():
@@ -118,7 +120,7 @@ def open_tree(target: str, revision: str | None, endpoint: str | None, token: st
             raise InspectError(
                 f"{target} is a folder here; --revision {revision} belongs to a repository", hint=_EITHER
             )
-        yield LocalTree(folder)
+        yield LocalListing(folder)
         return
     if folder.is_file():
         raise InspectError(f"{target} is a file", hint=f"name its folder: {folder.parent}")
@@ -126,7 +128,7 @@ def open_tree(target: str, revision: str | None, endpoint: str | None, token: st
         raise InspectError(f"{target or 'an empty name'} is no folder and no repository id", hint=_EITHER)
     http = HttpClient(POLICY)
     try:
-        yield HubTree(HubClient(http, endpoint=endpoint, token=token), target, revision or "main")
+        yield HubListing(HubClient(http, endpoint=endpoint, token=token), target, revision or "main")
     finally:
         http.stop()
 

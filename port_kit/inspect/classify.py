@@ -7,43 +7,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from port_kit.download.recipe import Recipe
-from port_kit.inspect.catalogue import diffusers_names, library_version, omni
 from port_kit.inspect.components import CONFIGS, INDEXES, has_weights, index_path
 from port_kit.inspect.documents import Documents
-from port_kit.inspect.report import Component, Finding, Path
+from port_kit.inspect.known_classes import diffusers_names, library_version, omni
+from port_kit.inspect.report import Component, Finding, ModelPath
 from port_kit.port import Port, list_ports, resolve
 
 _ADAPTER = "DiffusersAdapterPipeline"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Classification:
     """The path, why, and what follows from it.
 
     Attributes:
-        path: see :data:`~port_kit.inspect.report.Path`.
+        path: see :data:`~port_kit.inspect.report.ModelPath`.
         class_name: the pipeline's class, or empty.
         evidence: in the order of the decision.
         stage: the key of a multi-stage pipeline that serves it, or empty.
         port: the port that takes files of this repository, or empty.
     """
 
-    path: Path
+    path: ModelPath
     class_name: str
     evidence: tuple[Finding, ...]
     stage: str = ""
     port: str = ""
 
 
-def judge(documents: Documents, components: list[Component]) -> Verdict:
+def classify(documents: Documents, components: list[Component]) -> Classification:
     """Decide: what the registries know, then what the index and the components' classes say."""
     evidence: list[Finding] = []
-    taking = list(_ports_that_take(documents.tree.name, list(documents.tree.files)))
+    taking = list(_ports_that_take(documents.listing.name, list(documents.listing.files)))
     evidence += [finding for _, finding in taking]
     port = taking[0][0] if taking else ""
     hidden = _hidden(documents)
     if hidden:
-        return Verdict("unknown", "", (*evidence, Finding(hidden, "tells, and is behind the gate")), port=port)
+        return Classification("unknown", "", (*evidence, Finding(hidden, "tells, and is behind the gate")), port=port)
     class_name, source = _pipeline_class(documents, evidence)
     stage = _stage(documents)
     if stage:
@@ -53,17 +53,17 @@ def judge(documents: Documents, components: list[Component]) -> Verdict:
         evidence.append(Finding(source, f"{class_name} is the multi-stage pipeline {stage} of {_omni()}"))
     served = [Finding(source, by) for by in _served_by(class_name)]
     if served or stage:
-        return Verdict("supported", class_name, (*evidence, *served), stage, port)
+        return Classification("supported", class_name, (*evidence, *served), stage, port)
     if class_name:
         evidence.append(Finding(source, f"{class_name} is neither in {_omni()}'s registry nor a port's pipeline"))
         word = "is" if class_name in diffusers_names() else "is not"
         evidence.append(Finding(source, f"{class_name} {word} in {library_version('diffusers')}"))
     evidence += _classes(components)
     path = _path(documents, class_name, components)
-    return Verdict(path, class_name, (*evidence, *_adapter(path)), port=port)
+    return Classification(path, class_name, (*evidence, *_adapter(path)), port=port)
 
 
-def _adapter(path: Path) -> Iterator[Finding]:
+def _adapter(path: ModelPath) -> Iterator[Finding]:
     """What can be had today, without a port."""
     if path == "diffusers" and _ADAPTER in omni().pipelines:
         yield Finding(
@@ -75,9 +75,9 @@ def _adapter(path: Path) -> Iterator[Finding]:
 
 def _hidden(documents: Documents) -> str:
     """The first file that would tell and that the gate keeps; without any, the listing says all there is to say."""
-    if not documents.tree.gate:
+    if not documents.listing.gate:
         return ""
-    return next((path for path in documents.tree.files if path.rpartition("/")[2] in (*INDEXES, *CONFIGS)), "")
+    return next((path for path in documents.listing.files if path.rpartition("/")[2] in (*INDEXES, *CONFIGS)), "")
 
 
 def _pipeline_class(documents: Documents, evidence: list[Finding]) -> tuple[str, str]:
@@ -154,7 +154,7 @@ def _place(part: Component) -> str:
     return part.weights[0].path if part.weights else f"{part.name}/"
 
 
-def _path(documents: Documents, class_name: str, components: list[Component]) -> Path:
+def _path(documents: Documents, class_name: str, components: list[Component]) -> ModelPath:
     """Decide between the three paths of what nobody serves yet."""
     own = [part for part in components if has_weights(part.class_name) and not part.known]
     of_diffusers = [part for part in components if part.known and part.library != "transformers"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from port_kit.inspect.report import Card
+from port_kit.inspect.report import ModelCard
 
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _GIT = re.compile(r"(?:https?://)?(?:www\.)?(github\.com|gitlab\.com|bitbucket\.org)/([\w.-]+)/([\w.-]+)", re.ASCII)
@@ -18,12 +18,12 @@ _PLACES = {"api", "blog", "collections", "datasets", "docs", "join", "models", "
 _NOT_OWNERS = {"features", "orgs", "sponsors", "user-attachments"}
 
 
-def read_card(text: str) -> Card:
+def read_model_card(text: str) -> ModelCard:
     """Read a card; metadata that is no YAML is a ``problem``, as the Hub itself shows such cards without it."""
     found = _METADATA.search(text)
     metadata, problem = _parse(found[1]) if found else ({}, "")
     licence, name = _word(metadata.get("license")), _word(metadata.get("license_name"))
-    return Card(
+    return ModelCard(
         licence=name if name and licence in ("", "other") else licence,
         licence_link=_word(metadata.get("license_link")),
         base_models=tuple(_words(metadata.get("base_model"))),
