@@ -84,7 +84,7 @@ demo: export NO_PROXY := 127.0.0.1,localhost,$(NO_PROXY)
 demo: $(STAMP)
 	@mkdir -p $(DEMO)
 	$(RUN) $(EXAMPLE)/download_dreamid_omni.py --tiny --output-dir $(DEMO)/model
-	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --picture $(DEMO)/demo.png
+	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --contact-sheet $(DEMO)/demo.png
 
 # models/ is imported as port_kit.models through package_dir, which mypy and griffe do not read: link a tree of that form.
 tree:
@@ -114,7 +114,7 @@ $(DOCS): $(STAMP)
 
 # Generated pages (a test refuses stale ones), then the site in build/site; a broken link fails.
 docs: $(DOCS) tree
-	$(RUN) -m port_kit.pages
+	$(RUN) -m port_kit.docgen
 	$(RUN) tools/site.py build/pages
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 

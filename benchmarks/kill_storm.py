@@ -21,8 +21,8 @@ import zipfile
 from pathlib import Path
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
+from port_kit.testing.crash_injection import ForkServer
 from port_kit.testing.hub import Hub
-from port_kit.testing.killing import Zygote
 
 POLICY = {"segment_size": 4 << 20, "connections": 4, "base": 0.05}
 
@@ -83,12 +83,12 @@ def storm(hub: Hub, recipe: Recipe, folder: Path, trials: int, seed: int) -> dic
     """All trials; raises where one ends in other files."""
     options = {"endpoint": hub.endpoint, "token": False, "use_cache": False, "policy": Policy(**POLICY)}  # type: ignore[arg-type]
     source, wasted = random.Random(seed), []
-    with Zygote() as zygote:
+    with ForkServer() as fork_server:
         durations = []
         for number in range(3):
             hub.requests.clear()
             begun = time.perf_counter()
-            assert zygote.start(recipe, folder / f"whole{number}", **options).wait() == 0  # type: ignore[arg-type]
+            assert fork_server.start(recipe, folder / f"whole{number}", **options).wait() == 0  # type: ignore[arg-type]
             durations.append(time.perf_counter() - begun)
         duration = min(durations)
         expected, total = contents(folder / "whole0"), sum(request.sent for request in hub.requests)
@@ -96,13 +96,13 @@ def storm(hub: Hub, recipe: Recipe, folder: Path, trials: int, seed: int) -> dic
             number = len(wasted)
             directory = folder / "trial"
             hub.requests.clear()
-            child = zygote.start(recipe, directory, **options)  # type: ignore[arg-type]
+            child = fork_server.start(recipe, directory, **options)  # type: ignore[arg-type]
             time.sleep(source.random() * duration)
             child.kill()
             if child.wait() == 0:
                 shutil.rmtree(directory)
                 continue
-            assert zygote.start(recipe, directory, **options).wait() == 0, f"trial {number}"  # type: ignore[arg-type]
+            assert fork_server.start(recipe, directory, **options).wait() == 0, f"trial {number}"  # type: ignore[arg-type]
             assert contents(directory) == expected, f"trial {number}: {directory}"
             time.sleep(0.02)  # what the server still pushes into a dead connection
             wasted.append(max(0, sum(request.sent for request in hub.requests) - total) / total)

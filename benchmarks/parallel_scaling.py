@@ -41,7 +41,7 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
 
 if TYPE_CHECKING:
-    from port_kit.testing.workers import WaitingRanks
+    from port_kit.testing.workers import PrewarmedRanks
 
 #: What is measured beside one GPU, by the number of GPUs.
 LAYOUTS: Mapping[int, tuple[str, ...]] = {
@@ -205,7 +205,7 @@ def write_model(folder: Path, *, tiny: bool) -> dict[str, Any]:
 
 
 def measure(
-    model: Path, layout: str, options: argparse.Namespace, waiting: WaitingRanks | None = None
+    model: Path, layout: str, options: argparse.Namespace, prewarmed: PrewarmedRanks | None = None
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Run a layout; return rank 0's flows and the figures of all ranks."""
     from port_kit.parallel.layout import Layout
@@ -221,7 +221,7 @@ def measure(
         "measure",
         {"extra_args": {"size": options.pixels, "rounds": options.rounds, "kernels": options.kernels}, "seed": 0},
     )
-    results = run_workers(model, [request], config=config, setup=register, timeout=options.timeout, waiting=waiting)
+    results = run_workers(model, [request], config=config, setup=register, timeout=options.timeout, prewarmed=prewarmed)
     figures = [result.outputs[0]["figures"] for result in results]
     return results[0].outputs[0]["flows"], {
         "ranks": parsed.world,
@@ -245,21 +245,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one rank and every layout that was asked for or fits the machine."""
     from port_kit.errors import ParallelError
     from port_kit.parallel.layout import Layout
-    from port_kit.testing.workers import WaitingRanks
+    from port_kit.testing.workers import PrewarmedRanks
 
     layouts = options.layout or [name for count in (2, 4, 8) if count <= options.ranks for name in LAYOUTS[count]]
     tolerance = TOLERANCE[options.dtype]
     # On GPUs every layout has processes of its own: they import while others are measured, on cores of the host.
     ahead = 0 if options.tiny else sum(Layout.parse(name).world for name in ("single", *layouts))
-    with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch, closing(WaitingRanks(ahead)) as waiting:
+    with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch, closing(PrewarmedRanks(ahead)) as prewarmed:
         model = Path(scratch)
         config = write_model(model, tiny=options.tiny)
-        expected, single = measure(model, "single", options, waiting)
+        expected, single = measure(model, "single", options, prewarmed)
         rows = {"single": single}
         print(json.dumps(rows), file=sys.stderr, flush=True)
         for layout in layouts:
             try:
-                flows, row = measure(model, layout, options, waiting)
+                flows, row = measure(model, layout, options, prewarmed)
             except ParallelError as error:
                 rows[layout] = {"error": str(error)[-2000:]}
                 print(json.dumps({layout: rows[layout]}), file=sys.stderr, flush=True)

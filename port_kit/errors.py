@@ -22,7 +22,7 @@ stable across releases, and is what ``--json`` prints and what the troubleshooti
 
 from __future__ import annotations
 
-from port_kit.plain import plain
+from port_kit.escape import escape_control_chars
 
 #: Every code that is raised, with the one line that the troubleshooting page prints for it.
 CODES: dict[str, str] = {
@@ -161,7 +161,7 @@ class PortKitError(Exception):
         code = code or self.default_code
         if code not in CODES:
             raise KeyError(f"error code {code!r} is not registered in port_kit.errors.CODES")
-        message = plain(message, keep="\n\t")
+        message = escape_control_chars(message, keep="\n\t")
         super().__init__(message)
         self.message = message
         self.code: str = code

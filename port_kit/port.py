@@ -3,7 +3,7 @@
 A :class:`Port` holds strings and numbers only, so that listing ports, planning downloads and registering pipelines
 import neither torch nor vLLM. Whatever is heavy is named as ``"package.module:attribute"`` and resolved on use.
 
-Ports come from two places (:mod:`port_kit.discovery`):
+Ports come from two places (:mod:`port_kit.registry`):
 
 1. the entry-point group ``port_kit.ports`` (the shipped ports and any installed package),
 2. the folders named in ``PORT_KIT_PATH`` (``os.pathsep``-separated; each holds packages with a ``PORT``).
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from port_kit.discovery import Ports, discover
 from port_kit.errors import OptionalDependencyError, PortKitError, PortNotFoundError
+from port_kit.registry import Ports, discover
 
 #: Kinds of components: denoising transformers, encoders of conditioning, and VAEs with their vocoders.
 KINDS = ("transformer", "encoder", "vae")

@@ -40,7 +40,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"port-kit generate {port.name}", description=port.title)
     parser.add_argument("--model", required=True, help=f"model directory, made by: port-kit download {port.name}")
     parser.add_argument("-o", "--output", default=f"{port.name}.mp4")
-    parser.add_argument("--picture", default=None, help="also draw frames and waveform into this PNG")
+    parser.add_argument("--contact-sheet", default=None, help="also draw frames and waveform into this PNG")
     parser.add_argument("--prompt", default=port.example_prompt or None)
     parser.add_argument("--prompt-file", default=None, help="JSON file that holds the prompt as one string")
     parser.add_argument("--tiny", action="store_true", help=f"settings of the tiny checkpoint: {dict(port.tiny)}")
@@ -119,7 +119,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     from vllm_omni import Omni
 
     from port_kit.pipeline.media import measure_mp4, write_result
-    from port_kit.reports import picture_of_clip
+    from port_kit.reports import draw_contact_sheet
 
     prompt, sampling = build_request(port, arguments, default_media)
     omni = Omni(**engine_options(arguments))
@@ -136,8 +136,8 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     paths = write_result(arguments.output, result)
     for path in paths:
         print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
-    if arguments.picture:
-        print(f"frames and waveform: {picture_of_clip(paths[0], arguments.picture)}", file=stdout, flush=True)
+    if arguments.contact_sheet:
+        print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
 
 

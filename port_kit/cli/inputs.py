@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from port_kit.errors import RemapError
+from port_kit.escape import escape_control_chars
 from port_kit.manifest import Manifest
-from port_kit.plain import plain
 from port_kit.remap.rules import RuleSet
 
 wrapper_option = click.option(
@@ -48,7 +48,7 @@ def read_source(text: str, *, wrapper: str = "") -> Manifest:
 def _noted(manifest: Manifest) -> Manifest:
     """Print what was left out; nothing of a checkpoint stays unmentioned."""
     for note in manifest.notes:
-        click.echo(plain(f"note: {note}"), err=True)
+        click.echo(escape_control_chars(f"note: {note}"), err=True)
     return manifest
 
 

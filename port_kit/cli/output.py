@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from port_kit.errors import PortKitError
+from port_kit.escape import escape_control_chars
 from port_kit.files import os_errors_as
-from port_kit.plain import plain
 
 SCHEMA = "port-kit/1"
 #: What text for people is laid out with.
@@ -34,7 +34,7 @@ def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | No
         click.echo(json.dumps({"schema": SCHEMA, "ok": ok, "command": command, "data": data}, indent=1))
     elif text is not None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        click.echo(plain(text, keep=_LAYOUT).encode(encoding, "backslashreplace").decode(encoding))
+        click.echo(escape_control_chars(text, keep=_LAYOUT).encode(encoding, "backslashreplace").decode(encoding))
     if not ok:
         raise SystemExit(1)
 
@@ -81,7 +81,7 @@ def _print_error(command: str, error: PortKitError, *, as_json: bool) -> None:
         )
         return
     hint = f"\n\nhint: {error.hint}" if error.hint else ""
-    click.echo(plain(f"error [{error.code}]: {error.message}{hint}", keep=_LAYOUT), err=True)
+    click.echo(escape_control_chars(f"error [{error.code}]: {error.message}{hint}", keep=_LAYOUT), err=True)
     sys.stderr.flush()
 
 

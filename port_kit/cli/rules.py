@@ -10,8 +10,8 @@ import click
 
 from port_kit.cli.inputs import read_rules, read_sizes, read_source
 from port_kit.cli.output import emit, handles_errors, json_option, write_text
+from port_kit.escape import escape_control_chars
 from port_kit.manifest import Manifest
-from port_kit.plain import plain
 from port_kit.port import find_port, resolve
 from port_kit.remap.rules import RuleSet
 
@@ -257,7 +257,7 @@ def _export_rules(rules: RuleSet, form: str, partial: bool, output: Path | None,
 
     text, left_out = export_mapping(rules, form, partial=partial)
     for label, why in left_out.items():
-        click.echo(plain(f"left out: {label}: {why}"), err=True)
+        click.echo(escape_control_chars(f"left out: {label}: {why}"), err=True)
     data = {"python": text, "left_out": dict(left_out)}
     _emit_text("rules export", text, output, data, f"{len(rules) - len(left_out)} rules", as_json)
 

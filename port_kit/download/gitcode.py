@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 from port_kit.download.recipe import FULL_HASH, GitCode
 from port_kit.errors import DownloadError
+from port_kit.escape import redacted
 from port_kit.files import os_errors_as
 from port_kit.owner import OWNER, may_run, owner
-from port_kit.plain import redacted
 
 _URL = re.compile(r"(https|http|ssh|file)://[^\s-]\S*")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

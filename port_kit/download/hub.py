@@ -25,7 +25,7 @@ from port_kit.download.http import RETRIED_STATUS, HttpClient, Response
 from port_kit.download.parts import FileSpec
 from port_kit.download.urls import TransportError, follow_location, origin_of
 from port_kit.errors import DownloadError
-from port_kit.plain import plain
+from port_kit.escape import escape_control_chars
 
 # RFC 8288: links are separated by commas; each is a target and parameters, whose values may be quoted.
 _LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s;,"]*))?)*)')
@@ -363,7 +363,7 @@ def _reason(header: str | None, body: bytes) -> str:
     except (ValueError, RecursionError):
         stated = {}
     said = header or (stated.get("error") if isinstance(stated, dict) else None)
-    return f" (it says: {plain(said.strip()[:300])})" if isinstance(said, str) and said.strip() else ""
+    return f" (it says: {escape_control_chars(said.strip()[:300])})" if isinstance(said, str) and said.strip() else ""
 
 
 def _headers(token: str | bool | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any, TextIO
 
-from port_kit.plain import plain
+from port_kit.escape import escape_control_chars
 
 _LINE_EVERY = 30.0
 
@@ -75,7 +75,7 @@ class LineProgress(Progress):
         self.note(f"  {target}  {human(size)}")
 
     def note(self, text: str) -> None:
-        print(plain(text), file=self._stream, flush=True)
+        print(escape_control_chars(text), file=self._stream, flush=True)
 
 
 class BarProgress(Progress):
@@ -89,7 +89,9 @@ class BarProgress(Progress):
         from tqdm import tqdm
 
         super().begin(what, total, done)
-        self._bar = tqdm(total=total, initial=done, desc=plain(what), unit="B", unit_scale=True, file=sys.stderr)
+        self._bar = tqdm(
+            total=total, initial=done, desc=escape_control_chars(what), unit="B", unit_scale=True, file=sys.stderr
+        )
 
     def advance(self, count: int) -> None:
         super().advance(count)
@@ -99,9 +101,9 @@ class BarProgress(Progress):
 
     def note(self, text: str) -> None:
         if self._bar is None:
-            print(plain(text), file=sys.stderr)
+            print(escape_control_chars(text), file=sys.stderr)
         else:
-            self._bar.write(plain(text), file=sys.stderr)
+            self._bar.write(escape_control_chars(text), file=sys.stderr)
 
     def end(self) -> None:
         if self._bar is not None:

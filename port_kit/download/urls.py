@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from port_kit.errors import DownloadError
-from port_kit.plain import redacted
+from port_kit.escape import redacted
 
 _ASCII = "".join(map(chr, range(128)))
 _T = TypeVar("_T")

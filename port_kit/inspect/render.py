@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from port_kit.download.progress import human
+from port_kit.escape import escape_control_chars
 from port_kit.inspect.report import TITLES, Component, Finding, Inspection, Memory, ModelCard
-from port_kit.plain import plain
 
 
 def describe(inspection: Inspection) -> str:
@@ -99,7 +99,7 @@ def _binary(count: float) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    rows = [[plain(cell) for cell in row] for row in rows]
+    rows = [[escape_control_chars(cell) for cell in row] for row in rows]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return [f"{indent}{line}".rstrip() for line in lines]

@@ -3,10 +3,10 @@
 Pages hold everything they show: no script, no font, no picture from elsewhere.
 """
 
+from port_kit.reports.contact_sheet import draw_contact_sheet
 from port_kit.reports.coverage import coverage_page
 from port_kit.reports.html import write_page
 from port_kit.reports.layouts import layout_svg, layout_text
 from port_kit.reports.parity import parity_page
-from port_kit.reports.picture import picture_of_clip
 
-__all__ = ["coverage_page", "layout_svg", "layout_text", "parity_page", "picture_of_clip", "write_page"]
+__all__ = ["coverage_page", "layout_svg", "layout_text", "parity_page", "draw_contact_sheet", "write_page"]

@@ -9,7 +9,7 @@ from string import Template
 from typing import Any
 
 from port_kit.errors import ScaffoldError
-from port_kit.plain import plain
+from port_kit.escape import escape_control_chars
 
 TEMPLATES = Path(__file__).with_name("templates")
 #: Of a line of what is written.
@@ -64,7 +64,7 @@ def literal(value: Any, indent: int = 0) -> str:
         comma = "," if isinstance(value, tuple) and len(items) == 1 else ""
         line = f"{opening}{', '.join(items)}{comma}{closing}"
         return line if len(line) + indent < WIDTH - 40 and "\n" not in line else _block(opening, items, closing, indent)
-    return plain(json.dumps(value, ensure_ascii=False)) if isinstance(value, str) else repr(value)
+    return escape_control_chars(json.dumps(value, ensure_ascii=False)) if isinstance(value, str) else repr(value)
 
 
 def _block(opening: str, items: list[str], closing: str, indent: int) -> str:

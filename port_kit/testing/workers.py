@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 #: Seconds that a rank gets to leave by itself once its result is in.
 _GRACE = 10.0
 
-__all__ = ["RankResult", "Request", "WaitingRanks", "run_workers", "warm_up"]
+__all__ = ["RankResult", "Request", "PrewarmedRanks", "run_workers", "warm_up"]
 
 
 def run_workers(
@@ -50,7 +50,7 @@ def run_workers(
     keep_going: bool = False,
     timeout: float = 120.0,
     start: Literal["fork", "spawn"] | None = None,
-    waiting: WaitingRanks | None = None,
+    prewarmed: PrewarmedRanks | None = None,
 ) -> list[RankResult]:
     """Load a model on as many ranks as its parallel configuration asks for, run requests, and return all results.
 
@@ -64,7 +64,7 @@ def run_workers(
         keep_going: keep a request's exception in the result and run the next one, as the engine does.
         timeout: seconds for everything; after it every rank is killed.
         start: how processes begin; None is ``spawn`` on CUDA and ``fork`` elsewhere.
-        waiting: where spawned ranks are taken from as long as there are any.
+        prewarmed: where spawned ranks are taken from as long as there are any.
 
     Raises:
         ParallelError: a rank failed, died or did not finish in time. A :class:`PortKitError` of the rank is its
@@ -79,7 +79,7 @@ def run_workers(
         _refuse_inherited_world()
     case = Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
     world = _world_size(case.config)
-    processes, pipes = _fork(case, world) if start == "fork" else _spawn(case, world, waiting or WaitingRanks(0))
+    processes, pipes = _fork(case, world) if start == "fork" else _spawn(case, world, prewarmed or PrewarmedRanks(0))
     try:
         results = _collect(processes, pipes, timeout)
     except BaseException:
@@ -129,7 +129,7 @@ def _world_size(config: Mapping[str, Any]) -> int:
     return int(parallel.world_size)
 
 
-class WaitingRanks:
+class PrewarmedRanks:
     """Processes that have imported everything, or are about to, and wait for a case: for many cases in a row.
 
     Args:
@@ -173,10 +173,10 @@ def _wait_for_case(pipe: Connection) -> None:
     rank_main(rank, case, pipe)
 
 
-def _spawn(case: Case, world: int, waiting: WaitingRanks) -> tuple[list[BaseProcess], list[Connection]]:
+def _spawn(case: Case, world: int, prewarmed: PrewarmedRanks) -> tuple[list[BaseProcess], list[Connection]]:
     import cloudpickle
 
-    ranks = [waiting.take() for _ in range(world)]
+    ranks = [prewarmed.take() for _ in range(world)]
     for rank, (process, pipe) in enumerate(ranks):
         try:
             pipe.send_bytes(cloudpickle.dumps((rank, case)))

@@ -27,8 +27,8 @@ from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file
 from port_kit.download.progress import LineProgress
 from port_kit.download.remove import remove
 from port_kit.errors import CheckpointError, DownloadError
+from port_kit.testing.crash_injection import ForkServer
 from port_kit.testing.hub import Fault, Hub
-from port_kit.testing.killing import Zygote
 
 WITH_ISAL = ("x86_64", "AMD64", "aarch64", "arm64")
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -458,11 +458,11 @@ def test_the_index_of_converted_shards_is_rewritten(tmp_path: Path) -> None:
 
 def test_killed_at_random_steps_on_the_way(vae_hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
     source = random.Random(3)
-    with Zygote() as zygote:
+    with ForkServer() as fork_server:
         for trial in range(6):
             directory = tmp_path / f"m{trial}"
             step = source.randrange(10, 150)
             options = {"endpoint": vae_hub.endpoint, "token": False}
-            zygote.start(on_the_way("generator"), directory, kill_at=step, policy=SMALL, **options).wait()
+            fork_server.start(on_the_way("generator"), directory, kill_at=step, policy=SMALL, **options).wait()
             bring(on_the_way("generator"), directory, vae_hub, policy=SMALL)
             assert_converted(directory, checkpoint)

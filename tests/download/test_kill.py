@@ -15,16 +15,16 @@ from conftest import EXPECTED, MODEL_INDEX, WEIGHTS, assert_whole, bring, hashes
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.errors import DownloadError
+from port_kit.testing.crash_injection import ForkServer
 from port_kit.testing.hub import Fault, Hub
-from port_kit.testing.killing import Zygote
 
 BIG = 64 << 20
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
+def fork_server() -> Iterator[ForkServer]:
     """The process that forks the runs to be killed."""
-    with Zygote() as running:
+    with ForkServer() as running:
         yield running
 
 
@@ -55,11 +55,11 @@ def counts(progress: Path) -> int:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
 def test_killed_at_sixty_percent_a_rerun_fetches_the_rest(
-    zygote: Zygote, big_file: Path, tmp_path: Path, number: int, status: int
+    fork_server: ForkServer, big_file: Path, tmp_path: Path, number: int, status: int
 ) -> None:
     with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=100 << 20) as hub:
         one = Policy(connections=1, segment_size=256 << 20)
-        child = zygote.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False, policy=one)
+        child = fork_server.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False, policy=one)
         wait_for(tmp_path / "m", BIG * 6 // 10)
         child.kill(number)
         begun = time.monotonic()
@@ -74,21 +74,21 @@ def test_killed_at_sixty_percent_a_rerun_fetches_the_rest(
         assert orphans(tmp_path / "m") == []
 
 
-def steps_of(zygote: Zygote, recipe: Recipe, hub: Hub, tmp_path: Path) -> int:
+def steps_of(fork_server: ForkServer, recipe: Recipe, hub: Hub, tmp_path: Path) -> int:
     """How many disk operations a whole run takes."""
     log = tmp_path / "steps"
-    child = zygote.start(recipe, tmp_path / "whole", endpoint=hub.endpoint, token=False, log=log)
+    child = fork_server.start(recipe, tmp_path / "whole", endpoint=hub.endpoint, token=False, log=log)
     assert child.wait() == 0
     return int(log.read_text())
 
 
-def killed_at_each_step(zygote: Zygote, recipe: Recipe, hub: Hub, tmp_path: Path, stride: int) -> None:
+def killed_at_each_step(fork_server: ForkServer, recipe: Recipe, hub: Hub, tmp_path: Path, stride: int) -> None:
     """Kill a run before each ``stride``-th disk operation; after a rerun everything must be as it should."""
-    count = steps_of(zygote, recipe, hub, tmp_path)
+    count = steps_of(fork_server, recipe, hub, tmp_path)
     whole = hashes(tmp_path / "whole")
     for step in range(0, count, stride):
         directory = tmp_path / f"killed{step}"
-        child = zygote.start(recipe, directory, endpoint=hub.endpoint, token=False, kill_at=step)
+        child = fork_server.start(recipe, directory, endpoint=hub.endpoint, token=False, kill_at=step)
         if child.wait() == 0:
             continue  # threads run in another order each time, and this run took fewer steps
         index = directory / "model_index.json"
@@ -98,13 +98,17 @@ def killed_at_each_step(zygote: Zygote, recipe: Recipe, hub: Hub, tmp_path: Path
         assert orphans(directory) == [], f"step {step}"
 
 
-def test_killed_at_some_steps_a_rerun_completes(zygote: Zygote, hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
-    killed_at_each_step(zygote, recipe, hub, tmp_path, stride=11)
+def test_killed_at_some_steps_a_rerun_completes(
+    fork_server: ForkServer, hub: Hub, recipe: Recipe, tmp_path: Path
+) -> None:
+    killed_at_each_step(fork_server, recipe, hub, tmp_path, stride=11)
 
 
 @pytest.mark.slow
-def test_killed_at_every_step_a_rerun_completes(zygote: Zygote, hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
-    killed_at_each_step(zygote, recipe, hub, tmp_path, stride=1)
+def test_killed_at_every_step_a_rerun_completes(
+    fork_server: ForkServer, hub: Hub, recipe: Recipe, tmp_path: Path
+) -> None:
+    killed_at_each_step(fork_server, recipe, hub, tmp_path, stride=1)
 
 
 def run_processes(count: int, hub: Hub, directory: Path, prelude: str = "") -> list[subprocess.Popen[bytes]]:
@@ -143,10 +147,10 @@ def test_locks_that_do_nothing_cost_time_but_no_bytes(big_file: Path, tmp_path: 
         assert orphans(tmp_path / "m") == []
 
 
-def test_a_holder_that_was_killed_holds_nobody_up(zygote: Zygote, big_file: Path, tmp_path: Path) -> None:
+def test_a_holder_that_was_killed_holds_nobody_up(fork_server: ForkServer, big_file: Path, tmp_path: Path) -> None:
     with Hub({WEIGHTS: {"big.safetensors": big_file}}) as hub:
         hub.inject(Fault("get", stall=60))
-        child = zygote.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False)
+        child = fork_server.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False)
         while not hub.gets():
             time.sleep(0.01)
         child.kill()

@@ -22,7 +22,7 @@ from port_kit.download.hub import HubClient
 from port_kit.download.progress import BarProgress, LineProgress
 from port_kit.download.urls import follow_location, origin_of
 from port_kit.errors import DownloadError, PortKitError
-from port_kit.plain import redacted
+from port_kit.escape import redacted
 from port_kit.testing.hub import Fault, Hub
 
 BIG = noise(2 << 20)

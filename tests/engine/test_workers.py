@@ -16,7 +16,7 @@ from torch import nn
 from port_kit.errors import ParallelError, PortKitError
 from port_kit.runtime.plugin import register_pipelines
 from port_kit.runtime.single_process import single_rank
-from port_kit.testing.workers import RankResult, Request, WaitingRanks, run_workers, warm_up
+from port_kit.testing.workers import PrewarmedRanks, RankResult, Request, run_workers, warm_up
 
 REQUEST = Request("a cat", {"num_inference_steps": 2, "seed": 3})
 
@@ -124,11 +124,18 @@ def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: R
     def probe(pipeline: nn.Module) -> tuple[tuple[int, int], list[str]]:
         return local_lengths(pipeline), seen
 
-    with closing(WaitingRanks(2)) as waiting:
+    with closing(PrewarmedRanks(2)) as prewarmed:
         waiting_processes = _spawned()
         layout = {"parallel_config": {"ulysses_degree": 2}}
         results = run_workers(
-            toy_model, [REQUEST], config=layout, setup=setup, probe=probe, start="spawn", waiting=waiting, timeout=300.0
+            toy_model,
+            [REQUEST],
+            config=layout,
+            setup=setup,
+            probe=probe,
+            start="spawn",
+            prewarmed=prewarmed,
+            timeout=300.0,
         )
     assert [result.probe for result in results] == [((24, 8), ["set up"])] * 2
     for mine, reference in zip(results[0].outputs[0], single.outputs[0], strict=True):
@@ -138,9 +145,9 @@ def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: R
 
 
 def test_ranks_that_nobody_takes_are_ended() -> None:
-    waiting = WaitingRanks(1)
+    prewarmed = PrewarmedRanks(1)
     (process,) = _spawned()
-    waiting.close()
+    prewarmed.close()
     assert not process.is_running()
 
 

@@ -205,12 +205,12 @@ def test_the_picture_shows_frames_in_order_and_the_sound(clip: Path, tmp_path: P
     import numpy as np
     from PIL import Image
 
-    from port_kit.reports.picture import GAP, LINE, MARGIN, THUMB, WAVE, picture_of_clip, read_clip
+    from port_kit.reports.contact_sheet import GAP, LINE, MARGIN, THUMB, WAVE, draw_contact_sheet, read_clip
 
     found = read_clip(clip)
     assert (found.count, found.fps, found.rate, len(found.frames)) == (21, 12.0, 16_000, 8)
     assert [seconds for seconds, _ in found.frames] == sorted(seconds for seconds, _ in found.frames)
-    image = np.asarray(Image.open(picture_of_clip(clip, tmp_path / "made" / "demo.png")).convert("RGB")).astype(int)
+    image = np.asarray(Image.open(draw_contact_sheet(clip, tmp_path / "made" / "demo.png")).convert("RGB")).astype(int)
     tall, top = round(THUMB * 64 / 96), MARGIN + 2 * LINE
     centres = [
         image[top + row * (tall + LINE + GAP) + tall // 2, MARGIN + column * (THUMB + GAP) + THUMB // 2, 0]
@@ -229,9 +229,9 @@ def test_the_picture_shows_frames_in_order_and_the_sound(clip: Path, tmp_path: P
 
 def test_a_file_that_is_no_clip_is_told(tmp_path: Path) -> None:
     from port_kit.errors import InputError
-    from port_kit.reports.picture import picture_of_clip
+    from port_kit.reports.contact_sheet import draw_contact_sheet
 
     (tmp_path / "clip.mp4").write_text("no")
     with pytest.raises(InputError, match="cannot be decoded"):
-        picture_of_clip(tmp_path / "clip.mp4", tmp_path / "demo.png")
+        draw_contact_sheet(tmp_path / "clip.mp4", tmp_path / "demo.png")
     assert not (tmp_path / "demo.png").exists()

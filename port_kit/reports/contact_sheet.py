@@ -44,7 +44,7 @@ class Clip:
         return max(self.count / self.fps, len(self.samples) / self.rate if self.rate else 0.0)
 
 
-def picture_of_clip(clip: Path | str, picture: Path | str, *, title: str = "") -> Path:
+def draw_contact_sheet(clip: Path | str, picture: Path | str, *, title: str = "") -> Path:
     """Draw a file's frames and its waveform into one PNG.
 
     Args:
@@ -65,7 +65,7 @@ def picture_of_clip(clip: Path | str, picture: Path | str, *, title: str = "") -
 
 
 def read_clip(path: Path) -> Clip:
-    """Decode a file once: the sound whole, of the frames those that the picture shows; see :func:`picture_of_clip`."""
+    """Decode a clip: the complete audio, and the frames that the sheet shows; see :func:`draw_contact_sheet`."""
     try:
         import av
         import numpy as np

@@ -8,14 +8,14 @@ _USER = re.compile(r"(?<=://)[^/?#\s@]*@(?=[^\s])")
 _QUERY = re.compile(r"(?<=\w)\?[^\s'\"]*")
 
 
-def plain(text: str, keep: str = "") -> str:
+def escape_control_chars(text: str, keep: str = "") -> str:
     r"""Escape control characters, newlines, bidi overrides and lone surrogates, which terminals interpret or reject.
 
     Args:
         text: anything.
         keep: characters that stay, such as ``"\n"``.
 
-    >>> plain("a\x1b[2Jb")
+    >>> escape_control_chars("a\x1b[2Jb")
     'a\\x1b[2Jb'
     """
     if text.isprintable():

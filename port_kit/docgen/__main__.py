@@ -1,12 +1,12 @@
-"""``python -m port_kit.pages [DOCS]``: write the generated pages into a folder, by default that of this repository."""
+"""``python -m port_kit.docgen [DOCS]``: write the generated pages into a folder, by default that of this repository."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from port_kit.pages.commands import cli_page
-from port_kit.pages.errors import troubleshooting_page
+from port_kit.docgen.commands import cli_page
+from port_kit.docgen.errors import troubleshooting_page
 from port_kit.parallel.layout import Layout
 from port_kit.reports import layout_svg
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from port_kit.cli import COMMANDS
+from port_kit.docgen.__main__ import PAGES
+from port_kit.docgen.commands import cli_page
+from port_kit.docgen.errors import troubleshooting_page, used_codes
 from port_kit.errors import CODES
-from port_kit.pages.__main__ import PAGES
-from port_kit.pages.commands import cli_page
-from port_kit.pages.errors import troubleshooting_page, used_codes
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(("name", "build"), PAGES.items())
 def test_committed_page_is_up_to_date(name: str, build: Callable[[], str]) -> None:
     committed = (DOCS / name).read_text(encoding="utf-8")
-    assert committed == build(), f"docs/{name} is out of date: run python -m port_kit.pages and commit it"
+    assert committed == build(), f"docs/{name} is out of date: run python -m port_kit.docgen and commit it"
 
 
 def test_every_command_has_its_section_and_two_examples() -> None:

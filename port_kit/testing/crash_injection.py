@@ -2,8 +2,8 @@
 
 One process imports everything and forks for each run, so that a run costs milliseconds::
 
-    with Zygote() as zygote:
-        child = zygote.start(recipe, directory, kill_at=17, endpoint=hub.endpoint)
+    with ForkServer() as fork_server:
+        child = fork_server.start(recipe, directory, kill_at=17, endpoint=hub.endpoint)
         assert child.wait() == -signal.SIGKILL
 """
 
@@ -31,9 +31,9 @@ STEPS = ("replace", "rename", "fsync", "pwrite", "ftruncate", "unlink", "mkdir",
 class Child:
     """A run in a process of its own."""
 
-    def __init__(self, zygote: Zygote, pid: int) -> None:
+    def __init__(self, fork_server: ForkServer, pid: int) -> None:
         self.pid = pid
-        self._zygote = zygote
+        self._fork_server = fork_server
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal; a process that has ended already stays ended."""
@@ -42,15 +42,15 @@ class Child:
 
     def wait(self) -> int:
         """Return the exit status, or minus the signal that ended it; 1 for a failed download."""
-        return int(self._zygote.read()["status"])
+        return int(self._fork_server.read()["status"])
 
 
-class Zygote:
+class ForkServer:
     """The process that forks; a context manager. One child at a time."""
 
-    def __enter__(self) -> Zygote:
+    def __enter__(self) -> ForkServer:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "port_kit.testing.killing"],
+            [sys.executable, "-m", "port_kit.testing.crash_injection"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
