@@ -64,7 +64,7 @@ class Port:
         variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them.
         components: the weights, in loading order.
         parity: ``"module:function"`` that lists the port's golden cases, or empty.
-        reference: ``"module:attribute"`` of the :class:`~port_kit.reference.Reference` that
+        original: ``"module:attribute"`` of the :class:`~port_kit.parity.OriginalImplementation` that
             ``verify parity --reference`` runs, or empty.
         parallel: ``"module:function"`` that takes a scratch folder and returns the tiny
             :class:`~port_kit.parallel.verify.ParallelTestCase` that ``verify parallel`` runs, or empty.
@@ -88,7 +88,7 @@ class Port:
     post_process: str = "get_post_process_func"
     variants: Mapping[str, str] = field(default_factory=dict)
     parity: str = ""
-    reference: str = ""
+    original: str = ""
     parallel: str = ""
     request_options: Mapping[str, str] = field(default_factory=dict)
     example_prompt: str = ""

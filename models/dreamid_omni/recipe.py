@@ -6,7 +6,7 @@ from port_kit.download import FileRule, GitCode, Recipe, Repository
 from port_kit.models.dreamid_omni.config import AUDIO_LATENT_LENGTH, VIDEO_LATENT_LENGTH
 from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
 from port_kit.models.wan.weights.hub_repos import SHARED_REPOSITORIES, configs
-from port_kit.reference import Reference
+from port_kit.parity import OriginalImplementation
 
 RECIPE = Recipe(
     name="dreamid_omni",
@@ -36,7 +36,7 @@ RECIPE = Recipe(
 )
 
 #: The original implementation, run by ``port-kit verify parity dreamid_omni --reference``.
-REFERENCE = Reference(
+REFERENCE = OriginalImplementation(
     git_code="dreamid_omni_reference",
     script="port_kit.models.wan.parity.original_runner",
     options={"family": "dreamid_omni", "package": "dreamid_omni"},

@@ -24,7 +24,7 @@ PORT = Port(
     components=COMPONENTS,
     pre_process="get_pre_process_func",
     parity="port_kit.models.wan.parity.pipeline_cases:ovi_cases",
-    reference="port_kit.models.ovi.recipe:REFERENCE",
+    original="port_kit.models.ovi.recipe:REFERENCE",
     parallel="port_kit.models.wan.parity.parallel_subjects:ovi_subject",
     request_options={
         "solver_name": "str",

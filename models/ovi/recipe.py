@@ -6,7 +6,7 @@ from port_kit.download import FileRule, GitCode, Recipe, Repository
 from port_kit.models.ovi.config import SKIP_BLOCK, VARIANTS
 from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG
 from port_kit.models.wan.weights.hub_repos import SHARED_REPOSITORIES, configs
-from port_kit.reference import Reference
+from port_kit.parity import OriginalImplementation
 
 
 def recipe(variant: str) -> Recipe:
@@ -49,7 +49,7 @@ RECIPE_960_5S = recipe("960x960_5s")
 RECIPE_960_10S = recipe("960x960_10s")
 
 #: The original implementation, run by ``port-kit verify parity ovi --reference``.
-REFERENCE = Reference(
+REFERENCE = OriginalImplementation(
     git_code="ovi_reference",
     script="port_kit.models.wan.parity.original_runner",
     options={"family": "ovi", "package": "ovi"},

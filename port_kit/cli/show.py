@@ -26,7 +26,7 @@ def _describe(port: Port) -> str:
         f"pipeline    {port.class_name} ({port.pipeline})",
         f"output      {port.output_type}",
         f"recipe      {port.recipe}",
-        f"reference   {port.reference or 'none'}",
+        f"original    {port.original or 'none'}",
         f"card        {port.card}",
     ]
     lines += [f"variant     {name} ({recipe})" for name, recipe in port.variants.items()]

@@ -16,12 +16,12 @@ from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Hub
 from port_kit.testing.tiny_fusion import tiny_fusion_model
 
-STANDIN = Path(__file__).parent / "standin"
+FAKE_ORIGINAL = Path(__file__).parent / "fake_original"
 
 
-def standin_files() -> dict[str, bytes]:
+def fake_original_files() -> dict[str, bytes]:
     """The stand-in's files by their path in its repository."""
-    return {path.relative_to(STANDIN).as_posix(): path.read_bytes() for path in STANDIN.rglob("*.py")}
+    return {path.relative_to(FAKE_ORIGINAL).as_posix(): path.read_bytes() for path in FAKE_ORIGINAL.rglob("*.py")}
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.Mon
 def remote(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GitRemote]:
     """The stand-in's repository; the recipe that the port names fetches its code from there, over http."""
     folder = tmp_path_factory.mktemp("git")
-    made = GitRemote(folder / "original", standin_files())
+    made = GitRemote(folder / "original", fake_original_files())
     with GitServer(folder) as server:
         (code,) = shipped.RECIPE.code
         recipe = replace(shipped.RECIPE, code=(replace(code, url=server.url("original"), commit=made.head),))

@@ -23,7 +23,7 @@ from port_kit.port import find_port, resolve
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 from port_kit.testing.tiny_fusion import tiny_fusion_model
-from tests.reference.conftest import STANDIN, standin_files, with_code
+from tests.parity.conftest import FAKE_ORIGINAL, fake_original_files, with_code
 
 Commit = Callable[[dict[str, str]], Path]
 
@@ -130,9 +130,9 @@ def test_a_reference_that_computes_something_else_is_seen(
 
 def test_the_stand_in_computes_what_the_original_recorded(goldens: Path) -> None:
     """The stand-in is held against recorded outputs of the original itself, so that it is worth comparing with."""
-    script = Path(__file__).with_name("run_standin.py")
+    script = Path(__file__).with_name("run_fake_original.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(STANDIN), str(goldens)], capture_output=True, text=True, timeout=200
+        [sys.executable, str(script), str(FAKE_ORIGINAL), str(goldens)], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     differences = json.loads(done.stdout.splitlines()[-1])
@@ -142,7 +142,7 @@ def test_the_stand_in_computes_what_the_original_recorded(goldens: Path) -> None
 @pytest.mark.parametrize("name", ["dreamid_omni", "ovi"])
 def test_whatever_a_shipped_port_names_exists(name: str) -> None:
     port = find_port(name)
-    for named in (port.pipeline, port.recipe, port.parity, port.reference, port.parallel):
+    for named in (port.pipeline, port.recipe, port.parity, port.original, port.parallel):
         assert resolve(named) is not None
     for component in port.components:
         assert all(resolve(named) for named in (component.build, component.rules, component.config))
@@ -152,7 +152,7 @@ def test_whatever_a_shipped_port_names_exists(name: str) -> None:
 def test_ovi_agrees_with_its_reference(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from port_kit.models.ovi.recipe import RECIPE
 
-    files = {path.replace("dreamid_omni", "ovi"): data for path, data in standin_files().items()}
+    files = {path.replace("dreamid_omni", "ovi"): data for path, data in fake_original_files().items()}
     remote = GitRemote(tmp_path / "ovi", {path: data.replace(b"dreamid_omni", b"ovi") for path, data in files.items()})
     tiny = tiny_fusion_model(RECIPE, tmp_path / "hub")
     with Hub(tiny.repositories) as hub:

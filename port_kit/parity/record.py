@@ -24,8 +24,8 @@ from port_kit.download.gitcode import check_code, code_folder, plain_url
 from port_kit.download.lock import LOCK_NAME, read_lock
 from port_kit.download.recipe import GitCode, Recipe
 from port_kit.errors import ParityError
+from port_kit.parity.original import OriginalImplementation
 from port_kit.port import Port, resolve
-from port_kit.reference.declaration import Reference
 
 PROVENANCE = "reference.json"
 LOG = "reference.log"
@@ -92,8 +92,8 @@ def record(
         DownloadError: ``code_broken``, where the checkout is not its commit any more.
     """
     settings, output = settings or Settings(), output.absolute()
-    reference, code, commit = _find_code(port, model)
-    provenance = _provenance(reference, code, commit, model, settings)
+    original, code, commit = _find_code(port, model)
+    provenance = _provenance(original, code, commit, model, settings)
     known = _known(output)
     if known is not None and known.get("made_from") == provenance["made_from"]:
         note(f"{output} was made by this code from this model already")
@@ -110,7 +110,7 @@ def record(
     started = time.monotonic()
     for precision in settings.precisions:
         note(f"running {code.name} at {commit[:12]} in {precision}; what it prints goes to {aside / LOG}")
-        _run(port, reference, _request(code, commit, reference, model, aside, precision, settings), aside, settings)
+        _run(port, original, _request(code, commit, original, model, aside, precision, settings), aside, settings)
     _check(aside, settings.precisions)
     (aside / PROVENANCE).write_text(json.dumps(provenance, indent=1), encoding="utf-8")
     if output.exists():
@@ -119,9 +119,9 @@ def record(
     return Recording(output, provenance, reused=False, seconds=time.monotonic() - started)
 
 
-def _find_code(port: Port, model: Path) -> tuple[Reference, GitCode, str]:
+def _find_code(port: Port, model: Path) -> tuple[OriginalImplementation, GitCode, str]:
     """Return the reference, its git code and the commit; the checkout is there and is that commit."""
-    if not port.reference:
+    if not port.original:
         raise ParityError(
             f"port {port.name} names no reference",
             code="reference_missing",
@@ -134,31 +134,33 @@ def _find_code(port: Port, model: Path) -> tuple[Reference, GitCode, str]:
             code="reference_missing",
             hint=f"make it, together with the original code: {install}",
         )
-    reference, recipe = resolve(port.reference), resolve(port.recipe)
-    assert isinstance(reference, Reference) and isinstance(recipe, Recipe)
-    code = next((code for code in recipe.code if code.name == reference.git_code), None)
+    original, recipe = resolve(port.original), resolve(port.recipe)
+    assert isinstance(original, OriginalImplementation) and isinstance(recipe, Recipe)
+    code = next((code for code in recipe.code if code.name == original.git_code), None)
     lock = read_lock(model)
-    commit = lock.code.get(reference.git_code, {}).get("commit") if lock is not None else None
+    commit = lock.code.get(original.git_code, {}).get("commit") if lock is not None else None
     if code is None or commit is None or not code_folder(code.name, commit).is_dir():
         raise ParityError(
-            f"the original code of {port.name} ({reference.git_code}) has not been fetched",
+            f"the original code of {port.name} ({original.git_code}) has not been fetched",
             code="reference_missing",
             hint=f"fetch it: {install}",
         )
     check_code(code, commit)
-    return reference, code, commit
+    return original, code, commit
 
 
-def _provenance(reference: Reference, code: GitCode, commit: str, model: Path, settings: Settings) -> dict[str, Any]:
+def _provenance(
+    original: OriginalImplementation, code: GitCode, commit: str, model: Path, settings: Settings
+) -> dict[str, Any]:
     """Return what a goldens folder is made from; ``made_from`` decides whether one may be used again."""
     lock = (model / LOCK_NAME).read_bytes()
     return {
         "made_from": {
             "code": plain_url(code.url),
             "commit": commit,
-            "script": _sha256(reference.script_file().read_bytes()),
+            "script": _sha256(original.script_file().read_bytes()),
             "model": _sha256(lock),
-            "options": dict(reference.options),
+            "options": dict(original.options),
             "precisions": list(settings.precisions),
             "device": settings.device,
             "seed": settings.seed,
@@ -180,7 +182,7 @@ def _known(output: Path) -> dict[str, Any] | None:
 def _request(
     code: GitCode,
     commit: str,
-    reference: Reference,
+    original: OriginalImplementation,
     model: Path,
     output: Path,
     precision: str,
@@ -188,7 +190,7 @@ def _request(
 ) -> dict[str, Any]:
     folder = code_folder(code.name, commit)
     return {
-        **reference.options,
+        **original.options,
         "path": [str(folder / "path")],
         "folder": str(folder / "repo" / code.path),
         "model": str(model.absolute()),
@@ -199,13 +201,15 @@ def _request(
     }
 
 
-def _run(port: Port, reference: Reference, request: Mapping[str, Any], folder: Path, settings: Settings) -> None:
+def _run(
+    port: Port, original: OriginalImplementation, request: Mapping[str, Any], folder: Path, settings: Settings
+) -> None:
     """Run the script once; its output goes to the log, and its whole process group ends with it."""
     request_file = folder / f"request_{request['precision']}.json"
     request_file.write_text(json.dumps(request, indent=1), encoding="utf-8")
     python = str(settings.python or sys.executable)
     # -I keeps this environment's PYTHONPATH and the user's site out; the Hub is not asked for anything.
-    command = [python, "-I", str(reference.script_file()), str(request_file)]
+    command = [python, "-I", str(original.script_file()), str(request_file)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with (folder / LOG).open("ab") as log:
         try:

@@ -1,4 +1,4 @@
-"""run_standin.py STANDIN GOLDENS: print {case: how far the stand-in is from the original's records}."""
+"""run_fake_original.py FAKE_ORIGINAL GOLDENS: print {case: how far the stand-in is from the original's records}."""
 
 from __future__ import annotations
 

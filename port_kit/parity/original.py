@@ -12,7 +12,7 @@ from port_kit.errors import ParityError
 
 
 @dataclass(frozen=True)
-class Reference:
+class OriginalImplementation:
     """How a port's original code is run.
 
     Attributes:
@@ -46,5 +46,5 @@ class Reference:
         raise ParityError(
             f"the reference's script {self.script} is not a module of an installed package",
             code="reference_missing",
-            hint="correct the port's Reference",
+            hint="correct the `original` of the port",
         )
