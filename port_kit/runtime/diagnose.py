@@ -1,4 +1,4 @@
-"""The checks behind ``port-kit doctor``. This process imports neither torch nor vLLM; a child does."""
+"""Checks of ``port-kit doctor``. They run without torch and vLLM, except for a self-check in a child process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from port_kit.port import Port, list_ports, resolve
 
-#: Distributions whose versions decide what works; the first name that is installed is taken.
+#: Reported distributions; of each tuple, the first installed name.
 PACKAGES: tuple[tuple[str, ...], ...] = (
     ("port-kit",),
     ("vllm-omni",),
@@ -31,7 +31,7 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
     ("safetensors",),
 )
 
-#: Seconds that loading vLLM-Omni in the child may take.
+#: Timeout of the self-check, in seconds.
 SELF_CHECK_TIMEOUT = 300.0
 
 _INSTALL = "pip install 'port-kit[omni]', on a machine without a GPU 'port-kit[omni,cpu]'"
@@ -40,13 +40,13 @@ _LOW_DISK = 10 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: a word or two.
-        ok: whether it holds; a check that does not makes the command fail.
-        detail: what was found.
-        hint: what to do where it does not hold.
+        name: short name.
+        ok: True if the check passed; a failed check makes the command fail.
+        detail: finding.
+        hint: remedy if the check failed.
     """
 
     name: str
@@ -56,10 +56,10 @@ class Check:
 
 
 def diagnose(*, engine: bool = True) -> tuple[dict[str, str | None], list[Check]]:
-    """Look at everything; with ``engine`` false, without starting the child.
+    """Run all checks; the self-check in a child process only with ``engine``.
 
     Returns:
-        Versions by distribution (None where absent), and the checks in the order in which they matter.
+        Versions by distribution (None if not installed), and the checks.
     """
     versions = dict(_version(names) for names in PACKAGES)
     checks = [
@@ -119,7 +119,7 @@ def _companion(name: str) -> Check:
 
 
 def _torch_is_cpu_build() -> bool:
-    """Read torch's version module instead of importing torch."""
+    """Return True if torch is a CPU build; reads its version module without importing torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -132,7 +132,7 @@ def _torch_is_cpu_build() -> bool:
 
 
 def _ports() -> Iterator[Check]:
-    """One check a port: where it is from, and whether its reference code is importable."""
+    """Yield the checks of all ports, including their original code."""
     ports = list_ports()
     yield Check("ports", bool(ports), ", ".join(ports) or "none", "install a port, or set PORT_KIT_PATH")
     for problem in ports.problems:
@@ -155,7 +155,7 @@ def _reference_code(port: Port) -> Iterator[str]:
 
 
 def _token() -> Check:
-    """Whether the Hub would get a token; never which."""
+    """Check for a Hub token, without its value."""
     from huggingface_hub import constants, get_token
 
     present = get_token() is not None
@@ -176,7 +176,7 @@ def _disk() -> Check:
 
 
 def _engine() -> Iterator[Check]:
-    """Run the probe in a child and turn its report into checks."""
+    """Run the self-check in a child process and yield its results as checks."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "port_kit.runtime.self_check", str(report)]

@@ -1,9 +1,9 @@
-"""A LoRA file with the base model's original names, as vLLM-Omni's LoRA manager takes it.
+"""LoRA files with original names, converted for vLLM-Omni's LoRA manager.
 
-The manager reads PEFT folders whose names are the port's own. A pipeline that has ``_load_diffusion_lora_adapter``
-is asked first: there a port calls :func:`read_adapter`, and files of PEFT, diffusers, kohya-style trainers or the
-original code work, renamed by the rules that load the base model. What does not fit, and what the manager cannot apply
-(DoRA, biases, differences of weights), is refused by name before any layer changes.
+The manager reads PEFT folders with the port's own names. A pipeline may define ``_load_diffusion_lora_adapter``, which
+the manager calls first; a port calls :func:`read_adapter` there. Files of PEFT, diffusers, kohya-style trainers and the
+original code are supported. Names are mapped by the rules of the base model. Unknown modules, and features that the
+manager does not apply (DoRA, biases, weight differences), are errors before any layer changes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-#: What the manager's layers apply.
+#: Tensor kinds that the manager's layers apply.
 _APPLIED = ("A", "B", "alpha")
-#: Settings of PEFT's ``adapter_config.json`` that would change the result and are not supported.
+#: Unsupported settings of PEFT's ``adapter_config.json`` that would change the result.
 _UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")
 
 
@@ -44,19 +44,19 @@ def read_adapter(
     """Read a LoRA file for a component.
 
     Args:
-        path: a ``.safetensors`` file, or a folder with one (and PEFT's ``adapter_config.json``, where there is one).
-        module: the component; its ``packed_modules_mapping`` says what is fused.
-        rules: that load the component from its original names.
-        adapter: the request's ``lora_int_id``.
-        dtype: in which the matrices are kept.
-        modules: names of modules in the base model's checkpoint, for files that write them with underscores.
-        other_names: further names under which files know these modules, as for
+        path: a ``.safetensors`` file, or a folder with one and optionally PEFT's ``adapter_config.json``.
+        module: the component; its ``packed_modules_mapping`` lists fused projections.
+        rules: rules that load the component from its original names.
+        adapter: ``lora_int_id`` of the request.
+        dtype: dtype of the matrices.
+        modules: module names in the base model's checkpoint, for files with underscores in place of dots.
+        other_names: alternative names of these modules in files, as for
             :func:`~port_kit.remap.lora.restore_names`.
         component: the component's name in the pipeline.
 
     Raises:
-        InputError: ``lora_file``; what is wrong with the file or does not fit the model, by the file's names.
-        RemapError: adapters of modules that the rules do not know, or that cannot follow what they do with the weight.
+        InputError: ``lora_file``; the file is invalid or does not match the model.
+        RemapError: no rule matches a module, or a rule's operations do not apply to an adapter.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights
@@ -84,9 +84,9 @@ def read_adapter(
 
 
 def _linears(module: nn.Module) -> dict[str, TensorSpec]:
-    """The full shape of each linear's weight, and its shards; an earlier adapter may have wrapped it.
+    """Return the full shape and the shards of each linear's weight.
 
-    The weight itself may be quantized, and is not asked.
+    Linears may be quantized or wrapped by another adapter, so the weight itself is not read.
     """
     from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
@@ -109,13 +109,13 @@ def _linears(module: nn.Module) -> dict[str, TensorSpec]:
 
 
 def _names(path: str, spec: TensorSpec, packed: Mapping[str, Sequence[str]]) -> list[str]:
-    """The names by which the manager knows a linear: those of its projections if it is fused."""
+    """Return the manager's names of a linear: those of its projections if it is fused."""
     parent, dot, leaf = path.rpartition(".")
     return [f"{parent}{dot}{name}" for name in packed[leaf]] if spec.slots and leaf in packed else [path]
 
 
 def _base(module: nn.Module, linears: Mapping[str, TensorSpec]) -> Manifest:
-    """The manifest of a module as it was before quantization and earlier adapters changed its linears."""
+    """Return a module's manifest as it was before quantization and other adapters."""
     found = Manifest.from_module(module)
     entries = {name.replace(".base_layer.", "."): spec for name, spec in found.items()}
     aliases = {
@@ -126,7 +126,7 @@ def _base(module: nn.Module, linears: Mapping[str, TensorSpec]) -> Manifest:
 
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file, and PEFT's settings where they lie beside it."""
+    """Return the file and PEFT's settings, empty if there are none."""
     if path.is_file():
         return path, {}
     files = [path / "adapter_model.safetensors"] if (path / "adapter_model.safetensors").is_file() else []
@@ -157,7 +157,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _supported(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Refuse what the rules can map and the manager's layers cannot apply."""
+    """Return the tensors; raise an error for kinds that the manager's layers do not apply."""
     for name in tensors:
         entry = read_entry(name)
         if entry is not None and entry.kind not in _APPLIED:
@@ -166,7 +166,7 @@ def _supported(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def _matrices(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
-    """Sort a renamed file by module."""
+    """Return a renamed file's tensors by module and kind."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         entry = read_entry(name)

