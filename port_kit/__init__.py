@@ -1,6 +1,6 @@
 """port_kit: bring diffusion models with scattered checkpoints and custom code to vLLM-Omni, out of tree.
 
-Importing the package needs neither torch nor vLLM; the rooms that do say so when they are entered.
+Importing the package needs neither torch nor vLLM; subpackages that need them raise a clear error if they are missing.
 """
 
 from importlib.metadata import PackageNotFoundError, version

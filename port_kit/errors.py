@@ -1,4 +1,4 @@
-"""Every exception of the kit, one tree.
+"""Exceptions of the kit.
 
 ::
 
@@ -217,7 +217,7 @@ class ConfigError(PortKitError, ValueError):
 
 
 class ParityError(PortKitError):
-    """Reference goldens are missing, unreadable or cannot be run by this port."""
+    """Goldens are missing, unreadable or unsupported by this port."""
 
 
 class RegistrationError(PortKitError):
@@ -225,7 +225,7 @@ class RegistrationError(PortKitError):
 
 
 class InspectError(PortKitError):
-    """What is to be inspected is neither a folder nor a repository, or holds no model."""
+    """The target of an inspection is neither a folder nor a repository, or has no model."""
 
     default_code = "inspect_target"
 

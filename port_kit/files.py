@@ -1,4 +1,4 @@
-"""Files: durable writes, hashes, space, and errors of the system as errors of the kit."""
+"""File operations: durable writes, hashes, free space, and translation of system errors."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _INTEGER = frozenset({int})  # True and 1.0 are equal to 1, and no extents
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of one tensor.
+    """Description of one tensor.
 
     Attributes:
         shape: its extents; of a sharded parameter those of the whole, as a checkpoint has them.
@@ -384,7 +384,7 @@ def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
 
 
 def stamp(descriptor: int) -> Stamp:
-    """What tells an open file from another that has its name later, or other content."""
+    """Return a key that identifies the content of an open file."""
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

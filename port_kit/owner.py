@@ -1,4 +1,4 @@
-"""Names of processes: whose a temporary file or a partial download is, and whether that process may still run."""
+"""Names of processes that own temporary files and partial downloads, and a check for dead owners."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""What a port is, and where ports are found.
+"""Ports: the data that declares one, and functions to find them.
 
 A :class:`Port` holds strings and numbers only, so that listing ports, planning downloads and registering pipelines
-import neither torch nor vLLM. Whatever is heavy is named as ``"package.module:attribute"`` and resolved on use.
+import neither torch nor vLLM. Modules are named as ``"package.module:attribute"`` and imported on use.
 
 Ports come from two places (:mod:`port_kit.registry`):
 
 1. the entry-point group ``port_kit.ports`` (the shipped ports and any installed package),
 2. the folders named in ``PORT_KIT_PATH`` (``os.pathsep``-separated; each holds packages with a ``PORT``).
 
-A name or a pipeline's class that two different ports claim is offered by neither.
+Two different ports with the same name or pipeline class are both unavailable.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Port:
         title: one line for people.
         class_name: ``_class_name`` in ``model_index.json``, the key under which the pipeline is registered.
         pipeline: ``"module:Class"`` of the pipeline.
-        output_type: the stage's modality, ``video`` for video with or without sound.
-        references: reference media that a request may hold, of ``image`` and ``audio``, as servers are told.
-        pre_process: name of the factory of what sees requests when they arrive in the engine's process, or empty.
-        post_process: name of the post-process factory in the pipeline's module.
+        output_type: the stage's modality, ``video`` for video with or without audio.
+        references: reference media that a request may hold, of ``image`` and ``audio``, for servers.
+        pre_process: name of the factory of the function that preprocesses requests in the engine process, or empty.
+        post_process: name of the post-process factory in the pipeline's module, as vLLM-Omni's registry takes it.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
         variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them.
         components: the weights, in loading order.
@@ -73,7 +73,7 @@ class Port:
         seed: of ``port-kit generate`` without ``--seed``.
         tiny: sampling parameters that suit the tiny checkpoint.
         card: path of the port's card in the repository, for people.
-        licences: what the weights and the code may be used for, one line each: ``{part: licence}``.
+        licences: licenses of weights and code: ``{part: license}``.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Where ports are found: installed packages and folders. What cannot be used is told, and hinders no other port.
+"""Discovery of ports in installed packages and folders. A broken port is reported and does not affect the others.
 
-Looking imports the packages that declare ports and nothing else; no torch, no vLLM, unless a port's own
-``__init__.py`` imports them, which it should not.
+Discovery imports the packages that declare ports and nothing else. It imports neither torch nor vLLM, unless the
+``__init__.py`` of a port does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "port_kit.ports"
 PATH_VARIABLE = "PORT_KIT_PATH"
 
-#: What importing somebody's package can raise. The port is then told as broken, with this error's words.
+#: Errors of importing a package, after which its port is reported as broken.
 _IMPORT_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -60,7 +60,7 @@ class Ports(dict[str, "Port"]):
         self.problems = []
 
     def problem_of(self, name: str) -> PortKitError | None:
-        """Return why the port called ``name`` cannot be used; None where nothing is known of it."""
+        """Return the error that makes a port unusable, or None."""
         return next((problem for problem in self.problems if problem.details.get("port") == name), None)
 
 
@@ -108,7 +108,7 @@ def _packages(folder: Path) -> list[Path]:
 
 
 def _no_port_in(folder: Path) -> PortKitError:
-    """Say what a folder lacks: it is none, it is the port itself, or nothing in it declares a port."""
+    """Return an error for a path that is not a folder, is a port itself, or has no package that declares a port."""
     hint = f"{PATH_VARIABLE} names the folder above a port's package, whose __init__.py sets PORT"
     if not folder.is_dir():
         problem = f"{PATH_VARIABLE} names {folder}, which is not a folder"
@@ -154,7 +154,7 @@ def _checked(port: object, origin: str, name: str) -> Port:
 
 
 def _broken(name: str, origin: str, error: BaseException) -> PortKitError:
-    """Name the error and the line of somebody's package that raised it."""
+    """Return an error with the original exception and the line that raised it."""
     if isinstance(error, PortKitError):
         return error
     frames = traceback.extract_tb(error.__traceback__)
@@ -177,7 +177,7 @@ def _broken(name: str, origin: str, error: BaseException) -> PortKitError:
 def _clashes(declared: list[tuple[Port, str]]) -> Iterator[PortKitError]:
     """Yield an error for every port that shares its name or its pipeline's class with a different one.
 
-    Neither of the two is offered then: which one was meant cannot be known.
+    Both are unavailable, because the intended one is unknown.
     """
     for port, origin in declared:
         for other, other_origin in declared:

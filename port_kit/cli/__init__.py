@@ -1,4 +1,4 @@
-"""The command line: ``port-kit COMMAND``. One file a command; each is imported only when it is called."""
+"""The command line: ``port-kit COMMAND``. One module per command, imported on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 #: command -> (module with a click command of that name, one line for the overview)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "convert": ("port_kit.cli.convert", "Pickle checkpoint to safetensors, executing nothing."),
+    "convert": ("port_kit.cli.convert", "Convert a pickle checkpoint to safetensors without executing it."),
     "coverage": (
         "port_kit.cli.coverage",
         "Check a rule set against a source and a target, from headers alone.",
@@ -19,16 +19,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("port_kit.cli.doctor", "Versions, plugin, token, disk, installed git code."),
     "download": ("port_kit.cli.download", "Fetch, convert and assemble a port's model directory."),
     "generate": ("port_kit.cli.generate", "Run one request on a model directory and write an MP4 file."),
-    "inspect": ("port_kit.cli.inspect", "Which path a repository or folder is on, why, and the next step."),
-    "layout": ("port_kit.cli.layout", "Draw which rank of a parallel layout holds and does what."),
-    "list": ("port_kit.cli.list", "The ports of this environment."),
+    "inspect": ("port_kit.cli.inspect", "Classify a repository or folder and show the next step."),
+    "layout": ("port_kit.cli.layout", "Draw the ranks of a parallel layout."),
+    "list": ("port_kit.cli.list", "List the installed ports."),
     "manifest": ("port_kit.cli.manifest", "Names, shapes and dtypes of a checkpoint or of a port's modules."),
     "new": ("port_kit.cli.new", "Write a port: package, recipe, rules, tests, scripts, card."),
-    "remove": ("port_kit.cli.remove", "Take away what a download put there."),
+    "remove": ("port_kit.cli.remove", "Remove a downloaded model directory."),
     "rules": ("port_kit.cli.rules", "Check, explain, suggest, plan, invert and export rule sets."),
     "show": ("port_kit.cli.show", "One port: components, licences, repositories, card."),
-    "uninstall": ("port_kit.cli.uninstall", "Take a port's git code out of this environment."),
-    "verify": ("port_kit.cli.verify", "Port against reference goldens; N ranks against one."),
+    "uninstall": ("port_kit.cli.uninstall", "Remove a port's git code from this environment."),
+    "verify": ("port_kit.cli.verify", "Compare a port with its original, or N ranks with one."),
 }
 
 
@@ -65,6 +65,6 @@ def main(verbose: int, quiet: bool) -> None:
     """Bring diffusion models with scattered checkpoints and custom code to vLLM-Omni, out of tree."""
     level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    # vLLM logs to stdout unless told otherwise, and stdout is for data.
+    # By default vLLM logs to stdout, which is reserved for data.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", logging.getLevelName(level))

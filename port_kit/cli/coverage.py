@@ -1,4 +1,4 @@
-"""``port-kit coverage``: does a rule set bring a checkpoint completely into a module? From headers alone."""
+"""``port-kit coverage``: check that a rule set maps a checkpoint completely to a module, from headers alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ from port_kit.reports import coverage_page, write_page
 @click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules.")
 @wrapper_option
 @click.option("--allow-downcast", is_flag=True, help="Allow rounding to a narrower floating-point dtype.")
-@click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
+@click.option(
+    "--no-cache",
+    "build",
+    is_flag=True,
+    help="Build the port's modules; ignore the manifest cache.",
+)
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the report to this file.")
 @json_option
 @handles_errors("coverage")

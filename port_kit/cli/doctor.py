@@ -1,4 +1,4 @@
-"""``port-kit doctor``: whether this environment can download, check and run ports."""
+"""``port-kit doctor``: check that this environment can download, check and run ports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from port_kit.runtime.diagnose import Check, diagnose
 def command(engine: bool, as_json: bool) -> None:
     """Look at versions, plugins, platform, output types, patches, torchvision, token, disk and installed git code.
 
-    Exits with 1 where a check does not hold. A token's value is never printed.
+    Exit with 1 if a check fails. The value of a token is never printed.
     """
     versions, checks = diagnose(engine=engine)
     data = {"versions": versions, "checks": [asdict(check) for check in checks]}

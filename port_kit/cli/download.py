@@ -1,4 +1,4 @@
-"""``port-kit download PORT``: a recipe becomes a whole model directory."""
+"""``port-kit download PORT``: create a model directory from a recipe."""
 
 from __future__ import annotations
 
@@ -34,14 +34,12 @@ from port_kit.port import find_port, resolve
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--revision", multiple=True, metavar="[REPO=]COMMIT", help="Another revision than the recipe's.")
 @click.option("--update", is_flag=True, help="Resolve revisions that the recipe does not pin anew.")
-@click.option(
-    "--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Use no network; fail where something is missing."
-)
-@click.option("--verify", is_flag=True, help="Hash every file; fetch what is damaged again.")
+@click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Use no network; fail if a file is missing.")
+@click.option("--verify", is_flag=True, help="Hash every file and fetch damaged files again.")
 @click.option("--prune", is_flag=True, help="Delete files that are not part of the model; not in the first run.")
 @click.option("--with-reference", is_flag=True, help="Also install the original code, for comparison.")
-@click.option("--keep-original", is_flag=True, help="Keep pickle checkpoints beside what they are converted to.")
-@click.option("--no-cache", is_flag=True, help="Do not look into the Hub cache.")
+@click.option("--keep-original", is_flag=True, help="Keep pickle checkpoints after their conversion.")
+@click.option("--no-cache", is_flag=True, help="Do not read the Hub cache.")
 @click.option("--endpoint", help="A mirror of the Hub.  [default: HF_ENDPOINT]")
 @click.option("--connections", default=8, show_default=True, type=click.IntRange(1, 64), help="Requests at a time.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
@@ -67,7 +65,7 @@ def command(
 ) -> None:
     """Fetch, convert and assemble the model directory of PORT (a port's name, or a recipe in TOML).
 
-    Run it again after any interruption: it goes on where it was. HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured.
+    Run the command again after an interruption to resume. HF_TOKEN, HF_ENDPOINT and HF_HOME are respected.
     """
     recipe = load_recipe(port, variant)
     report = download(

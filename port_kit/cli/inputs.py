@@ -1,4 +1,4 @@
-"""What a command line names: a checkpoint, a manifest, a remote repository, a rule set, a size."""
+"""Parsing of command-line inputs: checkpoints, manifests, remote repositories, rule sets, sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``port-kit inspect REPO_OR_DIR``: what a model is to vLLM-Omni, and what to do next."""
+"""``port-kit inspect REPO_OR_DIR``: classify a model and show the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``port-kit layout``: a parallel layout as a drawing, before any GPU is rented for it."""
+"""``port-kit layout``: draw a parallel layout."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from port_kit.port import find_port
 @click.option("--port", help="A port's modules instead of a checkpoint, at full size.")
 @click.option("--component", help="One component of the port.  [default: all]")
 @wrapper_option
-@click.option("--build", is_flag=True, help="Build the port's modules on the meta device; use no recording.")
+@click.option("--no-cache", "build", is_flag=True, help="Build the port's modules; ignore the manifest cache.")
 @click.option("--record", is_flag=True, help="Build, and write the recording in the port's folder.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the manifest here.")
 @json_option

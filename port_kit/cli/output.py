@@ -1,4 +1,4 @@
-"""What commands print: data on stdout, everything else on stderr; one JSON envelope with ``--json``."""
+"""Output of commands: data on stdout, everything else on stderr; one JSON envelope with ``--json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from port_kit.escape import escape_control_chars
 from port_kit.files import os_errors_as
 
 SCHEMA = "port-kit/1"
-#: What text for people is laid out with.
+#: Layout characters that text output keeps.
 _LAYOUT = "\n\t"
 
 

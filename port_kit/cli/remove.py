@@ -1,4 +1,4 @@
-"""``port-kit remove DIR``: take away what a download put there."""
+"""``port-kit remove DIR``: remove a downloaded model directory."""
 
 from __future__ import annotations
 

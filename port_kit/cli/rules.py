@@ -67,7 +67,7 @@ class Given:
 
     @property
     def has_both_sides(self) -> bool:
-        """Whether a source and a target are named."""
+        """True if a source and a target are given."""
         return bool(self.options["source"]) and bool(self.options["target"] or self.options["port"])
 
 
@@ -109,7 +109,7 @@ def check_command(as_json: bool, **options: Any) -> None:
 @json_option
 @handles_errors("rules explain")
 def explain_command(name: str, as_json: bool, **options: Any) -> None:
-    """Which rules speak of NAME (a source or a target), and what they do with it."""
+    """Show the rules that match NAME (a source or a target) and their effect."""
     from port_kit.remap.coverage import explain
 
     given = Given(options)

@@ -1,4 +1,4 @@
-"""``port-kit show PORT``: what a port is made of and what it may be used for."""
+"""``port-kit show PORT``: show the components and licenses of a port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``port-kit uninstall NAME``: take git code out of this environment."""
+"""``port-kit uninstall NAME``: remove git code from this environment."""
 
 from __future__ import annotations
 

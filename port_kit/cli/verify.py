@@ -1,4 +1,4 @@
-"""``port-kit verify``: a port against its reference, and N ranks against one."""
+"""``port-kit verify``: compare a port with its original implementation, and N ranks with one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from port_kit.reports import parity_page, write_page
 
 @click.group("verify")
 def command() -> None:
-    """Check that a port computes what its reference computes."""
+    """Check the results of a port."""
 
 
 @command.command(
@@ -44,7 +44,9 @@ def command() -> None:
     help="What --reference records: fp32 without rounding (default), bf16 as the original runs, on CUDA.",
 )
 @click.option("--device", default="auto", show_default=True, help="Where --reference runs: cpu, cuda or auto.")
-@click.option("--timeout", default=14_400.0, show_default=True, help="Seconds that the original may take.")
+@click.option(
+    "--timeout", default=14_400.0, show_default=True, help="Time limit of the original implementation in seconds."
+)
 @click.option("--only", default="*", show_default=True, help="Shell pattern over case names.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the report to this file.")
 @json_option
@@ -63,10 +65,10 @@ def parity(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Run every golden case in a folder and compare with what the reference gave.
+    """Run every golden case in a folder and compare the results with the recorded outputs.
 
-    With --reference the goldens are made first: the original code, which `port-kit download PORT --with-reference`
-    fetches, runs on the model directory in a process of its own, and what it gives is kept for the next time.
+    With --reference the goldens are recorded first: the original implementation, which `port-kit download PORT
+    --with-reference` installs, runs on the model directory in a process of its own. The goldens are kept and reused.
     """
     if reference == (goldens is not None):
         raise click.UsageError("give --goldens DIR, or --reference")
@@ -123,15 +125,15 @@ def _line(report: CaseReport) -> str:
     type=click.Choice(("auto", "cpu", "cuda")),
     default="auto",
     show_default=True,
-    help="Processes of this machine, or its GPUs, one a rank; auto: what vLLM is built for.",
+    help="Run ranks as CPU processes or on one GPU each; auto: the device that vLLM is built for.",
 )
 @json_option
 @handles_errors("verify parallel")
 def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: str, device: str, as_json: bool) -> None:
     """Run a port on several ranks of this machine, compare with one rank, and prove that the work was divided.
 
-    A layout that the model or the machine cannot have is refused before anything runs; of the default matrix it is
-    left out, and told.
+    A layout that the model or the machine does not support is an error. Such layouts of the default matrix are skipped
+    and reported.
     """
     from port_kit.parallel.layout_selection import choose_layouts, find_device, read_model_shape
     from port_kit.parallel.verify import DEFAULT_LAYOUTS, TOLERANCE, port_test_case, verify_parallel
@@ -157,5 +159,5 @@ def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: st
         "left_out": left_out,
         "layouts": [report.to_json() for report in reports],
     }
-    text = f"{len(reports) - len(failed)} of {len(reports)} layouts compute what one rank computes, and divide the work"
+    text = f"{len(reports) - len(failed)} of {len(reports)} layouts match one rank and divide the work"
     emit("verify parallel", data, as_json=as_json, text=text, ok=ok)

@@ -1,4 +1,4 @@
-"""Pages of the documentation that are generated: ``docs/cli.md``, ``docs/troubleshooting.md``, pictures.
+"""Generated pages of the documentation: ``docs/cli.md``, ``docs/troubleshooting.md``, drawings.
 
-``python -m port_kit.docgen`` writes them; a test compares what is committed with what the code says.
+``python -m port_kit.docgen`` writes them. A test compares the committed pages with the generated ones.
 """

@@ -1,4 +1,4 @@
-"""What a repository or a folder is to vLLM-Omni, from listings and headers alone.
+"""Inspection of repositories and folders: support in vLLM-Omni and the next step, from listings and headers alone.
 
 >>> from port_kit.inspect import inspect
 >>> inspect("org/model").path                                                     # doctest: +SKIP

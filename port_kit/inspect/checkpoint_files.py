@@ -1,4 +1,4 @@
-"""Which files of tensors belong together: shards, indexes, variants, and what of them a loader takes."""
+"""Grouping of tensor files into checkpoints: shards, indexes, variants, and the files that a loader selects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from port_kit.inspect.weights import split_suffix
 #: Names that libraries give to the one checkpoint of a folder; files of these stems hold the same tensors.
 STANDARD_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
-#: What a loader prefers where a folder has several forms of the same tensors.
+#: Order in which loaders prefer the formats of the same tensors.
 _ORDER = ("safetensors", "torch", "gguf")
 
 
@@ -22,7 +22,7 @@ class WeightSet:
     """One checkpoint: a file, or all shards of one.
 
     Attributes:
-        folder: where it lies, empty for the root.
+        folder: its folder, empty for the root.
         stem: its name without suffix, shard number and variant (``model``).
         variant: ``fp16`` of ``model.fp16.safetensors``; only of standard stems.
         suffix: ``.safetensors``.
@@ -44,18 +44,18 @@ class WeightSet:
 
     @property
     def is_standard(self) -> bool:
-        """Whether it bears the name that a library gives to a folder's one checkpoint."""
+        """True if the name is the one that a library gives to the only checkpoint of a folder."""
         return self.stem in STANDARD_STEMS
 
     @property
     def rank(self) -> tuple[int, bool]:
-        """The smaller, the rather it is taken."""
+        """Sort key; loaders prefer the lowest."""
         family = self.files[0].format.partition(" ")[0]
         return (_ORDER.index(family) if family in _ORDER else len(_ORDER), bool(self.variant))
 
 
 def group(files: Iterable[WeightFile]) -> list[WeightSet]:
-    """Put files together that are parts of one checkpoint."""
+    """Group the files of each checkpoint."""
     grouped: dict[tuple[str, str, str, str, int], list[WeightFile]] = {}
     for file in files:
         grouped.setdefault(_key(file.path), []).append(file)
@@ -97,7 +97,7 @@ class Index:
 
 
 def read_index(path: str, content: bytes) -> Index | Finding:
-    """Read an index; what is no index is a finding."""
+    """Read an index, or return a finding if the content is not an index."""
     folder = path.rpartition("/")[0]
     try:
         weight_map = json.loads(content)["weight_map"]
@@ -113,7 +113,7 @@ def _beside(folder: str, file: str) -> str:
 def missing_shards(
     sets: Iterable[WeightSet], indexes: Iterable[Index], files: Mapping[str, WeightFile]
 ) -> Iterator[Finding]:
-    """Yield what is not whole: shards that are missing, indexes that disagree with their files."""
+    """Yield missing shards and indexes that disagree with their files."""
     indexed: set[str] = set()
     for index in indexes:
         indexed |= set(index.weight_map.values())

@@ -1,4 +1,4 @@
-"""Which of the four paths a model is on, and why: every sentence names the file that it rests on."""
+"""Classification of a model into one of four paths. Every finding names the file that it is based on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ADAPTER = "DiffusersAdapterPipeline"
 
 @dataclass(frozen=True)
 class Classification:
-    """The path, why, and what follows from it.
+    """The path of a model and the evidence for it.
 
     Attributes:
         path: see :data:`~port_kit.inspect.report.ModelPath`.
@@ -36,14 +36,19 @@ class Classification:
 
 
 def classify(documents: Documents, components: list[Component]) -> Classification:
-    """Decide: what the registries know, then what the index and the components' classes say."""
+    """Classify a model by the registries, then by its index and the classes of its components."""
     evidence: list[Finding] = []
     taking = list(_ports_that_take(documents.listing.name, list(documents.listing.files)))
     evidence += [finding for _, finding in taking]
     port = taking[0][0] if taking else ""
     hidden = _hidden(documents)
     if hidden:
-        return Classification("unknown", "", (*evidence, Finding(hidden, "tells, and is behind the gate")), port=port)
+        return Classification(
+            "unknown",
+            "",
+            (*evidence, Finding(hidden, "is required to classify the model, but the repository is gated")),
+            port=port,
+        )
     class_name, source = _pipeline_class(documents, evidence)
     stage = _stage(documents)
     if stage:
@@ -64,7 +69,7 @@ def classify(documents: Documents, components: list[Component]) -> Classificatio
 
 
 def _adapter(path: ModelPath) -> Iterator[Finding]:
-    """What can be had today, without a port."""
+    """Yield the finding about vLLM-Omni's diffusers adapter, which runs some models without a port."""
     if path == "diffusers" and _ADAPTER in omni().pipelines:
         yield Finding(
             _omni(),
@@ -74,7 +79,7 @@ def _adapter(path: ModelPath) -> Iterator[Finding]:
 
 
 def _hidden(documents: Documents) -> str:
-    """The first file that would tell and that the gate keeps; without any, the listing says all there is to say."""
+    """Return the first file that is required to classify the model and that the gate hides, or an empty string."""
     if not documents.listing.gate:
         return ""
     return next((path for path in documents.listing.files if path.rpartition("/")[2] in (*INDEXES, *CONFIGS)), "")
@@ -94,7 +99,7 @@ def _pipeline_class(documents: Documents, evidence: list[Finding]) -> tuple[str,
 
 
 def _class_of_root_config(config: dict[str, Any]) -> str:
-    """What vLLM-Omni makes of a root ``config.json``; a diffusers component there is no pipeline."""
+    """Return the pipeline class that vLLM-Omni selects for a root ``config.json``, or an empty string."""
     listed = config.get("architectures")
     architectures = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     by_type = omni().by_model_type.get(str(config.get("model_type"))) if config else None
@@ -155,7 +160,7 @@ def _place(part: Component) -> str:
 
 
 def _path(documents: Documents, class_name: str, components: list[Component]) -> ModelPath:
-    """Decide between the three paths of what nobody serves yet."""
+    """Return the path of a model that neither vLLM-Omni nor a port serves."""
     own = [part for part in components if has_weights(part.class_name) and not part.known]
     of_diffusers = [part for part in components if part.known and part.library != "transformers"]
     if index_path(documents) and class_name in diffusers_names() and components and not own:

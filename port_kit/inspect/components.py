@@ -1,4 +1,4 @@
-"""The parts of a model: what ``model_index.json`` names, what has a ``config.json``, and checkpoints that lie about."""
+"""Components of a model: entries of ``model_index.json``, folders with a ``config.json``, and other checkpoints."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Named:
 
 
 def has_weights(class_name: str) -> bool:
-    """Whether a class is one of modules; tokenizers, processors and schedulers have files, but no weights."""
+    """Return True if a class has weights. Tokenizers, processors and schedulers do not."""
     return not class_name.removesuffix("Fast").endswith(_WEIGHTLESS)
 
 
 def index_path(documents: Documents) -> str:
-    """Return which index there is, or an empty string."""
+    """Return the path of the index, or an empty string."""
     return next((path for path in INDEXES if path in documents.listing.files), "")
 
 
@@ -87,7 +87,7 @@ def find_components(documents: Documents, files: Mapping[str, WeightFile]) -> li
 
 
 def _configured_folders(documents: Documents) -> set[str]:
-    """Folders below the root that have a configuration."""
+    """Return the folders below the root that have a configuration."""
     folders = (path.rpartition("/")[::2] for path in documents.listing.files)
     return {folder for folder, name in folders if folder and name in CONFIGS}
 
@@ -103,7 +103,7 @@ def _folder_component(
 
 
 def _loose_components(documents: Documents, sets: list[WeightSet]) -> Iterator[Component]:
-    """Checkpoints outside the components' folders: each is a part of its own, forms of one checkpoint are one."""
+    """Yield one component per checkpoint outside of the components' folders."""
     by_place: dict[str, list[WeightSet]] = {}
     for item in sets:
         by_place.setdefault(f"{item.folder}/" if item.is_standard else item.name, []).append(item)

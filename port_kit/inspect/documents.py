@@ -1,4 +1,4 @@
-"""The small text files of what is inspected, read once; those that cannot be read are remembered as findings."""
+"""Small text files of a listing, cached; unreadable files are recorded as findings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LONGEST = 1 << 26  # an index of a hundred thousand tensors has ten megabytes
 
 
 class Documents:
-    """Reads text and JSON of a listing.
+    """Cached reader of the text and JSON files of a listing.
 
     Attributes:
-        problems: what is there and cannot be read, in the order of reading.
+        problems: files that exist but cannot be read, in reading order.
     """
 
     def __init__(self, listing: FileListing) -> None:

@@ -1,4 +1,4 @@
-"""What is inspected: a local folder or a repository of the Hub, as a listing and bytes by offset."""
+"""Listings of a local folder or of a Hub repository, with random access to the files' bytes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class HubListing:
     def __init__(self, hub: HubClient, repo_id: str, revision: str) -> None:
         self.name, self._hub = repo_id, hub
         self.broken: tuple[str, ...] = ()
-        with _told_for_inspection():
+        with _inspection_hints():
             self.commit: str | None = hub.resolve(repo_id, revision)
             self._listed = {file.path: file for file in hub.tree(repo_id, str(self.commit))}
         self.files: Mapping[str, int] = {path: file.size for path, file in sorted(self._listed.items())}
@@ -93,7 +93,7 @@ class HubListing:
         return FileSpec(path, self.name, str(self.commit), path, file.size, file.digest)
 
     def _ask_gate(self) -> str:
-        """A gated repository shows its listing to everybody: only asking for a file tells."""
+        """Request a file, since listings of gated repositories are public. Return the gate, or an empty string."""
         try:
             for path in list(self.files)[:1]:
                 self._hub.probe(self._spec(path))
@@ -108,7 +108,7 @@ class HubListing:
 def open_listing(
     target: str, revision: str | None, endpoint: str | None, token: str | bool | None
 ) -> Iterator[FileListing]:
-    """Open a folder where there is one of that name, else the repository.
+    """Open a local folder, or a Hub repository if there is no such folder.
 
     Raises:
         InspectError: ``inspect_target`` for what is neither.
@@ -144,7 +144,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of a file; None for what is none: reading a pipe would wait for ever."""
+    """Return the size of a regular file in bytes, or None. Reading a pipe would block."""
     try:
         found = path.stat()
     except OSError:
@@ -153,8 +153,8 @@ def _size(path: Path) -> int | None:
 
 
 @contextmanager
-def _told_for_inspection() -> Iterator[None]:
-    """The client's hints speak of recipes; here somebody typed a name."""
+def _inspection_hints() -> Iterator[None]:
+    """Replace the client's hints about recipes by hints about the name that the user typed."""
     try:
         yield
     except DownloadError as error:

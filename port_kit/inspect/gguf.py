@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and tensor table, read by offset. No tensor is touched."""
+"""Reader of GGUF headers: metadata and tensor table, by offset."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which classes vLLM-Omni, diffusers and transformers have, read from their source: nothing of them is imported.
+"""Classes of vLLM-Omni, diffusers and transformers, read from their source without importing them.
 
-Importing them takes ten seconds and torch; their tables are literals, and reading those takes milliseconds. Where a
-table is not where it is expected, that is an error: an answer from half a table would be a wrong answer.
+Importing them is slow and requires torch. Their registries are literals, which are parsed instead. A registry that is
+not found is an error, because an incomplete registry would give a wrong answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INSTALL = (
 
 @dataclass(frozen=True)
 class OmniRegistries:
-    """What vLLM-Omni serves.
+    """The registries of the installed vLLM-Omni.
 
     Attributes:
         version: of the installed package.
@@ -52,7 +52,7 @@ def omni() -> OmniRegistries:
 
     Raises:
         OptionalDependencyError: it is not installed.
-        RegistrationError: ``upstream_changed`` where a registry is not where it was.
+        RegistrationError: ``upstream_changed`` if a registry is not found.
     """
     models = _table("vllm_omni", "diffusion/registry.py", "_DIFFUSION_MODELS")
     stages = _table("vllm_omni", "config/pipeline_registry.py", "OMNI_PIPELINES")
@@ -73,7 +73,7 @@ def diffusers_names() -> Mapping[str, str]:
 
     Raises:
         OptionalDependencyError: diffusers is not installed.
-        RegistrationError: its lazy table is not where it was.
+        RegistrationError: its lazy import table is not found.
     """
     names = dict(_lazy_table(_parse("diffusers", "__init__.py")))
     if not names:
@@ -82,9 +82,9 @@ def diffusers_names() -> Mapping[str, str]:
 
 
 def library_has(library: str, class_name: str) -> bool:
-    """Whether a library of ``model_index.json`` has a class: diffusers (or a folder of its pipelines) or transformers.
+    """Return True if a library of ``model_index.json`` has a class.
 
-    Other libraries are the model's own code, whatever may be installed under their name.
+    Known libraries are diffusers, the folders of its pipelines, and transformers. Others are the model's own code.
     """
     if library == "diffusers":
         return class_name in diffusers_names()
@@ -184,7 +184,7 @@ def _root_config_rules(tree: ast.Module) -> tuple[dict[str, str], dict[str, str]
 
 
 def _compared(compare: ast.Compare, name: str) -> list[str]:
-    """The strings that a comparison holds against the variable ``name``."""
+    """Return the strings that a comparison compares with the variable ``name``."""
     sides = [compare.left, *compare.comparators]
     if not any(isinstance(side, ast.Name) and side.id == name for side in sides):
         return []

@@ -1,4 +1,4 @@
-"""What vLLM-Omni needs and does not find."""
+"""Detection of missing or damaged files that vLLM-Omni requires."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOADED = (".safetensors", ".bin", ".pt")
 def find_missing_files(
     documents: Documents, classification: Classification, components: list[Component], files: dict[str, WeightFile]
 ) -> list[Finding]:
-    """List what has to be there, or whole, before vLLM-Omni can load the model."""
+    """List the files that are missing or incomplete for vLLM-Omni to load the model."""
     found = [*_index_needs(documents, classification), *_transformer_config(documents, classification)]
     found += [Finding(link, "is no file, or a link that leads nowhere") for link in documents.listing.broken]
     if not documents.listing.gate:
@@ -53,7 +53,7 @@ def _index_needs(documents: Documents, classification: Classification) -> Iterat
 
 
 def _transformer_config(documents: Documents, classification: Classification) -> Iterator[Finding]:
-    """Only where somebody has to write it: a served pipeline says itself what it needs."""
+    """Check for the transformer's configuration unless the model is already supported."""
     there = any(path in documents.listing.files for path in ("transformer/config.json", "unet/config.json"))
     if classification.path != "supported" and not there:
         yield Finding("transformer/config.json", "is not there; vLLM-Omni gives it to the pipeline")
@@ -80,7 +80,7 @@ def _tokenizer(documents: Documents, components: list[Component]) -> Iterator[Fi
 
 
 def _readable(components: list[Component], files: dict[str, WeightFile]) -> Iterator[Finding]:
-    """Files that cannot be read, and those that can but not by the standard loader."""
+    """Yield files that cannot be read, or not by vLLM-Omni's standard loader."""
     for file in files.values():
         if file.problem:
             yield Finding(file.path, file.problem)
@@ -93,7 +93,7 @@ def _readable(components: list[Component], files: dict[str, WeightFile]) -> Iter
 
 
 def index_gaps(documents: Documents, files: dict[str, WeightFile]) -> Iterator[Finding]:
-    """Shards that are missing, indexes that disagree with their files."""
+    """Yield missing shards and indexes that disagree with their files."""
     indexes = []
     for path in documents.listing.files:
         if path.endswith(".json") and ".index." in path.rpartition("/")[2]:

@@ -1,4 +1,4 @@
-"""What a repository's README.md says: licence and origin from its metadata, git and Hub repositories from its text."""
+"""Reader of model cards: license and origin from the metadata, git and Hub repositories from the text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MU
 _GIT = re.compile(r"(?:https?://)?(?:www\.)?(github\.com|gitlab\.com|bitbucket\.org)/([\w.-]+)/([\w.-]+)", re.ASCII)
 _HUB = re.compile(r"(?:huggingface\.co|hf\.co)/([\w.-]+)/([\w.-]+)", re.ASCII)
 _CLI = re.compile(r"\b(?:hf|huggingface-cli) download ([\w.-]+)/([\w.-]+)", re.ASCII)
-#: First parts of Hub addresses that are no organisations.
+#: First path components of Hub URLs that are not organizations.
 _PLACES = {"api", "blog", "collections", "datasets", "docs", "join", "models", "organizations", "papers", "spaces"}
-#: First parts of GitHub addresses that are no owners.
+#: First path components of GitHub URLs that are not owners.
 _NOT_OWNERS = {"features", "orgs", "sponsors", "user-attachments"}
 
 
@@ -69,5 +69,5 @@ def _hub_repositories(text: str) -> Iterator[str]:
 
 
 def _trimmed(name: str) -> str:
-    """Without what prose and git put behind a name."""
+    """Return a name without a trailing period and the suffix ``.git``."""
     return name.rstrip(".").removesuffix(".git")

@@ -1,4 +1,4 @@
-"""What would go wrong without a word: vLLM-Omni would take another pipeline, other files, or somebody's code."""
+"""Detection of silent failures: wrong pipeline selected, wrong files loaded, or remote code executed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAFETENSORS_INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model
 def find_pitfalls(
     documents: Documents, classification: Classification, components: list[Component], files: dict[str, WeightFile]
 ) -> list[Finding]:
-    """List the traps that this model lays."""
+    """List the pitfalls of a model."""
     found = [
         *_folder_name(documents, classification),
         *_model_type(documents, classification),
@@ -28,7 +28,7 @@ def find_pitfalls(
 
 
 def _folder_name(documents: Documents, classification: Classification) -> Iterator[Finding]:
-    """vLLM-Omni looks for its keys in the folder's name where nothing else has selected a multi-stage pipeline."""
+    """Check the folder's name: vLLM-Omni matches it with its keys if nothing else selects a multi-stage pipeline."""
     config = documents.object("config.json")
     if classification.stage or config.get("model_type") or config.get("architecture"):
         return
@@ -51,7 +51,7 @@ def _plain(name: str) -> str:
 
 
 def _model_type(documents: Documents, classification: Classification) -> Iterator[Finding]:
-    """A root config.json beside an index goes first."""
+    """Check for a root ``config.json``, which takes precedence over an index."""
     if (
         classification.stage
         and classification.stage == documents.object("config.json").get("model_type")
@@ -73,7 +73,7 @@ def _other_class(documents: Documents, components: list[Component]) -> Iterator[
 
 
 def _loaded_twice(documents: Documents, files: dict[str, WeightFile]) -> Iterator[Finding]:
-    """Without an index vLLM-Omni loads every safetensors file of a component's folder, variants included."""
+    """Check for duplicates: without an index vLLM-Omni loads every safetensors file of a folder, variants included."""
     by_folder: dict[str, list[WeightSet]] = {}
     for item in group(files.values()):
         if item.suffix == ".safetensors":
@@ -87,7 +87,7 @@ def _loaded_twice(documents: Documents, files: dict[str, WeightFile]) -> Iterato
 
 
 def _own_code(documents: Documents) -> Iterator[Finding]:
-    """Code that comes with the weights runs only where it is trusted explicitly."""
+    """Check for code in the repository, which runs only if it is trusted explicitly."""
     code = [path for path in documents.listing.files if path.endswith(".py")]
     if code:
         more = f" and {len(code) - 1} more" if len(code) > 1 else ""
@@ -95,7 +95,7 @@ def _own_code(documents: Documents) -> Iterator[Finding]:
 
 
 def _further_models(documents: Documents) -> Iterator[Finding]:
-    """A repository of several models: each folder with an index is a model directory of its own."""
+    """Check for subfolders with an index of their own, each of which is a model directory."""
     for path in documents.listing.files:
         folder, _, name = path.rpartition("/")
         if folder and name in INDEXES:

@@ -1,4 +1,4 @@
-"""The command that writes a port of what was inspected, and what the port is called."""
+"""The ``port-kit new`` command for an inspected model, and the name of its port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An inspection as text: what it is and why, the parts, what is missing, what to do next."""
+"""Text report of an inspection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from port_kit.inspect.report import TITLES, Component, Finding, Inspection, Memo
 
 
 def describe(inspection: Inspection) -> str:
-    """Return the report for people; it carries its meaning without colour."""
+    """Return the text report."""
     where = f" at {inspection.commit}" if inspection.commit else ""
     blocks = [
         [f"{inspection.target}{where}: {TITLES[inspection.path]}"],

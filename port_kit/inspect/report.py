@@ -1,4 +1,4 @@
-"""What an inspection gives: plain frozen data, and its JSON form."""
+"""Result of an inspection and its JSON form."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TITLES: dict[str, str] = {
     "diffusers": "diffusers-based",
     "hybrid": "hybrid (some components are diffusers', the rest is the model's own)",
     "custom": "custom (its own layout and its own code)",
-    "unknown": "not decided (the files that tell cannot be read)",
+    "unknown": "unknown (the files required to classify it cannot be read)",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A fact and the file that it was read from; ``file`` may also be a place (``README.md``, ``folder name``)."""
+    """A fact and its origin: a file or another place (``folder name``)."""
 
     file: str
     fact: str
@@ -66,7 +66,7 @@ class WeightFile:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain form; tensors are counted, not listed."""
+        """Return a JSON-serializable dictionary; tensors are counted, not listed."""
         return {
             "path": self.path,
             "size": self.size,
@@ -134,7 +134,7 @@ class Component:
         return Manifest({name: entry for name, entry in entries.items() if entry[1] in ITEM_SIZES}, origin=self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain form."""
+        """Return a JSON-serializable dictionary."""
         return {
             "name": self.name,
             "library": self.library,
@@ -153,7 +153,7 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What README.md says.
+    """Content of a model card (README.md).
 
     Attributes:
         licence: the metadata's ``license``; ``license_name`` where that is ``other``; empty where it says nothing.
@@ -195,7 +195,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that can be said of a repository or folder from its listing and headers.
+    """The result of inspecting a repository or folder, from its listing and headers.
 
     Attributes:
         target: the repository id or the folder, as given.
@@ -208,8 +208,8 @@ class Inspection:
         components: the parts, in the order of ``model_index.json``, then by name.
         gate: what keeps the files from being read; empty where they can be.
         card: what README.md says.
-        missing: what vLLM-Omni needs and does not find.
-        traps: what would go wrong without a word.
+        missing: files and entries that vLLM-Omni requires and that are missing.
+        pitfalls: failures that vLLM-Omni would not report.
         memory: of the weights; None where no tensor could be read.
         next: the command to run now, or the thing to do.
     """
@@ -234,7 +234,7 @@ class Inspection:
         return next((part for part in self.components if part.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain form, as ``--json`` prints it."""
+        """Return a JSON-serializable dictionary, as ``--json`` prints it."""
         plain = {name: getattr(self, name) for name in ("target", "commit", "path", "files", "size", "class_name")}
         plain |= {name: [dataclasses.asdict(item) for item in getattr(self, name)] for name in ("evidence", "missing")}
         return {

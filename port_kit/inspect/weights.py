@@ -1,4 +1,4 @@
-"""One file of tensors: which format it really has, and which tensors its header names."""
+"""Reader of the header of one tensor file: its actual format and its tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from port_kit.inspect.file_listing import FileListing
 from port_kit.inspect.gguf import read_gguf
 from port_kit.inspect.report import WeightFile
 
-#: What files of these suffixes are called before they are read, and for good where nothing here reads them.
+#: Formats by suffix; the final format if this module has no reader for it.
 FORMATS = {
     ".safetensors": "safetensors",
     ".sft": "safetensors",
@@ -33,7 +33,7 @@ _LFS = b"version https://git-lfs.github.com"
 
 
 def is_weights(path: str) -> bool:
-    """Whether a path is one of a file of tensors, by its name."""
+    """Return True if a path is the name of a tensor file."""
     stem, suffix = split_suffix(path)
     return suffix in FORMATS and not stem.rpartition("/")[2].startswith(LEFTOVERS)
 
@@ -62,7 +62,7 @@ def read_weights(listing: FileListing, path: str) -> WeightFile:
 
 
 class _Headed:
-    """A source whose first bytes are read once: what a file is and what its header says mostly stand there together."""
+    """A byte source that caches the first bytes, which usually contain the complete header."""
 
     def __init__(self, source: ByteSource) -> None:
         self.name, self.size = source.name, source.size
@@ -76,7 +76,7 @@ class _Headed:
 
 
 def _told(error: CheckpointError, source: ByteSource, path: str) -> str:
-    """A reader's message, without the file's full name: the report says it in the line's beginning."""
+    """Return a reader's message without the full file name, which starts the report's line."""
     message = error.message.removeprefix(source.name).lstrip(": ")
     return f"{message.replace(source.name, path.rpartition('/')[2])} [{error.code}]"
 

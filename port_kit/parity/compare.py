@@ -1,7 +1,7 @@
-"""Port against reference: run golden cases and say where the numbers part.
+"""Comparison of a port with recorded goldens.
 
-A *golden* is what the reference code gave for recorded inputs. A port lists its golden cases with the function named
-in :attr:`port_kit.port.Port.parity`::
+A *golden* is an input together with the output of the original implementation. A port lists its
+golden cases with the function named in :attr:`port_kit.port.Port.parity`::
 
     def cases(goldens: Path) -> Iterator[Case]: ...
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bound:
-    """How far a value may be from the reference's.
+    """Allowed difference from the original implementation.
 
     Attributes:
         max_abs: largest absolute difference of any element, or None for no bound.
@@ -43,7 +43,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Pair:
-    """One tensor of the port beside the reference's, compared in float64. Shapes must be equal."""
+    """One tensor of the port and its expected value, compared in float64. Shapes must be equal."""
 
     name: str
     actual: torch.Tensor
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Difference:
-    """What separates one pair. ``max_rel`` is ``max_abs`` over the largest absolute value of the reference."""
+    """Difference of one pair. ``max_rel`` is ``max_abs`` over the largest absolute expected value."""
 
     name: str
     max_abs: float
@@ -97,7 +97,7 @@ class CaseReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every pair is within its bound."""
+        """True if every pair is within its bound."""
         return all(difference.ok for difference in self.differences)
 
     @property
@@ -124,7 +124,7 @@ def run_parity(port: Port, goldens: Path, *, only: str = "*") -> Iterator[CaseRe
 
     Args:
         port: must name a ``parity`` function.
-        goldens: folder laid out as ``docs/goldens.md`` tells.
+        goldens: folder in the layout of ``docs/goldens.md``.
         only: shell pattern over case names.
 
     Raises:
@@ -166,7 +166,7 @@ def compare(pair: Pair) -> Difference:
     """Compare one pair in float64; values that are not finite and unequal shapes are never within a bound."""
     if pair.actual.shape != pair.expected.shape:
         raise ParityError(
-            f"{pair.name} has shape {tuple(pair.actual.shape)}, the reference has {tuple(pair.expected.shape)}",
+            f"{pair.name} has shape {tuple(pair.actual.shape)}, expected {tuple(pair.expected.shape)}",
             code="parity_shape",
             hint="check the golden's dims in SET.json against the component's configuration",
         )

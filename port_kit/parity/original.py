@@ -1,4 +1,4 @@
-"""What a port says about its original code."""
+"""Declaration of a port's original implementation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from port_kit.errors import ParityError
 
 @dataclass(frozen=True)
 class OriginalImplementation:
-    """How a port's original code is run.
+    """The original implementation of a port, and the script that runs it.
 
     Attributes:
         git_code: name of the :class:`~port_kit.download.GitCode` of the port's recipe.
@@ -44,7 +44,7 @@ class OriginalImplementation:
             if path.is_file():
                 return path
         raise ParityError(
-            f"the reference's script {self.script} is not a module of an installed package",
+            f"the script {self.script} of the original implementation is not a module of an installed package",
             code="reference_missing",
             hint="correct the `original` of the port",
         )

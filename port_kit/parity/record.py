@@ -1,8 +1,7 @@
-"""Run a port's original code in its own process, and keep what it gives as a goldens folder.
+"""Runner of the original implementation that records a goldens folder.
 
-The folder is made aside and renamed when it is whole, so that it is there completely or not at all. ``reference.json``
-in it tells what it was made from; a folder that was made from the same commit, script, model and settings is used
-again.
+The folder is written under a temporary name and renamed when it is complete. ``reference.json`` records its commit,
+script, model and settings. A folder with the same record is reused.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ TAIL = 15
 
 @dataclass(frozen=True)
 class Settings:
-    """How the original code is run.
+    """Settings of a run of the original implementation.
 
     Attributes:
         python: interpreter of the environment that has what the original needs; None for this one.
@@ -80,8 +79,8 @@ def record(
     """Make a goldens folder by running the port's original code on a model directory.
 
     Args:
-        port: must name a ``reference``.
-        model: a whole model directory; its lock says which commit of the original code belongs to it.
+        port: must declare ``original``.
+        model: a complete model directory, whose lock records the commit of the original code.
         output: the goldens folder.
         settings: how to run; the defaults where it is None.
         note: told what happens, a line at a time.
@@ -123,14 +122,14 @@ def _find_code(port: Port, model: Path) -> tuple[OriginalImplementation, GitCode
     """Return the reference, its git code and the commit; the checkout is there and is that commit."""
     if not port.original:
         raise ParityError(
-            f"port {port.name} names no reference",
+            f"port {port.name} declares no original implementation",
             code="reference_missing",
             hint="compare with recorded goldens: --goldens DIR",
         )
     install = f"port-kit download {port.name} --output-dir {model} --with-reference"
     if not (model / "model_index.json").is_file():
         raise ParityError(
-            f"{model} is no whole model directory: it has no model_index.json",
+            f"{model} is not a complete model directory: it has no model_index.json",
             code="reference_missing",
             hint=f"make it, together with the original code: {install}",
         )
@@ -238,7 +237,7 @@ def _run(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the process's group: the original may have started workers of its own."""
+    """Kill the process group, including workers that the original implementation started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -247,7 +246,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _failure(port: Port, python: str, status: int, log: Path) -> ParityError:
-    """Say what the original said last; a package that it lacks is named with the command that installs it."""
+    """Return an error with the end of the log, and a command to install a missing package."""
     tail = _tail(log)
     last = tail.splitlines()[-1] if tail else ""
     hint = f"the whole output is in {log}"

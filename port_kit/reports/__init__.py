@@ -1,6 +1,6 @@
-"""Reports that people look at: HTML pages of parity and coverage, drawings of parallel layouts, a picture of a clip.
+"""HTML pages of parity and coverage, drawings of parallel layouts, contact sheets.
 
-Pages hold everything they show: no script, no font, no picture from elsewhere.
+Pages are self-contained: they have no scripts and load no external fonts or images.
 """
 
 from port_kit.reports.contact_sheet import draw_contact_sheet

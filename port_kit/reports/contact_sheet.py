@@ -1,4 +1,4 @@
-"""One picture of a clip with sound, decoded from the file itself: frames in order, and the waveform below them."""
+"""Contact sheet of a video with audio: frames in order and the waveform, decoded from the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BACK, _INK, _SOFT, _TRACE = (250, 250, 252), (32, 36, 44), (132, 138, 150), (64
 
 @dataclass(frozen=True)
 class Clip:
-    """What a file holds: some frames with their times, all of the sound.
+    """Decoded content of a file: selected frames with their times, and the complete audio.
 
     Attributes:
         frames: uint8 (H, W, 3), with seconds from the start.

@@ -1,4 +1,4 @@
-"""The page of ``coverage --html``: what fills what, by layer template, and every gap with its hint."""
+"""HTML page of ``coverage --html``: sources and targets by layer template, and every gap with a hint."""
 
 from __future__ import annotations
 

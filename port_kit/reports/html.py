@@ -1,4 +1,4 @@
-"""The frame of every HTML report: one file, styles within, light and dark by the reader's system, all input escaped."""
+"""Building blocks of HTML reports: one self-contained file, light and dark styles, escaped input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawings of a parallel layout: which rank is which share of what, for a terminal and as SVG.
+"""Drawings of a parallel layout as text and as SVG.
 
 vLLM-Omni numbers the ranks of a model so that those of one tensor-parallel group are neighbours, then those of one
 sequence, then the guidance branches (``order="tp-sp-pp-cfg-dp"`` in its ``parallel_state``); within a sequence the
@@ -20,7 +20,7 @@ _COLOURS = ("#3b6fc4", "#c2631d", "#2f8a5b", "#8b4fb5", "#b3375c", "#5f6b7a", "#
 
 @dataclass(frozen=True)
 class Place:
-    """What one rank is.
+    """The coordinates of one rank in a layout.
 
     Attributes:
         rank: global.
@@ -40,7 +40,7 @@ class Place:
     hsdp: int
 
     def words(self, layout: Layout) -> list[str]:
-        """Say what this rank holds and does, one line for each kind that is used."""
+        """Return one line per kind of parallelism, with this rank's share."""
         lines = []
         if layout.tp > 1:
             lines.append(f"tp {self.tp}: 1/{layout.tp} of matrices")
@@ -56,7 +56,7 @@ class Place:
 
 
 def places(layout: Layout) -> list[Place]:
-    """Return what every rank of a layout is, by rank."""
+    """Return the coordinates of every rank of a layout, in rank order."""
     found = []
     for rank in range(layout.world):
         # HSDP alone takes ranks from no other kind: each of them computes everything.

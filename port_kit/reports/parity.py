@@ -1,4 +1,4 @@
-"""The page of ``verify parity --html``: what was compared with what, how far it is, and where it parts first."""
+"""HTML page of ``verify parity --html``: cases, differences, and the first divergence of each case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a port is tested with, for the kit's own tests and for yours.
+"""Test helpers for the kit and for any port.
 
 * tiny checkpoints in the original formats (:mod:`~port_kit.testing.tiny`, and of the fusion ports
   :mod:`~port_kit.testing.tiny_fusion`),

@@ -31,7 +31,7 @@ _PIECE = 1 << 20
 
 @dataclass
 class Fault:
-    """Something that goes wrong at the next matching requests.
+    """A fault that is injected into the next matching requests.
 
     Attributes:
         kind: ``revision``, ``tree``, ``tree2`` (pages after the first), ``head`` or ``get``.
@@ -98,7 +98,7 @@ class StoredFile:
 
     @property
     def etag(self) -> str:
-        """What the Hub sends as ETag: the LFS hash, or the git blob hash of small files."""
+        """The ETag: the LFS hash, or the git blob hash of small files."""
         return self.sha256 or self.git_sha1
 
 
@@ -214,7 +214,7 @@ class Hub:
         return None if files is None else (commit, files)
 
     def knows(self, repo_id: str) -> bool:
-        """Whether there is such a repository."""
+        """Return True if the repository exists."""
         return any(repo_id == known for known, _ in self._branches)
 
     def take_fault(self, kind: str, path: str, host: str = "hub") -> Fault | None:

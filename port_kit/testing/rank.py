@@ -1,4 +1,4 @@
-"""One rank of :mod:`port_kit.testing.workers`: what happens in its process."""
+"""One rank of :mod:`port_kit.testing.workers`: the code that runs in its process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank brought back.
+    """Result of one rank.
 
     Attributes:
         rank: the global rank.
@@ -54,7 +54,7 @@ class RankResult:
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank sends instead of a result: the error's text and traceback, and the error if it can be pickled."""
+    """Error of a rank: its text and traceback, and the exception if it can be pickled."""
 
     rank: int
     text: str

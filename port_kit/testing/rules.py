@@ -112,7 +112,7 @@ def _other_shapes(shape: Shape) -> Iterator[tuple[str, Shape]]:
 
 @dataclass(frozen=True)
 class Mutated:
-    """What became of all mutations of a plan's source.
+    """Result of mutating a plan's source.
 
     Attributes:
         count: how many were tried.
@@ -129,7 +129,7 @@ class Mutated:
 
     @property
     def caught(self) -> int:
-        """How many gave an error."""
+        """Number of mutations that raised an error."""
         return self.count - len(self.same) - len(self.uncaught)
 
 
@@ -154,7 +154,7 @@ def uncaught_mutations(plan: Plan) -> list[str]:
 
 
 def _bytes_moved(plan: Plan) -> set[tuple[object, ...]]:
-    """Which bytes of which source go where: all of a plan but how its sources call the shape of the same bytes."""
+    """Return the byte copies of a plan, independent of the shapes under which sources describe the same bytes."""
     moved: set[tuple[object, ...]] = set()
     for task in plan.tasks:
         spec = plan.source[task.source]

@@ -113,7 +113,7 @@ class ApiServer:
         return self._process.pid
 
     def is_alive(self) -> bool:
-        """Whether the server's process runs."""
+        """True if the server process is running."""
         return self._process is not None and self._process.poll() is None
 
     def memory(self) -> int:

@@ -40,7 +40,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 @dataclass(frozen=True)
 class TinyComponent:
-    """How one component of a model shrinks.
+    """Scaled-down description of one component.
 
     Attributes:
         outline: the full-size checkpoint, as :func:`expand` takes it.

@@ -1,4 +1,4 @@
-"""Diffusion workers without an engine: a pipeline on N ranks, on a CPU in about a second.
+"""Diffusion workers without an engine: a pipeline on N local ranks.
 
 ``Omni`` takes some twenty seconds to start, most of it imports. Here the imports happen once in the calling process;
 each case forks one process a rank, and each runs vLLM-Omni's own ``DiffusionWorker``: the standard loader, the hooks,
@@ -91,7 +91,7 @@ def run_workers(
 
 @cache
 def warm_up() -> None:
-    """Import what every worker needs, once; takes some ten seconds the first time."""
+    """Import the dependencies of every worker, once."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm_omni.platforms import current_omni_platform
     from vllm_omni.plugins import load_omni_general_plugins
@@ -109,7 +109,7 @@ def warm_up() -> None:
 
 
 def _refuse_inherited_world() -> None:
-    """A fork inherits an initialised process group and would take it for its own."""
+    """Raise an error if a process group is initialized, because a fork would inherit it."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -130,7 +130,7 @@ def _world_size(config: Mapping[str, Any]) -> int:
 
 
 class PrewarmedRanks:
-    """Processes that have imported everything, or are about to, and wait for a case: for many cases in a row.
+    """Processes that import their dependencies in advance and wait for a case.
 
     Args:
         count: how many are started.
@@ -144,7 +144,7 @@ class PrewarmedRanks:
         return self._ranks.pop(0) if self._ranks else _begin()
 
     def close(self) -> None:
-        """End those that nobody took."""
+        """Stop the unused processes."""
         for process, pipe in self._ranks:
             pipe.close()
             process.kill()
@@ -164,7 +164,7 @@ def _begin() -> tuple[BaseProcess, Connection]:
 
 
 def _wait_for_case(pipe: Connection) -> None:
-    """The life of a spawned rank: import, wait for a case, run it. Leaves without a word if whoever started it does."""
+    """Import, wait for a case and run it in a spawned rank. Return if the parent process exits."""
     warm_up()
     try:
         rank, case = pickle.loads(pipe.recv_bytes())
@@ -205,7 +205,7 @@ def _fork(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
 
 
 def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection], timeout: float) -> dict[int, RankResult]:
-    """Wait for one message a rank. The first failure ends the wait: the others may hang on a collective."""
+    """Wait for one message per rank. Stop at the first failure, because other ranks may hang in a collective."""
     from multiprocessing.connection import wait
 
     deadline = time.monotonic() + timeout
@@ -259,7 +259,7 @@ def _late(ranks: list[int], timeout: float) -> ParallelError:
 
 
 def _stop(processes: Sequence[BaseProcess], *, grace: float) -> None:
-    """End all ranks and reap them; none outlives this call."""
+    """Stop and reap all ranks."""
     deadline = time.monotonic() + grace
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
