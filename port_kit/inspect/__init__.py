@@ -11,4 +11,4 @@ from port_kit.inspect.inspection import inspect
 from port_kit.inspect.render import describe
 from port_kit.inspect.report import Component, Finding, Inspection, Memory, ModelCard, WeightFile
 
-__all__ = ["ModelCard", "Component", "Finding", "Inspection", "Memory", "WeightFile", "describe", "inspect"]
+__all__ = ["Component", "Finding", "Inspection", "Memory", "ModelCard", "WeightFile", "describe", "inspect"]

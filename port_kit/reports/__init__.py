@@ -9,4 +9,4 @@ from port_kit.reports.html import write_page
 from port_kit.reports.layouts import layout_svg, layout_text
 from port_kit.reports.parity import parity_page
 
-__all__ = ["coverage_page", "layout_svg", "layout_text", "parity_page", "draw_contact_sheet", "write_page"]
+__all__ = ["coverage_page", "draw_contact_sheet", "layout_svg", "layout_text", "parity_page", "write_page"]

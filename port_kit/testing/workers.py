@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 #: Seconds that a rank gets to leave by itself once its result is in.
 _GRACE = 10.0
 
-__all__ = ["RankResult", "Request", "PrewarmedRanks", "run_workers", "warm_up"]
+__all__ = ["PrewarmedRanks", "RankResult", "Request", "run_workers", "warm_up"]
 
 
 def run_workers(

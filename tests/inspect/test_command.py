@@ -36,7 +36,7 @@ def test_text_goes_to_stdout(folder: Folder) -> None:
 def test_no_verdict_is_exit_code_1(flags: list[str]) -> None:
     with Hub({"org/closed": fake_repositories.diffusers_model()}, gated=("org/closed",)) as hub:
         result = CliRunner().invoke(main, ["inspect", "org/closed", "--endpoint", hub.endpoint, *flags])
-    assert result.exit_code == 1 and "behind the gate" in result.stdout
+    assert result.exit_code == 1 and "gated" in result.stdout
 
 
 def test_errors_have_a_code_and_a_hint(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_gated_diffusers_repository_is_not_decided(remote: Remote) -> None:
     report = remote(fake_repositories.diffusers_model(), gated=("org/some_model",))
     assert report.path == "unknown"
     assert "is gated: no token was sent" in report.gate and "accept its terms at" in report.gate
-    assert report.evidence[-1].file == "model_index.json" and "behind the gate" in report.evidence[-1].fact
+    assert report.evidence[-1].file == "model_index.json" and "gated" in report.evidence[-1].fact
     assert report.next == "accept the terms, then: hf auth login && port-kit inspect org/some_model"
     assert report.memory is None and report.size > 0
     assert {part.name for part in report.components} >= {"transformer", "vae", "text_encoder"}

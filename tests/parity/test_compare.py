@@ -73,8 +73,9 @@ def test_a_value_that_is_not_finite_is_never_within_a_bound() -> None:
 
 
 def test_shapes_must_be_equal() -> None:
-    with pytest.raises(ParityError, match=r"x has shape \(3,\), the reference has \(1, 3\)"):
+    with pytest.raises(ParityError) as caught:
         compare(Pair("x", torch.ones(3), torch.ones(1, 3), Bound(max_abs=1.0)))
+    assert caught.value.code == "parity_shape"
 
 
 def test_the_first_pair_outside_its_bound_names_the_divergence() -> None:

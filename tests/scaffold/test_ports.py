@@ -132,7 +132,7 @@ def test_the_guide_with_every_check(ltx_hub: Hub, tmp_path: Path) -> None:
     check(done, tmp_path)
     assert "MochiTransformer3DModel cannot be adapted" in done.stderr
     assert "2 of 2 cases within their bounds" in done.stdout
-    assert "12 of 12 layouts compute what one rank computes" in done.stdout
+    assert "12 of 12 layouts match one rank" in done.stdout
 
 
 @pytest.mark.slow
