@@ -152,7 +152,7 @@ class PortKitError(Exception):
         message: what was given and what is required, without a final full stop; control characters are escaped.
         code: a key of :data:`CODES`.
         hint: what to do about it; one sentence, may name a command.
-        details: facts for ``--json`` (names, files, sizes); values must be JSON-serialisable.
+        details: facts for ``--json`` (names, files, sizes); values must be JSON-serializable.
     """
 
     default_code: str | None = None

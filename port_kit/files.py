@@ -65,7 +65,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's content, or None where it is missing or is no JSON.
+    """Return a JSON file's content, or None if it is missing or is no JSON.
 
     Raises:
         DownloadError: ``output_dir`` where it may not be read.

@@ -25,7 +25,7 @@ def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | No
 
     Args:
         command: the command's words, ``verify parity``.
-        data: the result, JSON-serialisable.
+        data: the result, JSON-serializable.
         as_json: print the envelope instead of ``text``.
         text: what people read; nothing is printed where it is None.
         ok: whether all checks held.
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that an option names; its folder is made.
 
     Raises:
-        DownloadError: ``output_dir`` or ``disk_full``, where it cannot be written.
+        DownloadError: ``output_dir`` or ``disk_full`` if it cannot be written.
     """
     with os_errors_as(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``docs/cli.md``: every command with its arguments, options and examples, from the click commands themselves."""
+"""``docs/cli.md``: commands, arguments, options and examples, from the click commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ With `--json`, stdout is one object: `{"schema": "port-kit/1", "ok": true, "comm
 
 Exit codes: 0 done; 1 failed, or a check did not hold; 2 wrong usage; 130 interrupted.
 
-`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `NO_COLOR` are honoured; `PORT_KIT_PATH` names folders with
+`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `NO_COLOR` are respected; `PORT_KIT_PATH` names folders with
 further ports.
 """
 

@@ -1,4 +1,4 @@
-"""``docs/troubleshooting.md``: every error code with the messages and hints that the code raises it with.
+"""``docs/troubleshooting.md``: error codes, messages and hints, read from the source.
 
 They are read from the source: where an exception is built, its code, its message and its hint stand side by side.
 What a message fills in at run time is shown as ``<name>``.

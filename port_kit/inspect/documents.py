@@ -24,7 +24,7 @@ class Documents:
         self._objects: dict[str, dict[str, Any]] = {}
 
     def content(self, path: str) -> bytes:
-        """Return a file's bytes; empty where it is not there, too large for what it is, or behind a gate."""
+        """Return a file's bytes; empty if it is not there, too large for what it is, or behind a gate."""
         size = self.listing.files.get(path, 0)
         if size > _LONGEST:
             self.problems.append(Finding(path, f"has {size} bytes, too many for a text"))
@@ -38,7 +38,7 @@ class Documents:
         return self.content(path).decode("utf-8", "replace")
 
     def object(self, path: str) -> dict[str, Any]:
-        """Return a JSON object; empty where the file is not there or is none."""
+        """Return a JSON object; empty if the file is not there or is none."""
         if path not in self._objects:
             self._objects[path] = self._read(path)
         return self._objects[path]

@@ -21,7 +21,7 @@ _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 POLICY = Policy(attempts=4)
 _MOST_FILES = 100_000
 _SKIPPED = {"__pycache__", "node_modules"}
-_EITHER = "name an existing folder, or a repository of the Hub as organisation/name"
+_EITHER = "name an existing folder, or a repository of the Hub as organization/name"
 _HINTS = {
     "hub_repo_missing": "check the name (there is no folder of that name here either); for a private repository log in "
     "with `hf auth login`",
@@ -68,7 +68,7 @@ class HubListing:
 
     Args:
         hub: the client.
-        repo_id: ``organisation/name``.
+        repo_id: ``organization/name``.
         revision: a branch, tag or commit.
 
     Raises:

@@ -32,7 +32,7 @@ def inspect(
     No file of weights is downloaded, nothing of it is executed, and neither torch nor vLLM-Omni is imported.
 
     Args:
-        target: a folder, or a repository of the Hub as ``organisation/name``.
+        target: a folder, or a repository of the Hub as ``organization/name``.
         revision: branch, tag or commit of a repository; default ``main``.
         endpoint: default ``HF_ENDPOINT``, then the public Hub.
         token: None takes the one that huggingface_hub finds, False sends none.
@@ -87,7 +87,7 @@ def _read_all(listing: FileListing) -> dict[str, WeightFile]:
 
 
 def _each(listing: FileListing, read: Callable[[str], _T], paths: list[str]) -> list[_T]:
-    """Read files of a repository over several connections, as each costs a round trip; those of a folder in turn."""
+    """Read files of a repository over several connections, or files of a folder in sequence."""
     with ThreadPoolExecutor(_CONNECTIONS if listing.commit else 1) as pool:
         return list(pool.map(read, paths))
 

@@ -38,9 +38,9 @@ class WeightFile:
         path: in the repository or folder, with ``/``.
         size: bytes.
         format: ``safetensors``, ``torch zip``, ``torch legacy``, ``gguf`` ..., or the suffix where it cannot be read.
-        entries: ``{tensor name: (shape, dtype)}``; empty where it cannot be read.
+        entries: ``{tensor name: (shape, dtype)}``; empty if it cannot be read.
         wrapper: of a pickle, the keys above the tensors, dotted.
-        problem: why it cannot be read, or could not be loaded; empty where it can.
+        problem: why it cannot be read, or could not be loaded; empty if it can.
         details: what else its header says (GGUF architecture, values beside the tensors).
     """
 
@@ -87,9 +87,9 @@ class Component:
     Attributes:
         name: its folder, its key in ``model_index.json``, or the path of its weights without suffix.
         library: ``diffusers``, ``transformers``, a word of ``model_index.json``, or empty.
-        class_name: as ``model_index.json`` or its ``config.json`` says; empty where neither does.
+        class_name: as ``model_index.json`` or its ``config.json`` says; empty if neither does.
         known: whether the installed library has that class.
-        source: the file that names the class; empty where none does.
+        source: the file that names the class; empty if none does.
         weights: the files that a loader takes.
         spare: further weight files of it that are not counted (other variants and formats of the same tensors).
     """
@@ -156,14 +156,14 @@ class ModelCard:
     """Content of a model card (README.md).
 
     Attributes:
-        licence: the metadata's ``license``; ``license_name`` where that is ``other``; empty where it says nothing.
+        licence: the metadata's ``license``; ``license_name`` where that is ``other``; empty if it says nothing.
         licence_link: where its text is.
         base_models: models that this one was made from.
         task: the metadata's ``pipeline_tag``.
         code: git repositories that it names, in the order of the text.
         repositories: Hub repositories that it names.
         asks_terms: whether its metadata describes a gate, open to this reader or not.
-        problem: why the metadata cannot be read; empty where it can.
+        problem: why the metadata cannot be read; empty if it can.
     """
 
     licence: str = ""
@@ -206,11 +206,11 @@ class Inspection:
         size: bytes of all files.
         class_name: the pipeline's class, where something names one.
         components: the parts, in the order of ``model_index.json``, then by name.
-        gate: what keeps the files from being read; empty where they can be.
+        gate: what keeps the files from being read; empty if they can be.
         card: what README.md says.
         missing: files and entries that vLLM-Omni requires and that are missing.
         pitfalls: failures that vLLM-Omni would not report.
-        memory: of the weights; None where no tensor could be read.
+        memory: of the weights; None if no tensor could be read.
         next: the command to run now, or the thing to do.
     """
 

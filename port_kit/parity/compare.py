@@ -76,7 +76,7 @@ class Difference:
     ok: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Return the difference as JSON-serialisable values."""
+        """Return the difference as JSON-serializable values."""
         return {
             "name": self.name,
             "max_abs": self.max_abs,
@@ -106,7 +106,7 @@ class CaseReport:
         return next((difference.name for difference in self.differences if not difference.ok), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON-serialisable values."""
+        """Return the report as JSON-serializable values."""
         return {
             "case": self.name,
             "ok": self.ok,

@@ -69,7 +69,7 @@ class Recording:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recording as JSON-serialisable values."""
+        """Return the recording as JSON-serializable values."""
         return {**self.provenance, "reused": self.reused, "seconds": round(self.seconds, 1)}
 
 
@@ -88,7 +88,7 @@ def record(
     Raises:
         ParityError: ``reference_missing``, ``reference_python``, ``reference_failed``, ``reference_timeout``,
             ``reference_output``.
-        DownloadError: ``code_broken``, where the checkout is not its commit any more.
+        DownloadError: ``code_broken`` if the checkout is not its commit any more.
     """
     settings, output = settings or Settings(), output.absolute()
     original, code, commit = _find_code(port, model)

@@ -52,7 +52,7 @@ def put(value: Cell) -> str:
 
 
 def page(title: str, sub: str, parts: Iterable[Html]) -> str:
-    """Return a whole document."""
+    """Return a complete document."""
     body = "\n".join(part.text for part in parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -64,24 +64,24 @@ def page(title: str, sub: str, parts: Iterable[Html]) -> str:
 
 
 def heading(text: str, anchor: str = "") -> Html:
-    """A section's heading."""
+    """Return a section heading."""
     mark = f' id="{escape(anchor, quote=True)}"' if anchor else ""
     return Html(f"<h2{mark}>{escape(text)}</h2>")
 
 
 def verdict(ok: bool, good: str = "ok", bad: str = "failed") -> Html:
-    """A word in a coloured lozenge."""
+    """Return a colored label."""
     return Html(f'<span class="{"ok" if ok else "bad"}">{escape(good if ok else bad)}</span>')
 
 
 def facts(pairs: Sequence[tuple[str, Cell]]) -> Html:
-    """A row of figures, each with what it counts."""
+    """Return a row of labeled figures."""
     boxes = "".join(f'<div class="fact"><b>{put(value)}</b><span>{escape(name)}</span></div>' for name, value in pairs)
     return Html(f'<div class="facts">{boxes}</div>')
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], classes: Sequence[str] = ()) -> Html:
-    """A table; ``classes`` gives each column's (``n`` for numbers, ``code`` for names)."""
+    """Return a table. ``classes`` has one CSS class per column (``n`` for numbers, ``code`` for names)."""
     kinds = [*classes, *[""] * len(columns)][: len(columns)]
     marks = [f' class="{kind}"' if kind else "" for kind in kinds]
     head = "".join(f"<th{mark}>{escape(name)}</th>" for name, mark in zip(columns, marks, strict=True))
@@ -95,31 +95,31 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], classes: Seque
 
 
 def problem(title: Cell, lines: Sequence[tuple[str, Cell]]) -> Html:
-    """A box for something that is wrong; empty lines are left out."""
+    """Return an error box without empty lines."""
     inside = "".join(f"<p><b>{escape(name)}</b> {put(value)}</p>" for name, value in lines if value not in ("", None))
     return Html(f'<div class="problem"><p><b>{put(title)}</b></p>{inside}</div>')
 
 
 def folded(summary: Cell, content: Html, *, is_open: bool = False) -> Html:
-    """Something that is unfolded by a click, without a script."""
+    """Return a collapsible block."""
     return Html(f"<details{' open' if is_open else ''}><summary>{put(summary)}</summary>{content.text}</details>")
 
 
 def code(text: object) -> Html:
-    """A name in the fixed-width font."""
+    """Return a name in the fixed-width font."""
     return Html(f"<code>{escape(str(text))}</code>")
 
 
 def codes(texts: Iterable[object]) -> Html:
-    """Several names, one below the other."""
+    """Return several names, one per line."""
     return Html("<br>".join(code(text).text for text in texts))
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page; its folder is made.
+    """Write a page and create its folder.
 
     Raises:
-        DownloadError: ``output_dir`` or ``disk_full``, where the file cannot be written.
+        DownloadError: ``output_dir`` or ``disk_full`` if the file cannot be written.
     """
     with os_errors_as(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Drawings of a parallel layout as text and as SVG.
 
-vLLM-Omni numbers the ranks of a model so that those of one tensor-parallel group are neighbours, then those of one
+vLLM-Omni numbers the ranks of a model so that those of one tensor-parallel group are neighbors, then those of one
 sequence, then the guidance branches (``order="tp-sp-pp-cfg-dp"`` in its ``parallel_state``); within a sequence the
-Ulysses group is contiguous and Ring strides over it. HSDP shards over blocks of neighbouring ranks.
+Ulysses group is contiguous and Ring strides over it. HSDP shards over blocks of neighboring ranks.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def layout_text(layout: Layout) -> str:
 
 
 def layout_svg(layout: Layout) -> str:
-    """Draw a layout as SVG, legible on light and on dark ground; ranks of one colour hold the same tokens."""
+    """Draw a layout as SVG, legible on light and on dark ground; ranks of one color hold the same tokens."""
     found, across = places(layout), _across(layout)
     rows = -(-len(found) // across)
     cell = max(110, round(_LETTER * max(len(line) for place in found for line in place.words(layout))) + 16)
@@ -108,8 +108,8 @@ def layout_svg(layout: Layout) -> str:
     ]
     for index, place in enumerate(found):
         x, y = _PAD + index % across * (cell + _PAD), _TITLE + index // across * (high + _PAD)
-        colour = _COLOURS[place.sequence % len(_COLOURS)]
-        parts.append(f'<rect x="{x}" y="{y}" width="{cell}" height="{high}" rx="6" fill="{colour}"/>')
+        color = _COLOURS[place.sequence % len(_COLOURS)]
+        parts.append(f'<rect x="{x}" y="{y}" width="{cell}" height="{high}" rx="6" fill="{color}"/>')
         lines = [f"rank {place.rank}", *place.words(layout)]
         for line, text in enumerate(lines):
             weight = ' font-weight="700" font-size="12"' if line == 0 else ""
@@ -119,7 +119,7 @@ def layout_svg(layout: Layout) -> str:
 
 
 def _across(layout: Layout) -> int:
-    """Ranks in a row: neighbours that share matrices, else those that share a sequence, else all."""
+    """Ranks in a row: neighbors that share matrices, else those that share a sequence, else all."""
     for group in (layout.tp * layout.sequence, layout.world):
         if group > 1:
             return min(group, 4) if group % 4 == 0 else group

@@ -94,7 +94,7 @@ def _failure(case: Mapping[str, Any]) -> Html:
 
 def _hint(first: Mapping[str, Any], index: int) -> str:
     if not math.isfinite(first["max_abs"]):
-        return "a value is not finite: look for an overflow or an uninitialised parameter in the module of that name"
+        return "a value is not finite: look for an overflow or an uninitialized parameter in the module of that name"
     if index == 0:
         return "the first tensor differs already: look at its weights (port-kit coverage) and at how inputs are read"
     return "what comes before agrees: look at the module between these two tensors"

@@ -37,7 +37,7 @@ class RankResult:
 
     Attributes:
         rank: the global rank.
-        outputs: one entry a request: the pipeline's ``DiffusionOutput.output``; None where the request failed.
+        outputs: one entry a request: the pipeline's ``DiffusionOutput.output``; None if the request failed.
         errors: one entry a request: None, or the exception (only with ``keep_going``).
         probe: what ``probe`` returned on this rank; None without one.
         load_seconds: building the worker and loading the weights.

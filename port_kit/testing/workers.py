@@ -1,9 +1,8 @@
 """Diffusion workers without an engine: a pipeline on N local ranks.
 
-``Omni`` takes some twenty seconds to start, most of it imports. Here the imports happen once in the calling process;
-each case forks one process a rank, and each runs vLLM-Omni's own ``DiffusionWorker``: the standard loader, the hooks,
-the parallel groups and the model runner are those of the engine. What is left out is the engine's process plumbing and
-post-processing. ::
+The calling process imports the dependencies once. Each case forks one process per rank. Each rank runs vLLM-Omni's own
+``DiffusionWorker``: the standard loader, the hooks, the parallel groups and the model runner are those of the engine.
+The engine's process management and post-processing are left out. ::
 
     results = run_workers(model_dir, [Request("a cat", {"num_inference_steps": 2, "seed": 0})],
                           config={"parallel_config": {"ulysses_degree": 2}},
