@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "private_port"
-KIT = ("port_kit", "models", "setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+KIT = ("port_kit", "models", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
 def _copy(target: Path, source: Path, names: tuple[str, ...]) -> Path:
