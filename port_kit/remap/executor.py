@@ -110,10 +110,8 @@ class Executor:
             after = result if op is None else op.apply(value)
             if (op is None or isinstance(op, Cast)) and after.dtype.is_floating_point and overflows(after, value):
                 finite = value.double().abs().nan_to_num(posinf=0.0)
-                message = (
-                    f"{task.source} has finite values that {task.target} cannot represent: "
-                    f"expected at most {torch.finfo(after.dtype).max:.6g}, found {finite.max().item():.6g}"
-                )
+                limits = f"expected at most {torch.finfo(after.dtype).max:.6g}, found {finite.max().item():.6g}"
+                message = f"{task.source} has finite values that {task.target} cannot represent: {limits}"
                 problem = Problem("remap_overflow", message, task.rule.label, task.source, target=task.target)
                 self.problems.append(problem)
                 return

@@ -14,6 +14,7 @@ from port_kit.checkpoint.dtypes import keeps_values, overflows
 from port_kit.manifest import NAMING_KEY, Manifest
 from port_kit.regions import full_region, region_index, region_numel
 from port_kit.remap.executor import Executor
+from port_kit.remap.ops import Op
 from port_kit.remap.plan import Plan, grouped
 from port_kit.remap.problems import raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask
@@ -136,11 +137,9 @@ def inexact(plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     for task in plan.tasks:
         spec, target = plan.source[task.source], plan.target[task.target]
-        names = [op.name for op in task.ops if isinstance(op, Call)]
-        names += [task.join.name] if task.join is not None else []
-        for name in names:
-            if not find_transform(name).exact:
-                found[task.source] = f"transform {name} has no exact inverse"
+        for op in (*task.ops, task.join):
+            if isinstance(op, (Call, Op)) and not find_transform(op.name).exact:
+                found[task.source] = f"transform {op.name} has no exact inverse"
         if not keeps_values(spec.dtype, target.dtype):
             found[task.source] = f"{spec.dtype} was rounded to {target.dtype}"
     return found

@@ -40,10 +40,8 @@ def invert(plan: Plan) -> RuleSet:
         names = template_of(task.source), template_of(task.target)
         groups[names, task.ops, task.region, plan.source[task.source], plan.target[task.target].shape].append(task)
     rules = [rule for group in groups.values() for rule in _rules(plan, group)] + copies
-    for name, reason in plan.dropped.items():
-        rules.append(Rule(target=re.escape(name), keep=f"not in the target: {reason}"))
-    for name, reason in plan.kept.items():
-        rules.append(Rule(source=re.escape(name), drop=f"not in the source: {reason}"))
+    rules += [Rule(target=re.escape(name), keep=f"not in the target: {why}") for name, why in plan.dropped.items()]
+    rules += [Rule(source=re.escape(name), drop=f"not in the source: {why}") for name, why in plan.kept.items()]
     made = RuleSet(f"{plan.rules.name}_inverse", tuple(rules), allow_downcast=True)
     raise_problems(check(made, plan.target, plan.source).problems, f"the inverse of {plan.rules.name}")
     return made

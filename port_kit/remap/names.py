@@ -66,9 +66,7 @@ def axis_text(axis: Sequence[int]) -> str:
 def product_axes(rows: Sequence[tuple[int, ...]]) -> list[list[int]] | None:
     """Return the axes whose product the rows are, or None if they are no product."""
     axes = [sorted(set(column)) for column in zip(*rows, strict=True)]
-    if math.prod(map(len, axes)) != len(set(rows)) or len(set(rows)) != len(rows):
-        return None
-    return axes
+    return axes if math.prod(map(len, axes)) == len(set(rows)) == len(rows) else None
 
 
 def expand(template: str, axes: Sequence[Sequence[int]]) -> list[str]:

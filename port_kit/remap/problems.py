@@ -24,9 +24,7 @@ class Problem:
         code: a ``remap_...`` code.
         message: the failure, with the expected and the found value.
         rule: the pattern of the rule, if one is involved.
-        source: the source tensor.
-        file: the file of the source tensor.
-        target: the target tensor.
+        source, file, target: the source tensor, its file, and the target tensor.
         near: the closest existing name, if a name does not exist.
         missing: shards of a fused target, or parts of a join, that no source fills.
     """
@@ -45,16 +43,10 @@ class Problem:
         return {key: value for key, value in asdict(self).items() if value}
 
     def __str__(self) -> str:
-        parts = [self.message]
-        if self.target and self.target not in self.message:
-            parts.append(f"-> {self.target}")
-        if self.file and self.file not in self.message:
-            parts.append(f"(in {self.file})")
-        if self.rule and self.rule not in self.message:
-            parts.append(f"[rule {self.rule}]")
-        if self.near:
-            parts.append(f"- did you mean {self.near}?")
-        return " ".join(parts)
+        texts = {f"-> {self.target}": self.target, f"(in {self.file})": self.file, f"[rule {self.rule}]": self.rule}
+        added = [text for text, name in texts.items() if name and name not in self.message]
+        near = [f"- did you mean {self.near}?"] if self.near else []
+        return " ".join([self.message, *added, *near])
 
 
 HINTS = {

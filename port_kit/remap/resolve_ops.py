@@ -135,11 +135,9 @@ def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape) -> lis
     for axis, extent in zip(left, shape, strict=True):
         _infer(axis, extent, sizes, scope)
     atoms = [name for axis in left for name in axis]
-    order = [name for axis in right for name in axis]
     split = tuple(sizes[name] for name in atoms)
-    perm = tuple(atoms.index(name) for name in order)
+    permute = Permute(tuple(atoms.index(name) for axis in right for name in axis), split)
     after = tuple(math.prod(sizes[name] for name in axis) for axis in right)
-    permute = Permute(perm, split)
     return [Reshape(shape, split), permute, Reshape(permute.after, after)]
 
 

@@ -109,11 +109,7 @@ class Cast:
     """Change the dtype because a rule asks for it."""
 
     dtype: str
-    before: Shape
-
-    @property
-    def after(self) -> Shape:
-        return self.before
+    after: Shape
 
     def apply(self, tensor: Tensor) -> Tensor:
         import torch
@@ -210,13 +206,11 @@ def apply_inverse(destination: Tensor, ops: Sequence[TensorOp], value: Tensor) -
 
     This inverts a load. It is exact for all operations but casts and transforms, which round as their inverse does.
     """
+    ops = [op for op in ops if not isinstance(op, Cast)]  # the copy casts back
     if not ops:
         destination.copy_(value)
         return
     op, rest = ops[0], ops[1:]
-    if isinstance(op, Cast):
-        apply_inverse(destination, rest, value)
-        return
     result = destination.new_empty(op.after) if isinstance(op, (Call, Fill)) else op.apply(destination)
     apply_inverse(result, rest, value)
     if isinstance(op, (Call, Fill)):
