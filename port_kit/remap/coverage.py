@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from port_kit.remap.names import collapse, template_of
 from port_kit.remap.plan import Plan, check, grouped
 from port_kit.remap.problems import Problem, closest_match
 from port_kit.remap.resolve import CopyTask, Resolver, expand
-from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.rule import Rules, Sizes
 from port_kit.remap.tensor_ops import Call, Cast, Fill, Permute, Reorder, Reshape, Slice, TensorOp
 
 
@@ -120,7 +119,7 @@ def coverage(
     rules: Rules,
     source: Manifest,
     target: Manifest,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Sizes | None = None,
     *,
     allow_downcast: bool = False,
     target_from: str = "manifest",
@@ -166,7 +165,7 @@ class Explanation:
 
     Attributes:
         found: a rule matches it, or it is in a manifest.
-        rules: ``{"rule", "groups", "target", "shard", "does"}`` of each rule that matches it as a source.
+        rules: number, pattern, groups and effect of each rule that matches it as a source.
         tasks: its copy tasks, as source or as target.
         notes: drops, keeps, problems and similar names.
     """
@@ -189,16 +188,24 @@ class Explanation:
 
 
 def explain(
-    name: str,
-    rules: Rules,
-    source: Manifest | None = None,
-    target: Manifest | None = None,
-    sizes: Mapping[str, int] | None = None,
+    name: str, rules: Rules, source: Manifest | None = None, target: Manifest | None = None, sizes: Sizes | None = None
 ) -> Explanation:
     """Explain a source or target name; with both manifests, also the tasks of its elements in the plan."""
     result = Explanation(name)
     for number, match in Resolver(rules, {}, sizes or {}).matches(name):
-        result.rules.append(_rule_json(number, rules.rules[number], match))
+        rule = rules.rules[number]
+        targets = ", ".join(expand(template, match) for template in rule.targets)
+        result.rules.append(
+            {
+                "number": number + 1,
+                "rule": rule.source,
+                "groups": [group or "" for group in match.groups()],
+                "shard": rule.shard,
+                "ops": [op.to_dict() for op in rule.op],
+                "does": f"dropped: {rule.drop}" if rule.drop else f"to {targets}",
+                "fallback": rule.fallback,
+            }
+        )
     if source is not None and target is not None:
         _add_plan(result, check(rules, source, target, sizes))
     known = [*(source or ()), *(target or ())]
@@ -207,19 +214,6 @@ def explain(
         near = closest_match(name, known)
         result.notes.append("no rule matches it" + (f"; did you mean {near}?" if near else ""))
     return result
-
-
-def _rule_json(number: int, rule: Rule, match: re.Match[str]) -> dict[str, Any]:
-    targets = ", ".join(expand(template, match) for template in rule.targets)
-    return {
-        "number": number + 1,
-        "rule": rule.source,
-        "groups": [group or "" for group in match.groups()],
-        "shard": rule.shard,
-        "ops": [op.to_dict() for op in rule.op],
-        "does": f"dropped: {rule.drop}" if rule.drop else f"to {targets}",
-        "fallback": rule.fallback,
-    }
 
 
 def _add_plan(result: Explanation, plan: Plan) -> None:

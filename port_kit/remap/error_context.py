@@ -13,17 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
 from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap.names import template_of
-from port_kit.remap.patterns import REPEATS, compile_pattern, parse_pattern, parse_template
+from port_kit.remap.patterns import REPEATS, compile_pattern, parse_pattern, parse_template, sre
 from port_kit.remap.problems import SHOWN, Names, Problem, closest_match
 from port_kit.remap.resolve import expand
 from port_kit.remap.resolve_ops import Scope
-from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.rule import Rule, Rules, Sizes
 
 #: Largest number of spellings of one pattern, and of layer numbers for a placeholder with no known value.
 MAX_SPELLINGS = 512
@@ -35,7 +34,7 @@ _ABSENT = ("remap_missing", "remap_incomplete_group")
 
 
 def add_context(
-    problems: Sequence[Problem], rules: Rules, source: Manifest, target: Manifest, sizes: Mapping[str, int]
+    problems: Sequence[Problem], rules: Rules, source: Manifest, target: Manifest, sizes: Sizes
 ) -> list[Problem]:
     """Return the problems, those that are shown with their context.
 
@@ -43,8 +42,7 @@ def add_context(
     is compared with those names first, because a renamed tensor results in both problems.
 
     Args:
-        problems, rules, source, target: of a plan, the problems all.
-        sizes: named sizes, all of them integers.
+        problems, rules, source, target, sizes: those of one plan; all sizes are integers.
     """
     result = list(problems)
     unexpected = Names(problem.source for problem in problems if problem.code == "remap_unexpected")
@@ -79,7 +77,7 @@ class _Present(Names):
         return template_of(name) in self.templates, f".{name.rpartition('.')[2]}" in self.parts, depth
 
 
-def _expected(problem: Problem, rules: Rules, present: _Present, sizes: Mapping[str, int]) -> list[str]:
+def _expected(problem: Problem, rules: Rules, present: _Present, sizes: Sizes) -> list[str]:
     """Return the absent source names of a gap, one for each missing part: the most similar to existing names.
 
     A rule may have a number that its target does not have; equally likely names are listed together.
@@ -111,21 +109,19 @@ def _with_absent(problem: Problem, names: list[str], source: Manifest, known: Na
     return replace(problem, message=message, source=first, file=file, near=near)
 
 
-def expected_sources(rules: Rules, target: str, part: str, sizes: Mapping[str, int]) -> list[str]:
+def expected_sources(rules: Rules, target: str, part: str, sizes: Sizes) -> list[str]:
     """Return the source names that would fill a target, in the order of the rules.
 
-    Args:
-        rules, target, sizes: the rules, a target's name, all named sizes.
-        part: the shard of a fused target, or the part of a join; empty for the complete target.
+    There are none if no rule maps there, or its pattern cannot be spelled out.
 
-    Returns:
-        The names; none if no rule maps there or its pattern cannot be spelled out.
+    Args:
+        part: the shard of a fused target, or the part of a join; empty for the complete target.
     """
     found = (name for rule in rules if rule.source and rule.target for name in _spellings(rule, target, part, sizes))
     return list(dict.fromkeys(found))
 
 
-def _spellings(rule: Rule, target: str, part: str, sizes: Mapping[str, int]) -> Iterator[str]:
+def _spellings(rule: Rule, target: str, part: str, sizes: Sizes) -> Iterator[str]:
     for template, shard in zip(rule.targets, rule.shards, strict=True):
         held = _held(template, target)
         held_by_part = _held(shard, part) if shard and part else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.regions import Shape
@@ -16,7 +16,7 @@ from port_kit.remap.executor import Executor
 from port_kit.remap.plan import PlanBuilder, check
 from port_kit.remap.problems import Problem, raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask, Resolver
-from port_kit.remap.rule import Rules
+from port_kit.remap.rule import Rules, Sizes
 from port_kit.targets import Targets, read_targets
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load_weights(
     weights: Iterable[tuple[str, Tensor]],
     rules: Rules,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Sizes | None = None,
     prefix: str = "",
     folder: str | Path | None = None,
     allow_downcast: bool = True,
@@ -45,8 +45,7 @@ def load_weights(
             complete shards through it, so that tensor parallelism and quantization work as in vLLM's own models.
         weights: ``(name, tensor)`` in any order; names may start with ``prefix``. A tensor that has to wait for others
             is copied, so that a stream may reuse its buffers.
-        rules: the rules.
-        sizes: named sizes on top of the rules' own.
+        rules, sizes: the rules, and named sizes on top of their own.
         prefix: prefix of the returned names.
         folder: the folder or file that the stream reads; its headers are checked before the first tensor, and errors
             name the file of a tensor.
@@ -72,7 +71,7 @@ def load_components(
     parts: Mapping[str, tuple[nn.Module, Rules]],
     weights: Iterable[tuple[str, Tensor]],
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Sizes | None = None,
     model: str | Path | None = None,
     allow_downcast: bool = True,
 ) -> set[str]:
@@ -136,7 +135,7 @@ class WeightLoader:
         module: nn.Module,
         rules: Rules,
         *,
-        sizes: Mapping[str, int] | None = None,
+        sizes: Sizes | None = None,
         prefix: str = "",
         folder: str | Path | None = None,
         allow_downcast: bool = True,
@@ -148,8 +147,7 @@ class WeightLoader:
         self._rules, self._prefix = rules, prefix
         self._target = target_manifest(module, found)
         naming = "" if converted is None else "converted" if converted else "original"
-        options: Any = {"allow_downcast": allow_downcast, "opaque": found.opaque}
-        self._resolver = Resolver(rules, self._target, sizes or {}, **options)
+        self._resolver = Resolver(rules, self._target, sizes or {}, allow_downcast=allow_downcast, opaque=found.opaque)
         self._builder = PlanBuilder(rules, self._target, self._resolver, naming)
         self._executor = Executor(found.targets, self._resolver.target)
         self._pending = self._builder.pending

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from port_kit.remap.load import target_manifest
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
 from port_kit.remap.resolve import CopyTask, Resolver
-from port_kit.remap.rule import Rules
+from port_kit.remap.rule import Rules, Sizes
 from port_kit.remap.tensor_ops import Call, Cast, Permute, Reshape, TensorOp, source_region
 from port_kit.targets import Target, read_targets
 
@@ -57,8 +57,7 @@ class LocalLoad:
 
     Attributes:
         loaded: names of the loaded targets, with the prefix.
-        bytes_read: bytes of tensors that were read.
-        bytes_whole: bytes of all tensors in the checkpoint.
+        bytes_read, bytes_whole: bytes of tensors that were read, and of all tensors in the checkpoint.
         read_whole: sources that were read completely although this rank holds a part.
     """
 
@@ -73,7 +72,7 @@ def load_local(
     folder: str | Path,
     rules: Rules,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Sizes | None = None,
     prefix: str = "",
     allow_downcast: bool = True,
     threads: int | None = None,
@@ -113,8 +112,7 @@ def load_local(
     finally:
         torch.set_num_threads(torch_threads)
     raise_problems(executor.problems, f"{rules.name} does not load {folder} completely")
-    loaded = {prefix + name for name in plan.target}
-    return LocalLoad(loaded, load.bytes_read, source.nbytes, tuple(load.read_whole))
+    return LocalLoad({prefix + name for name in plan.target}, load.bytes_read, source.nbytes, tuple(load.read_whole))
 
 
 class Transfer(NamedTuple):

@@ -12,17 +12,17 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from port_kit.checkpoint.lora_names import PREFIXES, Entry, read_entry, read_other, restore_names, without_prefixes
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Shape, full_region, region_shape
-from port_kit.remap.problems import Problem, closest_match, raise_problems
+from port_kit.remap.problems import Problem, closest_match, raise_problems, remap_error
 from port_kit.remap.resolve import CopyTask, Resolver, expand
 from port_kit.remap.resolve_ops import Scope
-from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.rule import Rule, Rules, Sizes
 from port_kit.remap.tensor_ops import Call, Cast, TensorOp, apply
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ __all__ = ["PREFIXES", "Selection", "read_entry", "remap_lora", "restore_names",
 Value = TypeVar("Value")
 Specs = Mapping[str, TensorSpec]
 Parts = Mapping[str, Sequence[str]]
+_cannot_follow = partial(remap_error, "remap_op", hint="merge the adapter into the base model's weights before loading")
+_wrong = partial(remap_error, hint="the file may be damaged, or for another base model")
 #: The module, or shard of a fused module, that an adapter is for, and the copy task of its weight.
 Place = tuple[str, CopyTask | None]
 
@@ -40,7 +42,7 @@ def remap_lora(
     tensors: Mapping[str, Value],
     rules: Rules,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Sizes | None = None,
     prefixes: Iterable[str] = PREFIXES,
     target: Specs | None = None,
     parts: Parts | None = None,
@@ -52,8 +54,7 @@ def remap_lora(
 
     Args:
         tensors: the file's tensors by name.
-        rules: the rule set of the base model's component.
-        sizes: named sizes, as for loading.
+        rules, sizes: the rule set of the base model's component, and named sizes as for loading.
         prefixes: prefixes of modules that are removed; the first under which the rules know the module counts.
         target: the manifest of the port's module.
         parts: names of the shards of fused modules, in the order of the shards: the module's
@@ -101,10 +102,9 @@ def _by_module(
     for name, entry in entries.items():
         if name in others or entry is not None and entry.module in refused:
             continue
-        module = mapping.module_of(entry, prefixes) if entry is not None else None
         if entry is None:
             problems.append(Problem("remap_unexpected", f"{name} is no tensor of a LoRA", source=name))
-        elif module is None:
+        elif (module := mapping.module_of(entry, prefixes)) is None:
             near = closest_match(name, [rule.source for rule in mapping.rules if rule.source])
             message = f"{name} belongs to no module that {mapping.name} maps"
             problems.append(Problem("remap_unexpected", message, source=name, near=near))
@@ -116,10 +116,10 @@ def _by_module(
 class _Mapping:
     """Places of the tensors of modules: from the resolver, or from the names of rules alone if no target is known."""
 
-    def __init__(self, rules: Rules, sizes: Mapping[str, int], target: Specs | None, parts: Parts) -> None:
-        self.name, self.rules, self._target, self._parts = rules.name, rules.rules, target, parts
+    def __init__(self, rules: Rules, sizes: Sizes, target: Specs | None, parts: Parts) -> None:
+        self.name, self.rules, self._target, self._parts = rules.name, rules.rules, target or {}, parts
         self.checks = target is not None
-        self._resolver = Resolver(rules, target or {}, sizes, allow_downcast=True)
+        self._resolver = Resolver(rules, self._target, sizes, allow_downcast=True)
         self._select = lru_cache(maxsize=None)(select)
         self._rows: dict[str, dict[str, int]] = {}
 
@@ -194,7 +194,6 @@ class _Mapping:
         return places
 
     def _place_name(self, task: CopyTask, alone: bool) -> str:
-        assert self._target is not None
         spec = self._target[task.target]
         own = task.source if alone else ""
         shard = task.shard or next((name for name, region in spec.slots.items() if region == task.region), "")
@@ -240,10 +239,6 @@ def _module(tensor: str) -> str:
 
 def _leaf(tensor: str) -> str:
     return _module(tensor).rpartition(".")[2]
-
-
-def _cannot_follow(message: str) -> RemapError:
-    return RemapError(message, code="remap_op", hint="merge the adapter into the base model's weights before loading")
 
 
 def _follow(
@@ -299,10 +294,6 @@ def _product(module: str, pair: Mapping[str, Any]) -> Shape:
     return (b[0], *a[1:])
 
 
-def _wrong(code: str, message: str) -> RemapError:
-    return RemapError(message, code=code, hint="the file may be damaged, or for another base model")
-
-
 @dataclass(frozen=True)
 class Selection:
     """The rows and columns of a weight that a chain of ops keeps, in their new order.
@@ -312,8 +303,7 @@ class Selection:
     Attributes:
         before: the weight's shape.
         after: the shape of the ops' result.
-        rows: numbers of rows; None for all of them in order.
-        columns: the same of columns.
+        rows, columns: numbers of rows and of columns; None for all of them in order.
     """
 
     before: Shape
@@ -371,9 +361,8 @@ def select(ops: Sequence[TensorOp], shape: Shape) -> Selection | None:
             return None
         if any(isinstance(op, Call) for op in ops):  # a transform may compute: try other values
             sample = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-            if not bool(
-                (_run(ops, sample, shape)[1] == sample.reshape(len(rows), -1)[picked_rows][:, picked_columns]).all()
-            ):
+            expected = sample.reshape(len(rows), -1)[picked_rows][:, picked_columns]
+            if bool((_run(ops, sample, shape)[1] != expected).any()):
                 return None
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # from a registered transform
         return None

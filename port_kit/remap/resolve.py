@@ -19,7 +19,7 @@ from port_kit.remap.ops import Op
 from port_kit.remap.patterns import MAX_NAME_LENGTH, compile_pattern, evaluate_sizes, parse_template
 from port_kit.remap.problems import Problem, remap_error
 from port_kit.remap.resolve_ops import Scope, axis_of, resolve_op, resolve_region, resolve_take
-from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.rule import Rule, Rules, Sizes
 from port_kit.remap.tensor_ops import Cast, Reshape, Slice, TensorOp
 
 #: Operations, the region that their result fills, and its shape.
@@ -30,9 +30,8 @@ class CopyTask(NamedTuple):
     """A part of one source that is copied into a part of one target.
 
     Attributes:
-        source: name of the source tensor.
+        source, target: names of the tensors.
         ops: operations on the source, with all numbers known.
-        target: name of the target tensor.
         region: region of the complete target that is written; for a part of ``concat`` whose place depends on the
             other parts, the region that all parts fill together.
         rule: the rule that the task results from.
@@ -89,7 +88,7 @@ class Resolver:
         self,
         rules: Rules,
         target: Mapping[str, TensorSpec],
-        sizes: Mapping[str, int],
+        sizes: Sizes,
         *,
         allow_downcast: bool = False,
         opaque: tuple[Set[str], int] = (frozenset(), 1),
@@ -134,11 +133,7 @@ class Resolver:
         return Resolved(*merged)
 
     def resolve_layers(self, task: CopyTask) -> Iterator[CopyTask]:
-        """Yield the only task of the same source in each layer after that of a task, as far as they are alike.
-
-        Args:
-            task: the only task of its source.
-        """
+        """Yield the only task of a source in each layer after that of such a task, as far as they are alike."""
         rule, goal = task.rule, self.target[task.target]
         numbers = NUMBER.search(task.source), NUMBER.search(task.target)
         if None in numbers or len(rule.targets) > 1 or rule.uses_groups or self.aliases or self.opaque[0]:
@@ -233,10 +228,8 @@ class Resolver:
         return Problem(code, f"{name} is mapped to {target}, {what}", rule.label, name, spec.file, target)
 
     def _check_dtype(self, task: CopyTask, spec: TensorSpec) -> list[Problem]:
-        dtype, wanted = spec.dtype, self.target[task.target].dtype
-        for op in task.ops:
-            if isinstance(op, Cast):
-                dtype = op.dtype
+        wanted = self.target[task.target].dtype
+        dtype = next((op.dtype for op in reversed(task.ops) if isinstance(op, Cast)), spec.dtype)
         if keeps_values(dtype, wanted) or self.allow_downcast and both_floating(dtype, wanted):
             return []
         message = f"{task.source} is {dtype}; {task.target} is {wanted}, which cannot represent all of its values"

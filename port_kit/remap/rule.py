@@ -16,6 +16,8 @@ from port_kit.errors import RemapError
 from port_kit.remap.ops import Op, check_ops, check_region, rules_error
 from port_kit.remap.patterns import compile_pattern, parse_size, parse_template
 
+#: Values of named sizes.
+Sizes = Mapping[str, int]
 _TEXT_FIELDS = ("source", "target", "shard", "take", "into", "drop", "keep", "variant", "confidence", "note")
 _FLAGS = ("optional", "fallback")
 _SIZE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")

@@ -32,7 +32,7 @@ from port_kit.remap.ops import Op, rules_error
 from port_kit.remap.patterns import literal_template
 from port_kit.remap.plan import Plan, check
 from port_kit.remap.problems import raise_problems
-from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.rule import Rule, Rules, Sizes
 
 __all__ = ["Op", "Rule", "RuleSet", "import_rules"]
 
@@ -143,12 +143,7 @@ class RuleSet(Rules):
         return cls.from_dict(_read_text(Path(path)), folder=Path(path).parent, depth=depth)
 
     def compile(
-        self,
-        source: Manifest,
-        target: Manifest,
-        sizes: Mapping[str, int] | None = None,
-        *,
-        allow_downcast: bool = False,
+        self, source: Manifest, target: Manifest, sizes: Sizes | None = None, *, allow_downcast: bool = False
     ) -> Plan:
         """Compile against two manifests; arguments as for :func:`port_kit.remap.plan.check`.
 
