@@ -67,13 +67,6 @@ def region_text(region: Region) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in region) + "]"
 
 
-def covers_exactly(shape: Shape, regions: Sequence[Region]) -> bool:
-    """Return True if the regions hold every element of a shape exactly once."""
-    if len(regions) == 1:
-        return regions[0] == full_region(shape)
-    return first_overlap(regions) is None and uncovered_numel(regions, shape) == 0
-
-
 def uncovered_numel(regions: Sequence[Region], shape: Shape) -> int:
     """Return the number of elements of a shape that are in none of some disjoint regions."""
     return math.prod(shape) - sum(map(region_numel, regions))

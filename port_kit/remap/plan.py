@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.regions import (
     Region,
-    covers_exactly,
     first_overlap,
     full_region,
     intersection,
@@ -29,13 +28,11 @@ from port_kit.remap.error_context import add_context
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.problems import Problem
 from port_kit.remap.resolve import CopyTask, Resolved, Resolver, unmatched
-from port_kit.remap.rule import Rule, Rules
+from port_kit.remap.rule import Rule, Rules, Sizes
 from port_kit.remap.tensor_ops import Reorder, Slice, source_region
 
 #: The rules of a checkpoint that already has the target's names.
 IDENTITY = Rules("identity", (Rule(r"(.+)", r"\1"),))
-#: Operations that may use a part of their input.
-_PARTIAL = (Slice, Reorder)
 Item = TypeVar("Item")
 
 
@@ -44,9 +41,7 @@ class Plan:
     """The copy tasks of a rule set for one checkpoint and one module.
 
     Attributes:
-        rules: the rules.
-        source: the checkpoint.
-        target: the module.
+        rules, source, target: the rules, the checkpoint, and the module.
         tasks: all copy tasks, in the order of the sources.
         dropped: ``{source: reason}`` of sources that are not used at all.
         kept: ``{target: reason}`` of targets that keep their initial values.
@@ -63,7 +58,7 @@ class Plan:
     kept: Mapping[str, str]
     converted: bool = False
     problems: tuple[Problem, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -101,7 +96,7 @@ def check(
     rules: Rules,
     source: Manifest,
     target: Manifest,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Sizes | None = None,
     *,
     allow_downcast: bool = False,
     opaque: tuple[Set[str], int] = (frozenset(), 1),
@@ -110,9 +105,7 @@ def check(
     """Compile rules against two manifests without raising: the plan may be incomplete, and has the problems.
 
     Args:
-        rules: the rules.
-        source: names, shapes and dtypes of the checkpoint; its ``naming`` says if it is converted already.
-        target: names, shapes and dtypes of the module.
+        rules, source, target: the rules, the checkpoint (its ``naming`` says if it is converted), and the module.
         sizes: named sizes on top of the rules' own.
         allow_downcast: floating-point values may be rounded to the target's dtype.
         opaque: as for :class:`~port_kit.remap.resolve.Resolver`.
@@ -133,15 +126,13 @@ class PlanBuilder:
     names: no rule matches any of them, all of them are names of the target, and the rules only rename.
 
     Args:
-        rules, target: as for :func:`check`.
-        resolver: made of the same rules and target.
+        rules, target, resolver: as for :func:`check`.
         naming: ``original``, ``converted`` or ``other`` if recorded in the checkpoint or given, else empty.
     """
 
     def __init__(self, rules: Rules, target: Manifest, resolver: Resolver, naming: str) -> None:
         self.rules, self.target, self.resolver, self.naming = rules, target, resolver, naming
-        options: Any = {"allow_downcast": resolver.allow_downcast, "opaque": resolver.opaque}
-        self._identity = Resolver(IDENTITY, target, {}, **options)
+        self._identity = Resolver(IDENTITY, target, {}, allow_downcast=resolver.allow_downcast, opaque=resolver.opaque)
         self._identity.target = resolver.target
         self._known = {*target, *target.aliases}
         self._specs: dict[str, TensorSpec] = {}
@@ -229,7 +220,7 @@ class PlanBuilder:
         group = self._groups[task.group]
         group.append(task)
         self.pending[task.source] += 1
-        if len(group) != len(roles_of(task)):
+        if len(group) != len(roles_of(task.join)):
             return []
         placed, _ = place_group(group)  # finish() reports the problems
         for part in placed:
@@ -242,7 +233,7 @@ class PlanBuilder:
         Rules with ``take`` use disjoint parts. Several rules without it each use the complete source.
         """
         if len(found.tasks) == 1 and not found.dropped:
-            if not any(isinstance(op, _PARTIAL) for op in found.tasks[0].ops):
+            if not any(isinstance(op, (Slice, Reorder)) for op in found.tasks[0].ops):  # others use all of their input
                 return True
         dropped = [region for region, _ in found.dropped]
         parts = list(dropped)
@@ -304,27 +295,23 @@ class PlanBuilder:
 
 
 def target_problems(name: str, spec: TensorSpec, tasks: Sequence[CopyTask], *, reported: bool = False) -> list[Problem]:
-    """Return collisions, overlaps and missing parts of one target.
+    """Return collisions, overlaps and missing parts of one target, from all tasks that write it, joins placed.
 
     Args:
-        name, spec: the target.
-        tasks: all tasks that write it, joins placed.
         reported: another problem already accounts for the missing elements.
     """
     places = {task.group if task.join is not None else at: (task.region, task) for at, task in enumerate(tasks)}
     regions = [region for region, _ in places.values()]  # the sources of a transform fill one region together
-    if covers_exactly(spec.shape, regions):
-        return []
     twice = first_overlap(regions)
     if twice is not None:
         (one, first), (other, second) = (list(places.values())[at] for at in twice)
         code = "remap_collision" if one == other else "remap_overlap"
         message = f"{first.source} and {second.source} are both written to {name} {region_text(other)}"
         return [Problem(code, message, second.rule.label, second.source, target=name)]
-    if reported:
+    missing = uncovered_numel(regions, spec.shape)
+    if reported or not missing:
         return []
     shards = tuple(shard for shard, region in spec.slots.items() if not _covered(region, regions))
-    missing = uncovered_numel(regions, spec.shape)
     what = f"shards {', '.join(shards)}" if shards else f"{missing} of {spec.numel} elements"
     message = f"{name} lacks {what}; it got {', '.join(task.source for task in tasks[:4])}"
     return [Problem("remap_incomplete_group", message, tasks[0].rule.label, target=name, missing=shards)]
@@ -351,9 +338,7 @@ def dead_rules(rules: Rules, used: Mapping[int, int], kept: Mapping[str, str]) -
             problems.append(Problem(code, message))
     for number, rule in enumerate(rules.rules):
         choice, _, spelling = rule.variant.partition(":")
-        alive = used.get(number, 0)
-        if rule.keep:
-            alive = any(compile_pattern(str(rule.target)).fullmatch(name) for name in kept)
+        alive = any(map(compile_pattern(str(rule.target)).fullmatch, kept)) if rule.keep else used.get(number)
         expected = spellings[choice][spelling] > 0 if choice else not rule.fallback
         if not alive and expected and not rule.optional:
             problems.append(Problem("remap_dead_rule", f"rule {rule.label} matches nothing", rule.label))
