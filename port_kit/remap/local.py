@@ -22,16 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from port_kit.checkpoint.dtypes import ITEM_SIZES
 from port_kit.checkpoint.safetensors_file import BLOCK, SafetensorsFile
 from port_kit.manifest import Manifest
-from port_kit.regions import (
-    Region,
-    Shape,
-    intersection,
-    region_index,
-    region_shape,
-    relative_to,
-    shifted,
-    with_span,
-)
+from port_kit.regions import Region, Shape, intersection, region_index, region_shape, relative_to, shifted, with_span
 from port_kit.remap.executor import Executor
 from port_kit.remap.load import target_manifest
 from port_kit.remap.plan import Plan, check

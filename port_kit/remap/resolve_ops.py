@@ -178,10 +178,8 @@ def resolve_take(text: str, shape: Shape, scope: Scope) -> list[TensorOp]:
     if not text:
         return []
     region, content = resolve_region(text, shape, scope)
-    ops: list[TensorOp] = [Slice(region, shape)]
-    if content != ops[0].after:
-        ops.append(Reshape(ops[0].after, content))
-    return ops
+    taken = Slice(region, shape)
+    return [taken] if content == taken.after else [taken, Reshape(taken.after, content)]
 
 
 def _shape_error(given: str, required: str, scope: Scope) -> RemapError:
