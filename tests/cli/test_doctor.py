@@ -77,6 +77,7 @@ def test_a_cuda_build_beside_a_cpu_build_of_torch_is_found(
     (tmp_path / name / "__init__.py").write_text("")
     (tmp_path / name / "version.py").write_text(f"__version__ = '2.11.0{release}'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(module, "_torch_is_cpu_build", lambda: torch_is_cpu)
     assert module._companion(name).ok == ok
 

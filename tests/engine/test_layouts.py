@@ -83,7 +83,7 @@ def test_each_rank_did_its_share(layout: str, reports: Path) -> None:
         divided = layout in ("tp2", "hsdp2")
         assert (one["parameter_bytes"] <= 0.53 * alone["parameter_bytes"]) == divided
         group = {"cfg2": "cfg", "tp2": "tp"}.get(layout, "sequence")
-        assert one["places"][group] == (place if layout != "hsdp2" else 0)
+        assert one["rank_coords"][group] == (place if layout != "hsdp2" else 0)
         assert sum(one["collectives"].values()) > 0
 
 

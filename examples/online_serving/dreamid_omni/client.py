@@ -15,6 +15,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "offline_inference" / "d
 
 from video_client import ask, form_of, request_parser, upload  # noqa: E402
 
+from port_kit.models.dreamid_omni import PORT  # noqa: E402
+
 OPTIONS: dict[str, type] = {
     **dict.fromkeys(("video_negative_prompt", "audio_negative_prompt", "solver_name"), str),
     **dict.fromkeys(("shift", "video_cfg_scale", "video_ref_cfg_scale"), float),
@@ -38,13 +40,6 @@ def write_samples(folder: Path) -> None:
         print(f"{folder / name}.png {folder / name}.wav")
 
 
-def example_prompt() -> str:
-    """Return the offline example's prompt, for two people."""
-    from generate_dreamid_omni import PROMPT
-
-    return PROMPT
-
-
 def main() -> int:
     """Ask for one video and write it; return 1 where the server refused."""
     parser = request_parser(__doc__ or "", OPTIONS, "dreamid_omni.mp4")
@@ -57,7 +52,7 @@ def main() -> int:
     if arguments.samples:
         write_samples(Path(arguments.samples))
         return 0
-    arguments.prompt = arguments.prompt or example_prompt()
+    arguments.prompt = arguments.prompt or PORT.example_prompt
     files = [("input_references", upload(path)) for path in (*arguments.images, *arguments.voices)]
     return ask(arguments, form_of(arguments, OPTIONS), files)
 

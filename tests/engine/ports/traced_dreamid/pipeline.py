@@ -40,7 +40,7 @@ class TracedDreamIDPipeline(DreamIDOmniPipeline):
         last = self.steps[-1]
         save_file({name: latent.contiguous() for name, latent in last.latents.items()}, f"{path}.safetensors")
         figures = {
-            "places": dict(seen.places),
+            "rank_coords": dict(seen.rank_coords),
             "calls": seen.calls - before,
             "tokens": {name: calls[-1].query for name, calls in seen.attention.items()},
             "parameter_bytes": seen.parameter_bytes,
