@@ -136,6 +136,16 @@ class PortPipeline(StepExecution, nn.Module, BatchedCFGMixin, ProgressBarMixin, 
             InputError: the request cannot be served.
         """
 
+    def prepared(self, layout: Any, prompt: Any, sampling: Any, *, is_dummy_run: bool) -> PreparedRequest:
+        """Return the request that the engine process prepared, or prepare it if it did not pass through an engine.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+        if isinstance(layout, PreparedRequest):
+            return layout
+        return self.prepare(prompt, sampling, is_dummy_run=is_dummy_run)
+
     @abstractmethod
     def encode(self, prepared: PreparedRequest) -> Any:
         """Encode texts and media, once per request."""
@@ -177,8 +187,11 @@ class PortPipeline(StepExecution, nn.Module, BatchedCFGMixin, ProgressBarMixin, 
         admitted: dict[int, PreparedRequest] = {}
         for index, request in enumerate(req.requests):
             try:
-                admitted[index] = self.prepare(
-                    request.prompt, request.sampling_params, is_dummy_run=request.is_dummy_run()
+                admitted[index] = self.prepared(
+                    request.prepared_layout,
+                    request.prompt,
+                    request.sampling_params,
+                    is_dummy_run=request.is_dummy_run(),
                 )
             except InputError as error:
                 outputs[index] = DiffusionOutput.from_exception(to_client_error(error))

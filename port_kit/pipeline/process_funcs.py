@@ -14,7 +14,9 @@ from port_kit.parallel.engine_checks import check_engine
 from port_kit.pipeline.inputs import check_cached_outputs, to_client_error
 from port_kit.pipeline.loading import read_json
 from port_kit.pipeline.media import to_omni_payload
-from port_kit.port import Port, list_ports, resolve
+from port_kit.pipeline.request_state import without_media
+from port_kit.port import Port, resolve
+from port_kit.registry import list_ports
 from port_kit.runtime.engine_options import check_options
 
 if TYPE_CHECKING:
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess:
-    """Return the function that checks a request on arrival, before it waits for its turn.
+    """Return the function that prepares a request on arrival, before it is queued.
 
-    The engine does not carry decoded media to its workers: they prepare the request again.
+    The prepared request, with its decoded media, travels to the workers in place of the encoded media.
     """
     pipeline: Any = resolve(port_of_class(od_config.model_class_name).pipeline)
     reader = pipeline.for_preprocessing(od_config.model)
@@ -39,6 +41,8 @@ def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess:
             check_cached_outputs(prepared.request.outputs, od_config.cache_backend)
         except InputError as error:
             raise to_client_error(error) from error
+        request.prepared_layout = prepared
+        request.prompt = without_media(request.prompt)
         # Step execution needs the number of steps before the pipeline is called.
         request.sampling_params.num_inference_steps = prepared.request.steps
         return request

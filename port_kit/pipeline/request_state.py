@@ -113,6 +113,13 @@ class StepResult:
     latents: Mapping[str, Tensor]
 
 
+def without_media(prompt: Any) -> Any:
+    """Return a prompt of a request without its ``multi_modal_data``."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    return {name: value for name, value in prompt.items() if name != "multi_modal_data"}
+
+
 def draw_noise(shape: tuple[int, ...], seed: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Draw (1, \\*shape) on the device from a new generator; results differ between kinds of devices."""
     generator = torch.Generator(device).manual_seed(seed)

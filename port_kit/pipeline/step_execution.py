@@ -37,8 +37,8 @@ class StepExecution:
     supports_step_execution: ClassVar[bool] = True
 
     @abstractmethod
-    def prepare(self, prompt: Any, sampling: Any, *, is_dummy_run: bool) -> PreparedRequest:
-        """Check a request and read its references."""
+    def prepared(self, layout: Any, prompt: Any, sampling: Any, *, is_dummy_run: bool) -> PreparedRequest:
+        """Return the checked request with its decoded media."""
 
     @abstractmethod
     def begin(self, prepared: PreparedRequest) -> list[DenoiseState]:
@@ -64,7 +64,8 @@ class StepExecution:
         """
         is_dummy_run = OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
         try:
-            states = self.begin(self.prepare(state.prompt, state.sampling, is_dummy_run=is_dummy_run))
+            prepared = self.prepared(state.prepared_layout, state.prompt, state.sampling, is_dummy_run=is_dummy_run)
+            states = self.begin(prepared)
         except InputError as error:
             raise to_client_error(error) from error
         state.extra[STATES] = states

@@ -6,6 +6,7 @@ Both ports on tiny weights, with the engine's own scheduler and model runner in 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from port_kit.models.wan.parity.pipeline_cases import load_pipeline
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.pipeline.inputs import check_cached_outputs
 from port_kit.pipeline.media import measure_mp4, to_omni_payload, write_result
+from port_kit.pipeline.process_funcs import get_pre_process_func
 from port_kit.pipeline.request_state import DenoiseState
 from port_kit.pipeline.step_execution import STATES
 from port_kit.runtime.single_process import single_rank
@@ -240,6 +242,35 @@ def test_a_cache_remembers_one_video() -> None:
     check_cached_outputs(2, None)
     with pytest.raises(InputError, match="with cache_backend=cache_dit a request makes one video"):
         check_cached_outputs(2, "cache_dit")
+
+
+@both_ports
+@pytest.mark.usefixtures("undecoded")
+def test_media_is_decoded_once_in_the_engine_process(
+    pipeline: FusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_directory = FusionPipeline.read_directory
+
+    def read_short(self: FusionPipeline, model: str) -> None:
+        read_directory(self, model)
+        self.lengths = self.warm_up
+
+    monkeypatch.setattr(FusionPipeline, "read_directory", read_short)
+    media = media_of(pipeline, people=2)
+    expected = serve(pipeline, ask(pipeline, "alone", media=media))
+    path = tmp_path / "image.png"
+    IMAGE.save(path)
+    media["image"] = [str(path)] * 2 if isinstance(media["image"], list) else str(path)
+    config = copy.copy(pipeline.od_config)
+    config.model_class_name = type(pipeline).__name__
+    request = get_pre_process_func(config)(ask(pipeline, "prepared", media=media))
+    assert "multi_modal_data" not in request.prompt
+    path.unlink()
+    received = pickle.loads(pickle.dumps(request))  # as the engine sends it to its workers
+    assert distance(serve(pipeline, received), expected) == 0
+    engine = Engine(pipeline)
+    engine.add(received)
+    assert distance(engine.run()["prepared"], expected) == 0
 
 
 @pytest.mark.usefixtures("undecoded")
