@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vllm_omni.platforms import current_omni_platform  # resolved before a test installs another platform
 
 from port_kit.errors import RegistrationError
-from port_kit.port import find_port
+from port_kit.registry import find_port
 from port_kit.runtime import plugin
 
 
@@ -91,8 +92,6 @@ def test_a_pipeline_that_is_no_reference_is_refused() -> None:
 
 
 def test_a_backend_without_a_cpu_kernel_is_refused() -> None:
-    from vllm_omni.platforms import current_omni_platform
-
     for backend in (None, "torch_sdpa"):
         assert current_omni_platform.get_diffusion_attn_backend_cls(backend, 64).endswith("CpuSDPABackend")
     with pytest.raises(RegistrationError) as caught:
@@ -101,8 +100,6 @@ def test_a_backend_without_a_cpu_kernel_is_refused() -> None:
 
 
 def test_the_platform_answers_what_profiling_asks() -> None:
-    from vllm_omni.platforms import current_omni_platform
-
     free, total = current_omni_platform.get_device_memory()
     assert 0 < free <= total
     assert current_omni_platform.mem_get_info()[1] == total
