@@ -86,7 +86,8 @@ demo: $(STAMP)
 	$(RUN) $(EXAMPLE)/download_dreamid_omni.py --tiny --output-dir $(DEMO)/model
 	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --contact-sheet $(DEMO)/demo.png
 
-# models/ is imported as port_kit.models through package_dir, which mypy and griffe do not read: link a tree of that form.
+# models/ is imported as port_kit.models through package_dir, which import-linter, mypy and griffe do not read: link a tree
+# of that form.
 tree:
 	@rm -rf build/types && mkdir -p build/types/port_kit
 	@ln -s $(addprefix ../../../,$(wildcard port_kit/*)) build/types/port_kit/
@@ -95,7 +96,7 @@ tree:
 check: $(STAMP) tree
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/lint-imports --no-logo
+	cd build/types && ../../$(VENV)/bin/lint-imports --no-logo ../../pyproject.toml
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --no-incremental -p port_kit
 
 test: check $(TRITON)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from port_kit.checkpoint.dtypes import DTYPES
+from port_kit.dtypes import DTYPES
 
 OUTLINES = {
     "transformer": "wan_transformer",

@@ -16,7 +16,8 @@ from port_kit.errors import (
     RegistrationError,
     RemapError,
 )
-from port_kit.port import Component, Port, find_port, list_ports
+from port_kit.port import Component, Port
+from port_kit.registry import find_port, list_ports
 
 try:
     __version__ = version("port-kit")

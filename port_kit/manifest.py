@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.checkpoint.dtypes import BY_WORD, ITEM_SIZES, torch_shape
+from port_kit.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import RemapError
 
 if TYPE_CHECKING:

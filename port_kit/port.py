@@ -13,15 +13,12 @@ Two different ports with the same name or pipeline class are both unavailable.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
-from port_kit.errors import OptionalDependencyError, PortKitError, PortNotFoundError
-from port_kit.registry import Ports, discover
+from port_kit.errors import OptionalDependencyError, PortKitError
 
 #: Kinds of components: denoising transformers, encoders of conditioning, and VAEs with their vocoders.
 KINDS = ("transformer", "encoder", "vae")
@@ -128,29 +125,3 @@ def resolve(reference: str) -> object:
             hint="install the runtime: pip install 'port-kit[omni]' (on a machine without a GPU: 'port-kit[omni,cpu]')",
         ) from error
     return getattr(module, attribute)
-
-
-@cache
-def list_ports() -> Ports:
-    """Return all ports that can be used in this environment, by name, sorted; ``.problems`` tells of the others."""
-    return discover()
-
-
-def find_port(name: str) -> Port:
-    """Return the port called ``name``.
-
-    Raises:
-        PortNotFoundError: with the nearest names that exist.
-        PortKitError: a port of that name is declared, but cannot be used.
-    """
-    ports = list_ports()
-    if name in ports:
-        return ports[name]
-    problem = ports.problem_of(name)
-    if problem is not None:
-        raise problem
-    near = difflib.get_close_matches(name, ports, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known ports: {', '.join(ports) or 'none'}"
-    if ports.problems:
-        hint += f"; {len(ports.problems)} more cannot be used, port-kit list tells why"
-    raise PortNotFoundError(f"no port is called {name!r}", hint=hint, known=list(ports))

@@ -6,22 +6,20 @@ Discovery imports the packages that declare ports and nothing else. It imports n
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-from port_kit.errors import PortKitError
-
-if TYPE_CHECKING:
-    from port_kit.port import Port
+from port_kit.errors import PortKitError, PortNotFoundError
+from port_kit.port import Port
 
 ENTRY_POINT_GROUP = "port_kit.ports"
 PATH_VARIABLE = "PORT_KIT_PATH"
@@ -45,7 +43,7 @@ _IMPORT_ERRORS = (
 _DECLARES = re.compile(rb"\bPORT\b")
 
 
-class Ports(dict[str, "Port"]):
+class Ports(dict[str, Port]):
     """The ports that can be used, by name.
 
     Attributes:
@@ -62,6 +60,32 @@ class Ports(dict[str, "Port"]):
     def problem_of(self, name: str) -> PortKitError | None:
         """Return the error that makes a port unusable, or None."""
         return next((problem for problem in self.problems if problem.details.get("port") == name), None)
+
+
+@cache
+def list_ports() -> Ports:
+    """Return all ports that can be used in this environment, by name, sorted; ``.problems`` tells of the others."""
+    return discover()
+
+
+def find_port(name: str) -> Port:
+    """Return the port called ``name``.
+
+    Raises:
+        PortNotFoundError: with the nearest names that exist.
+        PortKitError: a port of that name is declared, but cannot be used.
+    """
+    ports = list_ports()
+    if name in ports:
+        return ports[name]
+    problem = ports.problem_of(name)
+    if problem is not None:
+        raise problem
+    near = difflib.get_close_matches(name, ports, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known ports: {', '.join(ports) or 'none'}"
+    if ports.problems:
+        hint += f"; {len(ports.problems)} more cannot be used, port-kit list tells why"
+    raise PortNotFoundError(f"no port is called {name!r}", hint=hint, known=list(ports))
 
 
 def discover() -> Ports:
@@ -141,8 +165,6 @@ def _import_package(package: Path) -> ModuleType:
 
 
 def _checked(port: object, origin: str, name: str) -> Port:
-    from port_kit.port import Port
-
     if not isinstance(port, Port):
         raise PortKitError(
             f"{origin} is {type(port).__name__}; a port_kit.Port is required",

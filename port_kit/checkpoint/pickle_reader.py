@@ -19,10 +19,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from port_kit.checkpoint.byte_sources import ByteSource, CachedSource, FileSource, StreamSource
 from port_kit.checkpoint.containers import describe_zip, looks_like_safetensors, looks_like_torch, refuse_foreign
-from port_kit.checkpoint.dtypes import ITEM_SIZES
 from port_kit.checkpoint.pickle_values import StorageRef, TensorEntry, TensorRef, corrupt, unsupported, values_below
 from port_kit.checkpoint.state_dicts import Place, count_elsewhere, flatten, refuse_unselected, unwrap
 from port_kit.checkpoint.unpickler import LONGEST_PICKLE, read_pickle
+from port_kit.dtypes import ITEM_SIZES
 from port_kit.errors import CheckpointError
 
 try:

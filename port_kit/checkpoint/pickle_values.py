@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any, NamedTuple
 
-from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES
+from port_kit.dtypes import DTYPES, ITEM_SIZES
 from port_kit.errors import CheckpointError
 
 _TYPED_STORAGES = {dtype.storage: dtype.name for dtype in DTYPES.values() if dtype.storage}

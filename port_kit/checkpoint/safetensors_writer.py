@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 from port_kit.checkpoint.byte_layout import ByteLayout, ByteRange, write_all
 from port_kit.checkpoint.byte_sources import ByteSource, FileSource
 from port_kit.checkpoint.containers import MAX_HEADER
-from port_kit.checkpoint.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.checkpoint.pickle_reader import Storage, Tables, crc32
 from port_kit.checkpoint.pickle_values import TensorEntry, corrupt, unsupported
+from port_kit.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.errors import CheckpointError
 from port_kit.manifest import NAMING_KEY
 

@@ -10,7 +10,8 @@ import click
 
 from port_kit.cli.inputs import read_rules, read_sizes, read_source, wrapper_option
 from port_kit.cli.output import emit, handles_errors, json_option
-from port_kit.port import Port, find_port, resolve
+from port_kit.port import Port, resolve
+from port_kit.registry import find_port
 from port_kit.remap.coverage import Coverage, coverage
 from port_kit.reports import coverage_page, write_page
 

@@ -14,7 +14,8 @@ from port_kit.download import Recipe, Report, download
 from port_kit.download.http import Policy
 from port_kit.download.progress import choose_progress, human
 from port_kit.errors import DownloadError
-from port_kit.port import find_port, resolve
+from port_kit.port import resolve
+from port_kit.registry import find_port
 
 
 @click.command(

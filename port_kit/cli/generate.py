@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from port_kit.cli.output import handles_errors
-from port_kit.port import Port, find_port
+from port_kit.port import Port
+from port_kit.registry import find_port
 
 #: Types of :attr:`~port_kit.port.Port.request_options` on the command line.
 TYPES: Mapping[str, type] = {"str": str, "int": int, "float": float}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from port_kit.cli.output import emit, handles_errors, json_option
-from port_kit.port import list_ports
+from port_kit.registry import list_ports
 
 
 @click.command("list", epilog="Examples:  port-kit list  |  port-kit list --json")

@@ -10,7 +10,7 @@ import click
 from port_kit.cli.inputs import read_source, wrapper_option
 from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.manifest import Manifest
-from port_kit.port import find_port
+from port_kit.registry import find_port
 
 
 @click.command(

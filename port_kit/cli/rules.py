@@ -12,7 +12,8 @@ from port_kit.cli.inputs import read_rules, read_sizes, read_source
 from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.escape import escape_control_chars
 from port_kit.manifest import Manifest
-from port_kit.port import find_port, resolve
+from port_kit.port import resolve
+from port_kit.registry import find_port
 from port_kit.remap.rules import RuleSet
 
 _OPTIONS = (

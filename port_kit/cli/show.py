@@ -7,7 +7,8 @@ import dataclasses
 import click
 
 from port_kit.cli.output import emit, handles_errors, json_option
-from port_kit.port import Port, find_port
+from port_kit.port import Port
+from port_kit.registry import find_port
 
 
 @click.command("show", epilog="Examples:  port-kit show dreamid_omni  |  port-kit show dreamid_omni --json")

@@ -6,7 +6,8 @@ import click
 
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.download.install import installed_names, uninstall_code
-from port_kit.port import list_ports, resolve
+from port_kit.port import resolve
+from port_kit.registry import list_ports
 
 
 @click.command(

@@ -12,7 +12,7 @@ import click
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.parity import CaseReport, run_parity
 from port_kit.parity.record import Settings, record
-from port_kit.port import find_port
+from port_kit.registry import find_port
 from port_kit.reports import parity_page, write_page
 
 

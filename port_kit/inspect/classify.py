@@ -11,7 +11,8 @@ from port_kit.inspect.components import CONFIGS, INDEXES, has_weights, index_pat
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.known_classes import diffusers_names, library_version, omni
 from port_kit.inspect.report import Component, Finding, ModelPath
-from port_kit.port import Port, list_ports, resolve
+from port_kit.port import Port, resolve
+from port_kit.registry import list_ports
 
 _ADAPTER = "DiffusersAdapterPipeline"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from port_kit.inspect.adapted_classes import FAMILIES
 from port_kit.inspect.known_classes import omni
 from port_kit.inspect.report import ModelPath
-from port_kit.scaffold.knowledge import FAMILIES
 
 
 def new_command(target: str, path: ModelPath, pipeline: str, transformer: str) -> str:

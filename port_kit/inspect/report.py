@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from port_kit.checkpoint.dtypes import ITEM_SIZES
+from port_kit.dtypes import ITEM_SIZES
 from port_kit.manifest import Manifest
 
 #: supported: vLLM-Omni or a port serves it as it is; diffusers: all classes are in diffusers and transformers; hybrid:

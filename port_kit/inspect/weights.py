@@ -9,8 +9,8 @@ from typing import Any
 
 from port_kit.checkpoint.byte_sources import ByteSource
 from port_kit.checkpoint.containers import LEFTOVERS, MAX_HEADER, PICKLE_SUFFIXES
-from port_kit.checkpoint.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.checkpoint.pickle_reader import read_tables
+from port_kit.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import CheckpointError
 from port_kit.inspect.file_listing import FileListing
 from port_kit.inspect.gguf import read_gguf

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from port_kit.checkpoint.dtypes import ITEM_SIZES, all_finite, both_floating, keeps_values, overflows
+from port_kit.dtypes import ITEM_SIZES, all_finite, both_floating, keeps_values, overflows
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Region, full_region, intersection, region_index, region_numel, region_shape, relative_to
 from port_kit.remap.problems import Problem

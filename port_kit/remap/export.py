@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.checkpoint.dtypes import keeps_values, overflows
+from port_kit.dtypes import keeps_values, overflows
 from port_kit.manifest import NAMING_KEY, Manifest
 from port_kit.regions import full_region, region_index, region_numel
 from port_kit.remap.executor import Executor

@@ -19,8 +19,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from port_kit.checkpoint.dtypes import ITEM_SIZES
 from port_kit.checkpoint.safetensors_file import BLOCK, SafetensorsFile
+from port_kit.dtypes import ITEM_SIZES
 from port_kit.manifest import Manifest
 from port_kit.regions import Region, Shape, intersection, region_index, region_shape, relative_to, shifted, with_span
 from port_kit.remap.executor import Executor

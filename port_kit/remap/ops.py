@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from port_kit.checkpoint.dtypes import DTYPES
+from port_kit.dtypes import DTYPES
 from port_kit.remap.patterns import parse_size
 from port_kit.remap.problems import remap_error
 from port_kit.remap.transforms import find_transform

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from port_kit.checkpoint.dtypes import both_floating, keeps_values
+from port_kit.dtypes import both_floating, keeps_values
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Region, Shape, full_region, region_shape, shifted, with_span

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from port_kit.port import Port, list_ports, resolve
+from port_kit.port import Port, resolve
+from port_kit.registry import list_ports
 
 #: Reported distributions; of each tuple, the first installed name.
 PACKAGES: tuple[tuple[str, ...], ...] = (

@@ -23,7 +23,8 @@ import logging
 from importlib.util import find_spec
 
 from port_kit.errors import RegistrationError
-from port_kit.port import Port, list_ports
+from port_kit.port import Port
+from port_kit.registry import list_ports
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.errors import PortKitError, RegistrationError
-from port_kit.port import list_ports
+from port_kit.registry import list_ports
 
 
 def run_self_check() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import OptionalDependencyError, ScaffoldError
-from port_kit.scaffold.knowledge import ATTENTION_TEMPLATES, FAMILIES, GATHERED, KNOWN_OTHERWISE, PAIRS, Family
+from port_kit.inspect.adapted_classes import ATTENTION_TEMPLATES, FAMILIES, GATHERED, KNOWN_OTHERWISE, PAIRS, Family
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,8 +8,8 @@ from typing import Any
 
 import port_kit
 from port_kit.errors import ScaffoldError
+from port_kit.inspect.adapted_classes import ATTENTION_TEMPLATES, FAMILIES, Family
 from port_kit.scaffold.diffusers_class import ClassFacts, read_class
-from port_kit.scaffold.knowledge import ATTENTION_TEMPLATES, FAMILIES, Family
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.source import FOLDERS, Source, read_source

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import port_kit
+from port_kit.inspect.adapted_classes import FAMILIES
 from port_kit.remap.suggest import suggest
 from port_kit.scaffold.checkpoint import main_component, read_checkpoint, require_readable
 from port_kit.scaffold.diffusers_port import common_templates
-from port_kit.scaffold.knowledge import FAMILIES
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.skeleton import skeleton_target

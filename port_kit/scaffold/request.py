@@ -50,7 +50,7 @@ class NewPort:
             raise _refused(f"{self.name!r} is no name of a port: {wanted}", "rename the port")
         if self.name in sys.stdlib_module_names or _is_importable(self.name):
             raise _refused(f"a module called {self.name} is importable already", f"call it {self.name}_port")
-        from port_kit.port import list_ports
+        from port_kit.registry import list_ports
 
         if self.name in list_ports():
             raise _refused(f"there is a port called {self.name}", "take another name, or remove that port")

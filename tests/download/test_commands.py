@@ -106,7 +106,7 @@ def test_revisions_on_the_command_line(recipe_file: Path) -> None:
 
 
 def test_every_shipped_recipe_can_be_read() -> None:
-    from port_kit.port import list_ports
+    from port_kit.registry import list_ports
 
     for name in list_ports():
         recipe = load_recipe(name)

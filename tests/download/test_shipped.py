@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 
 from port_kit.cli.download import load_recipe
 from port_kit.download import FileRule, Recipe
-from port_kit.port import list_ports
+from port_kit.registry import list_ports
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 

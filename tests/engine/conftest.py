@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from port_kit.port import list_ports
+from port_kit.registry import list_ports
 
 PORTS = Path(__file__).parent / "ports"
 WIDTH, LAYERS = 32, 2

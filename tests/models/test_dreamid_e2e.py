@@ -21,7 +21,7 @@ from port_kit.models.wan.parity.pipeline_cases import RunRecording, load_pipelin
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.parity import Case, run_case
 from port_kit.pipeline.request_state import PreparedRequest
-from port_kit.port import find_port
+from port_kit.registry import find_port
 from port_kit.runtime.single_process import single_rank
 
 

@@ -15,7 +15,7 @@ from port_kit.parallel.layout_selection import Device, choose_layouts
 from port_kit.parallel.parallel_checks import FAULTS, Finding
 from port_kit.parallel.preflight import ModelShape
 from port_kit.parallel.verify import DEFAULT_LAYOUTS, LayoutReport, difference, port_test_case
-from port_kit.port import find_port
+from port_kit.registry import find_port
 
 
 def test_the_shipped_port_on_two_ranks(capfd: pytest.CaptureFixture[str]) -> None:

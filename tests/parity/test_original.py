@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from port_kit.cli import main
 from port_kit.download import download
 from port_kit.models.dreamid_omni import recipe as shipped
-from port_kit.port import find_port, resolve
+from port_kit.port import resolve
+from port_kit.registry import find_port
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 from port_kit.testing.tiny_fusion import tiny_fusion_model

@@ -20,7 +20,7 @@ def run(name: str, scratch: Path) -> dict[str, Any]:
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
     import port_kit
-    from port_kit.port import find_port
+    from port_kit.registry import find_port
 
     port = find_port(name)
     model = importlib.import_module(f"{name}.tiny").model_directory(scratch / name)

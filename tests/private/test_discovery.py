@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from port_kit.cli import main
 from port_kit.errors import PortKitError, PortNotFoundError
-from port_kit.port import find_port, list_ports
+from port_kit.registry import find_port, list_ports
 
 GOOD = """
 from port_kit.port import Port

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from port_kit.manifest import Manifest
-from port_kit.port import find_port
+from port_kit.registry import find_port
 from port_kit.runtime.target_cache import build_manifest, component_config, component_target, recording_path
 
 DATA = Path(__file__).parent.parent / "data" / "manifests" / "components.json.gz"
@@ -71,7 +71,8 @@ def test_a_gap_is_exit_code_1(source: Path, tmp_path: Path) -> None:
 
 def test_reading_a_target_imports_neither_torch_nor_vllm() -> None:
     script = (
-        "import sys\nfrom port_kit.port import find_port\nfrom port_kit.runtime.target_cache import component_target\n"
+        "import sys\nfrom port_kit.registry import find_port\n"
+        "from port_kit.runtime.target_cache import component_target\n"
         "known = component_target(find_port('dreamid_omni'), 'transformer')\n"
         "assert known.origin == 'recorded' and len(known.manifest) > 1000\n"
         "assert 'torch' not in sys.modules and 'vllm' not in sys.modules\n"

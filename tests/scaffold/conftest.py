@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from port_kit.inspect.adapted_classes import FAMILIES
 from port_kit.scaffold.diffusers_class import build_parts
-from port_kit.scaffold.knowledge import FAMILIES
 from port_kit.testing.hub import Hub
 
 ROOT = Path(__file__).parents[2]

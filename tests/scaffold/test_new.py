@@ -15,11 +15,11 @@ from port_kit.cli import main
 from port_kit.download import FileRule, Recipe
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import inspect
+from port_kit.inspect.adapted_classes import FAMILIES
 from port_kit.inspect.known_classes import diffusers_names
 from port_kit.remap import RuleSet
 from port_kit.scaffold import NewPort, new_port
 from port_kit.scaffold.diffusers_class import read_class
-from port_kit.scaffold.knowledge import FAMILIES
 from port_kit.scaffold.render import TEMPLATES, literal
 from port_kit.scaffold.source import Source
 from port_kit.testing.hub import Hub

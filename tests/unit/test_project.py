@@ -47,7 +47,7 @@ def _modules() -> list[str]:
 def test_importing_the_kit_imports_no_torch() -> None:
     code = (
         f"import importlib, sys\nfor name in {_modules()!r}: importlib.import_module(name)\n"
-        "from port_kit.port import list_ports; list_ports()\n"
+        "from port_kit.registry import list_ports; list_ports()\n"
         "print(sorted({'torch', 'vllm', 'vllm_omni', 'transformers', 'diffusers', 'numpy'} & set(sys.modules)))"
     )
     done = _run(code)

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from port_kit.parallel.verify import ParallelTestCase
-from port_kit.port import find_port, resolve
+from port_kit.port import resolve
+from port_kit.registry import find_port
 from port_kit.testing.tiny_fusion import download_tiny
 from port_kit.testing.workers import Request
 

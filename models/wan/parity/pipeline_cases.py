@@ -27,7 +27,8 @@ from port_kit.models.wan.parity.component_cases import read_vocoder_config
 from port_kit.models.wan.parity.recorded_runs import DREAMID, OVI_I2V, OVI_T2V, RecordedRun, RunRecording
 from port_kit.models.wan.pipeline.request import MAX_TEXT_TOKENS
 from port_kit.parity import Bound, Case, Pair
-from port_kit.port import list_ports, resolve
+from port_kit.port import resolve
+from port_kit.registry import list_ports
 from port_kit.runtime.single_process import single_rank
 
 if TYPE_CHECKING:

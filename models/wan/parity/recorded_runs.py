@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from port_kit.download import Recipe
 from port_kit.parity import Bound
-from port_kit.port import find_port, resolve
+from port_kit.port import resolve
+from port_kit.registry import find_port
 
 #: Two independent roundings of size g lie about 1.41 g apart.
 GAPS = 1.5

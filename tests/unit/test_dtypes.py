@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from port_kit.checkpoint.convert import convert_file
-from port_kit.checkpoint.dtypes import DTYPES, both_floating, keeps_values
+from port_kit.dtypes import DTYPES, both_floating, keeps_values
 from port_kit.errors import PortKitError
 from port_kit.manifest import Manifest
 
