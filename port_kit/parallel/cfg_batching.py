@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms import current_platform
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.parallel_state import (
+    get_cfg_group,
     get_classifier_free_guidance_rank,
     get_classifier_free_guidance_world_size,
     is_cfg_group_initialized,
@@ -62,7 +63,7 @@ class BatchedCFGMixin(CFGParallelMixin):
     """vLLM-Omni's guidance mixin with batching of a rank's branches.
 
     The transformer's ``forward`` accepts ``extra_branches``, the arguments of further branches. With any, it returns a
-    list. The base mixin assigns branches to ranks and combines the results.
+    list. Branches are assigned to ranks as in the base mixin, and gathered before they are combined.
     """
 
     od_config: OmniDiffusionConfig
@@ -76,28 +77,52 @@ class BatchedCFGMixin(CFGParallelMixin):
         cfg_normalize: bool = False,
         output_slice: int | None = None,
     ) -> Any:
-        """Batch this rank's branches if that is enabled, then delegate to the base mixin."""
-        branches = list(branches_kwargs)
-        own = _local_branches(len(branches))
-        if do_true_cfg and len(own) > 1 and should_batch_branches(self.od_config):
-            predicted = self.predict_branches([branches[index] for index in own])
-            for index, flows in zip(own, predicted, strict=True):
-                branches[index] = {"predicted": flows}
-        return super().predict_noise_with_multi_branch_cfg(
-            do_true_cfg, true_cfg_scale, branches, cfg_normalize, output_slice
-        )
+        """Guide with this rank's branches in one call if that has a benefit, else as the base mixin."""
+        count = len(branches_kwargs)
+        is_batched = do_true_cfg and output_slice is None and count > _cfg_ranks()
+        if not is_batched or not should_batch_branches(self.od_config):
+            return super().predict_noise_with_multi_branch_cfg(
+                do_true_cfg, true_cfg_scale, branches_kwargs, cfg_normalize, output_slice
+            )
+        predicted = self.predict_branches([branches_kwargs[index] for index in _local_branches(count)])
+        return self.combine_multi_branch_cfg_noise(_gather_branches(predicted, count), true_cfg_scale, cfg_normalize)
 
-    def predict_noise(self, *, predicted: Any = None, **branch: Any) -> Any:
-        """Return ``predicted`` if the branch was part of a batch, else run the branch."""
-        return self.transformer(**branch) if predicted is None else predicted
+    def predict_noise(self, **branch: Any) -> Any:
+        """Run one branch."""
+        return self.transformer(**branch)
 
     def predict_branches(self, branches: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Run several branches in one call of the transformer."""
-        return self.transformer(**branches[0], extra_branches=branches[1:])
+        """Run several branches in one call of the transformer; a single one by itself."""
+        if len(branches) == 1:
+            return [self.transformer(**branches[0])]
+        predicted: list[Any] = self.transformer(**branches[0], extra_branches=branches[1:])
+        return predicted
 
 
-def _local_branches(branches: int) -> range:
+def _cfg_ranks() -> int:
+    return get_classifier_free_guidance_world_size() if is_cfg_group_initialized() else 1
+
+
+def _local_branches(count: int) -> range:
     """Return the branches of this rank; vLLM-Omni assigns them round-robin."""
-    if not is_cfg_group_initialized():
-        return range(branches)
-    return range(get_classifier_free_guidance_rank(), branches, get_classifier_free_guidance_world_size())
+    size = _cfg_ranks()
+    return range(get_classifier_free_guidance_rank() if size > 1 else 0, count, size)
+
+
+def _gather_branches(predicted: Sequence[Any], count: int) -> list[Any]:
+    """Return the predictions of all branches in order, from those of this rank.
+
+    Args:
+        predicted: per branch of this rank, a tensor or a tuple of tensors.
+        count: branches of all ranks, more than there are ranks.
+    """
+    size = _cfg_ranks()
+    if size == 1:
+        return list(predicted)
+    is_tuple = isinstance(predicted[0], tuple)
+    rows = [prediction if is_tuple else (prediction,) for prediction in predicted]
+    rows += [rows[0]] * (-(-count // size) - len(rows))  # ranks with fewer branches take part in every gather
+    group = get_cfg_group()
+    gathered = [[group.all_gather(part.contiguous(), separate_tensors=True) for part in row] for row in rows]
+    found = [tuple(parts[index % size] for parts in gathered[index // size]) for index in range(count)]
+    return list(found) if is_tuple else [parts[0] for parts in found]
