@@ -158,7 +158,7 @@ def variant(name: str) -> Iterator[None]:
     compiled = partial(torch.compile, dynamic=False) if name == "inductor" else lambda function: function
     gelu = compiled(partial(nn.functional.gelu, approximate="tanh"))
     changes = {
-        "_add_norms": compiled(fused_ops.add_norms_torch),
+        "add_norms": compiled(fused_ops.add_norms_torch),
         "rms_norm": compiled(fused_ops.rms_norm_torch),
         "linear_gelu": lambda layer, x: gelu(layer(x)),
     }

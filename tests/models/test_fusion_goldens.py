@@ -164,10 +164,10 @@ def test_a_wrong_config_is_refused(change: dict[str, object], message: str) -> N
     ("change", "message"),
     [
         ({"video": torch.zeros(1, 48, 2, 3, 4)}, "do not divide into patches"),
-        ({"video_text": torch.zeros(1, 25, 64)}, "a text of 25 tokens was given; at most 24 fit"),
+        ({"video_text": torch.zeros(1, 25, 64)}, "the text has 25 tokens; at most 24 are supported"),
         ({"video_reference_frames": 3}, "3 reference frames do not fit into 2"),
         ({"audio_reference_lengths": (3, 3)}, "do not fit into 5"),
-        ({"skip_block": 3}, "block 3 is to be skipped of 3"),
+        ({"skip_block": 3}, "skip_block is 3; it must be 0 to 2"),
     ],
 )
 def test_a_wrong_input_is_refused(change: dict[str, object], message: str, cases: dict[str, TransformerGolden]) -> None:

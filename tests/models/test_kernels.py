@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from port_kit.models.wan.transformer import fused_ops
-from port_kit.models.wan.transformer.fused_ops import ScaleShift
+from port_kit.models.wan.transformer.fused_ops import Residual, RMSScale, ScaleShift
 
 #: Batch, tokens, width, rotated pairs of a head, tokens of each timestep.
 SHAPES = (
@@ -37,14 +37,14 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
     """Yield what kernels give and what plain PyTorch gives for every form in which they are called."""
     from port_kit.models.wan.transformer import kernels
 
-    batch, tokens, width, pair_count, runs = shape
+    batch, tokens, width, pair_count, segments = shape
     generator = torch.Generator(device).manual_seed(tokens + width)
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, device=device, dtype=dtype)
 
     x, y, z = (draw(batch, tokens, width) for _ in range(3))
-    scale, shift, gate = draw(len(runs), batch, 6, width).unbind(2)[:3]
+    scale, shift, gate = draw(len(segments), batch, 6, width).unbind(2)[:3]
     modulated, learned = ScaleShift(scale, shift), ScaleShift(draw(width), draw(width))
     forms: dict[str, tuple[tuple[Tensor, ...], Tensor | None, list[ScaleShift]]] = {
         "norm": ((), None, [modulated]),
@@ -55,24 +55,26 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
         "add two without gate, two norms": ((y, z), None, [learned, modulated]),
         "both kinds of norm": ((y,), gate, [modulated, learned]),
     }
-    for name, (summands, weight, affines) in forms.items():
-        vectors = [fused_ops._vectors(affine, x) for affine in affines]
-        ours = kernels.add_norms(x, summands, weight, vectors, runs[0], 1e-6)
-        yield name, ours, fused_ops.add_norms_torch(x, summands, weight, affines, runs, 1e-6)
+    for name, (partial_sums, weight, scale_shifts) in forms.items():
+        vectors = [fused_ops._vectors(scale_shift, x) for scale_shift in scale_shifts]
+        residual = Residual(partial_sums, weight) if partial_sums else None
+        ours = kernels.add_norms(x, partial_sums, weight, vectors, segments[0], 1e-6)
+        yield name, ours, fused_ops.add_norms_torch(x, residual, scale_shifts, segments, 1e-6)
 
     q, w = draw(batch, tokens, 3 * width)[..., width : 2 * width], draw(width)
     rope = torch.randn((1, tokens, pair_count, 2), generator=generator, device=device)
     plain_sums = q.float().square().sum(-1)
     yield "square sums", (kernels.square_sums(q),), (plain_sums,)
     squares = 2 * plain_sums
-    for table, sums, plain, whole in (
+    for table, sums, keep, full_width in (
         (rope, None, True, width),
         (None, None, True, width),
         (rope, squares, False, 999),
     ):
-        options = {"width": whole, "eps": 1e-6, "plain": plain}
-        ours = kernels.rms_rope(q, w, sums, None if table is None else table[0], **options)
-        yield f"rms {options}", ours, fused_ops.rms_norm_torch(q, w, sums, table, **options)
+        scale = RMSScale(w, full_width, 1e-6)
+        ours = kernels.rms_rope(q, scale, sums, None if table is None else table[0], keep_unrotated=keep)
+        expected = fused_ops.rms_norm_torch(q, scale, sums, table, keep_unrotated=keep)
+        yield f"rms of width {full_width}, {len(expected)} results", ours, expected
 
 
 def check(dtype: torch.dtype, device: str, bound: float) -> None:

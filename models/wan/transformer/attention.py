@@ -1,4 +1,4 @@
-"""The two attention sub-layers of a fusion block: a stream to itself, and to its text and the other stream.
+"""The attention sub-layers of a fusion block: self-attention, and cross-attention to the text and the other stream.
 
 Shape suffixes: B batch, S tokens of this stream, O tokens of the other stream, T text tokens, N heads of this rank,
 H head dim, D width.
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RotaryContext:
-    """Where the tokens of a stream are.
+    """Positions of the tokens of a stream.
 
     Attributes:
         rope: table of this rank's tokens, ``[1, S, H/2, 2]``.
-        length: tokens of the whole stream where it is padded for sharding, else None.
+        length: tokens of all ranks without padding; None if the stream is not padded for sharding.
     """
 
     rope: Tensor
     length: int | None = None
 
 
-#: A clip has a hundred video tokens for each of its audio: between ranks, audio travels and video stays.
+#: A clip has about 100 times more video than audio tokens, so ranks exchange audio only (see ``gather`` below).
 Stream = Literal["video", "audio"]
 GatherOperand = Literal["kv", "q"] | None
 
 
 class SelfAttention(nn.Module):
-    """Attention of a stream to itself with rotary positions."""
+    """Self-attention of a stream with rotary positions."""
 
     def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", gather=gather)
 
     def forward(self, x_BSD: Tensor, rotary: RotaryContext) -> PartialSums:
-        """Take normalised tokens; return ``[B, S, D]``, or summands of it."""
+        """Attend normalized tokens; return ``[B, S, D]``, possibly as partial sums."""
         q, k, v = self.qkv(x_BSD).chunk(3, -1)
         q_squares, k_squares = tp_square_sums(q, k)
         (q,) = self.norm_q(q, q_squares, rotary.rope)
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of a stream to its text and to the other stream: one query, two sets of keys, one output projection.
 
-    The query is rotated for the other stream, whose keys have positions, and not for the text, whose keys have none.
+    Keys of the other stream have rotary positions, so the query is rotated for them. Keys of the text have none.
     """
 
     def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
@@ -84,7 +84,7 @@ class CrossAttention(nn.Module):
         self.norm_k_fusion = QKNorm(dim, eps)
         self.pre_attn_norm_fusion = nn.LayerNorm(dim, eps)
         self.heads = self.q.output_size_per_partition // config.head_dim
-        # every rank holds the whole text: nothing to exchange
+        # every rank holds the complete text
         self.text_attn = _attention(
             config, self.heads, f"{prefix}.text_attn", role="cross", skip_sequence_parallel=True
         )
@@ -99,11 +99,11 @@ class CrossAttention(nn.Module):
         other_BOD: Tensor,
         other_rotary: RotaryContext,
     ) -> PartialSums:
-        """Return ``[B, S, D]``, or summands of it; a stream of no tokens is not attended.
+        """Return ``[B, S, D]``, possibly as partial sums; the other stream is not attended if it has no tokens.
 
         Args:
             x_BSD: this stream's tokens after :attr:`norm`.
-            text_kv: what :meth:`project_text` gave for this stream's text.
+            text_kv: result of :meth:`project_text` for this stream's text.
             rotary: of this stream.
             other_BOD: the other stream's tokens after :attr:`pre_attn_norm_fusion`.
             other_rotary: of the other stream.
@@ -114,24 +114,24 @@ class CrossAttention(nn.Module):
             return linear.row_parallel_partials(self.o, self._attend_text(q, text_kv).flatten(2))
         k, v = self.kv_fusion(other_BOD).chunk(2, -1)
         q_squares, k_squares = tp_square_sums(q, k)
-        q, q_turned = self.norm_q(q, q_squares, rotary.rope, plain=True)
+        q, q_rotated = self.norm_q(q, q_squares, rotary.rope, keep_unrotated=True)
         (k,) = self.norm_k_fusion(k, k_squares, other_rotary.rope)
         attended = self._attend_text(q, text_kv)
-        fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_turned, k, v)), other_rotary.length)
+        fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_rotated, k, v)), other_rotary.length)
         return linear.row_parallel_partials(self.o, (attended + fused).flatten(2))
 
     def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
         return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))
 
     def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; no timestep changes them."""
+        """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; they depend on no timestep."""
         k, v = self.kv(text_BTD).chunk(2, -1)
         (k,) = self.norm_k(k, *tp_square_sums(k))
         return k, v
 
 
 def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
-    """Return a view ``[B, S, N, H]``; of a slice of a fused projection, too."""
+    """Return a view ``[B, S, N, H]``; ``x`` may be a slice of a fused projection."""
     return torch.unflatten(x_BSD, -1, (heads, -1))
 
 

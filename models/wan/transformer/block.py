@@ -1,4 +1,4 @@
-"""A block of the fusion transformer: both streams' halves, which read each other.
+"""A block of the fusion transformer: one half per stream, with cross-attention between them.
 
 Shape suffixes: B batch, S tokens of a stream, V video tokens, A audio tokens, D width, G distinct timesteps.
 """
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
+from port_kit.models.wan.transformer import fused_ops
 from port_kit.models.wan.transformer.attention import CrossAttention, RotaryContext, SelfAttention, Stream
 from port_kit.models.wan.transformer.config import FusionConfig
-from port_kit.models.wan.transformer.fused_ops import ScaleShift, add, add_norms, norm
+from port_kit.models.wan.transformer.fused_ops import Residual, ScaleShift, Segments
 from port_kit.models.wan.transformer.layers import FeedForward
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.transformer.side_stream import SideStream
@@ -27,23 +28,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamConditioning:
-    """What one stream's half of a block needs besides tokens.
+    """Conditioning of one stream, shared by all blocks.
 
     Attributes:
         time: modulation vectors of the distinct timesteps, ``[G, B, 6, D]``.
-        timestep_segments: how many of this rank's tokens, in order, have each timestep.
-        rotary: of this rank's tokens.
+        timestep_segments: numbers of this rank's tokens per timestep, in order.
+        rotary: positions of this rank's tokens.
         text: embedded text.
     """
 
     time: Tensor
-    timestep_segments: tuple[int, ...]
+    timestep_segments: Segments
     rotary: RotaryContext
     text: TextContext
 
 
 class BlockInputs(NamedTuple):
-    """A guidance pass as a block takes it: the arguments of :meth:`FusionBlock.forward`."""
+    """Arguments of :meth:`FusionBlock.forward` for one branch."""
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor
@@ -54,7 +55,7 @@ class BlockInputs(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """How a sub-layer's input is scaled and shifted after its norm, and its output weighed; one row a timestep."""
+    """Scale and shift of a sub-layer's normalized input, and the gate of its output; one row per timestep."""
 
     scale_shift: ScaleShift
     gate: Tensor
@@ -76,7 +77,7 @@ class StreamBlock(nn.Module):
         return Modulation(ScaleShift(1 + scale1, shift1), gate1), Modulation(ScaleShift(1 + scale2, shift2), gate2)
 
     def text_keys_values(self, text: TextContext, layer: int) -> tuple[Tensor, Tensor]:
-        """Return this layer's keys and values of the text, computed at the first call with this text or its part."""
+        """Return this layer's keys and values of the text; each text, or part of a batch, is projected once."""
         if text.parts:
             keys, values = zip(*(self.text_keys_values(part, layer) for part in text.parts), strict=True)
             return torch.cat(keys), torch.cat(values)
@@ -86,12 +87,12 @@ class StreamBlock(nn.Module):
 
 
 class AttnState(NamedTuple):
-    """A stream after its self-attention.
+    """State of a stream after its self-attention.
 
     Attributes:
-        tokens: residual state ``[B, S, D]``.
-        query: its norm for the stream's own cross-attention.
-        keys: its norm for the other stream's.
+        tokens: residual stream ``[B, S, D]``.
+        query: norm of the tokens for the stream's own cross-attention.
+        keys: norm of the tokens for the other stream's cross-attention.
     """
 
     tokens: Tensor
@@ -100,7 +101,7 @@ class AttnState(NamedTuple):
 
 
 class FusionBlock(nn.Module):
-    """Layer ``index`` of both streams. Each reads the other as it is after self-attention, before anything else."""
+    """Layer ``index`` of both streams. Cross-attention reads the other stream's state after its self-attention."""
 
     def __init__(self, config: FusionConfig, index: int, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class FusionBlock(nn.Module):
         self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
 
     def project_texts(self, inputs: BlockInputs) -> None:
-        """Compute the keys and values of a pass's texts now, if they have not been."""
+        """Compute the keys and values of a branch's texts, unless they are cached."""
         for half, conditioning in ((self.audio, inputs.audio), (self.video, inputs.video)):
             for text in conditioning.text.parts or (conditioning.text,):
                 half.text_keys_values(text, self.index)
@@ -138,26 +139,26 @@ class FusionBlock(nn.Module):
             video: conditioning of the video stream.
             audio: conditioning of the audio stream.
             skip_block: layer that returns its input.
-            unused: stream that nobody reads after the last layer, which then leaves it where the other has read it.
-            extra_branches: further passes; where there are any, a list is returned, of all passes.
+            unused: stream whose output is not needed; the last layer skips its cross-attention and feed-forward.
+            extra_branches: inputs of further branches; if there are any, a list with all branches is returned.
         """
-        done = self._pass(BlockInputs(hidden_states, encoder_hidden_states, video, audio, skip_block, unused))
-        return [done, *map(self._pass, extra_branches)] if extra_branches else done
+        own = self._run_branch(BlockInputs(hidden_states, encoder_hidden_states, video, audio, skip_block, unused))
+        return [own, *map(self._run_branch, extra_branches)] if extra_branches else own
 
-    def _pass(self, given: BlockInputs) -> tuple[Tensor, Tensor]:
-        video_tokens, audio_tokens, video, audio, skip_block, unused = given
+    def _run_branch(self, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        video_tokens, audio_tokens, video, audio, skip_block, unused = inputs
         if skip_block == self.index:
             return video_tokens, audio_tokens
         v_attention, v_ffn = self.video.modulations(video)
         a_attention, a_ffn = self.audio.modulations(audio)
-        unread = unused if self.is_last else None
+        skipped = unused if self.is_last else None
         with self.side_stream.fork(video_tokens):
             a = self._self_attend(self.audio, self.video, audio_tokens, a_attention, audio)
         v = self._self_attend(self.video, self.audio, video_tokens, v_attention, video)
         self.side_stream.join(video_tokens)
         with self.side_stream.fork(video_tokens):
-            a_out = a.tokens if unread == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video)
-        v_out = v.tokens if unread == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio)
+            a_out = a.tokens if skipped == "audio" else self._fuse(self.audio, a, v.keys, a_ffn, audio, video)
+        v_out = v.tokens if skipped == "video" else self._fuse(self.video, v, a.keys, v_ffn, video, audio)
         self.side_stream.join(video_tokens)
         return v_out, a_out
 
@@ -166,10 +167,11 @@ class FusionBlock(nn.Module):
     ) -> AttnState:
         if not x.shape[1]:
             return AttnState(x, x, x)
-        y = half.self_attn(norm(x, modulation.scale_shift, own.timestep_segments, self.eps), own.rotary)
+        y = half.self_attn(fused_ops.norm(x, modulation.scale_shift, own.timestep_segments, self.eps), own.rotary)
         readers = half.cross_attn.norm, other.cross_attn.pre_attn_norm_fusion
         scale_shifts = [ScaleShift(reader.weight, reader.bias) for reader in readers]
-        return AttnState(*add_norms(x, y, modulation.gate, scale_shifts, own.timestep_segments, self.eps))
+        residual = Residual(y, modulation.gate)
+        return AttnState(*fused_ops.add_norms(x, residual, scale_shifts, own.timestep_segments, self.eps))
 
     def _fuse(
         self,
@@ -184,5 +186,7 @@ class FusionBlock(nn.Module):
             return x.tokens
         text = half.text_keys_values(own.text, self.index)
         y = half.cross_attn(x.query, text, own.rotary, other_keys, theirs.rotary)
-        tokens, normed = add_norms(x.tokens, y, None, [modulation.scale_shift], own.timestep_segments, self.eps)
-        return add(tokens, half.ffn(normed), modulation.gate, own.timestep_segments)
+        tokens, normed = fused_ops.add_norms(
+            x.tokens, Residual(y, None), [modulation.scale_shift], own.timestep_segments, self.eps
+        )
+        return fused_ops.add(tokens, Residual(half.ffn(normed), modulation.gate), own.timestep_segments)

@@ -1,7 +1,7 @@
-"""The fusion transformer's architecture in one place: every number that its modules are built from.
+"""Architecture of the fusion transformer.
 
-The original ships one JSON a tower; :meth:`FusionConfig.from_dict` reads both and insists that they agree where the
-model needs them to. ``transformer/config.json`` of a model directory has the same form plus a ``rope`` section::
+The original implementation ships one JSON file per tower. :meth:`FusionConfig.from_dict` reads both and requires equal
+values of :data:`SHARED_FIELDS`. ``transformer/config.json`` of a model directory adds a ``rope`` section::
 
     {"video": {...}, "audio": {...},
      "rope": {"family": "dreamid_omni", "freqs_scaling": {"num": 31, "den": 157, "dtype": "bfloat16"}}}
@@ -18,25 +18,25 @@ from port_kit.errors import ConfigError
 Family = Literal["dreamid_omni", "ovi"]
 ScalingDtype = Literal["bfloat16", "float32", "float64"]
 
-#: Fields of a tower's JSON that must be equal in both towers, because one block holds a layer of each.
+#: Fields that must be equal in both towers, because one block holds a layer of each.
 SHARED_FIELDS = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_len", "text_dim", "eps")
-#: Original options that exist in the JSON but have one supported value each.
+#: Options of the original's JSON for which only one value is supported.
 REQUIRED_VALUES: Mapping[str, Any] = {"qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}
-#: The original's constructor default; its JSON leaves the field out.
+#: Default of the original's constructor; its JSON omits the field.
 DEFAULT_TEXT_DIM = 4096
-#: Hidden width of the audio adapter's gated convolution is rounded up to a multiple of this.
+#: The hidden width of the audio adapter's gated convolution is rounded up to a multiple of this.
 GATED_CONV_MULTIPLE = 256
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Which rotary positions the checkpoint was trained with.
+    """Rotary positions that the checkpoint was trained with.
 
     Attributes:
-        family: ``dreamid_omni`` knows reference positions; ``ovi`` does not.
+        family: ``dreamid_omni`` has reference positions; ``ovi`` does not.
         freqs_scaling: factor on the audio frequencies, before rounding.
-        scaling_dtype: dtype that the factor is rounded to before use. It moves the audio references: 31/157 in
-            bfloat16 puts the first at 760, in float32 at 759.
+        scaling_dtype: dtype that the factor is rounded to. It affects the positions of audio references: with 31/157,
+            the first is at 760 in bfloat16 and at 759 in float32.
     """
 
     family: Family = "dreamid_omni"
@@ -63,13 +63,13 @@ class FusionConfig:
         ffn_dim: hidden width of both feed-forward layers.
         freq_dim: width of the sinusoidal timestep features.
         num_heads: attention heads N; the head dimension is ``dim / num_heads``.
-        num_layers: fused blocks, each with a video and an audio half.
+        num_layers: blocks, each with a video and an audio half.
         text_dim: width of the text encoder's states.
-        text_len: tokens that texts are zero-padded to.
+        text_len: number of tokens to which texts are zero-padded.
         eps: of every norm.
         patch_size: video latent voxels (frames, rows, columns) in one token.
-        video_channels: channels of a video latent, in and out.
-        audio_channels: channels of an audio latent, in and out.
+        video_channels: channels of video latents and flows.
+        audio_channels: channels of audio latents and flows.
         audio_kernel: taps of the audio adapter's convolutions, odd.
         rope: rotary positions.
     """
@@ -101,7 +101,7 @@ class FusionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values in one video token: channels times the voxels of a patch."""
+        """Number of latent values in one video token: channels times voxels of a patch."""
         frames, rows, columns = self.patch_size
         return self.video_channels * frames * rows * columns
 
@@ -124,7 +124,7 @@ class FusionConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FusionConfig:
-        """Read the original's two-tower form plus ``rope``.
+        """Read the JSON of both towers and the ``rope`` section.
 
         Raises:
             ConfigError: a section or field is missing, the towers disagree, or an option has an unsupported value.
@@ -133,7 +133,7 @@ class FusionConfig:
             if section not in config:
                 raise ConfigError(
                     f"the transformer's config has no {section!r} section",
-                    hint="give the original's video and audio JSON under these names, and a rope section",
+                    hint="add the original's video and audio JSON under these names, and a rope section",
                 )
         video, audio = config["video"], config["audio"]
         shared = {name: _agreed(video, audio, name) for name in SHARED_FIELDS}
@@ -149,7 +149,7 @@ class FusionConfig:
 
 
 def _read_rope(rope: Mapping[str, Any], audio: Mapping[str, Any]) -> RopeConfig:
-    """Read a rope section; Ovi's factor stands in the audio tower's JSON and is used unrounded."""
+    """Read a rope section; Ovi's factor is in the audio tower's JSON and is not rounded."""
     family = rope.get("family", "")
     if family == "ovi":
         return RopeConfig("ovi", float(_field("audio", audio, "temporal_rope_scaling_factor")), "float64")
@@ -166,8 +166,8 @@ def _agreed(video: Mapping[str, Any], audio: Mapping[str, Any], name: str) -> An
     ours, theirs = _field("video", video, name), _field("audio", audio, name)
     if ours != theirs:
         raise ConfigError(
-            f"{name} is {ours} in the video tower and {theirs} in the audio tower; one block holds a layer of each",
-            hint="both towers must have the same width, heads, layers and text",
+            f"{name} is {ours} in the video tower and {theirs} in the audio tower; they must be equal",
+            hint="give both towers the same width, heads, layers and text sizes",
         )
     return ours
 
@@ -176,7 +176,7 @@ def _check_tower(tower: str, values: Mapping[str, Any]) -> None:
     for name, required in REQUIRED_VALUES.items():
         given = values.get(name, required)
         if (list(given) if isinstance(given, (list, tuple)) else given) != required:
-            raise ConfigError(f"{tower}.{name} is {given}; this transformer only has {required}")
+            raise ConfigError(f"{tower}.{name} is {given}; only {required} is supported")
     if values.get("out_dim", values.get("in_dim")) != values.get("in_dim"):
         raise ConfigError(f"{tower}.out_dim {values['out_dim']} differs from in_dim {values['in_dim']}")
 
@@ -190,7 +190,7 @@ def _field(tower: str, values: Mapping[str, Any], name: str) -> Any:
 
 
 def _full_size(rope: dict[str, Any]) -> dict[str, Any]:
-    """Return the published towers in the original's form, with the given rope section."""
+    """Return the JSON of the published towers with a rope section."""
     shared = {
         "dim": 3072,
         "ffn_dim": 14336,

@@ -1,21 +1,25 @@
 """Triton kernels of the fusion transformer's memory-bound operations, called by :mod:`.fused_ops`.
 
-One program computes one token: it reads the row once and writes each result once, everything between is float32.
-Rows are padded to a power of two in registers only. Each kernel has a plain PyTorch twin in ``fused``.
+One program computes one token: it reads the row once, computes in float32 and writes each result once. Rows are
+padded to a power of two in registers only. Each kernel has a plain PyTorch equivalent in :mod:`.fused_ops`.
 
-Shape suffixes: B batch, S tokens, D width (of this rank, where it is divided), G distinct timesteps, R rotated pairs.
+Shape suffixes: B batch, S tokens, D width (this rank's part if it is divided), G distinct timesteps, R rotated pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Values of a row that one thread holds, the fastest on an H200 of 4, 8, 16, 32 and 64.
+if TYPE_CHECKING:
+    from port_kit.models.wan.transformer.fused_ops import RMSScale
+
+#: Values of a row per thread. The fastest of 4, 8, 16, 32 and 64 on an H200.
 VALUES = {"norm": 64, "add": 32, "rms": 32}
 
 
@@ -27,21 +31,21 @@ def add_norms(
     first_segment: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Return ``x + gate * y``, unless there is no ``y``, and up to two layer norms of it, each with scale and shift.
+    """Return ``x + gate * y`` if ``y`` is given, and up to two layer norms of it, each with scale and shift.
 
     Args:
         x_BSD: contiguous.
-        partial_sums_BSD: at most two, contiguous, of which ``y`` is the sum.
-        gate_GBD: any strides but the last, or None for 1.
-        scale_shifts: scale and shift of each norm, both ``[G, B, D]`` (a G or B of stride 0 is one vector for all).
-        first_segment: tokens of a sample that take row 0 of G; the others take row 1.
+        partial_sums_BSD: at most two contiguous tensors whose sum is ``y``.
+        gate_GBD: any strides except the last, or None for 1.
+        scale_shifts: scale and shift of each norm, both ``[G, B, D]``; G and B may have stride 0.
+        first_segment: number of tokens per sample that use row 0 of G; the others use row 1.
         eps: of the norms.
     """
     width, block, warps = _row(x_BSD, VALUES["add" if partial_sums_BSD else "norm"])
     total = torch.empty_like(x_BSD) if partial_sums_BSD else x_BSD
     normed = [torch.empty_like(x_BSD) for _ in scale_shifts]
     vectors = [vector for scale_shift in scale_shifts for vector in scale_shift]
-    # a kernel takes all its pointers; those it does not use are never read
+    # the kernel requires all pointers; it does not read the unused ones
     vectors += [x_BSD] * (4 - len(vectors))
     gate = x_BSD if gate_GBD is None else gate_GBD
     outputs = [*normed, *[x_BSD] * (2 - len(normed))]
@@ -69,46 +73,37 @@ def add_norms(
 
 
 def rms_rope(
-    x_BSD: Tensor,
-    weight_D: Tensor,
-    squares_BS: Tensor | None,
-    rope_SR2: Tensor | None,
-    *,
-    width: int,
-    eps: float,
-    plain: bool,
+    x_BSD: Tensor, scale: RMSScale, squares_BS: Tensor | None, rope_SR2: Tensor | None, *, keep_unrotated: bool
 ) -> tuple[Tensor, ...]:
-    """Return the RMS norm of each row, and the same with the pairs of every head rotated; the former if ``plain``.
+    """Return the RMS norm of each row if ``keep_unrotated``, then the norm with the pairs of every head rotated.
 
     Args:
-        x_BSD: rows of any one stride, as a slice of a fused projection has.
-        weight_D: of this rank's part of the width.
-        squares_BS: float32 sums of squares over the whole width; None where a row has all of it.
-        rope_SR2: contiguous float32 cosines and sines of one head's pairs, or None.
-        width: of all ranks together.
-        eps: of the norm.
-        plain: whether the norm itself is wanted.
+        x_BSD: rows with one stride, such as a slice of a fused projection.
+        scale: of this rank's part of the width.
+        squares_BS: float32 sums of squares over all ranks; None if a row has the full width.
+        rope_SR2: contiguous float32 cosines and sines of one head's pairs, or None for no rotation.
+        keep_unrotated: return the norm without rotation too.
     """
     local, block, warps = _row(x_BSD, VALUES["rms"])
-    results = [x_BSD.new_empty(x_BSD.shape) for _ in range(plain + (rope_SR2 is not None))]
+    results = [x_BSD.new_empty(x_BSD.shape) for _ in range(keep_unrotated + (rope_SR2 is not None))]
     rows = x_BSD.shape[0] * x_BSD.shape[1]
     if rows:
         _rms_rope[(rows,)](
             x_BSD,
-            weight_D,
+            scale.weight,
             x_BSD if squares_BS is None else squares_BS,
             x_BSD if rope_SR2 is None else rope_SR2,
             results[0],
             results[-1],
             x_BSD.stride(1),
             x_BSD.shape[1],
-            width,
-            eps,
+            scale.width,
+            scale.eps,
             D=local,
             BLOCK=block,
             HEAD=1 if rope_SR2 is None else 2 * rope_SR2.shape[1],
             SUMMED=squares_BS is not None,
-            PLAIN=plain,
+            UNROTATED=keep_unrotated,
             ROTATED=rope_SR2 is not None,
             num_warps=warps,
         )
@@ -116,7 +111,7 @@ def rms_rope(
 
 
 def square_sums(x_BSD: Tensor) -> Tensor:
-    """Return each row's sum of squares, float32 ``[B, S]``; rows of any one stride."""
+    """Return each row's sum of squares, float32 ``[B, S]``; rows have one stride."""
     width, block, warps = _row(x_BSD, VALUES["rms"])
     sums = x_BSD.new_empty(x_BSD.shape[:2], dtype=torch.float32)
     if sums.numel():
@@ -125,7 +120,7 @@ def square_sums(x_BSD: Tensor) -> Tensor:
 
 
 def _row(x_BSD: Tensor, values: int) -> tuple[int, int, int]:
-    """Return the width of a row, of the block that holds it, and the warps that give each thread so many values."""
+    """Return the width of a row, the block size that holds it, and the number of warps for ``values`` per thread."""
     width = x_BSD.shape[-1]
     block = triton.next_power_of_2(width)
     return width, block, min(max(block // (32 * values), 1), 32)
@@ -168,7 +163,7 @@ def _add_norms(
     g = ((row % tokens) >= first_segment).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
-    # everything is asked for before the first sum is waited for
+    # issue all loads before the first reduction waits for one
     x = tl.load(x_ptr + row * D + at, mask=inside, other=0.0)
     if PARTIAL_SUMS > 0:
         y = tl.load(y_ptr + row * D + at, mask=inside, other=0.0)
@@ -208,7 +203,7 @@ def _rms_rope(
     weight_ptr: tl.tensor,
     squares_ptr: tl.tensor,
     rope_ptr: tl.tensor,
-    plain_ptr: tl.tensor,
+    unrotated_ptr: tl.tensor,
     rotated_ptr: tl.tensor,
     row_stride: tl.tensor,
     tokens: tl.tensor,
@@ -218,27 +213,27 @@ def _rms_rope(
     BLOCK: tl.constexpr,
     HEAD: tl.constexpr,
     SUMMED: tl.constexpr,
-    PLAIN: tl.constexpr,
+    UNROTATED: tl.constexpr,
     ROTATED: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
-    # everything is asked for before the sum is waited for
+    # issue all loads before the reduction waits for one
     x = tl.load(x_ptr + row * row_stride + at, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
     if ROTATED:
-        turn = tl.load(rope_ptr + (row % tokens) * HEAD + at % HEAD, mask=inside, other=0.0)
+        cos_sin = tl.load(rope_ptr + (row % tokens) * HEAD + at % HEAD, mask=inside, other=0.0)
     x = x.to(tl.float32)
     squares = tl.load(squares_ptr + row) if SUMMED else tl.sum(x * x, 0)
     x = x * tl.rsqrt(squares / width + eps) * weight.to(tl.float32)
-    if PLAIN:
-        tl.store(plain_ptr + row * D + at, x.to(plain_ptr.dtype.element_ty), mask=inside)
+    if UNROTATED:
+        tl.store(unrotated_ptr + row * D + at, x.to(unrotated_ptr.dtype.element_ty), mask=inside)
     if ROTATED:
-        cos, sin = tl.split(tl.reshape(turn, (BLOCK // 2, 2)))
+        cos, sin = tl.split(tl.reshape(cos_sin, (BLOCK // 2, 2)))
         even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
-        turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
-        tl.store(rotated_ptr + row * D + at, turned.to(rotated_ptr.dtype.element_ty), mask=inside)
+        rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
+        tl.store(rotated_ptr + row * D + at, rotated.to(rotated_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

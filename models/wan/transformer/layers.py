@@ -2,8 +2,8 @@
 
 Shape suffixes: B batch, S tokens of a stream, D width, G distinct timesteps of a stream.
 
-The dtypes are those of the original under bfloat16: statistics of norms and angles of timesteps in float32 or wider,
-everything else in the dtype of the weights.
+Statistics of norms and angles of timesteps are computed in float32 or wider, everything else in the dtype of the
+weights, as in the original implementation under bfloat16.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from port_kit.parallel.norm import FullWidthRMSNorm
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-#: Periods of the timestep's sinusoids grow geometrically up to this.
+#: Largest period of the timestep's sinusoids; periods grow geometrically.
 MAX_PERIOD = 10000.0
 
 
 class QKNorm(FullWidthRMSNorm):
-    """RMS norm of queries or keys over the width of all heads together, and the rotation after it, in one pass."""
+    """RMS norm of queries or keys over the width of all heads, fused with their rotation."""
 
     def forward(  # type: ignore[override]
-        self, x_BSD: Tensor, squares_BS: Tensor | None = None, rope: Tensor | None = None, *, plain: bool = False
+        self, x_BSD: Tensor, squares_BS: Tensor | None, rope: Tensor | None = None, *, keep_unrotated: bool = False
     ) -> tuple[Tensor, ...]:
-        """Normalise ``x``, whose last dimension is this rank's part of the width, and rotate its heads.
+        """Normalize ``x`` and rotate its heads.
 
         Args:
-            x_BSD: queries or keys.
-            squares_BS: what :func:`tp_square_sums` gave for them.
+            x_BSD: queries or keys; this rank's part of the width.
+            squares_BS: their sums from :func:`tp_square_sums`.
             rope: table ``[1, S, R, 2]`` of their positions, or None for the norm alone.
-            plain: give the norm without the rotation as well, first.
+            keep_unrotated: return the norm without rotation too, as the first tensor.
         """
-        plain = plain or rope is None
-        return fused_ops.rms_norm(x_BSD, self.weight, squares_BS, rope, width=self.dim, eps=self.eps, plain=plain)
+        scale = fused_ops.RMSScale(self.weight, self.dim, self.eps)
+        return fused_ops.rms_norm(x_BSD, scale, squares_BS, rope, keep_unrotated=keep_unrotated or rope is None)
 
 
 def tp_square_sums(*tensors: Tensor) -> list[Tensor] | list[None]:
-    """Return each token's sum of squares over the whole width, float32 ``[B, S]``; None where one rank has all of it.
+    """Return each token's sum of squares over the full width, float32 ``[B, S]``; None without tensor parallelism.
 
     Args:
-        tensors: ``[B, S, D]`` of equal B, each with this rank's part of the width; they share one all-reduce.
+        tensors: ``[B, S, D]`` of equal B, each this rank's part of the width; they share one all-reduce.
     """
     if get_tensor_model_parallel_world_size() == 1:
         return [None] * len(tensors)
@@ -66,12 +66,12 @@ class FeedForward(nn.Module):
         self.down = linear.row(hidden, dim, quant, f"{prefix}.down")
 
     def forward(self, x_BSD: Tensor) -> fused_ops.PartialSums:
-        """Return ``[B, S, D]``, or summands of it."""
+        """Return ``[B, S, D]``, possibly as partial sums."""
         return linear.row_parallel_partials(self.down, fused_ops.linear_gelu(self.up, x_BSD))
 
 
 class TextEmbedding(nn.Module):
-    """Bring text states to the width of the model. Texts are padded with zeros first, and the padding is attended."""
+    """Projection of text states to the width of the model. Texts are zero-padded first, and the padding is attended."""
 
     def __init__(self, text_dim: int, dim: int, length: int, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -80,13 +80,13 @@ class TextEmbedding(nn.Module):
         self.down = linear.row(dim, dim, quant, f"{prefix}.down")
 
     def forward(self, text: Tensor) -> Tensor:
-        """Take raw states ``[B, T, text_dim]``, T at most ``length``; return ``[B, length, D]``."""
+        """Project raw states ``[B, T, text_dim]``, T at most ``length``, to ``[B, length, D]``."""
         padded = F.pad(text, (0, 0, 0, self.length - text.shape[1]))
         return self.down(fused_ops.linear_gelu(self.up, padded))
 
 
 class TimeEmbedding(nn.Module):
-    """Embed timesteps: sinusoids in float64, then two linears."""
+    """Embedding of timesteps: sinusoids in float64, then two linears."""
 
     def __init__(self, freq_dim: int, dim: int, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -100,14 +100,14 @@ class TimeEmbedding(nn.Module):
 
 
 class TimeProjection(nn.Module):
-    """The six modulation vectors that a timestep gives every block."""
+    """Projection of a timestep's embedding to the six modulation vectors that all blocks share."""
 
     def __init__(self, dim: int, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.linear = linear.column(dim, 6 * dim, quant, f"{prefix}.linear", gather=True)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Take ``[..., D]``; return ``[..., 6, D]``: shift, scale, gate of attention, then of the feed-forward."""
+        """Project ``[..., D]`` to ``[..., 6, D]``: shift, scale, gate of attention, then of the feed-forward."""
         return self.linear(F.silu(embedding)).unflatten(-1, (6, -1))
 
 
@@ -120,9 +120,9 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 
 class GatedConv(nn.Module):
-    """A gated feed-forward whose linears see a window of neighbouring tokens.
+    """A gated feed-forward whose linears read a window of neighboring tokens.
 
-    The convolutions are linears over unfolded windows, so that they are split over ranks and quantized as all others.
+    The convolutions are linears over unfolded windows, so that tensor parallelism and quantization apply to them.
     """
 
     def __init__(self, dim: int, hidden: int, kernel: int, quant: QuantizationConfig | None, prefix: str) -> None:
@@ -140,7 +140,7 @@ class GatedConv(nn.Module):
 def unfold1d(x_BSD: Tensor, kernel: int) -> Tensor:
     """Return every token's window of ``kernel`` tokens, zero beyond the ends, ``[B, S, D * kernel]``.
 
-    The taps of a channel lie together, as in a convolution's weight ``[out, in, kernel]`` flattened to a matrix.
+    The taps of a channel are adjacent, as in a convolution's weight ``[out, in, kernel]`` flattened to a matrix.
     """
     if not x_BSD.shape[1]:
         return x_BSD.new_empty(x_BSD.shape[0], 0, x_BSD.shape[2] * kernel)

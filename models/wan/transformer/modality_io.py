@@ -1,4 +1,4 @@
-"""Both ends of a stream: latents to tokens, timesteps and texts to what blocks take, tokens back to latents.
+"""Input and output adapters of a stream: latents to tokens, timesteps and texts to conditioning, tokens to latents.
 
 Shape suffixes: B batch, C channels, F H W latent frames, rows, columns, V video tokens, A audio tokens, S either,
 T text tokens, D width, G distinct timesteps.
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class TextContext:
-    """A stream's text, and what has been computed from it so far.
+    """A stream's text with a cache of its embedding and of its keys and values in each block.
 
-    Nothing here depends on the timestep. Give the transformer the same object in every step of a request and the
-    text is embedded once and projected to keys and values once a block; drop it when the request ends.
+    The cached tensors do not depend on the timestep. If all steps of a request pass the same object, the text is
+    embedded once and projected once per block. The cache lives as long as this object.
 
     Args:
         raw: states of the text encoder, ``[B, T, text_dim]``, without padding.
@@ -43,24 +43,24 @@ class TextContext:
 
     @property
     def batch_key(self) -> Hashable:
-        """Shape and dtype; texts of a batch are not padded and must have equal lengths."""
+        """Shape and dtype. Texts in a batch are not padded and must have equal lengths."""
         return tuple(self.raw.shape), self.raw.dtype
 
     @classmethod
     def collate(cls, parts: Sequence[TextContext]) -> TextContext:
-        """Return texts of equal length as one batch, in order; what is computed of it is kept by each part."""
+        """Return texts of equal length as one batch, in order; each part keeps its own cache."""
         text = cls(torch.cat([part.raw for part in parts]))
         text.parts = tuple(parts)
         return text
 
 
 class VideoPatchEmbed(nn.Module):
-    """Video latents to tokens: one linear over each patch."""
+    """Embedding of video latents: one linear per patch."""
 
     def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.patch = config.patch_size
-        # what enters the model is not rounded to eight bits
+        # the input of the model is not quantized
         self.proj = linear.replicated(config.patch_dim, config.dim, safe_quant_config(quant), f"{prefix}.proj")
 
     def forward(self, latents_BCFHW: Tensor) -> Tensor:
@@ -86,12 +86,12 @@ class VideoPatchEmbed(nn.Module):
 
 
 class AudioPatchEmbed(nn.Module):
-    """Audio latents to tokens: a convolution and a gated convolution along time."""
+    """Embedding of audio latents: a convolution and a gated convolution along time."""
 
     def __init__(self, config: FusionConfig, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.kernel = config.audio_kernel
-        # 140 inputs: eight-bit kernels take multiples of 16
+        # 140 inputs: eight-bit kernels require multiples of 16
         inputs = config.audio_channels * self.kernel
         self.proj = linear.replicated(inputs, config.dim, safe_quant_config(quant), f"{prefix}.proj")
         self.gated = GatedConv(config.dim, config.gated_conv_dim, self.kernel, quant, f"{prefix}.gated")
@@ -102,7 +102,7 @@ class AudioPatchEmbed(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens to latent values, modulated by the timestep's embedding."""
+    """Projection of tokens to latent values, modulated by the timestep's embedding."""
 
     def __init__(self, config: FusionConfig, output: int, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -110,14 +110,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
         self.proj = linear.replicated(config.dim, output, quant, f"{prefix}.proj")
 
-    def forward(self, x_BSD: Tensor, time_GBD: Tensor, timestep_segments: tuple[int, ...]) -> Tensor:
-        """Return ``[B, S, output]``. ``timestep_segments`` tells how many tokens have each of the G timesteps."""
+    def forward(self, x_BSD: Tensor, time_GBD: Tensor, timestep_segments: fused_ops.Segments) -> Tensor:
+        """Return ``[B, S, output]``."""
         shift, scale = (self.modulation + time_GBD.unsqueeze(-2)).unbind(2)
         return self.proj(fused_ops.norm(x_BSD, fused_ops.ScaleShift(1 + scale, shift), timestep_segments, self.eps))
 
 
 class ModalityAdapter(nn.Module):
-    """Everything of one stream that is not in a block."""
+    """Modules of one stream outside the blocks."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class ModalityAdapter(nn.Module):
     ) -> None:
         super().__init__()
         dim = config.dim
-        precise = safe_quant_config(quant)  # modulation decides scales everywhere: not rounded to eight bits
+        precise = safe_quant_config(quant)  # not quantized: modulation scales all activations
         self.patch_embedding = patch_embedding
         self.text_embedding = TextEmbedding(config.text_dim, dim, config.text_len, quant, f"{prefix}.text_embedding")
         self.time_embedding = TimeEmbedding(config.freq_dim, dim, precise, f"{prefix}.time_embedding")
@@ -137,10 +137,10 @@ class ModalityAdapter(nn.Module):
         self.head = Head(config, output, precise, f"{prefix}.head")
 
     def embed_text(self, text: TextContext) -> None:
-        """Embed a text that has not been embedded yet; of a joined one, its parts.
+        """Embed a text, or the parts of a batch, unless they are cached.
 
         Raises:
-            InputError: the text has more tokens than the model was made for.
+            InputError: the text has more tokens than the model supports.
         """
         for part in text.parts:
             self.embed_text(part)
@@ -148,11 +148,11 @@ class ModalityAdapter(nn.Module):
             return
         length, limit = text.raw.shape[1], self.text_embedding.length
         if length > limit:
-            raise InputError(f"a text of {length} tokens was given; at most {limit} fit", code="text_length")
+            raise InputError(f"the text has {length} tokens; at most {limit} are supported", code="text_length")
         text.embedded = self.text_embedding(text.raw)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], config: FusionConfig) -> Tensor:
-    """Return video latents ``[B, C, F, H, W]``; inside a token the channels vary fastest."""
+    """Return video latents ``[B, C, F, H, W]``; channels vary fastest within a token."""
     parts = tokens.unflatten(1, grid).unflatten(-1, (*config.patch_size, config.video_channels))
     return parts.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)

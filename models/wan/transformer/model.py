@@ -1,4 +1,4 @@
-"""The fusion transformer of DreamID-Omni and Ovi: a video and an audio stream that read each other in every block.
+"""The fusion transformer of DreamID-Omni and Ovi: a video and an audio stream with cross-attention in every block.
 
 Shape suffixes: B batch, C channels, F H W latent frames, rows, columns, V video tokens, A audio tokens, S either,
 T text tokens, D width, G distinct timesteps.
@@ -20,6 +20,7 @@ from port_kit.errors import InputError
 from port_kit.models.wan.transformer.attention import RotaryContext, Stream
 from port_kit.models.wan.transformer.block import BlockInputs, FusionBlock, StreamConditioning
 from port_kit.models.wan.transformer.config import FusionConfig
+from port_kit.models.wan.transformer.fused_ops import Segments
 from port_kit.models.wan.transformer.modality_io import (
     AudioPatchEmbed,
     ModalityAdapter,
@@ -36,43 +37,55 @@ from port_kit.parallel.sequence import SPBoundary, local_segment_lengths, make_s
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-#: Of the video and of the audio.
+#: A tensor of the video stream and one of the audio stream.
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class BranchInputs:
+    """Arguments of :meth:`WanFusionTransformer.forward` for one branch."""
+
+    video: Tensor
+    audio: Tensor
+    timestep: Tensor
+    video_text: Tensor | TextContext
+    audio_text: Tensor | TextContext
+    video_reference_frames: int = 0
+    audio_reference_lengths: tuple[int, ...] = ()
+    first_frame_clean: bool = False
+    skip_block: int | None = None
+    unused: Stream | None = None
+
+
+@dataclass(frozen=True)
 class ForwardContext:
-    """What a pass keeps beside its tokens, from where the blocks begin to its flows.
+    """State of a branch from its embedding to the output heads, without its tokens.
 
     Attributes:
-        conditioning: what blocks need of the video and of the audio.
-        skip_block: layer to leave out.
-        unused: stream whose flow is not needed.
-        grid: tokens of the video by (frame, row, column).
-        lengths: of the whole streams, without padding.
-        times: time embeddings ``[G, B, D]`` of the streams.
-        latents: what was given.
+        inputs: arguments of the branch.
+        conditioning: of the video and of the audio.
+        grid: numbers of video tokens (frames, rows, columns).
+        lengths: numbers of video and audio tokens of all ranks, without padding.
+        times: time embeddings ``[G, B, D]`` of video and audio.
     """
 
+    inputs: BranchInputs
     conditioning: tuple[StreamConditioning, StreamConditioning]
-    skip_block: int | None
-    unused: Stream | None
     grid: tuple[int, int, int]
     lengths: tuple[int, int]
-    times: tuple[Tensor, Tensor]
-    latents: tuple[Tensor, Tensor]
+    times: Pair
 
     def block_inputs(self, tokens: Pair) -> BlockInputs:
-        """Return the pass as a block takes it."""
-        return BlockInputs(*tokens, *self.conditioning, self.skip_block, self.unused)
+        """Return the arguments of a block."""
+        return BlockInputs(*tokens, *self.conditioning, self.inputs.skip_block, self.inputs.unused)
 
 
 class WanFusionTransformer(nn.Module):
-    """Predicts the flow of a video and an audio latent together.
+    """Transformer that predicts the flows of a video and an audio latent together.
 
     Args:
         config: architecture.
-        quant_config: quantization of the linears, None for none.
+        quant_config: quantization of the linears; None for none.
         prefix: path of this module in the pipeline, for quantization and diagnostics.
     """
 
@@ -89,9 +102,9 @@ class WanFusionTransformer(nn.Module):
         "gate_up": ["w1", "w3"],
     }
     stacked_params_mapping: ClassVar = [
-        (f".{packed}", f".{part}", part if packed == "qkv" else slot)
+        (f".{packed}", f".{part}", part if packed == "qkv" else index)
         for packed, parts in packed_modules_mapping.items()
-        for slot, part in enumerate(parts)
+        for index, part in enumerate(parts)
     ]
 
     def __init__(
@@ -127,30 +140,30 @@ class WanFusionTransformer(nn.Module):
         unused: Stream | None = None,
         extra_branches: Sequence[Mapping[str, Any]] = (),
     ) -> Pair | list[Pair]:
-        """Predict both flows. A stream of no frames or no tokens is left out.
+        """Predict both flows. A stream without frames or tokens is omitted.
 
         Args:
             video: latents ``[B, C, F, H, W]``; references are the last frames.
             audio: latents ``[B, A, C]``; references are the last tokens.
             timestep: ``[B]`` or 0-dim, in 0..1000; the same for both streams and for references.
-            video_text: states ``[B, T, text_dim]`` for the video, unpadded, or a
-                :class:`TextContext` that is kept over the steps.
+            video_text: states ``[B, T, text_dim]`` for the video, unpadded, or a :class:`TextContext` that caches
+                their projections over the steps.
             audio_text: the same for the audio.
-            video_reference_frames: how many of the last frames are references.
-            audio_reference_lengths: tokens of each audio reference.
-            first_frame_clean: the first frame is given, not noise: its tokens have timestep 0.
-            skip_block: layer to leave out (skip-layer guidance).
-            unused: stream whose flow is not needed; it is returned as zeros, and what only it needs is left out.
-            extra_branches: arguments of further passes, which go through each block before the next block runs.
+            video_reference_frames: number of frames at the end that are references.
+            audio_reference_lengths: number of tokens of each audio reference.
+            first_frame_clean: the first frame is conditioning without noise: its tokens have timestep 0.
+            skip_block: layer to omit (skip-layer guidance).
+            unused: stream whose flow is not needed; zeros are returned for it, and the last layer does not compute it.
+            extra_branches: arguments of further branches, which run through each block before the next block runs.
 
         Returns:
-            The flows, shaped as ``video`` and ``audio``, references included; with ``extra_branches`` a list, of all
-            passes.
+            The flows, shaped as ``video`` and ``audio``, references included. With ``extra_branches``, a list with
+            the flows of all branches.
 
         Raises:
-            InputError: latents that do not divide into patches, references or texts that are too long.
+            InputError: the latents do not divide into patches, or references or texts are too long.
         """
-        own = self._prepare_tokens(
+        own = BranchInputs(
             video,
             audio,
             timestep,
@@ -162,9 +175,9 @@ class WanFusionTransformer(nn.Module):
             skip_block=skip_block,
             unused=unused,
         )
-        entered = [own, *(self._prepare_tokens(**other) for other in extra_branches)]
-        states, contexts = [tokens for tokens, _ in entered], [context for _, context in entered]
-        del own, entered  # so that no tokens outlive the block that replaces them
+        prepared = [self._prepare(inputs) for inputs in (own, *(BranchInputs(**extra) for extra in extra_branches))]
+        states, contexts = [tokens for tokens, _ in prepared], [context for _, context in prepared]
+        del prepared  # it would keep each branch's first tokens alive while blocks run
         if extra_branches and weights_are_streamed(self.engine):
             for block in self.blocks:
                 first, *rest = (context.block_inputs(tokens) for context, tokens in zip(contexts, states, strict=True))
@@ -175,8 +188,8 @@ class WanFusionTransformer(nn.Module):
         return flows if extra_branches else flows[0]
 
     def _run_interleaved(self, states: list[Pair], contexts: Sequence[ForwardContext]) -> None:
-        """Run the passes through all blocks, each in a call of its own; replace their tokens in ``states``."""
-        if len(contexts) > 1:  # what passes share is made before they part
+        """Run the branches through all blocks, one call per branch and block; replace their tokens in ``states``."""
+        if len(contexts) > 1:  # texts that branches share are projected before the streams fork
             for block in self.blocks:
                 for context, tokens in zip(contexts, states, strict=True):
                     block.project_texts(context.block_inputs(tokens))
@@ -184,65 +197,59 @@ class WanFusionTransformer(nn.Module):
         for block in self.blocks:
             for index, context in enumerate(contexts):
                 with streams.stream(index):
-                    options = {"skip_block": context.skip_block, "unused": context.unused}
+                    options = {"skip_block": context.inputs.skip_block, "unused": context.inputs.unused}
                     states[index] = block(*states[index], *context.conditioning, **options)
         streams.join()
 
-    def _prepare_tokens(
-        self,
-        video: Tensor,
-        audio: Tensor,
-        timestep: Tensor,
-        video_text: Tensor | TextContext,
-        audio_text: Tensor | TextContext,
-        *,
-        video_reference_frames: int = 0,
-        audio_reference_lengths: tuple[int, ...] = (),
-        first_frame_clean: bool = False,
-        skip_block: int | None = None,
-        unused: Stream | None = None,
-    ) -> tuple[Pair, ForwardContext]:
-        """Take the arguments of :meth:`forward` to where the blocks begin; return both streams' tokens first."""
+    def _prepare(self, inputs: BranchInputs) -> tuple[Pair, ForwardContext]:
+        """Embed the inputs of a branch; return the tokens of both streams and the context of the branch."""
+        video, audio, skip_block = inputs.video, inputs.audio, inputs.skip_block
         grid = self.video.patch_embedding.grid(video)
         cells = grid[1] * grid[2]
-        v_segments = (cells, grid[0] * cells - cells) if first_frame_clean and grid[0] else (grid[0] * cells,)
+        split = inputs.first_frame_clean and grid[0]
+        v_segments = (cells, grid[0] * cells - cells) if split else (grid[0] * cells,)
         if skip_block is not None and not 0 <= skip_block < self.config.num_layers:
-            raise InputError(f"block {skip_block} is to be skipped of {self.config.num_layers}", code="block_index")
+            raise InputError(
+                f"skip_block is {skip_block}; it must be 0 to {self.config.num_layers - 1}", code="block_index"
+            )
         v, v_length, v_rope = self._tokens(
-            self.video, video, self.rope.video(grid, video_reference_frames, video.device)
+            self.video, video, self.rope.video(grid, inputs.video_reference_frames, video.device)
         )
         a, a_length, a_rope = self._tokens(
-            self.audio, audio, self.rope.audio(audio.shape[1], audio_reference_lengths, audio.device)
+            self.audio, audio, self.rope.audio(audio.shape[1], inputs.audio_reference_lengths, audio.device)
         )
         v, a, v_rope, a_rope = self.shard(v, a, v_rope, a_rope)
-        v_time, v_conditioning = self._conditioning(self.video, timestep, v, v_segments, v_length, v_rope, video_text)
-        a_time, a_conditioning = self._conditioning(self.audio, timestep, a, (a_length,), a_length, a_rope, audio_text)
-        times, lengths = (v_time, a_time), (v_length, a_length)
-        context = ForwardContext(
-            (v_conditioning, a_conditioning), skip_block, unused, grid, lengths, times, (video, audio)
+        v_time, v_conditioning = self._conditioning(
+            self.video, inputs.timestep, v, v_segments, v_length, v_rope, inputs.video_text
         )
+        a_time, a_conditioning = self._conditioning(
+            self.audio, inputs.timestep, a, (a_length,), a_length, a_rope, inputs.audio_text
+        )
+        context = ForwardContext(inputs, (v_conditioning, a_conditioning), grid, (v_length, a_length), (v_time, a_time))
         return (v, a), context
 
     def _compute_flows(self, tokens: Pair, context: ForwardContext) -> Pair:
-        """Return the flows of tokens that come out of the last block."""
-        (v, a), (video, audio), unused = tokens, context.latents, context.unused
+        """Return the flows for the tokens of the last block."""
+        (v, a), unused = tokens, context.inputs.unused
         v = self._output_tokens(self.video, v, context.times[0], context.conditioning[0], is_used=unused != "video")
         a = self._output_tokens(self.audio, a, context.times[1], context.conditioning[1], is_used=unused != "audio")
         v, a = self.gather(v, a)
         v, a = v[:, : context.lengths[0]], a[:, : context.lengths[1]]
-        v_flow = unpatchify(v, context.grid, self.config) if unused != "video" else torch.zeros_like(video)
-        return v_flow, a if unused != "audio" else torch.zeros_like(audio)
+        if unused == "video":
+            return torch.zeros_like(context.inputs.video), a
+        flow = unpatchify(v, context.grid, self.config)
+        return flow, torch.zeros_like(context.inputs.audio) if unused == "audio" else a
 
     def _output_tokens(
         self, adapter: ModalityAdapter, tokens: Tensor, time: Tensor, conditioning: StreamConditioning, *, is_used: bool
     ) -> Tensor:
-        """Return this rank's part of a flow, in tokens; of a stream that is not used, no tokens."""
+        """Return this rank's part of a flow, in tokens; no tokens for an unused stream."""
         if not is_used:
             return tokens[:, :0]
         return adapter.head(tokens, time, conditioning.timestep_segments)
 
     def _tokens(self, adapter: ModalityAdapter, latents: Tensor, rope: Tensor) -> tuple[Tensor, int, Tensor]:
-        """Return a stream's tokens, their number, and their rope table; both tensors ready to be sharded."""
+        """Return a stream's tokens, their number, and their rotary table; both tensors are padded for sharding."""
         tokens = adapter.patch_embedding(latents)
         return pad_tokens(tokens), tokens.shape[1], pad_tokens(rope)
 
@@ -251,12 +258,12 @@ class WanFusionTransformer(nn.Module):
         adapter: ModalityAdapter,
         timestep: Tensor,
         tokens: Tensor,
-        timestep_segments: tuple[int, ...],
+        timestep_segments: Segments,
         length: int,
         rope: Tensor,
         text: Tensor | TextContext,
     ) -> tuple[Tensor, StreamConditioning]:
-        """Return the time embedding ``[G, B, D]`` and the conditioning of a stream whose ``tokens`` are sharded."""
+        """Return the time embedding ``[G, B, D]`` and the conditioning of a stream; ``tokens`` are this rank's."""
         text = text if isinstance(text, TextContext) else TextContext(text)
         adapter.embed_text(text)
         times = torch.stack((torch.zeros_like(timestep), timestep)[-len(timestep_segments) :])
@@ -270,7 +277,7 @@ class WanFusionTransformer(nn.Module):
 def build_transformer(config: Mapping[str, Any]) -> WanFusionTransformer:
     """Build the transformer of a ``transformer/config.json`` on the current default device and dtype.
 
-    Inside an engine it is quantized as the engine's configuration says.
+    Inside an engine, the engine's configuration selects the quantization.
     """
     engine = get_current_diffusion_config_or_none()
     quant = engine.quantization_config if engine is not None else None

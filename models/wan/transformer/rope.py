@@ -1,17 +1,17 @@
-"""Rotary positions of the fusion transformer, as tables that any rank can take its own rows from.
+"""Rotary positions of the fusion transformer, as tables that can be sharded by token.
 
 Shape suffixes: B batch, S tokens of a stream, N heads, H head dim, R = H/2 rotated pairs.
 
-A table holds ``(cos, sin)`` of every token and pair, ``[1, S, R, 2]`` in float32. Where a position does not turn a
-pair, its row is ``(1, 0)``: the audio stream rotates only the leading part of each head, and so needs neither a slice
-nor a copy of the rest. Tables depend on the geometry of a request alone; :class:`RopeTables` keeps the recent ones.
+A table holds ``(cos, sin)`` of every token and pair, ``[1, S, R, 2]`` in float32. A pair that a position does not
+rotate has ``(1, 0)``. The audio stream rotates only the leading part of each head, and this avoids a slice and a copy
+of the rest. Tables depend on the geometry of a request only; :class:`RopeTables` caches recent ones.
 
-What the checkpoints were trained with, and why the dtypes below are what they are:
+Facts of the checkpoints' training, which fix the dtypes below:
 
-* a head splits into temporal, vertical and horizontal parts; audio uses the temporal part only;
-* Ovi computes all angles in float64. DreamID-Omni computes temporal angles in float32, where position 760 is off by
-  1e-5 already, so that is part of the model;
-* reference positions are absolute: image j is at frame ``150 * (j + 1)``; audio j starts at ``offset * (j + 1)``
+* A head splits into temporal, vertical and horizontal parts; audio uses the temporal part only.
+* Ovi computes all angles in float64. DreamID-Omni computes temporal angles in float32, whose error at position 760 is
+  1e-5; the model was trained with that error.
+* Reference positions are absolute: image j is at frame ``150 * (j + 1)``; audio j starts at ``offset * (j + 1)``
   with the offset rounded by the dtype of the frequency scaling.
 """
 
@@ -30,13 +30,14 @@ from port_kit.models.wan.transformer.config import RopeConfig
 THETA = 10000.0
 #: Latent frames between the positions of consecutive references.
 REFERENCE_STRIDE = 150
-#: Geometries whose tables are kept on the device: the branches of a request share one video and one audio geometry.
+#: Number of geometries whose tables stay on the device. The branches of a request share one video and one audio
+#: geometry.
 KEPT_TABLES = 8
 
 
 @dataclass(frozen=True)
 class RopeTables:
-    """Tables for one architecture.
+    """Rotary tables for one architecture, cached by geometry.
 
     Attributes:
         config: family and frequency scaling.
@@ -53,11 +54,11 @@ class RopeTables:
 
         Args:
             grid: token counts (frames, rows, columns), references included.
-            reference_frames: how many of the last frames are references.
-            device: where the table goes.
+            reference_frames: number of frames at the end that are references.
+            device: of the table.
 
         Raises:
-            InputError: more references than frames, or references in a family that has none.
+            InputError: there are more references than frames, or the family has no reference positions.
         """
         frames = _video_positions(grid[0], reference_frames, self.config)
         return _video_table(self, frames, grid[1:], device or torch.device("cpu"))
@@ -67,31 +68,31 @@ class RopeTables:
 
         Args:
             length: tokens, references included.
-            reference_lengths: tokens of each reference; together they are the last tokens.
-            device: where the table goes.
+            reference_lengths: number of tokens of each reference; references are the last tokens.
+            device: of the table.
 
         Raises:
-            InputError: references longer than the sequence, or references in a family that has none.
+            InputError: references are longer than the sequence, or the family has no reference positions.
         """
         positions = _audio_positions(length, tuple(reference_lengths), self.config)
         return _audio_table(self, positions, device or torch.device("cpu"))
 
     @property
     def parts(self) -> tuple[int, int, int]:
-        """Dimensions of a head that turn with (frame, row, column)."""
+        """Numbers of a head's dimensions that rotate with (frame, row, column)."""
         across = 2 * (self.head_dim // 6)
         return self.head_dim - 2 * across, across, across
 
 
 def rotate(x_BSNH: Tensor, table: Tensor) -> Tensor:
-    """Rotate adjacent pairs of every head in float32; return the dtype of ``x``. ``table`` is ``[1, S, R, 2]``."""
+    """Rotate adjacent pairs of every head in float32 by a table ``[1, S, R, 2]``; return the dtype of ``x``."""
     cos, sin = table.unsqueeze(2).unbind(-1)
     even, odd = torch.unflatten(x_BSNH.float(), -1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x_BSNH.dtype)
 
 
 def reference_offset(config: RopeConfig) -> int:
-    """Return the audio position of the first reference, divided in the scaling's own dtype as the model was."""
+    """Return the audio position of the first reference, divided in the dtype of the scaling as in training."""
     return int(REFERENCE_STRIDE / _scaling(config))
 
 
@@ -148,13 +149,13 @@ def _temporal_dtype(config: RopeConfig) -> torch.dtype:
 
 
 def _frequencies(dim: int, dtype: torch.dtype) -> Tensor:
-    """Return ``theta ** (-2i / dim)`` for each pair, computed in ``dtype`` on the host, where every rank agrees."""
+    """Return ``theta ** (-2i / dim)`` for each pair, computed in ``dtype`` on the CPU, so that all ranks agree."""
     exponents = torch.arange(0, dim, 2, dtype=dtype, device="cpu") / dim
     return 1.0 / torch.pow(torch.tensor(THETA, dtype=dtype, device="cpu"), exponents)
 
 
 def _angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Multiply in the frequencies' dtype, then widen: the sine and cosine are exact for the rounded angle."""
+    """Multiply in the dtype of the frequencies, then convert to float64 for an exact sine and cosine."""
     return torch.outer(positions.to(frequencies.dtype), frequencies).double()
 
 

@@ -1,20 +1,20 @@
 """A second CUDA stream for the audio half of a block, whose kernels are too small to fill a GPU.
 
-Both halves of a block are independent between two points: where each has read the latents, and where each reads the
-other. Between them the audio half runs beside the video half::
+The halves of a block are independent between the points at which they read each other. There the audio half runs
+concurrently with the video half::
 
     with side_stream.fork(v):
-        a = audio half ...        # on the second stream
-    v = video half ...            # on the first
-    side_stream.join(v)                 # from here on both may be read
+        a = audio half ...        # on the side stream
+    v = video half ...            # on the current stream
+    side_stream.join(v)           # both results may be read after this
 
-On one GPU this gains half a percent, since the whole chip works at its limit of power. It is there for ranks that share
-the video tokens: audio has too few for its part to get shorter, and fills the time in which video waits. Under HSDP
-the first kernels of a block wait for its parameters anyway, and a step took 1.5 % longer: there it is off. So it is
-where passes take turns (:mod:`~port_kit.parallel.comm.stream_interleave`): then each has another beside it.
+The gain is for ranks that share the video tokens: the audio half has too few tokens to get shorter, and fills the time
+in which the video half waits for communication. On one GPU, which is limited by power, the gain is 0.5 %. The side
+stream is disabled under HSDP (1.5 % slower: a block's first kernels wait for its parameters) and with stream
+interleaving (:mod:`~port_kit.parallel.comm.stream_interleave`), which already overlaps branches.
 
-Memory is safe without further marks as long as a block joins before it returns: the second stream waits for the first
-whenever it is entered, so what either allocator gets back is not used again before the other has read it.
+A block must join before it returns. The side stream waits for the current stream at every fork, so memory that either
+allocator gets back is not reused before the other stream has read it. ``Tensor.record_stream`` is not needed.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from port_kit.parallel.comm.stream_interleave import InterleavedStreams
 
 @dataclass(frozen=True)
 class SideStream:
-    """The two streams of a device.
+    """The side stream of a device.
 
     Attributes:
-        two: whether there are two; else everything is launched on the current one.
+        enabled: if False, all kernels run on the current stream.
     """
 
     enabled: bool = True
 
     @contextmanager
     def fork(self, x: Tensor) -> Iterator[None]:
-        """Launch what is inside on the second stream of the device of ``x``, after all that was launched so far."""
+        """Launch the body on the side stream of ``x``'s device, after all work of the current stream."""
         if not self._is_used(x):
             yield
             return
@@ -52,7 +52,7 @@ class SideStream:
             yield
 
     def join(self, x: Tensor) -> None:
-        """Make the current stream wait for what was launched on the second."""
+        """Make the current stream wait for the side stream."""
         if self._is_used(x):
             torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
 
@@ -62,5 +62,5 @@ class SideStream:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # Its few blocks go first wherever a multiprocessor gets free, so that it is never the one waited for.
+    # High priority: the few thread blocks of this stream are scheduled first, so that it finishes before the other.
     return torch.cuda.Stream(device, priority=-1)
