@@ -16,7 +16,7 @@ PORT = Port(
     components=COMPONENTS,
     pre_process="get_pre_process_func",
     parity="port_kit.models.wan.parity.pipeline_cases:dreamid_cases",
-    original="port_kit.models.dreamid_omni.recipe:REFERENCE",
+    original="port_kit.models.dreamid_omni.recipe:ORIGINAL",
     parallel="port_kit.models.wan.parity.parallel_subjects:dreamid_omni_subject",
     request_options={
         "solver_name": "str",

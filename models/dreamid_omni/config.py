@@ -1,4 +1,4 @@
-"""What a DreamID-Omni request may set, with the original's defaults and their units."""
+"""Options of DreamID-Omni requests, with the original's defaults and their units."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from port_kit.pipeline.inputs import as_list, check_size
 
 VIDEO_LATENT_LENGTH = 31  # latent frames: 1 + 30 * 4 = 121 frames
 AUDIO_LATENT_LENGTH = 157  # audio latents: 314 mel frames of 256 samples = 80,384 samples
-GUIDANCE_BRANCHES = 4  # of the transformer, a step: full, without text, without images, without audios
-#: Latents that one reference audio takes: 1 s = 16,000 samples = 62 mel frames = 31 latents.
+GUIDANCE_BRANCHES = 4  # per step: complete, without text, without images, without audio
+#: Number of latents of a reference audio: 1 s = 16,000 samples = 62 mel frames = 31 latents.
 AUDIO_REFERENCE_LENGTH = 31
-#: The audio tower reads at most 1024 tokens, references included.
+#: The audio tower supports at most 1024 tokens, references included.
 MAX_REFERENCES = (1024 - AUDIO_LATENT_LENGTH) // AUDIO_REFERENCE_LENGTH
 
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 704, 1280  # pixels
@@ -32,7 +32,7 @@ DEFAULT_SEED = 100
 
 @dataclass(frozen=True)
 class GuidanceScales:
-    """How far a prediction is pushed, per modality: towards the text, and towards the references."""
+    """Guidance scales of the text and of the references, per modality."""
 
     video_cfg_scale: float = 3.0
     video_ref_cfg_scale: float = 1.5
@@ -42,12 +42,12 @@ class GuidanceScales:
 
 @dataclass(frozen=True, kw_only=True)
 class DreamIDOmniRequest(FusionRequest):
-    """One checked request. References are still as the caller gave them.
+    """One checked request. References are not decoded.
 
     Attributes:
-        prompt: may hold the model's markers (``<img1>``, ``<sub1>``, ``<S>..<E>``) and ``[TAG]`` blocks.
-        images: reference images, one a person.
-        audios: reference audios, the i-th is the i-th image's.
+        prompt: may contain the model's markers (``<img1>``, ``<sub1>``, ``<S>..<E>``) and ``[TAG]`` blocks.
+        images: reference images, one per person.
+        audios: reference audio of each person, in the order of the images.
     """
 
     images: tuple[Any, ...]
@@ -56,21 +56,21 @@ class DreamIDOmniRequest(FusionRequest):
 
     @property
     def reference_lengths(self) -> LatentLengths:
-        """One latent frame an image, :data:`AUDIO_REFERENCE_LENGTH` audio latents a reference audio."""
+        """One latent frame per image, :data:`AUDIO_REFERENCE_LENGTH` audio latents per reference audio."""
         return LatentLengths(len(self.images), len(self.audios) * AUDIO_REFERENCE_LENGTH)
 
 
 def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths) -> DreamIDOmniRequest:
-    """Check a request completely, references' contents aside.
+    """Check a request without decoding its references.
 
     Args:
-        prompt: ``{"prompt": text, "multi_modal_data": {"image": [...], "audio": [...]}}``, as vLLM-Omni takes it.
+        prompt: ``{"prompt": text, "multi_modal_data": {"image": [...], "audio": [...]}}``, the format of vLLM-Omni.
         sampling: ``OmniDiffusionSamplingParams``. Its ``extra_args`` hold the options of
             :func:`~port_kit.models.wan.pipeline.request.parse_common` and the fields of :class:`GuidanceScales`.
-        lengths: of the clip that the model makes.
+        lengths: of the clip.
 
     Raises:
-        InputError: with what was given, what is required and what to do.
+        InputError: a field has an invalid value, or does not exist.
     """
     fields = prompt_fields(prompt)
     common = parse_common(fields, sampling, lengths, scales=GuidanceScales, options=(), seed=DEFAULT_SEED)
@@ -88,10 +88,10 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths) -> DreamID
 
 def _references(data: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     images, audios = tuple(as_list(data.get("image"))), tuple(as_list(data.get("audio")))
-    for what, found in (("image", images), ("audio", audios)):
+    for kind, found in (("image", images), ("audio", audios)):
         if not found:
             raise InputError(
-                f"the request has no reference {what}; at least one image and one reference audio are required",
+                f"the request has no reference {kind}; at least one image and one reference audio are required",
                 code="input_missing",
                 hint='give them as multi_modal_data={"image": [...], "audio": [...]}, to a server as input_references',
             )
@@ -102,5 +102,5 @@ def _references(data: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ..
             hint="the i-th reference audio belongs to the i-th image",
         )
     if len(images) > MAX_REFERENCES:
-        raise InputError(f"{len(images)} references; at most {MAX_REFERENCES} are taken", code="input_count")
+        raise InputError(f"{len(images)} references; at most {MAX_REFERENCES} are supported", code="input_count")
     return images, audios

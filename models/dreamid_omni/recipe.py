@@ -1,4 +1,4 @@
-"""What a DreamID-Omni model directory is assembled from."""
+"""Recipe of the DreamID-Omni model directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RECIPE = Recipe(
 )
 
 #: The original implementation, run by ``port-kit verify parity dreamid_omni --reference``.
-REFERENCE = OriginalImplementation(
+ORIGINAL = OriginalImplementation(
     git_code="dreamid_omni_reference",
     script="port_kit.models.wan.parity.original_runner",
     options={"family": "dreamid_omni", "package": "dreamid_omni"},

@@ -1,4 +1,4 @@
-"""Which weights fill which module of DreamID-Omni, by name only."""
+"""Components of DreamID-Omni, by name only."""
 
 from __future__ import annotations
 

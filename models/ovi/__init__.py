@@ -1,4 +1,4 @@
-"""Ovi: a prompt, and a first frame where one is given, to a video with audio."""
+"""Ovi: a prompt and an optional first frame to a video with audio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PORT = Port(
     components=COMPONENTS,
     pre_process="get_pre_process_func",
     parity="port_kit.models.wan.parity.pipeline_cases:ovi_cases",
-    original="port_kit.models.ovi.recipe:REFERENCE",
+    original="port_kit.models.ovi.recipe:ORIGINAL",
     parallel="port_kit.models.wan.parity.parallel_subjects:ovi_subject",
     request_options={
         "solver_name": "str",

@@ -1,4 +1,4 @@
-"""What an Ovi request may set, with the original's defaults, and what sets the three published checkpoints apart."""
+"""Options of Ovi requests with the original's defaults, and of the three published checkpoints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from port_kit.models.wan.pipeline.request import (
 )
 from port_kit.pipeline.inputs import as_list, check_integer
 
-GUIDANCE_BRANCHES = 2  # of the transformer, a step: with the prompt, with the negative prompts
-DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint has its area
+GUIDANCE_BRANCHES = 2  # per step: with the prompt, with the negative prompts
+DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint sets the area
 DEFAULT_SEED = 103
-SKIP_BLOCK = 11  # left out in the pass with the negative prompts; the original calls it slg_layer
-#: How far an image's ratio may lie from that of a height and width given beside it.
+SKIP_BLOCK = 11  # omitted in the branch with the negative prompts; slg_layer in the original
+#: Largest relative difference between the aspect ratios of an image and of the height and width of a request.
 RATIO_TOLERANCE = 0.02
 
-#: How a checkpoint was taught to read what is heard: between tags, or after a label at the end.
+#: Prompt formats for the description of audio: between tags, or after a label at the end.
 TAGS, LABEL = "tags", "label"
 _LABELLED = re.compile(r"Audio:\s*(.*)", re.DOTALL)
 _TAGGED = re.compile(r"<AUDCAP>(.*?)<ENDAUDCAP>", re.DOTALL)
@@ -35,11 +35,11 @@ _TAGGED = re.compile(r"<AUDCAP>(.*?)<ENDAUDCAP>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Variant:
-    """What sets a published checkpoint apart; all have one network.
+    """Options of a published checkpoint; all have the same network.
 
     Attributes:
         file: in the repository ``chetwinlow1/Ovi``.
-        video_area: pixels of a frame that it makes, whatever their ratio.
+        video_area: pixels per frame, for all aspect ratios.
         audio_prompt: :data:`TAGS` or :data:`LABEL`.
         lengths: of its clips: 121 frames with 80,384 samples, or 241 with 160,768.
     """
@@ -60,13 +60,13 @@ VARIANTS: Mapping[str, Variant] = {
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What a model directory says about requests.
+    """Options of the checkpoint in a model directory.
 
     Attributes:
         video_area: as in :class:`Variant`.
-        audio_prompt: the same.
-        skip_block: where a request names none.
-        blocks: of the transformer.
+        audio_prompt: as in :class:`Variant`.
+        skip_block: default of requests.
+        blocks: number of blocks of the transformer.
     """
 
     video_area: int
@@ -76,7 +76,7 @@ class CheckpointOptions:
 
     @classmethod
     def from_index(cls, index: Mapping[str, Any], blocks: int) -> CheckpointOptions:
-        """Read ``model_index.json``; raises PortKitError (``model_incomplete``) where it lacks a key."""
+        """Read ``model_index.json``; raise PortKitError (``model_incomplete``) if it lacks a key."""
         missing = [name for name in ("video_area", "audio_prompt", "skip_block") if name not in index]
         if missing:
             raise PortKitError(
@@ -89,7 +89,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class GuidanceScales:
-    """How far a prediction is pushed towards the prompt, per modality."""
+    """Guidance scales of the prompt, per modality."""
 
     video_guidance_scale: float = 4.0
     audio_guidance_scale: float = 3.0
@@ -100,9 +100,9 @@ class OviRequest(FusionRequest):
     """One checked request.
 
     Attributes:
-        prompt: in the form that the checkpoint reads, with ``<S>..<E>`` around what is said.
-        image: the first frame, still as the caller gave it; None makes the video from the text alone.
-        skip_block: left out in the pass with the negative prompts; 0 leaves out none.
+        prompt: in the format of the checkpoint, with ``<S>..<E>`` around speech.
+        image: the first frame, not decoded; None to generate from text only.
+        skip_block: block omitted in the branch with the negative prompts; 0 omits none.
     """
 
     image: Any = None
@@ -111,18 +111,18 @@ class OviRequest(FusionRequest):
 
 
 def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: CheckpointOptions) -> OviRequest:
-    """Check a request, the image's content aside; with an image, :func:`size_for_image` decides on the size.
+    """Check a request without decoding its image; :func:`size_for_image` sets the size if there is an image.
 
     Args:
-        prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": image}}`` as vLLM-Omni takes it.
+        prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": image}}`` the format of vLLM-Omni.
         sampling: ``OmniDiffusionSamplingParams``. Its ``extra_args`` hold the options of
             :func:`~port_kit.models.wan.pipeline.request.parse_common`, the fields of :class:`GuidanceScales` and
             ``slg_layer``. Height and width give the aspect ratio.
-        lengths: of the clip that the model makes.
-        model: what the model directory says.
+        lengths: of the clip.
+        model: options of the checkpoint.
 
     Raises:
-        InputError: with what was given, what is required and what to do.
+        InputError: a field has an invalid value, or does not exist.
     """
     fields = prompt_fields(prompt)
     common = parse_common(fields, sampling, lengths, scales=GuidanceScales, options=("slg_layer",), seed=DEFAULT_SEED)
@@ -140,12 +140,12 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: Che
 
 
 def _ratio(sampling: Any) -> tuple[int, int]:
-    """Return height and width as given, both or none; they are scaled later, so any pixels will do."""
+    """Return height and width, both or none. They are scaled later, so they need not be multiples of 32."""
     given = {name: getattr(sampling, name) for name in ("height", "width") if getattr(sampling, name) is not None}
     if len(given) == 1:
         (name,) = given
         raise InputError(
-            f"{name} is given alone; the two make the ratio of the video",
+            f"only {name} is given; height and width set the aspect ratio together",
             code="input_missing",
             hint="give height and width, or neither",
         )
@@ -156,10 +156,10 @@ def _ratio(sampling: Any) -> tuple[int, int]:
 def _image(media: Mapping[str, Any]) -> Any:
     images, audios = as_list(media.get("image")), as_list(media.get("audio"))
     if len(images) > 1:
-        raise InputError(f"{len(images)} images; one, the first frame, is taken", code="input_count")
+        raise InputError(f"{len(images)} images; at most one, the first frame, is accepted", code="input_count")
     if audios:
         raise InputError(
-            f"{len(audios)} audio(s); this model reads none",
+            f"{len(audios)} audio(s); this model accepts none",
             code="input_count",
             hint="describe the audio in the prompt",
         )
@@ -167,14 +167,14 @@ def _image(media: Mapping[str, Any]) -> Any:
 
 
 def format_prompt(prompt: str, audio_prompt: str) -> str:
-    """Put what is heard into the form that the checkpoint reads, from either form."""
+    """Convert the description of audio in a prompt to the format of the checkpoint."""
     if audio_prompt == TAGS:
         return _LABELLED.sub(lambda heard: f"<AUDCAP>{heard[1]}<ENDAUDCAP>", prompt)
     return _TAGGED.sub(lambda heard: f"Audio: {heard[1]}", prompt)
 
 
 def size_for_area(height: int, width: int, area: int) -> tuple[int, int]:
-    """Scale a size to an area with its ratio kept, then round each side to the nearest multiple of 32 pixels.
+    """Scale a size to an area with its aspect ratio, then round each side to the nearest multiple of 32 pixels.
 
     Raises:
         InputError: a side would be longer than :data:`MAX_SIDE`.
@@ -185,10 +185,10 @@ def size_for_area(height: int, width: int, area: int) -> tuple[int, int]:
 
 
 def size_for_image(height: int, width: int, area: int) -> tuple[int, int]:
-    """Choose the size in multiples of 32 pixels that comes nearest to the area, then to the image's ratio.
+    """Return the size in multiples of 32 pixels that is nearest to the area, then to the image's aspect ratio.
 
-    The candidates are those of the original: seven numbers of rows around the ideal one with the columns that suit
-    their ratio, and the sides scaled one by one.
+    The candidates are those of the original: seven numbers of rows around the ideal one, with the number of columns for
+    the aspect ratio, and each side scaled separately.
 
     Raises:
         InputError: a side would be longer than :data:`MAX_SIDE`.
@@ -203,25 +203,25 @@ def size_for_image(height: int, width: int, area: int) -> tuple[int, int]:
 
 
 def check_ratio(sampling: Any, height: int, width: int) -> None:
-    """Refuse a height and width that another ratio than the image's ``height`` x ``width`` belongs to."""
+    """Raise InputError if a request's height and width differ from the aspect ratio of the image."""
     if sampling.height is None:
         return
     given, found = sampling.width / sampling.height, width / height
     if abs(given / found - 1) > RATIO_TOLERANCE:
         raise InputError(
             f"height and width are {sampling.height} and {sampling.width}, the image is {height}x{width}; "
-            "the video takes the image's ratio",
+            "the aspect ratios must be equal",
             code="input_size",
-            hint="leave height and width out, or crop the image",
+            hint="omit height and width, or crop the image",
         )
 
 
 def _checked(height: int, width: int, given_height: int, given_width: int) -> tuple[int, int]:
     if max(height, width) > MAX_SIDE:
         raise InputError(
-            f"a ratio of {given_height} to {given_width} gives a video of {height}x{width}; "
-            f"sides of at most {MAX_SIDE} are made",
+            f"a height of {given_height} and a width of {given_width} give a video of {height}x{width}; "
+            f"sides may have at most {MAX_SIDE} pixels",
             code="input_size",
-            hint="choose a ratio nearer to 1",
+            hint="use an aspect ratio closer to 1",
         )
     return height, width

@@ -1,4 +1,4 @@
-"""Ovi on vLLM-Omni: a prompt, and a first frame where one is given, to a video with audio.
+"""Ovi on vLLM-Omni: a prompt and an optional first frame to a video with audio.
 
 Shapes: C latent channels, F latent frames, h and w latent cells (16 pixels), L audio latents.
 """
@@ -32,7 +32,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
     """Pipeline that writes a given first frame into the latents before every step; its tokens have timestep 0.
 
     Attributes:
-        model: what the model directory says about requests.
+        model: options of the checkpoint.
     """
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
@@ -40,7 +40,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
     support_image_input: ClassVar[bool] = True
 
     def read_directory(self, model: str) -> None:
-        """Read the checkpoint's own facts too."""
+        """Read the options of the checkpoint, too."""
         super().read_directory(model)
         transformer = FusionConfig.from_dict(read_json(model, "transformer/config.json"))
         self.options = config.CheckpointOptions.from_index(self.index, blocks=transformer.num_layers)
@@ -70,7 +70,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         return {**latents, "video": torch.cat((first, video[:, :, first.shape[2] :]), dim=2)}
 
     def branches(self, state: DenoiseState) -> list[dict[str, Any]]:
-        """Return the two branches of a step: with the prompt; with the negative prompts and one block left out."""
+        """Return the two branches of a step: with the prompt; with the negative prompts and one omitted block."""
         given, request = state.conditioning, state.prepared.request
 
         def arguments(texts: tuple[TextContext, TextContext], skip_block: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an Ovi model directory is assembled from: one recipe a published checkpoint."""
+"""Recipes of Ovi model directories, one per published checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RECIPE_960_5S = recipe("960x960_5s")
 RECIPE_960_10S = recipe("960x960_10s")
 
 #: The original implementation, run by ``port-kit verify parity ovi --reference``.
-REFERENCE = OriginalImplementation(
+ORIGINAL = OriginalImplementation(
     git_code="ovi_reference",
     script="port_kit.models.wan.parity.original_runner",
     options={"family": "ovi", "package": "ovi"},

@@ -1,4 +1,4 @@
-"""Which weights fill which module of Ovi, by name only."""
+"""Components of Ovi, by name only."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_the_start_up_run_is_short(pipeline: DreamIDOmniPipeline) -> None:
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"extra_args": {"video_cfg_scale": float("nan")}}, "video_cfg_scale is nan"),
         ({"prompt": "word " * 2000}, "10000 characters"),
-        ({"prompt": "many words " * 300}, "tokens; the text encoder reads 512"),
+        ({"prompt": "many words " * 300}, "tokens; at most 512 are supported"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -84,7 +84,7 @@ def test_one_reference_need_not_be_a_list_and_a_waveform_with_its_rate_is_one() 
         ({"num_inference_steps": "many"}, "input_type", "'many'"),
         ({"num_inference_steps": True}, "input_type", "True"),
         ({"num_frames": 61}, "input_value", "121 frames"),
-        ({"fps": 30}, "input_value", "24 frames a second"),
+        ({"fps": 30}, "input_value", "24 frames per second"),
         ({"num_outputs_per_prompt": 11}, "input_value", "num_outputs_per_prompt is 11; 1 to 10"),
         ({"seed": "x"}, "input_type", "seed"),
         ({"seed": -1}, "input_value", "seed is -1"),

@@ -225,7 +225,7 @@ def test_several_videos_are_given_out_and_written_one_by_one(pipeline: FusionPip
     ("sampling", "says"),
     [
         ({"num_outputs_per_prompt": 11}, "num_outputs_per_prompt is 11; 1 to 10"),
-        ({"num_outputs_per_prompt": 2, "extra_args": {"video_noise": torch.zeros(1)}}, "begin with the same noise"),
+        ({"num_outputs_per_prompt": 2, "extra_args": {"video_noise": torch.zeros(1)}}, "start from the same noise"),
         ({"seed": 2**63}, f"seed is {2**63}"),
     ],
     ids=["too many", "one noise", "seed"],

@@ -111,8 +111,8 @@ def test_the_start_up_run_is_short(pipeline: OviPipeline) -> None:
         ({"image": [3]}, {}, "image is int"),
         ({}, {"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({}, {"extra_args": {"slg_layer": 3}}, "0 to 2"),
-        ({}, {"extra_args": {"video_noise": torch.zeros(1)}}, "a tensor of shape (48, 31, 2, 6) is required"),
-        ({}, {"prompt": "many words " * 300}, "tokens; the text encoder reads 512"),
+        ({}, {"extra_args": {"video_noise": torch.zeros(1)}}, "expected a tensor of shape (48, 31, 2, 6)"),
+        ({}, {"prompt": "many words " * 300}, "tokens; at most 512 are supported"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -66,7 +66,7 @@ def test_height_and_width_give_the_ratio_and_the_checkpoint_the_area(
     given: tuple[int, int], area: int, made: tuple[int, int] | None
 ) -> None:
     if made is None:
-        with pytest.raises(InputError, match="sides of at most 4096"):
+        with pytest.raises(InputError, match="sides may have at most 4096"):
             size_for_area(*given, area)
     else:
         assert size_for_area(*given, area) == made
@@ -113,8 +113,8 @@ def test_what_is_heard_takes_the_form_that_the_checkpoint_reads(prompt: str, tag
         ({"prompt": ""}, "input_missing", "prompt is empty"),
         ({"prompt": 3}, "input_type", "prompt is int"),
         ({"image": ["a", "b"]}, "input_count", "2 images; one, the first frame"),
-        ({"height": 512}, "input_missing", "height is given alone"),
-        ({"width": 512}, "input_missing", "width is given alone"),
+        ({"height": 512}, "input_missing", "only height is given"),
+        ({"width": 512}, "input_missing", "only width is given"),
         ({"height": 0, "width": 512}, "input_value", "height is 0"),
         ({"height": 512, "width": 1 << 20}, "input_value", "width is 1048576"),
         ({"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),

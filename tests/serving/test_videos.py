@@ -156,8 +156,8 @@ def test_references_as_data_urls_are_what_uploads_are(
     [
         ({"prompt": "  "}, "[input_missing] prompt is empty"),
         ({"height": "100"}, "[input_size] height is 100; a multiple of 32 is required\nhint: use 96 or 128"),
-        ({"num_frames": "7"}, "[input_value] num_frames is 7; this model makes 121 frames"),
-        ({"fps": "30"}, "this model makes 24 frames a second"),
+        ({"num_frames": "7"}, "[input_value] num_frames is 7; this model generates 121 frames"),
+        ({"fps": "30"}, "this model generates 24 frames per second"),
         ({"seed": "-1"}, "[input_value] seed is -1"),
         ({"num_outputs_per_prompt": "11"}, "less than or equal to 10"),
         ({"num_inference_steps": "0"}, "num_inference_steps"),
@@ -171,7 +171,7 @@ def test_references_as_data_urls_are_what_uploads_are(
         ({"extra_params": "[" * 100_000}, "nested too deeply"),
         ({"model": "another"}, "Model mismatch"),
         ({"enable_frame_interpolation": "true"}, "this model interpolates no frames"),
-        ({"generate_sound": "false"}, "makes the audio together with the video"),
+        ({"generate_sound": "false"}, "this model always generates audio"),
     ],
 )
 def test_a_bad_field_is_refused_with_its_reason(

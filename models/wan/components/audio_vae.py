@@ -5,7 +5,7 @@ each), 80 mel bands, 20 latent channels, W channels of a layer, K taps of a conv
 
 The network is magnitude preserving (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
 Models", section 2): filters have unit norm, activations are rescaled to unit magnitude, and the constants below keep
-variance through SiLU and through sums. A checkpoint holds raw filters; its rule set normalises each on loading
+variance through SiLU and through sums. A checkpoint holds raw filters; its rule set normalizes each on loading
 (:data:`port_kit.models.wan.weights.component_rules.AUDIO_VAE`), so that the modules here are plain convolutions.
 
 Convolutions compute in the dtype of the weights; norms and the mel front end in float32.
@@ -24,16 +24,16 @@ from torch import nn
 from port_kit.errors import InputError, PortKitError
 from port_kit.models.wan.components.mel import LogMel
 
-#: Width of each resolution over ``hidden_dim``; resolution 0 is the mel frame rate.
+#: Width of each resolution divided by ``hidden_dim``; resolution 0 is the mel frame rate.
 WIDTHS = (1, 2, 4)
-#: The resolution after which the encoder halves the rate. The decoder doubles it before its blocks of that resolution,
-#: which are those that follow resolution 1.
+#: Resolution after which the encoder halves the rate. The decoder doubles the rate after resolution 1, before its
+#: blocks of this resolution.
 HALVING_AFTER = 0
 
 _BLOCKS = 2
 _CLIP = 256.0
 _SILU_GAIN = 1.0 / 0.596  # the standard deviation of SiLU of a normal variable is 0.596
-_SHARE = 0.3  # of the residual branch in a sum
+_SHARE = 0.3  # weight of the residual path in a sum
 _EPSILON = 1e-4
 
 
@@ -63,7 +63,7 @@ class AudioVAE(nn.Module):
         """Encode waveforms ``[B, S]`` at 16 kHz to the mean of their posterior ``[B, 20, S // 512]``.
 
         Raises:
-            InputError: not a batch of waveforms, or one too short for the mel front end.
+            InputError: the input is not a batch of waveforms, or is too short for the mel front end.
         """
         return self.encode_mel(self.mel(wave))[:, : self.embed_dim]
 
@@ -77,18 +77,18 @@ class AudioVAE(nn.Module):
         """Decode latents ``[B, 20, L]`` to log-mel frames ``[B, 80, 2 L]``.
 
         Raises:
-            InputError: another number of dimensions or channels.
+            InputError: the number of dimensions or channels is wrong.
         """
         if latents.ndim != 3 or latents.shape[1] != self.embed_dim:
             raise InputError(
-                f"latents have shape {tuple(latents.shape)}, required is [B, {self.embed_dim}, L]",
+                f"latents have shape {tuple(latents.shape)}; expected [B, {self.embed_dim}, L]",
                 code="component_input",
             )
         return self.decoder(latents) * self.data_std + self.data_mean
 
 
 def build_audio_vae(config: Mapping[str, Any]) -> AudioVAE:
-    """Build the autoencoder, without meaningful weights, on the current default device and dtype.
+    """Build the autoencoder with uninitialized weights on the current default device and dtype.
 
     Args:
         config: content of ``audio_vae/config.json``: ``data_dim``, ``embed_dim`` and ``hidden_dim``.
@@ -102,13 +102,13 @@ def build_audio_vae(config: Mapping[str, Any]) -> AudioVAE:
         raise PortKitError(
             f"the audio VAE's configuration lacks {', '.join(missing)}",
             code="component_config",
-            hint="take audio_vae/config.json as `port-kit download` writes it",
+            hint="use the audio_vae/config.json that `port-kit download` writes",
         )
     return AudioVAE(*(int(config[key]) for key in keys))
 
 
 class _Conv(nn.Module):
-    """Convolution without bias that keeps the length; casts its input to its weight's dtype."""
+    """Convolution without bias that keeps the length; casts its input to the dtype of its weight."""
 
     def __init__(self, inputs: int, outputs: int, taps: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention of one head over time; queries, keys and values have unit magnitude at each position."""
+    """Attention with one head over time; queries, keys and values have unit magnitude at each position."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Attention(nn.Module):
         self.output = _Conv(width, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # q, k and v lie interleaved: output channel 3 c + s of qkv is channel c of q (s=0), k (1) or v (2).
+        # q, k and v are interleaved: output channel 3 c + s of qkv is channel c of q (s=0), k (1) or v (2).
         qkv = _unit_magnitude(self.qkv(x).unflatten(1, (-1, 3)), dim=1)
         q, k, v = qkv.permute(2, 0, 3, 1).unsqueeze(2)
         h = F.scaled_dot_product_attention(q, k, v)
@@ -151,7 +151,7 @@ class _Attention(nn.Module):
 
 
 class _Halve(nn.Module):
-    """Halve the rate: mean of neighbours between two pointwise convolutions; an odd last frame is dropped."""
+    """Downsampling by 2: mean of neighbors between two pointwise convolutions; an odd last frame is dropped."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class _Halve(nn.Module):
 
 
 class _Double(nn.Module):
-    """Double the rate: each frame twice, then a convolution."""
+    """Upsampling by 2: each frame twice, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class _Double(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """Normalised mel frames ``[B, inputs, M]`` to moments ``[B, outputs, M // 2]``."""
+    """Normalized mel frames ``[B, inputs, M]`` to moments ``[B, outputs, M // 2]``."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Latents ``[B, inputs, L]`` to normalised mel frames ``[B, outputs, 2 L]``; stages in order of resolution."""
+    """Latents ``[B, inputs, L]`` to normalized mel frames ``[B, outputs, 2 L]``; stages are in order of resolution."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def _run_clipped(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _unit_magnitude(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Divide by the root mean square along ``dim``, which is taken in float32."""
+    """Divide by the root mean square along ``dim``, computed in float32."""
     rms = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32) / math.sqrt(x.shape[dim])
     return x / (rms + _EPSILON).to(x.dtype)
 
@@ -245,5 +245,5 @@ def _silu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _blend(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Sum of a trunk and a branch, rescaled so that uncorrelated unit magnitudes stay unit."""
+    """Return the weighted sum of ``x`` and the residual ``h``, rescaled to unit magnitude if both are uncorrelated."""
     return torch.lerp(x, h, _SHARE) * (1.0 / math.hypot(1.0 - _SHARE, _SHARE))

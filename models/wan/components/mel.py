@@ -1,9 +1,9 @@
-"""Log-mel spectrograms as MMAudio's 16 kHz autoencoder takes them.
+"""Log-mel spectrograms for MMAudio's 16 kHz autoencoder.
 
 Shapes: B waveforms, S samples at 16 kHz, M mel frames (62.5 Hz), 80 mel bands from 0 to 8000 Hz.
-The constants are those of MMAudio's 16 kHz converter (a BigVGAN front end): window and FFT of 1024 samples, a frame
-every 256, magnitude (not power), decadic logarithm of at least 1e-5. The bands are Slaney's: linear below 1 kHz,
-logarithmic above, each triangle of unit area.
+The constants are those of MMAudio's 16 kHz converter (a BigVGAN front end): window and FFT of 1024 samples, a hop of
+256 samples, magnitude (not power), and the base-10 logarithm of values clamped to at least 1e-5. The bands are
+Slaney's: linear below 1 kHz, logarithmic above, each triangle of unit area.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOP_HZ = SAMPLE_RATE / 2
 
 _FLOOR = 1e-5
 _MAGNITUDE_EPSILON = 1e-9
-# Slaney's mel scale: 15 mels at 1 kHz; above, 27 mels for each factor of 6.4.
+# Slaney's mel scale: 15 mels at 1 kHz; above 1 kHz, 27 mels per factor of 6.4.
 _LINEAR_HZ_PER_MEL = 200.0 / 3.0
 _BREAK_HZ = 1000.0
 _BREAK_MEL = _BREAK_HZ / _LINEAR_HZ_PER_MEL
@@ -33,8 +33,8 @@ _LOG_STEP = math.log(6.4) / 27.0
 class LogMel(nn.Module):
     """Waveform to log-mel spectrogram, computed in float32.
 
-    The window and the bands are no part of a checkpoint. They take the current default dtype, as the reference casts
-    them with its model, so that a bfloat16 model sees the same rounded bands as the reference's.
+    The window and the bands are not in the checkpoint. They have the default dtype at construction: the original
+    casts them with its model, so a bfloat16 model uses bands rounded to bfloat16.
 
     Args:
         bands: number of mel bands.
@@ -50,21 +50,21 @@ class LogMel(nn.Module):
         self.register_buffer("bands", mel_bands(bands).to(dtype), persistent=False)
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
-        """Transform waveforms.
+        """Compute the spectrogram.
 
         Args:
-            wave: ``[B, S]`` in [-1, 1] (what is beyond is clipped), S more than 384.
+            wave: ``[B, S]``, clipped to [-1, 1]; S is more than 384.
 
         Returns:
             float32 ``[B, bands, S // 256]``.
 
         Raises:
-            InputError: another number of dimensions, or too few samples to reflect at the ends.
+            InputError: the number of dimensions is wrong, or there are too few samples to reflect at the ends.
         """
         margin = (FFT_SIZE - HOP) // 2
         if wave.ndim != 2 or wave.shape[1] <= margin:
             raise InputError(
-                f"the waveform has shape {tuple(wave.shape)}, required is [B, S] with S > {margin} samples",
+                f"the waveform has shape {tuple(wave.shape)}; expected [B, S] with S > {margin} samples",
                 code="component_input",
                 hint=f"give at least {margin + 1} samples ({(margin + 1) / SAMPLE_RATE:.3f} s at 16 kHz)",
             )
@@ -87,7 +87,7 @@ def mel_bands(bands: int) -> torch.Tensor:
     rising = distance[:-2] / widths[:-1, None]
     falling = -distance[2:] / widths[1:, None]
     triangles = torch.minimum(rising, falling).clamp(min=0.0).to(torch.float32)
-    # Rounded once before the scaling and once after, as librosa's float32 filters are.
+    # Rounded before and after the scaling, as librosa does.
     area = 2.0 / (corners[2:] - corners[:-2])
     return (triangles.double() * area[:, None]).to(torch.float32)
 

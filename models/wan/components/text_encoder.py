@@ -1,7 +1,7 @@
-"""UMT5-xxl as DreamID-Omni and Ovi use it: its tokenizer, the cleaning of prompts, the encoder.
+"""The UMT5-xxl text encoder of DreamID-Omni and Ovi, its tokenizer, and the cleaning of prompts.
 
-Shapes: B prompts, T token positions, D width (4096). The reference pads prompts to 512 tokens, masks the padding and
-cuts the states to the prompt's length; here prompts need no padding, since no token attends to it.
+Shapes: B prompts, T token positions, D width (4096). The original pads prompts to 512 tokens, masks the padding and
+truncates the states to the length of the prompt. No token attends to padding, so prompts are not padded here.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-#: Tokens of a prompt that the reference reads, ``</s>`` included.
+#: Maximum number of tokens of a prompt, ``</s>`` included.
 MAX_TOKENS = 512
 
 _WHITESPACE = re.compile(r"\s+")
 
 
 class TextEncoder(UMT5EncoderModel):
-    """UMT5's encoder, from token ids to plain hidden states; divided over the ranks of tensor parallelism."""
+    """UMT5's encoder, from token ids to a tensor of hidden states, with tensor parallelism."""
 
     def __init__(self, config: UMT5Config) -> None:
         device, (_, ranks) = torch.get_default_device(), tp_rank_and_size()
         with torch.device("meta") if ranks > 1 else device, no_init_weights():
-            super().__init__(config)  # a checkpoint fills every weight; drawing 5.7 billion numbers takes minutes
+            super().__init__(config)  # a checkpoint fills every weight; drawing 5.7 billion values takes minutes
         if ranks > 1:
             parallelize(self, device)
         else:
-            # Initialisation is also where transformers ties these two names of one table.
+            # transformers ties these two names of one table during initialization, which is skipped above
             self.encoder.embed_tokens.weight = self.shared.weight
         self.eval().requires_grad_(False)
 
@@ -53,13 +53,13 @@ class TextEncoder(UMT5EncoderModel):
             attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, which no token attends to.
 
         Returns:
-            ``[B, T, D]`` in the dtype of the weights; rows at padding mean nothing.
+            ``[B, T, D]`` in the dtype of the weights; rows at padding are undefined.
         """
         return super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> TextEncoder:
-    """Build the encoder, without meaningful weights, on the current default device and dtype.
+    """Build the encoder with uninitialized weights on the current default device and dtype.
 
     Args:
         config: content of ``text_encoder/config.json``, the keys of transformers' ``UMT5Config``.
@@ -68,21 +68,20 @@ def build_text_encoder(config: Mapping[str, Any]) -> TextEncoder:
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``google/umt5-xxl`` from a local folder; nothing is fetched."""
+    """Load the tokenizer of ``google/umt5-xxl`` from a local folder, without network access."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def clean_prompt(text: str) -> str:
-    """Clean a prompt as the reference does before it counts tokens.
+    """Clean a prompt before tokenization, as the original implementation does.
 
-    Broken encodings are mended (ftfy), HTML entities are resolved twice (``&amp;quot;`` is met in scraped captions),
-    and every run of white space becomes one space.
+    ftfy repairs broken encodings, HTML entities are resolved twice (scraped captions contain ``&amp;quot;``), and
+    every run of whitespace becomes one space.
 
     Raises:
-        OptionalDependencyError: ftfy is not installed. Prompts without broken characters would not need it, but
-            which those are is what ftfy decides.
+        OptionalDependencyError: ftfy is not installed.
     """
     try:
         import ftfy

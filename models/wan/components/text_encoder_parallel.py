@@ -1,8 +1,8 @@
-"""UMT5's encoder over tensor-parallel ranks: of its 11 GB in bfloat16, each rank holds its share.
+"""Tensor parallelism for UMT5's encoder (11 GB in bfloat16).
 
-The modules stay transformers' own; their matrices become vLLM's parallel linears under the same names, so that rules,
-checkpoints and LoRA see no difference. Attention is divided by heads, the feed-forward by its width, the vocabulary by
-words. What is left whole is small: norms, and tables of relative positions, of which a rank uses its heads' columns.
+The modules are those of transformers with vLLM's parallel linears under the same names, so rules, checkpoints and
+LoRA need no change. Attention is divided by heads, the feed-forward by its width, the vocabulary by rows. Norms and
+tables of relative positions are small and replicated; each rank reads its heads' columns of the tables.
 """
 
 from __future__ import annotations
@@ -22,50 +22,50 @@ if TYPE_CHECKING:
 
 
 class LocalRelativeBias(nn.Embedding):
-    """A table of one number a bucket and head, of which this rank reads its heads' columns."""
+    """Replicated relative bias ``[buckets, heads]`` that returns the columns of this rank's heads."""
 
-    def __init__(self, buckets: int, heads: int, place: int, ranks: int) -> None:
+    def __init__(self, buckets: int, heads: int, rank: int, size: int) -> None:
         super().__init__(buckets, heads)
-        own = heads // ranks
-        self.own = slice(place * own, (place + 1) * own)
+        local = heads // size
+        self.local_heads = slice(rank * local, (rank + 1) * local)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """Look up int64 ``[...]`` to ``[..., own heads]``."""
-        return super().forward(buckets)[..., self.own]
+        """Look up int64 buckets ``[...]``; return ``[..., local heads]``."""
+        return super().forward(buckets)[..., self.local_heads]
 
 
 def parallelize(model: UMT5EncoderModel, device: torch.device) -> None:
-    """Divide an encoder that was made on the meta device over the ranks, and give each share memory on ``device``.
+    """Divide an encoder on the meta device over the ranks, and allocate this rank's part on ``device``.
 
     Raises:
-        ParallelError: the ranks do not divide the heads or the width of the feed-forward.
+        ParallelError: the number of ranks does not divide the heads or the width of the feed-forward.
     """
-    place, ranks = linear.tp_rank_and_size()
+    rank, size = linear.tp_rank_and_size()
     config = model.config
-    if config.num_heads % ranks or config.d_ff % ranks:
+    if config.num_heads % size or config.d_ff % size:
         raise ParallelError(
-            f"tp {ranks} does not divide the text encoder's {config.num_heads} heads and its width of {config.d_ff}",
+            f"tp {size} does not divide the text encoder's {config.num_heads} heads and FFN width {config.d_ff}",
             code="parallel_degree",
-            hint="use a degree that divides both",
+            hint="use a tensor-parallel size that divides both",
         )
     with device:
         embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, prefix="text_encoder.shared")
         model.shared = model.encoder.embed_tokens = embedding
         for index, block in enumerate(model.encoder.block):
             path = f"text_encoder.encoder.block.{index}.layer"
-            _split_attention(block.layer[0].SelfAttention, config, f"{path}.0.SelfAttention", place, ranks)
+            _split_attention(block.layer[0].SelfAttention, config, f"{path}.0.SelfAttention", rank, size)
             _split_feed_forward(block.layer[-1].DenseReluDense, config, f"{path}.1.DenseReluDense")
     materialize(model, device)
 
 
-def _split_attention(attention: Any, config: UMT5Config, path: str, place: int, ranks: int) -> None:
+def _split_attention(attention: Any, config: UMT5Config, path: str, rank: int, size: int) -> None:
     inner = config.num_heads * config.d_kv
     for name in ("q", "k", "v"):
         setattr(attention, name, linear.column(config.d_model, inner, None, f"{path}.{name}", bias=False))
     attention.o = linear.row(inner, config.d_model, None, f"{path}.o", bias=False)
-    attention.n_heads, attention.inner_dim = config.num_heads // ranks, inner // ranks
+    attention.n_heads, attention.inner_dim = config.num_heads // size, inner // size
     attention.relative_attention_bias = LocalRelativeBias(
-        config.relative_attention_num_buckets, config.num_heads, place, ranks
+        config.relative_attention_num_buckets, config.num_heads, rank, size
     )
 
 

@@ -1,11 +1,11 @@
-"""Wan 2.2's video VAE: ``AutoencoderKLWan``, in the units of latents that the fusion transformer works in.
+"""Wan 2.2's video VAE: ``AutoencoderKLWan`` with latents in the units of the fusion transformer.
 
 Shapes: B videos, F frames and f latent frames (F = 4 (f - 1) + 1; an image is one frame), H x W pixels and h x w
 latents (H = 16 h, W = 16 w), C = 48 latent channels.
 
-Precision: the reference's engine keeps weights, pixels and latents in bfloat16 and convolves in float32. So does this
-module, for any ``precision``: what comes in is rounded to it (weights when they are loaded), everything after that is
-float32. With float32 nothing is rounded; with bfloat16 the reference's numbers come out.
+Precision: the original's engine keeps weights, pixels and latents in bfloat16 and computes in float32. This module
+rounds its inputs, and weights when they are loaded, to ``precision`` and computes in float32. bfloat16 reproduces the
+original's engine; float32 rounds no value.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from port_kit.pipeline.precision import default_dtype
 
 
 class VideoVAE(DistributedAutoencoderKLWan):
-    """Pixels in [-1, 1] to normalised latents and back, computed in float32.
+    """Video VAE from pixels in [-1, 1] to normalized latents and back, computed in float32.
 
-    It is vLLM-Omni's ``AutoencoderKLWan``: tiling and slicing switches, the decoder's fast path on CUDA, patch
-    parallelism and checkpoints in diffusers' names work as for any other Wan model. Unlike the parent's,
-    :meth:`encode` and :meth:`decode` take and give plain tensors in the units of the fusion transformer.
+    The base class is vLLM-Omni's ``AutoencoderKLWan``: tiling and slicing, the fast decoder on CUDA, patch parallelism
+    and checkpoints with diffusers' names work as for other Wan models. Unlike the base class, :meth:`encode` and
+    :meth:`decode` accept and return tensors in the units of the fusion transformer.
 
     Patch parallelism (``vae_patch_parallel_size``) divides decoding. In the modes ``spatial_shard_height`` and
-    ``spatial_shard_width`` ranks exchange the edges of their parts, and the pixels are those of one rank; in the mode
-    ``tile`` they are those of tiled decoding, seams included. Pictures are encoded whole in all of them.
+    ``spatial_shard_width`` ranks exchange the edges of their parts, and the result equals that of one rank. The mode
+    ``tile`` equals tiled decoding, seams included. Encoding is not divided.
 
     Args:
-        precision: dtype to which weights, pixels and latents are rounded on their way in.
+        precision: dtype to which weights, pixels and latents are rounded.
         config: keys of ``AutoencoderKLWan``, with ``latents_mean`` and ``latents_std``.
     """
 
@@ -46,30 +46,30 @@ class VideoVAE(DistributedAutoencoderKLWan):
         self.precision = precision
         self.eval().requires_grad_(False)
         for parameter in self.parameters():
-            parameter.weight_loader = self._load_rounded  # the loader's hook, as in vLLM's own layers
+            parameter.weight_loader = self._load_rounded  # called by the weight loader, as in vLLM's layers
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent, along height and along width."""
+        """Pixels per latent, in height and in width."""
         return self.config.scale_factor_spatial
 
     @property
     def temporal_factor(self) -> int:
-        """Frames a latent frame, after the first, which is one frame by itself."""
+        """Frames per latent frame after the first latent frame, which is one frame."""
         return self.config.scale_factor_temporal
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode videos to the mean of their posterior, normalised channel by channel.
+        """Encode videos to the mean of their posterior, normalized per channel.
 
         Args:
-            pixels: ``[B, 3, F, H, W]`` in [-1, 1], any float dtype; F = 1 + a multiple of 4, H and W multiples of 16.
+            pixels: ``[B, 3, F, H, W]`` in [-1, 1], any float dtype; F is 1 + a multiple of 4, H and W multiples of 16.
 
         Returns:
             float32 ``[B, C, f, h, w]``.
 
         Raises:
-            InputError: another shape.
+            InputError: the shape is wrong.
         """
         self._check_pixels(pixels)
         tiling = self.use_tiling
@@ -83,16 +83,16 @@ class VideoVAE(DistributedAutoencoderKLWan):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode normalised latents ``[B, C, f, h, w]`` to float32 pixels ``[B, 3, F, H, W]``, clamped to [-1, 1].
+        """Decode normalized latents ``[B, C, f, h, w]`` to float32 pixels ``[B, 3, F, H, W]``, clamped to [-1, 1].
 
-        Under patch parallelism the first rank gets them; the others get no frames, ``[B, 3, 0, H, W]``.
+        Under patch parallelism the first rank returns them; the others return no frames, ``[B, 3, 0, H, W]``.
 
         Raises:
-            InputError: another number of dimensions or channels.
+            InputError: the number of dimensions or channels is wrong.
         """
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise InputError(
-                f"latents have shape {tuple(latents.shape)}, required is [B, {self.config.z_dim}, f, h, w]",
+                f"latents have shape {tuple(latents.shape)}; expected [B, {self.config.z_dim}, f, h, w]",
                 code="component_input",
             )
         latents_mean, latents_std = self._statistics(latents.device)
@@ -104,17 +104,17 @@ class VideoVAE(DistributedAutoencoderKLWan):
         return raw.new_empty(latents.shape[0], 3, 0, height, width)
 
     def is_distributed_enabled(self) -> bool:
-        """Whether this decoder is one of several that share a clip; never outside of an engine."""
+        """Return True if several ranks decode a clip together; always False outside of an engine."""
         return hasattr(self, "distributed_executor") and super().is_distributed_enabled()
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation as ``[1, C, 1, 1, 1]``; not buffers, since no checkpoint holds them."""
+        """Return mean and standard deviation ``[1, C, 1, 1, 1]``; not buffers, because no checkpoint holds them."""
         pair = torch.tensor((self.config.latents_mean, self.config.latents_std), dtype=torch.float32, device=device)
         mean, std = pair.view(2, 1, -1, 1, 1, 1)
         return mean, std
 
     def _load_rounded(self, parameter: torch.Tensor, weight: torch.Tensor) -> None:
-        """Put a checkpoint's tensor into its parameter rounded to :attr:`precision`."""
+        """Copy a checkpoint's tensor, rounded to :attr:`precision`, into its parameter."""
         parameter.data.copy_(self._rounded(weight))
 
     def _rounded(self, values: torch.Tensor) -> torch.Tensor:
@@ -125,29 +125,29 @@ class VideoVAE(DistributedAutoencoderKLWan):
         good = pixels.ndim == 5 and pixels.shape[1] == 3 and (pixels.shape[2] - 1) % time == 0
         if not good or pixels.shape[3] % space or pixels.shape[4] % space or not pixels.numel():
             raise InputError(
-                f"pixels have shape {tuple(pixels.shape)}, required is [B, 3, 1 + {time} n, {space} h, {space} w]",
+                f"pixels have shape {tuple(pixels.shape)}; expected [B, 3, 1 + {time} n, {space} h, {space} w]",
                 code="component_input",
-                hint=f"crop the pictures to multiples of {space} and the clip to 1 + {time} n frames",
+                hint=f"crop the frames to multiples of {space} pixels and the clip to 1 + {time} n frames",
             )
 
 
 def build_video_vae(config: Mapping[str, Any], *, precision: torch.dtype | None = None) -> VideoVAE:
-    """Build the VAE, without meaningful weights, on the current default device.
+    """Build the VAE with uninitialized weights on the current default device.
 
     Args:
         config: content of ``vae/config.json``.
-        precision: see :class:`VideoVAE`; the current default dtype where it is not given.
+        precision: see :class:`VideoVAE`; None for the current default dtype.
 
     Raises:
-        PortKitError: the configuration has no latent statistics, or not one a channel.
+        PortKitError: the configuration has no latent statistics, or not one per channel.
     """
     statistics = [config.get(key, ()) for key in ("latents_mean", "latents_std")]
     if any(len(values) != config.get("z_dim") for values in statistics):
         raise PortKitError(
             f"the video VAE has z_dim={config.get('z_dim')} and {len(statistics[0])} latent means, "
-            f"{len(statistics[1])} standard deviations; one of each a channel is required",
+            f"{len(statistics[1])} standard deviations; one of each per channel is required",
             code="component_config",
-            hint="take vae/config.json as `port-kit download` writes it",
+            hint="use the vae/config.json that `port-kit download` writes",
         )
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     vae = VideoVAE(precision=precision or torch.get_default_dtype(), **arguments)

@@ -3,10 +3,10 @@
 Shapes: B clips, M mel frames (62.5 Hz), T samples inside the network at a layer's rate, W channels, K taps; the
 output has 256 M samples at 16 kHz.
 
-The network alternates learned upsampling with residual blocks whose activation is periodic (snake). An activation
-makes overtones; to keep them from folding back, it runs at twice the rate, between a fixed interpolation filter and a
-fixed low-pass filter. The filters are in the checkpoint. Weight normalisation of the checkpoint is folded into plain
-weights on loading, by the rule set (:data:`port_kit.models.wan.weights.component_rules.VOCODER`).
+The network alternates learned upsampling with residual blocks whose activation is periodic (snake). To avoid aliasing
+of the harmonics that an activation adds, it runs at twice the rate, between a fixed interpolation filter and a fixed
+low-pass filter. The filters are in the checkpoint. The rule set
+(:data:`port_kit.models.wan.weights.component_rules.VOCODER`) folds weight normalization on loading.
 
 Convolutions compute in the dtype of the weights, the periodic part of the activation in float32.
 """
@@ -24,7 +24,7 @@ from torch import nn
 
 from port_kit.errors import InputError, PortKitError
 
-#: Taps of the fixed filters around an activation, and by how much it oversamples.
+#: Taps of the fixed filters around an activation, and their oversampling factor.
 FILTER_TAPS = 12
 OVERSAMPLING = 2
 
@@ -34,7 +34,7 @@ _DIVISION_GUARD = 1e-9
 
 @dataclass(frozen=True)
 class VocoderConfig:
-    """What shapes the generator, in the words of BigVGAN's own configuration files.
+    """Sizes of the generator, under the names of BigVGAN's configuration files.
 
     Attributes:
         num_mels: mel bands.
@@ -43,9 +43,9 @@ class VocoderConfig:
         upsample_kernel_sizes: taps of each upsampling convolution.
         resblock_kernel_sizes: taps of the residual blocks that follow each upsampling; their outputs are averaged.
         resblock_dilation_sizes: dilations of the pairs of convolutions in each of those blocks.
-        snake_logscale: whether a checkpoint holds the logarithms of the activations' parameters.
-        use_tanh_at_final: whether tanh bounds the waveform; otherwise it is clipped.
-        use_bias_at_final: whether the last convolution has a bias.
+        snake_logscale: a checkpoint holds the logarithms of the activations' parameters.
+        use_tanh_at_final: tanh bounds the waveform; otherwise it is clipped.
+        use_bias_at_final: the last convolution has a bias.
     """
 
     num_mels: int
@@ -60,19 +60,19 @@ class VocoderConfig:
 
     @property
     def hop(self) -> int:
-        """Samples a mel frame."""
+        """Samples per mel frame."""
         return math.prod(self.upsample_rates)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VocoderConfig:
-        """Read ``vocoder/config.json``; keys that do not shape the generator are ignored.
+        """Read ``vocoder/config.json``; other keys than the fields of this class are ignored.
 
         Raises:
-            PortKitError: a key is missing, or asks for a kind of block or activation that is not implemented.
+            PortKitError: a key is missing, or the kind of block or activation is not implemented.
         """
         for key, supported in (("resblock", "1"), ("activation", "snakebeta")):
             if str(config.get(key, supported)) != supported:
-                raise _bad_config(f"{key} is {config[key]!r}, only {supported!r} is implemented")
+                raise _bad_config(f"{key} is {config[key]!r}; only {supported!r} is implemented")
         names = [name for name in cls.__dataclass_fields__ if name in config]
         try:
             return cls(**{name: _frozen(config[name]) for name in names})
@@ -94,7 +94,7 @@ class Vocoder(nn.Module):
                 widths[:-1], widths[1:], config.upsample_kernel_sizes, config.upsample_rates, strict=True
             )
         )
-        # One flat list, as in checkpoints: the blocks of the first upsampling, those of the second, and so on.
+        # one flat list, as in checkpoints, in order of the upsamplings
         self.blocks = nn.ModuleList(
             _Block(width, taps, dilations, config.snake_logscale)
             for width in widths[1:]
@@ -105,20 +105,20 @@ class Vocoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        """Synthesise waveforms.
+        """Synthesize waveforms.
 
         Args:
-            mel: decadic log-mel frames ``[B, num_mels, M]``, any float dtype.
+            mel: base-10 log-mel frames ``[B, num_mels, M]``, any float dtype.
 
         Returns:
             ``[B, 1, hop * M]`` in [-1, 1], in the dtype of the weights.
 
         Raises:
-            InputError: another number of dimensions or bands.
+            InputError: the number of dimensions or bands is wrong.
         """
         if mel.ndim != 3 or mel.shape[1] != self.config.num_mels:
             raise InputError(
-                f"the spectrogram has shape {tuple(mel.shape)}, required is [B, {self.config.num_mels}, M]",
+                f"the spectrogram has shape {tuple(mel.shape)}; expected [B, {self.config.num_mels}, M]",
                 code="component_input",
             )
         x = self.input(mel.to(self.input.weight.dtype))
@@ -131,13 +131,13 @@ class Vocoder(nn.Module):
 
 
 def build_vocoder(config: Mapping[str, Any]) -> Vocoder:
-    """Build the vocoder, without meaningful weights, on the current default device and dtype.
+    """Build the vocoder with uninitialized weights on the current default device and dtype.
 
     Args:
         config: content of ``vocoder/config.json``, see :class:`VocoderConfig`.
 
     Raises:
-        PortKitError: the configuration is incomplete or asks for what is not implemented.
+        PortKitError: the configuration is incomplete, or an option is not implemented.
     """
     return Vocoder(VocoderConfig.from_dict(config))
 
@@ -146,8 +146,8 @@ class SnakeBeta(nn.Module):
     """``x + sin(alpha x)^2 / beta`` at twice the rate, between two fixed filters; ``[B, W, T]`` to the same.
 
     Args:
-        width: channels; alpha and beta are one number a channel.
-        log_scale: whether the parameters are logarithms.
+        width: channels; alpha and beta are one number per channel.
+        log_scale: the parameters are logarithms.
     """
 
     upsample_filter: torch.Tensor
@@ -162,10 +162,10 @@ class SnakeBeta(nn.Module):
         self.register_buffer("downsample_filter", torch.empty(1, 1, FILTER_TAPS))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._halve(self._bend(self._double(x)))
+        return self._downsample(self._activate(self._upsample(x)))
 
-    def _double(self, x: torch.Tensor) -> torch.Tensor:
-        """Interpolate ``[B, W, T]`` to ``[B, W, 2 T]``; what the edges ring beyond the signal is cut off."""
+    def _upsample(self, x: torch.Tensor) -> torch.Tensor:
+        """Interpolate ``[B, W, T]`` to ``[B, W, 2 T]``, without the filter's response beyond the edges."""
         width, rate = x.shape[1], OVERSAMPLING
         margin = FILTER_TAPS // rate - 1
         x = F.pad(x, (margin, margin), mode="replicate")
@@ -173,13 +173,13 @@ class SnakeBeta(nn.Module):
         cut = margin * rate + (FILTER_TAPS - rate) // 2
         return rate * x[..., cut : -(cut + (FILTER_TAPS - rate) % 2)]
 
-    def _bend(self, x: torch.Tensor) -> torch.Tensor:
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
         alpha, beta = self.alpha.float().unsqueeze(-1), self.beta.float().unsqueeze(-1)
         if self.log_scale:
             alpha, beta = alpha.exp(), beta.exp()
         return (x * alpha).sin_().square_().mul_(1.0 / (beta + _DIVISION_GUARD)).add_(x)
 
-    def _halve(self, x: torch.Tensor) -> torch.Tensor:
+    def _downsample(self, x: torch.Tensor) -> torch.Tensor:
         """Low-pass ``[B, W, 2 T]`` and keep every other sample."""
         width = x.shape[1]
         left = (FILTER_TAPS - 1) // 2
@@ -197,7 +197,7 @@ class _Block(nn.Module):
             for dilation in dilations
         )
         self.plain = nn.ModuleList(nn.Conv1d(width, width, taps, padding=(taps - 1) // 2) for _ in dilations)
-        # Two for each dilation, alternating: before the dilated convolution, before the plain one.
+        # two per dilation: before the dilated convolution and before the plain one
         self.activations = nn.ModuleList(SnakeBeta(width, log_scale) for _ in range(2 * len(dilations)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -222,5 +222,5 @@ def _bad_config(problem: str) -> PortKitError:
     return PortKitError(
         f"the vocoder's configuration cannot be used: {problem}",
         code="component_config",
-        hint="take vocoder/config.json as `port-kit download` writes it",
+        hint="use the vocoder/config.json that `port-kit download` writes",
     )

@@ -1,4 +1,4 @@
-"""Forward hooks that capture the intermediate values of the original implementation in this transformer.
+"""Forward hooks that capture intermediate values of the transformer under their original names.
 
 Goldens record values under the original names (``vid.block0.self_attn``). :func:`record_activations` captures the same
 values here, so that a comparison names the first module that diverges.
@@ -26,9 +26,9 @@ class ActivationHook:
     """One intermediate value.
 
     Attributes:
-        name: the original's.
-        module: path of the module here whose output holds it.
-        read: takes the value, in the original's shape, from that output.
+        name: of the value in the original implementation.
+        module: path of the module of this transformer whose output holds it.
+        read: returns the value, in the original's shape, from that output.
     """
 
     name: str
@@ -64,7 +64,7 @@ def _block_hooks(index: int) -> list[ActivationHook]:
 
 @contextmanager
 def record_activations(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Capture the intermediate values of the forward passes inside the context; a later pass replaces an earlier one.
+    """Capture the intermediate values of forward calls inside the context; a call overwrites those of earlier ones.
 
     Yields:
         A mapping that fills while the transformer runs, keyed by the original's names, in order of computation.
@@ -72,16 +72,16 @@ def record_activations(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
     values: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for hook in activation_hooks(transformer.config):
-            handle = transformer.get_submodule(hook.module).register_forward_hook(_keeper(hook, values))
+            handle = transformer.get_submodule(hook.module).register_forward_hook(_make_hook(hook, values))
             stack.callback(handle.remove)
         yield values
 
 
-def _keeper(hook: ActivationHook, values: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+def _make_hook(hook: ActivationHook, values: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook_fn(_module: nn.Module, _inputs: Any, output: Any) -> None:
         values[hook.name] = hook.read(output).detach()
 
-    return keep
+    return hook_fn
 
 
 def _as_is(output: Tensor) -> Tensor:
@@ -89,5 +89,5 @@ def _as_is(output: Tensor) -> Tensor:
 
 
 def _first_and_last_token(output: Tensor) -> Tensor:
-    """Return the rows of the first and last token ``[B, 2, ...]`` from one row a timestep ``[G, B, ...]``."""
+    """Return the rows of the first and last token ``[B, 2, ...]`` from one row per timestep ``[G, B, ...]``."""
     return torch.stack((output[0], output[-1]), 1).flatten(2)

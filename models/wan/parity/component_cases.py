@@ -1,8 +1,8 @@
 """Golden cases of the components: samplers, text encoder, video VAE, audio VAE, vocoder.
 
-Every case builds its component at the sizes that the goldens folder records, loads the folder's checkpoint in its
-original format through the component's rule set, and yields what the reference recorded, in forward order. What a
-folder does not record is not compared; a part that is absent altogether gives no case.
+Every case builds its component at the recorded sizes, loads the recorded checkpoint, in its original format, with the
+component's rule set, and yields the recorded tensors in forward order. Cases cover the recorded tensors only; a
+component without recordings has no case.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MMAUDIO_FOLDER = Path("ckpts", "MMAudio", "ext_weights")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 EXACT = Bound(max_abs=0.0, why="integers, or constants of the same formula")
-SCHEDULER = Bound(max_abs=1e-6, why="the same arithmetic; diffusers' solvers give the reference's very bits")
+SCHEDULER = Bound(max_abs=1e-6, why="the same arithmetic; diffusers' solvers return the same bits as the original")
 TEXT = Bound(
     rel_l2=1e-6,
     why="the same operations; sums of softmax and matmul differ with the processor's vector width, by 5e-6 of 4.0",
@@ -64,7 +64,7 @@ def cases(goldens: Path) -> Iterator[Case]:
 
 
 def run_scheduler(goldens: Path, solver: str) -> Iterator[Pair]:
-    """Compare one solver's timesteps, noise levels and steps, each step from the recorded sample."""
+    """Compare timesteps and noise levels of a solver, and each of its steps from the recorded sample."""
     recorded = load_file(goldens / "scheduler" / "scheduler.safetensors")
     shift = float(_read_json(goldens / "scheduler" / "scheduler.json").get("shift", 5.0))
     counts = {int(name.split(".")[1]) for name in recorded if name.startswith(f"{solver}.") and "traj" not in name}
@@ -90,7 +90,7 @@ def _run_trajectory(recorded: Tensors, solver: str, prefix: str, shift: float) -
 
 
 def run_text_encoder(goldens: Path, word: str) -> Iterator[Pair]:
-    """Compare hidden states of padded ids, then tokens and states of cleaned prompts, which need no padding."""
+    """Compare hidden states of padded ids, then tokens and states of cleaned prompts without padding."""
     folder = goldens / "umt5"
     inputs, expected = load_file(folder / "inputs.safetensors"), _outputs(folder, word)
     bounds = _bounds(folder, word, TEXT)
@@ -110,7 +110,7 @@ def run_text_encoder(goldens: Path, word: str) -> Iterator[Pair]:
 
 
 def run_video_vae(goldens: Path, precision: torch.dtype) -> Iterator[Pair]:
-    """Compare encoding and decoding; in bfloat16 those outputs that the reference's engine rounds its weights for."""
+    """Compare encoding and decoding; in bfloat16, compare the outputs of the original's engine."""
     folder = goldens / "wan_vae"
     inputs, expected = load_file(folder / "inputs.safetensors"), _outputs(folder, "fp32")
     vae = load_video_vae(goldens, precision)
@@ -126,7 +126,7 @@ def run_video_vae(goldens: Path, precision: torch.dtype) -> Iterator[Pair]:
 
 
 def run_mmaudio(goldens: Path, word: str) -> Iterator[Pair]:
-    """Compare mel front end, audio VAE and vocoder, alone and chained as the reference's wrapper chains them."""
+    """Compare mel front end, audio VAE and vocoder, separately and in the sequence of the original's wrapper."""
     folder = goldens / "mmaudio"
     inputs, expected = load_file(folder / "inputs.safetensors"), _outputs(folder, word)
     vae, vocoder = load_audio_vae(goldens, DTYPES[word]), load_vocoder(goldens, DTYPES[word])
@@ -147,7 +147,7 @@ def run_mmaudio(goldens: Path, word: str) -> Iterator[Pair]:
 
 
 def load_text_encoder(goldens: Path, dtype: torch.dtype) -> TextEncoder:
-    """Build the text encoder of a goldens folder and load its checkpoint; the vocabulary's size is the table's."""
+    """Build the text encoder of a goldens folder and load its checkpoint, which sets the size of the vocabulary."""
     weights = _read_pickle(goldens / WAN_FOLDER / "models_t5_umt5-xxl-enc-bf16.pth")
     dims = _read_json(goldens / "SET.json")["t5"]
     config = configs.text_encoder_config(dims, vocab_size=weights["token_embedding.weight"].shape[0])
@@ -175,7 +175,7 @@ def load_vocoder(goldens: Path, dtype: torch.dtype) -> Vocoder:
 
 
 def read_vocoder_config(goldens: Path) -> dict[str, Any]:
-    """Read the generator's sizes from the folder's BigVGAN ``.yml``, else from ``SET.json`` over the full-size ones."""
+    """Read the generator's sizes from the folder's BigVGAN ``.yml``, else from ``SET.json``."""
     import yaml
 
     named = goldens / "mmaudio" / _read_json(goldens / "mmaudio" / "config.json").get("bigvgan", "none.yml")
@@ -185,7 +185,7 @@ def read_vocoder_config(goldens: Path) -> dict[str, Any]:
 
 
 def _loaded(build: Callable[[], Any], dtype: torch.dtype, weights: Tensors, rules: RuleSet) -> Any:
-    """Build a module in a dtype and load all of a checkpoint into it."""
+    """Build a module in a dtype and load a checkpoint into it."""
     with default_dtype(dtype):
         module: nn.Module = build()
     load_weights(module, weights.items(), rules)
@@ -193,15 +193,15 @@ def _loaded(build: Callable[[], Any], dtype: torch.dtype, weights: Tensors, rule
 
 
 def _bounds(folder: Path, word: str, exact: Bound) -> dict[str, Any]:
-    """Bounds for a dtype: ``exact`` for float32; for bfloat16 the recorded float32 outputs, from which they follow."""
+    """Return ``exact`` for float32; for bfloat16, the recorded float32 outputs that bounds are derived from."""
     return {"": exact} if word == "fp32" else {"fp32": _outputs(folder, "fp32")}
 
 
 def _pairs(name: str, actual: torch.Tensor, expected: Tensors, bounds: Mapping[str, Any]) -> Iterator[Pair]:
-    """Pair a tensor with the reference's, where that is recorded.
+    """Pair a tensor with the recorded one, if there is one.
 
-    A bfloat16 tensor may differ from the reference's bfloat16 and from its float32 by 1.5 times what these two differ:
-    independent roundings of one size lie about 1.41 of it apart.
+    A bfloat16 tensor may differ from the recorded bfloat16 and float32 tensors by 1.5 times the distance between those
+    two: the expected distance between two independent roundings is 1.41 times the size of one.
     """
     if name not in expected:
         return
@@ -210,7 +210,7 @@ def _pairs(name: str, actual: torch.Tensor, expected: Tensors, bounds: Mapping[s
         return
     exact = bounds["fp32"][name].double()
     gap = ((expected[name].double() - exact).norm() / exact.norm()).item()
-    bound = Bound(rel_l2=1.5 * gap, why="1.5 times the reference's own gap between bfloat16 and float32")
+    bound = Bound(rel_l2=1.5 * gap, why="1.5 times the original's distance between bfloat16 and float32")
     yield Pair(name, actual, expected[name], bound)
     yield Pair(f"{name} (against fp32)", actual, exact, bound)
 
@@ -226,7 +226,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_pickle(path: Path, wrapper: str = "") -> Any:
-    """Read a checkpoint in its original container, or the safetensors beside it that a download made of it."""
+    """Read a checkpoint in its original format, or the safetensors file that a download converted it to."""
     converted = path.with_suffix(".safetensors")
     if converted.is_file():
         return load_file(converted)

@@ -1,6 +1,6 @@
-"""All golden cases of the DreamID-Omni and Ovi family in a goldens folder, in the order of the model's own work.
+"""Golden cases of the DreamID-Omni and Ovi family in a goldens folder, in the order in which a pipeline computes.
 
-Folder layout (``SET.json`` names every dimension; nothing here depends on particular numbers)::
+Folder layout (``SET.json`` holds all dimensions)::
 
     SET.json  ckpts/  scheduler/  umt5/  wan_vae/  mmaudio/  fusion/<case>/  e2e_<model>/  e2e_media/
 """
@@ -16,7 +16,7 @@ from port_kit.parity import Case
 
 
 def family_cases(goldens: Path) -> Iterator[Case]:
-    """Yield the cases of everything that the ports share: components first, then the fusion transformer.
+    """Yield the cases that the ports share: components first, then the fusion transformer.
 
     Raises:
         ParityError: the folder has no ``SET.json``.
@@ -25,7 +25,7 @@ def family_cases(goldens: Path) -> Iterator[Case]:
         raise ParityError(
             f"{goldens} has no SET.json",
             code="goldens_invalid",
-            hint="give the folder that holds SET.json, ckpts/ and one folder a component",
+            hint="give the folder with SET.json, ckpts/ and one folder per component",
         )
     yield from component_cases.cases(goldens)
     yield from transformer_cases.cases(goldens)

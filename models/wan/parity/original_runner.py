@@ -1,16 +1,16 @@
-"""Run the original code of DreamID-Omni or Ovi on a model directory and keep what it gives; run as a script.
+"""Script that runs the original code of DreamID-Omni or Ovi on a model directory and records its outputs.
 
-    python -I reference_runner.py REQUEST.json
+    python -I original_runner.py REQUEST.json
 
-This file runs in the original code's environment, which need not have port_kit: it imports torch, safetensors and the
-original package only. REQUEST holds ``family`` (``dreamid_omni`` or ``ovi``), ``package`` (the original's name),
+This file runs in the environment of the original code, which may not have port_kit. It imports only torch, safetensors
+and the original package. REQUEST holds ``family`` (``dreamid_omni`` or ``ovi``), ``package`` (the original's name),
 ``path`` (folders from which it is imported), ``folder`` (its checkout: the original reads files relative to it),
 ``model`` (a model directory), ``output`` (a goldens folder), ``precision`` (``fp32`` or ``bf16``), ``device`` (``cpu``,
 ``cuda``, ``auto``) and ``seed``.
 
-``bf16`` is the original as it runs, which needs CUDA and flash-attn. ``fp32`` is its mathematics without rounding:
-forced bfloat16 and autocast are taken out, and attention is computed exactly. Modules are built with the sizes of the
-model directory's configurations and filled from its safetensors, whose names are the original's.
+``bf16`` runs the unmodified original, which needs CUDA and flash-attn. ``fp32`` computes without bfloat16: casts and
+autocast are disabled, and attention is computed exactly. Modules have the sizes of the model directory's
+configurations and load its safetensors, whose names are the original's.
 
 Shapes: video latents [C, F, h, w], audio latents [L, C], texts [T, D], pixels [B, 3, F, H, W], waves [B, samples].
 """
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 
-#: Where goldens keep the checkpoints of the two families, which have the same components.
+#: Paths of checkpoints in a goldens folder; both families have the same components.
 CHECKPOINTS = {
     "text_encoder": "ckpts/Wan2.2-TI2V-5B/models_t5_umt5-xxl-enc-bf16.safetensors",
     "vae": "ckpts/Wan2.2-TI2V-5B/Wan2.2_VAE.safetensors",
@@ -45,11 +45,11 @@ FUSION_CHECKPOINT = {
     "ovi": "ckpts/Ovi/model.safetensors",
 }
 
-GRID = (6, 4, 6)  # latent frames, rows, columns: small, since every layer is exercised by any size
+GRID = (6, 4, 6)  # latent frames, rows, columns; any size runs every layer
 AUDIO_TOKENS, TEXTS = 33, {"vid": 11, "audio": 9}
-TIMESTEP = 833  # of 1000: well inside the schedule
+TIMESTEP = 833  # of 1000
 
-#: What a case adds to the call; ``references`` are (pictures, tokens of each voice).
+#: Additional arguments per case; ``references`` are (number of images, tokens of each reference audio).
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "dreamid_omni": {
         "dreamid_two_refs": {"references": (2, (7, 5))},
@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Request:
-    """The content of REQUEST.json, and paths made from it."""
+    """Content of REQUEST.json."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.family, self.package = content["family"], content["package"]
@@ -75,9 +75,7 @@ class Request:
         cuda = torch.cuda.is_available()
         self.device = torch.device(("cuda" if cuda else "cpu") if content["device"] == "auto" else content["device"])
         if not self.exact and self.device.type != "cuda":
-            raise SystemExit(
-                "bf16 is what the original does under CUDA's autocast, and this process has no CUDA device"
-            )
+            raise SystemExit("bf16 requires CUDA's autocast, and this process has no CUDA device")
         self.dtype = torch.float32 if self.exact else torch.bfloat16
 
     def module(self, name: str) -> Any:
@@ -96,12 +94,12 @@ class Request:
         return tensors
 
     def normal(self, *shape: int, salt: int = 0) -> torch.Tensor:
-        """Draw float32 values that are exact in bfloat16, so that both precisions get the same."""
+        """Draw float32 values that are exact in bfloat16, so that both precisions use the same values."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + salt)
         return rounded(torch.randn(shape, generator=generator))
 
     def keep(self, name: str, inputs: Tensors, outputs: Tensors, document: str, content: Any) -> None:
-        """Write one case: what was given, what came out, and ``<document>.json``."""
+        """Write the inputs and outputs of a case, and ``<document>.json``."""
         folder = self.output / name
         folder.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in inputs.items()}, folder / "inputs.safetensors")
@@ -112,12 +110,12 @@ class Request:
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
-    """Round to bfloat16 and back; by ``to``, which :func:`be_exact` leaves alone."""
+    """Round to bfloat16 and back with ``to``, which :func:`be_exact` does not replace."""
     return values.to(torch.bfloat16).to(torch.float32)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON; folders are made."""
+    """Write JSON, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -126,14 +124,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class NoAutocast(torch.amp.autocast_mode.autocast):
-    """An autocast that is off, whatever it is asked for."""
+    """Autocast that is always disabled."""
 
     def __init__(self, device_type: str, *_: Any, **__: Any) -> None:
         super().__init__("cpu", enabled=False)
 
 
 def be_exact() -> Callable[[], None]:
-    """Take forced rounding out of torch, before the original is imported; return what restores it."""
+    """Disable casts to bfloat16 in torch, before the original is imported; return a function that restores them."""
     keep = torch.Tensor.bfloat16, torch.amp.autocast, torch.nn.Module.bfloat16
     torch.Tensor.bfloat16 = torch.Tensor.float  # type: ignore[method-assign, assignment]
     torch.nn.Module.bfloat16 = torch.nn.Module.float  # type: ignore[method-assign, assignment]
@@ -153,7 +151,7 @@ def exact_attention(
     k_lens: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Stand in for the original's ``flash_attention``: softmax over the first ``k_lens`` keys, q [B, S, N, H]."""
+    """Replace the original's ``flash_attention``: softmax over the first ``k_lens`` keys, q [B, S, N, H]."""
     scores = torch.einsum("bqnh,bknh->bnqk", q.float(), k.float()) * q.shape[-1] ** -0.5
     if k_lens is not None:
         beyond = torch.arange(k.shape[1], device=k.device)[None] >= k_lens.to(k.device)[:, None]
@@ -162,7 +160,7 @@ def exact_attention(
 
 
 def replace_attention(package: str) -> None:
-    """Put :func:`exact_attention` wherever the original's modules hold ``flash_attention`` or ``attention``."""
+    """Replace ``flash_attention`` and ``attention`` in all modules of the original by :func:`exact_attention`."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == package:
             for function in ("flash_attention", "attention"):
@@ -203,16 +201,16 @@ def _fusion_case(request: Request, model: Any, name: str, case: dict[str, Any], 
     call: dict[str, Any] = {"vid_seq_len": frames * rows * columns // 4, "audio_seq_len": AUDIO_TOKENS}
     facts: dict[str, Any] = {"case": name, "family": request.family, "batch": 1, "config": "../config.json", **call}
     if references := case.pop("references", None):
-        pictures, voices = references
+        images, audio_lengths = references
         scaling = request.config("transformer")["rope"]["freqs_scaling"]
         value = torch.tensor(scaling["num"] / scaling["den"], dtype=getattr(torch, scaling["dtype"]))
-        call |= {"ref_ip_lengths": [[pictures]], "ref_audio_lengths": [list(voices)]}
+        call |= {"ref_ip_lengths": [[images]], "ref_audio_lengths": [list(audio_lengths)]}
         facts |= {**call, "freqs_scaling": scaling}
         call["freqs_scaling"] = value.to(request.device)
     facts |= {**case, "state": f"../../{FUSION_CHECKPOINT[request.family]}"}
     given = {key: value.to(request.device) for key, value in inputs.items()}
     lists = {key: [given[f"{key}.0"].to(request.dtype)] for key in ("vid", "audio", "vid_context", "audio_context")}
-    with torch.inference_mode(), _autocast(request), _watched(model) as seen:
+    with torch.inference_mode(), _autocast(request), _record_outputs(model) as seen:
         video, audio = model(t=given["t"], **lists, **call, **case)
     place = request.output / "fusion" / name / f"intermediates_{request.word}.safetensors"
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -221,17 +219,19 @@ def _fusion_case(request: Request, model: Any, name: str, case: dict[str, Any], 
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[Tensors]:
-    """Keep what the modules inside give, under the names that goldens use: they tell where a port parts first."""
+def _record_outputs(model: Any) -> Iterator[Tensors]:
+    """Record the outputs of submodules under the names of goldens, to locate the first module that diverges."""
     seen: Tensors = {}
     handles = []
     for stream, tower in (("vid", model.video_model), ("audio", model.audio_model)):
-        watched = {f"{stream}.context": tower.text_embedding, f"{stream}.head": tower.head}
+        hooked = {f"{stream}.context": tower.text_embedding, f"{stream}.head": tower.head}
         for index, block in enumerate(tower.blocks):
-            watched[f"{stream}.block{index}.self_attn"] = block.self_attn.o
-            watched[f"{stream}.block{index}.cross_attn"] = block.cross_attn.o
-            watched[f"{stream}.block{index}.ffn"] = block.ffn
-        handles += [module.register_forward_hook(partial(_see, seen, name)) for name, module in watched.items()]
+            hooked[f"{stream}.block{index}.self_attn"] = block.self_attn.o
+            hooked[f"{stream}.block{index}.cross_attn"] = block.cross_attn.o
+            hooked[f"{stream}.block{index}.ffn"] = block.ffn
+        handles += [
+            module.register_forward_hook(partial(_record_output, seen, name)) for name, module in hooked.items()
+        ]
     try:
         yield seen
     finally:
@@ -239,13 +239,13 @@ def _watched(model: Any) -> Iterator[Tensors]:
             handle.remove()
 
 
-def _see(seen: Tensors, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
+def _record_output(seen: Tensors, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
     seen[name] = output.detach().float().cpu().contiguous().clone()
 
 
 @contextmanager
 def _autocast(request: Request) -> Iterator[None]:
-    """What the original's engine puts around its transformer; nothing in fp32."""
+    """Enter the autocast of the original's engine in bf16; do nothing in fp32."""
     if request.exact:
         yield
         return
@@ -254,7 +254,7 @@ def _autocast(request: Request) -> Iterator[None]:
 
 
 def text_encoder(request: Request) -> dict[str, Any]:
-    """Record the encoder on seeded ids, one row of them padded; return its sizes in the original's words."""
+    """Record the encoder on seeded ids, one row of them padded; return its sizes under the original's names."""
     config = request.config("text_encoder")
     sizes = {
         "dim": config["d_model"],
@@ -282,7 +282,7 @@ def text_encoder(request: Request) -> dict[str, Any]:
 
 
 def video_vae(request: Request) -> dict[str, Any]:
-    """Record encoding and decoding, with the file's weights and with the rounded ones of the engine; fp32 only."""
+    """Record encoding and decoding with the weights of the file and with those that the engine rounds; fp32 only."""
     config = request.config("vae")
     names = ("z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
     sizes = {"dim": config["base_dim"], "dec_dim": config["decoder_base_dim"], **{key: config[key] for key in names}}
@@ -321,7 +321,7 @@ def video_vae(request: Request) -> dict[str, Any]:
 
 
 def audio(request: Request) -> dict[str, dict[str, Any]]:
-    """Record the audio VAE and the vocoder as the original's wrapper chains them; return both sizes."""
+    """Record the audio VAE and the vocoder in the sequence of the original's wrapper; return both sizes."""
     vae_sizes, vocoder_sizes = request.config("audio_vae"), request.config("vocoder")
     folder = request.output / "mmaudio"
     write_json(folder / "bigvgan.yml", vocoder_sizes)  # JSON is YAML
@@ -357,7 +357,7 @@ def audio(request: Request) -> dict[str, dict[str, Any]]:
 
 
 def link_checkpoints(request: Request) -> None:
-    """Link the model directory's files to where goldens keep checkpoints; nothing is copied."""
+    """Create links in the goldens folder to the checkpoints of the model directory."""
     for component, place in {**CHECKPOINTS, "transformer": FUSION_CHECKPOINT[request.family]}.items():
         source = request.model / component
         if component != "tokenizer":
@@ -369,7 +369,7 @@ def link_checkpoints(request: Request) -> None:
 
 
 def main(path: str) -> None:
-    """Record every component, then the sizes of all, ``SET.json``."""
+    """Record all components, then their sizes in ``SET.json``."""
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     sys.path[:0] = content["path"]
     request = Request(content)

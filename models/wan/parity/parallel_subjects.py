@@ -1,8 +1,8 @@
 """Tiny models and requests of ``port-kit verify parallel`` for the ports of this family.
 
-Each request has one step: guidance amplifies the rounding of the first step, and the second would start from there.
-Predictions of the transformer must agree to 5e-6. Guidance multiplies the rest by up to 13 and one step adds it to the
-latents. A vocoder of random weights near its full scale amplifies it further, hence :data:`OUTPUT_TOLERANCE`.
+Each request has one step, because guidance amplifies rounding and a second step would start from different latents.
+Predictions of the transformer must agree to 5e-6. Guidance multiplies the difference by up to 13, and the vocoder with
+random weights near its full scale amplifies it further, hence :data:`OUTPUT_TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from port_kit.testing.tiny_fusion import download_tiny
 from port_kit.testing.workers import Request
 
 OUTPUT_TOLERANCE = 5e-3
-#: Samples of 16 kHz; the model uses second 1 to 2.
+#: Samples at 16 kHz; the model uses seconds 1 to 2.
 REFERENCE_AUDIO_SAMPLES = 33_000
 _SAMPLING = {"num_inference_steps": 1, "seed": 11}
 

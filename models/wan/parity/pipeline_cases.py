@@ -1,7 +1,8 @@
-"""End to end against the reference engines' own runs: the real loader, the real pipeline, latents of every step.
+"""End-to-end golden cases: latents of every step and outputs against recorded runs of the original engines.
 
-A goldens folder holds checkpoints in their original repositories' layout and containers. They are assembled into a
-model directory as a download would do it, and the pipeline is run on the recorded noise, references and arguments.
+A goldens folder holds checkpoints in the layout and formats of their original repositories. They are assembled into a
+model directory like a download. The standard loader loads it, and the pipeline runs on the recorded noise, references
+and arguments.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from port_kit.runtime.single_process import single_rank
 if TYPE_CHECKING:
     from port_kit.pipeline.request_state import StepResult
 
-#: Where a goldens folder keeps the files of each Hub repository.
+#: Path in a goldens folder of the files of each Hub repository.
 CHECKOUTS = {
     "XuGuo699/DreamID-Omni": "DreamID_Omni",
     "chetwinlow1/Ovi": "Ovi",
     "Wan-AI/Wan2.2-TI2V-5B": "Wan2.2-TI2V-5B",
     "hkchengrex/MMAudio": "MMAudio",
 }
-EXACT = Bound(max_abs=1e-4, why="errors of the steps add up")
+EXACT = Bound(max_abs=1e-4, why="errors of the steps accumulate")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,7 +67,7 @@ def _cases(goldens: Path, *runs: RecordedRun) -> Iterator[Case]:
 
 
 def run_e2e(goldens: Path, precision: str = "fp32", run: RecordedRun = DREAMID) -> list[Pair]:
-    """Run the pipeline as the reference engine was run; compare whatever is recorded, in the order of the run."""
+    """Run the pipeline with the recorded arguments; compare the recorded tensors in the order of the run."""
     recording = RunRecording.read(goldens / run.folder, precision)
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         model = assemble(goldens, Path(folder), recording.record, run)
@@ -75,7 +76,7 @@ def run_e2e(goldens: Path, precision: str = "fp32", run: RecordedRun = DREAMID) 
 
 
 def assemble(goldens: Path, target: Path, record: Mapping[str, Any], run: RecordedRun = DREAMID) -> Path:
-    """Make a model directory from a goldens folder's checkpoints, as a download from their repositories would."""
+    """Assemble a model directory from a goldens folder's checkpoints, like a download from their repositories."""
     for repository in run.recipe.repositories:
         checkout = goldens / "ckpts" / CHECKOUTS[repository.repo_id]
         for rule in repository.files:
@@ -95,9 +96,9 @@ def assemble(goldens: Path, target: Path, record: Mapping[str, Any], run: Record
 
 
 def _configs(goldens: Path, target: Path, rope: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Translate the dims of ``SET.json``."""
+    """Return the components' configurations for the sizes of ``SET.json``."""
     dims = json.loads((goldens / "SET.json").read_text(encoding="utf-8"))
-    # The engines pad texts to the tokenizer's length, whatever the direct cases of the transformer pad to.
+    # the engines pad texts to the tokenizer's length, which may differ from the length in transformer cases
     towers = {name: {**dims["fusion"][name], "text_len": MAX_TEXT_TOKENS} for name in ("video", "audio")}
     return {
         "transformer": {**towers, "rope": rope},
@@ -114,7 +115,7 @@ def _vocabulary(model: Path) -> int:
 
 
 def load_pipeline(model: Path) -> Any:
-    """Build the pipeline of a model directory and fill it with the standard loader; inside ``single_rank`` only."""
+    """Build the pipeline of a model directory and load its weights; requires ``single_rank``."""
     from vllm.config.load import LoadConfig
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
@@ -129,7 +130,7 @@ def load_pipeline(model: Path) -> Any:
 
 
 def request_of(recording: RunRecording, run: RecordedRun = DREAMID) -> Any:
-    """Return the recorded arguments as vLLM-Omni's request, with the recorded noise."""
+    """Return a request of vLLM-Omni with the recorded arguments and noise."""
     from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -141,7 +142,7 @@ def request_of(recording: RunRecording, run: RecordedRun = DREAMID) -> Any:
 
 @torch.inference_mode()
 def _compare(pipeline: Any, recording: RunRecording, run: RecordedRun) -> Iterable[Pair]:
-    """Run once and yield what is recorded, in the order in which the pipeline computes it."""
+    """Run the pipeline once and yield the recorded tensors in the order of computation."""
     request = request_of(recording, run).requests[0]
     prepared = pipeline.prepare(request.prompt, request.sampling_params)
     seen: dict[str, torch.Tensor] = {f"pixels_to_vae.{i}": x[None, :, None] for i, x in enumerate(prepared.images)}
@@ -151,13 +152,13 @@ def _compare(pipeline: Any, recording: RunRecording, run: RecordedRun) -> Iterab
     seen["ref.audio_latents"] = given.audios[0]
     seen |= {f"text.{i}": text.raw[0] for i, text in enumerate((given.texts[0], *given.negatives))}
 
-    def watch(step: StepResult) -> None:
+    def record_step(step: StepResult) -> None:
         for name in step.latents:
             seen[f"{name}.step{step.index}.guided"] = step.guided[name][0]
         for name, latent in step.latents.items():
             seen[f"{name}.step{step.index}.latent_after"] = latent[0]
 
-    pipeline.on_step = watch
+    pipeline.on_step = record_step
     while not state.is_done:
         pipeline.scheduler_step(state, *pipeline.predict([state]))
     decoded = pipeline.decode(state)
@@ -169,6 +170,6 @@ def _compare(pipeline: Any, recording: RunRecording, run: RecordedRun) -> Iterab
 
 
 def _recorded_part(value: torch.Tensor, recording: RunRecording, name: str, *, dim: int) -> torch.Tensor:
-    """Return the frames or samples that are recorded: all, or those whose numbers stand in ``<name>_index``."""
+    """Return the recorded frames or samples: those with the indices ``<name>_index``, if present, else all."""
     index = recording.tensors.get(f"{name}_index")
     return value if index is None else value.index_select(dim, index)

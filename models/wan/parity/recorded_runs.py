@@ -1,4 +1,4 @@
-"""Recorded end-to-end runs of the originals' engines, and how each is said to a port."""
+"""Recorded end-to-end runs of the originals' engines, and their translation to requests of ports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from port_kit.parity import Bound
 from port_kit.port import resolve
 from port_kit.registry import find_port
 
-#: Two independent roundings of size g lie about 1.41 g apart.
+#: Factor on a recorded rounding error; two independent roundings of size g are about 1.41 g apart.
 GAPS = 1.5
-#: What follows a path where the engine was given the opened image.
+#: Suffix of a recorded path if the engine received the opened image.
 _OPENED = " (PIL)"
 
 
 @dataclass(frozen=True)
 class RunRecording:
-    """What the reference engine was given and what it gave.
+    """Recorded arguments and outputs of the original's engine.
 
     Attributes:
         record: arguments, constants and shapes.
         tensors: noise, latents after every step, some decoded frames, the audio.
-        folder: paths among the arguments are relative to it.
-        bounds: of a tensor's difference, where the run's own rounding sets one.
+        folder: base of relative paths in the arguments.
+        bounds: of a tensor's difference, if derived from the rounding of the run.
     """
 
     record: Mapping[str, Any]
@@ -50,7 +50,7 @@ class RunRecording:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """What the engine was called with."""
+        """Arguments of the engine."""
         arguments: Mapping[str, Any] = self.record["args"]
         return arguments
 
@@ -66,10 +66,10 @@ class RecordedRun:
     """A recorded run.
 
     Attributes:
-        folder: where a goldens folder keeps it.
+        folder: path in a goldens folder.
         port: name of the port.
-        rope: the ``rope`` section of ``transformer/config.json``, from the record.
-        index: what the record changes in ``model_index.json``.
+        rope: returns the ``rope`` section of ``transformer/config.json`` for a record.
+        index: returns changes of ``model_index.json`` for a record.
         options: names of the arguments that only this port has.
     """
 
@@ -102,13 +102,13 @@ class RecordedRun:
 
 
 def _gap(rounded: torch.Tensor, exact: torch.Tensor) -> Bound:
-    """Bound a difference by what rounding costs the reference itself."""
+    """Return a bound from the rounding error of the original."""
     gap = (rounded.double() - exact.double()).norm() / exact.double().norm()
-    return Bound(rel_l2=GAPS * gap.item(), why=f"{GAPS} times the reference's own distance from float32")
+    return Bound(rel_l2=GAPS * gap.item(), why=f"{GAPS} times the original's own distance from float32")
 
 
 def _dreamid_rope(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The engine divides the lengths in the run's own dtype."""
+    """Return the ``rope`` section; the engine divides the lengths in the dtype of the run."""
     constants = record["constants"]
     dtype = record["call0"]["freqs_scaling"].split()[0].removeprefix("torch.")
     scaling = {"num": constants["video_latent_length"], "den": constants["audio_latent_length"], "dtype": dtype}

@@ -1,7 +1,7 @@
-"""Golden cases of the fusion transformer: recorded forward passes of the original, and its rotations alone.
+"""Golden cases of the fusion transformer: recorded forward calls of the original, and recorded rotations.
 
-A case names its checkpoint, lengths, references and frequency scaling in ``inputs.json``; the samples of a recorded
-batch have different lengths, so each is run alone.
+``inputs.json`` of a case has its checkpoint, lengths, references and frequency scaling. Samples of a recorded batch
+have different lengths, so each runs separately.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from port_kit.remap import load_weights
 from port_kit.runtime.single_process import single_rank
 
 FP32 = Bound(max_abs=5e-5, why="the same mathematics in another order of summation")
-ROPE = Bound(max_abs=1e-6, why="nothing is reordered")
-#: Two independent roundings of the same size lie about 1.41 times that size apart.
+ROPE = Bound(max_abs=1e-6, why="the same operations in the same order")
+#: Factor on a recorded rounding error; two independent roundings of size g are about 1.41 g apart.
 BF16_FACTOR = 1.5
-#: The engine's latent lengths of a 5 s clip, video over audio; the rope goldens are recorded with it.
+#: Ratio of video to audio latents of a 5 s clip, used for the recorded rotations.
 DREAMID_SCALING = 31 / 157
 
 
 @dataclass(frozen=True)
 class TransformerGolden:
-    """One recorded forward pass, or batch of them."""
+    """A recorded forward call with one or more samples."""
 
     folder: Path
     meta: Mapping[str, Any]
 
     @property
     def config(self) -> dict[str, Any]:
-        """The transformer's config: the recorded towers, and the rope that the case was run with."""
+        """Configuration of the transformer: the recorded towers, and the ``rope`` section of the case."""
         towers = json.loads((self.folder / self.meta["config"]).read_text(encoding="utf-8"))
         rope = {key: self.meta[key] for key in ("family", "freqs_scaling") if key in self.meta}
         return {**towers, "rope": rope}
@@ -52,8 +52,8 @@ class TransformerGolden:
     def samples(self) -> range:
         """Samples that can be compared.
 
-        The original places the audio references of every sample after the first of a batch wrongly (it divides the
-        offset once more each time); its engine runs single samples only, and the port does not copy it.
+        In a batch, the original computes wrong positions of audio references for all samples but the first: it divides
+        the offset repeatedly. Its engine runs single samples only, and the port does not reproduce the error.
         """
         misplaced = self.meta["family"] == "dreamid_omni" and self.meta.get("ref_audio_lengths")
         return range(1 if misplaced else self.meta["batch"])
@@ -65,7 +65,7 @@ class TransformerGolden:
         return model
 
     def recorded(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of ``<name>.safetensors``, or none where the case does not have it."""
+        """Return the tensors of ``<name>.safetensors``, or none if the case does not have the file."""
         path = self.folder / f"{name}.safetensors"
         return load_file(path) if path.is_file() else {}
 
@@ -98,7 +98,7 @@ class TransformerGolden:
 
     @property
     def _skip_block(self) -> int | None:
-        """Index of the block that is left out; DreamID-Omni takes the argument and ignores it."""
+        """Index of the omitted block; DreamID-Omni accepts the argument and ignores it."""
         layer = self.meta.get("slg_layer") or 0
         return layer if layer > 0 and self.meta["family"] == "ovi" else None
 
@@ -108,7 +108,7 @@ class TransformerGolden:
 
 
 def cases(goldens: Path, device: str = "cpu") -> Iterator[Case]:
-    """Yield the cases below ``fusion/``: rotations first, then every forward pass in both dtypes that are recorded."""
+    """Yield the cases below ``fusion/``: rotations, then forward calls in both recorded dtypes."""
     if (goldens / "fusion" / "rope" / "rope.json").is_file():
         yield Case("fusion/rope fp32", partial(_rope_pairs, goldens / "fusion" / "rope"))
     for name, golden in recorded_forwards(goldens).items():
@@ -118,7 +118,7 @@ def cases(goldens: Path, device: str = "cpu") -> Iterator[Case]:
 
 
 def recorded_forwards(goldens: Path) -> dict[str, TransformerGolden]:
-    """Return the recorded forward passes below ``fusion/``, by name."""
+    """Return the recorded forward calls below ``fusion/``, by name."""
     folders = (path.parent for path in sorted(goldens.glob("fusion/*/inputs.json")))
     return {
         folder.name: TransformerGolden(folder, json.loads((folder / "inputs.json").read_text(encoding="utf-8")))
@@ -133,7 +133,7 @@ def _fp32_pairs(golden: TransformerGolden, device: str) -> Iterator[Pair]:
         for sample in golden.samples:
             with activation_hooks.record_activations(model) as values:
                 flows = golden.run(model, sample, torch.float32)
-            # Intermediate values are recorded for single samples only.
+            # intermediate values are recorded for single samples only
             yield from (
                 Pair(name, value, intermediates[name], FP32) for name, value in values.items() if name in intermediates
             )
@@ -149,7 +149,10 @@ def _bf16_pairs(golden: TransformerGolden, device: str) -> Iterator[Pair]:
                 if name not in exact:
                     continue
                 gap = (rounded[name].double() - exact[name].double()).norm() / exact[name].double().norm()
-                bound = Bound(rel_l2=BF16_FACTOR * gap.item(), why=f"the original's own gap is {gap.item():.2e}")
+                bound = Bound(
+                    rel_l2=BF16_FACTOR * gap.item(),
+                    why=f"{BF16_FACTOR} times the original's {gap.item():.2e}",
+                )
                 yield Pair(f"{name} to fp32", flow, exact[name], bound)
                 yield Pair(f"{name} to bf16", flow, rounded[name], bound)
 
@@ -165,9 +168,9 @@ def _rope_pairs(folder: Path) -> Iterator[Pair]:
             rope = RopeTables(_rope_config(folder, family, scaling), meta["head_dim"])
             table = _recorded_table(rope, stream, meta)
             length = table.shape[1]
-            # Tokens beyond the grid are padding, and pass through.
-            turned = torch.cat((rotate(given[:, :length], table), given[:, length:]), 1)
-            yield Pair(name, turned, expected, ROPE)
+            # tokens beyond the grid are padding and are not rotated
+            rotated = torch.cat((rotate(given[:, :length], table), given[:, length:]), 1)
+            yield Pair(name, rotated, expected, ROPE)
 
 
 def _rope_config(folder: Path, family: str, scaling: list[str]) -> RopeConfig:

@@ -1,6 +1,6 @@
-"""Reference images and audios: from whatever a request holds to the tensors that the encoders take.
+"""Decoding of reference images and audio to the tensors that the encoders accept.
 
-Legend: C colour channels, H height, W width, S audio samples.
+Shapes: C color channels, H height, W width, S audio samples.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from port_kit.errors import InputError
 
 SAMPLE_RATE = 16_000  # Hz, of the audio VAE
-#: The part of a reference audio that is used, in seconds: the second second, which skips a clip's hesitant beginning.
+#: Part of a reference audio that is used, in seconds. It skips the first second, as the original does.
 REFERENCE_AUDIO_START, REFERENCE_AUDIO_END = 1.0, 2.0
 _WHITE = (255, 255, 255)
-_MAX_PIXELS = 100_000_000  # an image beyond this is a decompression bomb, not a reference
-_MAX_AUDIO_SECONDS = 60  # what lies beyond is not decoded
+_MAX_PIXELS = 100_000_000  # larger images are rejected as decompression bombs
+_MAX_AUDIO_SECONDS = 60  # the rest is not decoded
 
 
 def load_image(source: object, *, name: str = "image") -> Image.Image:
@@ -30,10 +30,10 @@ def load_image(source: object, *, name: str = "image") -> Image.Image:
 
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array (H, W, 3).
-        name: what it is called in messages.
+        name: name in error messages.
 
     Raises:
-        InputError: unreadable, corrupt, or of another type.
+        InputError: the image is unreadable, corrupt or of an unsupported type.
     """
     if isinstance(source, np.ndarray):
         source = _image_of_array(source, name)
@@ -41,7 +41,7 @@ def load_image(source: object, *, name: str = "image") -> Image.Image:
         source = _decode_image(source, name)
     if not isinstance(source, Image.Image):
         raise InputError(
-            f"{name} is {type(source).__name__}; a path, bytes, PIL image or uint8 array (H, W, 3) is required",
+            f"{name} is {type(source).__name__}; expected a path, bytes, a PIL image or a uint8 array (H, W, 3)",
             code="input_type",
         )
     try:
@@ -52,9 +52,7 @@ def load_image(source: object, *, name: str = "image") -> Image.Image:
 
 def _image_of_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
-        raise InputError(
-            f"{name} is an array {array.dtype} {array.shape}; uint8 (H, W, 3) is required", code="input_type"
-        )
+        raise InputError(f"{name} is an array {array.dtype} {array.shape}; expected uint8 (H, W, 3)", code="input_type")
     return Image.fromarray(array)
 
 
@@ -65,21 +63,21 @@ def _decode_image(source: str | Path | bytes, name: str) -> Image.Image:
         raise _unreadable(name, error) from error
     if image.width * image.height > _MAX_PIXELS:
         raise InputError(
-            f"{name} has {image.width}x{image.height} pixels; at most {_MAX_PIXELS} are read",
+            f"{name} has {image.width}x{image.height} pixels; at most {_MAX_PIXELS} are accepted",
             code="input_size",
-            hint="scale it down: references are fitted to the video's size anyway",
+            hint="scale it down; references are fitted to the size of the video",
         )
     return image
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Fit an image inside ``height`` x ``width`` with its ratio kept, centred on white.
+    """Fit an image into ``height`` x ``width`` with its aspect ratio, centered on white.
 
     Returns:
         float32 (C=3, H, W) in [-1, 1].
     """
     scale = min(height / image.height, width / image.width)
-    # Rounded down as the reference does; a sliver of an image still keeps one pixel.
+    # rounded down as in the original; at least one pixel remains
     inner = max(1, int(image.width * scale)), max(1, int(image.height * scale))
     canvas = Image.new("RGB", (width, height), _WHITE)
     resized = image.resize(inner, Image.Resampling.LANCZOS)
@@ -89,10 +87,10 @@ def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
 
 
 def resize_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Resize an image, its ratio aside, by bicubic interpolation without low-pass filter, as the reference does.
+    """Resize an image without keeping its aspect ratio, by bicubic interpolation without low-pass filter.
 
     Returns:
-        float32 (C=3, H, W), nominally in [-1, 1]: interpolation may overshoot.
+        float32 (C=3, H, W), nominally in [-1, 1]; interpolation may overshoot.
     """
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0).permute(2, 0, 1) * 2.0 - 1.0
     if pixels.shape[1:] == (height, width):
@@ -106,25 +104,25 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
     Args:
         source: a path or the bytes of an audio or video file, ``(samples, rate)``, or samples at 16 kHz;
             samples are (S,) or (channels, S).
-        name: what it is called in messages.
+        name: name in error messages.
 
     Raises:
-        InputError: unreadable, without an audio track, not finite, or of another type.
+        InputError: the audio is unreadable, has no audio track, is not finite, or has an unsupported type.
     """
     if isinstance(source, (str, Path, bytes)):
         return _decode_audio(source, name)
     samples, rate = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, SAMPLE_RATE)
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().float().cpu().numpy()
-    if not _is_sound(samples):
+    if not _is_waveform(samples):
         raise InputError(
-            f"{name} is {type(source).__name__}; a path, bytes, (samples, rate) or samples at 16 kHz are required",
+            f"{name} is {type(source).__name__}; expected a path, bytes, (samples, rate) or samples at 16 kHz",
             code="input_type",
         )
     return _mono_16k(_float_samples(samples, name), _check_rate(rate, name))
 
 
-def _is_sound(samples: object) -> TypeGuard[np.ndarray]:
+def _is_waveform(samples: object) -> TypeGuard[np.ndarray]:
     return (
         isinstance(samples, np.ndarray) and samples.ndim in (1, 2) and samples.size > 0 and samples.dtype.kind in "fi"
     )
@@ -132,16 +130,16 @@ def _is_sound(samples: object) -> TypeGuard[np.ndarray]:
 
 def _check_rate(rate: object, name: str) -> int:
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 1000 <= rate <= 768_000:
-        raise InputError(f"{name} has the sample rate {rate!r}; 1000 to 768000 Hz is required", code="input_value")
+        raise InputError(f"{name} has the sample rate {rate!r}; expected 1000 to 768000 Hz", code="input_value")
     return int(rate)
 
 
 def _float_samples(samples: np.ndarray, name: str) -> np.ndarray:
-    """Return (channels, S) float32; integers are scaled by their type's range."""
+    """Return (channels, S) float32; integers are scaled by the range of their type."""
     scale = 1.0 / -float(np.iinfo(samples.dtype).min or -1) if np.issubdtype(samples.dtype, np.signedinteger) else 1.0
     samples = np.atleast_2d(samples).astype(np.float32) * np.float32(scale)
     if not np.isfinite(samples).all():
-        raise InputError(f"{name} holds samples that are not finite numbers", code="input_value")
+        raise InputError(f"{name} has samples that are not finite", code="input_value")
     return samples
 
 
@@ -170,7 +168,7 @@ def _decode_audio(source: str | Path | bytes, name: str) -> np.ndarray:
 
 
 def _resample_track(container: av.container.InputContainer) -> np.ndarray:
-    """Decode as much of the first audio track as a reference audio may need; only its second second is used."""
+    """Decode at most ``_MAX_AUDIO_SECONDS`` of the first audio track."""
     resampler = _resampler()
     frames: list[av.AudioFrame] = []
     seconds = 0.0
@@ -192,17 +190,17 @@ def _join(frames: list[av.AudioFrame]) -> np.ndarray:
 
 
 def crop_reference_audio(samples: np.ndarray, *, name: str = "audio") -> torch.Tensor:
-    """Return the part of a reference audio that is used (second 1 to 2), float32 (S=16000,).
+    """Return seconds 1 to 2 of a reference audio, float32 (S=16000,).
 
     Raises:
-        InputError: the reference audio ends before that.
+        InputError: the reference audio is too short.
     """
     start, end = int(REFERENCE_AUDIO_START * SAMPLE_RATE), int(REFERENCE_AUDIO_END * SAMPLE_RATE)
     if len(samples) < end:
         raise InputError(
             f"{name} lasts {len(samples) / SAMPLE_RATE:.2f} s; at least {REFERENCE_AUDIO_END:g} s are required",
             code="input_too_short",
-            hint=f"seconds {REFERENCE_AUDIO_START:g} to {REFERENCE_AUDIO_END:g} of it are used: give a longer clip",
+            hint=f"seconds {REFERENCE_AUDIO_START:g} to {REFERENCE_AUDIO_END:g} are used; give a longer clip",
         )
     return torch.from_numpy(np.ascontiguousarray(samples[start:end]))
 

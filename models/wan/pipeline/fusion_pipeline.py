@@ -63,7 +63,7 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
 
     Attributes:
         index: content of ``model_index.json``.
-        lengths: of the output, in latents.
+        lengths: lengths of the output in latents.
     """
 
     support_audio_output: ClassVar[bool] = True
@@ -140,7 +140,7 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
         }
 
     def build_solver(self, request: Any) -> Scheduler:
-        """Return the solver that the request names."""
+        """Build the solver that the request selects."""
         return build_scheduler(request.solver, steps=request.steps, shift=request.shift)
 
     def batch_size(self, state: DenoiseState) -> int:

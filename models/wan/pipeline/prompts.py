@@ -1,4 +1,4 @@
-"""Prompts: what is taken out of them, and how they become token ids."""
+"""Removal of tags from prompts, and tokenization."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from port_kit.models.wan.components.text_encoder import MAX_TOKENS, clean_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Blocks that go with all they hold: annotations for people and captioners, never shown to the model.
+#: Blocks that are removed with their content: annotations that the model was not trained with.
 DROPPED_BLOCKS = ("SPEAKER_TIMESTAMPS", "AUDIO_DESCRIPTION")
 _NAMES = "|".join(DROPPED_BLOCKS)
 _TAG = r"\[[A-Z][A-Z0-9_]*\]"
@@ -22,10 +22,10 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def strip_tags(prompt: str) -> str:
-    """Remove the :data:`DROPPED_BLOCKS` with their content, then the marker of every other ``[TAG]``.
+    """Remove the :data:`DROPPED_BLOCKS` with their content, and the markers of all other ``[TAG]`` blocks.
 
     A block is ``[NAME_START] .. [NAME_END]``, or ``[NAME] ..`` up to the next tag. Markers in angle brackets
-    (``<img1>``, ``<sub1>``, ``<S>``) belong to the model's language and stay.
+    (``<img1>``, ``<sub1>``, ``<S>``) are part of the model's prompt format and are kept.
     """
     for pattern in (_CLOSED_BLOCK, _OPEN_BLOCK, _ANY_TAG):
         prompt = pattern.sub("", prompt)
@@ -36,12 +36,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, limit: int = MAX_
     """Return the ids of the cleaned text with the closing ``</s>``, without padding.
 
     Raises:
-        InputError: the text takes more than ``limit`` tokens. The reference cuts it there without a word.
+        InputError: the text has more than ``limit`` tokens. The original truncates it silently.
     """
     ids: list[int] = tokenizer(clean_prompt(text), add_special_tokens=True)["input_ids"]
     if len(ids) > limit:
         raise InputError(
-            f"the prompt takes {len(ids)} tokens; the text encoder reads {limit}",
+            f"the prompt has {len(ids)} tokens; at most {limit} are supported",
             code="input_too_long",
             hint="shorten the prompt",
             tokens=len(ids),

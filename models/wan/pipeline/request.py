@@ -1,4 +1,4 @@
-"""What a request of any port of the family may say, its units and the originals' defaults."""
+"""Requests common to all ports of the family: options, units and the originals' defaults."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from port_kit.pipeline.inputs import (
     check_unused,
 )
 
-VIDEO_TIME_STRIDE = 4  # frames a latent frame, after the first
+VIDEO_TIME_STRIDE = 4  # frames per latent frame, after the first
 VIDEO_LATENT_CHANNELS = 48
 AUDIO_LATENT_CHANNELS = 20
-VIDEO_SPATIAL_STRIDE = 16  # pixels a latent cell, each way
-SIZE_MULTIPLE = 32  # pixels: the VAE's 16 times the transformer's patch of 2
+VIDEO_SPATIAL_STRIDE = 16  # pixels per latent cell, in height and width
+SIZE_MULTIPLE = 32  # pixels: 16 of the VAE times 2 of the transformer's patches
 MAX_SIDE = 4096  # pixels
-FPS = 24  # frames a second
+FPS = 24  # frames per second
 AUDIO_SAMPLE_RATE = 16_000  # Hz
 MAX_TEXT_TOKENS = 512
 
-#: Videos of one request; vLLM-Omni's server takes no more either.
+#: Maximum number of videos per request, the same as in vLLM-Omni's server.
 MAX_OUTPUTS = 10
-#: Above this the seed of a request's last video might be none that a generator takes.
+#: Maximum seed, so that the seeds of all videos of a request are valid for a generator.
 MAX_SEED = 2**63 - 1
 
 DEFAULT_STEPS = 50
@@ -39,7 +39,7 @@ SOLVERS = ("unipc", "dpm++", "euler")
 DEFAULT_VIDEO_NEGATIVE_PROMPT = "jitter, bad hands, blur, distortion"
 DEFAULT_AUDIO_NEGATIVE_PROMPT = "robotic, muffled, echo, distorted"
 
-#: What ``extra_args`` may hold for every port, beside vLLM-Omni's own names.
+#: Options in ``extra_args`` that all ports accept, besides those of vLLM-Omni.
 COMMON_OPTIONS = (
     "video_negative_prompt",
     "audio_negative_prompt",
@@ -50,7 +50,7 @@ COMMON_OPTIONS = (
     "audio_noise",
 )
 
-#: Fields of vLLM-Omni's video API that would change nothing, with what is done instead.
+#: Fields of vLLM-Omni's video API that have no effect on these models, with the reason.
 _UNUSED = {
     "short_edge": "height and width alone decide the size",
     "sound_duration": "the audio is as long as the video",
@@ -64,33 +64,33 @@ _UNUSED = {
 
 @dataclass(frozen=True)
 class LatentLengths:
-    """How long a clip is, in latents, without references."""
+    """Lengths of a clip in latents, without references."""
 
     video: int
     audio: int
 
     @property
     def frames(self) -> int:
-        """Frames that the video latents decode to."""
+        """Number of decoded frames."""
         return 1 + (self.video - 1) * VIDEO_TIME_STRIDE
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusionRequest:
-    """One checked request, as far as all ports have it.
+    """Checked fields of a request that all ports have.
 
     Attributes:
-        prompt: what the text encoder reads.
+        prompt: text for the text encoder.
         height: pixels, a multiple of :data:`SIZE_MULTIPLE`.
         width: the same.
         steps: denoising steps.
         solver: one of :data:`SOLVERS`.
-        shift: of the sigma schedule; larger spends more steps on coarse structure.
-        seed: of both noise generators; of a request's first video, where it asks for several.
-        scales: the port's guidance scales, a dataclass of floats; the first is the video's towards the text.
-        outputs: how many videos are made; each after the first has the seed before it plus 1.
-        video_noise, audio_noise: the initial latents in place of drawn ones, references' places included:
-            (48, frames, height / 16, width / 16) and (tokens, 20); None draws them.
+        shift: of the sigma schedule; a larger shift spends more steps on coarse structure.
+        seed: of both noise generators, for the first video of the request.
+        scales: the port's guidance scales, a dataclass of floats; the first is the video's scale for the text.
+        outputs: number of videos; the seed increases by 1 per video.
+        video_noise, audio_noise: initial latents, positions of references included:
+            (48, frames, height / 16, width / 16) and (tokens, 20); None to draw them.
     """
 
     prompt: str
@@ -109,11 +109,11 @@ class FusionRequest:
 
     @property
     def reference_lengths(self) -> LatentLengths:
-        """Places that references take behind the clip's own latents."""
+        """Numbers of latents that references occupy after those of the clip."""
         return LatentLengths(0, 0)
 
     def noise_shapes(self, lengths: LatentLengths) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of both initial latents, the references' places at the end included."""
+        """Return the shapes of both initial latents, positions of references included."""
         more, stride = self.reference_lengths, VIDEO_SPATIAL_STRIDE
         return (
             (VIDEO_LATENT_CHANNELS, lengths.video + more.video, self.height // stride, self.width // stride),
@@ -121,36 +121,36 @@ class FusionRequest:
         )
 
     def check_noise(self, lengths: LatentLengths) -> None:
-        """Raise InputError where given noise has another shape than :meth:`noise_shapes`."""
+        """Raise InputError if given noise does not have the shape of :meth:`noise_shapes`."""
         for name, shape in zip(("video_noise", "audio_noise"), self.noise_shapes(lengths), strict=True):
             noise = getattr(self, name)
             if noise is not None and tuple(getattr(noise, "shape", ())) != shape:
                 found = tuple(getattr(noise, "shape", ())) or type(noise).__name__
-                raise InputError(f"{name} is {found}; a tensor of shape {shape} is required", code="input_size")
+                raise InputError(f"{name} is {found}; expected a tensor of shape {shape}", code="input_size")
 
 
 def prompt_fields(prompt: Any) -> Mapping[str, Any]:
-    """Return a prompt as a mapping, also where it is a plain text."""
+    """Return a prompt as a mapping; a text becomes its ``prompt`` field."""
     return prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
 
 
 def media_of(fields: Mapping[str, Any], kinds: Collection[str] = ("image", "audio")) -> Mapping[str, Any]:
-    """Return ``multi_modal_data`` of a prompt, empty where it has none.
+    """Return ``multi_modal_data`` of a prompt, empty if it has none.
 
     Args:
         fields: the prompt.
-        kinds: of media that the port reads.
+        kinds: kinds of media that the port accepts.
 
     Raises:
-        InputError: it is no mapping, or holds media of another kind, which would be ignored silently.
+        InputError: it is not a mapping, or has media of another kind.
     """
     media = fields.get("multi_modal_data") or {}
     if not isinstance(media, Mapping):
-        raise InputError(f"multi_modal_data is {type(media).__name__}; a mapping is required", code="input_type")
+        raise InputError(f"multi_modal_data is {type(media).__name__}; expected a mapping", code="input_type")
     for kind, given in media.items():
         if kind not in kinds and given is not None:
             raise InputError(
-                f"the request has a reference of the kind {kind!r}; this model reads {', '.join(kinds) or 'none'}",
+                f"the request has a reference of the kind {kind!r}; this model accepts {', '.join(kinds) or 'none'}",
                 code="input_value",
                 hint="leave it out",
             )
@@ -160,22 +160,22 @@ def media_of(fields: Mapping[str, Any], kinds: Collection[str] = ("image", "audi
 def parse_common(
     fields: Mapping[str, Any], sampling: Any, lengths: LatentLengths, *, scales: Any, options: Iterable[str], seed: int
 ) -> dict[str, Any]:
-    """Check what all ports have in common.
+    """Check the fields that all ports have.
 
     Args:
         fields: the prompt; its ``video_negative_prompt`` (or ``negative_prompt``) and ``audio_negative_prompt`` are
-            read where ``extra_args`` has none.
-        sampling: ``OmniDiffusionSamplingParams``; :data:`COMMON_OPTIONS` travel in its ``extra_args``.
-        lengths: of the clip that the model makes; a request may name its number of frames or none.
+            used if ``extra_args`` has none.
+        sampling: ``OmniDiffusionSamplingParams``; its ``extra_args`` hold :data:`COMMON_OPTIONS`.
+        lengths: of the clip; if a request sets the number of frames, it must match.
         scales: the port's dataclass of guidance scales; its fields are options too.
-        options: further names that the port takes.
-        seed: where the request has none.
+        options: names of further options of the port.
+        seed: default of the port.
 
     Returns:
-        Fields of :class:`FusionRequest`, height and width aside.
+        Fields of :class:`FusionRequest` except height and width.
 
     Raises:
-        InputError: with what was given, what is required and what to do.
+        InputError: a field has an invalid value, or does not exist.
     """
     given: Mapping[str, Any] = sampling.extra_args or {}
     check_names(given, (*COMMON_OPTIONS, *scales.__dataclass_fields__, *options))
@@ -204,22 +204,22 @@ def _check_unused(sampling: Any, options: Mapping[str, Any]) -> None:
     check_codec_options(options.get("video_codec_options"))
     if options.get("generate_sound") is False:
         raise InputError(
-            "generate_sound is false; this model makes the audio together with the video",
+            "generate_sound is false; this model always generates audio",
             code="input_value",
-            hint="leave generate_sound out, and drop the audio track afterwards",
+            hint="omit generate_sound, and remove the audio track afterwards",
         )
 
 
 def _check_counts(sampling: Any, frames: int) -> None:
-    """Refuse what the models cannot do; vLLM-Omni fills in num_frames=1 where a request names none."""
+    """Check numbers of frames and frame rates; vLLM-Omni sets num_frames=1 if a request has none."""
     if sampling.num_frames not in (None, 1, frames):
         raise InputError(
-            f"num_frames is {sampling.num_frames}; this model makes {frames} frames",
+            f"num_frames is {sampling.num_frames}; this model generates {frames} frames",
             code="input_value",
-            hint="leave num_frames (on a server also seconds) out",
+            hint="omit num_frames (and seconds, in requests to a server)",
         )
     if sampling.fps not in (None, FPS):
-        raise InputError(f"fps is {sampling.fps}; this model makes {FPS} frames a second", code="input_value")
+        raise InputError(f"fps is {sampling.fps}; this model generates {FPS} frames per second", code="input_value")
 
 
 def _outputs(sampling: Any, options: Mapping[str, Any]) -> int:
@@ -227,15 +227,15 @@ def _outputs(sampling: Any, options: Mapping[str, Any]) -> int:
     given = [name for name in ("video_noise", "audio_noise") if options.get(name) is not None]
     if count > 1 and given:
         raise InputError(
-            f"num_outputs_per_prompt is {count} and {given[0]} is given; all videos would begin with the same noise",
+            f"num_outputs_per_prompt is {count} and {given[0]} is given; all videos would start from the same noise",
             code="input_value",
-            hint="send one request for each noise",
+            hint="send one request per noise",
         )
     return count
 
 
 def _negative(modality: str, options: Mapping[str, Any], fields: Mapping[str, Any], default: str) -> str:
-    """Read a negative prompt from ``extra_args``, else from the prompt's own fields; empty text is allowed."""
+    """Read a negative prompt from ``extra_args``, else from the fields of the prompt; an empty text is valid."""
     name = f"{modality}_negative_prompt"
     given = options.get(name, fields.get(name, fields.get("negative_prompt") if modality == "video" else None))
     return default if given is None else check_text(name, given)
@@ -244,13 +244,13 @@ def _negative(modality: str, options: Mapping[str, Any], fields: Mapping[str, An
 def _solver(name: object) -> str:
     if name not in SOLVERS:
         raise InputError(
-            f"solver_name is {name!r}; one of {', '.join(SOLVERS)} is required", code="input_value", hint="use unipc"
+            f"solver_name is {name!r}; expected one of {', '.join(SOLVERS)}", code="input_value", hint="use unipc"
         )
     return str(name)
 
 
 def _scales(kind: Any, sampling: Any, options: Mapping[str, Any]) -> Any:
-    """Read the port's scales; vLLM-Omni's ``guidance_scale``, where a request sets it, is the first, the video's."""
+    """Read the port's scales; vLLM-Omni's ``guidance_scale``, if set, is the first, the video's."""
     names = tuple(kind.__dataclass_fields__)
     given = {name: options[name] for name in names if options.get(name) is not None}
     if sampling.guidance_scale_provided and names[0] not in given:

@@ -1,8 +1,8 @@
-"""The samplers of DreamID-Omni and Ovi, as diffusers' schedulers.
+"""Schedulers of DreamID-Omni and Ovi, based on those of diffusers.
 
-Both models predict the flow ``noise - data``; a step number ``i`` of ``n`` has the noise level (sigma)
-``shift * u / (1 + (shift - 1) * u)``, with ``u`` falling linearly. The three solvers of the reference code differ in
-where ``u`` starts, which is why none of diffusers' defaults gives its numbers:
+Both models predict the flow ``noise - data``. The noise level (sigma) of a step is
+``shift * u / (1 + (shift - 1) * u)``; ``u`` decreases linearly over the steps. The original's three solvers start at
+different values of ``u``, none of which is a default of diffusers:
 
 ========  =============================  ==========================================  =================
 solver    diffusers' class               ``u`` of the first step                     timesteps
@@ -12,8 +12,8 @@ dpm++     DPMSolverMultistepScheduler    1                                      
 euler     FlowMatchEulerDiscrete...      1, ends at the shifted first training step  float32
 ========  =============================  ==========================================  =================
 
-Truncation matters: the network is given the integer (999, 937, 833, 624 for four steps of unipc), the solver uses
-the exact sigma. A scheduler keeps the history of one tensor: video and audio take one object each.
+Truncated timesteps are inputs of the network (999, 937, 833, 624 for four steps of unipc); the solver uses the exact
+sigma. A scheduler keeps the history of one tensor, so video and audio need one scheduler each.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from diffusers import (
 
 from port_kit.errors import InputError
 
-#: Steps of the training schedule; a timestep is ``sigma`` times this.
+#: Number of steps of the training schedule; a timestep is ``sigma`` times this.
 TRAINING_STEPS = 1000
-#: Largest noise level of the training schedule, in the float32 in which the reference keeps it.
+#: Largest noise level of the training schedule, rounded to float32 as in the original.
 LARGEST_TRAINING_SIGMA = float(np.float32(1 - 1 / TRAINING_STEPS))
 SOLVERS = ("unipc", "dpm++", "euler")
 
 
 class Scheduler(Protocol):
-    """What a sampling loop needs of a scheduler.
+    """Interface of a scheduler.
 
     Attributes:
-        timesteps: ``[steps]``, what the network is given at each step, falling.
-        sigmas: ``[steps + 1]`` float32, the noise levels; the last is 0.
+        timesteps: ``[steps]``, inputs of the network, decreasing.
+        sigmas: ``[steps + 1]`` float32 noise levels; the last is 0.
     """
 
     timesteps: torch.Tensor
@@ -55,10 +55,10 @@ class Scheduler(Protocol):
 
 
 class _FlowDPMSolver(DPMSolverMultistepScheduler):
-    """DPM-Solver++ that accepts the noise levels to visit, as diffusers' UniPC does.
+    """DPM-Solver++ that accepts noise levels, like diffusers' UniPC.
 
-    The first level may be 1, where the log signal-to-noise ratio is minus infinity: both orders of the solver have
-    a finite limit there, and torch's arithmetic reaches it.
+    The first level may be 1, with a log signal-to-noise ratio of minus infinity. Both orders of the solver have a
+    finite limit there, which torch's arithmetic returns.
     """
 
     def set_timesteps(
@@ -70,7 +70,7 @@ class _FlowDPMSolver(DPMSolverMultistepScheduler):
         *,
         sigmas: np.ndarray | None = None,
     ) -> None:
-        """Set the noise levels; with ``sigmas`` (before the shift, without the final 0) exactly those."""
+        """Set the noise levels; ``sigmas`` are those before the shift, without the final 0."""
         if sigmas is None:
             super().set_timesteps(num_inference_steps, device, mu, timesteps)
             return
@@ -83,17 +83,17 @@ class _FlowDPMSolver(DPMSolverMultistepScheduler):
 def build_scheduler(
     solver: str = "unipc", *, steps: int = 50, shift: float = 5.0, device: str | torch.device | None = None
 ) -> Scheduler:
-    """Build a sampler with its steps set, ready for the first :meth:`Scheduler.step`.
+    """Build a scheduler with its steps set, ready for the first :meth:`Scheduler.step`.
 
     Args:
         solver: one of :data:`SOLVERS`.
         steps: number of denoising steps, 1 to 1000.
-        shift: how far the steps lean towards high noise; 1 is linear. The reference builds its schedulers with
-            shift 1 and shifts when it sets the steps: the same as here, and not the same as diffusers' own shift.
-        device: where ``timesteps`` lie; ``sigmas`` stay on the CPU.
+        shift: of the noise levels; 1 is linear, a larger shift spends more steps at high noise. It applies when the
+            steps are set, as in the original; the ``shift`` of diffusers' constructors gives other levels.
+        device: of ``timesteps``; ``sigmas`` are on the CPU.
 
     Raises:
-        InputError: an unknown solver, or steps or shift out of range.
+        InputError: the solver is unknown, or steps or shift are out of range.
     """
     _check(solver, steps, shift)
     scheduler: Any
@@ -106,7 +106,7 @@ def build_scheduler(
     else:
         scheduler = _FlowDPMSolver(**_flow_options(shift))
         scheduler.set_timesteps(sigmas=_linear_sigmas(1.0, steps), device=device)
-    # Truncated timesteps can repeat from about 250 steps on; without this, diffusers would begin at the second.
+    # From about 250 steps, truncated timesteps repeat; without this, diffusers would start at the second of two.
     scheduler.set_begin_index(0)
     return scheduler
 
@@ -127,19 +127,19 @@ def _flow_options(shift: float) -> dict[str, object]:
 def _check(solver: str, steps: int, shift: float) -> None:
     if solver not in SOLVERS:
         raise InputError(
-            f"solver is {solver!r}, not one of {', '.join(SOLVERS)}",
+            f"solver is {solver!r}; expected one of {', '.join(SOLVERS)}",
             code="sampling_invalid",
-            hint="use unipc, the reference's default",
+            hint="use unipc, the default",
         )
     if not 1 <= steps <= TRAINING_STEPS:
         raise InputError(
-            f"{steps} denoising steps were asked for, 1 to {TRAINING_STEPS} are possible",
+            f"the number of denoising steps is {steps}; expected 1 to {TRAINING_STEPS}",
             code="sampling_invalid",
-            hint="use 50, the reference's default, or fewer for a draft",
+            hint="use 50, the default, or fewer for a draft",
         )
     if not (np.isfinite(shift) and shift > 0):
         raise InputError(
-            f"shift is {shift}, it must be a positive number",
+            f"shift is {shift}; expected a positive number",
             code="sampling_invalid",
-            hint="use 5.0, the reference's default",
+            hint="use 5.0, the default",
         )

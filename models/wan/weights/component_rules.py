@@ -1,4 +1,4 @@
-r"""How the original component checkpoints map onto the components of DreamID-Omni and Ovi.
+r"""Rules from the original component checkpoints to the components of DreamID-Omni and Ovi.
 
 ===============  ====================================  ==================================================
 rule set         file                                  target
@@ -9,8 +9,8 @@ AUDIO_VAE        v1-16.pth                             :class:`~port_kit.models.
 VOCODER          best_netG.pt, key ``generator``       :class:`~port_kit.models.wan.components.vocoder.Vocoder`
 ===============  ====================================  ==================================================
 
-Two of them compute: the audio VAE's filters are brought to unit norm, and the vocoder's weight normalisation is folded.
-Their targets have names of their own, so that a checkpoint that is already converted cannot be taken for a raw one.
+Two rule sets change values: filters of the audio VAE are scaled to unit norm, and weight normalization of the vocoder
+is folded. Their targets have other names than their sources, so that a converted checkpoint is not converted again.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _HF_LAYER = r"encoder.block.\1.layer"
 TEXT_ENCODER = RuleSet(
     name="umt5_encoder",
     rules=(
-        # transformers knows this table by two names, `shared` and `encoder.embed_tokens`: one tensor, written once.
+        # transformers has two names for this tensor, `shared` and `encoder.embed_tokens`; it is written once
         Rule(r"token_embedding\.weight", "shared.weight"),
         Rule(rf"{_T5_LAYER}\.attn\.(q|k|v|o)\.weight", rf"{_HF_LAYER}.0.SelfAttention.\2.weight"),
-        # UMT5 has relative positions of its own in every layer, where T5 shares those of the first.
+        # UMT5 has relative positions in every layer; T5 shares those of the first layer
         Rule(
             rf"{_T5_LAYER}\.pos_embedding\.embedding\.weight",
             rf"{_HF_LAYER}.0.SelfAttention.relative_attention_bias.weight",
@@ -53,13 +53,13 @@ TEXT_ENCODER = RuleSet(
 
 # -- Wan 2.2 VAE -----------------------------------------------------------------------------------------------------
 
-#: Where residual blocks stand: ``(source, target)``, each with two groups.
+#: Paths of residual blocks: ``(source, target)``, each with two groups.
 _RESIDUAL_BLOCKS = (
     (r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)", r"encoder.down_blocks.\1.resnets.\2"),
     (r"decoder\.upsamples\.(\d+)\.upsamples\.(\d+)", r"decoder.up_blocks.\1.resnets.\2"),
     (r"(encoder|decoder)\.middle\.(0|2)", r"\1.mid_block.resnets.{\2 // 2}"),
 )
-#: The layers of a residual block; the original counts them in a ``Sequential`` with SiLU and dropout between.
+#: Layers of a residual block. The original numbers them within a ``Sequential`` that includes SiLU and dropout.
 _RESIDUAL_LAYERS = (
     (r"residual\.0", "norm1"),
     (r"residual\.2", "conv1"),
@@ -70,7 +70,7 @@ _RESIDUAL_LAYERS = (
 
 
 def _residual_rules() -> Iterator[Rule]:
-    """Residual blocks; only some change the width and have a shortcut."""
+    """Yield the rules of residual blocks; only blocks that change the width have a shortcut."""
     for place, target in _RESIDUAL_BLOCKS:
         for layer, name in _RESIDUAL_LAYERS:
             yield Rule(
@@ -108,10 +108,10 @@ _RMS_GUARD = 1e-4
 
 
 def _restore_filters(weight: Tensor, args: Mapping[str, Any], shapes: _Shapes) -> dict[str, Tensor]:
-    """Give raw filters that :func:`unit_filters` takes to ``weight`` again.
+    """Return raw filters that :func:`unit_filters` converts to ``weight``.
 
-    A unit filter has ``rms r / (guard + r)`` of a raw one of rms r; solved for r. Those are the checkpoint's own
-    filters up to rounding, which the nearly unit quotient magnifies; their directions and the result are exact.
+    The RMS of a unit filter is ``r / (guard + r)`` for a raw filter of RMS ``r``; this solves for ``r``. The quotient
+    is nearly 1 and amplifies rounding of ``r``, but directions and the result of :func:`unit_filters` are exact.
     """
     import torch
 
@@ -126,8 +126,8 @@ def _restore_filters(weight: Tensor, args: Mapping[str, Any], shapes: _Shapes) -
 def unit_filters(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> Tensor:
     """Scale each output filter of a raw weight ``[out, in, taps]`` to unit norm, in float32.
 
-    The reference divides by ``1e-4 + rms`` and by the root of the filter's size; the small constant is kept because it
-    is in the outputs: a filter of small raw norm comes out a little short.
+    The original divides by ``1e-4 + rms`` and by the root of the filter's size. The constant matters for the result:
+    it makes filters of small raw norm slightly shorter than 1.
     """
     import torch
 
@@ -148,7 +148,7 @@ AUDIO_VAE = RuleSet(
         Rule(rf"{_HALF}\.learnable_gain", r"\1.gain"),
         Rule(rf"{_HALF}\.conv_in\.weight", r"\1.input.weight", op=_UNIT),
         Rule(rf"{_HALF}\.conv_out\.weight", r"\1.output.weight", op=_UNIT),
-        # The middle is a sequence: block, attention, block.
+        # the middle is a sequence of block, attention, block
         Rule(rf"{_HALF}\.mid\.block_(1|2)\.(conv[12])\.weight", r"\1.middle.{2 * \2 - 2}.\3.weight", op=_UNIT),
         Rule(rf"{_HALF}\.mid\.attn_1\.qkv\.weight", r"\1.middle.1.qkv.weight", op=_UNIT),
         Rule(rf"{_HALF}\.mid\.attn_1\.proj_out\.weight", r"\1.middle.1.output.weight", op=_UNIT),
@@ -177,7 +177,7 @@ _VOCODER_ACTIVATIONS = (
     (r"resblocks\.(\d+)\.activations\.(\d+)", r"blocks.\1.activations.\2"),
     (r"activation_post", "activation"),
 )
-#: How torch has called magnitude and direction: before ``torch.nn.utils.parametrizations`` and since.
+#: Torch's names of magnitude and direction, before and since ``torch.nn.utils.parametrizations``.
 _WEIGHT_NORM_SPELLINGS = {
     "g_v": {"g": "weight_g", "v": "weight_v"},
     "parametrized": {"g": r"parametrizations\.weight\.original0", "v": r"parametrizations\.weight\.original1"},
@@ -185,7 +185,7 @@ _WEIGHT_NORM_SPELLINGS = {
 
 
 def _convolution_rules() -> Iterator[Rule]:
-    """Biases as they are (the last convolution may have none); weights folded from either spelling."""
+    """Yield the rules of biases (the last convolution may have none) and of weights in either spelling."""
     fold = (Op.of("weight_norm", dim=0),)
     for source, target in _VOCODER_CONVS:
         yield Rule(rf"{source}\.bias", f"{target}.bias", optional=target == "output")

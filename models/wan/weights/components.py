@@ -1,11 +1,11 @@
-"""Which weights fill which module, by name only: what ports declare when they are listed imports nothing heavy."""
+"""Components of the family's ports, by name only, so that listing ports imports no torch."""
 
 from __future__ import annotations
 
 from port_kit.port import Component
 
 _FAMILY = "port_kit.models.wan"
-#: Components that all ports have, and their modules.
+#: Components that all ports have, with their modules.
 _SHARED = {"text_encoder": "text_encoder", "vae": "video_vae", "audio_vae": "audio_vae", "vocoder": "vocoder"}
 
 SHARED_LICENCES = {
@@ -17,8 +17,8 @@ SHARED_LICENCES = {
 def components(transformer_config: str) -> tuple[Component, ...]:
     """Return a port's components in loading order.
 
-    The folder in the model directory, the pipeline's attribute and the prefix of the target names are all the
-    component's name. The tokenizer has no weights and is no component.
+    A component's name is also its folder in the model directory, its attribute of the pipeline and the prefix of its
+    target names. The tokenizer has no weights and is not a component.
 
     Args:
         transformer_config: name of the full-size configuration in :mod:`port_kit.models.wan.transformer.config`.

@@ -1,4 +1,4 @@
-"""Where the components come from that the ports share, and how large they are."""
+"""Hub repositories and full-size configurations of the components that the ports share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from port_kit.models.wan.components.configs import (
     VOCODER_CONFIG,
 )
 
-#: Revisions are left out where they could not be confirmed against the Hub:
-#: the first run resolves them and writes them into port.lock, and every later run uses what the lock says.
+#: Repositories without a revision: the first download resolves the revision and writes it to port.lock, which later
+#: downloads use.
 SHARED_REPOSITORIES = (
     Repository(
         "Wan-AI/Wan2.2-TI2V-5B",

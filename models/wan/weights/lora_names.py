@@ -1,7 +1,7 @@
-"""Names that LoRAs trained on Wan2.2-TI2V-5B have for modules of the fusion checkpoints' video tower.
+"""Names of the video tower's modules in LoRAs that were trained on Wan2.2-TI2V-5B.
 
-The video tower is that model, all shapes included: width 3072, feed-forward 14336, 30 layers, texts of 4096. Its own
-additions, the attention to the audio stream, have no other name. The audio tower is never meant.
+The video tower has the modules and shapes of that model: width 3072, feed-forward 14336, 30 layers, texts of 4096. Its
+cross-attention to the audio stream has no other name. The audio tower has none either.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-r"""How the original fusion checkpoint maps onto :class:`~port_kit.models.wan.transformer.model.WanFusionTransformer`.
+r"""Rules from the original fusion checkpoint to :class:`~port_kit.models.wan.transformer.model.WanFusionTransformer`.
 
 DreamID-Omni and Ovi publish the same names. A source name starts with its tower, ``video_model.`` or
-``audio_model.``; layer i of both towers becomes the two halves of block i. Projections of one input are fused, and
-convolutions become linears over unfolded windows: the channels and taps of a weight are flattened, nothing moves.
+``audio_model.``; layer i of both towers becomes the two halves of block i. Projections of one input are fused.
+Convolutions become linears over unfolded windows: the channels and taps of a weight are flattened in their order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TRANSFORMER = RuleSet(
     name="wan_transformer",
     allow_downcast=True,  # DreamID-Omni publishes float32 and runs it in bfloat16
     rules=(
-        # stems
+        # modality adapters
         Rule(r"video_model\.patch_embedding\.weight", r"video.patch_embedding.proj.weight", op=(_FLAT_PATCH,)),
         Rule(r"video_model\.patch_embedding\.bias", r"video.patch_embedding.proj.bias"),
         Rule(r"audio_model\.patch_embedding\.0\.weight", r"audio.patch_embedding.proj.weight", op=(_FLAT_TAPS,)),
