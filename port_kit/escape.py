@@ -1,4 +1,4 @@
-"""Untrusted text for display: what servers, repositories and files say may hold anything."""
+"""Escaping of untrusted text from servers, repositories and files, for display."""
 
 from __future__ import annotations
 

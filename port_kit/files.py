@@ -21,11 +21,11 @@ from port_kit.owner import OWNER, may_run, owner
 _PIECE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _LONGEST_NAME = 255  # bytes, of all common file systems
-_ROOM = 130  # bytes that a temporary file's name is longer
+_SUFFIX_LENGTH = 130  # bytes that the name of a temporary file adds
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that it is there completely or not at all, also after a power cut."""
+    """Write a text file atomically and durably: after a crash it is complete or absent."""
     with os_errors_as(path):
         temporary, descriptor = create_temporary(path)
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -36,10 +36,10 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def create_temporary(path: Path) -> tuple[Path, int]:
-    """Create the file that is to become ``path``, and delete what ended processes left of theirs.
+    """Create a temporary file for ``path``, and delete those of processes that have ended.
 
     Returns:
-        Its path and a descriptor to read and write it.
+        The path of the temporary file and a descriptor for reading and writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = _temporary_stem(path)
@@ -54,21 +54,21 @@ def create_temporary(path: Path) -> tuple[Path, int]:
 
 def _temporary_stem(path: Path) -> str:
     name = path.name
-    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME - _ROOM:
+    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME - _SUFFIX_LENGTH:
         name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
     return f".{name}."
 
 
 def write_json(path: Path, value: object) -> None:
-    """:func:`write_atomically` for JSON."""
+    """Write JSON with :func:`write_atomically`."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's content, or None if it is missing or is no JSON.
+    """Return a JSON file's content, or None if it is missing or not JSON.
 
     Raises:
-        DownloadError: ``output_dir`` where it may not be read.
+        DownloadError: ``output_dir`` if the file cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -76,24 +76,27 @@ def read_json(path: Path) -> Any:
         return None
     except OSError as error:
         raise DownloadError(
-            f"{path} cannot be read: {error.strerror}", code="output_dir", hint="correct its rights, or its disk"
+            f"{path} cannot be read: {error.strerror}",
+            code="output_dir",
+            hint="check its permissions and its disk",
         ) from error
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished file its name, durably."""
+    """Rename a complete file to its final name, durably."""
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(temporary, target)
     sync_folder(target.parent)
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Give an empty file its size (not 0), with blocks of the disk where the file system can: writing then costs less.
+    """Set the size of an empty file (not to 0), and allocate disk blocks if the file system supports it.
 
-    ``os.posix_fallocate`` would write into every block where the file system cannot.
+    Allocation makes writes cheaper. ``os.posix_fallocate`` is not used, because it writes to every block if the file
+    system does not support allocation.
 
     Raises:
-        OSError: the disk is full, or takes no file of that size.
+        OSError: the disk is full, or does not support files of that size.
     """
     call, number = _system_call("fallocate64"), errno.EINTR
     while call is not None and number == errno.EINTR:
@@ -105,15 +108,15 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def begin_writing_out(descriptor: int) -> None:
-    """Start writing a file's changed pages to the disk, so that the final fsync has little to do."""
+    """Start writing a file's dirty pages to disk, so that the final fsync is short."""
     call = _system_call("sync_file_range")
     if call is not None:
-        call(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint: errors show at the fsync
+        call(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # best effort; fsync reports errors
 
 
 @cache
 def _system_call(name: str) -> Callable[[int, int, int, int], int] | None:
-    """A call of Linux's C library that Python lacks, which returns the error's number; None on other systems."""
+    """Return a function of Linux's C library that returns an error number, or None on other systems."""
     import ctypes
 
     call = getattr(ctypes.CDLL(None, use_errno=True), name, None) if os.name == "posix" else None
@@ -128,7 +131,7 @@ def _system_call(name: str) -> Callable[[int, int, int, int], int] | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the directory entries of a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,10 +141,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def os_errors_as(path: Path, code: str = "output_dir", hint: str = "choose another --output-dir") -> Iterator[None]:
-    """Turn a full disk, missing rights and whatever else a system reports into an error of the kit about a file.
+    """Raise operating-system errors, such as a full disk or missing permissions, as errors of the kit about a file.
 
     Args:
-        path: what is worked on. A file that the system names itself and that lies elsewhere is reported instead.
+        path: the file in use. If the system names a file outside of it, that file is reported.
         code, hint: of the error if ``path`` cannot be used.
     """
     try:
@@ -156,24 +159,24 @@ def _os_error(error: OSError, path: Path, code: str, hint: str) -> DownloadError
         return DownloadError(
             f"no space left on the disk of {named}",
             code="disk_full",
-            hint="free some space and run the same command again: what was fetched is kept",
+            hint="free some space and run the command again; it resumes the download",
         )
     if error.errno == errno.EFBIG:
         return DownloadError(
-            f"the disk of {named} takes no file of that size",
+            f"the disk of {named} does not support files of that size",
             code="file_too_large",
-            hint="choose an --output-dir on another file system (FAT32 ends at 4 GB a file), or raise `ulimit -f`",
+            hint="choose an --output-dir on another file system (FAT32 allows 4 GB per file), or raise `ulimit -f`",
         )
     message = f"{named} cannot be used: {error.strerror or error}"
     if named != path and path not in named.parents and named not in path.parents:
-        return DownloadError(message, code="file_access", hint=f"correct the rights of {named}, or its disk")
+        return DownloadError(message, code="file_access", hint=f"check the permissions of {named} and its disk")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        message = f"{named} may not be read or written: {error.strerror}"
-    return DownloadError(message, code=code, hint=f"{hint}, or see what is in the way")
+        message = f"{named} cannot be read or written: {error.strerror}"
+    return DownloadError(message, code=code, hint=f"{hint}, or check the existing file")
 
 
 def free_space(directory: Path) -> int:
-    """Return the bytes that may still be written where ``directory`` is or will be."""
+    """Return the free bytes of the disk of ``directory``, which need not exist yet."""
     place = directory
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -182,7 +185,7 @@ def free_space(directory: Path) -> int:
 
 
 def require_space(directory: Path, needed: int) -> None:
-    """Raise ``disk_full`` where the disk cannot take so many bytes more."""
+    """Raise ``disk_full`` if the disk has fewer free bytes than needed."""
     free = free_space(directory)
     if needed > free:
         raise DownloadError(
@@ -195,7 +198,7 @@ def require_space(directory: Path, needed: int) -> None:
 
 
 def digests_of(path: Path, *, git: bool, advance: Callable[[int], None] = lambda count: None) -> dict[str, str]:
-    """Return ``{"sha256": hex}`` of a file, with ``"git"`` (the blob hash) beside it on request."""
+    """Return ``{"sha256": hex}`` of a file, and ``"git"`` (the blob hash) if requested."""
     hashes = hashes_for(path.stat().st_size, git=git)
     buffer = memoryview(bytearray(_PIECE))
     with path.open("rb", buffering=0) as stream:

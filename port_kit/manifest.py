@@ -1,8 +1,8 @@
-"""Manifests: the names, shapes and dtypes of a checkpoint or of a module, without its numbers.
+"""Manifests: names, shapes and dtypes of a checkpoint or of a module, without values.
 
-A :class:`Manifest` comes from safetensors headers, from the tables of a pickle checkpoint, from a module (on the meta
-device too) or from JSON. The JSON form is ``{"name": [[shape...], "dtype"], ...}``; an entry may have a third item with
-what else is known: ``slots`` of a fused parameter, ``buffer``, ``file``. A bare ``[shape...]`` is read as float32.
+A :class:`Manifest` is read from safetensors headers, the tables of a pickle checkpoint, a module (also on the meta
+device) or JSON. The JSON form is ``{"name": [[shape...], "dtype"], ...}``. An entry may have a third item, a mapping
+with ``slots`` of a fused parameter, ``buffer`` and ``file``. A bare ``[shape...]`` is read as float32.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 Slot = tuple[tuple[int, int], ...]
 Stamp = tuple[int, int, int, int]
 
-#: Key of the safetensors metadata that records whose names a file has, and the values it may have.
+#: Key of the safetensors metadata that records the naming of a file, and its valid values.
 NAMING_KEY = "port_kit.names"
 NAMINGS = ("original", "converted")
-_INTEGER = frozenset({int})  # True and 1.0 are equal to 1, and no extents
+_INTEGER = frozenset({int})  # True and 1.0 equal 1, but are not valid extents
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class TensorSpec:
     """Description of one tensor.
 
     Attributes:
-        shape: its extents; of a sharded parameter those of the whole, as a checkpoint has them.
-        dtype: torch's word, ``bfloat16``.
-        file: where it stands, relative to the checkpoint; empty for modules.
-        slots: of a fused parameter, ``{slot: ((start, stop), ...)}`` with one pair an axis.
-        buffer: it is a buffer of a module, not a parameter.
+        shape: extents; for a sharded parameter, those of the complete parameter, as in a checkpoint.
+        dtype: name in torch, ``bfloat16``.
+        file: path of its file, relative to the checkpoint; empty for modules.
+        slots: shards of a fused parameter, ``{shard_id: ((start, stop), ...)}`` with one pair per axis.
+        buffer: True for a buffer of a module, False for a parameter.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorSpec:
     buffer: bool = False
 
     def to_json(self, *, with_file: bool = True) -> list[Any]:
-        """The entry in the JSON form."""
+        """Return the entry of the JSON form."""
         extra: dict[str, Any] = {}
         if self.slots:
             extra["slots"] = {slot: [list(pair) for pair in box] for slot, box in self.slots.items()}
@@ -67,7 +67,7 @@ class TensorSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Bytes of the complete tensor."""
         return self.numel * ITEM_SIZES[self.dtype]
 
 
@@ -76,14 +76,14 @@ class Manifest(Mapping[str, TensorSpec]):
 
     Args:
         entries: ``{name: TensorSpec}`` or ``{name: (shape, dtype)}``.
-        origin: where it comes from, for messages.
+        origin: source of the manifest, for messages.
         aliases: further names of tensors that a module shares, ``{name: name in the manifest}``.
-        places: of a safetensors checkpoint, ``{name: offset}`` of its bytes in its file.
-        stamps: of one that lies on a disk, what :func:`stamp` said of each file when its header was read.
-        naming: whose names its files have, as their metadata record it: ``original`` (of the original implementation),
-            ``converted`` (of the module) or ``converted:NAME`` (by the rule set of that name), or empty if nothing is
-            recorded.
-        notes: what was left out when it was read, one sentence each.
+        places: of a safetensors checkpoint, ``{name: offset}`` of each tensor's bytes in its file.
+        stamps: of a checkpoint on disk, the :func:`stamp` of each file at the time its header was read.
+        naming: naming that the metadata of the files record: ``original`` (of the original implementation),
+            ``converted`` (of the module), ``converted:NAME`` (by the rule set of that name), or empty if there is no
+            record.
+        notes: omitted parts of the checkpoint, one sentence each.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class Manifest(Mapping[str, TensorSpec]):
         self.notes = tuple(notes)
 
     def naming_for(self, rules: str) -> str:
-        """Return the recorded naming as far as a rule set is concerned.
+        """Return the recorded naming relative to a rule set.
 
-        ``other`` stands for names that another rule set converted: they may be the original names of this one.
+        ``other`` stands for names that another rule set converted; they may be the original names of this one.
         """
         kind, _, converter = self.naming.partition(":")
-        if converter and rules == f"{converter}_inverse":  # these rules are made for the converted names
+        if converter and rules == f"{converter}_inverse":  # the inverse rules apply to converted names
             return "original"
         return kind if converter in ("", rules) else "other"
 
@@ -151,16 +151,16 @@ class Manifest(Mapping[str, TensorSpec]):
     # -- JSON --------------------------------------------------------------------------------------------------
 
     def to_json(self, *, with_files: bool = True) -> dict[str, Any]:
-        """The JSON form; recorded naming stands where a safetensors header has it."""
+        """Return the JSON form; a recorded naming is in ``__metadata__``, as in a safetensors header."""
         head: dict[str, Any] = {"__metadata__": {NAMING_KEY: self.naming}} if self.naming else {}
         return head | {name: spec.to_json(with_file=with_files) for name, spec in self.items()}
 
     @classmethod
     def from_json(cls, data: object, *, origin: str = "JSON") -> Manifest:
-        """Read the JSON form, as an object, as text, or a file of it.
+        """Read the JSON form: an object, a text or the path of a file.
 
         Raises:
-            RemapError: ``manifest_invalid`` with the entry that cannot be read.
+            RemapError: ``manifest_invalid``; names the invalid entry.
         """
         if isinstance(data, Path):
             origin, data = str(data), _read_text(data)
@@ -177,20 +177,20 @@ class Manifest(Mapping[str, TensorSpec]):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, wrapper: str = "") -> Manifest:
-        """Read a file, an index or a folder: safetensors, else torch checkpoints, else JSON; no tensor is read.
+        """Read a file, an index or a folder: safetensors, else torch checkpoints, else JSON. Tensors are not read.
 
-        An index says which files are read and which tensors of them count.
+        An index selects the files and their tensors.
 
         Args:
             path: the file or folder.
             wrapper: of a torch checkpoint, the keys above its tensors, dotted (``generator``, ``app.model``); ``.`` for
-                the top level of a file that has tensors elsewhere, too.
+                the top level of a file that has tensors at several levels.
 
         Raises:
             RemapError: ``manifest_invalid`` for a missing file, a broken header, a name in two files without an index,
                 or an index that disagrees with its files; ``remap_mixed`` for files that record different namings.
             CheckpointError: from :func:`port_kit.checkpoint.pickle_reader.read_tables`, and ``checkpoint_format`` for
-                a format that is not read.
+                an unsupported format.
         """
         path = Path(path)
         if path.suffix == ".json" and not path.name.endswith(".index.json"):
@@ -201,7 +201,7 @@ class Manifest(Mapping[str, TensorSpec]):
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> Manifest:
-        """Read safetensors headers: of a file, of a folder of files, or of what an index names.
+        """Read safetensors headers of a file, of a folder of files, or of the files of an index.
 
         Raises:
             RemapError, CheckpointError: see :meth:`from_checkpoint`.
@@ -212,7 +212,7 @@ class Manifest(Mapping[str, TensorSpec]):
 
     @classmethod
     def from_pickle(cls, path: str | Path, wrapper: str = "") -> Manifest:
-        """Read the tables of a torch checkpoint, whatever its suffix, without running anything in it.
+        """Read the tables of a torch checkpoint with any suffix, without executing code of it.
 
         Raises:
             RemapError, CheckpointError: see :meth:`from_checkpoint`.
@@ -230,17 +230,17 @@ class Manifest(Mapping[str, TensorSpec]):
         Args:
             header: its entries.
             file: the name of the file.
-            origin: where it comes from, for messages.
-            start: the offset of the file's data.
-            stamp: the file's, where it lies on a disk.
+            origin: source of the header, for messages.
+            start: offset of the file's data.
+            stamp: of the file, if it is on disk.
 
         Raises:
-            RemapError: ``manifest_invalid`` for an entry that cannot be read, or tensors that do not follow each other.
+            RemapError: ``manifest_invalid`` for an invalid entry, or for gaps or overlaps between tensors.
         """
         origin = origin or file
         entries: dict[str, TensorSpec] = {}
         spans: list[tuple[int, int, str]] = []
-        alike: dict[object, TensorSpec] = {}  # most tensors are like one of an earlier layer
+        alike: dict[object, TensorSpec] = {}  # most tensors equal one of an earlier layer
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -254,12 +254,12 @@ class Manifest(Mapping[str, TensorSpec]):
                 spec = alike[word, values] = _header_spec(name, word, values, file, origin)
             entries[name] = spec
             if type(first) is not int or type(last) is not int or last - first != spec.nbytes:
-                raise invalid_manifest(f"{origin}: {name!r} of {spec.nbytes} bytes stands at {first!r} to {last!r}")
+                raise invalid_manifest(f"{origin}: {name!r} of {spec.nbytes} bytes is at {first!r} to {last!r}")
             spans.append((first, last, name))
         at = 0
         for first, last, name in sorted(spans):
             if first != at:
-                raise invalid_manifest(f"{origin}: {name!r} stands at {first}; the tensors before it end at {at}")
+                raise invalid_manifest(f"{origin}: {name!r} begins at {first}; the tensors before it end at {at}")
             at = last
         places = {name: start + first for first, _, name in spans}
         return cls(
@@ -274,10 +274,10 @@ class Manifest(Mapping[str, TensorSpec]):
 
     @classmethod
     def from_module(cls, module: nn.Module, *, prefix: str = "") -> Manifest:
-        """Read a module's parameters and persistent buffers; it may stand on the meta device.
+        """Read a module's parameters and persistent buffers; the module may be on the meta device.
 
-        vLLM's parallel linears are known by what they have (``output_sizes``, ``total_num_kv_heads``): shapes are those
-        of the whole parameter, whatever the tensor-parallel size, and fused ones have their slots.
+        vLLM's parallel linears are recognized by their attributes (``output_sizes``, ``total_num_kv_heads``). Shapes
+        are those of the complete parameter for any tensor-parallel size, and fused parameters have ``slots``.
         """
         from port_kit.targets import read_targets
 
@@ -289,7 +289,7 @@ class Manifest(Mapping[str, TensorSpec]):
         )
 
     def under(self, prefix: str) -> Manifest:
-        """This manifest with all names under a prefix."""
+        """Return this manifest with a prefix before all names."""
         return Manifest(
             {prefix + name: spec for name, spec in self.items()},
             origin=self.origin,
@@ -300,7 +300,7 @@ class Manifest(Mapping[str, TensorSpec]):
 
 
 def _naming(header: Mapping[str, Any], origin: str) -> str:
-    """Return the naming that a header's metadata record, empty if there is none."""
+    """Return the naming in a header's metadata, empty if there is none."""
     metadata = header.get("__metadata__")
     naming = metadata.get(NAMING_KEY, "") if isinstance(metadata, Mapping) else ""
     if naming and str(naming).partition(":")[0] not in NAMINGS:
@@ -314,19 +314,19 @@ def _spec(name: str, entry: tuple[Iterable[int], str]) -> TensorSpec:
 
 
 def _check_names(names: Collection[str], origin: str) -> None:
-    """Refuse names that no file can hold, and the sign that stands for a layer number in templates."""
+    """Raise RemapError for names that cannot be stored, and for ``#``, the layer number in templates."""
     text = "".join(names)
     if "#" in text:
         marked = next(name for name in names if "#" in name)
         raise invalid_manifest(
-            f"{origin or 'manifest'}: {marked!r} has a #", "# stands for a layer number: rename the tensor"
+            f"{origin or 'manifest'}: {marked!r} contains #", "# stands for a layer number: rename the tensor"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         shown = error.object[max(error.start - 20, 0) : error.end + 20]
         raise invalid_manifest(
-            f"{origin or 'manifest'}: {shown!a} is no text", "names are Unicode without surrogates"
+            f"{origin or 'manifest'}: {shown!a} is not a valid text", "names are Unicode without surrogates"
         ) from error
 
 
@@ -337,7 +337,7 @@ def _check_dtypes(entries: Mapping[str, TensorSpec], origin: str) -> None:
 
 
 def _header_spec(name: str, word: str, values: tuple[Any, ...], file: str, origin: str) -> TensorSpec:
-    """Return what a safetensors header says of one tensor; its shapes count values, ours elements."""
+    """Return the spec of one entry of a safetensors header; its shapes count values, a spec's count elements."""
     dtype = BY_WORD.get(word)
     if dtype is None:
         raise invalid_manifest(f"{origin}: {name!r} has the unknown dtype {word!r}", f"dtypes: {', '.join(BY_WORD)}")
@@ -357,10 +357,10 @@ def _checked(name: str, spec: TensorSpec, origin: str) -> TensorSpec:
 
 
 def parse_json(text: str | bytes, origin: str) -> Any:
-    """Parse JSON; also what is nested too deep, or has numbers of thousands of digits, is not JSON to us.
+    """Parse JSON.
 
     Raises:
-        RemapError: ``manifest_invalid``.
+        RemapError: ``manifest_invalid``, also for too deep nesting or numbers of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -371,7 +371,7 @@ def parse_json(text: str | bytes, origin: str) -> Any:
 def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
     wrong = f"{origin}: {name!r} is {json.dumps(entry)[:80]}"
     if isinstance(entry, (list, tuple)) and all(type(extent) is int for extent in entry):
-        entry = (entry, "float32")  # names and shapes alone, as tables of other tools have them
+        entry = (entry, "float32")  # names and shapes only, as in tables of other tools
     if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3) or not isinstance(entry[0], (list, tuple)):
         raise invalid_manifest(wrong, 'an entry is [[extents], "dtype"] or has a third item with slots, buffer or file')
     extra = entry[2] if len(entry) == 3 else {}
@@ -397,5 +397,5 @@ def _read_text(path: Path) -> str:
 
 
 def invalid_manifest(message: str, hint: str = "check the file and how it was made", **details: object) -> RemapError:
-    """Return the error for a manifest, or a checkpoint, that cannot be read."""
+    """Return the error for an invalid manifest or checkpoint."""
     return RemapError(message, code="manifest_invalid", hint=hint, **details)

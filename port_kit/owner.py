@@ -6,7 +6,7 @@ import os
 import re
 import socket
 
-#: matches what :func:`owner` returns: host, process number, start time
+#: Pattern of results of :func:`owner`: host, process number, start time.
 OWNER = r"[\w.-]+~\d+~\d+"
 
 
@@ -19,8 +19,8 @@ def may_run(name: str, *, elsewhere: bool) -> bool:
     """Return True if the process called ``name`` may still be running.
 
     Args:
-        name: what :func:`owner` returned in that process.
-        elsewhere: the answer for a process of another host or container, which cannot be looked up.
+        name: result of :func:`owner` in that process.
+        elsewhere: result for a process of another host or container, which cannot be checked.
     """
     host, _, rest = name.partition("~")
     number, _, started = rest.partition("~")

@@ -50,13 +50,13 @@ class Port:
 
     Attributes:
         name: the name on the command line (``dreamid_omni``).
-        title: one line for people.
+        title: one line for users.
         class_name: ``_class_name`` in ``model_index.json``, the key under which the pipeline is registered.
         pipeline: ``"module:Class"`` of the pipeline.
         output_type: the stage's modality, ``video`` for video with or without audio.
-        references: reference media that a request may hold, of ``image`` and ``audio``, for servers.
+        references: kinds of reference media that requests may have, ``image`` and ``audio``, for servers.
         pre_process: name of the factory of the function that preprocesses requests in the engine process, or empty.
-        post_process: name of the post-process factory in the pipeline's module, as vLLM-Omni's registry takes it.
+        post_process: name of the post-process factory in the pipeline's module, as in vLLM-Omni's registry.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
         variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them.
         components: the weights, in loading order.
@@ -68,8 +68,8 @@ class Port:
         request_options: ``extra_args`` that requests may set, each with its type: ``str``, ``int`` or ``float``.
         example_prompt: prompt of ``port-kit generate`` without ``--prompt``.
         seed: of ``port-kit generate`` without ``--seed``.
-        tiny: sampling parameters that suit the tiny checkpoint.
-        card: path of the port's card in the repository, for people.
+        tiny: sampling parameters for the tiny checkpoint.
+        card: path of the port's card in the repository.
         licences: licenses of weights and code: ``{part: license}``.
     """
 
@@ -95,7 +95,7 @@ class Port:
     licences: Mapping[str, str] = field(default_factory=dict)
 
     def component(self, name: str) -> Component:
-        """Return the component called ``name``; raises :class:`PortKitError` with the names that exist."""
+        """Return the component called ``name``; raise :class:`PortKitError` with the names that exist."""
         for component in self.components:
             if component.name == name:
                 return component

@@ -1,7 +1,7 @@
-"""Regions of tensors: boxes of elements, without touching an element.
+"""Regions of tensors.
 
-A region is one ``(start, stop)`` pair per axis. All transformations keep boxes but one: a reshape turns a box into
-intervals of the row-major order, and those into boxes again.
+A region is one ``(start, stop)`` pair per axis. All operations map a region to a region, except reshapes: they convert
+a region to intervals in row-major order, and the intervals to regions.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def uncovered_numel(regions: Sequence[Region], shape: Shape) -> int:
 def first_overlap(regions: Sequence[Region]) -> tuple[int, int] | None:
     """Return the positions of two regions that share an element, or None if all are disjoint.
 
-    Regions are swept along the axis on which most of them differ, so that hundreds of experts take no quadratic time.
+    Regions are swept along the axis on which most of them differ, which avoids quadratic time for hundreds of experts.
     """
     if len(regions) < 2 or not regions[0]:
         return (0, 1) if len(regions) > 1 else None
@@ -114,14 +114,14 @@ def to_intervals(region: Region, shape: Shape) -> list[Interval]:
         inner -= 1
     if not inner:
         return [(0, math.prod(shape))]
-    # Axes from `inner` on are complete, so axis inner-1 gives one contiguous run for each index of the axes before.
+    # Axes from `inner` on are complete, so axis inner-1 gives one contiguous interval per index of the axes before.
     unit = math.prod(shape[inner:])
     count = math.prod(stop - start for start, stop in region[: inner - 1])
     if count > MAX_INTERVALS:
         raise RemapError(
-            f"region {region_text(region)} of shape {list(shape)} falls into {count} intervals when it is reshaped",
+            f"region {region_text(region)} of shape {list(shape)} becomes {count} intervals in a reshape",
             code="remap_op",
-            hint="take the part after the reshape, or reshape less",
+            hint="slice after the reshape",
         )
     start, stop = region[inner - 1]
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -168,6 +168,6 @@ def _merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def _with_other_units(region: Region, before: Shape, after: Shape) -> Region:
-    """Return a region of a shape that differs in axes of extent 1 alone; it stays one region."""
+    """Return a region of a shape that differs in axes of extent 1 only; it stays one region."""
     spans = iter([span for span, extent in zip(region, before, strict=True) if extent != 1])
     return tuple((0, 1) if extent == 1 else next(spans) for extent in after)

@@ -1,6 +1,6 @@
 """Discovery of ports in installed packages and folders. A broken port is reported and does not affect the others.
 
-Discovery imports the packages that declare ports and nothing else. It imports neither torch nor vLLM, unless the
+Discovery imports only the packages that declare ports. It imports neither torch nor vLLM, unless the
 ``__init__.py`` of a port does.
 """
 
@@ -39,7 +39,7 @@ _IMPORT_ERRORS = (
     TypeError,
     ValueError,
 )
-#: A package whose ``__init__.py`` never says ``PORT`` declares none, and is not imported.
+#: A package whose ``__init__.py`` does not contain ``PORT`` is not imported.
 _DECLARES = re.compile(rb"\bPORT\b")
 
 
@@ -47,8 +47,8 @@ class Ports(dict[str, Port]):
     """The ports that can be used, by name.
 
     Attributes:
-        problems: one error for each port or folder that cannot be used; ``details["port"]`` is its name, as far as
-            that is known.
+        problems: one error for each port or folder that cannot be used; ``details["port"]`` is its name, if
+            known.
     """
 
     problems: list[PortKitError]
@@ -64,7 +64,7 @@ class Ports(dict[str, Port]):
 
 @cache
 def list_ports() -> Ports:
-    """Return all ports that can be used in this environment, by name, sorted; ``.problems`` tells of the others."""
+    """Return all usable ports, sorted by name; ``.problems`` has the errors of the others."""
     return discover()
 
 
@@ -84,8 +84,8 @@ def find_port(name: str) -> Port:
     near = difflib.get_close_matches(name, ports, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"known ports: {', '.join(ports) or 'none'}"
     if ports.problems:
-        hint += f"; {len(ports.problems)} more cannot be used, port-kit list tells why"
-    raise PortNotFoundError(f"no port is called {name!r}", hint=hint, known=list(ports))
+        hint += f"; {len(ports.problems)} more cannot be used, see port-kit list"
+    raise PortNotFoundError(f"there is no port {name!r}", hint=hint, known=list(ports))
 
 
 def discover() -> Ports:
@@ -140,7 +140,7 @@ def _no_port_in(folder: Path) -> PortKitError:
         problem = f"{PATH_VARIABLE} names {folder}, which is a package itself"
         hint = f"name the folder above it: {folder.absolute().parent}"
     else:
-        problem = f"{PATH_VARIABLE} names {folder}, where no package declares a PORT"
+        problem = f"{PATH_VARIABLE} names {folder}, which has no package with a PORT"
     return PortKitError(problem, code="port_path", hint=hint, folder=str(folder))
 
 
@@ -156,7 +156,7 @@ def _import_package(package: Path) -> ModuleType:
     module = importlib.import_module(package.name)
     if module.__file__ is None or Path(module.__file__).resolve().parent != package.resolve():
         raise PortKitError(
-            f"{package} is hidden by {module.__file__}, which is importable under the same name",
+            f"{package} is hidden by {module.__file__}, which has the same import name",
             code="port_clash",
             hint="rename the port's folder",
             port=package.name,
@@ -167,7 +167,7 @@ def _import_package(package: Path) -> ModuleType:
 def _checked(port: object, origin: str, name: str) -> Port:
     if not isinstance(port, Port):
         raise PortKitError(
-            f"{origin} is {type(port).__name__}; a port_kit.Port is required",
+            f"{origin} is {type(port).__name__}; expected a port_kit.Port",
             code="port_invalid",
             hint="the entry point, or PORT in the package, must be the Port object",
             port=name,
@@ -184,7 +184,7 @@ def _broken(name: str, origin: str, error: BaseException) -> PortKitError:
     where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
     if isinstance(error, SyntaxError):
         where = f" ({error.filename}, line {error.lineno})"
-    hint = "repair it, or take it out of this environment"
+    hint = "repair it, or remove it from this environment"
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = f"install {error.name.partition('.')[0]}, or import it inside the functions that need it"
     reason = error.msg if isinstance(error, SyntaxError) else str(error)
@@ -206,9 +206,9 @@ def _clashes(declared: list[tuple[Port, str]]) -> Iterator[PortKitError]:
             shared = _shared(port, other)
             if shared:
                 yield PortKitError(
-                    f"two ports {shared}: {origin} and {other_origin}; neither is offered",
+                    f"two ports {shared}: {origin} and {other_origin}; neither is available",
                     code="port_clash",
-                    hint="rename one of the two, uninstall it, or take its folder out of PORT_KIT_PATH",
+                    hint="rename one of the two, uninstall it, or remove its folder from PORT_KIT_PATH",
                     port=port.name,
                 )
                 break

@@ -57,7 +57,7 @@ class Target(NamedTuple):
 
     @property
     def memory(self) -> Tensor:
-        """The plain tensor in this rank's memory; of an FSDP parameter its local shard."""
+        """Tensor in this rank's memory; the local shard of an FSDP parameter."""
         tensor: Any = self.tensor
         memory: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor.data
         return memory
@@ -76,7 +76,7 @@ class Target(NamedTuple):
         return sum(map(region_numel, local)) == self.memory.numel()
 
     def load(self, shard: str, value: Tensor) -> None:
-        """Give one complete shard to the parameter's loader."""
+        """Load one complete shard through the parameter's loader."""
         assert self.loader is not None
         if not shard:
             self.loader(self.tensor, value)
@@ -97,7 +97,7 @@ class Targets:
 
     @property
     def opaque(self) -> tuple[frozenset[str], int]:
-        """The opaque targets and the tensor-parallel size, as :class:`~port_kit.remap.resolve.Resolver` takes them."""
+        """The opaque targets and the tensor-parallel size, for :class:`~port_kit.remap.resolve.Resolver`."""
         return frozenset(name for name, target in self.targets.items() if target.is_opaque), self.ranks
 
 
@@ -132,7 +132,7 @@ def _own_tensors(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield leaf, buffer, True
 
 
-#: Attributes of an owner that the layout of its tensors follows from.
+#: Attributes of an owner that determine the layout of its tensors.
 _OWNER_FACTS = (
     *("tp_rank", "tp_size", "input_size", "input_size_per_partition", "output_size", "output_size_per_partition"),
     *("output_sizes", "head_size", "v_head_size", "total_num_heads", "total_num_kv_heads", "num_heads", "num_kv_heads"),
@@ -147,7 +147,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _layout_key(owner: nn.Module, leaf: str, tensor: Tensor, buffer: bool) -> object:
-    """Return a key that tensors of one layout share; of a tensor whose layout may be its own it is unique."""
+    """Return a key that tensors of one layout share; it is unique if the tensor may have a layout of its own."""
     if _is_plain(tensor):
         return tensor.shape, tensor.dtype, buffer
     loader = getattr(tensor, "weight_loader", None)
@@ -170,7 +170,7 @@ def _is_hashable(key: object) -> bool:
 
 @lru_cache
 def _has_own_facts(kind: type[nn.Module]) -> bool:
-    """Return True if instances of a class hold these attributes themselves: no property, no wrapped module."""
+    """Return True if instances of a class hold these attributes themselves, without properties and wrapped modules."""
     from torch import nn
 
     return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in _OWNER_FACTS)
@@ -197,7 +197,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 
 def _local_rows(tensor: Any, shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
-    """Return the parts of shards that are in this rank's rows of an FSDP parameter, which is cut as by torch.chunk."""
+    """Return the parts of shards that are in this rank's rows of an FSDP parameter, which is split like torch.chunk."""
     rows, mesh = tensor.shape[0], tensor.device_mesh
     start = min(-(-rows // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1), rows)
     mine = with_span(full_region(tuple(tensor.shape)), 0, start, start + tensor.to_local().shape[0])
@@ -228,7 +228,7 @@ def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tupl
 
 
 def _laid_out_by(owner: nn.Module, tensor: Tensor) -> Any:
-    """Return the linear whose shards a parameter has: its owner, or the owner of the loader that it borrows."""
+    """Return the linear whose shards a parameter has: its owner, or the owner of its loader."""
     lender = getattr(getattr(tensor, "weight_loader", None), "__self__", None)
     alike = lender is not None and getattr(lender, "output_size", None) == getattr(owner, "output_size", "none")
     return lender if alike and _fused_parts(owner) is None else owner
@@ -237,7 +237,7 @@ def _laid_out_by(owner: nn.Module, tensor: Tensor) -> Any:
 def _linear(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...] | None]:
     """Return the layout of a column- or row-parallel linear; the shards are None if only the loader knows them.
 
-    The loader of an FSDP parameter takes complete tensors, so that such a parameter is described like a plain one.
+    The loader of an FSDP parameter accepts complete tensors, so the parameter is described like an unsharded one.
     """
     known = hasattr(owner, "output_size") and (hasattr(tensor, "output_dim") or hasattr(tensor, "input_dim"))
     if not known and hasattr(tensor, "weight_loader") and not _is_dtensor(tensor):
@@ -266,7 +266,7 @@ def _fused(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple
     local_total = sum(part.local for part in parts)
     if not local_total or local[axis] % local_total and local_total % local[axis]:
         return None
-    # a packed parameter (several values per element) has its shards in proportion
+    # shards of a packed parameter (several values per element) are scaled
     scale = local[axis] / local_total
     full_total = sum(part.full for part in parts)
     shape = (*local[:axis], round(full_total * scale), *local[axis + 1 :])
@@ -325,14 +325,14 @@ def _fused_parts(owner: Any) -> list[_Part] | None:
 
 
 def _is_vocabulary(owner: Any, tensor: Tensor) -> bool:
-    """Return True if the rows are words; those of a packed embedding or of its scales are not."""
+    """Return True if the rows are tokens; those of a packed embedding or of its scales are not."""
     words = getattr(owner, "num_embeddings_per_partition", None)
     known = hasattr(owner, "org_vocab_size") and hasattr(owner, "shard_indices")
     return known and getattr(tensor, "output_dim", None) == 0 and tuple(tensor.shape[:1]) == (words,)
 
 
 def _padding(shards: tuple[Shard, ...], local: Shape) -> tuple[Region, ...]:
-    """Return the rows after those of the words."""
+    """Return the rows after those of the vocabulary."""
     stop = shards[0].local[0][1]
     return (((stop, local[0]), *full_region(local[1:])),) if stop < local[0] else ()
 
@@ -362,7 +362,7 @@ def _experts(owner: Any, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Sha
     else:
         return None
     rank = getattr(layout, "tp_rank", 0)
-    # with expert parallelism, quantization or transposition only the layer's own loader knows what this rank holds
+    # with expert parallelism, quantization or transposition only the layer's own loader knows the layout
     known = total == local[0] and getattr(owner, "quant_config", None) is None and not hasattr(tensor, "is_transposed")
     rows, own = shape[1] // len(halves), local[1] // len(halves)
     shards = []

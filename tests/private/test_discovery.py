@@ -97,7 +97,7 @@ def test_a_clash_with_a_shipped_port_names_both_and_offers_neither(shared: dict[
 def test_a_port_object_of_another_type_is_told(write: Write) -> None:
     write("tide_type", "PORT = {'name': 'tide_type'}\n")
     problem = only_problem()
-    assert (problem.code, "is dict; a port_kit.Port is required" in problem.message) == ("port_invalid", True)
+    assert (problem.code, "is dict; expected a port_kit.Port" in problem.message) == ("port_invalid", True)
 
 
 def test_a_package_that_hides_another_is_told(write: Write) -> None:
@@ -116,7 +116,7 @@ def test_packages_that_declare_no_port_are_not_imported(write: Write) -> None:
     ("place", "message", "hint"),
     [
         ("nowhere", "is not a folder", "the folder above a port's package"),
-        ("", "where no package declares a PORT", "whose __init__.py sets PORT"),
+        ("", "which has no package with a PORT", "whose __init__.py sets PORT"),
         ("tide_self", "which is a package itself", "name the folder above it: "),
     ],
 )
