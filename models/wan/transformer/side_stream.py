@@ -27,7 +27,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from port_kit.parallel.comm.stream_interleave import InterleavedStreams
+from port_kit.parallel.comm.stream_interleave import is_interleaved
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SideStream:
             torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
 
     def _is_used(self, x: Tensor) -> bool:
-        return self.enabled and x.is_cuda and not InterleavedStreams.active
+        return self.enabled and x.is_cuda and not is_interleaved(x.device)
 
 
 @cache

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import ClassVar
 
 import torch
 
@@ -37,9 +36,6 @@ class InterleavedStreams:
         branches: number of branches.
     """
 
-    #: True while work is launched on an interleaved stream.
-    active: ClassVar[bool] = False
-
     def __init__(self, device: torch.device, branches: int) -> None:
         self.streams = _streams(device)[:branches] if device.type == "cuda" and branches > 1 else ()
         for stream in self.streams:
@@ -52,16 +48,17 @@ class InterleavedStreams:
             yield
             return
         with torch.cuda.stream(self.streams[index % len(self.streams)]):
-            InterleavedStreams.active = True
-            try:
-                yield
-            finally:
-                InterleavedStreams.active = False
+            yield
 
     def join(self) -> None:
         """Make the current stream wait for all branches."""
         for stream in self.streams:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def is_interleaved(device: torch.device) -> bool:
+    """Return True if the current stream of a CUDA device is one of its interleaved streams."""
+    return torch.cuda.current_stream(device) in _streams(device)
 
 
 @cache
