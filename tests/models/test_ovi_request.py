@@ -112,7 +112,7 @@ def test_what_is_heard_takes_the_form_that_the_checkpoint_reads(prompt: str, tag
     [
         ({"prompt": ""}, "input_missing", "prompt is empty"),
         ({"prompt": 3}, "input_type", "prompt is int"),
-        ({"image": ["a", "b"]}, "input_count", "2 images; one, the first frame"),
+        ({"image": ["a", "b"]}, "input_count", "2 images"),
         ({"height": 512}, "input_missing", "only height is given"),
         ({"width": 512}, "input_missing", "only width is given"),
         ({"height": 0, "width": 512}, "input_value", "height is 0"),
