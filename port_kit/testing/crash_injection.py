@@ -24,7 +24,7 @@ from port_kit.download import Policy, Recipe, download
 from port_kit.download.progress import Progress
 from port_kit.errors import PortKitError
 
-#: what changes the disk; a run is killed before one of these calls
+#: functions that change the disk; a run is killed before one of these calls
 STEPS = ("replace", "rename", "fsync", "pwrite", "ftruncate", "unlink", "mkdir", "rmdir", "write")
 
 
@@ -74,7 +74,7 @@ class ForkServer:
         log: Path | None = None,
         **options: object,
     ) -> Child:
-        """Begin a download.
+        """Start a download.
 
         Args:
             recipe, directory, options: as for :func:`port_kit.download.download`.
@@ -101,7 +101,7 @@ class ForkServer:
 
 
 def count_steps(before: Callable[[int], None]) -> Callable[[], int]:
-    """Call ``before(number)`` ahead of each disk operation of this process; return a function that tells how many."""
+    """Call ``before(number)`` ahead of each disk operation of this process; return a function that counts them."""
     number = 0
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +119,7 @@ def count_steps(before: Callable[[int], None]) -> Callable[[], int]:
 
 
 def _run(order: dict[str, Any]) -> int:
-    """The child: download, and die where it was ordered."""
+    """Run in the child: download, and die at the ordered step."""
     kill_at = order["kill_at"]
 
     def before(number: int) -> None:
