@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from port_kit.errors import PortKitError
 
 #: functions that change the disk; a run is killed before one of these calls
 STEPS = ("replace", "rename", "fsync", "pwrite", "ftruncate", "unlink", "mkdir", "rmdir", "write")
+
+_DEADLINE = 300  # seconds for one message of the fork server
 
 
 class Child:
@@ -61,7 +64,11 @@ class ForkServer:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(_DEADLINE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
         self._process.stdout.close()
 
     def start(
@@ -95,9 +102,21 @@ class ForkServer:
         return Child(self, int(self.read()["pid"]))
 
     def read(self) -> dict[str, Any]:
-        """Return the next message of the process."""
+        """Return the next message of the process.
+
+        Raises:
+            TimeoutError: there was none within ``_DEADLINE`` seconds; the process is killed.
+        """
         assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        timer = threading.Timer(_DEADLINE, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            raise TimeoutError(f"the fork server sent no message within {_DEADLINE} s, or died")
+        return json.loads(line)
 
 
 def count_steps(before: Callable[[int], None]) -> Callable[[], int]:

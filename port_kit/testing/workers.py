@@ -147,7 +147,7 @@ class PrewarmedRanks:
         for process, pipe in self._ranks:
             pipe.close()
             process.kill()
-            process.join()
+            process.join(_GRACE)
         self._ranks.clear()
 
 
@@ -265,5 +265,5 @@ def _stop(processes: Sequence[BaseProcess], *, grace: float) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
-        process.join()
+        process.join(_GRACE)
         process.close()

@@ -41,6 +41,7 @@ def kit(hub: Hub, home: Path, *words: str) -> tuple[int, dict]:
         text=True,
         check=False,
         env={**os.environ, **hub.environment, "HF_HOME": str(home)},
+        timeout=300,
     )
     assert done.stdout, done.stderr[-2000:]
     envelope = json.loads(done.stdout)

@@ -38,7 +38,9 @@ class Environment:
         """Run Python code in it."""
         env = {**os.environ, **variables}
         command = [str(self.python), "-c", script]
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, preexec_fn=preexec_fn)
+        return subprocess.run(
+            command, env=env, capture_output=True, text=True, check=False, preexec_fn=preexec_fn, timeout=300
+        )
 
 
 INSTALL = """

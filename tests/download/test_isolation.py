@@ -159,7 +159,7 @@ def test_a_new_configuration_does_not_replace_a_file_of_the_users(hub: Hub, tmp_
 
 def test_prune_needs_a_directory_that_was_one_before(hub: Hub, tmp_path: Path) -> None:
     bring(RECIPE, tmp_path / "new", hub, prune=True)  # an empty one has nothing to lose
-    subprocess.run(["git", "init", "--quiet", str(tmp_path / "m")], check=True)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path / "m")], check=True, timeout=300)
     (tmp_path / "m/paper.tex").write_bytes(PRECIOUS)
     with pytest.raises(DownloadError) as caught:
         bring(RECIPE, tmp_path / "m", hub, prune=True)
@@ -231,13 +231,16 @@ def test_threads_take_turns_where_locks_do_nothing(hub: Hub, tmp_path: Path, mon
     monkeypatch.setattr("fcntl.flock", lambda *_: None)
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(bring, RECIPE, tmp_path / "m", hub) for _ in range(4)]
-        assert [len(run.result().fetched) for run in runs].count(1) == 1
+        assert [len(run.result(timeout=60).fetched) for run in runs].count(1) == 1
     assert (tmp_path / "m" / TARGET).read_bytes() == CONTENT and len(hub.gets()) == 1
 
 
 def test_a_name_of_a_process_is_its_own(tmp_path: Path) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", "from port_kit.owner import owner; print(owner())"], capture_output=True, text=True
+        [sys.executable, "-c", "from port_kit.owner import owner; print(owner())"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert child.stdout.strip().partition("~")[0] == owner().partition("~")[0] and child.stdout.strip() != owner()
 
@@ -301,7 +304,9 @@ def run(hub: Hub, tmp_path: Path, what: str, **variables: str) -> str:
     """Download in a process to which rights on files matter."""
     command = [sys.executable, "-c", CACHE, WEIGHTS, str(tmp_path / "m"), what]
     environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "hf"), **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=without_privileges)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, preexec_fn=without_privileges, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -339,7 +344,9 @@ def test_names_that_the_locale_cannot_write_are_named(tmp_path: Path) -> None:
         assert run(hub, tmp_path, "", **plain) == "0"
         script = CACHE.replace('"f.safetensors"', '"*"')
         command = [sys.executable, "-c", script, WEIGHTS, str(tmp_path / "n"), ""]
-        done = subprocess.run(command, env={**os.environ, **hub.environment, **plain}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, **hub.environment, **plain}, capture_output=True, text=True, timeout=300
+        )
         assert done.stdout.startswith("path_unsafe"), done.stderr
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +13,11 @@ import pytest
 from conftest import EXPECTED, MODEL_INDEX, WEIGHTS, assert_whole, bring, hashes, noise, orphans
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
+from port_kit.download.progress import Progress
 from port_kit.errors import DownloadError
 from port_kit.testing.crash_injection import ForkServer
 from port_kit.testing.hub import Fault, Hub
+from tests.helpers import wait_until
 
 BIG = 64 << 20
 
@@ -42,9 +43,19 @@ def big_recipe() -> Recipe:
 
 
 def wait_for(directory: Path, written: int) -> None:
-    """Until the download has noted so many bytes; the server is ahead of it by what its sockets hold."""
-    while sum(map(counts, directory.glob(".port_kit/parts/*/progress"))) < written:
-        time.sleep(0.005)
+    """Wait until the download has recorded this many bytes; the server is ahead by the size of socket buffers."""
+    wait_until(lambda: sum(map(counts, directory.glob(".port_kit/parts/*/progress"))) >= written, pause=0.005)
+
+
+class Notes(Progress):
+    """Progress that records its notes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
 
 
 def counts(progress: Path) -> int:
@@ -62,9 +73,7 @@ def test_killed_at_sixty_percent_a_rerun_fetches_the_rest(
         child = fork_server.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False, policy=one)
         wait_for(tmp_path / "m", BIG * 6 // 10)
         child.kill(number)
-        begun = time.monotonic()
         assert child.wait() == status
-        assert time.monotonic() - begun < 2
         assert not (tmp_path / "m/model_index.json").exists()
         hub.requests.clear()
         bring(big_recipe(), tmp_path / "m", hub, policy=one)
@@ -128,7 +137,7 @@ download(recipe, {str(directory)!r}, endpoint={hub.endpoint!r}, token=False, use
 def test_several_processes_fetch_a_file_once(big_file: Path, tmp_path: Path, count: int) -> None:
     with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=60 << 20) as hub:
         runs = run_processes(count, hub, tmp_path / "m")
-        assert [(run.communicate()[1], run.returncode) for run in runs] == [(b"", 0)] * count
+        assert [(run.communicate(timeout=300)[1], run.returncode) for run in runs] == [(b"", 0)] * count
         assert len(hub.gets()) == 1 and hub.gets()[0].sent == BIG
         assert (tmp_path / "m/big.safetensors").read_bytes() == big_file.read_bytes()
 
@@ -137,7 +146,7 @@ def test_locks_that_do_nothing_cost_time_but_no_bytes(big_file: Path, tmp_path: 
     without = "import fcntl\nfcntl.flock = lambda *arguments: None"
     with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=60 << 20) as hub:
         runs = run_processes(2, hub, tmp_path / "m", without)
-        said = [run.communicate()[1].decode() for run in runs]
+        said = [run.communicate(timeout=300)[1].decode() for run in runs]
         assert 0 in [run.returncode for run in runs]
         for run, words in zip(runs, said, strict=True):
             assert run.returncode == 0 or "port_kit.errors.DownloadError" in words.splitlines()[-1], words
@@ -147,17 +156,18 @@ def test_locks_that_do_nothing_cost_time_but_no_bytes(big_file: Path, tmp_path: 
         assert orphans(tmp_path / "m") == []
 
 
-def test_a_holder_that_was_killed_holds_nobody_up(fork_server: ForkServer, big_file: Path, tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_blocks_no_other_process(
+    fork_server: ForkServer, big_file: Path, tmp_path: Path
+) -> None:
     with Hub({WEIGHTS: {"big.safetensors": big_file}}) as hub:
         hub.inject(Fault("get", stall=60))
         child = fork_server.start(big_recipe(), tmp_path / "m", endpoint=hub.endpoint, token=False)
-        while not hub.gets():
-            time.sleep(0.01)
+        wait_until(hub.gets)
         child.kill()
         assert child.wait() == -signal.SIGKILL
-        begun = time.monotonic()
-        bring(big_recipe(), tmp_path / "m", hub)
-        assert time.monotonic() - begun < 5
+        notes = Notes()
+        assert bring(big_recipe(), tmp_path / "m", hub, progress=notes).complete
+        assert notes.texts == []  # a download that waits for a lock notes it
 
 
 def test_a_failed_run_keeps_what_it_has(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:

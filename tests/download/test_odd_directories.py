@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from port_kit.download import FileRule, Policy, Recipe, Report, Repository
 from port_kit.download.remove import remove
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
+from tests.helpers import raises, wait_until
 
 BIG = "transformer/big.safetensors"
 RUN = """
@@ -54,6 +54,7 @@ def unprivileged(recipe: Recipe, directory: Path, hub: Hub, **options: bool) -> 
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -245,9 +246,9 @@ def test_another_port_in_the_directory_is_not_replaced(hub: Hub, recipe: Recipe,
     before = hashes(tmp_path / "m")
     other = Recipe("other", recipe.repositories[1:2], MODEL_INDEX)
     for options in ({}, {"dry_run": True}, {"offline": True}, {"update": True}):
-        with pytest.raises(DownloadError, match="holds small, not other") as caught:
+        with raises("target_foreign", "small", "other") as caught:
             bring(other, tmp_path / "m", hub, **options)
-        assert caught.value.code == "target_foreign" and "port-kit remove" in caught.value.hint
+        assert "port-kit remove" in caught.value.hint
     assert hashes(tmp_path / "m") == before
 
 
@@ -273,18 +274,17 @@ def test_a_removal_waits_for_a_download_and_takes_what_it_brought(tmp_path: Path
             hub.inject(Fault("get", stall=2))
             count = len(hub.gets())
             started = pool.submit(bring, recipe, tmp_path / "m", hub, policy=Policy())
-            while len(hub.gets()) == count:
-                time.sleep(0.01)
+            wait_until(lambda: len(hub.gets()) > count)
             return started
 
         waited: list[str] = []
         first = slow_download()
         done = remove(tmp_path / "m", waited.append)
-        assert first.result().complete and done.gone and done.left == ()
+        assert first.result(timeout=60).complete and done.gone and done.left == ()
         assert set(done.removed) == {"f", "model_index.json", "port.lock"}
         assert len(waited) == 1 and "waiting for another download" in waited[0]
         runs = [slow_download(), pool.submit(remove, tmp_path / "m"), pool.submit(bring, recipe, tmp_path / "m", hub)]
-        assert [bool(run.result()) for run in runs] == [True] * 3
+        assert [bool(run.result(timeout=60)) for run in runs] == [True] * 3
         assert bring(recipe, tmp_path / "m", hub).complete and orphans(tmp_path / "m") == []
 
 
@@ -318,7 +318,7 @@ def test_a_small_disk_of_its_own(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     recipe = Recipe("r", (Repository(WEIGHTS, (FileRule("f"),)),), MODEL_INDEX)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True, timeout=300)
     try:
         with Hub({WEIGHTS: {"f": noise(9 << 20)}}) as hub:
             with pytest.raises(DownloadError) as caught:
@@ -328,8 +328,7 @@ def test_a_small_disk_of_its_own(tmp_path: Path) -> None:
             shutil.rmtree(disk / "m", ignore_errors=True)
 
             def fill() -> None:
-                while sum(request.sent for request in hub.gets()) < 2 << 20:
-                    time.sleep(0.005)
+                wait_until(lambda: sum(request.sent for request in hub.gets()) >= 2 << 20, pause=0.005)
                 with (disk / "ballast").open("wb") as stream:
                     os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(disk).free - (1 << 20))
 
@@ -337,7 +336,8 @@ def test_a_small_disk_of_its_own(tmp_path: Path) -> None:
             filling.start()
             with pytest.raises(DownloadError) as caught:
                 bring(recipe, disk / "m", hub, policy=Policy(connections=1))
-            filling.join()
+            filling.join(60)
+            assert not filling.is_alive()
             assert caught.value.code == "disk_full" and not (disk / "m/model_index.json").exists()
             (disk / "ballast").unlink()
             hub.requests.clear()
@@ -346,4 +346,4 @@ def test_a_small_disk_of_its_own(tmp_path: Path) -> None:
                 request.sent for request in hub.gets()
             ) < 5 << 20
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(disk)], check=True, timeout=300)

@@ -257,7 +257,7 @@ def test_a_file_that_the_disk_holds_no_more_of_is_named_and_gone_on_with(tmp_pat
             f"try: download(recipe, {str(tmp_path / 'm')!r}, endpoint={hub.endpoint!r}, token=False)\n"
             "except DownloadError as error: print(error.code)"
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
         assert done.stdout == "file_too_large\n", done.stderr
         assert not (tmp_path / "m/f").exists()
         hub.requests.clear()

@@ -61,6 +61,7 @@ def test_only_headers_travel_and_torch_stays_out() -> None:
             capture_output=True,
             text=True,
             check=False,
+            timeout=300,
         )
         sent = sum(request.sent for request in hub.requests)
     assert done.returncode == 0, done.stderr

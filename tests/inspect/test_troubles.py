@@ -14,6 +14,7 @@ from port_kit.cli import main
 from port_kit.errors import DownloadError, InspectError
 from port_kit.inspect import Inspection, describe, inspect
 from port_kit.testing.hub import Fault, Hub
+from tests.helpers import raises
 from tests.inspect import fake_repositories
 from tests.inspect.conftest import Folder, Remote
 
@@ -101,9 +102,9 @@ def test_neither_folder_nor_repository(target: str) -> None:
 
 def test_a_file_and_a_folder_with_a_revision(folder: Folder) -> None:
     place = folder(fake_repositories.custom_model())
-    with pytest.raises(InspectError, match="is a file"):
+    with raises("inspect_target", "README.md"):
         inspect(str(place / "README.md"))
-    with pytest.raises(InspectError, match="belongs to a repository"):
+    with raises("inspect_target", "main"):
         inspect(str(place), revision="main")
 
 

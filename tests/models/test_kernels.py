@@ -117,7 +117,9 @@ def test_kernels_equal_plain_pytorch_in_the_interpreter() -> None:
     assert triton.is_dir(), "make test puts Triton there"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(triton)}
     command = [sys.executable, "-m", "tests.models.test_kernels"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -40,15 +40,15 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter of a fresh environment: the kit and the example are installed, everything else is borrowed."""
     work = tmp_path_factory.mktemp("fresh")
     uv = [sys.executable, "-m", "uv", "--quiet", "--offline"]
-    subprocess.run([*uv, "venv", "--python", sys.executable, str(work / "venv")], check=True)
+    subprocess.run([*uv, "venv", "--python", sys.executable, str(work / "venv")], check=True, timeout=300)
     found = work / "venv" / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(subprocess.check_output([found, "-c", ask], text=True).strip())
+    packages = Path(subprocess.check_output([found, "-c", ask], text=True, timeout=300).strip())
     # A path line adds the folder but does not run the .pth files in it: the editable install stays out.
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     sources = [_copy(work / "kit", ROOT, KIT), _copy(work / "example", EXAMPLE, ("tidepool", "pyproject.toml"))]
     install = [*uv, "pip", "install", "--python", str(found), "--no-deps", "--no-build-isolation"]
-    subprocess.run([*install, *map(str, sources)], check=True, env=_environment())
+    subprocess.run([*install, *map(str, sources)], check=True, env=_environment(), timeout=300)
     return found
 
 

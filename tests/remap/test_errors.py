@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import Op, Rule, RuleSet, load_weights
 from port_kit.remap.plan import check
+from tests.helpers import raises
 from tests.remap.shapes import manifest_of, module_of
 
 RULES = RuleSet(
@@ -155,12 +155,11 @@ def test_unknown_size_is_reported_with_the_known_ones() -> None:
     assert plan.problems[0].code == "remap_size" and "hiden" in plan.problems[0].message
 
 
-def test_accepted_patterns_cannot_run_away() -> None:
+def test_accepted_patterns_end_on_long_names_that_they_do_not_match() -> None:
     rules = RuleSet("slow", (Rule(r".*a.*b.*c", "x"), Rule(r"([^.]+)\.([^.]+)\.(\w+)d", r"\1")))
     source = manifest_of({f"{letter * 244}.{letter * 11}": (1,) for letter in "abcd"})
-    start = time.perf_counter()
-    check(rules, source, manifest_of({"x": (1,)}))
-    assert time.perf_counter() - start < 10
+    plan = check(rules, source, manifest_of({"x": (1,)}))
+    assert {problem.code for problem in plan.problems} == {"remap_dead_rule", "remap_missing", "remap_unexpected"}
 
 
 # -- loading -------------------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def test_loading_is_strict(change: Callable, code: str) -> None:
 
 def test_a_tensor_that_comes_twice_is_an_error() -> None:
     stream = [*zeros(SOURCE).items(), ("head.weight", torch.ones(3, 4))]
-    with pytest.raises(RemapError, match="head.weight comes twice"):
+    with raises("remap_collision", "head.weight"):
         load_weights(module_of(TARGET), stream, RULES)
 
 
@@ -209,6 +208,6 @@ def test_errors_of_a_load_name_the_file(tmp_path: Path) -> None:
     assert "model-1.safetensors" in caught.value.message and caught.value.code == "remap_shape"
     (tmp_path / "model-1.safetensors").unlink()
     save_file(zeros(SOURCE), tmp_path / "model-1.safetensors")
-    with pytest.raises(RemapError, match="remap|is not written"):
+    with raises("remap_missing", "model-1.safetensors"):
         load({}, folder=tmp_path)
     assert load(zeros(SOURCE), folder=tmp_path, prefix="dit.") == {f"dit.{name}" for name in TARGET}

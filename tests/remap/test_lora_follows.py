@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import Tensor
@@ -276,9 +274,8 @@ def test_several_adapters_of_one_module_keep_their_names_and_ranks() -> None:
     }
 
 
-def test_a_large_weight_takes_neither_long_nor_the_memory_of_index_pairs() -> None:
+def test_a_large_weight_is_selected_by_rows_and_not_by_index_pairs() -> None:
     shape = (14336, 5120)
-    begun = time.monotonic()
     found = select([Reorder(0, ((7168, 14336), (0, 7168)), shape)], shape)
     assert found is not None and found.columns is None and found.rows is not None
-    assert found.rows[0] == 7168 and time.monotonic() - begun < 20
+    assert found.rows[0] == 7168 and len(found.rows) == shape[0]

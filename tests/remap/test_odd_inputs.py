@@ -16,6 +16,7 @@ from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
 from port_kit.remap import Op, Rule, RuleSet
 from port_kit.remap.plan import check
+from tests.helpers import raises
 
 
 def run(*arguments: object) -> Result:
@@ -188,7 +189,7 @@ def test_references_that_are_none(text: str) -> None:
 
 def test_a_deep_rule_file_is_none(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("[" * 100_000)
-    with pytest.raises(RemapError, match="cannot be read"):
+    with raises("remap_rules", "r.json"):
         read_rules(str(tmp_path / "r.json"))
 
 

@@ -54,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         (source / name).symlink_to(ROOT / name)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(work)], cwd=source, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", build, str(work)], cwd=source, check=True, capture_output=True, timeout=300)
     (found,) = work.glob("*.whl")
     return found
 
@@ -63,13 +63,13 @@ class Environment:
     """A virtual environment with the dependencies of port-kit, before and after the installation of the wheel."""
 
     def __init__(self, folder: Path, wheel: Path) -> None:
-        subprocess.run([*UV, "venv", "--python", sys.executable, str(folder)], check=True)
+        subprocess.run([*UV, "venv", "--python", sys.executable, str(folder)], check=True, timeout=300)
         self.folder = folder
         (self.site,) = folder.glob("lib/python*/site-packages")
         _link_dependencies(self.site)
         self.files_before, self.state_before = self.files(), self.state()
         python = str(folder / "bin" / "python")
-        subprocess.run([*UV, "pip", "install", "--python", python, "--no-deps", str(wheel)], check=True)
+        subprocess.run([*UV, "pip", "install", "--python", python, "--no-deps", str(wheel)], check=True, timeout=300)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program of the environment."""
