@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from port_kit.errors import PortKitError
+
+DATA = Path(__file__).parent / "data"
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL_INDEX, VAE, bring, hashes, orphans
 from safetensors.torch import load_file
 
 from port_kit import files
@@ -28,6 +27,7 @@ from port_kit.download.remove import remove
 from port_kit.errors import CheckpointError, DownloadError
 from port_kit.testing.crash_injection import ForkServer
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import MODEL_INDEX, VAE, bring, hashes, orphans
 from tests.helpers import raises, wait_until
 
 WITH_ISAL = ("x86_64", "AMD64", "aarch64", "arm64")

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import EXPECTED, IMPATIENT, VAE, WEIGHTS, assert_whole, bring, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.download.incoming_file import IncomingFile
 from port_kit.download.parts import ALIGNMENT, FileSpec, acquire
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import EXPECTED, IMPATIENT, VAE, WEIGHTS, assert_whole, bring, noise
 from tests.helpers import raises, wait_until
 
 BIG = "big.safetensors"

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import MODEL_INDEX, VAE, bring, code, pinned
 
 from port_kit.download import FileRule, Recipe, Repository
 from port_kit.download.gitcode import check_code, code_folder, environment, fetch_code, resolve_commit
 from port_kit.errors import DownloadError
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Hub
+from tests.download.helpers import MODEL_INDEX, VAE, bring, code, pinned
 from tests.helpers import raises, wait_until
 
 pytestmark = pytest.mark.usefixtures("home")

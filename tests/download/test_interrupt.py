@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WEIGHTS, bring, noise
 
 from port_kit.download import Recipe
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import WEIGHTS, bring, noise
 
 #: Seconds that an interrupted command may take to end; the servers here are silent for longer.
 DEADLINE = 15

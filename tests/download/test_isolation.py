@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import MODEL_INDEX, VAE, WEIGHTS, bring, noise, orphans, without_privileges
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.download.lock import append_journal
@@ -23,6 +22,7 @@ from port_kit.download.state import directory_lock
 from port_kit.errors import DownloadError
 from port_kit.owner import owner
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import MODEL_INDEX, VAE, WEIGHTS, bring, noise, orphans, without_privileges
 
 CONTENT = noise(200_000, 5)
 TARGET = "vae/f.safetensors"

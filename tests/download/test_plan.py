@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXPECTED, FILES, MODEL_INDEX, VAE, VOCAB, WEIGHTS, bring, hashes, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import EXPECTED, FILES, MODEL_INDEX, VAE, VOCAB, WEIGHTS, bring, hashes, noise
 
 
 def only(*rules: FileRule, repo_id: str = WEIGHTS, revision: str | None = None) -> Recipe:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import MODEL_INDEX, bring, noise
 
 from port_kit.download import FileRule, Recipe, Repository
 from port_kit.testing.hub import Hub
+from tests.download.helpers import MODEL_INDEX, bring, noise
 from tests.helpers import raises
 
 REPOSITORY, NAME = "org/xet", "model.safetensors"

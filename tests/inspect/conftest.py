@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,7 @@ import pytest
 from port_kit.inspect import Inspection, inspect
 from port_kit.testing.hub import Hub
 from tests.inspect.fake_repositories import Files, write
-
-Folder = Callable[[Files], Path]
-Remote = Callable[..., Inspection]
+from tests.inspect.types import Folder, Remote
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from port_kit.cli import main
 from port_kit.inspect import known_classes
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
-from tests.inspect.conftest import Folder
+from tests.inspect.types import Folder
 
 
 def test_json_envelope(folder: Folder) -> None:

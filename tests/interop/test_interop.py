@@ -32,9 +32,9 @@ from port_kit.manifest import Manifest
 from port_kit.remap import Rule, RuleSet
 from port_kit.remap.export import convert
 from tests.helpers import raises
-from tests.remap.foreign import assert_same, by_rules, by_transformers, by_vllm, mapped, names_for, numbered
-from tests.remap.oracles import oracle, pack
-from tests.remap.two_ways import manifest_of, random_checkpoint
+from tests.remap.conversions import conversion, rule_set
+from tests.remap.library_mappings import assert_same, by_rules, by_transformers, by_vllm, mapped, names_for, numbered
+from tests.remap.loader_equivalence import manifest_of, random_checkpoint
 
 MODELS = "qwen2_vl qwen2_5_vl llava clip siglip whisper llama aria blip granitemoe bert phi3v gpt_j falcon_h1".split()
 
@@ -93,9 +93,9 @@ def test_transformers_registry_is_expressible_but_for_three_ops() -> None:
 
 
 def test_mixtral_is_its_true_conversion() -> None:
-    true = oracle("hf_mixtral")
+    true = conversion("hf_mixtral")
     plan = import_mapping(read_mapping("transformers:mixtral"), true.source).compile(true.source, true.target)
-    expected = pack("hf_mixtral").compile(true.source, true.target)
+    expected = rule_set("hf_mixtral").compile(true.source, true.target)
     tensors = random_checkpoint(true.source)
     assert_same(dict(convert(plan, tensors)), dict(convert(expected, tensors)))
 
@@ -260,7 +260,7 @@ MERGE = {
 
 
 def test_dictionary_that_changes_nothing() -> None:
-    true = oracle("sglang_flux")
+    true = conversion("sglang_flux")
     rules = import_mapping(FLUX, true.source)
     assert rules.compile(true.source, true.target).ok
     assert {name: mapped(rules, name) for name in true.source} == {

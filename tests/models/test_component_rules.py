@@ -23,8 +23,7 @@ from port_kit.models.wan.parity import component_cases as golden
 from port_kit.models.wan.weights import component_rules as rules
 from port_kit.remap import RuleSet, load_weights
 from port_kit.remap.transforms import find_transform
-from tests.conftest import DATA
-from tests.helpers import raises
+from tests.helpers import DATA, raises
 
 Build = Callable[[Mapping[str, Any]], nn.Module]
 

@@ -106,8 +106,10 @@ def test_together_is_one_after_the_other() -> None:
     assert alone[0][0].abs().max() > 0
 
 
-def test_hsdp_gathers_each_block_once_a_step(subject: ParallelTestCase, single: RankResult, probe_model: Path) -> None:
-    blocks = json.loads((probe_model / "transformer/config.json").read_text())["video"]["num_layers"]
+def test_hsdp_gathers_each_block_once_a_step(
+    subject: ParallelTestCase, single: RankResult, transformer_model: Path
+) -> None:
+    blocks = json.loads((transformer_model / "transformer/config.json").read_text())["video"]["num_layers"]
     report = verify_layout(subject, Layout.parse("hsdp2"), single)
     assert report.ok, report.findings
     steps = len(subject.requests)

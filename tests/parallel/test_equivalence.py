@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.verify import ParallelTestCase, verify_layout
 from port_kit.testing.workers import RankResult
-from tests.parallel.conftest import GOLDENS, INPUTS
+from tests.parallel.transformer_pipeline import GOLDENS, INPUTS
 
 SINGLES = ("tp2", "ulysses2", "ring2", "ring3", "allgather2", "cfg2", "hsdp2")
 FOURS = ("tp4", "ulysses4", "ring4", "allgather4", "cfg4", "hsdp4")

@@ -24,7 +24,7 @@ from port_kit.registry import find_port
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 from port_kit.testing.tiny_fusion import tiny_fusion_model
-from tests.parity.conftest import FAKE_ORIGINAL, fake_original_files, with_code
+from tests.parity.fake_original_code import FAKE_ORIGINAL, fake_original_files, with_code
 
 Commit = Callable[[dict[str, str]], Path]
 

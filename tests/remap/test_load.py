@@ -18,8 +18,8 @@ from port_kit.remap.invert import invert
 from port_kit.remap.load import WeightLoader
 from port_kit.remap.plan import check
 from tests.helpers import raises
+from tests.remap.random_mappings import Shapes
 from tests.remap.shapes import manifest_of, module_of, zeros
-from tests.remap.worlds import Shapes
 
 JOIN = Op.of("concat", dim=0, parts=("a", "b", "c"))
 SIZED = Op.of("concat", dim=0, parts=("a", "b", "c"), sizes=("part", "part", "part"))

@@ -14,7 +14,7 @@ import pytest
 from port_kit.scaffold import NewPort, new_port
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
-from tests.scaffold.conftest import LTX, ROOT, environment, run_pytest
+from tests.scaffold.helpers import LTX, ROOT, environment, run_pytest
 
 GUIDE = ROOT / "docs" / "port_a_model.md"
 OWN = ("custom", "external", "bypass", "hybrid")

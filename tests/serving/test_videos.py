@@ -24,7 +24,7 @@ from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
 from tests.helpers import wait_until
-from tests.serving.conftest import EXAMPLES, run_client, serving
+from tests.serving.helpers import EXAMPLES, run_client, serving
 
 LIMIT = 300.0
 #: Seconds that finished files are kept.

@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key, re
 
 from port_kit.remap import RuleSet
 from port_kit.remap.export import convert
-from tests.remap.two_ways import manifest_of
+from tests.remap.loader_equivalence import manifest_of
 
 Tensors = dict[str, torch.Tensor]
 

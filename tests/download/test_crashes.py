@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import EXPECTED, MODEL_INDEX, WEIGHTS, assert_whole, bring, hashes, noise, orphans
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.download.progress import Progress
 from port_kit.errors import DownloadError
 from port_kit.testing.crash_injection import ForkServer
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import EXPECTED, MODEL_INDEX, WEIGHTS, assert_whole, bring, hashes, noise, orphans
 from tests.helpers import wait_until
 
 BIG = 64 << 20

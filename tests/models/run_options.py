@@ -1,6 +1,6 @@
 """A server's use of one engine in step execution: requests at the same time, one given up, several videos, a LoRA.
 
-Usage: run_features.py MODEL LORA WRONG_LORA REPORT. The report is one JSON object: what came of each request.
+Usage: run_options.py MODEL LORA WRONG_LORA REPORT. The report is one JSON object: what came of each request.
 """
 
 from __future__ import annotations

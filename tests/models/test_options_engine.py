@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-SCRIPT = Path(__file__).with_name("run_features.py")
+SCRIPT = Path(__file__).with_name("run_options.py")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import MODEL_INDEX, WEIGHTS, bring, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import MODEL_INDEX, WEIGHTS, bring, noise
 
 BIG, SMALL = noise(2 << 20), b'{"a": 1}'
 FILES = {"big.safetensors": BIG, "small.json": SMALL}

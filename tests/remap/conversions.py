@@ -1,4 +1,4 @@
-"""True conversions of twelve families, derived from the original code, and the rule packs that reproduce them."""
+"""True conversions of twelve families, derived from the original code, and the rule sets that reproduce them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from port_kit.manifest import Manifest
 from port_kit.remap import RuleSet
 
-PACKS = Path(__file__).parent / "packs"
-DATA = Path(__file__).parent.parent / "data" / "oracles"
-FAMILIES = tuple(sorted(path.stem for path in PACKS.glob("*.toml")))
+RULE_SETS = Path(__file__).parent / "rule_sets"
+DATA = Path(__file__).parent.parent / "data" / "conversions"
+FAMILIES = tuple(sorted(path.stem for path in RULE_SETS.glob("*.toml")))
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Conversion:
     """One family: ``map`` says for every target what it is made of, ``dropped`` which sources are not used."""
 
     family: str
@@ -29,14 +29,14 @@ class Oracle:
 
 
 @cache
-def oracle(family: str) -> Oracle:
+def conversion(family: str) -> Conversion:
     """Read the true conversion of a family."""
     data = json.loads(gzip.decompress((DATA / f"{family}.json.gz").read_bytes()))
     source, target = Manifest.from_json(data["source"]), Manifest.from_json(data["target"])
-    return Oracle(family, source, target, data["map"], tuple(data["dropped"]))
+    return Conversion(family, source, target, data["map"], tuple(data["dropped"]))
 
 
 @cache
-def pack(family: str) -> RuleSet:
-    """Read the rule pack of a family."""
-    return RuleSet.from_file(PACKS / f"{family}.toml")
+def rule_set(family: str) -> RuleSet:
+    """Read the rule set of a family."""
+    return RuleSet.from_file(RULE_SETS / f"{family}.toml")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMPATIENT, bring, hashes, noise
 from safetensors.torch import load_file, save
 
 from port_kit.cli.download import load_recipe
@@ -20,6 +19,7 @@ from port_kit.download import FileRule, Recipe
 from port_kit.registry import list_ports
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
+from tests.download.helpers import IMPATIENT, bring, hashes, noise
 
 SHIPPED = ("dreamid_omni", "ovi")
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}

@@ -21,8 +21,8 @@ from tests.helpers import raises
 
 WIDTH, HEAD, HEADS, KV_HEADS, FFN = 64, 16, 4, 2, 96
 FP8 = torch.float8_e4m3fn
-PACKS = Path(__file__).parent / "packs" / "fp8"
-APART, FUSED = (RuleSet.from_file(PACKS / f"{name}.toml") for name in ("apart", "fused"))
+RULE_SETS = Path(__file__).parent / "rule_sets" / "fp8"
+APART, FUSED = (RuleSet.from_file(RULE_SETS / f"{name}.toml") for name in ("apart", "fused"))
 ROWS = {"q": HEADS * HEAD, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD, "gate": FFN, "up": FFN, "o": WIDTH}
 GROUP = {part: "mlp" if part in ("gate", "up", "gate_up") else "attn" for part in [*ROWS, "qkv", "gate_up"]}
 SLOTS = {"q": ("qkv", "q"), "k": ("qkv", "k"), "v": ("qkv", "v"), "gate": ("gate_up", 0), "up": ("gate_up", 1)}

@@ -11,7 +11,7 @@ from torch import nn
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import RuleSet, load_weights
 
-PACKS = Path(__file__).parent / "packs" / "vllm_omni"
+RULE_SETS = Path(__file__).parent / "rule_sets" / "vllm_omni"
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -46,7 +46,7 @@ def filled(module: nn.Module, load: Callable[[Weights], object], weights: Weight
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def assert_two_ways_agree(
+def assert_loaders_agree(
     module: nn.Module,
     in_tree: Callable[[Weights], object],
     rules: RuleSet,

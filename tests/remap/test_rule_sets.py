@@ -1,4 +1,4 @@
-"""The rule packs: exactly the true conversion, there and back, and blind to no mutation."""
+"""The rule sets: exactly the true conversion, there and back, and blind to no mutation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from port_kit.remap.plan import Plan, check
 from port_kit.remap.resolve import CopyTask
 from port_kit.reports.plan_json import plan_map
 from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip, values
-from tests.remap.oracles import FAMILIES, oracle, pack
+from tests.remap.conversions import FAMILIES, conversion, rule_set
 
 
 def plan_of(family: str) -> Plan:
-    truth = oracle(family)
-    return assert_covers(pack(family), truth.source, truth.target)
+    truth = conversion(family)
+    return assert_covers(rule_set(family), truth.source, truth.target)
 
 
 def test_there_is_a_pack_for_each_of_twelve_families() -> None:
@@ -31,7 +31,7 @@ def test_there_is_a_pack_for_each_of_twelve_families() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pack_is_the_true_conversion(family: str) -> None:
-    plan, truth = plan_of(family), oracle(family)
+    plan, truth = plan_of(family), conversion(family)
     assert plan_map(plan) == truth.map
     assert set(plan.dropped) == set(truth.dropped)
 
@@ -43,7 +43,7 @@ def test_pack_leads_back_bit_for_bit(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inverse_rules_restore_the_source(family: str) -> None:
-    plan, truth = plan_of(family), oracle(family)
+    plan, truth = plan_of(family), conversion(family)
     back = invert(plan).compile(truth.target, truth.source)
     given = values(truth.source)
     restored = dict(convert(back, dict(convert(plan, given))))
@@ -53,7 +53,7 @@ def test_inverse_rules_restore_the_source(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pack_survives_toml(family: str) -> None:
-    assert RuleSet.from_toml(pack(family).to_toml()) == pack(family)
+    assert RuleSet.from_toml(rule_set(family).to_toml()) == rule_set(family)
 
 
 def one_of_each_kind(plan: Plan) -> Plan:

@@ -16,7 +16,7 @@ from port_kit.inspect import Inspection, describe, inspect
 from port_kit.testing.hub import Fault, Hub
 from tests.helpers import raises
 from tests.inspect import fake_repositories
-from tests.inspect.conftest import Folder, Remote
+from tests.inspect.types import Folder, Remote
 
 
 def facts(report: Inspection, kind: str) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import pytest
 from port_kit.inspect import Finding, Inspection, describe, inspect
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
-from tests.inspect.conftest import Folder, Remote
+from tests.inspect.types import Folder, Remote
 
 MODELS = {
     "supported": fake_repositories.supported_model,

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL_INDEX, WEIGHTS, noise
 from safetensors.torch import load_file
 
 from port_kit.download import FileRule, Policy, Recipe, Repository, convert_file, download
 from port_kit.errors import PortKitError
+from tests.download.helpers import MODEL_INDEX, WEIGHTS, noise
 
 RUNS = int(os.environ.get("PORT_KIT_LYING_RUNS", "40"))
 SEED = int(os.environ.get("PORT_KIT_LYING_SEED", "0"))

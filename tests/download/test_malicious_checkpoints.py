@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL_INDEX, VAE, bring
 from safetensors.torch import load_file
 
 from port_kit.download import FileRule, Recipe, Repository, convert_file
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Hub
+from tests.download.helpers import MODEL_INDEX, VAE, bring
 from tests.helpers import raises
 
 CONVERT = """

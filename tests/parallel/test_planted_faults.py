@@ -12,7 +12,7 @@ from port_kit.parallel.layout import Layout
 from port_kit.parallel.sequence import PaddedAttention, make_sp_plan
 from port_kit.parallel.verify import ParallelTestCase, verify_layout
 from port_kit.testing.workers import RankResult
-from tests.parallel.conftest import GOLDENS, INPUTS
+from tests.parallel.transformer_pipeline import GOLDENS, INPUTS
 
 REQUESTS = len(INPUTS) + len(GOLDENS)
 

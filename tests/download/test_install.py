@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FILES, MODEL_INDEX, VAE, code, pinned, without_privileges
 
 import port_kit
 from port_kit.download import GitCode
 from port_kit.download.gitcode import code_folder
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
+from tests.download.helpers import FILES, MODEL_INDEX, VAE, code, pinned, without_privileges
 
 pytestmark = pytest.mark.usefixtures("home")
 

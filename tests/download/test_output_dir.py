@@ -14,7 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import (
+
+from port_kit.download import FileRule, Policy, Recipe, Report, Repository
+from port_kit.download.remove import remove
+from port_kit.errors import DownloadError
+from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import (
     MODEL_INDEX,
     WEIGHTS,
     assert_whole,
@@ -24,11 +29,6 @@ from conftest import (
     orphans,
     without_privileges,
 )
-
-from port_kit.download import FileRule, Policy, Recipe, Report, Repository
-from port_kit.download.remove import remove
-from port_kit.errors import DownloadError
-from port_kit.testing.hub import Fault, Hub
 from tests.helpers import raises, wait_until
 
 BIG = "transformer/big.safetensors"

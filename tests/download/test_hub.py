@@ -14,7 +14,6 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from conftest import IMPATIENT, MODEL_INDEX, WEIGHTS, bring, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.download.http import HttpClient
@@ -24,6 +23,7 @@ from port_kit.download.urls import follow_location, origin_of
 from port_kit.errors import DownloadError, PortKitError
 from port_kit.escape import redacted
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import IMPATIENT, MODEL_INDEX, WEIGHTS, bring, noise
 
 BIG = noise(2 << 20)
 ALL = Recipe("r", (Repository(WEIGHTS, (FileRule("*"),)),), MODEL_INDEX)

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import EXPECTED, MODEL_INDEX, VAE, VOCAB, WEIGHTS, assert_whole, bring, hashes, noise
 
 from port_kit.download import FileRule, Recipe, Repository
 from port_kit.download.progress import LineProgress
 from port_kit.download.remove import remove
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Hub
+from tests.download.helpers import EXPECTED, MODEL_INDEX, VAE, VOCAB, WEIGHTS, assert_whole, bring, hashes, noise
 from tests.helpers import raises
 
 BIG = "transformer/big.safetensors"

@@ -16,8 +16,8 @@ from port_kit.remap import Op, Rule, RuleSet, load_local, load_weights
 from port_kit.remap.export import checkpoint_reader, convert, convert_file, export_file
 from port_kit.remap.invert import invert
 from port_kit.remap.plan import check
+from tests.remap.random_mappings import Shapes
 from tests.remap.shapes import manifest_of, module_of, zeros
-from tests.remap.worlds import Shapes
 
 SWAP = RuleSet(
     "swap",

@@ -1,8 +1,8 @@
 """A small pipeline around the fusion transformer alone: seeded latents, one step of four guidance branches.
 
-``extra_args`` of a request: ``grid`` (frames, rows, columns of latents), ``sounds`` (audio latents), ``pictures``
-(reference frames among them), ``voices`` (lengths of audio references among them), ``first_frame_clean``; or
-``golden``, a folder with a recorded pass, whose inputs the first branch is then given.
+``extra_args`` of a request: ``grid`` (frames, rows, columns of latents), ``audio_latents`` (their number),
+``reference_frames`` (number of reference frames among them), ``reference_audio`` (lengths of audio references among
+them), ``first_frame_clean``; or ``golden``, a folder with a recorded branch, whose inputs the first branch gets.
 """
 
 from __future__ import annotations
@@ -29,8 +29,24 @@ from port_kit.remap import load_weights
 
 Pair = tuple[Tensor, Tensor]
 
+#: Recorded branches of the original; the model has the frequency scaling of the first.
+GOLDENS = ("dreamid_one_ref_odd", "dreamid_two_refs", "dreamid_padded", "dreamid_no_refs")
+#: Video and audio tokens of each: odd, shorter than the ranks, and with references and a clean first frame.
+INPUTS = (
+    {"grid": (31, 2, 2), "audio_latents": 7},
+    {"grid": (7, 2, 2), "audio_latents": 31},
+    {"grid": (31, 2, 2), "audio_latents": 2},
+    {
+        "grid": (4, 6, 10),
+        "audio_latents": 25,
+        "reference_frames": 1,
+        "reference_audio": (4, 3),
+        "first_frame_clean": True,
+    },
+)
 
-class ProbePipeline(nn.Module, BatchedCFGMixin):
+
+class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
     """Everything that vLLM-Omni needs of a pipeline, and nothing else."""
 
     _dit_modules: ClassVar = ["transformer"]
@@ -84,10 +100,10 @@ class ProbePipeline(nn.Module, BatchedCFGMixin):
         texts = torch.randn(4, 2, 1, min(9, config.text_len), config.text_dim, generator=random)
         inputs = {
             "video": torch.randn(1, config.video_channels, *given["grid"], generator=random),
-            "audio": torch.randn(1, given["sounds"], config.audio_channels, generator=random),
+            "audio": torch.randn(1, given["audio_latents"], config.audio_channels, generator=random),
             "timestep": torch.tensor([937]),
-            "video_reference_frames": given.get("pictures", 0),
-            "audio_reference_lengths": tuple(given.get("voices", ())),
+            "video_reference_frames": given.get("reference_frames", 0),
+            "audio_reference_lengths": tuple(given.get("reference_audio", ())),
             "first_frame_clean": given.get("first_frame_clean", False),
         }
         return inputs, [(video, audio) for video, audio in texts]
@@ -113,5 +129,7 @@ def register() -> None:
     from vllm_omni.diffusion.registry import register_diffusion_model
 
     register_diffusion_model(
-        model_arch="ProbePipeline", module_name="tests.parallel.probe_pipeline", class_name="ProbePipeline"
+        model_arch="TransformerOnlyPipeline",
+        module_name="tests.parallel.transformer_pipeline",
+        class_name="TransformerOnlyPipeline",
     )
