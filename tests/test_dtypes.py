@@ -75,7 +75,7 @@ def test_kinds_of_numbers_are_not_mixed() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pickle_conversion_and_header_agree_with_the_libraries(tmp_path: Path, dtype: str) -> None:
-    """For every dtype: the manifest of the pickle and of what it becomes, and the bytes that safetensors reads."""
+    """For every dtype: the manifests of the pickle and of the converted file, and the bytes that safetensors reads."""
     tensor = bytes_as(dtype, (2, 4))
     assert tensor.element_size() == DTYPES[dtype].itemsize
     source, target = tmp_path / "net.pth", tmp_path / "net.safetensors"

@@ -1,4 +1,4 @@
-"""What an error says in one text: other programs pass on nothing else."""
+"""The text of an error, which is all that other programs report."""
 
 from __future__ import annotations
 

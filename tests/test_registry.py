@@ -1,4 +1,4 @@
-"""Ports that cannot be used: each is told with its cause, and no other port is hindered."""
+"""Broken ports: each is reported with its cause, and does not affect other ports."""
 
 from __future__ import annotations
 

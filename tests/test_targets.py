@@ -43,7 +43,7 @@ def test_parameters_that_differ_in_one_attribute() -> None:
 
 
 def test_an_owner_that_computes_its_sizes() -> None:
-    """Owners with properties are read one by one: what they hold does not tell what they answer."""
+    """Owners with properties are read one by one: their attributes do not determine the values of properties."""
 
     class Computed(Linear):
         @property

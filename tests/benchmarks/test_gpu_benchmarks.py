@@ -1,4 +1,4 @@
-"""The benchmarks of loading and of whole requests, tiny and on a CPU: they run, and their figures make sense."""
+"""Benchmarks of loading and of requests, on a CPU with tiny models: they run, and their figures are plausible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Torch checkpoints read without torch: the same tables, and nothing executed, whatever lies in them."""
+"""Torch checkpoints read without torch: the same tables, and no code executed."""
 
 from __future__ import annotations
 

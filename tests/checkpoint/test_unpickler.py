@@ -1,4 +1,4 @@
-"""Checkpoints of trainers, of Python 2, without checksums: what is kept is converted, and nothing else is built."""
+"""Checkpoints of trainers, of Python 2, and without checksums: kept values are converted, others are not built."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.
 
 
 class Evil:
-    """Runs a command where a pickle is loaded."""
+    """Object whose pickle runs a command when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -1,4 +1,4 @@
-"""What the download tests share: a Hub with a small model, its recipe, and impatience."""
+"""Fixtures of the download tests: a Hub with a small model, its recipe, and a git repository."""
 
 from __future__ import annotations
 

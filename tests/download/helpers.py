@@ -36,13 +36,13 @@ EXPECTED = {
 
 
 def bring(recipe: Recipe, directory: Path, hub: Hub, **options: object) -> Report:
-    """Download impatiently, without token and cache."""
+    """Download with short timeouts, without token and cache."""
     defaults = {"endpoint": hub.endpoint, "policy": IMPATIENT, "use_cache": False, "token": False}
     return download(recipe, directory, **{**defaults, **options})  # type: ignore[arg-type]
 
 
 def assert_whole(directory: Path, expected: dict[str, bytes] = EXPECTED) -> None:
-    """All files are there with the right content, and nothing that should not be."""
+    """Assert that all files have the expected content and that no temporary file is left."""
     for target, content in expected.items():
         assert (directory / target).read_bytes() == content, target
     assert (directory / "model_index.json").is_file()
@@ -50,7 +50,7 @@ def assert_whole(directory: Path, expected: dict[str, bytes] = EXPECTED) -> None
 
 
 def orphans(directory: Path) -> list[str]:
-    """What a finished download must not leave: parts, journals, temporary files."""
+    """Return files that a finished download must not leave: partial downloads, journals, temporary files."""
     found = [path for path in directory.rglob("*") if path.is_file() and path.suffix == ".tmp"]
     found += [path for path in (directory / ".port_kit").rglob("*") if path.name != "lock"]
     return [str(path.relative_to(directory)) for path in found]
@@ -63,7 +63,7 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 def without_privileges() -> None:
-    """For ``preexec_fn``: rights on files count for the new program, even where it runs as root.
+    """For ``preexec_fn``: make file permissions apply to the new program, even if it runs as root.
 
     Both capabilities that pass over them leave the bounding set, so that a program that is executed has neither.
     """

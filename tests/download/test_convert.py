@@ -148,7 +148,7 @@ def test_a_flipped_bit_in_any_part_of_a_large_storage_is_noticed(tmp_path: Path)
 
 @pytest.mark.parametrize("blocked", [False, True])
 def test_checksums_are_those_of_zip_files(tmp_path: Path, blocked: bool) -> None:
-    """By isal, which setup.cfg asks for on these processors, and by zlib where there is none; both notice damage."""
+    """By isal, which setup.cfg requires on these processors, and by zlib elsewhere; both detect damage."""
     torch.save({"a": torch.randn(500_000)}, tmp_path / "x.pth")
     content = bytearray((tmp_path / "x.pth").read_bytes())
     content[1_000_000] ^= 1
@@ -206,7 +206,7 @@ def test_a_file_system_that_allocates_nothing_still_gives_files_their_size(tmp_p
         "    allocate(stream.fileno(), 3 << 20)\n"
         "    print(os.fstat(stream.fileno()).st_size)"
     )
-    # where nobody may mount, it is asked of the file system that is there
+    # without permission to mount, test the existing file system
     script = 'mount -t ramfs ramfs "$0"; exec "$1" -c "$2" "$0/file"'
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path), sys.executable, code]
     if subprocess.run([*command[:3], "true"], capture_output=True, check=False, timeout=300).returncode:
@@ -255,7 +255,7 @@ def run_limited(code: str, data_limit: int) -> subprocess.CompletedProcess[str]:
 
 
 def check_memory(tmp_path: Path, megabytes: int) -> None:
-    """Our conversion fits where torch's does not."""
+    """Assert that the conversion needs less memory than torch."""
     source, target = big_checkpoint(tmp_path / "x.pth", megabytes), tmp_path / "x.safetensors"
     limit = 100 << 20
     code = f"from port_kit.download import convert_file\nconvert_file({str(source)!r}, {str(target)!r})"

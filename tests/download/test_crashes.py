@@ -1,4 +1,4 @@
-"""Real kills at every step and moment, several processes, locks that hold and locks that do not."""
+"""Processes killed at every step, concurrent processes, and file systems with and without working locks."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_killed_at_sixty_percent_a_rerun_fetches_the_rest(
 
 
 def steps_of(fork_server: ForkServer, recipe: Recipe, hub: Hub, tmp_path: Path) -> int:
-    """How many disk operations a whole run takes."""
+    """Return the number of disk operations of a complete run."""
     log = tmp_path / "steps"
     child = fork_server.start(recipe, tmp_path / "whole", endpoint=hub.endpoint, token=False, log=log)
     assert child.wait() == 0

@@ -67,7 +67,7 @@ def test_silence_in_the_middle_of_a_body_is_asked_again(hub: Hub, recipe: Recipe
 
 
 def test_bytes_that_are_sent_twice_and_differ_are_not_taken(recipe: Recipe, tmp_path: Path) -> None:
-    """A broken transfer is answered with the whole file, spoilt where it had been hashed: each byte is written once."""
+    """A broken transfer is answered with the complete file, corrupted in the hashed part: each byte is written once."""
     with Hub({WEIGHTS: {BIG: noise(5 << 20)}}) as hub:
         recipe = Recipe("r", (Repository(WEIGHTS, (FileRule(BIG),)),), recipe.model_index)
         hub.inject(Fault("get", BIG, cut=4 << 20), Fault("get", BIG, ignore_range=True, flip=12345))
@@ -87,7 +87,7 @@ def test_a_server_that_ignores_ranges(hub: Hub, recipe: Recipe, tmp_path: Path, 
 def test_servers_that_disagree_about_the_etag_serve_one_file(
     hub: Hub, recipe: Recipe, tmp_path: Path, connections: int
 ) -> None:
-    """What an ETag is made of is a server's own business; the content has a hash."""
+    """ETags are opaque; the content has a hash."""
     hub.inject(*(Fault("get", BIG, headers={"ETag": f'"node{number % 3}"'}) for number in range(12)))
     hub.inject(Fault("get", BIG, skip=2, cut=100_000))
     policy = Policy(segment_size=1 << 20, connections=connections, base=0.02)
@@ -270,7 +270,7 @@ def test_impatience_is_a_policy() -> None:
 
 
 def test_writes_past_the_cache_are_right_wherever_they_begin(tmp_path: Path) -> None:
-    """Whole pages go past the system's cache; what the disk does not take that way is written as usual."""
+    """Complete pages bypass the page cache; other bytes are written through it."""
     content = noise(5 * ALIGNMENT + 100)
     spec = FileSpec("f", WEIGHTS, "0" * 40, "f", len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
     partial = acquire(tmp_path, spec, 1 << 20, exclusive=True)
@@ -281,7 +281,7 @@ def test_writes_past_the_cache_are_right_wherever_they_begin(tmp_path: Path) -> 
         offset, buffer = int(pages * ALIGNMENT), incoming.take_buffer()
         piece = content[offset : offset + count].ljust(count, b"?")
         buffer.memory[begin : begin + count] = piece
-        incoming._handed.clear()  # nobody hashes here
+        incoming._handed.clear()  # no thread hashes in this test
         incoming.write(segment, offset, buffer, begin, count)
     assert segment.is_complete
     partial.publish(tmp_path, len(content))

@@ -221,7 +221,7 @@ def test_every_refusal_has_the_hubs_own_reason(
 
 
 class Recorder:
-    """Something at the end of a proxy's URL that records what it is told, and refuses."""
+    """A proxy that records requests and rejects them."""
 
     def __enter__(self) -> Recorder:
         self.said, self._listener = b"", socket.create_server(("127.0.0.1", 0))
@@ -273,7 +273,7 @@ def test_a_proxy_gets_its_password_as_it_is_meant_or_not_at_all(
     assert "secret" not in str(error) and "p%3Aw" not in str(error)
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [LineProgress, BarProgress])

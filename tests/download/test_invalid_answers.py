@@ -1,4 +1,4 @@
-"""Answers that no Hub should give, tokens and endpoints that cannot be right: the right bytes, or one named error."""
+"""Invalid answers of a Hub, invalid tokens and endpoints: the right bytes, or one error."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_the_commands_print_no_token(tmp_path: Path) -> None:
 
 
 def test_a_hash_that_the_recipe_states_counts_for_small_files_too(hub: Hub, tmp_path: Path) -> None:
-    """The Hub states a git hash for them; the recipe's sha256 is what is checked."""
+    """The Hub states a git hash for them; the recipe's sha256 is checked."""
 
     def stating(sha256: str, pattern: str = "small.json") -> Recipe:
         return Recipe("r", (Repository(WEIGHTS, (FileRule(pattern, sha256=sha256),)),), MODEL_INDEX)

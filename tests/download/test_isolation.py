@@ -1,4 +1,4 @@
-"""What lies around a model directory, behind its links, or in it before the kit came, is left as it was."""
+"""Files around a model directory, behind its links, or in it before the download do not change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def hub() -> Iterator[Hub]:
 
 
 def spec_of(hub: Hub) -> FileSpec:
-    """What the recipe's file is."""
+    """Return the specification of the recipe's file."""
     digest = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
     return FileSpec(TARGET, WEIGHTS, hub.commit(WEIGHTS), "f.safetensors", len(CONTENT), digest)
 
@@ -125,7 +125,7 @@ def test_an_adopted_file_is_never_deleted(hub: Hub, tmp_path: Path, linked: bool
 
 
 def test_what_was_downloaded_behind_a_linked_folder_is_not_deleted_either(hub: Hub, tmp_path: Path) -> None:
-    """A lock from somebody else could name any file there."""
+    """A lock of another user could name any file."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "m").mkdir()
     (tmp_path / "m/vae").symlink_to(tmp_path / "disk")
@@ -158,7 +158,7 @@ def test_a_new_configuration_does_not_replace_a_file_of_the_users(hub: Hub, tmp_
 
 
 def test_prune_needs_a_directory_that_was_one_before(hub: Hub, tmp_path: Path) -> None:
-    bring(RECIPE, tmp_path / "new", hub, prune=True)  # an empty one has nothing to lose
+    bring(RECIPE, tmp_path / "new", hub, prune=True)  # an empty directory contains no file to lose
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "m")], check=True, timeout=300)
     (tmp_path / "m/paper.tex").write_bytes(PRECIOUS)
     with pytest.raises(DownloadError) as caught:
@@ -205,7 +205,7 @@ def test_names_that_look_alike_or_look_like_nothing(tmp_path: Path, names: list[
         assert caught.value.code == code and hub.gets() == []
 
 
-# --- other hosts, and what an earlier run left ------------------------------------------------------------------------
+# --- other hosts, and remains of an earlier run -----------------------------------------------------------------------
 
 
 def test_partial_downloads_of_another_host_are_taken_over_under_a_lock_only(hub: Hub, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints made to hang, crash or fill the reader, or to have it write what nobody can read: refused by name.
+"""Checkpoints that try to hang, crash or exhaust the reader, or to make it write unreadable files: errors by code.
 
 Each is converted in a process of its own, with bounded memory and time: some of these once ended the process itself.
 """
@@ -43,7 +43,7 @@ def text(value: bytes) -> bytes:
 
 
 def number(value: int) -> bytes:
-    """A whole number of a pickle, of any size up to 255 bytes."""
+    """An integer of a pickle, of any size up to 255 bytes."""
     data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     return b"\x8a" + bytes([len(data)]) + data
 
@@ -88,18 +88,18 @@ def overlapping() -> bytes:
 
 
 def legacy(keys: list[str], *counts: int) -> bytes:
-    """The old container with one tensor, a list of storages, and the lengths that stand before them."""
+    """The legacy container with one tensor, a list of storages, and the preceding lengths."""
     head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
     body = b"".join(struct.pack("<q", count) + bytes(48) for count in counts)
     return head + state(a=tensor((12,), (1,))) + pickle.dumps(keys, 2) + body
 
 
 def many_keys(count: int, value: bytes = b"N") -> bytes:
-    """Items for a dict with whole numbers as keys."""
+    """Items for a dict with integer keys."""
     return b"".join(b"J" + struct.pack("<i", index) + value for index in range(count))
 
 
-FLOOD = 2**61 - 1  # whole numbers with the same hash
+FLOOD = 2**61 - 1  # integers with the same hash
 HOSTILE = {
     "a key so deep that hashing it overflows the stack": (
         archive(b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."),
@@ -167,7 +167,7 @@ def test_a_hostile_checkpoint_is_refused_by_name(tmp_path: Path, name: str) -> N
 
 
 def test_the_builders_above_make_what_can_be_read(tmp_path: Path) -> None:
-    """What is refused there is refused for its content."""
+    """Valid content is accepted, so the errors above are due to the content."""
     (tmp_path / "x.pth").write_bytes(archive(state(a=tensor((12,), (1,)), b=tensor((3, 4), (1, 3), b"1")), storages=2))
     (tmp_path / "y.pth").write_bytes(legacy(["0"], 12))
     for name, count in (("x", 2), ("y", 1)):
@@ -209,7 +209,7 @@ def test_evil_in_a_later_or_inner_pickle(tmp_path: Path, place: str) -> None:
 
 
 def test_a_checkpoint_of_which_only_the_middle_is_unaligned(tmp_path: Path) -> None:
-    """The samples lie where torch puts them; the one that does not is found, and the file is laid out exactly."""
+    """The sampled tensors have torch's offsets; the one that has not is found, and the layout is exact."""
     torch.save({f"t{n}": torch.randn(10 + n) for n in range(20)}, tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "x.pth") as made:
         entries = {info.filename: made.read(info) for info in made.infolist()}

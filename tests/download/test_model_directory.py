@@ -1,4 +1,4 @@
-"""The model directory afterwards: verified, repaired, offline, pruned, removed; and nothing secret in it."""
+"""Model directories after a download: verified, repaired, offline, pruned, removed, and without secrets."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_xet_headers_change_nothing(tmp_path: Path) -> None:
-    """The Hub offers Xet beside plain HTTP; plain HTTP is what resumes and is hashed."""
+    """The Hub offers Xet and plain HTTP; plain HTTP is resumed and hashed."""
     from port_kit.testing.hub import Fault
 
     with Hub({WEIGHTS: {"f.safetensors": noise(100_000)}}) as hub:

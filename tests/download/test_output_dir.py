@@ -1,4 +1,4 @@
-"""Model directories that are read-only, spoilt, in somebody's way or somebody else's: usable, or one named error."""
+"""Model directories that are read-only, damaged, in use or owned by another user: they work, or raise one error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ except PortKitError as error:
 
 
 def unprivileged(recipe: Recipe, directory: Path, hub: Hub, **options: bool) -> str:
-    """Run a download to which rights on files matter, also where the tests run as root; return what it says."""
+    """Run a download that respects file permissions, even if the tests run as root; return its output."""
     arguments = [repr(dataclasses.asdict(recipe)), str(directory), hub.endpoint, repr(options)]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *arguments],
@@ -61,7 +61,7 @@ def unprivileged(recipe: Recipe, directory: Path, hub: Hub, **options: bool) -> 
 
 
 def lock_up(directory: Path, mode: int) -> None:
-    """Take write permission from a whole directory, or give it back."""
+    """Remove write permission from a directory tree, or restore it."""
     for path in (directory, *directory.rglob("*")):
         path.chmod(mode | 0o111 if path.is_dir() else mode)
 
@@ -289,7 +289,7 @@ def test_a_removal_waits_for_a_download_and_takes_what_it_brought(tmp_path: Path
 
 
 def test_four_repositories_as_planned(tmp_path: Path) -> None:
-    """The bytes, files and requests of a fresh run are those that the plan told."""
+    """The bytes, files and requests of a fresh run equal those of the plan."""
     contents = {
         f"org/{letter}": {f"{letter}.safetensors": noise(300_000 + index, index)} for index, letter in enumerate("abcd")
     }

@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     server: LyingHub
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing is printed."""
+        """No output."""
 
     def do_HEAD(self) -> None:
         self.send(200, b"")
@@ -180,7 +180,7 @@ def hub() -> Iterator[LyingHub]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a model directory must hold."""
+    """Return the expected content of a model directory."""
     folder = tmp_path_factory.mktemp("right")
     (folder / "x.pth").write_bytes(FILES["x.pth"])
     convert_file(folder / "x.pth", folder / "y.safetensors")

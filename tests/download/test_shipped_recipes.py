@@ -1,6 +1,6 @@
 """The shipped recipes, as they are, against a Hub that holds small files under the published names.
 
-What could not be confirmed when a recipe was written (revisions, commits) must be marked in the plan, fixed by the
+Unconfirmed revisions and commits of a recipe must be marked in the plan, fixed by the
 first run and kept by every later one.
 """
 
@@ -26,7 +26,7 @@ STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=t
 
 
 def content(rule: FileRule, path: Path) -> dict[str, bytes]:
-    """Small files that a rule takes: a checkpoint under the rule's wrapper, or what its pattern matches."""
+    """Return small files that match a rule: a checkpoint under the rule's wrapper, or other files."""
     if rule.convert:
         state: object = STATE
         for key in reversed(rule.wrapper.split(".") if rule.wrapper else []):
@@ -39,7 +39,7 @@ def content(rule: FileRule, path: Path) -> dict[str, bytes]:
 
 
 def files_of(recipe: Recipe, folder: Path) -> dict[str, dict[str, bytes]]:
-    """What the Hub must hold for a recipe, and in each repository a file that nobody asked for."""
+    """Return the repositories of a recipe, each with one additional file."""
     repositories: dict[str, dict[str, bytes]] = {}
     for repository in recipe.repositories:
         files = repositories.setdefault(repository.repo_id, {"assets/demo.mp4": b"not wanted"})

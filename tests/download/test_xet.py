@@ -1,6 +1,6 @@
 """A repository in Xet storage: real chunks in a real (local) store, announced by the Hub, fetched over plain HTTP.
 
-The Hub's bridge answers a plain GET with what the store gives back. Here hf_xet itself writes and reads that store.
+The Hub's bridge answers a plain GET with the store's content. Here hf_xet itself writes and reads that store.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ print(json.dumps("done"))
 
 
 class Store(NamedTuple):
-    """A content-addressed store in a folder, the file's hash in it, and where it is served from."""
+    """A content-addressed store in a folder, the file's hash in it, and the served file."""
 
     folder: Path
     xet_hash: str
     served: Path
 
     def rebuild(self) -> None:
-        """Write anew what is served, from the store's chunks."""
+        """Rewrite the served file from the store's chunks."""
         self.served.unlink(missing_ok=True)
         run_hf_xet(REBUILD, self.folder, self.served, self.xet_hash, len(CONTENT))
 
@@ -83,7 +83,7 @@ def xet_recipe(hub: Hub) -> Recipe:
 
 
 def xet_hub(store: Store) -> Hub:
-    """A Hub that announces the file as one of Xet storage, and sends whoever asks for it to the bridge."""
+    """A Hub that announces the file as Xet storage and redirects requests to the bridge."""
     return Hub({REPOSITORY: {NAME: store.served}}, xet={NAME: store.xet_hash}, cdn=True)
 
 

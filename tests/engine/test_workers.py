@@ -1,4 +1,4 @@
-"""Forked workers: what they compute, what they prove about sharding, and how they fail."""
+"""Forked workers: results, evidence of sharding, and failures."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: R
     seen: list[str] = []
 
     def setup() -> None:
-        """A closure: what a spawned process is given, it is given by value."""
+        """A closure: arguments of a spawned process are passed by value."""
         register_pipelines()
         seen.append("set up")
 
@@ -148,7 +148,7 @@ def test_ranks_that_nobody_takes_are_ended() -> None:
 
 
 def test_a_world_in_the_garbage_does_not_hang_a_fork(toy_model: Path) -> None:
-    """Its threads are not in the fork, and whoever collects it there waits for them."""
+    """Its threads are not in the fork, and collecting it there would wait for them."""
     warm_up()
     gc.collect()
     gc.disable()

@@ -20,7 +20,7 @@ KIT = ("port_kit", "models", "setup.cfg", "pyproject.toml", "README.md", "LICENS
 
 
 def _copy(target: Path, source: Path, names: tuple[str, ...]) -> Path:
-    """Copy what is built, so that building leaves nothing in the work tree."""
+    """Copy the sources, so that building leaves no file in the work tree."""
     for name in names:
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +54,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the same port under another name, as somebody would copy it; nothing installs it."""
+    """A folder with a copy of the port under another name, not installed."""
     target = tmp_path_factory.mktemp("folder")
     for path in (EXAMPLE / "tidepool").glob("*.py"):
         text = path.read_text(encoding="utf-8").replace("tidepool", "rockpool").replace("Tidepool", "Rockpool")
@@ -68,7 +68,7 @@ Run = Callable[[str], dict[str, Any]]
 
 @pytest.fixture
 def run(python: Path, folder: Path, tmp_path: Path) -> Run:
-    """Run the script in the fresh environment beside a broken port, and return what it saw of a port."""
+    """Run the script in the fresh environment beside a broken port, and return its report of a port."""
     (tmp_path / "more" / "wreck").mkdir(parents=True)
     (tmp_path / "more" / "wreck" / "__init__.py").write_text("import sand_castle\nPORT = None\n")
 

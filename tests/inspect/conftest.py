@@ -16,7 +16,7 @@ from tests.inspect.types import Folder, Remote
 
 @pytest.fixture(autouse=True)
 def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's own token must not decide what these tests see."""
+    """Make the tests independent of the environment's token."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
 

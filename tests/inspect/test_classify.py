@@ -1,4 +1,4 @@
-"""The four paths, as folders and as repositories, with what each report says beside the path."""
+"""Classification into the four paths, as folders and as repositories, and further content of the reports."""
 
 from __future__ import annotations
 

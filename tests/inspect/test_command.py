@@ -1,4 +1,4 @@
-"""The command: what it prints, how it leaves, and what it does not do: load torch, or download weights."""
+"""The command: its output and exit codes; it neither loads torch nor downloads weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is broken, closed, missing or dangerous: each is named, nothing is passed over."""
+"""Broken, gated, missing and dangerous files: each is reported."""
 
 from __future__ import annotations
 

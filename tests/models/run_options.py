@@ -1,6 +1,6 @@
 """A server's use of one engine in step execution: requests at the same time, one given up, several videos, a LoRA.
 
-Usage: run_options.py MODEL LORA WRONG_LORA REPORT. The report is one JSON object: what came of each request.
+Usage: run_options.py MODEL LORA WRONG_LORA REPORT. The report is one JSON object with the result of each request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def summary(result: Any) -> dict[str, Any]:
 
 
 async def ask(engine: Any, name: str, lora: str = "", **sampling: Any) -> dict[str, Any]:
-    """Send one request and wait for what comes of it."""
+    """Send one request and return its result."""
     from vllm_omni.errors import OmniClientError
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
     from vllm_omni.lora.request import LoRARequest

@@ -1,4 +1,4 @@
-"""Mel front end, audio VAE and vocoder beyond the goldens: other sizes, edges, precision, what is refused."""
+"""Mel front end, audio VAE and vocoder beyond the goldens: other sizes, edges, precision, errors."""
 
 from __future__ import annotations
 

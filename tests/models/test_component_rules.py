@@ -43,7 +43,7 @@ def published(name: str) -> Manifest:
 
 
 def on_meta(build: Build, config: Mapping[str, Any]) -> Manifest:
-    """The manifest of a component that allocates nothing."""
+    """The manifest of a component on the meta device."""
     with torch.device("meta"):
         return Manifest.from_module(build(config))
 

@@ -1,4 +1,4 @@
-"""What a DreamID-Omni request may say, and what each mistake is answered with."""
+"""Requests of DreamID-Omni: options, defaults, and the error of each mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTHS = LatentLengths(31, 157)
 def parse(
     prompt: Any = "a talk", *, image: Any = ("a.png",), audio: Any = ("a.wav",), **sampling: Any
 ) -> DreamIDOmniRequest:
-    """Parse a request that is good apart from what is given."""
+    """Parse a valid request with changes."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image, "audio": audio}}
     return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS)
 

@@ -1,4 +1,4 @@
-"""The fusion transformer against the original's recorded passes, in float32 and bfloat16."""
+"""The fusion transformer against recorded branches of the original, in float32 and bfloat16."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("run_options.py")
 
 @pytest.fixture(scope="module")
 def answers(ovi_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the engine answered, by request."""
+    """The engine's answers by request."""
     folder = tmp_path_factory.mktemp("features")
     width = json.loads((ovi_model / "transformer/config.json").read_text(encoding="utf-8"))["video"]["dim"]
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def answers(ovi_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def same(one: dict[str, Any], other: dict[str, Any], row: int = 0) -> bool:
-    """Whether a request's video ``row`` is the other's first, as far as sums tell; batches round differently."""
+    """Return True if sums of a request's video ``row`` and of the other's first agree; batches round differently."""
     video = abs(one["video"][row] / other["video"][0] - 1) < 1e-5
     return video and one["audio"][row] == pytest.approx(other["audio"][0], rel=1e-3)
 

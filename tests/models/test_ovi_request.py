@@ -1,4 +1,4 @@
-"""What an Ovi request may say, what size its video gets, and what each mistake is answered with."""
+"""Requests of Ovi: options, the size of the video, and the error of each mistake."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODEL = CheckpointOptions(video_area=720 * 720, audio_prompt=TAGS, skip_block=11
 
 
 def parse(prompt: Any = "a street", *, image: Any = None, **sampling: Any) -> OviRequest:
-    """Parse a request that is good apart from what is given."""
+    """Parse a valid request with changes."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image}} if image is not None else prompt
     return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS, MODEL)
 

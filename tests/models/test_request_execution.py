@@ -1,4 +1,4 @@
-"""What a request may ask for beside one video: steps in turn, batches, several videos, kept prompts.
+"""Step execution, batches, several videos per request, and the prompt cache.
 
 Both ports on tiny weights, with the engine's own scheduler and model runner in this process.
 """
@@ -47,7 +47,7 @@ both_ports = pytest.mark.parametrize("pipeline", ["ovi", "dreamid_omni"], indire
 
 @pytest.fixture(scope="module")
 def pipeline(request: pytest.FixtureRequest, ovi_model: Path, dreamid_model: Path) -> Iterator[FusionPipeline]:
-    """A tiny pipeline that makes the shortest state: 5 frames; Ovi where a test does not ask for both ports."""
+    """A tiny pipeline with the shortest state, 5 frames; Ovi unless a test requests both ports."""
     with single_rank(torch.float32), torch.inference_mode():
         made = load_pipeline(ovi_model if getattr(request, "param", "ovi") == "ovi" else dreamid_model)
         made.lengths = made.warm_up
@@ -55,7 +55,7 @@ def pipeline(request: pytest.FixtureRequest, ovi_model: Path, dreamid_model: Pat
 
 
 def media_of(pipeline: FusionPipeline, people: int = 1) -> dict[str, Any]:
-    """What the port's requests hold: Ovi's nothing, or a first frame for more people; else images with audios."""
+    """Return the media of a request: for Ovi none, or a first frame; otherwise images with audios."""
     if type(pipeline).__name__ == "OviPipeline":
         return {"image": IMAGE} if people > 1 else {}
     return {"image": [IMAGE] * people, "audio": [AUDIO] * people}
@@ -133,7 +133,7 @@ class Engine:
         return list(scheduled.scheduled_request_ids)
 
     def run(self) -> dict[str, DiffusionOutput]:
-        """Step until nobody waits."""
+        """Step until no request is left."""
         while self.scheduler.num_running_requests() or self.scheduler.num_waiting_requests():
             self.step()
         return self.results

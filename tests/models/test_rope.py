@@ -1,4 +1,4 @@
-"""Rotary positions against the original's, and what they promise."""
+"""Rotary embeddings against the original, and their properties."""
 
 from __future__ import annotations
 

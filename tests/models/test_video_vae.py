@@ -1,4 +1,4 @@
-"""The video VAE beyond the goldens: precision, memory switches, what is refused."""
+"""The video VAE beyond the goldens: precision, memory options, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to the transformer's weights: LoRA by original names, eight-bit quantization, offload of its blocks."""
+"""Options that change the transformer's weights: LoRA by original names, FP8 quantization, offload of blocks."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_what_the_manager_cannot_apply_is_refused_by_its_name(
 
 
 class PlainFp8(OnlineLinearBase):
-    """Per-tensor eight-bit weights without kernels: what vLLM's method does to a layer, in plain torch."""
+    """Per-tensor FP8 weights without kernels: vLLM's quantization of a layer in plain torch."""
 
     def __init__(self) -> None:
         self.at_once: list[bool] = []
@@ -262,7 +262,7 @@ class PlainFp8(OnlineLinearBase):
         replace_parameter(layer, "weight_scale", scale.reshape(1))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply by what the rounded weight stands for."""
+        """Multiply by the dequantized weight."""
         return torch.nn.functional.linear(x, layer.weight.to(x.dtype) * layer.weight_scale.to(x.dtype), bias)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks of parallel execution on CPU processes: their code runs, and what they print is one JSON object."""
+"""The benchmarks of parallel execution on CPU processes: they run and print one JSON object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache-DiT over the four passes of DreamID-Omni's guidance: exact where it reuses nothing, alike on any ranks."""
+"""Cache-DiT with the four guidance branches of DreamID-Omni: exact without reuse, equal on any number of ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sing() -> Request:
 
 
 def watch() -> None:
-    """Let pipelines in this process keep the latents of their last step and count what they compute."""
+    """Make pipelines of this process keep the latents of their last step and count computed blocks."""
     from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
     from port_kit.models.wan.transformer.block import FusionBlock
 
@@ -80,7 +80,7 @@ def plain(dreamid_model: Path) -> tuple[list[Tensor], int]:
 
 @pytest.fixture(scope="module")
 def cached(dreamid_model: Path) -> tuple[list[Tensor], int]:
-    """With a cache that reuses, on one rank that runs all four passes."""
+    """With a cache that reuses, on one rank that runs all four branches."""
     return run(dreamid_model, cache=LOOSE)
 
 

@@ -1,4 +1,4 @@
-"""What is divided besides the transformer: the text encoder under tensor parallelism, the decoding of a clip."""
+"""Sharding of other components: the text encoder under tensor parallelism, the decoding of a video."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def encode(pipeline: nn.Module) -> tuple[Tensor, int]:
 
 
 def decode(pipeline: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """A picture's latents, a clip decoded whole or in parts, and the same clip through one decoder in tiles."""
+    """An image's latents, a video decoded completely or in parts, and the same video decoded in tiles."""
     vae = pipeline.vae
     random = torch.Generator().manual_seed(0)
     picture = torch.rand(1, 3, 1, 64, 96, generator=random) * 2 - 1
@@ -49,7 +49,7 @@ def decode(pipeline: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def alone(dreamid_model: Path) -> tuple[tuple[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
-    """What one rank computes."""
+    """The result of one rank."""
     return divided(dreamid_model, {}, lambda pipeline: (encode(pipeline), decode(pipeline)))[0].probe
 
 

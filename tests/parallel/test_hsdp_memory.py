@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves((args, result)):  # what a library made outside of torch shows when it is used
+        for value in tree_leaves((args, result)):  # memory of other libraries is counted when it is used
             if isinstance(value, DTensor):
                 value = value.to_local()
             if isinstance(value, Tensor) and value.device.type != "meta":
@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def deep_model(transformer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The probe's model with its three blocks eight times over, so that blocks are most of it, as in real models."""
+    """The transformer-only model with eight copies of its three blocks, so that blocks dominate, as in real models."""
     folder = tmp_path_factory.mktemp("models") / "deep"
     shutil.copytree(transformer_model, folder)
     config = json.loads((folder / "transformer/config.json").read_text())
@@ -108,7 +108,7 @@ def test_no_rank_holds_a_whole_model_while_it_loads(deep_model: Path) -> None:
         assert held <= 0.53 * whole
         assert peak <= 0.66 * whole
     ((naive, _), _) = load(deep_model, "hsdp2", _load_whole)
-    assert naive >= whole  # the counter sees what a rank without this would hold
+    assert naive >= whole  # the counter includes the memory of a rank without this
     for peak, held in load(deep_model, "hsdp4"):
         assert held <= 0.28 * whole
         assert peak <= 0.44 * whole

@@ -1,4 +1,4 @@
-"""Faults that are easy to make and hard to see, planted one by one: each is found, and named for what it is."""
+"""Planted faults that are easy to make and hard to see: each is found and reported by its kind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def misspelt_plan() -> None:
 
 
 def half_a_plan() -> None:
-    """Only the video stream is split; the audio stream is whole on every rank and exchanged all the same."""
+    """Only the video stream is sharded; the audio stream is complete on every rank, but still exchanged."""
     from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 
     from port_kit.models.wan.transformer.model import WanFusionTransformer
@@ -84,7 +84,7 @@ def condition_without_match() -> None:
 
 
 def condition_on_too_little() -> None:
-    """HSDP also shards the root, so a condition that matches little must not be enough to hide whole blocks."""
+    """HSDP also shards the root, so a condition that matches few modules must not hide complete blocks."""
     from port_kit.models.wan.transformer.model import WanFusionTransformer
 
     WanFusionTransformer._hsdp_ignored_modules = ["blocks"]
@@ -128,6 +128,6 @@ def test_a_planted_fault_is_found_and_named(
 
 
 def _first_request(probe: object) -> object:
-    """What one rank did for the first of the requests."""
+    """Return the work of one rank for the first request."""
     attention = {path: calls[: len(calls) // REQUESTS] for path, calls in probe.attention.items()}
     return replace(probe, attention=attention, calls=probe.calls // REQUESTS)

@@ -1,4 +1,4 @@
-"""``port-kit verify parallel``: what it prints, and what it says about a port that it cannot run."""
+"""``port-kit verify parallel``: output, and errors for ports that it cannot run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_shipped_port_on_two_ranks(capfd: pytest.CaptureFixture[str]) -> Non
     layouts = ["ulysses2", "hsdp2xcfg2", "tp2", "ring3"]  # the last two add up in another order than one rank does
     options = [word for layout in layouts for word in ("--layout", layout)]
     main(["verify", "parallel", "dreamid_omni", *options, "--json"], standalone_mode=False)
-    data = json.loads(capfd.readouterr().out)["data"]  # and nothing else: ranks write to stderr
+    data = json.loads(capfd.readouterr().out)["data"]  # without other output: ranks write to stderr
     assert [layout["layout"] for layout in data["layouts"]] == layouts
     assert all(layout["ok"] for layout in data["layouts"])
     sequence, shards, _, _ = data["layouts"]

@@ -47,7 +47,7 @@ INPUTS = (
 
 
 class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
-    """Everything that vLLM-Omni needs of a pipeline, and nothing else."""
+    """The minimal interface of a pipeline of vLLM-Omni."""
 
     _dit_modules: ClassVar = ["transformer"]
     _encoder_modules: ClassVar = []
@@ -87,7 +87,7 @@ class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
         """One step of four branches."""
         given = req.sampling_params.extra_args
         inputs, texts = _recorded(Path(given["golden"])) if "golden" in given else self._drawn(given)
-        unused = (None, None, "audio", "video")  # as in DreamID-Omni's passes without references
+        unused = (None, None, "audio", "video")  # as in DreamID-Omni's branches without references
         branches = [
             inputs | {"video_text": v, "audio_text": a, "unused": u} for (v, a), u in zip(texts, unused, strict=True)
         ]

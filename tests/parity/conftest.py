@@ -1,4 +1,4 @@
-"""A stand-in for the original code, served over git, and a tiny model that belongs to it."""
+"""A fake of the original code, served over git, and a tiny model for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.Mon
 
 @pytest.fixture(scope="session")
 def remote(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GitRemote]:
-    """The stand-in's repository; the recipe that the port names fetches its code from there, over http."""
+    """The fake's repository; the port's recipe fetches its code from there, over http."""
     folder = tmp_path_factory.mktemp("git")
     made = GitRemote(folder / "original", fake_original_files())
     with GitServer(folder) as server:
@@ -39,7 +39,7 @@ def remote(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def model(remote: GitRemote, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, downloaded from a loopback Hub; the stand-in is fetched and stands in its lock."""
+    """The tiny model, downloaded from a loopback Hub; the fake is fetched and in its lock."""
     folder = tmp_path_factory.mktemp("reference")
     tiny = tiny_fusion_model(shipped.RECIPE, folder / "hub")
     recipe: Recipe = shipped.RECIPE.with_(configs=tiny.configs)

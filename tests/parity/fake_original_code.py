@@ -12,12 +12,12 @@ FAKE_ORIGINAL = Path(__file__).parent / "fake_original"
 
 
 def fake_original_files() -> dict[str, bytes]:
-    """The stand-in's files by their path in its repository."""
+    """Return the fake's files by their path in its repository."""
     return {path.relative_to(FAKE_ORIGINAL).as_posix(): path.read_bytes() for path in FAKE_ORIGINAL.rglob("*.py")}
 
 
 def with_code(directory: Path, code: GitCode, commit: str) -> Path:
-    """Fetch one commit and note it in the lock: what ``--with-reference`` does, less the entry in site-packages."""
+    """Fetch one commit and record it in the lock, like ``--with-reference``, without the entry in site-packages."""
     fetch_code(code, commit)
     lock = read_lock(directory)
     assert lock is not None

@@ -1,4 +1,4 @@
-"""Promises of the project as a whole: light imports, complete lists, registered errors, short files."""
+"""Rules of the complete project: light imports, complete lists, registered errors, short files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _run(code: str, *flags: str, **environment: str) -> subprocess.CompletedProc
 
 
 def _modules() -> list[str]:
-    """Every module of the kit outside the rooms that may be heavy."""
+    """Return every module of the kit outside of the heavy packages."""
     paths = (path.relative_to(ROOT).with_suffix("") for path in _files("port_kit"))
     names = (".".join(path.parts).removesuffix(".__init__") for path in paths)
     light = (name for name in names if not name.startswith(tuple(f"port_kit.{room}" for room in HEAVY_ROOMS)))
@@ -70,7 +70,7 @@ def test_all_is_sorted_and_complete(path: Path) -> None:
     if declared is None:
         return
     assert declared == sorted(declared)
-    # A package that only gathers names gathers them to be used; in any other module, what it defines is what it has.
+    # A package that only imports names exports them; any other module exports its definitions.
     public = {name for name in _defined(tree) or _imported(tree) if not name.startswith("_")}
     assert public <= set(declared), f"{path} does not list {sorted(public - set(declared))}"
 
@@ -120,7 +120,7 @@ def _pages() -> list[Path]:
 
 
 def _anchors(page: Path) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """Return the anchors that GitHub derives from a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -166,7 +166,7 @@ def test_every_raised_code_is_registered() -> None:
 def test_every_registered_code_is_used() -> None:
     errors = ROOT / "port_kit" / "errors.py"
     used = {text for path in _files("port_kit", "models") if path != errors for text in _constants(path)}
-    # errors.py holds the list itself: only what stands there a second time, as a class's default, counts.
+    # errors.py has the list itself: only a second occurrence, as the default of a class, counts.
     own = list(_constants(errors))
     used |= {text for text in CODES if own.count(text) > 1}
     assert set(CODES) <= used, f"never used: {sorted(set(CODES) - used)}"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("port_kit", "models", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 UV = (sys.executable, "-m", "uv", "--quiet", "--offline")
 
-#: What an interpreter has after its start.
+#: Modules of an interpreter after its start.
 STATE = """
 import json, sys
 print(json.dumps([sorted(sys.modules), sys.path, [str(finder) for finder in sys.meta_path], len(sys.path_hooks)]))

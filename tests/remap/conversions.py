@@ -1,4 +1,4 @@
-"""True conversions of twelve families, derived from the original code, and the rule sets that reproduce them."""
+"""Known conversions of twelve families, derived from the original code, and the rule sets that reproduce them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = tuple(sorted(path.stem for path in RULE_SETS.glob("*.toml")))
 
 @dataclass(frozen=True)
 class Conversion:
-    """One family: ``map`` says for every target what it is made of, ``dropped`` which sources are not used."""
+    """One family: ``map`` has the sources of every target, ``dropped`` the unused sources."""
 
     family: str
     source: Manifest

@@ -1,4 +1,4 @@
-"""What transformers and vLLM themselves make of names and tensors, and names that a list of patterns matches."""
+"""Names and tensors as mapped by transformers and vLLM themselves, and names that match a list of patterns."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def by_transformers(transforms: Sequence[Any], tensors: Tensors) -> Tensors:
 
 
 def by_rules(rules: RuleSet, tensors: Tensors, target: Tensors) -> Tensors:
-    """Convert a checkpoint by rules, towards the names and shapes of what the other library made."""
+    """Convert a checkpoint by rules, to the names and shapes of the other library's result."""
     return dict(convert(rules.compile(manifest_of(tensors), manifest_of(target)), tensors))
 
 

@@ -1,4 +1,4 @@
-"""One module filled in two ways: by its own ``load_weights`` and by rules; every bit compared."""
+"""Comparison of a module's own ``load_weights`` with rules, bit by bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def manifest_of(tensors: Mapping[str, torch.Tensor]) -> Manifest:
 
 
 def cleared(module: nn.Module) -> nn.Module:
-    """The module with NaN in every parameter and persistent buffer: what is not written shows."""
+    """Fill every parameter and persistent buffer with NaN, so that unwritten elements are visible."""
     with torch.no_grad():
         for tensor in module.state_dict().values():
             tensor.fill_(float("nan"))

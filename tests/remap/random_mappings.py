@@ -162,7 +162,7 @@ def folded(draw: st.DrawFn, mapping: RandomMapping, number: int) -> None:
 
 
 def aside(draw: st.DrawFn, mapping: RandomMapping, number: int) -> None:
-    """What is not mapped: a dropped source, a kept target, a rule that may match nothing, names that stay."""
+    """Unmapped tensors: a dropped source, a kept target, an optional rule, unchanged names."""
     shape = (draw(extent), draw(extent))
     mapping.source |= {f"s{number}.ema.w": shape, f"same{number}.w": shape}
     mapping.target |= {f"t{number}.freqs": shape, f"same{number}.w": shape}
@@ -194,7 +194,7 @@ KINDS: tuple[Kind, ...] = (
 def random_mappings(
     draw: st.DrawFn, kinds: tuple[Callable[[st.DrawFn, RandomMapping, int], None], ...] = KINDS
 ) -> tuple[RandomMapping, RuleSet]:
-    """A mapping of one to four kinds, its rules as one set, now and then under prefixes."""
+    """Draw a mapping of one to four kinds and its rules as one set, sometimes under prefixes."""
     mapping = RandomMapping()
     for number in range(draw(st.integers(1, 4))):
         draw(st.sampled_from(kinds))(draw, mapping, number)

@@ -95,7 +95,7 @@ def tiny() -> Manifest:
 
 
 def write_configs(folder: Path, configs: dict[str, dict[str, Any]]) -> str:
-    """Write what BagelPipeline reads from a model folder besides weights."""
+    """Write the files other than weights that BagelPipeline reads from a model folder."""
     for name, config in {**configs, "preprocessor_config": {}}.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
     write_tokenizer(folder, size=100)
@@ -103,7 +103,7 @@ def write_configs(folder: Path, configs: dict[str, dict[str, Any]]) -> str:
 
 
 def build(model: str, *, keep_place: bool = False) -> torch.nn.Module:
-    """Build the pipeline inside a world of one rank; ``keep_place`` leaves its parameters on the meta device."""
+    """Build the pipeline in a process group of one rank; ``keep_place`` leaves its parameters on the meta device."""
     from vllm_omni.diffusion.forward_context import get_forward_context
     from vllm_omni.diffusion.models.bagel.pipeline_bagel import BagelPipeline
 

@@ -103,7 +103,7 @@ def test_names_that_no_rule_matches_pass_if_all_are_names_of_the_target(tmp_path
 
 
 def test_rules_that_change_values_are_never_skipped_for_their_names(tmp_path: Path) -> None:
-    """A pattern with a slip matches nothing, and the names are equal on both sides."""
+    """A mistyped pattern matches no name, and the names are equal on both sides."""
     rules = RuleSet("slip", (Rule(r"norm_ouT", "norm_out", op=Op.of("reorder", dim=0)),))
     tensors = zeros({"norm_out": (4,)})
     save_file(tensors, tmp_path / "m.safetensors")
@@ -116,7 +116,7 @@ def test_rules_that_change_values_are_never_skipped_for_their_names(tmp_path: Pa
 
 
 def test_names_of_the_target_that_another_rule_set_converted_are_ambiguous(tmp_path: Path) -> None:
-    """They may be converted for this module, or be what these rules convert."""
+    """They may be converted for this module, or be sources of these rules."""
     tensors = zeros(SWAPPED)
     save_file(tensors, tmp_path / "m.safetensors", metadata={NAMING_KEY: "converted:swap_of_last_year"})
     with pytest.raises(RemapError) as caught:

@@ -1,4 +1,4 @@
-"""The cookbook shows rules that are really in the rule sets."""
+"""Rules of the cookbook are in the rule sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an absent tensor should have been called: rules read backwards."""
+"""Expected names of missing tensors, from inverted rules."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def by_own_loaders(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What vLLM's loaders make of the projections, called by hand."""
+    """The result of vLLM's loaders for the projections, called directly."""
     clear(module)
     for name, tensor in tensors.items():
         *_, group, part, leaf = name.split(".")

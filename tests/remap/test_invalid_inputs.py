@@ -1,4 +1,4 @@
-"""Files that are not what they should be give an error that says so; odd ones that are right work."""
+"""Invalid files are errors by code; unusual valid files work."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_names_sizes_of_rearrange_may_be_a_table() -> None:
     assert RuleSet.from_toml(rules.to_toml()) == rules
 
 
-#: Names with signs of templates, for which nothing is proposed, and one with a newline.
+#: Names with special characters of templates, for which no rule is proposed, and one with a newline.
 SIGNS = {"a\nb": [4], "q'\"\\": [2], "{a}": [12], "\\1": [13], "b.3.{x}.w": [3], "b.4.{x}.w": [3]}
 ODD = {
     "блоки.0.вес": [2, 3],
@@ -256,7 +256,7 @@ def test_names_with_signs_of_templates(tmp_path: Path) -> None:
 
 
 def test_ten_thousands_of_gaps_take_seconds() -> None:
-    """Every name is wrong: 25,000 that no rule takes, 25,000 that nothing fills."""
+    """All names are wrong: 25,000 sources without a rule, 25,000 targets without a source."""
     names = [f"blocks.{layer}.{part}.{at}.weight" for layer in range(250) for part in "abcde" for at in range(20)]
     source = Manifest({f"model.{name}": ((4, 4), "float32") for name in names})
     target = Manifest({name: ((4, 4), "float32") for name in names})

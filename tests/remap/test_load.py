@@ -42,7 +42,7 @@ def reusing(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def assert_loads(rules: RuleSet, source: Shapes, target: Shapes, folder: Path) -> None:
-    """Every way to load gives what the plan converts, also from a stream that reuses its buffer."""
+    """Every loader gives the result of the plan, also from a stream that reuses its buffer."""
     tensors = {name: torch.randn(shape) for name, shape in source.items()}
     save_file(tensors, folder / "model.safetensors")
     expected = dict(convert(rules.compile(manifest_of(source), manifest_of(target)), tensors))
@@ -163,7 +163,7 @@ def test_a_part_that_one_layer_lacks_is_named(missing: str, join: Op) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_problem_of_one_layer_does_not_hide_that_of_another(order: int) -> None:
-    """A part of a wrong dtype accounts for what its own layer lacks, and for no other."""
+    """A part of a wrong dtype explains the missing target of its own layer, and of no other."""
     given = {name: tensor for name, tensor in zeros(layers("abc", (2, 3))).items() if name != "b.2.a"}
     given["b.1.a"] = torch.ones(2, 3, dtype=torch.int64)
     names = sorted(given)[::order]

@@ -266,7 +266,7 @@ def test_spans_of_a_ring_never_overlap_and_are_used_again(sizes: list[int], rand
             ring.give_back()
 
 
-# -- what goes wrong -----------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_was_truncated_before(tmp_path: Path, many: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""LoRA files take the names of the port's modules; what is no LoRA, or of no module, is refused by name."""
+"""LoRA files are renamed to the port's modules; other tensors and unknown modules are errors by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter follows what loading does with the weight, to the last element, or is refused by name."""
+"""Operations of a weight are applied to its adapter exactly, or are an error by name."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_what_is_no_selection_of_rows_and_columns_is_refused(op: Op) -> None:
     with pytest.raises(RemapError) as caught:
         remap_lora(lora, rules, target=target)
     assert caught.value.code == "remap_op"
-    if op.name.startswith("lora_"):  # the difference of a weight is no weight: what computes is not run on it
+    if op.name.startswith("lora_"):  # the difference of a weight is not a weight: no transform is applied
         with pytest.raises(RemapError):
             remap_lora({"m.diff": torch.ones(4, 4)}, rules, target=target)
     else:

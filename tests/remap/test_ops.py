@@ -1,4 +1,4 @@
-"""Every op: what it does to elements, that the books balance, and that it comes back."""
+"""Every op: its effect on elements, complete accounting, and its inverse."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_ops_run_in_order() -> None:
 
 
 def check_many(rules: RuleSet, source: dict[str, tuple[int, ...]], target: dict[str, tuple[int, ...]]) -> dict:
-    """Load in two orders, compare, go back both ways; returns what was loaded and the sources."""
+    """Load in two orders, compare, invert in two ways; return the loaded tensors and the sources."""
     plan = assert_covers(rules, manifest_of(source), manifest_of(target))
     assert_round_trip(plan)
     assert_mutations_caught(plan)
@@ -235,7 +235,7 @@ def test_cast_allows_a_loss_and_nothing_else_does() -> None:
 
 @pytest.mark.parametrize("order", ["abcd", "cabd", "dcba"])
 def test_a_part_of_the_mean_width_waits_for_the_others(order: str) -> None:
-    """Parts of 1, 1, 2 and 4 rows: the third has a quarter of the whole and does not stand where equal parts would."""
+    """Parts of 1, 1, 2 and 4 rows: the third has a quarter of the rows, at another offset than equal parts."""
     sizes = {"a": 1, "b": 1, "c": 2, "d": 4}
     rules = RuleSet("r", (Rule("([abcd])", "w", shard=r"\1", op=Op.of("concat", dim=0, parts=tuple("abcd"))),))
     tensors = {name: torch.rand(rows, 3) for name, rows in sizes.items()}

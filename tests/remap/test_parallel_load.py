@@ -1,4 +1,4 @@
-"""Tensor parallelism: whole slots through the parameters' loaders, or no more than this rank's part from the file."""
+"""Tensor parallelism: complete shards through the parameters' loaders, or only this rank's part from the file."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_no_threads_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_part_of_a_concat_is_placed_at_once_if_headers_are_known(tmp_path: Path, known: bool) -> None:
-    widths = {"a": 2, "b": 6, "c": 4}  # c has the mean width, which proves nothing of where it stands
+    widths = {"a": 2, "b": 6, "c": 4}  # c has the mean width, which does not prove its offset
     tensors = {name: torch.randn(width, 3) for name, width in widths.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     joined = Op.of("concat", dim=0, parts=("a", "b", "c"))

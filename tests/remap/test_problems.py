@@ -176,7 +176,7 @@ def zeros(shapes: dict) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (lambda t: t.pop("head.weight"), "remap_failed"),  # a missing target and a rule that matches nothing
+        (lambda t: t.pop("head.weight"), "remap_failed"),  # a missing target and a rule without a match
         (lambda t: t.pop("blocks.0.attn.v.weight"), "remap_missing"),
         (lambda t: t.update({"more": torch.zeros(2)}), "remap_unexpected"),
         (lambda t: t.update({"head.weight": torch.zeros(1)}), "remap_shape"),

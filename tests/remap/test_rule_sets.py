@@ -1,4 +1,4 @@
-"""The rule sets: exactly the true conversion, there and back, and blind to no mutation."""
+"""The rule sets reproduce the known conversions and their inverses, and detect every mutation."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_pack_survives_toml(family: str) -> None:
 
 
 def one_of_each_kind(plan: Plan) -> Plan:
-    """The plan of one layer of each list: for every rule and template the first source, and what shares its targets."""
+    """The plan of one layer of each list: per rule and template the first source, and the sources of its targets."""
     first: dict[tuple[Rule, str], CopyTask] = {}
     for task in plan.tasks:
         first.setdefault((task.rule, split_numbers(task.source)[0]), task)
     targets = {task.target for task in first.values()}
-    while True:  # a split source brings its other targets, a fused target its other sources
+    while True:  # a split source adds its other targets, a fused target its other sources
         sources = {task.source for task in plan.tasks if task.target in targets}
         more = {task.target for task in plan.tasks if task.source in sources}
         if more == targets:

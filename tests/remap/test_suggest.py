@@ -1,4 +1,4 @@
-"""Suggestions: right on true conversions, honest where names and shapes cannot tell."""
+"""Suggestions: correct for known conversions, and uncertain if names and shapes prove no mapping."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shapes(**entries: list[int]) -> Manifest:
 
 
 def proposed(suggestion: Suggestion, source: Manifest, target: Manifest) -> dict[str, dict[str, Any]]:
-    """What the proposed rules do, by their plan."""
+    """Return the mapping of the proposed rules, from their plan."""
     return plan_map(check(suggestion.rules, source, target))
 
 
@@ -385,7 +385,7 @@ def test_assignment_is_the_best_there_is(rows: int, columns: int, data: st.DataO
 
 
 def best_by_trying(scores: Mapping[tuple[str, str], float], rows: int, columns: int) -> float:
-    """The best sum over all assignments, pairs that cannot meet counting nothing."""
+    """Return the best sum over all assignments; impossible pairs count zero."""
     size = max(rows, columns)
     return max(
         sum(scores.get((f"s{row}", f"t{column}"), 0.0) for row, column in enumerate(order))

@@ -1,4 +1,4 @@
-"""Conversions that leave no trace in names and shapes: no rule about them may be certain, and no plan complete."""
+"""Conversions that names and shapes cannot show: no rule for them may be certain, and no plan complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def in_layers(shapes: Mapping[str, Shape], blocks: str = "blocks") -> dict[str, 
     return {f"{blocks}.{layer}.{name}": shape for layer in LAYERS for name, shape in shapes.items()}
 
 
-#: What a conversion may do -> the tensors (of equal names on both sides) that it does it to.
+#: Operation of a conversion -> its tensors, which have equal names on both sides.
 SILENT: dict[str, dict[str, Shape]] = {
     "square matrices stored transposed": {"text_projection": (16, 16), "proj.weight": (16, 16)},
     "square matrices of layers": in_layers({"attn.out.weight": (16, 16)}),
@@ -89,7 +89,7 @@ SILENT: dict[str, dict[str, Shape]] = {
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("trap", SILENT)
 def test_a_silent_change_is_never_certain(trap: str, prefix: str) -> None:
-    """Equal names prove nothing; beside other tensors of the model neither."""
+    """Equal names are no proof, with or without other tensors of the model."""
     around: dict[str, Shape] = {
         "final_norm.weight": (12,),
         "x_in.weight": (12, 3),
@@ -102,7 +102,7 @@ def test_a_silent_change_is_never_certain(trap: str, prefix: str) -> None:
         assert all(proposal.doubts for proposal in suggestion.proposals if proposal.confidence == "likely")
 
 
-#: Names of what scales a quantized weight ``fc.weight``, with shapes.
+#: Names and shapes of scales of a quantized weight ``fc.weight``.
 SCALES: dict[str, Shape] = {
     "fc.weight_scale": (),
     "fc.scale_weight": (),

@@ -1,4 +1,4 @@
-"""HTML reports: whole, self-contained, escaped; the drawing of a layout; the picture of a clip."""
+"""HTML reports: complete, self-contained, escaped; the drawing of a layout; the contact sheet of a video."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Reader(HTMLParser):
 
 
 def read(page: str) -> Reader:
-    """Parse a page; require that it is whole and needs nothing from elsewhere."""
+    """Parse a page; require that it is complete and loads no other resource."""
     reader = Reader()
     reader.feed(page)
     assert reader.open == []
@@ -75,7 +75,7 @@ def case(name: str, *differences: dict[str, Any]) -> dict[str, Any]:
 
 
 def parity_data(*cases: dict[str, Any]) -> dict[str, Any]:
-    """What ``verify parity`` gives."""
+    """Data of ``verify parity``."""
     return {"port": "p", "goldens": "G", "ok": all(item["ok"] for item in cases), "cases": list(cases)}
 
 
@@ -180,7 +180,7 @@ def test_the_command_draws_and_writes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An MP4 of 21 frames, from black to white, with a sound that is silent and then loud."""
+    """An MP4 of 21 frames, from black to white, with audio that is silent and then loud."""
     import av
     import numpy as np
 

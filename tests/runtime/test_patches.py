@@ -47,7 +47,7 @@ def test_every_patch_is_guarded_where_it_is_applied() -> None:
 
 
 def _guards(call: ast.Call) -> set[str]:
-    """Names in ``require("name")``, and in ``RegistrationError(..., patch="name")`` where the guard is written out."""
+    """Names in ``require("name")``, and in ``RegistrationError(..., patch="name")`` if the guard is written inline."""
     arguments = call.args if getattr(call.func, "id", "") == "require" else []
     arguments = [*arguments, *(keyword.value for keyword in call.keywords if keyword.arg == "patch")]
     return {node.value for node in arguments if isinstance(node, ast.Constant) and isinstance(node.value, str)}

@@ -1,4 +1,4 @@
-"""``CancelOnDisconnect`` against ASGI applications: what it passes on, and what it stops."""
+"""``CancelOnDisconnect`` with ASGI applications: forwarded messages and cancelled work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SYNC = {"type": "http", "path": "/v1/videos/sync"}
 
 
 class Client:
-    """One connection: messages that arrive, the last of them after a while, and what is sent back."""
+    """One connection: received messages, the last of them delayed, and sent messages."""
 
     def __init__(self, *messages: dict[str, Any], leaves_after: float | None = None) -> None:
         self.messages = list(messages)
@@ -35,7 +35,7 @@ def body(text: bytes, more: bool = False) -> dict[str, Any]:
 
 
 async def reading(scope: Any, receive: Any, send: Any) -> None:
-    """Answer with the whole body."""
+    """Answer with the complete body."""
     text = b""
     while True:
         message = await receive()

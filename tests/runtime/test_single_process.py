@@ -1,4 +1,4 @@
-"""A world of one rank in a process of its own."""
+"""A process group of one rank in a separate process."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def write_ltx(folder: Path) -> dict[str, Path]:
 
 
 def run_pytest(folders: list[str], *options: str, cwd: Path) -> str:
-    """Run the tests of generated ports in one process; return what it printed."""
+    """Run the tests of generated ports in one process; return its output."""
     command = [
         sys.executable,
         "-m",
@@ -55,7 +55,7 @@ def run_pytest(folders: list[str], *options: str, cwd: Path) -> str:
         "-p",
         "no:xdist",
     ]
-    # one root above all of them: fixtures of the same name are told apart by the path below it
+    # one root above all of them: fixtures of the same name differ by their path below it
     markers = ("--rootdir", str(cwd), "-o", "markers=engine: starts an engine")
     done = subprocess.run(
         [*command, *markers, *options, *folders],

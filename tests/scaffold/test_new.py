@@ -1,4 +1,4 @@
-"""``port-kit new``: what it refuses, and what it takes from a repository."""
+"""``port-kit new``: its errors, and the facts that it reads from a repository."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_other_classes_of_a_known_name_are_told_apart() -> None:
 
 @pytest.mark.slow
 def test_every_transformer_of_diffusers_is_adapted_or_refused_for_a_reason() -> None:
-    """A reason is what somebody can look at: a part of the model, not that nobody has thought of it."""
+    """Reasons name a part of the model."""
     models = [name for name, part in diffusers_names().items() if part == "models" and name not in FAMILIES]
     named = [name for name in models if re.search("Transformer|DiT", name) and "ControlNet" not in name]
     assert len(named) > 60

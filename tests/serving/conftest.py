@@ -24,5 +24,5 @@ def _load(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def storm() -> ModuleType:
-    """The load benchmark: what it sends, and what it makes of the answers."""
+    """The load benchmark as a module."""
     return _load(ROOT / "benchmarks" / "serving_storm.py")

@@ -1,4 +1,4 @@
-"""Ovi behind the example's own start script: a prompt, or a first frame and a prompt, to a video with sound."""
+"""Ovi behind the example's own start script: a prompt, or a first frame and a prompt, to a video with audio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The video endpoints of the real server, tiny weights: videos with sound, jobs, refusals, clients that leave."""
+"""The video endpoints of the real server, tiny weights: videos with audio, jobs, errors, disconnected clients."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def files(storm: ModuleType) -> list[Any]:
 
 
 def _cpu(server: ApiServer) -> float:
-    """Processor seconds that the server has used: what work costs, whatever else the machine does."""
+    """Processor seconds that the server has used: the cost of work, independent of other load on the machine."""
     process = psutil.Process(server.pid)
     return sum(sum(one.cpu_times()[:2]) for one in [process, *process.children(recursive=True)])
 
@@ -72,7 +72,7 @@ def first(server: ApiServer, http: httpx.Client, good: dict[str, str], files: li
 
 @pytest.fixture(scope="module")
 def forgotten(http: httpx.Client, good: dict[str, str], files: list[Any], first: tuple[bytes, float]) -> str:
-    """A finished job that nobody deletes."""
+    """A finished job that is not deleted."""
     job = http.post("/v1/videos", data=good, files=files).json()["id"]
     assert _finished(http, job)["status"] == "completed"
     return job

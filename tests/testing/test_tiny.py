@@ -15,7 +15,7 @@ from port_kit.testing.tiny import TinyComponent, TinyModel, expand, fill, scale,
 from port_kit.testing.tiny_fusion import outline, tiny_fusion_model
 from tests.helpers import raises
 
-#: What the published checkpoints hold: tensors and elements.
+#: Tensors and elements of the published checkpoints.
 PUBLISHED = {
     "wan_transformer": (2073, 11_660_753_108),
     "wan2_2_vae": (196, 704_688_668),
