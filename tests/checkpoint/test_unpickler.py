@@ -92,7 +92,7 @@ def test_the_state_of_a_trainer_is_left_out_by_wrapper_or_by_name(
     assert caught.value.code in ("pickle_unsafe", "pickle_unsupported") and name in str(caught.value)
 
 
-def test_what_is_dropped_may_even_be_evil_and_what_is_kept_may_not(tmp_path: Path) -> None:
+def test_dropped_values_may_be_malicious_and_kept_ones_may_not(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     torch.save({"model": WEIGHTS, "x": Evil(marker)}, tmp_path / "a.pth")
     assert_equal(convert(tmp_path / "a.pth", wrapper="model"), WEIGHTS)

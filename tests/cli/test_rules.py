@@ -43,7 +43,7 @@ SOURCE: dict[str, tuple[int, ...]] = {
 TARGET = {f"layers.{n}.attn.{leaf}.weight": shape for n in range(2) for leaf, shape in (("qkv", [8, 4]), ("o", [4, 4]))}
 
 
-class World:
+class Workspace:
     """A folder with a sharded checkpoint, a target's manifest and rules; runs commands on them."""
 
     def __init__(self, folder: Path) -> None:
@@ -79,49 +79,50 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
 
 
 # -- success ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["folder", "index", "one file", "manifest"])
-def test_every_form_of_a_local_checkpoint_is_covered(world: World, form: str) -> None:
-    source = world.checkpoint
+def test_every_form_of_a_local_checkpoint_is_covered(workspace: Workspace, form: str) -> None:
+    source = workspace.checkpoint
     if form == "index":
-        source = world.checkpoint / "model.safetensors.index.json"
+        source = workspace.checkpoint / "model.safetensors.index.json"
     elif form == "one file":
-        source = world.folder / "whole.safetensors"
-        save_file(world.tensors, source)
+        source = workspace.folder / "whole.safetensors"
+        save_file(workspace.tensors, source)
     elif form == "manifest":
-        source = world.folder / "S.json"
-        assert world.json("manifest", world.checkpoint, "-o", source)["data"]["tensors"] == len(SOURCE)
-    data = world.json("coverage", *world.sides(source=source))["data"]
+        source = workspace.folder / "S.json"
+        assert workspace.json("manifest", workspace.checkpoint, "-o", source)["data"]["tensors"] == len(SOURCE)
+    data = workspace.json("coverage", *workspace.sides(source=source))["data"]
     assert data["source"]["used"] == len(SOURCE) - 1 and data["target"]["written"] == len(TARGET)
     assert data["dropped"] == {"ema.x": "a second copy"} and data["problems"] == []
     assert {"b.{0..1}.q.weight"} in [set(line["source"]) for line in data["lines"]]
 
 
-def test_coverage_and_check_for_people(world: World) -> None:
-    text = world.run("coverage", *world.sides()).stdout
+def test_coverage_and_check_for_people(workspace: Workspace) -> None:
+    text = workspace.run("coverage", *workspace.sides()).stdout
     assert "b.{0..1}.q.weight [4, 4] -> layers.{0..1}.attn.qkv.weight" in text
     assert text.strip().endswith("complete: all 9 sources and 4 targets accounted for")
-    assert world.run("rules", "check", "--rules", world.rules).stdout == "pair: 3 rules, all valid\n"
-    assert world.json("rules", "check", *world.sides())["data"]["coverage"]["ok"]
+    assert workspace.run("rules", "check", "--rules", workspace.rules).stdout == "pair: 3 rules, all valid\n"
+    assert workspace.json("rules", "check", *workspace.sides())["data"]["coverage"]["ok"]
 
 
-def test_manifest_of_a_sharded_index(world: World) -> None:
-    data = world.json("manifest", world.checkpoint)["data"]
+def test_manifest_of_a_sharded_index(workspace: Workspace) -> None:
+    data = workspace.json("manifest", workspace.checkpoint)["data"]
     assert data["manifest"]["b.0.o.weight"][:2] == [[4, 4, 1], "float32"]
-    assert data["bytes"] == sum(tensor.nbytes for tensor in world.tensors.values()) and data["from"] == "headers"
+    assert data["bytes"] == sum(tensor.nbytes for tensor in workspace.tensors.values()) and data["from"] == "headers"
     assert (
-        world.run("manifest", world.checkpoint).stdout.splitlines()[-1] == f"9 tensors, {data['bytes']} bytes (headers)"
+        workspace.run("manifest", workspace.checkpoint).stdout.splitlines()[-1]
+        == f"9 tensors, {data['bytes']} bytes (headers)"
     )
 
 
-def test_plan_prints_the_map(world: World) -> None:
-    data = world.json("rules", "plan", *world.sides())["data"]
+def test_plan_prints_the_map(workspace: Workspace) -> None:
+    data = workspace.json("rules", "plan", *workspace.sides())["data"]
     assert data["map"]["layers.1.attn.o.weight"] == {
         "from": ["b.1.o.weight"],
         "op": "reshape",
@@ -130,58 +131,60 @@ def test_plan_prints_the_map(world: World) -> None:
     assert data["map"]["layers.0.attn.qkv.weight"]["from"] == [f"b.0.{part}.weight" for part in "qkv"]
     assert data["source"]["b.0.k.weight"] == [2, 4] and data["dropped"] == ["ema.x"]
     assert not data["converted"] and data["kept"] == {}
-    text = world.run("rules", "plan", *world.sides()).stdout
+    text = workspace.run("rules", "plan", *workspace.sides()).stdout
     assert "layers.1.attn.o.weight <- b.1.o.weight [reshape]" in text
 
 
 @pytest.mark.parametrize("name", ["b.1.k.weight", "layers.1.attn.qkv.weight", "ema.x"])
-def test_explain_knows_both_sides(world: World, name: str) -> None:
-    data = world.json("rules", "explain", name, *world.sides())["data"]
+def test_explain_knows_both_sides(workspace: Workspace, name: str) -> None:
+    data = workspace.json("rules", "explain", name, *workspace.sides())["data"]
     assert data["found"] and (data["tasks"] or data["notes"])
     if name == "b.1.k.weight":
         assert data["rules"][0]["groups"] == ["1", "k"] and data["rules"][0]["shard"] == r"\2"
         assert data["tasks"] == ["b.1.k.weight -> layers.1.attn.qkv.weight [into 4:6, 0:4]"]
 
 
-def test_explain_of_an_unknown_name_offers_the_nearest(world: World) -> None:
-    data = world.json("rules", "explain", "b.1.kk.weight", *world.sides(), code=1)["data"]
+def test_explain_of_an_unknown_name_offers_the_nearest(workspace: Workspace) -> None:
+    data = workspace.json("rules", "explain", "b.1.kk.weight", *workspace.sides(), code=1)["data"]
     assert not data["found"] and "did you mean b.1.k.weight?" in data["notes"][0]
 
 
-def test_suggest_writes_rules_that_plan_accepts(world: World) -> None:
-    written = world.folder / "proposed.toml"
-    data = world.json("rules", "suggest", "--source", world.checkpoint, "--target", world.target, "-o", written)["data"]
+def test_suggest_writes_rules_that_plan_accepts(workspace: Workspace) -> None:
+    written = workspace.folder / "proposed.toml"
+    data = workspace.json(
+        "rules", "suggest", "--source", workspace.checkpoint, "--target", workspace.target, "-o", written
+    )["data"]
     assert sum(data["targets_explained"].values()) == len(TARGET) and data["missing"] == {}
     assert {rule["confidence"] for item in data["proposals"] for rule in item["rules"]} <= {"certain", "likely"}
-    planned = world.json("rules", "plan", *world.sides(rules=written))["data"]["map"]
-    assert planned == world.json("rules", "plan", *world.sides())["data"]["map"]
-    text = world.run("rules", "suggest", "--source", world.checkpoint, "--target", world.target).stdout
+    planned = workspace.json("rules", "plan", *workspace.sides(rules=written))["data"]["map"]
+    assert planned == workspace.json("rules", "plan", *workspace.sides())["data"]["map"]
+    text = workspace.run("rules", "suggest", "--source", workspace.checkpoint, "--target", workspace.target).stdout
     assert "target tensors explained" in text
 
 
-def test_invert_leads_back(world: World) -> None:
-    back = world.folder / "back.toml"
-    data = world.json("rules", "invert", *world.sides(), "-o", back)["data"]
+def test_invert_leads_back(workspace: Workspace) -> None:
+    back = workspace.folder / "back.toml"
+    data = workspace.json("rules", "invert", *workspace.sides(), "-o", back)["data"]
     assert data["output"] == str(back) and RuleSet.from_file(back).to_dict() == data["rules"]
-    swapped = ["--source", world.target, "--target", world.checkpoint, "--rules", back]
-    assert world.json("rules", "check", *swapped)["data"]["coverage"]["ok"]
-    assert RuleSet.from_toml(world.run("rules", "invert", *world.sides()).stdout).name == "pair_inverse"
+    swapped = ["--source", workspace.target, "--target", workspace.checkpoint, "--rules", back]
+    assert workspace.json("rules", "check", *swapped)["data"]["coverage"]["ok"]
+    assert RuleSet.from_toml(workspace.run("rules", "invert", *workspace.sides()).stdout).name == "pair_inverse"
 
 
-def test_export_there_and_back_gives_the_same_bits(world: World) -> None:
-    converted, original = world.folder / "converted.safetensors", world.folder / "original.safetensors"
-    options = ["--rules", world.rules]
-    there = ["--forward", "--target", world.target, "-o", converted]
-    done = world.json("rules", "export", world.checkpoint, *options, *there)["data"]
+def test_export_there_and_back_gives_the_same_bits(workspace: Workspace) -> None:
+    converted, original = workspace.folder / "converted.safetensors", workspace.folder / "original.safetensors"
+    options = ["--rules", workspace.rules]
+    there = ["--forward", "--target", workspace.target, "-o", converted]
+    done = workspace.json("rules", "export", workspace.checkpoint, *options, *there)["data"]
     assert done["tensors"] == len(TARGET)
-    back = ["--source", world.checkpoint, "-o", original]
-    done = world.json("rules", "export", converted, *options, *back)["data"]
+    back = ["--source", workspace.checkpoint, "-o", original]
+    done = workspace.json("rules", "export", converted, *options, *back)["data"]
     assert done["inexact"] == {} and done["tensors"] == len(SOURCE) - 1
     returned = load_file(original)
-    assert all(torch.equal(tensor, world.tensors[name]) for name, tensor in returned.items())
+    assert all(torch.equal(tensor, workspace.tensors[name]) for name, tensor in returned.items())
 
 
-def test_a_port_brings_its_rules() -> None:
+def test_a_port_provides_its_rules() -> None:
     done = CliRunner().invoke(main, ["rules", "check", "--port", "dreamid_omni", "--component", "vae", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["data"]["rules"] > 0
 
@@ -217,16 +220,16 @@ CHANGES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("code", CHANGES)
-def test_each_error_has_its_code_message_and_hint(world: World, code: str) -> None:
+def test_each_error_has_its_code_message_and_hint(workspace: Workspace, code: str) -> None:
     old, new = CHANGES[code]
     assert old in RULES
-    world.rules.write_text(RULES.replace(old, new, 1))
-    found = problems(world.json("coverage", *world.sides(), code=1))
+    workspace.rules.write_text(RULES.replace(old, new, 1))
+    found = problems(workspace.json("coverage", *workspace.sides(), code=1))
     assert code in found, found
     assert all(found.values())
-    done = world.run("rules", "plan", *world.sides())
+    done = workspace.run("rules", "plan", *workspace.sides())
     assert done.exit_code == 1 and (done.stdout or done.stderr)
-    back = world.json("rules", "invert", *world.sides(), code=1)["error"]
+    back = workspace.json("rules", "invert", *workspace.sides(), code=1)["error"]
     assert back["code"] in (code, "remap_failed") and back["message"] and back["hint"]
 
 
@@ -247,67 +250,69 @@ def problems(envelope: dict[str, Any]) -> dict[str, str]:
         ("layers.0.attn.o.weight", [[4, 4], "int64"], "remap_dtype"),
     ],
 )
-def test_gaps_of_the_target(world: World, name: str, shape: list[Any] | None, code: str) -> None:
+def test_gaps_of_the_target(workspace: Workspace, name: str, shape: list[Any] | None, code: str) -> None:
     changed = {key: value for key, value in {**TARGET, name: shape}.items() if value is not None}
-    world.target.write_text(json.dumps(changed))
-    assert code in problems(world.json("coverage", *world.sides(), code=1))
+    workspace.target.write_text(json.dumps(changed))
+    assert code in problems(workspace.json("coverage", *workspace.sides(), code=1))
 
 
-def test_files_that_are_not_what_they_should_be(world: World) -> None:
-    broken = world.folder / "broken.safetensors"
+def test_invalid_files(workspace: Workspace) -> None:
+    broken = workspace.folder / "broken.safetensors"
     broken.write_bytes(b"\xff" * 64)
-    for source in (broken, world.folder / "nothing", world.folder / "empty.json"):
+    for source in (broken, workspace.folder / "nothing", workspace.folder / "empty.json"):
         if source.suffix == ".json":
             source.write_text("[]")
-        error = world.json("coverage", *world.sides(source=source), code=1)["error"]
+        error = workspace.json("coverage", *workspace.sides(source=source), code=1)["error"]
         assert error["code"] == "manifest_invalid" and error["hint"]
-    index = world.checkpoint / "model.safetensors.index.json"
+    index = workspace.checkpoint / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"b.0.q.weight": "absent.safetensors"}}))
-    assert world.json("manifest", world.checkpoint, code=1)["error"]["code"] == "manifest_invalid"
-    done = world.run("manifest", world.checkpoint)
+    assert workspace.json("manifest", workspace.checkpoint, code=1)["error"]["code"] == "manifest_invalid"
+    done = workspace.run("manifest", workspace.checkpoint)
     assert done.exit_code == 1 and not done.stdout and "error [manifest_invalid]" in done.stderr
     assert "hint:" in done.stderr
 
 
 @pytest.mark.parametrize("size", ["hidden", "hidden=x", "=3"])
-def test_sizes_are_names_and_numbers(world: World, size: str) -> None:
-    error = world.json("coverage", *world.sides(), "--size", size, code=1)["error"]
+def test_sizes_are_names_and_numbers(workspace: Workspace, size: str) -> None:
+    error = workspace.json("coverage", *workspace.sides(), "--size", size, code=1)["error"]
     assert error["code"] == "remap_size" and "--size" in error["hint"]
 
 
-def test_an_unwritable_way_back_is_said(world: World) -> None:
-    source = world.folder / "S.json"
+def test_an_unwritable_way_back_is_said(workspace: Workspace) -> None:
+    source = workspace.folder / "S.json"
     source.write_text(json.dumps({"c.weight_g": [4, 1], "c.weight_v": [4, 4]}))
-    world.target.write_text(json.dumps({"c.weight": [4, 4]}))
-    world.rules.write_text(
+    workspace.target.write_text(json.dumps({"c.weight": [4, 4]}))
+    workspace.rules.write_text(
         "name = 'fold'\n[[rule]]\nsource = 'c\\.weight_(g|v)'\ntarget = 'c.weight'\nshard = '\\1'\nop = 'weight_norm'\n"
     )
-    assert world.json("coverage", *world.sides(source=source))["data"]["ok"]
-    error = world.json("rules", "invert", *world.sides(source=source), code=1)["error"]
+    assert workspace.json("coverage", *workspace.sides(source=source))["data"]["ok"]
+    error = workspace.json("rules", "invert", *workspace.sides(source=source), code=1)["error"]
     assert error["code"] == "remap_op" and "export" in error["hint"]
 
 
-def test_import_and_export_of_another_librarys_mapping(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    (world.folder / "foreign_mapping.py").write_text(r"NAMES = {r'^b\.(\d+)\.': r'layers.\1.attn.', r'^ema\.': 'e.'}")
-    monkeypatch.syspath_prepend(str(world.folder))
-    out = world.folder / "imported.toml"
-    data = world.json("rules", "import", "foreign_mapping:NAMES", "-o", out, "--name", "mine")["data"]
+def test_import_and_export_of_another_librarys_mapping(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workspace.folder / "foreign_mapping.py").write_text(
+        r"NAMES = {r'^b\.(\d+)\.': r'layers.\1.attn.', r'^ema\.': 'e.'}"
+    )
+    monkeypatch.syspath_prepend(str(workspace.folder))
+    out = workspace.folder / "imported.toml"
+    data = workspace.json("rules", "import", "foreign_mapping:NAMES", "-o", out, "--name", "mine")["data"]
     assert data["output"] == str(out) and RuleSet.from_file(out).to_dict() == data["rules"]
-    text = world.json("rules", "export", "--as", "vllm", "--rules", out)["data"]["python"]
+    text = workspace.json("rules", "export", "--as", "vllm", "--rules", out)["data"]["python"]
     assert "WeightsMapper(" in text and "re.compile(" in text
-    data = world.json("rules", "import", "foreign_mapping:NAMES", "--source", world.checkpoint)["data"]
+    data = workspace.json("rules", "import", "foreign_mapping:NAMES", "--source", workspace.checkpoint)["data"]
     targets = {rule.get("target") for rule in data["rules"]["rule"]}
     assert r"layers.\1.attn.o.weight" in targets and "e.x" in targets
-    error = world.json("rules", "import", "foreign_mapping:OTHER", code=1)["error"]
+    error = workspace.json("rules", "import", "foreign_mapping:OTHER", code=1)["error"]
     assert error["code"] == "remap_rules"
 
 
-def test_export_for_a_library_names_what_it_leaves_out(world: World) -> None:
-    words = ("rules", "export", "--as", "transformers", "--rules", world.rules)
-    error = world.json(*words, code=1)["error"]
+def test_export_for_a_library_names_omitted_rules(workspace: Workspace) -> None:
+    words = ("rules", "export", "--as", "transformers", "--rules", workspace.rules)
+    error = workspace.json(*words, code=1)["error"]
     assert error["code"] == "remap_interop" and len(error["details"]["refused"]) == 3
-    file = world.folder / "mapping.py"
-    done = world.run(*words, "--partial", "-o", file)
+    file = workspace.folder / "mapping.py"
+    done = workspace.run(*words, "--partial", "-o", file)
     assert done.exit_code == 0 and done.stderr.count("left out: ") == 3
     assert file.read_text().count("# left out: ") == 3
 
@@ -332,9 +337,9 @@ def test_export_for_a_library_names_what_it_leaves_out(world: World) -> None:
         ("manifest",),
     ],
 )
-def test_usage_errors_are_2(world: World, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(world.folder)
-    (world.folder / "S.json").write_text("{}")
-    (world.folder / "x.toml").write_text(RULES)
-    done = world.run(*words)
+def test_usage_errors_are_2(workspace: Workspace, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace.folder)
+    (workspace.folder / "S.json").write_text("{}")
+    (workspace.folder / "x.toml").write_text(RULES)
+    done = workspace.run(*words)
     assert done.exit_code == 2 and "Usage:" in done.stderr and not done.stdout

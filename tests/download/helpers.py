@@ -11,7 +11,7 @@ from port_kit.download import GitCode, Policy, Recipe, Report, download
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 
-IMPATIENT = Policy(connect_timeout=2, read_timeout=0.6, attempts=4, base=0.02, longest=5, segment_size=1 << 20)
+SHORT = Policy(connect_timeout=2, read_timeout=0.6, attempts=4, base=0.02, longest=5, segment_size=1 << 20)
 WEIGHTS, VAE, VOCAB = "org/model", "org/vae", "org/words"
 MODEL_INDEX = {"_class_name": "TestPipeline", "_diffusers_version": "0.40.0"}
 
@@ -37,7 +37,7 @@ EXPECTED = {
 
 def bring(recipe: Recipe, directory: Path, hub: Hub, **options: object) -> Report:
     """Download with short timeouts, without token and cache."""
-    defaults = {"endpoint": hub.endpoint, "policy": IMPATIENT, "use_cache": False, "token": False}
+    defaults = {"endpoint": hub.endpoint, "policy": SHORT, "use_cache": False, "token": False}
     return download(recipe, directory, **{**defaults, **options})  # type: ignore[arg-type]
 
 

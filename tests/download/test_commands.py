@@ -72,7 +72,7 @@ def test_json_is_one_envelope(vae_hub: Hub, recipe_file: Path, tmp_path: Path) -
     assert json.loads(call("remove", tmp_path / "m", "--json").stdout)["data"]["gone"]
 
 
-def test_errors_say_what_to_do(tmp_path: Path) -> None:
+def test_errors_have_a_remedy(tmp_path: Path) -> None:
     failed = call("download", "no_such_port", "--output-dir", tmp_path / "m")
     assert failed.exit_code == 1 and "error [port_not_found]" in failed.stderr and failed.stdout == ""
     failed = call("remove", tmp_path)

@@ -174,7 +174,7 @@ def test_checksums_are_those_of_zip_files(tmp_path: Path, blocked: bool) -> None
     assert_equal(tmp_path / "x.safetensors", torch.load(tmp_path / "x.pth"))
 
 
-def test_a_disk_that_takes_no_such_file_is_told_before_anything_is_copied(tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_such_file_is_reported_before_anything_is_copied(tmp_path: Path) -> None:
     torch.save({"a": torch.randn(1_000_000)}, tmp_path / "x.pth")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))\n"
@@ -215,7 +215,7 @@ def test_a_file_system_that_allocates_nothing_still_gives_files_their_size(tmp_p
     assert done.stdout == f"{3 << 20}\n", done.stderr
 
 
-def test_unchanged_sources_cost_nothing_and_changed_ones_are_noticed(tmp_path: Path) -> None:
+def test_unchanged_sources_are_not_converted_again(tmp_path: Path) -> None:
     source, target = tmp_path / "x.pth", tmp_path / "x.safetensors"
     torch.save({"a": torch.zeros(1000)}, source)
     assert not convert_file(source, target).unchanged
@@ -363,7 +363,7 @@ def test_a_legacy_checkpoint_on_the_way(tmp_path: Path) -> None:
     assert_equal(tmp_path / "m/vae/model.safetensors", value)
 
 
-def test_an_evil_checkpoint_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+def test_a_malicious_checkpoint_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
     from tests.checkpoint.test_pickle_reader import Call
 
     marker = tmp_path / "marker"
@@ -410,7 +410,7 @@ def test_ranges_that_are_cut_short_are_asked_for_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_the_hub", [False, True])
-def test_a_recipe_leaves_out_what_is_no_tensor(tmp_path: Path, on_the_hub: bool) -> None:
+def test_a_recipe_drops_values_that_are_not_tensors(tmp_path: Path, on_the_hub: bool) -> None:
     """Numbers beside the tensors are reported; other values need the recipe's word."""
     value = {"w": torch.ones(2), "head": torch.ones(3), "epoch": 3, "args": argparse.Namespace(a=1), "names": {"x"}}
     torch.save(value, tmp_path / "x.pth")

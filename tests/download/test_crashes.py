@@ -142,7 +142,7 @@ def test_several_processes_fetch_a_file_once(big_file: Path, tmp_path: Path, cou
         assert (tmp_path / "m/big.safetensors").read_bytes() == big_file.read_bytes()
 
 
-def test_locks_that_do_nothing_cost_time_but_no_bytes(big_file: Path, tmp_path: Path) -> None:
+def test_locks_without_effect_corrupt_no_file(big_file: Path, tmp_path: Path) -> None:
     without = "import fcntl\nfcntl.flock = lambda *arguments: None"
     with Hub({WEIGHTS: {"big.safetensors": big_file}}, bytes_per_second=60 << 20) as hub:
         runs = run_processes(2, hub, tmp_path / "m", without)
@@ -170,7 +170,7 @@ def test_the_lock_of_a_killed_process_blocks_no_other_process(
         assert notes.texts == []  # a download that waits for a lock notes it
 
 
-def test_a_failed_run_keeps_what_it_has(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_failed_run_keeps_received_bytes(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     hub.inject(Fault("get", "big.safetensors", times=-1, cut=300_000))
     once = Policy(attempts=1, connections=1, segment_size=1 << 20)
     for _ in range(3):

@@ -15,13 +15,13 @@ from port_kit.download.incoming_file import IncomingFile
 from port_kit.download.parts import ALIGNMENT, FileSpec, acquire
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
-from tests.download.helpers import EXPECTED, IMPATIENT, VAE, WEIGHTS, assert_whole, bring, noise
+from tests.download.helpers import EXPECTED, SHORT, VAE, WEIGHTS, assert_whole, bring, noise
 from tests.helpers import raises, wait_until
 
 BIG = "big.safetensors"
 
 
-def test_a_fresh_run_brings_everything_with_one_get_a_segment(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_fresh_run_fetches_all_files_with_one_get_per_segment(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     report = bring(recipe, tmp_path / "m", hub, policy=Policy(segment_size=1 << 20))
     assert_whole(tmp_path / "m")
     assert set(report.fetched) == set(EXPECTED)
@@ -29,7 +29,7 @@ def test_a_fresh_run_brings_everything_with_one_get_a_segment(hub: Hub, recipe: 
     assert [len(hub.gets(name)) for name in (BIG, "vae.safetensors", "words/spiece.model")] == [5, 1, 1]
 
 
-def test_a_second_run_asks_nothing(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_second_run_makes_no_request(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     bring(recipe, tmp_path / "m", hub)
     hub.requests.clear()
     assert bring(recipe, tmp_path / "m", hub).plan is None
@@ -38,9 +38,7 @@ def test_a_second_run_asks_nothing(hub: Hub, recipe: Recipe, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("cut", [1, 1 << 19, (1 << 20) - 1])
 @pytest.mark.parametrize("no_length", [False, True])
-def test_a_body_that_ends_early_is_gone_on_with(
-    hub: Hub, recipe: Recipe, tmp_path: Path, cut: int, no_length: bool
-) -> None:
+def test_a_truncated_body_is_resumed(hub: Hub, recipe: Recipe, tmp_path: Path, cut: int, no_length: bool) -> None:
     hub.inject(Fault("get", BIG, cut=cut, no_length=no_length))
     bring(recipe, tmp_path / "m", hub)
     assert_whole(tmp_path / "m")
@@ -159,7 +157,7 @@ def test_the_server_says_when_to_come_back(hub: Hub, recipe: Recipe, tmp_path: P
     bring(recipe, tmp_path / "m", hub)
     assert time.monotonic() - begun > 0.8
     assert_whole(tmp_path / "m")
-    segments = -(-len(EXPECTED[f"transformer/{BIG}"]) // IMPATIENT.segment_size)
+    segments = -(-len(EXPECTED[f"transformer/{BIG}"]) // SHORT.segment_size)
     assert len(hub.gets(BIG)) == segments + 1
 
 
@@ -218,7 +216,7 @@ def test_old_bytes_are_never_taken_for_a_new_commit(hub: Hub, recipe: Recipe, tm
     assert (tmp_path / "m/vae/vae.safetensors").read_bytes() == noise(300_000, 9)
 
 
-def test_a_dead_proxy_is_not_used_where_no_proxy_says_so(
+def test_no_proxy_bypasses_a_dead_proxy(
     hub: Hub, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -230,7 +228,7 @@ def test_a_dead_proxy_is_not_used_where_no_proxy_says_so(
         bring(recipe, tmp_path / "n", hub)
 
 
-def test_a_plain_http_proxy_is_asked_with_whole_urls(
+def test_a_plain_http_proxy_receives_absolute_urls(
     hub: Hub, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Hub(dict.fromkeys([WEIGHTS], {"x": b""})) as proxy:
@@ -266,7 +264,7 @@ def test_large_files_are_cut_so_that_all_connections_end_together() -> None:
 
 
 def test_impatience_is_a_policy() -> None:
-    assert IMPATIENT.pause(1) < IMPATIENT.pause(4) <= IMPATIENT.longest * 1.25
+    assert SHORT.pause(1) < SHORT.pause(4) <= SHORT.longest * 1.25
 
 
 def test_writes_past_the_cache_are_right_wherever_they_begin(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_pinned_old_commit_comes_alone(remote: GitRemote, tmp_path: Path, over
     assert sorted(path.name for path in (folder / "path").iterdir()) == ["zz_model"]
 
 
-def test_a_moved_branch_changes_nothing(remote: GitRemote) -> None:
+def test_a_moved_branch_has_no_effect(remote: GitRemote) -> None:
     unpinned = code(remote.url)
     first = resolve_commit(unpinned)
     assert first == remote.head
@@ -88,7 +88,7 @@ from port_kit.errors import DownloadError
 try:
     resolve_commit(GitCode("c", {remote.url!r}, ("zz_model",)))
 except DownloadError as error:
-    print(error.message)
+    print(error.code, "git" in error.message)
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -97,7 +97,7 @@ except DownloadError as error:
         text=True,
         timeout=300,
     )
-    assert done.stdout == "git is not installed\n", done.stderr
+    assert done.stdout == "code_broken True\n", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_a_package_whose_files_lie_in_git_lfs_is_refused(remote: GitRemote, path
     commit = remote.commit({path: pointer, "outside.bin": pointer})
     with pytest.raises(DownloadError) as caught:
         fetch_code(code(remote.url, commit), commit)
-    assert caught.value.code == "code_broken" and f"{path} lies in Git LFS" in caught.value.message
+    assert caught.value.code == "code_broken" and path in caught.value.message
 
 
-def test_branches_and_tags_are_found_by_their_whole_name(remote: GitRemote) -> None:
+def test_branches_and_tags_are_found_by_their_complete_name(remote: GitRemote) -> None:
     head = remote.head
     remote.git("tag", "--annotate", "v1", "--message", "x")
     remote.git("checkout", "--quiet", "-b", "feature/main")
@@ -257,7 +257,7 @@ def test_a_checkout_of_another_user_is_used_if_it_is_declared_safe(
     check_code(source, commit)
 
 
-def test_without_a_home_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_the_error_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "PORT_KIT_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 54321)

@@ -23,7 +23,7 @@ from port_kit.download.urls import follow_location, origin_of
 from port_kit.errors import DownloadError, PortKitError
 from port_kit.escape import redacted
 from port_kit.testing.hub import Fault, Hub
-from tests.download.helpers import IMPATIENT, MODEL_INDEX, WEIGHTS, bring, noise
+from tests.download.helpers import MODEL_INDEX, SHORT, WEIGHTS, bring, noise
 
 BIG = noise(2 << 20)
 ALL = Recipe("r", (Repository(WEIGHTS, (FileRule("*"),)),), MODEL_INDEX)
@@ -299,7 +299,7 @@ def test_all_that_a_server_says_is_escaped(tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07"
     with Hub({WEIGHTS: {"f": BIG}}) as hub:
         hub.inject(Fault("get", times=1, flip=5), Fault("get", times=-1, headers={"Content-Encoding": evil}))
-        error = refused(hub, tmp_path / "m", policy=IMPATIENT, progress=LineProgress(stream))
+        error = refused(hub, tmp_path / "m", policy=SHORT, progress=LineProgress(stream))
     assert "\x1b" not in stream.getvalue() + str(error) and r"\x1b]0;owned" in str(error)
 
 

@@ -124,7 +124,7 @@ def test_an_adopted_file_is_never_deleted(hub: Hub, tmp_path: Path, linked: bool
     assert (shared / "f.safetensors").exists() and ("vae" if linked else TARGET) in left.left
 
 
-def test_what_was_downloaded_behind_a_linked_folder_is_not_deleted_either(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_behind_a_linked_folder_is_not_deleted(hub: Hub, tmp_path: Path) -> None:
     """A lock of another user could name any file."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "m").mkdir()
@@ -179,7 +179,7 @@ def test_prune_needs_a_directory_that_was_one_before(hub: Hub, tmp_path: Path) -
         *(["sub/HEAD", "sub/objects/x", "sub/refs/x"], ["HEAD", "objects/x", "refs/x"]),
     ],
 )
-def test_a_repository_brings_no_repository(tmp_path: Path, files: list[str]) -> None:
+def test_a_repository_contains_no_repository(tmp_path: Path, files: list[str]) -> None:
     """Git runs commands that a repository's own configuration names."""
     with Hub({WEIGHTS: {**dict.fromkeys(files, b"x"), "f": b"1"}}) as hub:
         with pytest.raises(DownloadError) as caught:
@@ -227,7 +227,7 @@ def test_a_lock_that_does_nothing_is_noticed(tmp_path: Path, monkeypatch: pytest
         assert exclusive is works
 
 
-def test_threads_take_turns_where_locks_do_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_exclude_each_other_without_locks(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcntl.flock", lambda *_: None)
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(bring, RECIPE, tmp_path / "m", hub) for _ in range(4)]

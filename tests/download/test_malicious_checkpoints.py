@@ -166,7 +166,7 @@ def test_a_hostile_checkpoint_is_refused_by_name(tmp_path: Path, name: str) -> N
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_the_builders_above_make_what_can_be_read(tmp_path: Path) -> None:
+def test_the_builders_make_readable_checkpoints(tmp_path: Path) -> None:
     """Valid content is accepted, so the errors above are due to the content."""
     (tmp_path / "x.pth").write_bytes(archive(state(a=tensor((12,), (1,)), b=tensor((3, 4), (1, 3), b"1")), storages=2))
     (tmp_path / "y.pth").write_bytes(legacy(["0"], 12))
@@ -193,7 +193,7 @@ def test_a_real_torchscript_archive_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["object", "keys", "bytes"])
-def test_evil_in_a_later_or_inner_pickle(tmp_path: Path, place: str) -> None:
+def test_malicious_in_a_later_or_inner_pickle(tmp_path: Path, place: str) -> None:
     marker = tmp_path / "marker"
     evil = b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
     head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))

@@ -33,7 +33,7 @@ def spoil(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "deleted"])
-def test_a_rerun_repairs_what_a_size_tells(hub: Hub, recipe: Recipe, tmp_path: Path, how: str) -> None:
+def test_a_rerun_repairs_files_of_wrong_size(hub: Hub, recipe: Recipe, tmp_path: Path, how: str) -> None:
     bring(recipe, tmp_path / "m", hub)
     hub.requests.clear()
     spoil(tmp_path / "m/vae/vae.safetensors", how)
@@ -69,7 +69,7 @@ def test_verify_repairs_a_configuration(hub: Hub, recipe: Recipe, tmp_path: Path
     assert hub.gets() == []
 
 
-def test_offline_needs_everything_and_asks_nothing(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_offline_requires_all_files_and_makes_no_request(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(DownloadError) as caught:
         bring(recipe, tmp_path / "m", hub, offline=True)
     assert caught.value.code == "offline_incomplete" and not (tmp_path / "m").exists()
@@ -89,7 +89,7 @@ def test_offline_can_do_the_last_step(hub: Hub, recipe: Recipe, tmp_path: Path) 
     assert_whole(tmp_path / "m")
 
 
-def test_model_index_is_last_and_whole(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_model_index_is_last_and_complete(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     bring(recipe, tmp_path / "m", hub)
     index = tmp_path / "m/model_index.json"
     assert json.loads(index.read_text()) == MODEL_INDEX
@@ -97,7 +97,7 @@ def test_model_index_is_last_and_whole(hub: Hub, recipe: Recipe, tmp_path: Path)
     assert all(path.stat().st_mtime_ns <= index.stat().st_mtime_ns for path in others)
 
 
-def test_the_lock_says_what_was_used(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_the_lock_records_the_sources(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     bring(recipe.with_(revisions={VAE: None}), tmp_path / "m", hub)
     lock = json.loads((tmp_path / "m/port.lock").read_text())
     assert lock["revisions"][VAE] == hub.commit(VAE) and lock["unconfirmed"] == [VAE] and lock["complete"]
@@ -136,7 +136,7 @@ def test_foreign_files_are_adopted_by_hash_and_never_overwritten(hub: Hub, recip
     assert caught.value.code == "target_foreign"
 
 
-def test_another_recipe_takes_away_what_it_does_not_need(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_another_recipe_deletes_unneeded_files(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     bring(recipe, tmp_path / "m", hub)
     (tmp_path / "m/notes.txt").write_text("mine")
     smaller = Recipe("small", recipe.repositories[:2], MODEL_INDEX, recipe.configs)
@@ -150,7 +150,7 @@ def test_another_recipe_takes_away_what_it_does_not_need(hub: Hub, recipe: Recip
     assert not (tmp_path / "m/notes.txt").exists()
 
 
-def test_remove_takes_exactly_what_was_put_there(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_remove_deletes_exactly_the_downloaded_files(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     bring(recipe, tmp_path / "m", hub)
     (tmp_path / "m/transformer/mine.txt").write_text("x")
     done = remove(tmp_path / "m")
@@ -207,7 +207,7 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "m/model_index.json").exists()
 
 
-def test_xet_headers_change_nothing(tmp_path: Path) -> None:
+def test_xet_headers_have_no_effect(tmp_path: Path) -> None:
     """The Hub offers Xet and plain HTTP; plain HTTP is resumed and hashed."""
     from port_kit.testing.hub import Fault
 
@@ -220,7 +220,7 @@ def test_xet_headers_change_nothing(tmp_path: Path) -> None:
         assert len(hub.gets()) == 2
 
 
-def test_progress_tells_each_file_and_all_bytes(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_progress_reports_each_file_and_all_bytes(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     import io
 
     stream = io.StringIO()

@@ -66,7 +66,7 @@ def lock_up(directory: Path, mode: int) -> None:
         path.chmod(mode | 0o111 if path.is_dir() else mode)
 
 
-def test_a_whole_read_only_directory_is_used_and_a_damaged_one_named(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_complete_read_only_directory_is_used_a_damaged_one_named(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     bring(recipe, tmp_path / "m", hub)
     hub.requests.clear()
     lock_up(tmp_path / "m", 0o444)
@@ -107,7 +107,7 @@ def test_a_read_only_place_is_named_before_anything_is_asked(hub: Hub, recipe: R
         ),
     ],
 )
-def test_what_is_in_the_way_is_named(
+def test_an_obstacle_is_named(
     hub: Hub, recipe: Recipe, tmp_path: Path, make: Callable[[Path], object], code: str
 ) -> None:
     make(tmp_path / "m")
@@ -225,7 +225,7 @@ def test_a_journal_with_strange_lines_is_read_past_them(hub: Hub, recipe: Recipe
         lambda part: (part / "data").unlink(),
     ],
 )
-def test_a_part_that_was_spoilt_costs_bytes_but_spoils_nothing(
+def test_a_corrupted_partial_download_is_fetched_again(
     hub: Hub, recipe: Recipe, tmp_path: Path, spoil: Callable[[Path], object]
 ) -> None:
     one = Policy(connections=1, segment_size=1 << 20, base=0.02)
@@ -265,7 +265,7 @@ def test_a_dry_run_verifies_and_repairs_nothing(hub: Hub, recipe: Recipe, tmp_pa
     assert caught.value.code == "offline_incomplete"
 
 
-def test_a_removal_waits_for_a_download_and_takes_what_it_brought(tmp_path: Path) -> None:
+def test_a_removal_waits_for_a_download_and_deletes_its_files(tmp_path: Path) -> None:
     """And a download that waits for the removal begins anew, under a lock of its own."""
     recipe = Recipe("r", (Repository(WEIGHTS, (FileRule("f"),)),), MODEL_INDEX)
     with Hub({WEIGHTS: {"f": noise(1 << 20)}}) as hub, ThreadPoolExecutor() as pool:

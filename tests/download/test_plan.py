@@ -55,7 +55,7 @@ def test_a_pattern_that_matches_nothing_names_near_files(hub: Hub, tmp_path: Pat
     assert error.code == "pattern_empty" and "big.safetensors" in error.hint
 
 
-def test_the_plan_tells_terms(hub: Hub, tmp_path: Path) -> None:
+def test_the_plan_reports_terms(hub: Hub, tmp_path: Path) -> None:
     repository = Repository(WEIGHTS, (FileRule("README.md"),), licence="research only", gated=True)
     plan = bring(Recipe("r", (repository,), MODEL_INDEX), tmp_path / "m", hub, dry_run=True).plan
     assert plan is not None and plan.to_json()["gated"] == [WEIGHTS]
@@ -202,7 +202,7 @@ def test_a_disk_that_all_repositories_together_overfill_is_noticed_before_the_fi
     with Hub({WEIGHTS: {"f": b"1"}, VAE: {"f": b"1"}}) as hub:
         hub.inject(*stated(hub, {WEIGHTS: free * 6 // 10, VAE: free * 6 // 10}))
         error = refused(both, tmp_path / "m", hub)
-        assert error.code == "disk_full" and "are free" in error.message
+        assert error.code == "disk_full"
         assert error.details["needed"] > free * 11 // 10 and error.details["free"] < free * 11 // 10
         hub.inject(*stated(hub, {WEIGHTS: free * 6 // 10}))
         assert bring(only(FileRule("f")), tmp_path / "n", hub, dry_run=True).plan is not None
@@ -247,7 +247,7 @@ def test_a_disk_that_is_full_when_a_file_is_finished(tmp_path: Path, monkeypatch
         assert (tmp_path / "m/f").read_bytes() == noise(2 << 20) and hub.gets() == []
 
 
-def test_a_file_that_the_disk_holds_no_more_of_is_named_and_gone_on_with(tmp_path: Path) -> None:
+def test_a_file_beyond_the_disks_limit_is_named_and_resumed(tmp_path: Path) -> None:
     """FAT holds 4 GB a file; here `ulimit -f` makes the system reject a write in the middle of the file."""
     with Hub({WEIGHTS: {"f": noise(6 << 20)}}) as hub:
         script = (

@@ -83,7 +83,7 @@ def test_targets(rule: FileRule, path: str, target: str) -> None:
         {"code": [{"name": "c", "url": "https://x/y", "packages": ["m"], "commit": "9a9f456"}]},
     ],
 )
-def test_what_cannot_be_right_is_refused(change: dict[str, object]) -> None:
+def test_contradictions_are_refused(change: dict[str, object]) -> None:
     plain = {"name": "r", "repositories": [{"repo_id": "o/m", "files": [{"pattern": "x"}]}], "model_index": INDEX}
     assert Recipe.from_dict(plain).name == "r"
     with pytest.raises(DownloadError) as caught:

@@ -19,7 +19,7 @@ from port_kit.download import FileRule, Recipe
 from port_kit.registry import list_ports
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
-from tests.download.helpers import IMPATIENT, bring, hashes, noise
+from tests.download.helpers import SHORT, bring, hashes, noise
 
 SHIPPED = ("dreamid_omni", "ovi")
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -49,7 +49,7 @@ def files_of(recipe: Recipe, folder: Path) -> dict[str, dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_recipe_fixes_what_it_does_not_pin(name: str, tmp_path: Path) -> None:
+def test_a_shipped_recipe_resolves_unpinned_revisions(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     loose = [repository.repo_id for repository in recipe.repositories if repository.revision is None]
     with Hub(files_of(recipe, tmp_path)) as hub:
@@ -76,7 +76,7 @@ def test_a_shipped_recipe_fixes_what_it_does_not_pin(name: str, tmp_path: Path) 
 def test_a_shipped_recipe_gives_the_directory_that_its_port_reads(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     with Hub(files_of(recipe, tmp_path)) as hub:
-        bring(recipe, tmp_path / "m", hub, policy=dataclasses.replace(IMPATIENT, segment_size=None))
+        bring(recipe, tmp_path / "m", hub, policy=dataclasses.replace(SHORT, segment_size=None))
     index = json.loads((tmp_path / "m/model_index.json").read_text())
     assert index == recipe.model_index and {"_class_name", "_diffusers_version"} <= set(index)
     for component in list_ports()[name].components:

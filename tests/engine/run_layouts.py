@@ -25,8 +25,8 @@ def request(report: Path) -> tuple[Any, Any]:
     """A prompt with one reference image and audio, and its parameters; ranks report to the path ``report``."""
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-    voice = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
-    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [voice]}
+    samples = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
+    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [samples]}
     extra = {"report": str(report), **GUIDANCE}
     sampling = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=1, seed=11, extra_args=extra)
     return {"prompt": "one person sings", "multi_modal_data": media}, sampling
@@ -45,8 +45,8 @@ def run(model: str, folder: Path, layout: str) -> dict[str, Any]:
     finally:
         omni.close()
     frames = np.asarray(result.images[0]).astype(np.int64)
-    sound = np.asarray(result.multimodal_output["audio"]).astype(np.float64)
-    np.savez(folder / f"{layout}.npz", frames=frames, sound=sound)
+    audio = np.asarray(result.multimodal_output["audio"]).astype(np.float64)
+    np.savez(folder / f"{layout}.npz", frames=frames, audio=audio)
     return {"workers": workers}
 
 

@@ -15,14 +15,14 @@ import numpy as np
 
 def describe(result: Any) -> dict[str, Any]:
     """Reduce one answer to numbers: shapes, digests, types."""
-    video, sound = np.asarray(result.images[0]), np.asarray(result.multimodal_output["audio"])
+    video, audio = np.asarray(result.images[0]), np.asarray(result.multimodal_output["audio"])
     return {
         "final_output_type": result.final_output_type,
         "video_shape": video.shape,
         "video_sum": float(video.astype(np.float64).sum()),
         "video_std": float(video.std()),
-        "sound_shape": sound.shape,
-        "sound_sum": float(sound.astype(np.float64).sum()),
+        "audio_shape": audio.shape,
+        "audio_sum": float(audio.astype(np.float64).sum()),
         "fps": result.multimodal_output["fps"],
         "audio_sample_rate": result.multimodal_output["audio_sample_rate"],
     }

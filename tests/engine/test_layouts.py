@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("run_layouts.py")
 KINDS = ("tp2", "ulysses2", "ring2", "allgather2", "cfg2", "hsdp2")
 REFUSED = ("ulysses3", "tp3", "cfg5", "cfg3+cache_dit")
 #: Seconds for seven engines: some 250 of CPU, and machines are shared.
-PATIENCE = 1800
+DEADLINE = 1800
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def reports(traced_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("layouts")
     command = [sys.executable, str(SCRIPT), str(traced_model), str(folder), "single", *REFUSED, *KINDS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 
@@ -67,7 +67,7 @@ def test_two_ranks_give_the_latents_of_one(layout: str, reports: Path) -> None:
             torch.testing.assert_close(latents[name], value, rtol=0, atol=5e-6)
     alone, together = (np.load(reports / f"{name}.npz") for name in ("single", layout))
     assert np.abs(together["frames"] - alone["frames"]).max() <= 1  # of 255: a rounding may fall the other way
-    assert np.abs(together["sound"] - alone["sound"]).max() <= 1e-4
+    assert np.abs(together["audio"] - alone["audio"]).max() <= 1e-4
 
 
 @pytest.mark.parametrize("layout", KINDS)
@@ -93,10 +93,10 @@ def test_each_rank_did_its_share(layout: str, reports: Path) -> None:
         ("ulysses3", "parallel_degree", "ulysses 2 or 4"),
         ("tp3", "parallel_degree", "tp 2 or 4"),
         ("cfg5", "parallel_degree", "cfg 2 or 4"),
-        ("cfg3+cache_dit", "cache_passes", "cfg_parallel_size to 1 or 2 or 4"),
+        ("cfg3+cache_dit", "cache_passes", "cfg_parallel_size"),
     ],
 )
-def test_what_the_model_cannot_have_is_refused_before_a_worker_starts(
+def test_unsupported_options_are_refused_before_a_worker_starts(
     layout: str, code: str, possible: str, reports: Path
 ) -> None:
     refused = outcome(reports, layout)["refused"]

@@ -37,18 +37,18 @@ def test_the_cpu_platform_is_active(layout: str, reports: dict[str, dict[str, An
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_port_with_sound_is_a_video_stage(layout: str, reports: dict[str, dict[str, Any]]) -> None:
+def test_a_port_with_audio_is_a_video_stage(layout: str, reports: dict[str, dict[str, Any]]) -> None:
     report = reports[layout]
     assert report["stage_types"] == ["video"]
     assert report["final_output_type"] == "video"
     assert report["video_shape"] == [5, 160, 160, 3]
-    assert report["sound_shape"] == [3333]
+    assert report["audio_shape"] == [3333]
     assert (report["fps"], report["audio_sample_rate"]) == (24, 16000)
     assert report["video_std"] > 0.01
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_failed_request_is_told_and_the_next_is_served(layout: str, reports: dict[str, dict[str, Any]]) -> None:
+def test_a_failed_request_is_reported_and_the_next_is_served(layout: str, reports: dict[str, dict[str, Any]]) -> None:
     report = reports[layout]
     assert "this prompt fails" in report["failure"]
     assert report["again"] == {name: report[name] for name in report["again"]}
@@ -57,4 +57,4 @@ def test_a_failed_request_is_told_and_the_next_is_served(layout: str, reports: d
 def test_two_ranks_agree_with_one(reports: dict[str, dict[str, Any]]) -> None:
     one, two = (reports[layout] for layout in LAYOUTS)
     assert two["video_sum"] == pytest.approx(one["video_sum"], rel=1e-6)
-    assert two["sound_sum"] == pytest.approx(one["sound_sum"], rel=1e-5)
+    assert two["audio_sum"] == pytest.approx(one["audio_sum"], rel=1e-5)

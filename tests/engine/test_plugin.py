@@ -65,7 +65,7 @@ def test_ports_are_registered_with_their_output_type() -> None:
         assert get_diffusion_output_type(port.class_name) == "video"
 
 
-def test_the_video_endpoints_are_told_which_references_a_port_reads() -> None:
+def test_the_video_endpoints_are_reported_which_references_a_port_reads() -> None:
     from vllm_omni.diffusion.model_metadata import get_diffusion_model_metadata
     from vllm_omni.model_extras import should_preserve_reference_image_size
 
@@ -99,7 +99,7 @@ def test_a_backend_without_a_cpu_kernel_is_refused() -> None:
     assert caught.value.code == "attention_backend"
 
 
-def test_the_platform_answers_what_profiling_asks() -> None:
+def test_the_platform_implements_queries_of_profiling() -> None:
     free, total = current_omni_platform.get_device_memory()
     assert 0 < free <= total
     assert current_omni_platform.mem_get_info()[1] == total

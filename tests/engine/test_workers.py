@@ -34,9 +34,9 @@ def single(toy_model: Path) -> RankResult:
 
 
 def test_one_rank_runs_the_pipeline(single: RankResult) -> None:
-    video, sound = single.outputs[0]
+    video, audio = single.outputs[0]
     assert video.shape == (5, 160, 160, 3)
-    assert sound.shape == (3333,)
+    assert audio.shape == (3333,)
     assert torch.isfinite(video).all() and video.std() > 0.01
     assert single.probe == (48, 16)
 
@@ -76,7 +76,7 @@ def test_keep_going_serves_the_next_request(toy_model: Path) -> None:
     assert result.outputs[0] is None and result.outputs[1] is not None
 
 
-def test_an_error_of_the_kit_arrives_whole(toy_model: Path) -> None:
+def test_an_error_of_the_kit_arrives_with_all_attributes(toy_model: Path) -> None:
     def refuse() -> None:
         raise PortKitError("no", code="port_invalid", hint="do this", name="x")
 
@@ -87,7 +87,7 @@ def test_an_error_of_the_kit_arrives_whole(toy_model: Path) -> None:
     assert (cause.code, cause.hint, cause.details) == ("port_invalid", "do this", {"name": "x"})
 
 
-def test_a_dead_rank_is_reported_and_nothing_leaks(toy_model: Path) -> None:
+def test_a_dead_rank_is_reported_and_no_process_leaks(toy_model: Path) -> None:
     before = _children()
     with raises("worker_died", "3"):
         run_workers(toy_model, [REQUEST], setup=lambda: os._exit(3))
@@ -109,7 +109,7 @@ def _spawned() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
-def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: RankResult, toy_model: Path) -> None:
+def test_spawned_ranks_wait_for_a_case_and_equal_forked_ones(single: RankResult, toy_model: Path) -> None:
     seen: list[str] = []
 
     def setup() -> None:
@@ -140,14 +140,14 @@ def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: R
     assert not any(process.is_running() for process in waiting_processes)
 
 
-def test_ranks_that_nobody_takes_are_ended() -> None:
+def test_unused_ranks_are_ended() -> None:
     prewarmed = PrewarmedRanks(1)
     (process,) = _spawned()
     prewarmed.close()
     assert not process.is_running()
 
 
-def test_a_world_in_the_garbage_does_not_hang_a_fork(toy_model: Path) -> None:
+def test_an_uncollected_process_group_does_not_hang_a_fork(toy_model: Path) -> None:
     """Its threads are not in the fork, and collecting it there would wait for them."""
     warm_up()
     gc.collect()

@@ -88,7 +88,7 @@ def test_diffusers_components_without_an_index_are_hybrid(folder: Folder) -> Non
     assert report.missing[0].file == "model_index.json"
 
 
-def test_custom_lists_what_lies_about(remote: Remote) -> None:
+def test_custom_lists_the_files_of_the_folder(remote: Remote) -> None:
     report = remote(fake_repositories.custom_model())
     formats = {part.name: part.formats for part in report.components}
     assert formats == {"best_netG": ("torch zip",), "fusion": ("torch zip",), "models_t5_enc": ("torch legacy",)}

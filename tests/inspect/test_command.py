@@ -71,7 +71,7 @@ def test_only_headers_travel_and_torch_stays_out() -> None:
     assert kinds.count("get") == len(files) - 1 and len(kinds) == len(files) - 1 + 3, "each once; tokenizer.json never"
 
 
-def test_catalogue_has_what_is_known_to_exist() -> None:
+def test_catalogue_has_known_classes() -> None:
     omni = known_classes.omni()
     assert omni.pipelines["WanPipeline"].startswith("wan2_2.") and len(omni.pipelines) > 50
     assert "bagel" in omni.stages and omni.by_architecture["BagelForConditionalGeneration"] == "BagelPipeline"
@@ -89,7 +89,7 @@ def test_catalogue_has_what_is_known_to_exist() -> None:
 
 
 @pytest.mark.slow
-def test_catalogue_equals_what_the_packages_say_when_imported() -> None:
+def test_catalogue_equals_the_imported_packages() -> None:
     import diffusers
     from vllm_omni.config.pipeline_registry import OMNI_PIPELINES
     from vllm_omni.diffusion.registry import _DIFFUSION_MODELS

@@ -82,7 +82,7 @@ def test_any_card(text: str) -> None:
     read_model_card(f"---\n{text}\n---\n")
 
 
-def test_cards_and_indexes_of_strangers() -> None:
+def test_untrusted_cards_and_indexes() -> None:
     assert read_model_card(f"---\n{DEEP.decode()}\n---\n").problem
     assert read_model_card("---\ndate: 2024-13-45\n---\n").problem
     assert read_index("a/x.index.json", b'{"weight_map": {"t": 3}}').weight_map == {"t": "a/3"}

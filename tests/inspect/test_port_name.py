@@ -42,7 +42,7 @@ def test_a_folder_is_called_by_its_own_name(tmp_path: Path, monkeypatch: pytest.
         ("custom", "", "", ""),
     ],
 )
-def test_what_no_template_adapts_is_ported_around_its_other_parts(
+def test_an_unsupported_transformer_is_ported_with_its_other_components(
     path: str, pipeline: str, transformer: str, options: str
 ) -> None:
     command = new_command("org/model_x", path, pipeline, transformer)  # type: ignore[arg-type]

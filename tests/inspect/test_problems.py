@@ -53,7 +53,7 @@ def test_gated_repository_opens_with_a_granted_token(remote: Remote) -> None:
     assert "gate     open to you; README.md asks for terms to be accepted" in describe(report)
 
 
-def test_missing_and_private_repositories_are_told_apart_by_the_token(remote: Remote) -> None:
+def test_missing_and_private_repositories_are_distinguished_by_the_token(remote: Remote) -> None:
     with pytest.raises(DownloadError) as private:
         remote(fake_repositories.custom_model(), private=("org/some_model",))
     assert private.value.code in ("hub_token_missing", "hub_repo_missing")
@@ -232,7 +232,7 @@ def test_a_pipe_is_named_and_not_waited_for(name: str, folder: Folder) -> None:
     assert report.files == 1
 
 
-def test_a_header_whose_tensors_are_not_where_they_should_be(folder: Folder) -> None:
+def test_a_header_with_wrong_offsets(folder: Folder) -> None:
     def file(**entries: tuple[list[int], list[int]]) -> bytes:
         header = {name: {"dtype": "F32", "shape": shape, "data_offsets": at} for name, (shape, at) in entries.items()}
         text, end = fake_repositories.as_json(header), max(at[1] for _, at in entries.values())

@@ -222,7 +222,7 @@ def test_mappers_that_are_accepted_without_names_are_exact(prefix: Any, names: l
         assert mapped(rules, name) == by_vllm(mapper, name), name
 
 
-def test_what_is_not_anchored_or_meets_needs_names() -> None:
+def test_unanchored_or_overlapping_entries_need_names() -> None:
     mapper = WeightsMapper(
         orig_to_new_substr={".attn.": ".self_attn."},
         orig_to_new_suffix={".gamma": ".weight"},
@@ -259,7 +259,7 @@ MERGE = {
 }
 
 
-def test_dictionary_that_changes_nothing() -> None:
+def test_dictionary_that_has_no_effect() -> None:
     true = conversion("sglang_flux")
     rules = import_mapping(FLUX, true.source)
     assert rules.compile(true.source, true.target).ok
@@ -296,7 +296,7 @@ def test_a_dictionary_joins_splits_and_drops() -> None:
     assert len(rules) == 5
 
 
-def test_what_has_no_equal_parts_is_copied_to_each() -> None:
+def test_tensors_without_equal_parts_are_copied_to_each() -> None:
     rules = import_mapping(
         MERGE, Manifest({"b.0.up_gate.scale": ((), "float32"), "b.1.up_gate.bias": ((3,), "float32")})
     )
@@ -326,7 +326,7 @@ def test_a_dictionary_without_names() -> None:
         ([object()], "remap_rules"),
     ],
 )
-def test_what_is_no_mapping(mapping: object, code: str) -> None:
+def test_values_that_are_not_mappings(mapping: object, code: str) -> None:
     with pytest.raises(RemapError) as caught:
         import_mapping(mapping)
     assert caught.value.code == code and caught.value.hint
@@ -404,7 +404,7 @@ def test_rules_that_do_more_than_rename_are_named() -> None:
 
 
 @pytest.mark.parametrize("rule", [Rule(r"a\.(\d)", r"a\g<1>5"), Rule("a", "b$"), Rule("a.*.b", "c")])
-def test_what_transformers_reads_differently_is_refused(rule: Rule) -> None:
+def test_rules_that_transformers_reads_differently_are_refused(rule: Rule) -> None:
     assert not export_mapping(RuleSet("made", (rule,)), "vllm")[1]
     with raises("remap_interop"):
         export_mapping(RuleSet("made", (rule,)), "transformers")

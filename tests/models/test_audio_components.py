@@ -41,7 +41,7 @@ def test_mel_frames_and_latents_of_a_length(samples: int, frames: int) -> None:
     assert LogMel(80)(torch.zeros(1, samples)).shape == (1, 80, frames)
 
 
-def test_what_is_beyond_full_scale_is_clipped() -> None:
+def test_samples_beyond_full_scale_are_clipped() -> None:
     mel = LogMel(80)
     loud = torch.sign(tone(440.0))
     assert torch.equal(mel(3 * loud), mel(loud))

@@ -111,7 +111,7 @@ def test_integer_samples_are_scaled_to_one() -> None:
         ((tone(16_000) * np.nan, 16_000), "input_value"),
     ],
 )
-def test_what_is_no_audio_is_refused_by_name(source: Any, code: str) -> None:
+def test_a_source_that_is_not_audio_is_refused_by_name(source: Any, code: str) -> None:
     with raises(code, "reference audio 1"):
         load_reference_audio(source, name="reference audio 1")
 
@@ -121,7 +121,7 @@ def test_a_short_audio_is_refused() -> None:
         crop_reference_audio(load_reference_audio(tone(16_000, 1.5)))
 
 
-def test_a_video_without_sound_is_no_audio(tmp_path: Path) -> None:
+def test_a_video_without_audio_is_no_audio(tmp_path: Path) -> None:
     path = tmp_path / "mute.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("h264", rate=24)
@@ -165,7 +165,7 @@ def test_frames_are_rounded_not_cut() -> None:
     assert frames[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
 
 
-def test_the_envelope_is_what_the_formatter_reads() -> None:
+def test_the_formatter_reads_the_payload() -> None:
     from vllm_omni.diffusion.output_formatter import normalize_diffusion_postprocess_output
 
     output = {
@@ -178,7 +178,7 @@ def test_the_envelope_is_what_the_formatter_reads() -> None:
     assert normal.outputs["audio"].dtype == np.float32
 
 
-def test_an_mp4_holds_both_streams(tmp_path: Path) -> None:
+def test_an_mp4_has_both_streams(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (25, 64, 96, 3), dtype=np.uint8)
     path = write_mp4(tmp_path / "new" / "clip.mp4", frames, tone(16_000, 25 / 24), fps=24, sample_rate=16_000)
     facts = measure_mp4(path)

@@ -27,10 +27,10 @@ def talk() -> Request:
 
 def run(model: Path, ranks: int) -> list[RankResult]:
     """Serve the request with ``cfg_parallel_size=ranks``; the probe returns the transformer calls per rank."""
-    return run_workers(model, [talk()], config={"parallel_config": {"cfg_parallel_size": ranks}}, probe=passes)
+    return run_workers(model, [talk()], config={"parallel_config": {"cfg_parallel_size": ranks}}, probe=calls)
 
 
-def passes(pipeline: nn.Module) -> int:
+def calls(pipeline: nn.Module) -> int:
     """Serve a second request and count its transformer calls."""
     from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -53,9 +53,7 @@ def alone(dreamid_model: Path) -> RankResult:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_passes_are_shared_out_and_the_result_is_the_same(
-    dreamid_model: Path, alone: RankResult, ranks: int
-) -> None:
+def test_branches_are_divided_and_the_result_is_the_same(dreamid_model: Path, alone: RankResult, ranks: int) -> None:
     assert alone.probe == 4 * STEPS
     for result in run(dreamid_model, ranks):
         assert result.probe == 4 * STEPS // ranks
@@ -64,7 +62,7 @@ def test_the_passes_are_shared_out_and_the_result_is_the_same(
         assert (result.outputs[0]["audio"] - alone.outputs[0]["audio"]).abs().max() < 1e-5
 
 
-def test_a_cache_over_ranks_with_unequal_numbers_of_passes_is_refused(dreamid_model: Path) -> None:
+def test_a_cache_over_ranks_with_unequal_numbers_of_branches_is_refused(dreamid_model: Path) -> None:
     config = {"parallel_config": {"cfg_parallel_size": 3}, "cache_backend": "cache_dit"}
     with pytest.raises(ParallelError) as caught:
         run_workers(dreamid_model, [talk()], config=config)
@@ -72,7 +70,7 @@ def test_a_cache_over_ranks_with_unequal_numbers_of_passes_is_refused(dreamid_mo
     assert isinstance(cause, ParallelError) and cause.code == "cache_passes"
 
 
-def test_a_cache_of_two_passes_a_rank_that_never_reuses_changes_nothing(dreamid_model: Path, alone: RankResult) -> None:
+def test_a_cache_of_two_branches_per_rank_without_reuse_has_no_effect(dreamid_model: Path, alone: RankResult) -> None:
     """With a threshold of zero every residual is computed: swapped branches would change the result."""
     config = {
         "parallel_config": {"cfg_parallel_size": 2},

@@ -50,7 +50,7 @@ def prepare(pipeline: FusionPipeline, batch: DiffusionRequestBatch) -> PreparedR
     return pipeline.prepare(batch.prompts[0], batch.sampling_params)
 
 
-def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
+def test_the_port_is_found_and_declares_its_pipeline() -> None:
     assert find_port("dreamid_omni") == PORT
     assert [component.name for component in PORT.components] == [
         *DreamIDOmniPipeline._dit_modules,
@@ -60,7 +60,7 @@ def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
     assert PORT.class_name == DreamIDOmniPipeline.__name__
 
 
-def test_every_step_video_and_sound_match_the_reference_engine(goldens: Path) -> None:
+def test_every_step_video_and_audio_match_the_reference_engine(goldens: Path) -> None:
     report = run_case(Case("e2e_dreamid fp32", lambda: run_e2e(goldens)))
     assert report.ok, report.to_json()
     names = [difference.name for difference in report.differences]
@@ -68,9 +68,7 @@ def test_every_step_video_and_sound_match_the_reference_engine(goldens: Path) ->
     assert sum("latent_after" in name for name in names) == 4
 
 
-def test_the_whole_request_gives_121_frames_and_their_sound(
-    pipeline: DreamIDOmniPipeline, recording: RunRecording
-) -> None:
+def test_a_complete_request_gives_121_frames_and_audio(pipeline: DreamIDOmniPipeline, recording: RunRecording) -> None:
     output = pipeline.forward(request_of(recording)).output
     assert output["video"].shape == (121, 64, 96, 3) and output["video"].dtype == torch.uint8
     assert output["audio"].shape == (80_384,) and output["audio"].dtype == torch.float32
@@ -108,18 +106,18 @@ def test_the_start_up_run_is_short(pipeline: DreamIDOmniPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "code", "name"),
     [
-        ({"image": []}, "no reference image"),
-        ({"audio": None}, "no reference audio"),
-        ({"image": 1}, "2 reference audio(s)"),
-        ({"image": [b"corrupt", b"corrupt"]}, "image 1 cannot be read"),
-        ({"audio": [np.zeros(16_000, np.float32)] * 2}, "reference audio 1 lasts 1.00 s"),
-        ({"height": 72}, "height is 72"),
-        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"extra_args": {"video_cfg_scale": float("nan")}}, "video_cfg_scale is nan"),
-        ({"prompt": "word " * 2000}, "10000 characters"),
-        ({"prompt": "many words " * 300}, "tokens; at most 512 are supported"),
+        ({"image": []}, "input_missing", "image"),
+        ({"audio": None}, "input_missing", "audio"),
+        ({"image": 1}, "input_count", "2"),
+        ({"image": [b"corrupt", b"corrupt"]}, "input_unreadable", "image 1"),
+        ({"audio": [np.zeros(16_000, np.float32)] * 2}, "input_too_short", "reference audio 1"),
+        ({"height": 72}, "input_size", "height is 72"),
+        ({"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),
+        ({"extra_args": {"video_cfg_scale": float("nan")}}, "input_value", "video_cfg_scale is nan"),
+        ({"prompt": "word " * 2000}, "input_too_long", "10000"),
+        ({"prompt": "many words " * 300}, "input_too_long", "512"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -128,7 +126,8 @@ def test_a_bad_request_is_a_clients_error_before_any_model_runs(
     recording: RunRecording,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, Any],
-    says: str,
+    code: str,
+    name: str,
 ) -> None:
     ran: list[PreparedRequest] = []
     monkeypatch.setattr(pipeline, "generate", ran.append)
@@ -144,7 +143,7 @@ def test_a_bad_request_is_a_clients_error_before_any_model_runs(
     result = pipeline.forward(batch)
     assert not ran
     assert result.output is None
-    assert says in result.error
+    assert f"[{code}]" in result.error and name in result.error
     assert (result.error_status_code, result.error_type) == (400, "BadRequestError")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-from port_kit.errors import CODES, InputError
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.config import DreamIDOmniRequest, GuidanceScales, parse_request
 from port_kit.models.wan.pipeline.request import LatentLengths
@@ -51,7 +50,7 @@ def test_options_travel_in_extra_args_and_negative_prompts_also_in_the_prompt() 
     assert parse_request(fields, OmniDiffusionSamplingParams(), LENGTHS).video_negative_prompt == "blur"
 
 
-def test_guidance_scale_is_the_videos_only_where_a_request_sets_it() -> None:
+def test_guidance_scale_applies_to_the_video_if_a_request_sets_it() -> None:
     assert parse(guidance_scale=1.0).scales.video_cfg_scale == 3.0
     assert parse(guidance_scale=2.5, guidance_scale_provided=True).scales.video_cfg_scale == 2.5
 
@@ -62,38 +61,38 @@ def test_one_reference_need_not_be_a_list_and_a_waveform_with_its_rate_is_one() 
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "says"),
+    ("change", "code", "name"),
     [
-        ({"image": None}, "input_missing", "no reference image"),
-        ({"image": []}, "input_missing", "no reference image"),
-        ({"audio": None}, "input_missing", "no reference audio"),
-        ({"image": ["a", "b"]}, "input_count", "2 reference image(s) and 1 reference audio(s)"),
-        ({"image": ["a"] * 28, "audio": ["b"] * 28}, "input_count", f"at most {config.MAX_REFERENCES}"),
-        ({"prompt": ""}, "input_missing", "prompt is empty"),
-        ({"prompt": " \n"}, "input_missing", "prompt is empty"),
-        ({"prompt": None}, "input_type", "prompt is NoneType"),
-        ({"prompt": ["a"]}, "input_type", "prompt is list"),
-        ({"prompt": "x" * 10_000}, "input_too_long", "prompt has 10000 characters"),
-        ({"height": 100}, "input_size", "height is 100; a multiple of 32"),
-        ({"width": 720}, "input_size", "use 704 or 736"),
+        ({"image": None}, "input_missing", "image"),
+        ({"image": []}, "input_missing", "image"),
+        ({"audio": None}, "input_missing", "audio"),
+        ({"image": ["a", "b"]}, "input_count", "2"),
+        ({"image": ["a"] * 28, "audio": ["b"] * 28}, "input_count", str(config.MAX_REFERENCES)),
+        ({"prompt": ""}, "input_missing", "prompt"),
+        ({"prompt": " \n"}, "input_missing", "prompt"),
+        ({"prompt": None}, "input_type", "NoneType"),
+        ({"prompt": ["a"]}, "input_type", "list"),
+        ({"prompt": "x" * 10_000}, "input_too_long", "10000"),
+        ({"height": 100}, "input_size", "height is 100"),
+        ({"width": 720}, "input_size", "704 or 736"),
         ({"height": 0}, "input_value", "height is 0"),
         ({"width": -64}, "input_value", "width is -64"),
-        ({"height": 1 << 20}, "input_value", "32 to 4096"),
+        ({"height": 1 << 20}, "input_value", "4096"),
         ({"height": 64.0}, "input_type", "height is 64.0"),
         ({"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),
         ({"num_inference_steps": -3}, "input_value", "num_inference_steps is -3"),
         ({"num_inference_steps": "many"}, "input_type", "'many'"),
         ({"num_inference_steps": True}, "input_type", "True"),
-        ({"num_frames": 61}, "input_value", "121 frames"),
-        ({"fps": 30}, "input_value", "24 frames per second"),
-        ({"num_outputs_per_prompt": 11}, "input_value", "num_outputs_per_prompt is 11; 1 to 10"),
+        ({"num_frames": 61}, "input_value", "121"),
+        ({"fps": 30}, "input_value", "24"),
+        ({"num_outputs_per_prompt": 11}, "input_value", "num_outputs_per_prompt is 11"),
         ({"seed": "x"}, "input_type", "seed"),
         ({"seed": -1}, "input_value", "seed is -1"),
         ({"extra_args": {"shift": 0.0}}, "input_value", "shift is 0.0"),
-        ({"extra_args": {"shift": float("nan")}}, "input_value", "finite"),
+        ({"extra_args": {"shift": float("nan")}}, "input_value", "shift"),
         ({"extra_args": {"video_cfg_scale": float("inf")}}, "input_value", "video_cfg_scale is inf"),
         ({"extra_args": {"audio_ref_cfg_scale": "2"}}, "input_type", "audio_ref_cfg_scale"),
-        ({"extra_args": {"video_cfg_scal": 2.0}}, "input_value", "did you mean 'video_cfg_scale'"),
+        ({"extra_args": {"video_cfg_scal": 2.0}}, "input_value", "video_cfg_scale"),
         ({"extra_args": {"solver_name": "heun"}}, "input_value", "unipc, dpm++, euler"),
         ({"extra_args": {"video_negative_prompt": 3}}, "input_type", "video_negative_prompt is int"),
         ({"extra_args": {"audio_negative_prompt": "x" * 9000}}, "input_too_long", "audio_negative_prompt"),
@@ -101,12 +100,10 @@ def test_one_reference_need_not_be_a_list_and_a_waveform_with_its_rate_is_one() 
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value)[:30],
 )
-def test_each_mistake_is_named(change: dict[str, Any], code: str, says: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_each_mistake_is_named(change: dict[str, Any], code: str, name: str) -> None:
+    with raises(code) as caught:
         parse(**change)
-    assert caught.value.code == code
-    assert code in CODES
-    assert says in str(caught.value)
+    assert name in str(caught.value)  # of the message or the hint
 
 
 def test_options_of_the_servers_own_are_left_alone() -> None:

@@ -42,7 +42,7 @@ def test_every_recorded_case_is_listed(cases: dict[str, TransformerGolden]) -> N
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_pass_is_the_original_s(name: str, dtype: str, goldens: Path) -> None:
+def test_a_branch_equals_the_original(name: str, dtype: str, goldens: Path) -> None:
     (case,) = [case for case in transformer_cases.cases(goldens) if case.name == f"fusion/{name} {dtype}"]
     report = run_case(case)
     assert report.ok, (report.first_divergence, report.to_json())
@@ -79,7 +79,7 @@ def test_a_divergence_is_named_at_its_first_module(goldens: Path, monkeypatch: p
     assert report.first_divergence == "vid.block1.out"
 
 
-def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, TransformerGolden]) -> None:
+def test_a_kept_text_is_projected_once_and_has_no_effect(cases: dict[str, TransformerGolden]) -> None:
     case = cases["ovi_t2v"]
     with single_rank(torch.float32), torch.inference_mode():
         model = case.build()
@@ -97,7 +97,7 @@ def test_a_kept_text_is_projected_once_and_changes_nothing(cases: dict[str, Tran
 
 
 @pytest.mark.parametrize("unused", ["video", "audio"])
-def test_an_unused_stream_changes_nothing_of_the_other(unused: str, cases: dict[str, TransformerGolden]) -> None:
+def test_an_unused_stream_has_no_effect_of_the_other(unused: str, cases: dict[str, TransformerGolden]) -> None:
     with single_rank(torch.float32), torch.inference_mode():
         model = cases["ovi_t2v"].build()
         inputs = (torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 20), torch.tensor(700))

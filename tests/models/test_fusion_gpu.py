@@ -19,7 +19,7 @@ FACTOR = 1.2
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_pass_on_a_gpu_is_the_original_s(
+def test_a_branch_on_a_gpu_equals_the_original(
     name: str, dtype: str, goldens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformer_cases, "BF16_FACTOR", FACTOR)

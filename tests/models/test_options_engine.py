@@ -41,7 +41,7 @@ def same(one: dict[str, Any], other: dict[str, Any], row: int = 0) -> bool:
     return video and one["audio"][row] == pytest.approx(other["audio"][0], rel=1e-3)
 
 
-def test_requests_at_the_same_time_give_what_each_gives_alone(answers: dict[str, dict[str, Any]]) -> None:
+def test_concurrent_requests_equal_single_requests(answers: dict[str, dict[str, Any]]) -> None:
     assert answers["alone"]["shape"] == [[121, 32, 96, 3]]
     assert same(answers["first"], answers["alone"])
     assert not same(answers["second"], answers["alone"])

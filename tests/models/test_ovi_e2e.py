@@ -46,7 +46,7 @@ def prepare(pipeline: FusionPipeline, batch: DiffusionRequestBatch) -> PreparedR
     return pipeline.prepare(batch.prompts[0], batch.sampling_params)
 
 
-def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
+def test_the_port_is_found_and_declares_its_pipeline() -> None:
     assert find_port("ovi") == PORT
     assert PORT.class_name == OviPipeline.__name__
     assert [component.name for component in PORT.components] == [
@@ -57,7 +57,7 @@ def test_the_port_is_found_and_declares_what_the_pipeline_is() -> None:
 
 
 @pytest.mark.parametrize("run", [OVI_T2V, OVI_I2V], ids=lambda run: run.folder)
-def test_latents_video_and_sound_match_the_reference_engine(goldens: Path, run: RecordedRun) -> None:
+def test_latents_video_and_audio_match_the_reference_engine(goldens: Path, run: RecordedRun) -> None:
     report = run_case(Case(f"{run.folder} fp32", lambda: run_e2e(goldens, "fp32", run)))
     assert report.ok, report.to_json()
     names = [difference.name for difference in report.differences]
@@ -88,7 +88,7 @@ def test_a_first_frame_stays_and_its_image_gives_the_size(pipeline: OviPipeline)
         assert torch.equal(state.latents["video"][:, :, :1], first) and state.is_done
 
 
-def test_text_alone_has_no_clean_frame_and_no_block_left_out_where_none_is_asked(pipeline: OviPipeline) -> None:
+def test_text_alone_has_no_clean_frame_and_skips_a_block_only_on_request(pipeline: OviPipeline) -> None:
     with torch.inference_mode():
         (state,) = pipeline.begin(prepare(pipeline, request(extra_args={"slg_layer": 0})))
         assert state.latents["video"].shape == (1, 48, 31, 2, 6)
@@ -104,15 +104,15 @@ def test_the_start_up_run_is_short(pipeline: OviPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("media", "sampling", "says"),
+    ("media", "sampling", "code", "name"),
     [
-        ({"image": [b"corrupt"]}, {}, "image cannot be read"),
-        ({"image": Image.new("RGB", (64, 64))}, {"height": 64, "width": 128}, "the image is 64x64"),
-        ({"image": [3]}, {}, "image is int"),
-        ({}, {"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({}, {"extra_args": {"slg_layer": 3}}, "0 to 2"),
-        ({}, {"extra_args": {"video_noise": torch.zeros(1)}}, "expected a tensor of shape (48, 31, 2, 6)"),
-        ({}, {"prompt": "many words " * 300}, "tokens; at most 512 are supported"),
+        ({"image": [b"corrupt"]}, {}, "input_unreadable", "image"),
+        ({"image": Image.new("RGB", (64, 64))}, {"height": 64, "width": 128}, "input_size", "64x64"),
+        ({"image": [3]}, {}, "input_type", "image is int"),
+        ({}, {"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),
+        ({}, {"extra_args": {"slg_layer": 3}}, "input_value", "slg_layer"),
+        ({}, {"extra_args": {"video_noise": torch.zeros(1)}}, "input_size", "(48, 31, 2, 6)"),
+        ({}, {"prompt": "many words " * 300}, "input_too_long", "512"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -121,14 +121,15 @@ def test_a_bad_request_is_a_clients_error_before_any_model_runs(
     monkeypatch: pytest.MonkeyPatch,
     media: dict[str, Any],
     sampling: dict[str, Any],
-    says: str,
+    code: str,
+    name: str,
 ) -> None:
     ran: list[PreparedRequest] = []
     monkeypatch.setattr(pipeline, "generate", ran.append)
     result = pipeline.forward(request(media, **sampling))
     assert not ran
     assert result.output is None
-    assert says in result.error
+    assert f"[{code}]" in result.error and name in result.error
     assert (result.error_status_code, result.error_type) == (400, "BadRequestError")
 
 

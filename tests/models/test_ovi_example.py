@@ -25,7 +25,7 @@ def script(name: str, *options: str) -> str:
     return done.stdout
 
 
-def test_the_tiny_model_makes_a_video_with_sound_from_a_first_frame(tmp_path: Path) -> None:
+def test_the_tiny_model_makes_a_video_with_audio_from_a_first_frame(tmp_path: Path) -> None:
     model = tmp_path / "ovi"
     assert "ovi is complete: 8 files" in script("download_ovi.py", "--tiny", "--output-dir", str(model))
     index = json.loads((model / "model_index.json").read_text())

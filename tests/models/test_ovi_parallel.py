@@ -12,7 +12,7 @@ from port_kit.cli import main
 LAYOUTS = ("tp2", "ulysses2xcfg2")
 
 
-def test_ranks_compute_what_one_computes(capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_compute_the_result_of_one(capfd: pytest.CaptureFixture[str]) -> None:
     options = [word for layout in LAYOUTS for word in ("--layout", layout)]
     main(["verify", "parallel", "ovi", *options, "--json"], standalone_mode=False)
     layouts = json.loads(capfd.readouterr().out)["data"]["layouts"]

@@ -8,7 +8,7 @@ import pytest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.cli.download import load_recipe
-from port_kit.errors import CODES, DownloadError, InputError
+from port_kit.errors import DownloadError
 from port_kit.models.ovi.config import (
     LABEL,
     TAGS,
@@ -101,42 +101,40 @@ def test_a_size_beside_an_image_must_have_its_ratio() -> None:
         ("Rain, <S>hello<E>.", "Rain, <S>hello<E>.", "Rain, <S>hello<E>."),
     ],
 )
-def test_what_is_heard_takes_the_form_that_the_checkpoint_reads(prompt: str, tagged: str, labelled: str) -> None:
+def test_the_audio_description_gets_the_checkpoints_format(prompt: str, tagged: str, labelled: str) -> None:
     assert format_prompt(prompt, TAGS) == tagged
     assert format_prompt(prompt, LABEL) == labelled
     assert parse(prompt).prompt == tagged
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "says"),
+    ("change", "code", "name"),
     [
-        ({"prompt": ""}, "input_missing", "prompt is empty"),
+        ({"prompt": ""}, "input_missing", "prompt"),
         ({"prompt": 3}, "input_type", "prompt is int"),
         ({"image": ["a", "b"]}, "input_count", "2 images"),
-        ({"height": 512}, "input_missing", "only height is given"),
-        ({"width": 512}, "input_missing", "only width is given"),
+        ({"height": 512}, "input_missing", "height"),
+        ({"width": 512}, "input_missing", "width"),
         ({"height": 0, "width": 512}, "input_value", "height is 0"),
         ({"height": 512, "width": 1 << 20}, "input_value", "width is 1048576"),
         ({"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),
-        ({"num_frames": 241}, "input_value", "121 frames"),
+        ({"num_frames": 241}, "input_value", "121"),
         ({"num_outputs_per_prompt": 0}, "input_value", "num_outputs_per_prompt is 0"),
-        ({"extra_args": {"slg_layer": 30}}, "input_value", "0 to 29"),
+        ({"extra_args": {"slg_layer": 30}}, "input_value", "slg_layer"),
         ({"extra_args": {"slg_layer": -1}}, "input_value", "slg_layer is -1"),
-        ({"extra_args": {"slg_layr": 3}}, "input_value", "did you mean 'slg_layer'"),
-        ({"extra_args": {"video_guidance_scale": float("nan")}}, "input_value", "finite"),
+        ({"extra_args": {"slg_layr": 3}}, "input_value", "slg_layer"),
+        ({"extra_args": {"video_guidance_scale": float("nan")}}, "input_value", "video_guidance_scale"),
         ({"extra_args": {"audio_guidance_scale": "3"}}, "input_type", "audio_guidance_scale"),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value)[:30],
 )
-def test_each_mistake_is_named(change: dict[str, Any], code: str, says: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_each_mistake_is_named(change: dict[str, Any], code: str, name: str) -> None:
+    with raises(code) as caught:
         parse(**change)
-    assert caught.value.code == code
-    assert code in CODES
-    assert says in str(caught.value)
+    assert name in str(caught.value)  # of the message or the hint
 
 
-def test_sounds_are_refused() -> None:
+def test_reference_audio_is_refused() -> None:
     fields = {"prompt": "p", "multi_modal_data": {"audio": ["a.wav"]}}
     with raises("input_count", "1 audio"):
         parse_request(fields, OmniDiffusionSamplingParams(), LENGTHS, MODEL)

@@ -141,7 +141,7 @@ class Engine:
 
 @both_ports
 @pytest.mark.usefixtures("undecoded")
-def test_steps_of_requests_in_turn_give_what_each_gives_alone(pipeline: FusionPipeline) -> None:
+def test_interleaved_steps_equal_single_requests(pipeline: FusionPipeline) -> None:
     assert supports_step_execution(pipeline)
     first = ask(pipeline, "a", seed=1, num_inference_steps=3)
     second = ask(pipeline, "b", "a much longer prompt about a violin in the rain", seed=2)
@@ -158,7 +158,7 @@ def test_steps_of_requests_in_turn_give_what_each_gives_alone(pipeline: FusionPi
     assert not engine.runner.state_cache
 
 
-def test_a_request_alone_in_step_execution_is_the_whole_run_bit_for_bit(pipeline: FusionPipeline) -> None:
+def test_a_single_request_in_step_execution_equals_the_complete_run(pipeline: FusionPipeline) -> None:
     request = ask(pipeline, "a")
     engine = Engine(pipeline)
     engine.add(request)
@@ -222,19 +222,20 @@ def test_several_videos_are_given_out_and_written_one_by_one(pipeline: FusionPip
 
 
 @pytest.mark.parametrize(
-    ("sampling", "says"),
+    ("sampling", "code", "name"),
     [
-        ({"num_outputs_per_prompt": 11}, "num_outputs_per_prompt is 11; 1 to 10"),
-        ({"num_outputs_per_prompt": 2, "extra_args": {"video_noise": torch.zeros(1)}}, "start from the same noise"),
-        ({"seed": 2**63}, f"seed is {2**63}"),
+        ({"num_outputs_per_prompt": 11}, "input_value", "num_outputs_per_prompt is 11"),
+        ({"num_outputs_per_prompt": 2, "extra_args": {"video_noise": torch.zeros(1)}}, "input_value", "video_noise"),
+        ({"seed": 2**63}, "input_value", f"seed is {2**63}"),
     ],
     ids=["too many", "one noise", "seed"],
 )
-def test_what_cannot_be_made_several_times_is_refused(
-    pipeline: FusionPipeline, sampling: dict[str, Any], says: str
+def test_requests_that_allow_one_video_refuse_several(
+    pipeline: FusionPipeline, sampling: dict[str, Any], code: str, name: str
 ) -> None:
     result = serve(pipeline, ask(pipeline, "bad", **sampling))
-    assert result.error_status_code == 400 and says in str(result.error)
+    assert result.error_status_code == 400
+    assert f"[{code}]" in str(result.error) and name in str(result.error)
 
 
 def test_a_cache_remembers_one_video() -> None:
@@ -274,7 +275,7 @@ def test_media_is_decoded_once_in_the_engine_process(
 
 
 @pytest.mark.usefixtures("undecoded")
-def test_a_batch_shares_calls_where_requests_fit_and_gives_what_each_gives_alone(
+def test_a_batch_shares_calls_if_requests_fit_and_equals_single_requests(
     pipeline: FusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [
@@ -302,7 +303,7 @@ def test_a_batch_shares_calls_where_requests_fit_and_gives_what_each_gives_alone
     assert set(rows) == {1}
 
 
-def test_the_engine_batches_only_what_has_the_same_sampling(pipeline: FusionPipeline) -> None:
+def test_the_engine_batches_only_equal_sampling(pipeline: FusionPipeline) -> None:
     assert pipeline.supports_request_batch
     scheduler = RequestScheduler()
     scheduler.initialize(OmniDiffusionConfig(model="any", max_num_seqs=2))

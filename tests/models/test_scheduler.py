@@ -37,7 +37,7 @@ def test_repeated_timesteps_begin_at_the_first() -> None:
     assert scheduler.step_index == 1
 
 
-def test_video_and_sound_have_independent_histories() -> None:
+def test_video_and_audio_have_independent_histories() -> None:
     output, sample = torch.ones(1, 2), torch.zeros(1, 2)
     alone = _run(build_scheduler(steps=3), output, sample)
     video, audio = build_scheduler(steps=3), build_scheduler(steps=3)
@@ -55,7 +55,7 @@ def test_video_and_sound_have_independent_histories() -> None:
         ("unipc", 4, float("nan")),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(solver: str, steps: int, shift: float) -> None:
+def test_invalid_sampling_is_refused(solver: str, steps: int, shift: float) -> None:
     with pytest.raises(InputError) as caught:
         build_scheduler(solver, steps=steps, shift=shift)
     assert caught.value.code == "sampling_invalid"

@@ -54,7 +54,7 @@ def test_every_published_tensor_has_its_place() -> None:
     assert time.process_time() - started < 5
 
 
-def test_projections_lie_where_they_are_read(case: TransformerGolden, state: dict[str, Tensor]) -> None:
+def test_projections_are_stored_as_they_are_read(case: TransformerGolden, state: dict[str, Tensor]) -> None:
     model = load(case, state)
     q, k, v = (state[f"audio_model.blocks.2.self_attn.{name}.bias"] for name in "qkv")
     assert torch.equal(model.blocks[2].audio.self_attn.qkv.bias, torch.cat((q, k, v)).float())

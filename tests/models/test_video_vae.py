@@ -46,7 +46,7 @@ def test_precision_is_the_default_dtype_of_the_build() -> None:
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
 
 
-def test_slicing_changes_nothing_and_tiling_only_seams(vae: VideoVAE) -> None:
+def test_slicing_has_no_effect_and_tiling_changes_seams_only(vae: VideoVAE) -> None:
     latents = vae.encode(pixels(2, 3, 1, 64, 64))
     whole = vae.decode(latents)
     vae.use_slicing = True

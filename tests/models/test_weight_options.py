@@ -163,25 +163,38 @@ def test_an_adapter_by_original_names_is_the_merged_weights(
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("change", "code", "name"),
     [
-        (lambda a, b: {"video_model.blocks.0.self_attn.z": (a, b)}, "video_model.blocks.0.self_attn.z"),
-        (lambda a, b: {"video_model.blocks.9.self_attn.q": (a, b)}, "blocks.9.video.self_attn.qkv"),
-        (lambda a, b: {"video_model.blocks.0.self_attn.q": (a[:, 1:].contiguous(), b)}, "blocks.0.self_attn.q"),
-        (lambda a, b: {"audio_model.patch_embedding.0": (a, b)}, "audio_model.patch_embedding.0"),
-        (lambda a, b: {"blocks.0.cross_attn.k_img": (a, b)}, "blocks.0.cross_attn.k_img"),
-        (lambda a, b: {"blocks.9.self_attn.q": (a, b)}, "blocks.9.self_attn.q"),
-        (lambda a, b: {}, "lora.safetensors"),
+        (
+            lambda a, b: {"video_model.blocks.0.self_attn.z": (a, b)},
+            "remap_unexpected",
+            "video_model.blocks.0.self_attn.z",
+        ),
+        (
+            lambda a, b: {"video_model.blocks.9.self_attn.q": (a, b)},
+            "remap_beyond_layers",
+            "blocks.9.video.self_attn.qkv",
+        ),
+        (
+            lambda a, b: {"video_model.blocks.0.self_attn.q": (a[:, 1:].contiguous(), b)},
+            "remap_shape",
+            "blocks.0.self_attn.q",
+        ),
+        (lambda a, b: {"audio_model.patch_embedding.0": (a, b)}, "remap_shape", "audio_model.patch_embedding.0"),
+        (lambda a, b: {"blocks.0.cross_attn.k_img": (a, b)}, "remap_unexpected", "blocks.0.cross_attn.k_img"),
+        (lambda a, b: {"blocks.9.self_attn.q": (a, b)}, "remap_unexpected", "blocks.9.self_attn.q"),
+        (lambda a, b: {}, "lora_file", "lora.safetensors"),
     ],
     ids=["name", "layer", "shape", "convolution", "wan image attention", "wan layer", "empty"],
 )
-def test_an_adapter_of_another_model_is_the_clients_error_and_changes_nothing(
-    pipeline: FusionPipeline, adapters: Adapters, tmp_path: Path, change: Callable[..., Adapters], name: str
+def test_an_adapter_of_another_model_is_the_clients_error_and_has_no_effect(
+    pipeline: FusionPipeline, adapters: Adapters, tmp_path: Path, change: Callable[..., Adapters], code: str, name: str
 ) -> None:
     file = write_original(tmp_path / "lora", change(*adapters["video_model.blocks.0.self_attn.q"]))
     manager = DiffusionLoRAManager(pipeline, torch.device("cpu"), torch.float32)
-    with pytest.raises(OmniClientError, match=name):
+    with pytest.raises(OmniClientError) as caught:
         manager.set_active_adapter(LoRARequest("bad", 7, str(file)))
+    assert f"[{code}]" in str(caught.value) and name in str(caught.value)
     assert not manager._lora_modules and manager._active_adapter_id is None
 
 
@@ -236,7 +249,7 @@ def test_an_adapter_of_wan_is_one_of_the_video_tower(
 
 
 @pytest.mark.parametrize("leaf", ["dora_scale", "diff", "diff_b", "lora_B.bias", "lora_magnitude_vector"])
-def test_what_the_manager_cannot_apply_is_refused_by_its_name(
+def test_adapters_that_the_manager_cannot_apply_are_refused_by_name(
     pipeline: FusionPipeline, adapters: Adapters, tmp_path: Path, leaf: str
 ) -> None:
     a, b = adapters["video_model.blocks.0.self_attn.o"]
@@ -343,7 +356,7 @@ def test_an_option_that_cannot_run_is_refused_by_name(options: dict[str, Any], o
     assert (caught.value.code, caught.value.details) == ("engine_option", {"option": option})
 
 
-def test_blocks_are_what_layerwise_offload_streams(pipeline: FusionPipeline) -> None:
+def test_layerwise_offload_streams_the_blocks(pipeline: FusionPipeline) -> None:
     from vllm_omni.diffusion.offloader.block_discovery import get_blocks_from_dit
 
     names, blocks = get_blocks_from_dit(pipeline.transformer)

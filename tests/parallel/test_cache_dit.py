@@ -25,9 +25,9 @@ SAME = 2e-4
 
 
 def sing() -> Request:
-    """A small request with one picture and one voice."""
-    voice = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
-    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [voice]}
+    """A small request with one reference image and one reference audio."""
+    samples = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
+    media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [samples]}
     prompt = {"prompt": "one person sings", "multi_modal_data": media}
     return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": STEPS, "seed": 11})
 
@@ -84,7 +84,7 @@ def cached(dreamid_model: Path) -> tuple[list[Tensor], int]:
     return run(dreamid_model, cache=LOOSE)
 
 
-def test_a_cache_that_reuses_nothing_changes_nothing(dreamid_model: Path, plain: tuple[list[Tensor], int]) -> None:
+def test_a_cache_without_reuse_has_no_effect(dreamid_model: Path, plain: tuple[list[Tensor], int]) -> None:
     latents, computed = run(dreamid_model, cache=EXACT)
     assert computed == plain[1]
     assert all(torch.equal(a, b) for a, b in zip(latents, plain[0], strict=True))
@@ -96,8 +96,8 @@ def test_a_cache_skips_blocks_and_stays_near(plain: tuple[list[Tensor], int], ca
 
 
 @pytest.mark.parametrize("layout", ["cfg2", "tp2", "ulysses2", "ring2", "hsdp2xcfg2"])
-def test_ranks_reuse_what_one_reuses(layout: str, dreamid_model: Path, cached: tuple[list[Tensor], int]) -> None:
+def test_ranks_reuse_the_same_blocks(layout: str, dreamid_model: Path, cached: tuple[list[Tensor], int]) -> None:
     latents, computed = run(dreamid_model, layout, LOOSE)
-    passes = Layout.parse(layout).cfg
-    assert computed * passes == pytest.approx(cached[1], rel=0.02)
+    cfg_ranks = Layout.parse(layout).cfg
+    assert computed * cfg_ranks == pytest.approx(cached[1], rel=0.02)
     assert distance(latents, cached[0]) < SAME

@@ -44,7 +44,7 @@ def engine(
     ],
     ids=["plain", "hsdp", "offload", "hsdp, cache", "offload, cache"],
 )
-def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: bool) -> None:
+def test_branches_are_batched_if_weights_are_streamed(config: Any, expected: bool) -> None:
     assert should_batch_branches(config) is expected
 
 
@@ -58,7 +58,7 @@ def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: 
     ],
     ids=["plain", "sequence", "tensor", "sequence, cache"],
 )
-def test_passes_go_together_where_gpus_share_them(config: Any, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_are_batched_if_gpus_share_them(config: Any, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not should_batch_branches(config)  # on a CPU no computation overlaps with waiting
     monkeypatch.setattr(cfg_batching, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(cuda_stream_ops, "is_installed", lambda: False)
@@ -87,8 +87,8 @@ def test_together_is_one_after_the_other() -> None:
 
         def branches() -> list[dict[str, Any]]:
             text = TextContext(shared)
-            first = {"video": clip, "audio": sound, "timestep": torch.tensor([900]), "video_text": text}
-            short = {"video": clip[:, :, :2], "audio": sound[:, :4], "timestep": torch.tensor([30])}
+            first = {"video": clip, "audio": audio, "timestep": torch.tensor([900]), "video_text": text}
+            short = {"video": clip[:, :, :2], "audio": audio[:, :4], "timestep": torch.tensor([30])}
             return [
                 {**first, "audio_text": text},
                 {**first, "audio_text": other, "skip_block": 1},
@@ -96,7 +96,7 @@ def test_together_is_one_after_the_other() -> None:
                 {**short, "video_text": other, "audio_text": other, "unused": "video"},
             ]
 
-        clip, sound, other = draw(1, channels[0], 3, 4, 4), draw(1, 9, channels[1]), draw(1, 3, 16)
+        clip, audio, other = draw(1, channels[0], 3, 4, 4), draw(1, 9, channels[1]), draw(1, 3, 16)
         alone = [model(**one) for one in branches()]
         first, *others = branches()
         together = model(**first, extra_branches=others)

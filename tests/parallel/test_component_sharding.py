@@ -36,12 +36,12 @@ def decode(pipeline: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """An image's latents, a video decoded completely or in parts, and the same video decoded in tiles."""
     vae = pipeline.vae
     random = torch.Generator().manual_seed(0)
-    picture = torch.rand(1, 3, 1, 64, 96, generator=random) * 2 - 1
+    image = torch.rand(1, 3, 1, 64, 96, generator=random) * 2 - 1
     latents = torch.randn(1, 48, 2, 5, 6, generator=random)
     vae.enable_tiling(32, 32, 16, 16)
     tiling = getattr(vae, "distributed_executor", None) is not None and vae.distributed_executor.parallel_size > 1
     vae.use_tiling = tiling
-    encoded, decoded = vae.encode(picture), vae.decode(latents)
+    encoded, decoded = vae.encode(image), vae.decode(latents)
     vae.use_tiling = True
     tiled = decoded if tiling else vae.decode(latents)
     return encoded, decoded, tiled

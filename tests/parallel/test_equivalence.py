@@ -18,7 +18,7 @@ FOURS = ("tp4", "ulysses4", "ring4", "allgather4", "cfg4", "hsdp4")
 COMBINED = ("ulysses2xring2", "tp2xulysses2", "ulysses2xcfg2", "hsdp2xulysses2", "hsdp2xcfg2")
 
 
-def test_one_rank_computes_what_the_original_recorded(single: RankResult, goldens: Path) -> None:
+def test_one_rank_reproduces_the_recorded_outputs(single: RankResult, goldens: Path) -> None:
     """The result of one rank is correct: the first golden's first branch equals the recorded one."""
     expected = load_file(goldens / "fusion" / GOLDENS[0] / "outputs_fp32.safetensors")
     flow = single.probe.flows[4 * len(INPUTS)]
@@ -27,7 +27,7 @@ def test_one_rank_computes_what_the_original_recorded(single: RankResult, golden
 
 
 @pytest.mark.parametrize("layout", [*SINGLES, *FOURS, *COMBINED, "tp2xulysses2xcfg2"])
-def test_ranks_compute_what_one_computes(layout: str, subject: ParallelTestCase, single: RankResult) -> None:
+def test_ranks_compute_the_result_of_one(layout: str, subject: ParallelTestCase, single: RankResult) -> None:
     parsed = Layout.parse(layout)
     report = verify_layout(subject, parsed, single)
     assert report.ok, report.findings

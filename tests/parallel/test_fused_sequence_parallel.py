@@ -83,12 +83,12 @@ def in_group(rank: int, work: Callable[[int, int], None], ranks: int, folder: st
 
 
 @pytest.mark.parametrize(("work", "ranks"), [(ulysses, 2), (ulysses, 3), (uneven, 2), (ring, 2), (ring, 3)])
-def test_the_lean_form_does_what_vllm_omni_does(work: Callable[[int, int], None], ranks: int, tmp_path: Path) -> None:
+def test_the_fused_form_equals_vllm_omnis(work: Callable[[int, int], None], ranks: int, tmp_path: Path) -> None:
     gc.collect()  # a process group in the garbage would be waited for in the children
     start_processes(in_group, (work, ranks, str(tmp_path)), nprocs=ranks, start_method="fork")
 
 
-def test_other_strategies_stay_what_they_are() -> None:
+def test_other_strategies_are_unchanged() -> None:
     other = SimpleNamespace()
     assert optimize_strategy(other) is other
     assert optimize_strategy(None) is None

@@ -102,7 +102,7 @@ def _load_whole() -> None:
     hsdp.shards_on_load = lambda config: False
 
 
-def test_no_rank_holds_a_whole_model_while_it_loads(deep_model: Path) -> None:
+def test_no_rank_has_a_complete_model_while_it_loads(deep_model: Path) -> None:
     ((_, whole),) = load(deep_model, "single")
     for peak, held in load(deep_model, "hsdp2"):
         assert held <= 0.53 * whole

@@ -113,9 +113,9 @@ def test_a_planted_fault_is_found_and_named(
 ) -> None:
     prepare = subject.setup
 
-    def setup(world: int) -> None:
-        prepare(world)
-        if world > 1:
+    def setup(ranks: int) -> None:
+        prepare(ranks)
+        if ranks > 1:
             plant()
 
     faulty = replace(subject, requests=subject.requests[:1], setup=setup)

@@ -63,14 +63,13 @@ def test_an_impossible_layout_is_answered_with_possible_ones(layout: str, degree
         preflight(Layout.parse(layout), shape, ranks=8)
     assert caught.value.code == "parallel_degree"
     assert caught.value.details["problems"][0].endswith(f" {degrees}")
-    assert "tp 2, 4 or 8 (11.7, 5.84, 2.92 GB" in caught.value.hint
-    assert "23.3 GB" in caught.value.hint
+    assert all(size in caught.value.hint for size in ("11.7", "5.84", "2.92", "23.3 GB"))
     assert caught.value.details["weight_bytes"]["hsdp4"] == -(-shape.weight_bytes // 4)
     assert caught.value.details["possible"]["cfg"] == [2, 4]
     assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
 
 
-def test_all_problems_are_told_at_once(shape: ModelShape) -> None:
+def test_all_problems_are_reported_at_once(shape: ModelShape) -> None:
     with pytest.raises(ParallelError) as caught:
         preflight(Layout(tp=5, cfg=3, ring=2), replace(shape, branches=2, sharded=False), ranks=2)
     assert len(caught.value.details["problems"]) == 4
@@ -89,7 +88,7 @@ def test_a_model_that_declares_nothing_has_no_sharding(shape: ModelShape) -> Non
 @pytest.mark.parametrize(
     ("text", "world"), [("single", 1), ("tp2xulysses2xcfg2", 8), ("hsdp4", 4), ("hsdp2xcfg4", 4), ("ulysses3xring2", 6)]
 )
-def test_a_layout_reads_what_it_writes(text: str, world: int) -> None:
+def test_a_layout_reads_its_own_text(text: str, world: int) -> None:
     layout = Layout.parse(text)
     assert (str(layout), layout.world) == (text, world)
 
@@ -101,7 +100,7 @@ def test_a_layout_that_does_not_exist_is_refused(text: str) -> None:
     assert caught.value.code == "parallel_degree"
 
 
-def test_the_engine_accepts_what_a_layout_gives() -> None:
+def test_the_engine_accepts_the_configuration_of_a_layout() -> None:
     from vllm_omni.diffusion.data import DiffusionParallelConfig
 
     for text in (*DEFAULT_LAYOUTS, "single", "hsdp2xcfg4"):

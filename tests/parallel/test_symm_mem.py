@@ -213,7 +213,7 @@ def test_a_cpu_has_no_peer_buffers() -> None:
     assert symm_mem.get_peer_buffers(SimpleNamespace(), torch.zeros(1)) is None  # type: ignore[arg-type]
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_parts_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(cuda_stream_ops.logger, "warning", said.append)  # other tests leave loggers in any state
     for absent in ("cuda", "cuda.bindings"):
@@ -227,7 +227,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not said
 
 
-def test_what_the_driver_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_driver_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
 
     def refuse(*arguments: int) -> tuple[int]:

@@ -52,7 +52,7 @@ def test_a_device_that_vllm_is_not_built_for_is_refused() -> None:
     assert "parallel_device" in result.output
 
 
-def test_of_the_matrix_only_what_fits_the_model_and_the_machine_is_run() -> None:
+def test_only_layouts_that_fit_the_model_and_the_machine_are_run() -> None:
     shape = ModelShape(heads=3, widths=8, branches=4, split_bytes=80, replicated_bytes=8, block_bytes=10, sharded=True)
     two = Device("cuda", 2, 1e-4)
     chosen, left_out = choose_layouts((), DEFAULT_LAYOUTS, shape, two)
@@ -73,7 +73,7 @@ def test_a_port_without_a_tiny_model_needs_one(tmp_path: Path) -> None:
     assert port_test_case(port, tmp_path, tmp_path / "mine").model == tmp_path / "mine"
 
 
-def test_a_report_tells_each_finding_and_its_remedy() -> None:
+def test_a_report_reports_each_finding_and_its_remedy() -> None:
     finding = Finding("padding_attended", "blocks.0.attn", "expected 31 keys in the kernel, got 32")
     report = LayoutReport("ring2", 2, 0.1, 0.1, (31, 16, 16), (8, 8, 8), {"send": (4, 64)}, [finding], 1.0)
     assert not report.ok

@@ -30,7 +30,7 @@ def test_cases_are_chosen_by_pattern_and_reported_as_json(goldens: Path) -> None
     assert all(case["max_abs"] <= 1e-6 and case["first_divergence"] is None for case in cases)
 
 
-def test_a_damaged_golden_fails_and_says_where(goldens: Path, tmp_path: Path) -> None:
+def test_a_damaged_golden_fails_at_its_tensor(goldens: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     for name in ("SET.json", "scheduler/scheduler.json"):
@@ -54,7 +54,7 @@ def test_a_damaged_golden_fails_and_says_where(goldens: Path, tmp_path: Path) ->
         (("dreamid_omni", "--goldens", "."), "goldens_invalid"),
     ],
 )
-def test_what_cannot_be_run_says_why(arguments: tuple[str, ...], code: str, tmp_path: Path) -> None:
+def test_an_impossible_run_is_an_error_with_a_reason(arguments: tuple[str, ...], code: str, tmp_path: Path) -> None:
     arguments = tuple(str(tmp_path) if argument == "." else argument for argument in arguments)
     exit_code, out = run(*arguments, "--json")
     assert exit_code == 1

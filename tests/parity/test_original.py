@@ -94,7 +94,7 @@ def test_the_port_agrees_with_the_reference_component_by_component(
     assert "fusion/dreamid_two_refs" in page and "within all bounds" in page
 
 
-def test_what_was_recorded_tells_where_it_is_from(
+def test_recordings_state_their_origin(
     recorded: tuple[int, dict[str, Any], Path], remote: GitRemote, model: Path
 ) -> None:
     provenance = json.loads((recorded[2] / "goldens" / "reference.json").read_text())
@@ -104,7 +104,7 @@ def test_what_was_recorded_tells_where_it_is_from(
     assert "recorded fusion/dreamid_two_refs fp32" in (recorded[2] / "goldens" / "reference.log").read_text()
 
 
-def test_a_second_run_uses_what_is_there(recorded: tuple[int, dict[str, Any], Path], model: Path) -> None:
+def test_a_second_run_reuses_files(recorded: tuple[int, dict[str, Any], Path], model: Path) -> None:
     goldens = recorded[2] / "goldens"
     code, envelope, told = run(
         *("--reference", "--model", str(model), "--output-dir", str(goldens), "--device", "cpu"),
@@ -129,7 +129,7 @@ def test_a_reference_that_computes_something_else_is_seen(
     assert envelope["data"]["cases"][0]["first_divergence"] == "vid.0"
 
 
-def test_the_stand_in_computes_what_the_original_recorded(goldens: Path) -> None:
+def test_the_fake_reproduces_the_recorded_outputs(goldens: Path) -> None:
     """The fake agrees with recorded outputs of the original, which makes comparisons with it meaningful."""
     script = Path(__file__).with_name("run_fake_original.py")
     done = subprocess.run(
@@ -197,7 +197,7 @@ SLOW = {"killed": [pytest.mark.slow]}
 
 
 @pytest.mark.parametrize("failure", [pytest.param(name, id=name, marks=SLOW.get(name, [])) for name in FAILURES])
-def test_a_reference_that_fails_is_told_with_its_last_words(failure: str, commit: Commit, tmp_path: Path) -> None:
+def test_a_reference_that_fails_is_reported_with_its_last_words(failure: str, commit: Commit, tmp_path: Path) -> None:
     content, arguments, code, words, hint = FAILURES[failure]
     broken = commit({"dreamid_omni/modules/fusion.py": content})
     goldens = tmp_path / "goldens"
@@ -252,7 +252,7 @@ def test_a_checkout_that_was_changed_is_not_run(commit: Commit, remote: GitRemot
     assert (code, envelope["error"]["code"]) == (1, "code_broken")
 
 
-def test_an_interpreter_that_is_none_is_told(model: Path, tmp_path: Path) -> None:
+def test_an_interpreter_that_is_none_is_reported(model: Path, tmp_path: Path) -> None:
     code, envelope, _ = run(
         *("--reference", "--model", str(model), "--output-dir", str(tmp_path / "goldens")),
         *("--reference-python", str(tmp_path / "nowhere" / "python")),

@@ -17,7 +17,7 @@ from port_kit.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = ("port_kit", "models", "examples", "benchmarks")
-HEAVY_ROOMS = ("models", "runtime", "parallel", "pipeline")
+HEAVY_PACKAGES = ("models", "runtime", "parallel", "pipeline")
 LIGHT = ("port_kit.runtime.target_cache",)
 
 
@@ -40,7 +40,7 @@ def _modules() -> list[str]:
     """Return every module of the kit outside of the heavy packages."""
     paths = (path.relative_to(ROOT).with_suffix("") for path in _files("port_kit"))
     names = (".".join(path.parts).removesuffix(".__init__") for path in paths)
-    light = (name for name in names if not name.startswith(tuple(f"port_kit.{room}" for room in HEAVY_ROOMS)))
+    light = (name for name in names if not name.startswith(tuple(f"port_kit.{folder}" for folder in HEAVY_PACKAGES)))
     return [name for name in (*light, *LIGHT) if name != "port_kit.__main__"]
 
 
@@ -55,7 +55,7 @@ def test_importing_the_kit_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_no_room_imports_a_port_and_no_written_port_does() -> None:
+def test_no_package_and_no_generated_port_imports_a_port() -> None:
     """But for a generated page, which lists the shipped ports' errors too."""
     files = [*(ROOT / "port_kit").rglob("*.py"), *(ROOT / "port_kit").rglob("*.tmpl")]
     importing = re.compile(r"^\s*(?:from|import) port_kit\.models\b", re.MULTILINE)
@@ -115,7 +115,7 @@ def test_no_file_is_too_long() -> None:
 def _pages() -> list[Path]:
     return [
         *ROOT.glob("*.md"),
-        *(path for room in ("docs", "examples", "port_kit") for path in (ROOT / room).rglob("*.md")),
+        *(path for folder in ("docs", "examples", "port_kit") for path in (ROOT / folder).rglob("*.md")),
     ]
 
 
@@ -132,8 +132,8 @@ def test_no_link_and_no_path_of_a_page_leads_nowhere(page: Path) -> None:
         place = page.parent / target if target else page
         assert place.exists(), target
         assert not anchor or anchor in _anchors(place), f"{target}#{anchor}"
-    rooms = "port_kit|models|tests|docs|examples|benchmarks|requirements"
-    for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", text):
+    folders = "port_kit|models|tests|docs|examples|benchmarks|requirements"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
 

@@ -165,7 +165,7 @@ def test_pack_leads_back_and_notices_every_mutation(pipeline: torch.nn.Module) -
     assert_mutations_caught(one_of_each_kind(plan))
 
 
-def test_slots_of_the_second_projections_are_known(pipeline: torch.nn.Module) -> None:
+def test_shards_of_the_second_projections_are_known(pipeline: torch.nn.Module) -> None:
     targets = read_targets(pipeline).targets
     for leaf in ("weight", "bias"):
         own = targets[f"language_model.model.layers.0.self_attn.qkv_proj.{leaf}"]

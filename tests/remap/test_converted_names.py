@@ -130,7 +130,7 @@ def test_names_of_the_target_that_another_rule_set_converted_are_ambiguous(tmp_p
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("forgotten", ["pos_embed", "layers.7.weight"])
-def test_a_forgotten_rule_is_told_as_such(order: int, forgotten: str) -> None:
+def test_a_forgotten_rule_is_reported_as_such(order: int, forgotten: str) -> None:
     """One tensor has a name of the target and no rule; all others are renamed."""
     rules = RuleSet("r", (Rule(r"blocks\.(\d+)\.(weight|bias)", r"layers.\1.\2"),))
     source = {forgotten: (3,), "blocks.0.weight": (2, 2), "blocks.0.bias": (2,)}

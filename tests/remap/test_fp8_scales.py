@@ -86,7 +86,7 @@ def by_own_loaders(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_scales_of_projections_go_to_their_slots(layers: nn.ModuleDict, tmp_path: Path, shape: tuple) -> None:
+def test_scales_of_projections_go_to_their_shards(layers: nn.ModuleDict, tmp_path: Path, shape: tuple) -> None:
     tensors = apart(shape)
     expected = by_own_loaders(layers, tensors)
     clear(layers)
@@ -106,7 +106,7 @@ def test_scales_of_projections_go_to_their_slots(layers: nn.ModuleDict, tmp_path
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_one_scale_goes_to_every_slot(layers: nn.ModuleDict, tmp_path: Path, shape: tuple) -> None:
+def test_one_scale_goes_to_every_shard(layers: nn.ModuleDict, tmp_path: Path, shape: tuple) -> None:
     tensors = {"blocks.0.attn.o.weight": torch.randn(WIDTH, WIDTH).to(FP8)}
     for number, (part, rows) in enumerate({"qkv": (HEADS + 2 * KV_HEADS) * HEAD, "gate_up": 2 * FFN}.items(), 1):
         tensors[f"blocks.0.{GROUP[part]}.{part}.weight"] = torch.randn(rows, WIDTH).to(FP8)

@@ -115,7 +115,7 @@ def test_rules_and_load_weights_leave_the_same_bits(core: nn.Module) -> None:
     assert_loaders_agree(core, core.load_weights, RULES, original(), SIZES)
 
 
-def test_rows_of_a_fused_projection_go_where_they_belong(core: nn.Module) -> None:
+def test_rows_of_a_fused_projection_are_copied_to_their_shards(core: nn.Module) -> None:
     weights = original()
     load_weights(cleared(core), weights.items(), RULES, sizes=SIZES)
     state = core.state_dict()
@@ -134,7 +134,7 @@ def test_pack_leads_back_and_notices_every_mutation(core: nn.Module) -> None:
     assert_mutations_caught(plan)
 
 
-def test_pack_serves_the_whole_pipeline_under_its_prefix(core: nn.Module) -> None:
+def test_a_rule_set_serves_the_complete_pipeline_under_its_prefix(core: nn.Module) -> None:
     source = {f"model.{name}": tensor for name, tensor in original().items()}
     target = {f"model.{name}": spec for name, spec in Manifest.from_module(core).items()}
     assert_covers(RULES.under("model.", "model."), manifest_of(source), Manifest(target), SIZES)
@@ -167,7 +167,7 @@ HALVES = RuleSet(
 )
 
 
-def test_experts_of_one_of_two_ranks_take_their_part_of_whole_tensors() -> None:
+def test_experts_of_one_of_two_ranks_take_their_part_of_complete_tensors() -> None:
     from vllm_omni.diffusion.layers.fused_moe import FusedMoE
 
     shapes = {"w1": (64, 32), "w3": (64, 32), "w2": (32, 64)}

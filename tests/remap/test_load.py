@@ -229,7 +229,7 @@ def test_tensors_without_dense_values_are_refused_by_name(tensor: Tensor) -> Non
         load_weights(module_of({"block": (3, 3)}), [("block", tensor)], RuleSet("same", (Rule("(.*)", r"\1"),)))
 
 
-def test_names_that_are_too_long_to_match_are_told() -> None:
+def test_names_that_are_too_long_to_match_are_reported() -> None:
     name = "_fsdp_wrapped_module." * 20 + "w"
     plan = check(RuleSet("r", (Rule("(.*)", r"\1"),)), manifest_of({name: (1,)}), manifest_of({"w": (1,)}))
     assert any("421 characters" in problem.message for problem in plan.problems)

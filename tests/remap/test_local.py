@@ -112,11 +112,11 @@ def test_regions_are_read_into_any_memory(
     expected = values[region_index(region)]
     for axis in (0, 2):
         extents = [extent + 2 * (at == axis) for at, extent in enumerate(region_shape(region))]
-        room = torch.full(extents, -1, dtype=torch.int16)
-        into = room.narrow(axis, 1, extents[axis] - 2)
+        buffer = torch.full(extents, -1, dtype=torch.int16)
+        into = buffer.narrow(axis, 1, extents[axis] - 2)
         read_region(file, region, into, mapped=mapped)
         assert torch.equal(into, expected)
-        assert (room == -1).sum() == room.numel() - expected.numel()
+        assert (buffer == -1).sum() == buffer.numel() - expected.numel()
     file.close()
 
 

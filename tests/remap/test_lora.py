@@ -112,7 +112,7 @@ def _product(adapters: dict[str, torch.Tensor], module: str, down: str, up: str)
         ("blocks.3.modulation.diff_b", "remap_unexpected"),
     ],
 )
-def test_what_has_no_place_is_refused(name: str, code: str) -> None:
+def test_unmapped_names_are_refused(name: str, code: str) -> None:
     with pytest.raises(RemapError) as caught:
         remap_lora({name: 0}, RULES)
     assert caught.value.code == code

@@ -143,7 +143,7 @@ def test_split_adapters_act_as_on_the_original(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_parts_share_what_is_not_split() -> None:
+def test_parts_share_tensors_that_are_not_split() -> None:
     found = remap_lora(
         adapters(1),
         RULES,
@@ -208,7 +208,7 @@ INTO = RuleSet("into", (Rule(r"b\.w\.weight", "w.weight", into="[0:4, :]"),))
     [(TURNED, (4, 4)), (BOTH, (4, 4)), (PART, (8, 4)), (STACK, (2, 4, 4)), (INTO, (8, 4))],
     ids=lambda v: str(v)[:20],
 )
-def test_what_cannot_follow_is_refused(rules: RuleSet, shape: tuple) -> None:
+def test_operations_without_a_lora_form_are_refused(rules: RuleSet, shape: tuple) -> None:
     target = Manifest({"w.weight": (shape, "float32")})
     lora = {"b.w.lora_A.weight": torch.zeros(2, 4), "b.w.lora_B.weight": torch.zeros(4, 2)}
     with pytest.raises(RemapError) as caught:

@@ -106,7 +106,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("op", REFUSED.values(), ids=REFUSED)
-def test_what_is_no_selection_of_rows_and_columns_is_refused(op: Op) -> None:
+def test_ops_that_do_not_select_rows_or_columns_are_refused(op: Op) -> None:
     rules = RuleSet("r", (Rule(r"m\.weight", "n.weight", op=op),))
     target = Manifest({"n.weight": ((4, 4), "float32")})
     lora = {"m.lora_A.weight": torch.ones(2, 4), "m.lora_B.weight": torch.ones(4, 2)}
@@ -177,7 +177,7 @@ def test_biases_and_magnitudes_are_split_like_rows(bias: bool, magnitude: str, l
 
 
 @pytest.mark.parametrize("leaf", ["dora_scale", "lora_B.bias", "lora_A.bias"])
-def test_what_belongs_to_all_columns_is_not_split_with_them(leaf: str) -> None:
+def test_tensors_of_all_columns_are_not_split(leaf: str) -> None:
     halves = RuleSet("halves", (Rule(r"m\.weight", ("l.weight", "r.weight"), op=Op.of("split", dim=1)),))
     swap = RuleSet("swap", (Rule(r"m\.weight", "n.weight", op=Op.of("reorder", dim=1, parts=2, order=(1, 0))),))
     count = 2 if leaf == "lora_A.bias" else 8

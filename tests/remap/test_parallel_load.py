@@ -82,7 +82,7 @@ def checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_hold_the_whole_and_read_only_their_part(checkpoint: tuple, size: int) -> None:
+def test_ranks_together_have_the_checkpoint_and_read_only_their_part(checkpoint: tuple, size: int) -> None:
     folder, tensors = checkpoint
     one = module(0, 1)
     load_weights(one, tensors.items(), RULES)
@@ -104,7 +104,7 @@ def test_ranks_hold_the_whole_and_read_only_their_part(checkpoint: tuple, size: 
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_manifests_of_sharded_modules_have_whole_shapes(size: int) -> None:
+def test_manifests_of_sharded_modules_have_complete_shapes(size: int) -> None:
     manifest = Manifest.from_module(module(size - 1, size))
     assert manifest["qkv.weight"].shape == (12, 6)
     assert manifest["qkv.weight"].slots == {
@@ -129,7 +129,7 @@ class Second(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_second_set_of_weights_has_the_slots_of_its_lender(checkpoint: tuple, size: int) -> None:
+def test_a_second_set_of_weights_has_the_shards_of_its_lender(checkpoint: tuple, size: int) -> None:
     folder, tensors = checkpoint
     kept = RuleSet("second", (RULES.rules[0], Rule(r"b\.(?!q|k|v).*", drop="not of this module")))
     for rank in range(size):
@@ -167,7 +167,7 @@ def odd_linears() -> dict[str, nn.Module]:
     }
 
 
-def test_linears_that_differ_in_one_number_are_told_apart() -> None:
+def test_linears_that_differ_in_one_number_are_distinguished() -> None:
     layer = odd_linears()
     together = read_targets(nn.ModuleDict(layer)).targets
     assert len({target.shards for target in together.values()}) == len(layer)
@@ -192,7 +192,7 @@ def test_an_own_loader_is_stretched_by_its_ranks_only(checkpoint: tuple) -> None
     assert caught.value.code == "remap_shape"
 
 
-def test_a_missing_slot_is_never_loaded(checkpoint: tuple) -> None:
+def test_a_missing_shard_is_never_loaded(checkpoint: tuple) -> None:
     _, tensors = checkpoint
     del tensors["b.k.weight"]
     with raises("remap_incomplete_group", "b.k.weight"):

@@ -50,7 +50,7 @@ def ranks(folder: Path, size: int) -> list[Filled]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_rank_local_reads_leave_what_the_stream_leaves(model: Path, size: int) -> None:
+def test_rank_local_reads_equal_the_stream(model: Path, size: int) -> None:
     found = ranks(model, size)
     assert len(found) == size
     for one in found:
@@ -58,7 +58,7 @@ def test_rank_local_reads_leave_what_the_stream_leaves(model: Path, size: int) -
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_ranks_together_hold_the_checkpoint(model: Path, size: int) -> None:
+def test_the_ranks_together_have_the_checkpoint(model: Path, size: int) -> None:
     states, given = [one.state for one in ranks(model, size)], checkpoint()
     q, kv = HEADS * HEAD // size, max(1, KV_HEADS // size) * HEAD
     replicas = max(1, size // KV_HEADS)
@@ -83,7 +83,7 @@ def test_the_ranks_together_hold_the_checkpoint(model: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_rank_reads_its_share_and_names_what_it_reads_whole(model: Path, size: int) -> None:
+def test_a_rank_reads_its_share_and_names_complete_reads(model: Path, size: int) -> None:
     sizes = {name: math.prod(shape) * ITEM for name, shape in SHAPES.items()}
     replicated = {"l.o.bias", "l.norm.weight"}  # every rank holds all of these
     words = {name for name, shape in SHAPES.items() if shape[0] == WORDS}

@@ -90,7 +90,7 @@ def test_ambiguous_dead_and_unused() -> None:
     assert list(problems_of({"a": (4,)}, {"x": (3,)}, part)) == ["remap_unused"]
 
 
-def test_incomplete_groups_name_what_they_lack() -> None:
+def test_incomplete_groups_name_missing_parts() -> None:
     slots = {"q": ((0, 2), (0, 3)), "k": ((2, 3), (0, 3)), "v": ((3, 4), (0, 3))}
     target = Manifest({"qkv": TensorSpec((4, 3), "float32", slots=slots)})
     rules = RuleSet("slots", (Rule(r"(q|k|v)", "qkv", shard=r"\1"),))
@@ -103,7 +103,7 @@ def test_incomplete_groups_name_what_they_lack() -> None:
     assert {p.code for p in check(wrong, manifest_of({"o": (2, 3)}), target).problems} >= {"remap_slot"}
 
 
-def test_one_error_tells_all_kinds() -> None:
+def test_one_error_reports_all_kinds() -> None:
     source = SOURCE | {"head.weight": (4, 4), "more": (1,)}
     with pytest.raises(RemapError) as caught:
         RULES.compile(manifest_of(source), manifest_of(TARGET))

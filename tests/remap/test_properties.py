@@ -94,7 +94,7 @@ text = st.text(st.sampled_from(r"ab01.\()[]{}|+*?^$d:<>g-"), max_size=14)
 
 @SETTINGS
 @given(text, text, text, text, st.sampled_from(["", "transpose", "split", "stack", "copy"]), st.booleans())
-def test_no_rule_brings_a_foreign_exception(
+def test_no_rule_raises_another_exception(
     source: str, target: str, shard: str, box: str, op: str, optional: bool
 ) -> None:
     manifest = Manifest({"a.0.b": TensorSpec((2, 3), "float32"), "b": TensorSpec((), "int8")})

@@ -69,7 +69,7 @@ def test_certain_rules_alone_are_right(family: str) -> None:
     assert wrong(plan_map(check(certain, truth.source, truth.target)), truth.map) == []
 
 
-def test_what_shapes_force_is_certain() -> None:
+def test_matches_forced_by_shapes_are_certain() -> None:
     """The only vector of the model's width outside of the layers, whatever it is called."""
     truth = conversion("litgpt_llama")
     certain = [item for item in suggest(truth.source, truth.target).proposals if item.confidence == "certain"]
@@ -78,7 +78,7 @@ def test_what_shapes_force_is_certain() -> None:
     ]
 
 
-def test_each_rule_says_what_it_explains() -> None:
+def test_each_rule_states_its_matches() -> None:
     truth = conversion("litgpt_llama")
     suggestion = suggest(truth.source, truth.target, "litgpt_llama")
     explained = [name for proposal in suggestion.proposals for name in proposal.targets]
@@ -91,7 +91,7 @@ def test_each_rule_says_what_it_explains() -> None:
     assert all(bool(proposal.doubts) == (proposal.confidence == "likely") for proposal in suggestion.proposals)
 
 
-def test_what_shapes_cannot_show_is_not_certain() -> None:
+def test_changes_that_shapes_cannot_show_are_not_certain() -> None:
     truth = conversion("sd3")
     doubted = {
         name: proposal.doubts
@@ -121,7 +121,7 @@ def test_renamed_query_and_key_may_be_permuted() -> None:
     assert "rotary" in " ".join(found["layers.0.q_proj.weight"].doubts)
 
 
-def test_equal_strangers_are_left_out_and_reported() -> None:
+def test_equal_unrelated_tensors_are_left_out_and_reported() -> None:
     source = shapes(foo__weight=[4, 4], bar__weight=[4, 4], txt_in__weight=[8, 4])
     target = shapes(quux__weight=[4, 4], zork__weight=[4, 4], context_embedder__weight=[8, 4])
     suggestion = suggest(source, target)
@@ -185,7 +185,7 @@ def test_transposed_linears_take_square_ones_along() -> None:
 
 
 @pytest.mark.parametrize("family", ["litgpt_llama", "wan_t2v", "z_image"])
-def test_a_prefix_changes_nothing(family: str) -> None:
+def test_a_prefix_has_no_effect(family: str) -> None:
     truth = conversion(family)
     source = truth.source.under("model.inner.")
     found = proposed(suggest(source, truth.target), source, truth.target)
@@ -310,7 +310,7 @@ def test_weight_norms_are_folded_but_never_made(leaves: tuple[str, str]) -> None
     assert "ups.1.weight_v" not in proposed(suggest(target, source), target, source)
 
 
-def test_a_tied_head_is_told_and_never_kept_by_guess() -> None:
+def test_a_tied_head_is_reported_and_never_kept_by_guess() -> None:
     source = shapes(model__embed_tokens__weight=[20, 4], model__norm__weight=[4])
     target = shapes(model__embed_tokens__weight=[20, 4], model__norm__weight=[4], lm_head__weight=[20, 4])
     suggestion = suggest(source, target)
@@ -322,7 +322,7 @@ def test_a_tied_head_is_told_and_never_kept_by_guess() -> None:
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_words_of_different_code_bases_meet() -> None:
+def test_words_of_different_code_bases_match() -> None:
     assert words("to_q") == words("query") == ("q",)
     assert set(words("img_attn_qkv")) == {"img", "attn", "q", "k", "v"}
     assert words("encoder_attn") == ("cross", "attn")
@@ -330,7 +330,7 @@ def test_words_of_different_code_bases_meet() -> None:
     assert words("0") == ()
 
 
-def test_units_keep_slots_and_abstract_layers() -> None:
+def test_units_keep_shards_and_abstract_layers() -> None:
     names = {
         f"blocks.{layer}.mlp.{slot}.{leaf}": (4,)
         for layer in range(3)
@@ -395,7 +395,7 @@ def best_by_trying(scores: Mapping[tuple[str, str], float], rows: int, columns: 
 
 @settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.text("ab01._", min_size=1, max_size=9), st.lists(st.integers(0, 4), max_size=3), max_size=12))
-def test_any_names_give_rules_that_do_what_they_say(entries: dict[str, list[int]]) -> None:
+def test_rules_for_arbitrary_names_are_exact(entries: dict[str, list[int]]) -> None:
     source = Manifest.from_json(entries)
     target = Manifest.from_json({f"x.{name}": shape for name, shape in entries.items()})
     suggestion = suggest(source, target)

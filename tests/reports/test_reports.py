@@ -89,7 +89,7 @@ def test_a_failed_parity_names_the_tensor_and_the_last_that_agrees() -> None:
     assert "look at the module between these two tensors" in words
 
 
-def test_components_stand_in_the_order_of_the_run() -> None:
+def test_components_are_in_the_order_of_the_run() -> None:
     page = parity_page(
         parity_data(case("umt5 fp32", difference("h", 0.0)), case("fusion/a fp32", difference("x", 0.0)))
     )
@@ -106,7 +106,7 @@ def test_the_share_of_a_bound(max_abs: float, share: float) -> None:
     read(parity_page(parity_data(case("c fp32", difference("x", max_abs, ok=share <= 1)))))
 
 
-def test_whatever_stands_in_names_is_escaped() -> None:
+def test_names_are_escaped() -> None:
     data = parity_data(case(EVIL, difference(EVIL, 1.0, ok=False)))
     data["reference"] = {
         "made_from": {"code": EVIL, "commit": EVIL},
@@ -194,15 +194,15 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             container.mux(video.encode(frame))
         time = np.arange(28_000) / 16_000
         wave = np.where(time < 0.9, 0.0, 0.8 * np.sin(2 * np.pi * 300 * time)).astype(np.float32)
-        sound = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-        sound.sample_rate = 16_000
-        container.mux(audio.encode(sound))
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux(audio.encode(frame))
         for stream in (video, audio):
             container.mux(stream.encode(None))
     yield path
 
 
-def test_the_picture_shows_frames_in_order_and_the_sound(clip: Path, tmp_path: Path) -> None:
+def test_the_contact_sheet_shows_frames_in_order_and_the_audio(clip: Path, tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -228,7 +228,7 @@ def test_the_picture_shows_frames_in_order_and_the_sound(clip: Path, tmp_path: P
     assert image.shape[0] == below + WAVE + 2 * LINE + MARGIN
 
 
-def test_a_file_that_is_no_clip_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_clip_is_reported(tmp_path: Path) -> None:
     from port_kit.reports.contact_sheet import draw_contact_sheet
 
     (tmp_path / "clip.mp4").write_text("no")

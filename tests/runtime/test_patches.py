@@ -37,7 +37,7 @@ def test_every_section_is_complete(name: str) -> None:
     assert [part for part in PARTS if f"- **{part}**:" not in section] == []
 
 
-def test_every_patch_is_guarded_where_it_is_applied() -> None:
+def test_every_patch_has_a_guard() -> None:
     guarded = set()
     for path in RUNTIME.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -54,14 +54,14 @@ def _guards(call: ast.Call) -> set[str]:
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_every_guard_accepts_what_is_installed(name: str) -> None:
+def test_every_guard_accepts_the_installed_version(name: str) -> None:
     upstream_checks.require(name)
 
 
 @pytest.mark.parametrize(
     ("name", "index"), [(name, index) for name, patch in PATCHES.items() for index in range(len(patch.preconditions))]
 )
-def test_every_guard_fires_where_upstream_is_another(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_guard_fires_if_upstream_differs(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     patch = PATCHES[name]
     needs = [*patch.preconditions]
     needs[index] = replace(needs[index], expected=("value of an older release",))
@@ -102,7 +102,7 @@ def test_only_the_supported_series_is_accepted(version: str, accepted: bool, mon
         upstream_checks.check_version()
 
 
-def test_declaring_an_output_type_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_declaring_an_output_type_keeps_known_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_omni.diffusion import model_metadata
 
     known = {"Known": model_metadata.DiffusionModelMetadata(supports_multimodal_inputs=True)}
@@ -127,7 +127,7 @@ def test_the_ring_kernel_gives_output_and_log_sum_exp(dtype: torch.dtype) -> Non
     assert log_sum_exp.dtype == torch.float32
 
 
-def test_the_output_loop_tells_why_an_output_was_not_packed() -> None:
+def test_the_output_loop_reports_why_an_output_was_not_packed() -> None:
     from vllm_omni.diffusion.data import DiffusionOutput
 
     from port_kit.runtime.worker import async_output_loop

@@ -49,7 +49,7 @@ def run(app: Any, client: Client, scope: Any = SYNC) -> None:
     asyncio.run(asyncio.wait_for(CancelOnDisconnect(app)(scope, client.receive, client.send), 5))
 
 
-def test_an_upload_arrives_whole_and_in_order() -> None:
+def test_an_upload_arrives_completely_and_in_order() -> None:
     client = Client(body(b"a", True), body(b"b", True), body(b"c"))
     run(reading, client)
     assert client.sent == [b"abc"]

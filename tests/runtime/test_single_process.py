@@ -16,7 +16,7 @@ print(torch.get_default_dtype(), torch.distributed.is_initialized())
 """
 
 
-def test_a_world_of_one_opens_and_closes_without_the_hub() -> None:
+def test_a_process_group_of_one_needs_no_hub() -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

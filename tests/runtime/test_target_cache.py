@@ -19,7 +19,7 @@ COMPONENTS = ["transformer", "text_encoder", "vae", "audio_vae", "vocoder"]
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_what_is_recorded_is_what_is_built(name: str) -> None:
+def test_recorded_targets_equal_built_ones(name: str) -> None:
     port = find_port("dreamid_omni")
     component = port.component(name)
     known = component_target(port, name)

@@ -102,7 +102,7 @@ def test_names_do_not_break_lines(name: str, path: str, tmp_path: Path) -> None:
     lint(tmp_path / "port")
 
 
-def test_what_is_written_is_linted_and_formatted(ports: Path) -> None:
+def test_generated_ports_are_linted_and_formatted(ports: Path) -> None:
     lint(*(ports / name for name in ("ltx_video", "my_model", *(f"of_{path}" for path in OWN))))
 
 
@@ -143,6 +143,6 @@ def test_a_skeleton_passes_all_of_its_tests(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pictures_are_made_as_well(tmp_path: Path) -> None:
+def test_a_port_of_an_image_model(tmp_path: Path) -> None:
     new_port(NewPort("pix", "diffusers", tmp_path / "port", "PixArtTransformer2DModel"))
     assert "6 passed" in run_pytest(["port/tests"], cwd=tmp_path)

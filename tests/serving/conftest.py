@@ -23,6 +23,6 @@ def _load(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def storm() -> ModuleType:
+def load_test() -> ModuleType:
     """The load benchmark as a module."""
     return _load(ROOT / "benchmarks" / "serving_storm.py")

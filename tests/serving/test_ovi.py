@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         yield running
 
 
-def test_a_prompt_becomes_a_video_with_sound(server: ApiServer, tmp_path: Path) -> None:
+def test_a_prompt_becomes_a_video_with_audio(server: ApiServer, tmp_path: Path) -> None:
     output = tmp_path / "text.mp4"
     done = run_client(["sh", str(OVI / "client.sh"), PROMPT, str(output), "-F", "num_inference_steps=1"], server)
     assert done.returncode == 0, done.stderr
@@ -56,10 +56,10 @@ def test_a_first_frame_gives_the_videos_ratio(server: ApiServer, tmp_path: Path)
     assert found.frames == 121 and found.height > 2 * found.width
 
 
-def test_what_ovi_cannot_do_is_refused(server: ApiServer, tmp_path: Path) -> None:
+def test_unsupported_requests_of_ovi_are_refused(server: ApiServer, tmp_path: Path) -> None:
     line = ["sh", str(OVI / "client.sh"), PROMPT, str(tmp_path / "none.mp4")]
-    voice = 'audio_reference={"audio_url": "data:audio/wav;base64,UklGRg=="}'
-    done = run_client([*line, "--form-string", voice], server)
+    reference = 'audio_reference={"audio_url": "data:audio/wav;base64,UklGRg=="}'
+    done = run_client([*line, "--form-string", reference], server)
     assert done.returncode == 1 and "[input_count] 1 audio(s); this model accepts none" in done.stderr
     done = run_client([*line, "-F", 'extra_params={"slg_layer": 900}'], server)
     assert done.returncode == 1 and "slg_layer is 900" in done.stderr

@@ -70,7 +70,7 @@ def test_values_depend_on_name_and_seed_only() -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["", "generator", "app.model"])
-def test_pickles_are_wrapped_as_told(tmp_path: Path, wrapper: str) -> None:
+def test_pickles_have_the_given_wrapper(tmp_path: Path, wrapper: str) -> None:
     write_checkpoint(tmp_path / "x.pt", {"w": torch.ones(2)}, wrapper=wrapper)
     content = torch.load(tmp_path / "x.pt", weights_only=True)
     for key in filter(None, wrapper.split(".")):
@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_fusion_model(RECIPE, tmp_path_factory.mktemp("hub"), seed=5)
 
 
-def test_dreamid_omni_lies_in_its_repositories(tiny: TinyModel) -> None:
+def test_the_files_of_dreamid_omni_are_in_its_repositories(tiny: TinyModel) -> None:
     assert {repository: sorted(files) for repository, files in tiny.repositories.items()} == {
         "XuGuo699/DreamID-Omni": ["dreamid_omni.safetensors"],
         "Wan-AI/Wan2.2-TI2V-5B": [
@@ -125,7 +125,7 @@ def test_the_tokenizer_loads_and_fits_the_encoder(tiny: TinyModel) -> None:
     assert len(tokenizer) <= tiny.configs["text_encoder"]["vocab_size"]
 
 
-def test_a_part_that_nobody_gives_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
     component = TinyComponent(
         outline("wan_transformer"), sizes={3072: 8, 4096: 8, 14336: 8, 8192: 8}, layers={"blocks": 1}
     )

@@ -138,7 +138,7 @@ class ToyAVPipeline(nn.Module, CFGParallelMixin):
 def _decode(video: torch.Tensor, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Expand the tokens to images of more than a megabyte and to audio of the same duration."""
     pixels = FRAMES * SIZE * SIZE * 3
-    pictures = torch.sigmoid(video.flatten()).repeat(-(-pixels // video.numel()))[:pixels]
+    images = torch.sigmoid(video.flatten()).repeat(-(-pixels // video.numel()))[:pixels]
     samples = SAMPLE_RATE * FRAMES // FPS
-    sound = torch.tanh(audio.flatten()).repeat(-(-samples // audio.numel()))[:samples]
-    return pictures.view(FRAMES, SIZE, SIZE, 3), sound
+    wave = torch.tanh(audio.flatten()).repeat(-(-samples // audio.numel()))[:samples]
+    return images.view(FRAMES, SIZE, SIZE, 3), wave
