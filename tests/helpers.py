@@ -29,6 +29,21 @@ def raises(code: str, *names: str) -> Iterator[pytest.ExceptionInfo[PortKitError
         assert name in caught.value.message, caught.value
 
 
+def run_ranks(function: Callable[..., None], args: tuple[object, ...], ranks: int, start_method: str = "fork") -> None:
+    """Run ``function(rank, *args)`` in processes of this machine; kill them if they do not end within ten minutes."""
+    from torch.multiprocessing.spawn import start_processes
+
+    context = start_processes(function, args, nprocs=ranks, join=False, start_method=start_method)
+    assert context is not None
+    deadline = time.monotonic() + 600
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks did not end within 600 s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 60.0, pause: float = 0.01) -> None:
     """Poll a condition; fail if it does not hold within ``seconds``."""
     deadline = time.monotonic() + seconds

@@ -146,7 +146,10 @@ class ApiServer:
         while time.monotonic() < deadline:
             if not self.is_alive():
                 raise RuntimeError(f"the server ended while it was starting:\n{self.tail()}")
-            with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{self.url}/health"):
+            with (
+                contextlib.suppress(urllib.error.URLError, OSError),
+                urllib.request.urlopen(f"{self.url}/health", timeout=10),
+            ):
                 return
             time.sleep(0.5)
         raise RuntimeError(f"the server did not answer within {self._start_timeout:g} s:\n{self.tail()}")

@@ -19,6 +19,7 @@ from port_kit.download import Recipe
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
 from tests.download.helpers import WEIGHTS, bring, noise
+from tests.helpers import wait_until
 
 #: Seconds that an interrupted command may take to end; the servers here are silent for longer.
 DEADLINE = 15
@@ -59,12 +60,12 @@ def interrupted(ready: Callable[[], object], *arguments: object, **variables: st
         start_new_session=True,
         preexec_fn=_heed_interrupts,
     )
-    end = time.monotonic() + 60
-    while not ready():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=DEADLINE)
+    try:
+        wait_until(lambda: process.poll() is not None or ready())
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err and "run the same command again" in err
     with pytest.raises(ProcessLookupError):

@@ -1,13 +1,12 @@
 """A user's script: one ``Omni`` on a model directory, requests that must be refused, then good ones.
 
-Usage: run_dreamid.py MODEL REPORT. Each request adds a JSON line to the report: its result and duration.
+Usage: run_dreamid.py MODEL REPORT. Each request adds a JSON line to the report: its result.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +48,6 @@ def answer(omni: Any, prompt: Any, sampling: dict[str, Any]) -> dict[str, Any]:
     """Send one request as a list call: one that is refused must leave the engine open."""
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-    started = time.perf_counter()
     try:
         (result,) = omni.generate(prompt, OmniDiffusionSamplingParams(**sampling))
     except (ValueError, RuntimeError) as error:
@@ -67,7 +65,7 @@ def answer(omni: Any, prompt: Any, sampling: dict[str, Any]) -> dict[str, Any]:
             "fps": result.multimodal_output["fps"],
             "rate": result.multimodal_output["audio_sample_rate"],
         }
-    return {**outcome, "seconds": time.perf_counter() - started}
+    return outcome
 
 
 def main(model: str, report: str) -> None:

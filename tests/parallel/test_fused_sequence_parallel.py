@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.multiprocessing.spawn import start_processes
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_attn_forward
 from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
@@ -21,6 +20,7 @@ from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttent
 from port_kit.parallel.comm import fused_sequence_parallel
 from port_kit.parallel.comm.fused_sequence_parallel import ExchangedContext, FusedRing, FusedUlysses, optimize_strategy
 from port_kit.runtime.patches import install_worker_fixes
+from tests.helpers import run_ranks
 
 
 def ulysses(rank: int, ranks: int) -> None:
@@ -85,7 +85,7 @@ def in_group(rank: int, work: Callable[[int, int], None], ranks: int, folder: st
 @pytest.mark.parametrize(("work", "ranks"), [(ulysses, 2), (ulysses, 3), (uneven, 2), (ring, 2), (ring, 3)])
 def test_the_fused_form_equals_vllm_omnis(work: Callable[[int, int], None], ranks: int, tmp_path: Path) -> None:
     gc.collect()  # a process group in the garbage would be waited for in the children
-    start_processes(in_group, (work, ranks, str(tmp_path)), nprocs=ranks, start_method="fork")
+    run_ranks(in_group, (work, ranks, str(tmp_path)), ranks)
 
 
 def test_other_strategies_are_unchanged() -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.multiprocessing.spawn import start_processes
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_attn_forward
 from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
@@ -27,6 +26,7 @@ from port_kit.parallel.comm import asymmetric_attention, cuda_stream_ops, fused_
 from port_kit.parallel.comm.fused_sequence_parallel import FusedRing, optimize_strategy
 from port_kit.parallel.comm.symm_mem import PeerBuffers
 from port_kit.runtime.patches import install_worker_fixes
+from tests.helpers import run_ranks
 
 
 class SharedMemory:
@@ -199,14 +199,14 @@ def in_group(rank: int, work: Callable[[int, int, str], None], ranks: int, folde
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("work", [gathered_and_summed, one_buffer_is_too_few, ulysses, ring, gathered_operands])
 def test_peer_buffers(work: Callable[[int, int, str], None], ranks: int, tmp_path: Path) -> None:
-    start_processes(in_group, (work, ranks, str(tmp_path)), nprocs=ranks, start_method="fork")
+    run_ranks(in_group, (work, ranks, str(tmp_path)), ranks)
 
 
 @pytest.mark.gpu
 def test_peer_buffers_on_gpus(tmp_path: Path) -> None:
     ranks = torch.cuda.device_count()
     assert ranks >= 2, "this test needs two GPUs"
-    start_processes(on_gpus, (ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")
+    run_ranks(on_gpus, (ranks, str(tmp_path)), ranks, "spawn")
 
 
 def test_a_cpu_has_no_peer_buffers() -> None:
