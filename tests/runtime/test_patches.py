@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import queue
 import re
 import threading
@@ -19,6 +20,18 @@ from tests.helpers import raises
 
 RUNTIME = Path(patches.__file__).parent
 PARTS = ("Why", "How", "Upstream", "Guard", "Goes when")
+
+
+@pytest.fixture(autouse=True)
+def unpatched_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore the installed worker: earlier tests of this process may have patched it."""
+    from vllm_omni.diffusion.worker import diffusion_worker
+
+    spec = importlib.util.spec_from_file_location(diffusion_worker.__name__, diffusion_worker.__file__)
+    assert spec is not None and spec.loader is not None
+    pristine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pristine)
+    monkeypatch.setattr(diffusion_worker.WorkerProc, "_async_output_loop", pristine.WorkerProc._async_output_loop)
 
 
 def _sections() -> dict[str, str]:
