@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "families"
 
 @dataclass(frozen=True)
 class Conversion:
-    """Names and shapes of both sides, and what every target is made of, in the schema of the oracles."""
+    """Names and shapes of both sides, and the sources of every target, in the schema of the tests' conversions."""
 
     name: str
     source: dict[str, Shape]

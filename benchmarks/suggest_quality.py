@@ -1,8 +1,8 @@
 """How good ``suggest`` is: right targets and certain rules on true conversions, in three orders of names.
 
-Groups: the twelve oracles; families the method was developed on, some written down by hand; families that it had not
-seen when it was finished; and each of them the other way round. For the leave-out figure a family is measured once
-more without every word of the vocabulary that no other family needs: what is left is method.
+Groups: the twelve conversions of the tests; families that the method was developed on, some written by hand; families
+that were added afterwards; and the inverse of each. For the leave-out figure a family is measured once more without
+the words of the vocabulary that no other family needs: the rest is due to the method.
 
     python benchmarks/suggest_quality.py [--orders given,sorted,shuffled] [--leave-out] [--verbose] [NAME ...]
 
@@ -30,14 +30,14 @@ from port_kit.remap.plan import check
 from port_kit.remap.suggest import suggest, vocabulary
 from port_kit.reports.plan_json import plan_map
 
-ORACLES = Path(__file__).parent.parent / "tests" / "data" / "oracles"
+CONVERSIONS = Path(__file__).parent.parent / "tests" / "data" / "conversions"
 Table = dict[str, Shape]
 
 
-def oracles() -> list[Conversion]:
+def conversions() -> list[Conversion]:
     """The twelve families of the test suite."""
     found = []
-    for path in sorted(ORACLES.glob("*.json.gz")):
+    for path in sorted(CONVERSIONS.glob("*.json.gz")):
         data = json.loads(gzip.decompress(path.read_bytes()))
         source, target = ({name: tuple(shape) for name, shape in data[side].items()} for side in ("source", "target"))
         found.append(Conversion(data["family"], source, target, data["map"], True, tuple(data["dropped"])))
@@ -126,7 +126,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def group_of(one: Conversion, twelve: set[str]) -> str:
     """Which group a conversion is reported in."""
     if one.name in twelve:
-        return "oracles"
+        return "conversions"
     return ("developed_on" if one.developed_on else "unseen") + ("_back" if one.name.endswith("_back") else "")
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--leave-out", action="store_true")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    twelve = oracles()
+    twelve = conversions()
     more = [*twelve, *written_families()]
     every = [*more, *load_families(), *filter(None, map(inverse, more))]
     chosen = [one for one in every if not options.names or one.name in options.names]

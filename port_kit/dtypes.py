@@ -1,4 +1,4 @@
-"""The table of dtypes: what torch, safetensors and pickles call them, their sizes and the values that they hold.
+"""The table of dtypes: their names in torch, safetensors and pickles, their sizes and the values that they hold.
 
 Names are torch's. Sizes and shapes are torch's, too: ``float4_e2m1fn_x2`` has two values per element of one byte, so a
 safetensors tensor of dtype F4 and shape ``[8, 64]`` is one of shape ``[8, 32]`` here.
@@ -162,5 +162,5 @@ def all_finite(tensor: Tensor) -> bool:
 
     if not tensor.numel():
         return True
-    lowest, highest = torch.aminmax(tensor)  # allocates nothing; a NaN results in NaN
+    lowest, highest = torch.aminmax(tensor)  # without allocation; a NaN results in NaN
     return bool(torch.isfinite(lowest) & torch.isfinite(highest))

@@ -207,7 +207,7 @@ class RemapError(PortKitError, ValueError):
 
 
 class ParallelError(PortKitError, ValueError):
-    """A parallel layout is impossible, or N ranks do not compute what one rank computes."""
+    """A parallel layout is impossible, or N ranks do not compute the result of one rank."""
 
 
 class ConfigError(PortKitError, ValueError):

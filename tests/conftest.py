@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that tests of several packages share."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 
 from tests.golden_archive import unpack
+from tests.helpers import DATA
 
-DATA = Path(__file__).parent / "data"
 BUILD = Path(__file__).parents[1] / "build"
 
 #: Folders and modules of integration tests, relative to this folder.
 INTEGRATION = (
     "cli/test_doctor.py",
-    "cli/test_verify_parity.py",
-    "download/test_kill.py",
-    "download/test_lying_server.py",
+    "download/test_crashes.py",
+    "download/test_random_faults.py",
     "engine",
+    "examples",
     "models",
     "parallel",
-    "private",
-    "reference",
     "remap/test_parallel_load.py",
     "remap/test_parallel_ranks.py",
     "scaffold",
+    "runtime/test_serving.py",
     "serving",
+    "testing/test_workers.py",
 )
 
 

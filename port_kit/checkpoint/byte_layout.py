@@ -1,7 +1,7 @@
 """The map from the bytes of a source file to the file that is written while it arrives.
 
 A plain download is written byte by byte. A checkpoint that becomes a safetensors file is rearranged on the way: every
-tensor's bytes go to their final place, and all other bytes (zip headers, the pickle) go behind the end. Nothing is lost
+tensor's bytes go to their final place, and all other bytes (zip headers, the pickle) go behind the end. No byte is lost
 until the file is published, so that the source's hash can be computed, and a transfer resumed, in both cases alike.
 """
 
@@ -99,7 +99,7 @@ class DescriptorSource:
                 if not pieces[-1]:
                     raise Truncated(f"the file ends before byte {target + count}")
                 count, target = count - len(pieces[-1]), target + len(pieces[-1])
-        return b"".join(pieces)  # copies nothing if there is one
+        return b"".join(pieces)  # no copy if there is one
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with source bytes from ``offset``."""

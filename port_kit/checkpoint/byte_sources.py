@@ -1,4 +1,4 @@
-"""Reading a file by offset, wherever it lies: on disk, on the Hub, in a half-finished download."""
+"""Sources of bytes by offset: a file on disk, on the Hub, or in an incomplete download."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ByteSource(Protocol):
     """Bytes that can be read by offset.
 
     Attributes:
-        name: what messages call it.
+        name: name for messages.
         size: how many bytes it has.
     """
 
@@ -28,7 +28,7 @@ class ByteSource(Protocol):
     size: int
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes from ``offset``, fewer only where the source ends."""
+        """Return exactly ``length`` bytes from ``offset``, fewer only at the end of the source."""
 
 
 class FileSource(DescriptorSource, AbstractContextManager["FileSource"]):

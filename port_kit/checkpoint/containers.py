@@ -1,4 +1,4 @@
-"""Names what a file or folder is that is no checkpoint to read, and says what to do with it."""
+"""Detect files and folders in unsupported formats, with a remedy for each."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 #: Largest safetensors header that is read; the format's own limit.
 MAX_HEADER = 100_000_000
-#: What trainers leave beside weights: state that no pipeline loads.
+#: Files that trainers save with weights: state that no pipeline loads.
 LEFTOVERS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler")
 
 
 class Container(NamedTuple):
-    """A format that is not read: what messages call it, what to do, and how it is recognized.
+    """An unsupported format: its description, the remedy, and how it is recognized.
 
     Attributes:
-        what: completes "this file ...".
-        hint: what to do.
+        what: end of the sentence "this file ...".
+        hint: the remedy.
         suffixes: of paths.
         magic: ``(offset, bytes)`` of contents.
     """
@@ -91,7 +91,7 @@ def looks_like_safetensors(source: ByteSource) -> bool:
 
 
 def looks_like_torch(source: ByteSource) -> bool:
-    """Return True if a file begins as what torch.save writes: a zip archive or a pickle."""
+    """Return True if a file starts like output of torch.save: a zip archive or a pickle."""
     head = source.read_at(0, 4)
     return head == b"PK\x03\x04" or head[:1] == b"\x80"
 
@@ -100,7 +100,7 @@ def refuse_foreign(source: ByteSource) -> None:
     """Raise if a file is of a format that is known and not read.
 
     Raises:
-        CheckpointError: ``checkpoint_format`` with what the file is and what to do.
+        CheckpointError: ``checkpoint_format`` with the detected format and the remedy.
     """
     if looks_like_safetensors(source):
         return
@@ -128,7 +128,7 @@ def refuse_dcp(folder: str, names: Iterable[str]) -> None:
 
 
 def describe_zip(names: Iterable[str]) -> Container:
-    """Return what a zip archive without data.pkl is, from the names of its entries."""
+    """Describe a zip archive without data.pkl by the names of its entries."""
     listed = list(names)
     if listed and all(name.endswith(".npy") for name in listed):
         return _NPZ

@@ -1,4 +1,4 @@
-"""A torch checkpoint on disk becomes a safetensors file: flat memory, nothing executed, CRC checked on the way."""
+"""Convert a torch checkpoint on disk to safetensors in constant memory, without executing it; checks every CRC."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def convert_file(
         advance: called with the number of source bytes that were copied.
 
     Raises:
-        CheckpointError: the source is damaged, unsafe, or holds what safetensors cannot.
+        CheckpointError: the source is damaged, unsafe, or holds a tensor that safetensors cannot represent.
         DownloadError: the target cannot be written.
     """
     source, target = Path(source), Path(target)
@@ -93,13 +93,13 @@ def _copy_storages(
     for key, storage in layout.used_storages.items():
         value, offset, end = 0, storage.offset, storage.offset + storage.nbytes
         while offset < end:
-            # Whole pages of the written file: none is touched twice, and the system takes them in large units.
+            # Complete pages of the written file: no page is touched twice, and the system writes large units.
             view = buffer[: min(places.until_aligned(offset, _PIECE), end - offset)]
             try:
                 read_exactly(source.descriptor, view, offset)
             except OSError as error:
                 raise DownloadError(f"{source.name} cannot be read: {error}", code="source_missing") from error
-            # What the layout puts behind the end is gathered later.
+            # Bytes that the layout places behind the end are gathered later.
             places.write(descriptor, offset, view, end=layout.size)
             value = crc32(view, value) if storage.crc is not None else 0
             offset, unwritten = offset + len(view), unwritten + len(view)

@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 
 
 def read_entry(name: str) -> Entry | None:
-    """Return what a tensor of a LoRA file is; None if its name is of no kind that is read."""
+    """Classify a tensor of a LoRA file by its name; None if the kind is not supported."""
     found = _ADAPTER.fullmatch(name)
     if found is None:
         return None
@@ -89,7 +89,7 @@ def restore_names(
     """Return a LoRA file's tensors under the module names of the base checkpoint.
 
     Args:
-        tensors: by name. What belongs to no known module keeps its name.
+        tensors: by name. Tensors of unknown modules keep their names.
         modules: names of the modules in the base checkpoint. Kohya-style files write them with underscores.
         other_names: further names under which LoRA files know modules: a pattern of names in the base checkpoint, and a
             template of the other name.

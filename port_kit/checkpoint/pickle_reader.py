@@ -27,7 +27,7 @@ from port_kit.errors import CheckpointError
 
 try:
     from isal.isal_zlib import crc32
-except ImportError:  # setup.cfg asks for isal where it is built for; zlib gives the same values, at a tenth of the rate
+except ImportError:  # setup.cfg requires isal on supported machines; zlib is ten times slower
     from zlib import crc32
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -55,7 +55,7 @@ class Tables:
         others: values beside the tensors that are not tensors, ``{name: kind}``.
         container: ``zip`` or ``legacy``.
         size: of the file, bytes.
-        elsewhere: where further tensors lie, those of most names first.
+        elsewhere: paths of further tensors in the pickle, those with the most names first.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -73,19 +73,19 @@ def read_tables(
     drop: Sequence[str] = (),
     exact_offsets: bool = True,
 ) -> Tables:
-    """Read what a ``.pth``, ``.pt`` or ``.bin`` file holds.
+    """Read the tables of a ``.pth``, ``.pt`` or ``.bin`` file.
 
     Args:
         source: a path, an open binary file, or anything with ``name``, ``size`` and ``read_at``.
         wrapper: the keys above the tensors, dotted (``generator``, ``app.model``); empty, or ``.``, for a bare state
             dict.
-        drop: names beside or among the tensors that are left out on purpose; nothing of them is built.
+        drop: names beside or among the tensors that are left out on purpose; they are not built.
         exact_offsets: read each storage's local header. Without it the offsets follow from torch's alignment
             rule, which saves a request a tensor on a remote file; check them with :func:`check_offsets`.
 
     Raises:
-        CheckpointError: ``checkpoint_format`` for what is no torch file, ``pickle_unsafe`` for a pickle that asks for
-            more than tensors in what is kept, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` if all
+        CheckpointError: ``checkpoint_format`` for other files, ``pickle_unsafe`` for a pickle that asks for
+            more than tensors in the kept part, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` if all
             tensors lie under other keys, ``pickle_drop`` for a name that is not there.
     """
     with _open(source) as opened:
@@ -119,7 +119,7 @@ def _open(source: str | Path | BinaryIO | ByteSource) -> AbstractContextManager[
 
 
 def _check_first_bytes(source: ByteSource) -> None:
-    """Name what is often saved as a ``.pth`` and is none: error pages, LFS pointers, archives of other kinds."""
+    """Detect files that are often named ``.pth`` by mistake: error pages, LFS pointers, other archives."""
     refuse_foreign(source)
     found = ""
     if not source.size:
@@ -204,7 +204,7 @@ def _member(source: ByteSource, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _local_offset(source: ByteSource, header_offset: int) -> int:
-    """Return where an entry's bytes begin: behind its local header, whose extra field differs from the directory's."""
+    """Return the offset of an entry's bytes, behind its local header, whose extra field may differ."""
     header = source.read_at(header_offset, _LOCAL_HEADER.size)
     if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
         raise corrupt(f"{source.name}: no zip entry at byte {header_offset}")
@@ -267,7 +267,7 @@ def _read_legacy(stream: CachedSource, source: ByteSource, exact_offsets: bool) 
     keys = read_pickle(stream, source.name)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise corrupt(f"{source.name}: the list of storages is not one")
-    # Also storages of what is left out: their bytes lie in between.
+    # Include storages of dropped values: their bytes lie in between.
     below = (value.storage if isinstance(value, TensorRef) else value for value in values_below(root))
     refs = {ref.key: ref for ref in below if isinstance(ref, StorageRef)}
     return root, _legacy_storages(keys, refs, stream.tell(), source, exact_offsets)

@@ -1,6 +1,6 @@
 """The values of a torch checkpoint's pickle: records in place of storages and tensors, and the allow list.
 
-Nothing is built or imported. What is not on the allow list becomes an :class:`Opaque` value; see
+No object is built and no module imported. A global outside the allow list becomes an :class:`Opaque` value; see
 :mod:`port_kit.checkpoint.unpickler`.
 """
 
@@ -23,7 +23,7 @@ _MOST_ELEMENTS = 1 << 60
 
 
 class Global(NamedTuple):
-    """A name that a pickle asks for; it stays a name."""
+    """A global that a pickle names; it is never imported."""
 
     module: str
     name: str
@@ -33,7 +33,7 @@ class Global(NamedTuple):
 
 
 class StorageRef(NamedTuple):
-    """A storage as the pickle declares it: ``numel`` elements of ``dtype``, bytes where ``dtype`` is None."""
+    """A storage as the pickle declares it: ``numel`` elements of ``dtype``, bytes if ``dtype`` is None."""
 
     key: str
     dtype: str | None
@@ -78,11 +78,11 @@ class TensorRef(NamedTuple):
 
 
 class Opaque:
-    """A value that was not built: what a global that is not on the allow list names, or what a call of it returns.
+    """A value that was not built: a global outside the allow list, or the result of a call of one.
 
     Attributes:
         name: the global.
-        parts: what the pickle hands to it.
+        parts: its arguments in the pickle.
     """
 
     __slots__ = ("name", "parts")
@@ -119,7 +119,7 @@ def refuse_opaque(root: Any, where: str, key: str = "") -> None:
 
     Args:
         root: the value.
-        where: what messages call the pickle.
+        where: name of the pickle for messages.
         key: under which the value lies, if it can be left out by that.
 
     Raises:
@@ -135,7 +135,7 @@ _HARMLESS_LOOKING = {"torch", "numpy", "argparse", "pathlib", "omegaconf", "coll
 
 
 def unsafe(where: str, what: str, found: str, key: str = "") -> CheckpointError:
-    """Return the error for a pickle that asks for ``what``; it is left out by ``key``, if it has one."""
+    """Return the error for a pickle that requires ``what``; dropping ``key`` avoids it, if given."""
     hint = "do not load this file with torch.load either unless you trust where it comes from"
     if found.partition(".")[0] in _HARMLESS_LOOKING:
         hint = "save only the tensors: torch.save(model.state_dict(), path), without other objects beside them"
@@ -157,7 +157,7 @@ def corrupt(message: str, hint: str = "the file is damaged or cut short: fetch i
 def unsupported(
     message: str, hint: str = "save only the tensors: torch.save(model.state_dict(), path)"
 ) -> CheckpointError:
-    """Return the error for a checkpoint that is valid, and holds what is not read or what safetensors cannot hold."""
+    """Return the error for a valid checkpoint with values that the kit or safetensors does not support."""
     return CheckpointError(message, code="pickle_unsupported", hint=hint)
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, local or remote: one file, a folder of files, or what an index names.
+"""The manifest of a checkpoint, local or remote: one file, a folder of files, or the files of an index.
 
 Safetensors are preferred to torch checkpoints, and an index to the files beside it. Only headers are read.
 """
@@ -50,13 +50,13 @@ class CheckpointFiles(Protocol):
     exact_offsets: bool
 
     def shown(self, path: str) -> str:
-        """Return what messages call a path."""
+        """Return a path's name for messages."""
 
     def is_folder(self, path: str) -> bool:
         """Return True if a path is a folder."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of what stands right in a folder, those of folders with a slash at the end."""
+        """Return the names of a folder's direct entries; names of folders end with a slash."""
 
     def open(self, path: str) -> AbstractContextManager[ByteSource]:
         """Open a file; raises FileNotFoundError if it is missing, OSError if it cannot be read."""
@@ -96,7 +96,7 @@ class HubFiles(CheckpointFiles):
         return f"{self._root}:{path}" if path else self._root
 
     def is_folder(self, path: str) -> bool:
-        if not path or path.endswith(_FILES):  # what has a checkpoint's suffix is a file
+        if not path or path.endswith(_FILES):  # a path with a checkpoint's suffix is a file
             return not path
         full = f"{self._root}/{path}"
         return all(entry["name"] != full for entry in self._files.ls(full, detail=True))
@@ -135,7 +135,7 @@ def read_remote(text: str, *, wrapper: str = "") -> Manifest:
         wrapper: of torch checkpoints, the keys above the tensors.
 
     Raises:
-        RemapError: ``manifest_invalid`` if nothing readable is there or the repository cannot be reached, and what
+        RemapError: ``manifest_invalid`` if no readable file exists or the repository cannot be reached, and what
             :meth:`port_kit.manifest.Manifest.from_checkpoint` raises.
         CheckpointError: see there.
     """
@@ -162,7 +162,7 @@ class CheckpointReader:
     """A reader of manifests.
 
     Args:
-        files: where the checkpoint lies.
+        files: location of the checkpoint.
         wrapper: of torch checkpoints, the keys above the tensors.
         formats: keys of :data:`SUFFIXES` that may be read.
     """
@@ -171,7 +171,7 @@ class CheckpointReader:
         self._files, self._wrapper, self._formats = files, wrapper, formats
 
     def read(self, path: str) -> Manifest:
-        """Read a file, an index, or a folder; the path is empty for the whole.
+        """Read a file, an index, or a folder; an empty path selects the root.
 
         Raises:
             RemapError, CheckpointError: see :meth:`port_kit.manifest.Manifest.from_checkpoint`.

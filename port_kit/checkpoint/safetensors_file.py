@@ -63,7 +63,7 @@ class SafetensorsFile:
         size = min(dtype.itemsize, 8)
         count = (len(self._mapping) - phase) // dtype.itemsize * (dtype.itemsize // size)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot be written; nobody writes it
+            warnings.simplefilter("ignore")  # a warning that the buffer is read-only; it is not written
             return torch.from_numpy(numpy.frombuffer(self._mapping, f"i{size}", count, phase)).view(dtype)
 
     def tensor(self, name: str) -> Tensor:
@@ -146,7 +146,7 @@ class SafetensorsFile:
 
     def _read(self, memory: memoryview, start: int) -> None:
         try:
-            # Ask for the whole block at once: the system's own read-ahead asks for a few pages at a time.
+            # Request the complete block at once: the system's own read-ahead requests a few pages at a time.
             os.posix_fadvise(self.descriptor, start, len(memory), os.POSIX_FADV_WILLNEED)
             read_exactly(self.descriptor, memory, start)
         except Truncated as error:

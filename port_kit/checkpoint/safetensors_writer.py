@@ -1,4 +1,4 @@
-"""The safetensors file that a torch checkpoint becomes: its header, and where every tensor's bytes go.
+"""Layout of the safetensors file made from a torch checkpoint: its header and the offset of every tensor.
 
 Tensors keep their names. They are ordered by falling element size, so that all are aligned, then as in the checkpoint.
 A tensor that is a contiguous piece of a storage goes straight to its place (*direct*). Strided views, and tensors whose
@@ -41,7 +41,7 @@ class TensorPlacement(NamedTuple):
 
 @dataclass(frozen=True)
 class SafetensorsLayout:
-    """See the module's text. ``header`` is everything before the first tensor, ``size`` the whole file's."""
+    """Layout of a file. ``header`` is everything before the first tensor, ``size`` the size of the file in bytes."""
 
     header: bytes
     placements: tuple[TensorPlacement, ...]
@@ -56,7 +56,7 @@ class SafetensorsLayout:
         return dict(sorted(used, key=lambda item: item[1].offset))
 
     def byte_layout(self) -> ByteLayout:
-        """Return where the source's bytes are written: direct tensors in their places, all else behind the end."""
+        """Map the source's bytes to the file: direct tensors to their offsets, all other bytes behind the end."""
         ranges, position, behind = [], 0, self.size
         direct = [placement for placement in self.placements if placement.direct and placement.entry.nbytes]
         for start, placement in sorted((_source_offset(item.entry, self.tables), item) for item in direct):
@@ -77,7 +77,7 @@ class SafetensorsLayout:
                 target += len(batch)
 
     def is_content_of(self, path: Path, source: ByteSource) -> bool:
-        """Return True if the file at ``path`` holds exactly what would be written: the header and every tensor."""
+        """Return True if the file at ``path`` has exactly this content: the header and every tensor."""
         try:
             with FileSource(path) as found:
                 if found.size != self.size or found.read_at(0, len(self.header)) != self.header:
@@ -88,7 +88,7 @@ class SafetensorsLayout:
             return False
 
     def complete(self, source: ByteSource, descriptor: int) -> None:
-        """Write what the byte layout does not cover: the header and the gathered tensors, read from ``source``."""
+        """Write the parts outside of the byte layout: the header and the gathered tensors, read from ``source``."""
         write_all(descriptor, memoryview(self.header), 0)
         gathered = (placement for placement in self.placements if not placement.direct)
         for target, batch in self._batches(gathered, source):
@@ -104,8 +104,8 @@ def plan_layout(tables: Tables, name: str, *, leave_out_scalars: bool = False) -
     """Lay out the safetensors file for a checkpoint.
 
     Args:
-        tables: what the checkpoint holds.
-        name: what messages call it.
+        tables: the tables of the checkpoint.
+        name: name for messages.
         leave_out_scalars: numbers, texts and None beside the tensors (``epoch``) are no error.
 
     Raises:

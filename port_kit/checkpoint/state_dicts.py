@@ -1,4 +1,4 @@
-"""The tensors by name in what a pickle holds, and where further ones lie."""
+"""State dicts in the value of a pickle."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class _Counted:
 
 
 def count_elsewhere(root: Any, selected: dict[Any, Any]) -> tuple[Place, ...]:
-    """Return where tensors lie that are not in ``selected`` by name, the places of most names first.
+    """Return the paths of tensors that are not in ``selected``, those with the most names first.
 
     Containers that text keys lead to are visited before the others, and each is counted once.
     """

@@ -1,11 +1,11 @@
-"""A pickle interpreter that executes nothing.
+"""A pickle interpreter that executes no code.
 
 The opcodes are decoded by :mod:`pickletools`, which only reads. Here they build dicts, lists, tuples, numbers and
 strings; a global is a pair of names, never an imported object. Calling one that is on the allow list builds a
 :class:`StorageRef` or a :class:`TensorRef`, which are records of offsets and shapes. Any other global becomes an
-:class:`Opaque` value, which remembers what it was to be built from. The allow list applies to what is kept: whoever
-reads the result refuses opaque values there, and leaves out the rest. One that cannot be found in the result is refused
-at once. Memory is bounded by the pickle's length.
+:class:`Opaque` value, which records its arguments. The allow list applies to kept values: the
+reader of the result rejects opaque values there, and leaves out the rest. An opaque value that is not in the result is
+rejected at once. Memory is bounded by the pickle's length.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ _MARK = _Mark()
 
 
 def read_pickle(stream: BinaryIO | CachedSource, where: str, *, allow_opaque: bool = False) -> Any:
-    """Return what the pickle at the stream's position describes; afterwards the stream stands behind it.
+    """Return the value of the pickle at the stream's position; the stream is then positioned behind it.
 
     Args:
         stream: a seekable binary file.
-        where: what messages call it.
+        where: name for messages.
         allow_opaque: the result may hold :class:`Opaque` values below its root; the caller leaves them out.
 
     Raises:

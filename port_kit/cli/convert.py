@@ -26,7 +26,7 @@ from port_kit.download.progress import choose_progress, human
 def command(source: Path, target: Path, wrapper: str, drop: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Convert the checkpoint SOURCE (.pth, .pt, .bin) to the safetensors file TARGET.
 
-    Names stay as they are. Nothing in the checkpoint is executed, and memory stays flat whatever its size.
+    Names do not change. The pickle is not executed, and memory does not grow with the size of the checkpoint.
     """
     progress = choose_progress(quiet=quiet or as_json)
     progress.begin(f"converting {source.name}", source.stat().st_size if source.is_file() else 0)

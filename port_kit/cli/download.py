@@ -90,7 +90,7 @@ def command(
 
 
 def main(port: str) -> None:
-    """Run the command for one port; what ``download_<name>.py`` scripts call. Options come from the command line."""
+    """Run the command for one port with options of the command line; called by ``download_<name>.py`` scripts."""
     command.main(args=[port, *sys.argv[1:]], prog_name=Path(sys.argv[0]).name)
 
 
@@ -114,7 +114,7 @@ def load_recipe(port: str, variant: str | None = None) -> Recipe:
 
 
 def at_revisions(recipe: Recipe, revisions: tuple[str, ...]) -> Recipe:
-    """Apply ``--revision`` values: ``REPO=COMMIT``, or a bare commit where the recipe has one repository."""
+    """Apply ``--revision`` values: ``REPO=COMMIT``, or a bare commit if the recipe has one repository."""
     chosen: dict[str, str | None] = {}
     for value in revisions:
         repo_id, equals, commit = value.rpartition("=")

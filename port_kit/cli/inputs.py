@@ -20,14 +20,14 @@ wrapper_option = click.option(
 
 
 def read_source(text: str, *, wrapper: str = "") -> Manifest:
-    """Read what stands at a path, or remotely at ``owner/name[@revision][:path]``.
+    """Read the checkpoint at a path, or remotely at ``owner/name[@revision][:path]``.
 
     Args:
         text: a manifest (``.json``), a checkpoint's file or folder, or a Hub repository with a folder or file in it.
         wrapper: of a torch checkpoint, the keys above its tensors.
 
     Raises:
-        RemapError: ``manifest_invalid`` if nothing is there, and what
+        RemapError: ``manifest_invalid`` if no checkpoint is there, and what
             :meth:`~port_kit.manifest.Manifest.from_checkpoint` raises.
         CheckpointError: see there.
     """
@@ -46,7 +46,7 @@ def read_source(text: str, *, wrapper: str = "") -> Manifest:
 
 
 def _noted(manifest: Manifest) -> Manifest:
-    """Print what was left out; nothing of a checkpoint stays unmentioned."""
+    """Print the parts of a checkpoint that were left out."""
     for note in manifest.notes:
         click.echo(escape_control_chars(f"note: {note}"), err=True)
     return manifest
@@ -56,7 +56,7 @@ def read_rules(text: str) -> RuleSet:
     """Read a rule set from a ``.toml`` or ``.json`` file, or from ``module:ATTRIBUTE``.
 
     Raises:
-        RemapError: ``remap_rules`` where it is none.
+        RemapError: ``remap_rules`` if it is not a rule set.
     """
     path = Path(text)
     if path.suffix in (".toml", ".json") or path.exists():

@@ -17,10 +17,10 @@ from port_kit.cli.output import emit, handles_errors, json_option
 @json_option
 @handles_errors("inspect")
 def command(target: str, revision: str | None, endpoint: str | None, as_json: bool) -> None:
-    """Say whether a model is already supported, diffusers-based, hybrid or custom, and why.
+    """Classify a model as supported, diffusers-based, hybrid or custom, with the reasons.
 
-    Reads the listing, the small texts and the headers of the weights; downloads no weights and executes nothing.
-    Exit code 1 where the files that tell cannot be read.
+    Reads the listing, the small texts and the headers of the weights; downloads no weights and executes no code.
+    Exit code 1 if the files that identify the model cannot be read.
     """
     from port_kit.inspect import describe, inspect
 

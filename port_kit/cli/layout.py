@@ -22,7 +22,7 @@ from port_kit.reports.layouts import places
 @json_option
 @handles_errors("layout")
 def command(layout: str, svg: Path | None, as_json: bool) -> None:
-    """Draw LAYOUT (tp2, ulysses2xring2, hsdp2xcfg2 ...): which rank holds and does what, as vLLM-Omni numbers them."""
+    """Draw LAYOUT (tp2, ulysses2xring2, hsdp2xcfg2 ...): the work of each rank, in vLLM-Omni's numbering."""
     parsed = Layout.parse(layout)
     if svg is not None:
         write_page(svg, layout_svg(parsed))

@@ -14,7 +14,7 @@ from port_kit.registry import list_ports
 def command(as_json: bool) -> None:
     """List the ports that are shipped, installed or found through PORT_KIT_PATH.
 
-    Exits with 1 where one of them cannot be used, and says why.
+    Exits with 1 if a port is broken, and prints the reason.
     """
     ports = list_ports()
     for problem in ports.problems:

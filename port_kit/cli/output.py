@@ -21,13 +21,13 @@ _LAYOUT = "\n\t"
 
 
 def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | None = None, ok: bool = True) -> None:
-    """Print a command's result and leave with exit code 1 where ``ok`` is false.
+    """Print a command's result and exit with 1 if ``ok`` is false.
 
     Args:
         command: the command's words, ``verify parity``.
         data: the result, JSON-serializable.
         as_json: print the envelope instead of ``text``.
-        text: what people read; nothing is printed where it is None.
+        text: output without ``--json``; None prints no text.
         ok: whether all checks held.
     """
     if as_json:

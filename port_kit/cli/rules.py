@@ -129,7 +129,7 @@ def explain_command(name: str, as_json: bool, **options: Any) -> None:
 @json_option
 @handles_errors("rules plan")
 def plan_command(as_json: bool, **options: Any) -> None:
-    """Print what every target element is made of; exit code 1 where the plan is incomplete."""
+    """Print the sources of every target element; exit code 1 if the plan is incomplete."""
     from port_kit.remap.plan import check
     from port_kit.reports.plan_json import plan_map
 
@@ -284,7 +284,7 @@ def _export_checkpoint(given: Given, checkpoint: Path, forward: bool, output: Pa
 def _emit_text(
     command_name: str, text: str, output: Path | None, data: dict[str, Any], summary: str, as_json: bool
 ) -> None:
-    """Write a text to a file and say so, or print it."""
+    """Write a text to a file and report it, or print it."""
     if output is not None:
         write_text(output, text)
     shown = f"{output}: {summary}" if output else text.rstrip()

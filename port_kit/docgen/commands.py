@@ -79,5 +79,5 @@ def _examples(epilog: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Plain text in Markdown, also within a table; what stands in backticks stays."""
+    """Escape plain text for Markdown, also within a table; text in backticks is kept."""
     return re.sub(r"([|<>*])", r"\\\1", text)

@@ -1,7 +1,7 @@
 """``docs/troubleshooting.md``: error codes, messages and hints, read from the source.
 
-They are read from the source: where an exception is built, its code, its message and its hint stand side by side.
-What a message fills in at run time is shown as ``<name>``.
+They are read from the source: a call that builds an exception has its code, message and hint as arguments.
+Values that a message gets at run time are shown as ``<name>``.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _argument(call: ast.Call, position: int, name: str) -> ast.expr | None:
 
 
 def _literal(node: ast.expr | None) -> str:
-    """The text of a string in the source, with ``<name>`` for what it fills in; empty for anything else."""
+    """Return the text of a string literal, with ``<name>`` for its placeholders; empty for other nodes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -169,7 +169,7 @@ def _literal(node: ast.expr | None) -> str:
 
 
 def _filled(node: ast.expr) -> str:
-    """``{self.endpoint}`` is ``<endpoint>``, ``{len(files)}`` is ``<files>``: the last word says what it is."""
+    """``{self.endpoint}`` is ``<endpoint>``, ``{len(files)}`` is ``<files>``: the last word is the most specific."""
     value = node.value if isinstance(node, ast.FormattedValue) else node
     words = [
         word

@@ -1,4 +1,4 @@
-"""From a recipe to a whole model directory: plan, fetch, verify, convert, git code, assemble, lock.
+"""From a recipe to a complete model directory: plan, fetch, verify, convert, git code, assemble, lock.
 
 >>> from port_kit.download import Recipe, download
 >>> report = download(Recipe.from_toml("my_model.toml"), "models/my_model")     # doctest: +SKIP

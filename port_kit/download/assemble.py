@@ -25,7 +25,7 @@ def _configs(recipe: Recipe) -> dict[str, str]:
 
 
 def plan_written(directory: Path, recipe: Recipe, known: Lock) -> dict[str, dict[str, Any]]:
-    """Return what the lock says of the files that the recipe contains itself.
+    """Return the lock's entries of the files that the recipe contains itself.
 
     Raises:
         DownloadError: ``target_foreign`` if one of them is there, was not written by the kit, and is another.
@@ -47,13 +47,13 @@ def _entry(directory: Path, target: str, text: str, known: Lock) -> dict[str, An
 
 
 def invalidate_index(directory: Path) -> None:
-    """Remove ``model_index.json``: from now on the directory is not whole."""
+    """Remove ``model_index.json``: the directory is incomplete from now on."""
     if remove_file(directory, MODEL_INDEX):
         sync_folder(directory)
 
 
 def assemble(directory: Path, recipe: Recipe, lock: Lock) -> None:
-    """Write what the recipe contains, complete the lock, and write ``model_index.json`` last.
+    """Write the recipe's own files, complete the lock, and write ``model_index.json`` last.
 
     Raises:
         DownloadError: ``model_incomplete`` if an index names a shard that is not there.

@@ -1,9 +1,9 @@
-"""The route of a file from its URL to its final name; several at a time, several segments of each.
+"""Concurrent download of files, from the URL to the final name, in segments.
 
 One thread per file runs :meth:`Fetcher._download_once`: it acquires a partial download, plans the conversion if there
-is one, queues the segments that are missing, hashes what arrives, converts and publishes. A pool of connections takes
-segments from the queue, in the order of the plan (:func:`_fetch_segment`). What lies on this machine already (in the
-Hub cache, or as a kept original) is copied and hashed in the same way. What may be published is stated in
+is one, queues the segments that are missing, hashes received bytes, converts and publishes. A pool of connections takes
+segments from the queue, in the order of the plan (:func:`_fetch_segment`). Files that this machine already has (in the
+Hub cache, or as a kept original) are copied and hashed in the same way. The condition for publishing is stated in
 :mod:`port_kit.download.incoming_file`.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from port_kit.checkpoint.safetensors_writer import SafetensorsLayout
 
 _SAMPLED_OFFSETS = 5
-# Bytes between two failed attempts that make the first one forgotten: a server that drips is given up.
+# Bytes between two failed attempts that reset the count: a server that sends single bytes runs out of attempts.
 _PROGRESS = 1 << 16
 # Bytes of an answer that is shorter than the range that was asked for, and still worth asking again without a pause.
 _SHORTEST_ANSWER = 1 << 12
@@ -43,14 +43,14 @@ class Fetcher:
 
     Args:
         directory: the model directory; its lock is held by the caller.
-        hub: where files come from.
-        progress: told of every byte.
+        hub: source of the files.
+        progress: receives every byte count.
         exclusive: whether that lock keeps other hosts out.
         use_cache: whether the user's Hub cache is looked into.
 
     Attributes:
         finished: ``{target: (size, sha256)}`` of the files that are in place.
-        network_bytes, local_bytes: source bytes by where they came from.
+        network_bytes, local_bytes: source bytes by origin.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Fetcher:
         """Download all files; on return they are in place.
 
         Raises:
-            DownloadError, CheckpointError: the first failure; what has arrived is kept for the next run.
+            DownloadError, CheckpointError: the first failure; received bytes are kept for the next run.
             KeyboardInterrupt: passed on at once, with the connections closed.
         """
         for spec in specs:
@@ -177,7 +177,7 @@ class Fetcher:
             partial.close()
 
     def _plan_conversion(self, spec: FileSpec, local: Path | None, exact_offsets: bool) -> SafetensorsLayout:
-        """Read a checkpoint's directory and pickle where they lie, and lay out what it becomes.
+        """Read the directory and the pickle of a remote checkpoint, and lay out the converted file.
 
         Storages are placed by torch's alignment rule, which saves a request per storage. The rule is checked on a few
         of them now, and on all of them when the file has arrived.
@@ -192,7 +192,7 @@ class Fetcher:
                     return plan_layout(
                         read_tables(source, spec.wrapper, drop=spec.drop), source.name, leave_out_scalars=True
                     )
-            except (CheckpointError, OSError) as error:  # what the repository has is decided by the repository's bytes
+            except (CheckpointError, OSError) as error:  # the repository's bytes decide
                 raise Damaged(f"{local} cannot be converted: {error}") from error
         remote = CachedSource(RangeSource(self.hub, spec))
         tables = read_tables(remote, spec.wrapper, drop=spec.drop, exact_offsets=exact_offsets)
@@ -229,7 +229,7 @@ def find_local(directory: Path, spec: FileSpec, use_cache: bool) -> Path | None:
 
 
 def _is_readable(path: Path, size: int) -> bool:
-    """Return True if a file of this size can be read; whoever may not look at it goes without."""
+    """Return True if a file of this size can be read; False without the permission to check."""
     try:
         return path.is_file() and path.stat().st_size == size and os.access(path, os.R_OK)
     except OSError:
@@ -237,7 +237,7 @@ def _is_readable(path: Path, size: int) -> bool:
 
 
 def _fetch_segment(hub: HubClient, incoming: IncomingFile, segment: Segment) -> None:
-    """Receive what a segment lacks, in as many attempts as make progress.
+    """Receive the missing bytes of a segment; retries while attempts make progress.
 
     Raises:
         DownloadError: the network or the Hub's refusal.
@@ -307,9 +307,9 @@ def _open(hub: HubClient, incoming: IncomingFile, headers: dict[str, str]) -> Re
 
 
 def _copy(response: Response, incoming: IncomingFile, offset: int, end: int) -> None:
-    """Write the bytes ``[offset, end)`` of the source, which the response's body begins with; ignore what follows.
+    """Write the bytes ``[offset, end)`` of the source, the start of the response's body; ignore the rest.
 
-    A buffer holds bytes of one segment. Connections that receive the whole file write to all segments.
+    A buffer holds bytes of one segment. Connections that receive the complete file write to all segments.
 
     Raises:
         TransportError: the body ends earlier.
@@ -319,7 +319,7 @@ def _copy(response: Response, incoming: IncomingFile, offset: int, end: int) -> 
     while offset < end:
         segment = segments[offset // width]
         buffer = incoming.take_buffer()
-        begin = offset % ALIGNMENT  # so that pieces end, and the next ones begin, where disks like it
+        begin = offset % ALIGNMENT  # align the ends of pieces to the disk
         room = min(segment.end - offset, BUFFER_SIZE - begin)
         try:
             count = response.read_into(buffer.memory[begin : begin + room])

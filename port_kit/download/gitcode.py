@@ -1,4 +1,4 @@
-"""The original code of a model: one pinned commit, fetched without trusting what is configured on this machine.
+"""The original code of a model: one pinned commit, fetched independently of this machine's git configuration.
 
 The code lies in ``<home>/code/<name>/<commit>/``: ``repo`` is the checkout, ``path`` holds one link for each package
 that becomes importable. ``<home>`` is ``PORT_KIT_HOME``, or ``port_kit`` in the user's data folder.
@@ -40,7 +40,7 @@ _CONFIG = {
     "credential.helper": "",
     "gc.auto": "0",
 }
-# Names that Python's start-up, or a module of the standard library, tries to import where they do not exist.
+# Names that Python's start-up, or a module of the standard library, tries to import if they exist.
 _START_UP = {"sitecustomize", "usercustomize", "site", "org", "java", "vms_lib", "_distutils_hack", "__main__"}
 _REFUSED_NAMES = frozenset(name.casefold() for name in {*_START_UP, *sys.stdlib_module_names, *keyword.kwlist})
 
@@ -67,7 +67,7 @@ def code_home() -> Path:
 
 
 def code_folder(name: str, commit: str) -> Path:
-    """Return where one commit of one dependency lies."""
+    """Return the folder of one commit of one dependency."""
     return code_home() / name / commit
 
 
@@ -137,7 +137,7 @@ def check_declared(code: GitCode) -> None:
 
 
 def resolve_commit(code: GitCode) -> str:
-    """Return the commit to use: the recipe's, or what the branch points to now. Asks the remote in both cases."""
+    """Return the commit to use: the recipe's, or the branch's current one. Queries the remote in both cases."""
     check_declared(code)
     answer = _told(code, "asking for its branches", "ls-remote", "--", plain_url(code.url), seconds=90)
     if code.commit is not None:
@@ -269,7 +269,7 @@ def _is_lfs_pointer(path: Path) -> bool:
 
 
 def sweep_code(name: str) -> None:
-    """Delete what killed fetches left."""
+    """Delete the remains of killed fetches."""
     ours = re.compile(rf"\.[0-9a-f]{{40}}\.({OWNER})~[0-9a-f]+\.tmp")
     for path in (code_home() / name).glob(".*.tmp"):
         found = ours.fullmatch(path.name)
@@ -278,7 +278,7 @@ def sweep_code(name: str) -> None:
 
 
 def _told(code: GitCode, what: str, *arguments: str, folder: Path | None = None, seconds: float = _LONGEST) -> str:
-    """Run git and return its output; what git complains about becomes the error's message.
+    """Run git and return its output; git's complaint becomes the error's message.
 
     A checkout of another user is examined if this user has declared it safe (``safe.directory``), as git asks for.
     """
@@ -308,7 +308,7 @@ def _safe_folders() -> tuple[str, ...]:
 
 
 def _run(seconds: float, arguments: tuple[str, ...], folder: Path | None, variables: dict[str, str]) -> str:
-    """Run one git command; raise what it said last. It and its helpers end when this process is interrupted."""
+    """Run one git command; raise its last message. It and its helpers end when this process is interrupted."""
     try:
         process = subprocess.Popen(
             ["git", *arguments],

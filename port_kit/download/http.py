@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 
 class Interrupted(Exception):
-    """The download was told to stop. Never leaves this package."""
+    """The download was stopped. Never leaves this package."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Response:
     """The head of an answer, and its body piece by piece.
 
     Attributes:
-        url: where the answer comes from, after redirects.
+        url: URL of the answer, after redirects.
         abort: breaks the connection off, from any thread.
     """
 
@@ -98,10 +98,10 @@ class Response:
         self._rest = 0 if raw.length == 0 else self.length  # an answer to HEAD has a length, but no body
 
     def read_into(self, view: memoryview) -> int:
-        """Fill the beginning of ``view`` with what arrives; return the count, 0 at the body's end.
+        """Fill the beginning of ``view`` with received bytes; return the count, 0 at the end of the body.
 
-        Fills all of it where that takes no longer than ``_PATIENCE``, otherwise all but some pages. Returns with less
-        than ``_ENOUGH`` bytes only at the body's end, or where the connection breaks: what had come until then counts,
+        Fills all of it if that takes no longer than ``_PATIENCE``, otherwise all but some pages. Returns with less
+        than ``_ENOUGH`` bytes only at the body's end, or if the connection breaks: bytes received until then count,
         and the next call reports the break.
 
         Raises:
@@ -119,7 +119,7 @@ class Response:
         return filled
 
     def _fill(self, view: memoryview, whole: int) -> int:
-        """Read until the view is full, there is enough for now, the body's end, or a break behind what has come."""
+        """Read until the view is full, enough bytes have arrived, the body ends, or the connection breaks."""
         begun = time.monotonic()
         filled = count = self._receive(view)
         while count and filled < len(view):
@@ -138,7 +138,7 @@ class Response:
         return filled
 
     def _receive(self, view: memoryview) -> int:
-        """One read of the socket; where the length is known, straight into ``view``."""
+        """One read of the socket; straight into ``view`` if the length is known."""
         if self._rest is not None:
             return as_transport_error(lambda: self._raw.fp.readinto1(view))
         piece = as_transport_error(lambda: self._raw.read1(len(view)))
@@ -146,7 +146,7 @@ class Response:
         return len(piece)
 
     def read_all(self, limit: int = 1 << 26) -> bytes:
-        """Return the whole body, which must not be longer than ``limit``."""
+        """Return the complete body, which must not be longer than ``limit``."""
         body, buffer = bytearray(), memoryview(bytearray(_ENOUGH))
         while count := self.read_into(buffer):
             body += buffer[:count]
@@ -156,7 +156,7 @@ class Response:
         return bytes(body)
 
     def close(self, reusable: bool = False) -> None:
-        """Give the connection back, or drop it where the body was not read to its end."""
+        """Give the connection back, or drop it if the body was not read to its end."""
         self._raw.close()
         if not reusable or self._raw.will_close:
             self._client.drop(self._connection)
@@ -188,7 +188,7 @@ class HttpClient:
             connection.abort()
 
     def close(self) -> None:
-        """Close all connections; nobody may be using them any more."""
+        """Close all connections; no thread may use them any more."""
         for connection in list(self._open.values()):
             connection.close()
         self._open.clear()
@@ -227,7 +227,7 @@ class HttpClient:
         except TransportError:
             if fresh or self.stopped:
                 raise
-        # A kept connection that the server had closed meanwhile says nothing about the server: ask once on a new one.
+        # The server may have closed a kept connection, which is no failure: retry once on a new one.
         return self._send(self._connection(parts)[0], method, url, headers)
 
     def _send(self, connection: Connection, method: str, url: str, headers: Mapping[str, str]) -> Response:
@@ -276,10 +276,10 @@ class HttpClient:
         raise AssertionError("a policy allows at least one attempt")
 
     def wait_as_told(self, what: str, headers: Message | Mapping[str, str]) -> None:
-        """Wait as long as Retry-After (seconds or a date) or RateLimit says; nothing where neither is sent.
+        """Wait as long as Retry-After (seconds or a date) or RateLimit says; return at once if neither is sent.
 
         Raises:
-            DownloadError: ``server_busy`` where that is longer than the policy allows.
+            DownloadError: ``server_busy`` if that is longer than the policy allows.
         """
         seconds = requested_wait(headers)
         if seconds > self.policy.longest:

@@ -54,7 +54,7 @@ class HubFile:
 
 
 class HubClient:
-    """Requests to one endpoint. The token goes to that endpoint's origin and nowhere else.
+    """Requests to one endpoint. The token is sent to that endpoint's origin only.
 
     Args:
         http: the connections.
@@ -141,7 +141,7 @@ class HubClient:
         return following
 
     def probe(self, spec: FileSpec) -> None:
-        """Ask for the head of one file: tells before any large transfer whether the files can be had at all."""
+        """Request the head of one file, to detect missing permissions before any large transfer."""
         url = self.url(spec)
 
         def ask() -> None:
@@ -160,7 +160,7 @@ class HubClient:
         self.http.retrying(f"asking {self.endpoint} for a file of {spec.repo_id}", ask)
 
     def open(self, spec: FileSpec, headers: Mapping[str, str], location: str | None = None) -> Response:
-        """Ask for a file's bytes; ``location`` is where an earlier answer was redirected to.
+        """Request a file's bytes; ``location`` is the target of an earlier redirect.
 
         Raises:
             TransportError: worth another attempt.
@@ -172,7 +172,7 @@ class HubClient:
         return response
 
     def url(self, spec: FileSpec) -> str:
-        """Return where a file is asked for."""
+        """Return the URL of a file."""
         return f"{self.endpoint}/{spec.repo_id}/resolve/{quote(spec.commit, safe='')}/{quote(spec.path)}"
 
     def _json(self, url: str, what: str, repo_id: str, revision: str) -> tuple[Any, str]:
@@ -190,7 +190,7 @@ class HubClient:
         return self.http.retrying(what, ask)
 
     def check(self, response: Response, repo_id: str, revision: str, path: str = "") -> None:
-        """Raise what an answer's status means: :class:`TransportError` where waiting may help."""
+        """Raise the error of an answer's status: :class:`TransportError` if waiting may help."""
         if response.status < 400 or response.status == 416:
             return
         what = f"{repo_id}/{path}" if path else repo_id
@@ -204,7 +204,7 @@ class HubClient:
         raise self._refusal(response, body, repo_id, revision, path)
 
     def _refusal(self, response: Response, body: bytes, repo_id: str, revision: str, path: str) -> DownloadError:
-        """Return the error that the Hub's header, or else the status, names, with what to do about it."""
+        """Return the error that the Hub's header, or else the status, names, with a remedy."""
         page, status = f"{self.endpoint}/{repo_id}", response.status
         said = _reason(response.headers.get("X-Error-Message"), body)
         named = response.headers.get("X-Error-Code")
@@ -246,7 +246,7 @@ class HubClient:
 
 
 class _RangesIgnored(TransportError):
-    """The server sends the whole file when it is asked for a range."""
+    """The server sends the complete file in response to a range request."""
 
 
 class RangeSource:
@@ -260,7 +260,7 @@ class RangeSource:
         """See :class:`~port_kit.checkpoint.byte_sources.ByteSource`.
 
         Raises:
-            DownloadError: ``convert_layout`` if the server sends the whole file instead of ranges.
+            DownloadError: ``convert_layout`` if the server sends the complete file instead of ranges.
         """
         end, found = min(offset + length, self.size), bytearray()
         while (position := offset + len(found)) < end:
@@ -291,7 +291,7 @@ class RangeSource:
 
 
 def length_of_range(response: Response, start: int, end: int, size: int) -> int:
-    """Return how many bytes a 206 holds: it begins where it was asked to and ends no later; it may end earlier."""
+    """Return the size of a 206: it must begin at the requested offset and end no later; it may end earlier."""
     said = response.headers.get("Content-Range")
     found = _CONTENT_RANGE.fullmatch(said or "")
     last = int(found[2]) if found else -1
@@ -320,7 +320,7 @@ def _checked_endpoint(endpoint: str) -> str:
 
 
 def _checked_token(authorization: str | None) -> str | None:
-    """Refuse what cannot be sent, without showing it."""
+    """Reject a token that cannot be sent, without printing it."""
     if authorization is None or authorization.strip() == "Bearer":
         return None
     if not _SENDABLE.fullmatch(authorization):
@@ -357,7 +357,7 @@ def _next_link(header: str) -> str | None:
 
 
 def _reason(header: str | None, body: bytes) -> str:
-    """Return what the Hub says about a refusal, to be put behind a message."""
+    """Return the Hub's reason for a refusal, as a suffix of a message."""
     try:
         stated = json.loads(body) if body[:1] == b"{" else {}
     except (ValueError, RecursionError):
@@ -369,7 +369,7 @@ def _reason(header: str | None, body: bytes) -> str:
 def _headers(token: str | bool | None) -> dict[str, str]:
     """The headers of huggingface_hub, with the token that it finds.
 
-    Its code for that costs half a second of each start, so it is asked only where there may be a token.
+    Its code for that costs half a second of each start, so it is called only if there may be a token.
     """
     import huggingface_hub
 

@@ -1,16 +1,16 @@
-"""One file on its way to its final name.
+"""A file that is being downloaded.
 
-The content invariant: what is published under its final name is exactly the bytes that were hashed, and nothing can
-write to it afterwards.
+The content invariant: a file under its final name has exactly the bytes that were hashed, and no writer can
+change it afterwards.
 
 * Every byte is written once. :meth:`IncomingFile.write` is the only writer; it appends to a segment under the segment's
-  lock, cuts off what the segment already has or does not lack, and never goes back.
+  lock, clips bytes that the segment already has or does not contain, and never rewrites a byte.
 * Every byte is hashed once, in the source's order: out of the buffer that it was received into, or read back from disk
-  (what arrives ahead of its turn, what an earlier run left). Counts and notes of an earlier run are not believed.
+  (bytes out of order, bytes of an earlier run). Counts and notes of an earlier run are not believed.
 * The hash ends when all segments are complete. Then :meth:`IncomingFile.close_when_idle` waits until no connection
   holds the file, and only then it is converted, published by rename, or discarded.
 
-Bytes of a checkpoint that is converted are written where the safetensors file has them; see
+Bytes of a converted checkpoint are written to their offsets in the safetensors file; see
 :mod:`port_kit.checkpoint.byte_layout`.
 """
 
@@ -45,7 +45,7 @@ class Damaged(Exception):
 
 
 class Misplaced(Damaged):
-    """A checkpoint's storages do not lie where they were assumed when its bytes were placed."""
+    """A checkpoint's storages have other offsets than its layout assumed."""
 
 
 class Buffer:
@@ -61,7 +61,7 @@ class IncomingFile:
     """A download in progress, shared by its hashing thread and the connections; see the module's text.
 
     Args:
-        partial: where its bytes are written.
+        partial: destination of its bytes.
         conversion: the safetensors file that it becomes, if it is converted on the way.
         local: a file on this machine that may hold its bytes already; None for the network.
         advance: called with the number of bytes of each write.
@@ -78,8 +78,8 @@ class IncomingFile:
         self.spec = partial.spec
         if conversion is not None:
             partial.layout = conversion.byte_layout()
-        self.location: str | None = None  # where the last answer was redirected to
-        self.whole = threading.Lock()  # held by the one connection that receives the whole file
+        self.location: str | None = None  # target of the last redirect
+        self.whole = threading.Lock()  # held by the one connection that receives the complete file
         self.failure: BaseException | None = None
         self._changed = threading.Condition()
         self._responses: list[Response | None] = []
@@ -129,7 +129,7 @@ class IncomingFile:
             return buffer
 
     def write(self, segment: Segment, offset: int, buffer: Buffer, begin: int, count: int) -> None:
-        """Write what a segment lacks of the bytes of the source from ``offset``, which lies in the segment.
+        """Write the bytes that a segment lacks, of the source's bytes from ``offset``, which is in the segment.
 
         The ``count`` bytes lie at ``begin`` of the buffer, which is free again once the hash does not need it.
         """
@@ -170,7 +170,7 @@ class IncomingFile:
         """Hash the source while it arrives, until it is complete and no connection uses it; return the sha256.
 
         Raises:
-            Damaged: the content is not what the repository states.
+            Damaged: the content differs from the repository's hash.
         """
         kind, _, stated = self.spec.digest.partition(":")
         hashes = hashes_for(self.spec.size, git=kind == "git")
@@ -215,7 +215,7 @@ class IncomingFile:
                 self._changed.wait(0.5)
 
     def _from_disk(self, position: int, count: int) -> memoryview:
-        """Read back what has been written, no more than a buffer takes."""
+        """Read back written bytes, at most one buffer."""
         if self._read_buffer is None:
             self._read_buffer = memoryview(bytearray(BUFFER_SIZE))
         view = self._read_buffer[:count]
@@ -259,7 +259,7 @@ def sha256_of(descriptor: int, size: int) -> str:
 
 
 def copy_segment(incoming: IncomingFile, local: Path, segment: Segment) -> None:
-    """Copy what a segment lacks from a file on this machine.
+    """Copy the missing bytes of a segment from a file on this machine.
 
     Raises:
         Damaged: the file cannot be read, or not to the segment's end.

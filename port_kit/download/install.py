@@ -1,7 +1,7 @@
 """Make git code importable in this environment, and take it out again.
 
 One ``port_kit_<name>.pth`` file in site-packages, with one line: the folder that links to the declared packages. Python
-adds it at the end of ``sys.path``, so that nothing that is importable already is hidden.
+adds it at the end of ``sys.path``, so that it hides no other module.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pth_file(name: str) -> Path:
 
 
 def check_target(code: GitCode) -> None:
-    """Say before a long download what would hinder the installation after it.
+    """Check before a long download that the installation after it is possible.
 
     Raises:
         DownloadError: ``install_target`` or ``code_clash``.
@@ -142,7 +142,7 @@ def install_code(code: GitCode, commit: str) -> Path:
     """Make a fetched commit importable, and prove it with a fresh interpreter; return its folder.
 
     Raises:
-        DownloadError: see :func:`check_target`; ``code_broken`` where the proof fails.
+        DownloadError: see :func:`check_target`; ``code_broken`` if the proof fails.
     """
     check_target(code)
     folder, target = code_folder(code.name, commit), pth_file(code.name)
@@ -169,13 +169,13 @@ def is_installed(code: GitCode, commit: str) -> bool:
 
 
 def uninstall_code(name: str) -> list[str]:
-    """Take git code out of this environment; its checkout goes too where no other environment uses it.
+    """Take git code out of this environment; its checkout too if no other environment uses it.
 
     Returns:
         The paths that were removed.
 
     Raises:
-        DownloadError: ``code_broken`` if nothing of that name is installed.
+        DownloadError: ``code_broken`` if no code of that name is installed.
     """
     with os_errors_as(pth_file(name)):
         removed = _take_out(name, pth_file(name)) if NAME.fullmatch(name) else []
@@ -219,7 +219,7 @@ def _forget_user(folder: Path, target: Path) -> list[str]:
 
 
 def _find(packages: Sequence[str]) -> dict[str, str | None]:
-    """Ask a fresh interpreter, in the plainest locale, where names come from."""
+    """Ask a fresh interpreter in the C locale for the origins of names."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-I", "-S", "-c", _FIND, *packages]

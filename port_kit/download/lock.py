@@ -1,4 +1,4 @@
-"""``port.lock``: what a model directory was made from, to the byte; the journal that becomes it; and their check.
+"""``port.lock``: the exact sources of a model directory; its journal; and their verification.
 
 The lock is written when the plan is made (``complete: false``): from then on unconfirmed revisions are fixed. Each
 finished file adds a line to ``.port_kit/journal`` before it gets its name. The line counts for a file of the same
@@ -36,7 +36,7 @@ class LockedFile:
     """A file of the model directory.
 
     Attributes:
-        spec: what it is and where it comes from.
+        spec: its source and hash.
         size, sha256: of the finished file; None until then.
         adopted: it was there before, with the right hash; the kit did not create it and does not delete it.
         verified: False if only the journal states its hash.
@@ -61,7 +61,7 @@ class Lock:
         files: by target.
         written: ``{target: {"size", "sha256", "adopted"}}`` of the files that the recipe contains itself.
         code: ``{name: {"url", "commit"}}`` of the git code as used.
-        complete: whether the directory was whole when this was written.
+        complete: True if the directory was complete when the lock was written.
     """
 
     recipe: str
@@ -135,7 +135,7 @@ def _require(condition: bool, what: str) -> None:
 
 
 def read_lock(directory: Path) -> Lock | None:
-    """Return the directory's lock with what its journal adds; None if there is none.
+    """Return the directory's lock with the entries of its journal; None if there is none.
 
     Raises:
         DownloadError: ``lock_invalid``.
@@ -203,7 +203,7 @@ def has_size(path: Path, size: int | None) -> bool:
 
 
 def is_whole(directory: Path, lock: Lock, fingerprint: str) -> bool:
-    """Return True if a run for the recipe with this fingerprint has nothing to do; looks at sizes only."""
+    """Return True if a run for the recipe with this fingerprint is up to date; compares sizes only."""
     finished = lock.complete and all(item.sha256 for item in lock.files.values())
     if not finished or lock.fingerprint != fingerprint or not (directory / MODEL_INDEX).is_file():
         return False
@@ -211,7 +211,7 @@ def is_whole(directory: Path, lock: Lock, fingerprint: str) -> bool:
 
 
 def damaged_files(directory: Path, lock: Lock, advance: Callable[[int], None]) -> dict[str, str]:
-    """Hash everything that the lock vouches for; return ``{target: what is wrong}``."""
+    """Hash all files of the lock; return ``{target: problem}``."""
 
     def examine(item: tuple[str, int, str]) -> tuple[str, str]:
         target, size, sha256 = item

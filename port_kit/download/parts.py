@@ -29,17 +29,17 @@ from port_kit.owner import OWNER, may_run, owner
 _COUNT = struct.Struct("<Q")
 _NAME = re.compile(rf"([0-9a-f]{{16}})\.({OWNER})")
 _MOST_SEGMENTS = 1 << 17
-#: what unbuffered writes need of offset, length and address: the memory page, and no disk's sectors are larger
+#: alignment of offset, length and address in unbuffered writes: the memory page, and no disk's sectors are larger
 ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
 class FileSpec:
-    """A file of a model directory and where it comes from; a partial download of another specification is worthless.
+    """A file of a model directory and its source; a partial download of another specification is worthless.
 
     Attributes:
         target: path in the model directory.
-        repo_id, commit, path: where the source lies.
+        repo_id, commit, path: location of the source.
         size: of the source, bytes.
         digest: of the source, ``sha256:...`` or ``git:...``.
         convert, wrapper, drop: see :class:`~port_kit.download.recipe.FileRule`.
@@ -77,7 +77,7 @@ class Segment:
 
     @property
     def is_complete(self) -> bool:
-        """Return True if nothing is missing."""
+        """Return True if no byte is missing."""
         return self.position >= self.end
 
 
@@ -85,9 +85,9 @@ class PartialDownload:
     """The files of one partial download; :func:`acquire` makes or takes over one.
 
     Attributes:
-        spec: what it becomes.
+        spec: the final file.
         segments: its ranges, in order.
-        layout: where the source's bytes are written in ``data``.
+        layout: offsets of the source's bytes in ``data``.
     """
 
     def __init__(self, folder: Path, spec: FileSpec, segment_size: int) -> None:
@@ -126,7 +126,7 @@ class PartialDownload:
     def append(self, segment: Segment, data: memoryview, *, unbuffered: bool) -> None:
         """Write the next bytes of a segment, whose lock is held, and count them.
 
-        ``unbuffered``: nobody will read them back soon, and ``data`` begins at a page. They need not pass through the
+        ``unbuffered``: they are not read back soon, and ``data`` begins at a page. They need not pass through the
         system's cache, which costs as much processor time as to receive them.
         """
         with os_errors_as(self.folder):
@@ -144,7 +144,7 @@ class PartialDownload:
         try:
             write_all(self._unbuffered, data, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # how a file system says that it wants another alignment, or none of this
+            if error.errno != errno.EINVAL:  # the file system requires another alignment, or has no direct I/O
                 raise
             return False
         return True
@@ -162,7 +162,7 @@ class PartialDownload:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the files; what was written stays for the next run."""
+        """Close the files; written bytes are kept for the next run."""
         for descriptor in (self.descriptor, self._progress, self._unbuffered):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -198,7 +198,7 @@ def acquire(directory: Path, spec: FileSpec, segment_size: int, *, exclusive: bo
         left = [path for path in _abandoned(folder, exclusive) if path.name.startswith(_key(spec.target))]
         usable = sorted((path for path in left if _matches(path, spec)), key=_progress_of, reverse=True)
         if usable and usable[0].name != name:
-            with contextlib.suppress(OSError):  # another process was faster: begin anew beside it
+            with contextlib.suppress(OSError):  # another process was faster: start a new one beside it
                 os.rename(usable[0], folder / name)
         for path in left:
             if path.name != name:
@@ -210,7 +210,7 @@ def acquire(directory: Path, spec: FileSpec, segment_size: int, *, exclusive: bo
 
 
 def remove_stale(directory: Path, wanted: set[str], *, exclusive: bool) -> None:
-    """Delete what ended processes left for targets that are not wanted any more, and the folder if it is empty."""
+    """Delete partial downloads of ended processes for targets that are no longer wanted, and an empty folder."""
     folder = state_path(directory, "parts")
     if not folder.is_dir():
         return
@@ -239,7 +239,7 @@ def _key(target: str) -> str:
 
 
 def _abandoned(folder: Path, exclusive: bool) -> Iterator[Path]:
-    """Yield the partial downloads of this process and of those that have ended; nothing else in the folder."""
+    """Yield the partial downloads of this process and of ended ones; ignores other entries of the folder."""
     for path in sorted(folder.iterdir()):
         found = _NAME.fullmatch(path.name)
         if found is None or path.is_symlink() or not path.is_dir():

@@ -12,7 +12,7 @@ from port_kit.errors import DownloadError
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*\\]')
 _LONGEST_NAME = 255  # bytes, of all common file systems
-_LONGEST_PATH = 2048  # the system allows about twice that for the whole path
+_LONGEST_PATH = 2048  # the system allows about twice that for the complete path
 _DEEPEST = 64
 #: folders from whose files other programs run commands, and the kit's own
 _REFUSED_FOLDERS = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", ".sl", "_darcs", "cvs", ".port_kit"})
@@ -65,5 +65,5 @@ def require_place(path: Path) -> None:
 
 
 def foreign_target(message: str) -> DownloadError:
-    """Return the error for a place that holds what the kit did not put there."""
+    """Return the error for a target that the kit did not create."""
     return DownloadError(message, code="target_foreign", hint="move it away, or choose another --output-dir")

@@ -28,13 +28,13 @@ class Plan:
     """The work of a run.
 
     Attributes:
-        recipe: what is wanted.
+        recipe: the recipe.
         directory: the model directory.
-        lock: what will be written as ``port.lock``; files that are there already carry their size and hash.
-        fetch: what is missing.
+        lock: the future ``port.lock``; files that exist already have their size and hash.
+        fetch: the missing files.
         resumed: source bytes of these that earlier runs have left.
-        disk_free: bytes free where the directory lies.
-        notes: what a person should know (moved branches).
+        disk_free: free bytes on the directory's disk.
+        notes: messages for the user (moved branches).
     """
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def bytes_to_fetch(self) -> int:
-        """Source bytes that will come over the network; what is converted from a kept original does not."""
+        """Source bytes to receive over the network, without files converted from a kept original."""
         remote = [item for item in self.fetch if not item.convert or original_of(item).target not in self.lock.files]
         return sum(spec.size for spec in remote) - self.resumed
 
@@ -77,7 +77,7 @@ class Plan:
         }
 
     def describe(self) -> str:
-        """Return the table for people."""
+        """Return the plan as a table."""
         missing = {spec.target for spec in self.fetch}
         rows = [
             (human(item.spec.size), target, "" if target in missing else "present", _origin(item.spec))
@@ -116,7 +116,7 @@ def make_plan(
     keep_original: bool,
     exclusive: bool,
 ) -> Plan:
-    """Ask the Hub and the disk what there is to do.
+    """Compare the recipe with the Hub and the disk.
 
     Args:
         directory: the model directory, which need not exist.
@@ -149,7 +149,7 @@ def make_plan(
 def _resolve(
     recipe: Recipe, hub: HubClient, fixed: dict[str, str], update: bool, keep_original: bool
 ) -> tuple[Lock, list[str]]:
-    """Ask for revisions and files; say where a branch has moved since the lock was written."""
+    """Query revisions and files; note branches that have moved since the lock was written."""
     lock, notes = Lock(recipe.name, recipe.fingerprint(), {}), []
     for repository in recipe.repositories:
         repo_id = repository.repo_id
@@ -173,7 +173,7 @@ def _collision(message: str) -> DownloadError:
 
 
 def _select(repository: Repository, commit: str, files: list[HubFile], keep_original: bool) -> Iterable[FileSpec]:
-    """Yield what the rules choose; what is converted comes after its original, if that is kept."""
+    """Yield the selected files; a converted file follows its original if that is kept."""
     for rule in repository.files:
         matched = [file for file in files if file.path == rule.pattern]
         if rule.is_glob and not matched:
@@ -256,7 +256,7 @@ def _check_targets(recipe: Recipe, lock: Lock) -> None:
 
 
 def _present(directory: Path, item: LockedFile, known: LockedFile | None) -> LockedFile:
-    """Return an item of the lock with what the directory has of it.
+    """Return an item of the lock with its state in the directory.
 
     A file that is finished has its size and hash: with the lock's size, or with the right hash if no lock vouches for
     it. A file that the kit created and that is another one is to be replaced; so is one that is missing.

@@ -1,4 +1,4 @@
-"""Progress of a download on stderr: one bar on a terminal, a line per file elsewhere, or nothing.
+"""Progress of a download on stderr: one bar on a terminal, a line per file elsewhere, or no output.
 
 Everything is escaped before it is shown: names and reasons come from servers.
 """
@@ -16,7 +16,7 @@ _LINE_EVERY = 30.0
 
 
 def human(count: float) -> str:
-    """Bytes for people: ``46.6 GB``."""
+    """Format bytes: ``46.6 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -25,7 +25,7 @@ def human(count: float) -> str:
 
 
 class Progress:
-    """Counts bytes and prints nothing: what ``-q`` and ``--json`` use, and the base of the others. Thread-safe."""
+    """Count of bytes without output, for ``-q`` and ``--json``; base of the other classes. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,7 +37,7 @@ class Progress:
         self.total, self.done = total, done
 
     def advance(self, count: int) -> None:
-        """Count bytes; negative where some turned out to be worthless."""
+        """Count bytes; a negative count discards bytes."""
         with self._lock:
             self.done += count
 
@@ -112,7 +112,7 @@ class BarProgress(Progress):
 
 
 def choose_progress(*, quiet: bool) -> Progress:
-    """Return what suits the terminal and the user's wish."""
+    """Return the progress for the terminal and the options."""
     if quiet:
         return Progress()
     return BarProgress() if sys.stderr.isatty() else LineProgress()

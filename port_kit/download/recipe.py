@@ -1,4 +1,4 @@
-"""Recipes: the files of a model directory and where they come from, as data.
+"""Recipes: the files of a model directory and their sources, as data.
 
 A :class:`Recipe` is a frozen dataclass or a TOML file with the same fields::
 
@@ -21,7 +21,7 @@ A :class:`Recipe` is a frozen dataclass or a TOML file with the same fields::
     packages = ["my_model"]
 
 A revision or commit that is left out is *unconfirmed*: it is resolved at the first run and written into ``port.lock``,
-and every later run uses what the lock says.
+and every later run uses the lock.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FileRule:
         convert: a pickle checkpoint that becomes a safetensors file: the same names, another container.
         wrapper: the keys above the tensors in the pickle, dotted (``generator``, ``app.model``); needs ``convert``.
         drop: names beside the tensors that are left out on purpose (``epoch``); needs ``convert``.
-        sha256: the hash that this file must have; empty where only the Hub's own statement is known.
+        sha256: the hash that this file must have; empty if only the Hub states one.
     """
 
     pattern: str
@@ -82,7 +82,7 @@ class FileRule:
         return any(character in self.pattern for character in "*?[")
 
     def target(self, path: str) -> str:
-        """Return where the repository's file ``path`` goes, relative to the model directory, with ``/``."""
+        """Return the target of the repository's file ``path``, relative to the model directory, with ``/``."""
         name = self.name or self._kept_name(path)
         return f"{self.folder}/{name}" if self.folder else name
 
@@ -102,10 +102,10 @@ class Repository:
 
     Attributes:
         repo_id: ``organisation/name``.
-        files: what is taken from it.
-        revision: the full commit, 40 hex digits; None where it could not be confirmed yet (see the module's text).
-        branch: what an unconfirmed revision is resolved from.
-        licence: what its files may be used for, one line.
+        files: its selected files.
+        revision: the full commit, 40 hex digits; None if it has not been confirmed yet (see the module's text).
+        branch: branch that resolves an unconfirmed revision.
+        licence: permitted use of its files, one line.
         gated: whether its licence must be accepted on the Hub before its files can be had.
     """
 
@@ -130,11 +130,11 @@ class GitCode:
     Attributes:
         name: names its folder and its ``.pth`` file in site-packages.
         url: ``https://``, ``ssh://`` or ``file://``.
-        commit: 40 hex digits; None where unconfirmed (then ``branch`` is resolved at the first run).
+        commit: 40 hex digits; None if unconfirmed (then ``branch`` is resolved at the first run).
         packages: the top-level modules or packages that become importable; no other name of the repository does.
         path: the folder in the repository that holds them.
-        branch: what an unconfirmed commit is resolved from.
-        licence: what the code may be used for, one line.
+        branch: branch that resolves an unconfirmed commit.
+        licence: permitted use of the code, one line.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Recipe:
 
     Attributes:
         name: the port's name.
-        repositories: what comes from the Hub, in the order of the recipe.
+        repositories: the Hub's repositories, in the order of the recipe.
         model_index: the content of ``model_index.json``; needs ``_class_name`` and ``_diffusers_version``.
         configs: ``{folder: content of folder/config.json}``.
         code: the original code, for ``--with-reference``.

@@ -1,4 +1,4 @@
-"""Delete what a download created in a model directory, and nothing else."""
+"""Delete exactly the files that a download created in a model directory."""
 
 from __future__ import annotations
 

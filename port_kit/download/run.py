@@ -34,13 +34,13 @@ class Settings:
     """The options of :func:`download`.
 
     Attributes:
-        dry_run: only plan; nothing is written.
+        dry_run: only plan, write no file.
         offline: use no network; an error if something is missing. Default, and None: as ``HF_HUB_OFFLINE`` says.
-        verify: hash every file; what is damaged is fetched again (with ``offline``: an error).
+        verify: hash every file; damaged files are fetched again (with ``offline``: an error).
         update: resolve unconfirmed revisions anew.
         prune: delete files in the directory that are not part of the model; it must have a ``port.lock`` already.
         with_reference: also install the original code.
-        keep_original: keep pickle checkpoints under ``original/`` beside what they are converted to.
+        keep_original: keep pickle checkpoints under ``original/`` beside the converted files.
         use_cache: take files from the user's Hub cache if their hash is right.
         endpoint: a mirror instead of ``HF_ENDPOINT``.
         token: None for the one that huggingface_hub finds, False for none.
@@ -65,15 +65,15 @@ class Report(NamedTuple):
 
     Attributes:
         directory: the model directory.
-        plan: what was to do; None if nothing was, and no request was made.
+        plan: the executed plan; None if the directory was up to date, in which case no request was made.
         fetched: targets that were downloaded or repaired.
-        repaired: ``{target: what was wrong}`` of files that were whole once.
-        network_bytes, local_bytes: source bytes by where they came from.
+        repaired: ``{target: problem}`` of files that were complete before.
+        network_bytes, local_bytes: source bytes by origin.
         removed: files of an earlier recipe or revision, and with ``prune`` untracked files, that were deleted.
         untracked_files: files in the directory that the kit did not record.
         code: ``{name: folder}`` of the git code that was installed.
         seconds: wall time.
-        complete: whether the directory is whole now.
+        complete: True if the directory is complete now.
     """
 
     directory: Path
@@ -100,14 +100,14 @@ def download(recipe: Recipe, output_dir: str | Path, *, progress: Progress | Non
     """Make ``output_dir`` the model directory that the recipe describes. Run it again after any interruption.
 
     Args:
-        recipe: what is wanted.
+        recipe: the recipe.
         output_dir: the model directory; created if it is missing.
-        progress: told of everything; default: nothing is printed.
+        progress: receives all events; default: no output.
         options: the fields of :class:`Settings`.
 
     Raises:
         DownloadError, CheckpointError: with a code and a hint; the directory has no ``model_index.json`` then, unless
-            it was whole and stayed so.
+            it was complete and did not change.
     """
     return Run(recipe, Path(output_dir), Settings(**options), progress or Progress()).execute()
 
@@ -129,7 +129,7 @@ class Run:
         """Do everything; see :func:`download`."""
         _check_directory(self.directory)
         try:
-            with os_errors_as(self.directory):  # what has no better explanation further in
+            with os_errors_as(self.directory):  # errors without a more specific explanation
                 return self._execute()
         finally:
             if self._hub is not None:
@@ -164,7 +164,7 @@ class Run:
         return self._report(plan=dataclasses.replace(plan, notes=plan.notes + notes), complete=False)
 
     def _read_only(self) -> Report:
-        """A directory that somebody else keeps, on a disk that takes no writes: it is whole, or it is refused."""
+        """Verify a directory on a read-only disk: return its report if it is complete, otherwise raise."""
         known, damaged, whole = self._inspect(repair=False)
         if whole:
             return self._report(untracked_files=self._untracked_files(known))
@@ -189,7 +189,7 @@ class Run:
         return self._finish_offline(known, damaged) if self.offline else self._download(known, damaged)
 
     def _inspect(self, *, repair: bool) -> tuple[Lock | None, dict[str, str], bool]:
-        """Return the directory's lock, what is damaged (with ``verify``), and whether there is nothing to do."""
+        """Return the directory's lock, its damaged files (with ``verify``), and True if it is up to date."""
         known = read_lock(self.directory)
         if known is not None and known.recipe != self.recipe.name:
             raise DownloadError(
@@ -206,7 +206,7 @@ class Run:
         return is_whole(self.directory, known, self.recipe.fingerprint()) and not self._code_is_missing(known)
 
     def _examine(self, known: Lock, *, repair: bool) -> dict[str, str]:
-        """Hash what the lock vouches for; to ``repair`` is to delete what is damaged, so that it is fetched again."""
+        """Hash the files of the lock; ``repair`` deletes damaged ones, so that they are fetched again."""
         self.progress.begin("hashing", sum(size for _, size, _ in known.contents()))
         damaged = damaged_files(self.directory, known, self.progress.advance)
         self.progress.end()
@@ -305,7 +305,7 @@ class Run:
         return tuple(target for target in removed if target in stale)
 
     def _fetch(self, hub: HubClient, plan: Plan) -> Fetcher:
-        """Fetch what is missing; what is converted from a kept original comes after the originals."""
+        """Fetch the missing files; files converted from kept originals come after the originals."""
         self.progress.begin("fetching", sum(spec.size for spec in plan.fetch), plan.resumed)
         fetcher = Fetcher(
             self.directory, hub, self.progress, exclusive=self._exclusive, use_cache=self.settings.use_cache

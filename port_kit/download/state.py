@@ -132,7 +132,7 @@ def _open_lock(directory: Path) -> TextIO:
 
 
 def _is_still(stream: TextIO, directory: Path) -> bool:
-    """Return True if the lock's file is still there; its last holder may have removed the whole directory."""
+    """Return True if the lock's file is still there; its last holder may have removed the directory."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), os.stat(directory / STATE_FOLDER / "lock"))
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def _is_still(stream: TextIO, directory: Path) -> bool:
 
 
 def _can_lock_again(directory: Path) -> bool:
-    """Return True if a lock that is held can be taken once more: then it keeps nobody out."""
+    """Return True if a lock that is held can be taken once more: such a lock excludes no process."""
     with _open_lock(directory) as stream:
         return _try_lock(stream.fileno()) is not False
 

@@ -1,4 +1,4 @@
-"""URLs, connections, proxies and waiting times: what a client must know of HTTP before it asks."""
+"""URLs, connections, proxies and waiting times: the parts of HTTP that precede a request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def follow_location(url: str, location: str) -> str:
     def join() -> str:
         # Headers are read as Latin-1; servers send the bytes of UTF-8 as they are.
         target = urljoin(url, quote(location.encode("latin-1", "replace"), safe=_ASCII))
-        _ = urlsplit(target).port  # raises where it is no number
+        _ = urlsplit(target).port  # raises if it is not a number
         return target
 
     return as_transport_error(join)
@@ -55,7 +55,7 @@ def origin_of(url: str) -> tuple[str, str, int | None]:
 
 
 def without_secrets(url: str) -> str:
-    """Return a URL without what may be secret."""
+    """Return a URL without parts that may be secret."""
     return redacted(urlsplit(url)._replace(query="", fragment="").geturl())
 
 
@@ -64,7 +64,7 @@ def is_number(text: str) -> bool:
 
 
 def as_transport_error(action: Callable[[], _T]) -> _T:
-    """Call ``action``; what a connection, an answer or a URL that a server named may raise is worth another attempt."""
+    """Call ``action``; errors of a connection, an answer or a server's URL are worth another attempt."""
     try:
         return action()
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -137,7 +137,7 @@ class Connection:
                     opened.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the connection; nobody may be using it any more."""
+        """Close the connection; no thread may use it any more."""
         self._http.close()
 
 

@@ -1,7 +1,7 @@
-"""What no module tree tells: which diffusers pipeline runs a transformer, and how small its parts can be.
+"""Facts that a module tree does not contain: a transformer's diffusers pipeline and its smallest sizes.
 
-A family here has been generated and tested as a whole. For any other class :mod:`port_kit.scaffold.diffusers_class`
-says what is known about it and what is not.
+A family here has been generated and tested completely. For any other class :mod:`port_kit.scaffold.diffusers_class`
+reports the known and the unknown facts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAIRS: Mapping[str, tuple[str, str]] = {
 #: Linears that make one vector a request into many: split by output, gathered at once.
 GATHERED: Mapping[str, str] = {"AdaLayerNormSingle": "linear"}
 
-#: Classes whose module tree says nothing against them, and what does.
+#: Classes that pass the structural checks but are unsupported, with the reason.
 KNOWN_OTHERWISE: Mapping[str, str] = {
     "DiTTransformer2DModel": "it is told the number of a class; the pipeline that is written reads a prompt",
     "PriorTransformer": "it predicts one embedding, not latents of a picture or video",
@@ -37,7 +37,7 @@ class Part:
     """One tiny component beside the transformer.
 
     Attributes:
-        module: where its class is imported from.
+        module: module of its class.
         class_name: of diffusers or transformers.
         config: of the tiny one.
     """
@@ -55,15 +55,15 @@ class Family:
         transformer: the class in diffusers.
         pipeline: the class in diffusers.
         output: ``video`` or ``image``.
-        repository: where the weights are, as ``organisation/name``.
+        repository: repository of the weights, as ``organisation/name``.
         tiny: ``transformer/config.json`` of a tiny model.
         parts: the pipeline's other components; a tokenizer has no class.
         vocabulary: entries of the tiny tokenizer.
         request: arguments of the pipeline for a tiny output.
-        multiple: sides of pictures are multiples of this, in pixels.
+        multiple: image sides are multiples of this, in pixels.
         steps, guidance: defaults of the pipeline.
-        frames, fps: defaults of the pipeline; 0 for pictures.
-        frame_step: a video has one frame and a multiple of this; 0 for pictures.
+        frames, fps: defaults of the pipeline; 0 for images.
+        frame_step: a video has one frame and a multiple of this; 0 for images.
         least_steps: fewer than this many steps the schedule cannot make.
         callback: the entry of the call's options that has ``on_step`` called after each step.
     """

@@ -124,7 +124,7 @@ def _served_by(class_name: str) -> Iterator[str]:
 
 
 def _ports_that_take(repo_id: str, files: list[str]) -> Iterator[tuple[str, Finding]]:
-    """Yield the ports whose recipe takes their transformer from this repository, with what they take."""
+    """Yield the ports whose recipe uses this repository's transformer, with the files they use."""
     for port in list_ports().values():
         for repository in _recipe(port).repositories:
             rules = [rule for rule in repository.files if rule.folder == "transformer"]

@@ -24,7 +24,7 @@ _WEIGHTLESS = ("Tokenizer", "Processor", "FeatureExtractor", "Scheduler", "Confi
 
 @dataclass(frozen=True)
 class Named:
-    """A class and the file that names it; ``elsewhere`` is the repository it comes from, where not this one."""
+    """A class and the file that names it; ``elsewhere`` is its repository if that is another one."""
 
     library: str
     class_name: str

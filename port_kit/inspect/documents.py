@@ -24,7 +24,7 @@ class Documents:
         self._objects: dict[str, dict[str, Any]] = {}
 
     def content(self, path: str) -> bytes:
-        """Return a file's bytes; empty if it is not there, too large for what it is, or behind a gate."""
+        """Return a file's bytes; empty if it is not there, too large, or gated."""
         size = self.listing.files.get(path, 0)
         if size > _LONGEST:
             self.problems.append(Finding(path, f"has {size} bytes, too many for a text"))
@@ -34,7 +34,7 @@ class Documents:
             return source.read_at(0, size)
 
     def text(self, path: str) -> str:
-        """Return a file's text; bytes that are no UTF-8 are replaced, as these texts are for people."""
+        """Return a file's text; bytes that are no UTF-8 are replaced, as these texts are only displayed."""
         return self.content(path).decode("utf-8", "replace")
 
     def object(self, path: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from port_kit.download.parts import FileSpec
 from port_kit.errors import DownloadError, InspectError
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-#: Somebody waits for the answer: fewer tries than a download makes.
+#: An interactive command: fewer attempts than a download.
 POLICY = Policy(attempts=4)
 _MOST_FILES = 100_000
 _SKIPPED = {"__pycache__", "node_modules"}
@@ -30,8 +30,15 @@ _HINTS = {
 
 
 class FileListing(Protocol):
-    """Attributes: ``name`` for messages; ``commit`` of a repository; ``files``: sizes by path; ``gate``: what keeps
-    the files from being read, or empty; ``broken``: links that lead nowhere, and what is no file (a pipe, a device)."""
+    """Files of a repository or folder.
+
+    Attributes:
+        name: name for messages.
+        commit: commit of a repository.
+        files: sizes by path.
+        gate: the reason that the files cannot be read; empty if they can.
+        broken: dangling links, pipes and devices.
+    """
 
     name: str
     commit: str | None
@@ -111,7 +118,7 @@ def open_listing(
     """Open a local folder, or a Hub repository if there is no such folder.
 
     Raises:
-        InspectError: ``inspect_target`` for what is neither.
+        InspectError: ``inspect_target`` if it is neither.
         DownloadError: see :class:`HubListing`.
     """
     folder = Path(target).expanduser()

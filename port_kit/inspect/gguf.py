@@ -11,7 +11,7 @@ from port_kit.errors import CheckpointError
 #: Types of metadata values: name of the struct format; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-#: Types of tensors: torch's word where torch has the type, else the word that GGUF tools print.
+#: Types of tensors: torch's name if torch has the type, otherwise the name that GGUF tools print.
 _DTYPES = {
     0: "float32",
     1: "float16",
@@ -61,7 +61,7 @@ def read_gguf(source: ByteSource) -> GgufHeader:
     """Read the header of GGUF version 2 or 3.
 
     Raises:
-        CheckpointError: ``checkpoint_format`` for another format or version, ``checkpoint_corrupt`` where it is cut
+        CheckpointError: ``checkpoint_format`` for another format or version, ``checkpoint_corrupt`` if it is cut
             short or its counts cannot be.
     """
     reader = _Reader(source)
@@ -82,7 +82,7 @@ class _Reader:
     def __init__(self, source: ByteSource) -> None:
         self._source, self._name = source, source.name
         self._offset = 0
-        self._buffer, self._start = b"", 0  # what was read last, and where in it the next value begins
+        self._buffer, self._start = b"", 0  # the last bytes read, and the offset of the next value
 
     def take(self, length: int) -> bytes:
         """Return exactly so many bytes; the source is asked for a large piece at a time, as each may be a request."""
@@ -138,7 +138,7 @@ class _Reader:
             raise self._corrupt(f"gives {name!r} {dimensions} axes")
         shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
         kind = self.number("I")
-        self.number("Q")  # where its data begins
+        self.number("Q")  # offset of its data
         return name, (shape, _DTYPES.get(kind, f"ggml_{kind}"))
 
     def _corrupt(self, what: str) -> CheckpointError:

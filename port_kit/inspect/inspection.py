@@ -1,4 +1,4 @@
-"""Put an inspection together: listing, headers, card, classification, what is missing, memory, next step."""
+"""Inspection of a model: listing, headers, card, classification, missing files, memory, next step."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _RANKS = (1, 2, 4, 8)
 def inspect(
     target: str, *, revision: str | None = None, endpoint: str | None = None, token: str | bool | None = None
 ) -> Inspection:
-    """Say what a repository or folder is to vLLM-Omni, from its listing, its small texts and its headers.
+    """Classify a repository or folder for vLLM-Omni by its listing, small text files and headers.
 
-    No file of weights is downloaded, nothing of it is executed, and neither torch nor vLLM-Omni is imported.
+    No file of weights is downloaded, no code is executed, and neither torch nor vLLM-Omni is imported.
 
     Args:
         target: a folder, or a repository of the Hub as ``organization/name``.

@@ -101,7 +101,7 @@ def library_version(library: str) -> str:
 
 
 def _transformers_has(class_name: str) -> bool:
-    """transformers 5 keeps the ``Fast`` names of what has one form only, without a class of that name."""
+    """transformers 5 keeps ``Fast`` names of tokenizers with one form, without a class of that name."""
     names = {class_name}
     if class_name.endswith(("TokenizerFast", "ImageProcessorFast")):
         names.add(class_name.removesuffix("Fast"))
@@ -110,7 +110,7 @@ def _transformers_has(class_name: str) -> bool:
 
 @cache
 def _transformers_names() -> frozenset[str]:
-    """All classes of transformers' models, and what its own lazy table has beside them."""
+    """All classes of transformers' models, and the further entries of its lazy table."""
     root = _root("transformers")
     public = dict(_lazy_table(_parse("transformers", "__init__.py")))
     if not public or not (root / "models").is_dir():
@@ -125,7 +125,7 @@ def _classes(files: Iterable[Path]) -> Iterator[str]:
 
 
 def _lazy_table(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield what a package puts into ``_import_structure``, however it does: literal, item, extend, append."""
+    """Yield the entries of a package's ``_import_structure``: from a literal, an item, extend or append."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and _is_structure(node.targets[0]) and isinstance(node.value, ast.Dict):
             for key, value in zip(node.value.keys, node.value.values, strict=True):
@@ -166,7 +166,7 @@ def _root_config_rules(tree: ast.Module) -> tuple[dict[str, str], dict[str, str]
     """Read which pipeline vLLM-Omni takes for a root ``config.json`` without an index.
 
     ``resolve_model_class_name`` says so in statements of the form ``if model_type == "x" or "Y" in architectures:
-    return "Pipeline"``; what it decides otherwise (by looking into further files) is not read.
+    return "Pipeline"``; other decisions (that read further files) are not covered.
     """
     found = [node for node in tree.body if getattr(node, "name", "") == "resolve_model_class_name"]
     if not found:

@@ -28,7 +28,7 @@ def find_pitfalls(
 
 
 def _folder_name(documents: Documents, classification: Classification) -> Iterator[Finding]:
-    """Check the folder's name: vLLM-Omni matches it with its keys if nothing else selects a multi-stage pipeline."""
+    """Check the folder's name: vLLM-Omni matches it with its keys if no other key selects a multi-stage pipeline."""
     config = documents.object("config.json")
     if classification.stage or config.get("model_type") or config.get("architecture"):
         return

@@ -37,11 +37,11 @@ class WeightFile:
     Attributes:
         path: in the repository or folder, with ``/``.
         size: bytes.
-        format: ``safetensors``, ``torch zip``, ``torch legacy``, ``gguf`` ..., or the suffix where it cannot be read.
+        format: ``safetensors``, ``torch zip``, ``torch legacy``, ``gguf`` ..., or the suffix if it cannot be read.
         entries: ``{tensor name: (shape, dtype)}``; empty if it cannot be read.
         wrapper: of a pickle, the keys above the tensors, dotted.
         problem: why it cannot be read, or could not be loaded; empty if it can.
-        details: what else its header says (GGUF architecture, values beside the tensors).
+        details: further values of its header (GGUF architecture, values beside the tensors).
     """
 
     path: str
@@ -156,8 +156,8 @@ class ModelCard:
     """Content of a model card (README.md).
 
     Attributes:
-        licence: the metadata's ``license``; ``license_name`` where that is ``other``; empty if it says nothing.
-        licence_link: where its text is.
+        licence: the metadata's ``license``; ``license_name`` if that is ``other``; empty if absent.
+        licence_link: URL of its text.
         base_models: models that this one was made from.
         task: the metadata's ``pipeline_tag``.
         code: git repositories that it names, in the order of the text.
@@ -183,7 +183,7 @@ class Memory:
     Attributes:
         stored: as the files have them.
         bfloat16: with every parameter in two bytes, vLLM-Omni's default.
-        per_rank: in bfloat16 on each of N GPUs, what is sharded divided among them and the rest whole.
+        per_rank: in bfloat16 on each of N GPUs, with sharded parts divided and all other parts complete.
         sharded: the components that tensor parallelism or HSDP divides: the transformers, else the largest component.
     """
 
@@ -204,10 +204,10 @@ class Inspection:
         evidence: why, in the order of the decision.
         files: number of files.
         size: bytes of all files.
-        class_name: the pipeline's class, where something names one.
+        class_name: the pipeline's class, if a file names one.
         components: the parts, in the order of ``model_index.json``, then by name.
-        gate: what keeps the files from being read; empty if they can be.
-        card: what README.md says.
+        gate: reason that the files cannot be read; empty if they can.
+        card: the content of README.md.
         missing: files and entries that vLLM-Omni requires and that are missing.
         pitfalls: failures that vLLM-Omni would not report.
         memory: of the weights; None if no tensor could be read.

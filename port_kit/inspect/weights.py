@@ -45,7 +45,7 @@ def split_suffix(path: str) -> tuple[str, str]:
 
 
 def read_weights(listing: FileListing, path: str) -> WeightFile:
-    """Read a file's header. What cannot be read is no error here but a ``problem`` of the file."""
+    """Read a file's header. An unreadable file is not an error here but a ``problem`` of the file."""
     size, expected = listing.files[path], FORMATS[split_suffix(path)[1]]
     if listing.gate:
         return WeightFile(path, size, expected, problem="not read: the repository is gated")
@@ -119,7 +119,7 @@ def _place(offsets: list[int]) -> tuple[int, int]:
 def _misplaced(
     entries: Mapping[str, tuple[tuple[int, ...], str]], places: Mapping[str, tuple[int, int]]
 ) -> Iterator[str]:
-    """Say which tensors are not where the format has them: one after the other, each as long as its shape says."""
+    """Report tensors at wrong offsets: the format stores them one after the other, in the size of their shapes."""
     before = 0
     for name in sorted(places, key=lambda name: places[name]):
         (shape, dtype), (start, stop) = entries[name], places[name]
@@ -138,7 +138,7 @@ def _entry(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
 
 
 def _read_torch(source: ByteSource, path: str) -> WeightFile:
-    """Read a pickle's tables; where the tensors lie under other keys, those of the largest such dict."""
+    """Read a pickle's tables; if the tensors are under other keys, those of the largest such dict."""
     wrapper = ""
     try:
         tables = read_tables(source, exact_offsets=False)

@@ -1,7 +1,7 @@
 """Write the rules that only rename as Python source for vLLM or transformers.
 
-Both libraries apply all entries in turn. If what one entry makes may match another one, renamed names get a marker that
-no entry matches and that the last entry removes.
+Both libraries apply all entries in turn. If an entry may match the result of another one, renamed names get a marker
+that no entry matches and that the last entry removes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def export_mapping(rules: RuleSet, form: str, *, partial: bool = False) -> tuple
     """
     counts = Counter(rule.source for rule in rules)
     left_out, kept = Refusals(), []
-    for rule in sorted(rules, key=lambda rule: rule.fallback):  # a fallback comes last: it sees what others leave
+    for rule in sorted(rules, key=lambda rule: rule.fallback):  # a fallback comes last: it matches the remaining names
         reason = _reason(rule, form, counts[rule.source])
         if reason:
             left_out[rule.label] = reason

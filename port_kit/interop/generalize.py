@@ -1,4 +1,4 @@
-"""From what happens to single names to rules: names that differ in numbers alone share a rule."""
+"""Generalize mappings of single names to rules: names that differ only in numbers share a rule."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _sglang_route(entries: Mapping[str, Any], name: str, source: Manifest, refus
 
 
 def _rewritten(entries: Mapping[str, Any], name: str) -> tuple[str | list[str], tuple[int, int] | None]:
-    """Apply a dictionary as SGLang does: entries in turn, each at most once, until nothing changes.
+    """Apply a dictionary as SGLang does: entries in turn, each at most once, until no entry changes the name.
 
     Returns:
         The target, or the targets of a split, and which part of how many of the target the tensor is.
@@ -219,7 +219,7 @@ def _rule(label: str, pattern: str, value: Any, refused: Refusals) -> Rule | Non
 
 
 def _check_independence(rules: list[Rule], refused: Refusals) -> None:
-    """Refuse entries that may match one name together, or match what another one makes."""
+    """Refuse entries that may match one name together, or match the result of another one."""
     for rule in rules:
         for other in rules:
             head = source_head(other)

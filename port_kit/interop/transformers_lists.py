@@ -23,7 +23,7 @@ class _Refused(Exception):
 
 def converted_routes(transforms: Any, source: Manifest, refused: dict[str, str]) -> dict[str, tuple[Route, ...]]:
     """Return the routes of all names; converters without an equivalent are added to ``refused``."""
-    transforms = deepcopy(list(transforms))  # they record what they have matched
+    transforms = deepcopy(list(transforms))  # they record their matches
     renamings = [item for item in transforms if not hasattr(item, "operations")]
     converters = [item for item in transforms if hasattr(item, "operations")]
     owners = {pattern: item for item in converters for pattern in item.source_patterns}

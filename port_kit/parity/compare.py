@@ -33,7 +33,7 @@ class Bound:
     Attributes:
         max_abs: largest absolute difference of any element, or None for no bound.
         rel_l2: largest ``|actual - expected| / |expected|`` in the 2-norm, or None for no bound.
-        why: where the bound comes from, one line.
+        why: the reason for the bound, one line.
     """
 
     max_abs: float | None = None

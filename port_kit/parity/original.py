@@ -18,12 +18,12 @@ class OriginalImplementation:
     Attributes:
         git_code: name of the :class:`~port_kit.download.GitCode` of the port's recipe.
         script: ``package.module`` of the script. It is run by path, as ``python -I SCRIPT REQUEST.json``, in the
-            original's environment: it may import what the original needs and must not import port_kit.
+            original's environment: it may import the original's requirements and must not import port_kit.
         options: added to the request.
 
     The request holds ``path`` (folders that make the original importable), ``folder`` (its checkout), ``model``,
     ``output``, ``precision`` (``fp32`` or ``bf16``), ``device``, ``seed``, and ``options``. The script writes cases
-    and at last ``SET.json`` into ``output``, laid out as the port's ``parity`` function reads them; what it prints
+    and at last ``SET.json`` into ``output``, laid out as the port's ``parity`` function reads them; its output
     is kept in a log. With several precisions it is run once for each, into the same folder.
     """
 

@@ -38,7 +38,7 @@ class Settings:
     """Settings of a run of the original implementation.
 
     Attributes:
-        python: interpreter of the environment that has what the original needs; None for this one.
+        python: interpreter of the environment with the original's requirements; None for this one.
         precisions: ``fp32``, the original's mathematics without rounding, and ``bf16``, as it runs, on CUDA only.
         device: ``cpu``, ``cuda`` or ``auto``.
         timeout: seconds for each precision.
@@ -82,8 +82,8 @@ def record(
         port: must declare ``original``.
         model: a complete model directory, whose lock records the commit of the original code.
         output: the goldens folder.
-        settings: how to run; the defaults where it is None.
-        note: told what happens, a line at a time.
+        settings: options of the run; None for the defaults.
+        note: receives progress messages, one line per call.
 
     Raises:
         ParityError: ``reference_missing``, ``reference_python``, ``reference_failed``, ``reference_timeout``,
@@ -151,7 +151,7 @@ def _find_code(port: Port, model: Path) -> tuple[OriginalImplementation, GitCode
 def _provenance(
     original: OriginalImplementation, code: GitCode, commit: str, model: Path, settings: Settings
 ) -> dict[str, Any]:
-    """Return what a goldens folder is made from; ``made_from`` decides whether one may be used again."""
+    """Return the inputs of a goldens folder; ``made_from`` decides whether one may be used again."""
     lock = (model / LOCK_NAME).read_bytes()
     return {
         "made_from": {
@@ -203,7 +203,7 @@ def _request(
 def _run(
     port: Port, original: OriginalImplementation, request: Mapping[str, Any], folder: Path, settings: Settings
 ) -> None:
-    """Run the script once; its output goes to the log, and its whole process group ends with it."""
+    """Run the script once; its output goes to the log, and its complete process group ends with it."""
     request_file = folder / f"request_{request['precision']}.json"
     request_file.write_text(json.dumps(request, indent=1), encoding="utf-8")
     python = str(settings.python or sys.executable)
@@ -268,7 +268,7 @@ def _tail(log: Path) -> str:
 
 
 def _check(folder: Path, precisions: tuple[str, ...]) -> None:
-    """Require what every goldens folder has: SET.json, and of every case its inputs and one output a precision."""
+    """Require the files of a goldens folder: SET.json, and per case its inputs and one output per precision."""
     cases = sorted({path.parent for path in folder.rglob("outputs_*.safetensors")})
     missing = [] if (folder / "SET.json").is_file() else ["SET.json"]
     missing += [] if cases else ["outputs_*.safetensors"]

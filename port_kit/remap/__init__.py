@@ -24,7 +24,7 @@ The language, one field of :class:`Rule` per line::
                 any transform registered with port_kit.remap.transforms.transform
     drop      the reason why a source is not used (with take: why that part is not)
     keep      the reason why a target (a regular expression) keeps its initial values
-    optional  the rule may match nothing
+    optional  the rule may match no source
     fallback  tried only on names that no other rule matches
     variant   "choice:spelling": exactly one spelling of a choice is in the checkpoint, e.g. weight_norm:g_v
 

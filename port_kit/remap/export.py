@@ -119,7 +119,7 @@ def _keeps_values(plan: Plan, tasks: Sequence[CopyTask]) -> bool:
 
 
 def _agrees(task: CopyTask, source: Tensor, target: Tensor) -> bool:
-    """Return True if a task would write what the target has."""
+    """Return True if a task would write the target's value."""
     if task.join is not None:
         return True
     value = target[region_index(task.region)]

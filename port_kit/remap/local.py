@@ -123,7 +123,7 @@ class Transfer(NamedTuple):
 
 
 class _Staged(NamedTuple):
-    """A region that is read into page-locked memory: its batch of reads, and what starts its copy to the GPU."""
+    """A region that is read into page-locked memory: its batch of reads and the start of its copy to the GPU."""
 
     batch: _Batch
     copy: Callable[[], None]
@@ -166,7 +166,7 @@ class _Batch:
         return self.result is not None and self.result.done()
 
     def wait(self) -> None:
-        """Wait for the end of all reads, and raise what they raised."""
+        """Wait for the end of all reads, and raise their first error."""
         if self.result is not None and not self.result.cancelled():
             self.result.result()
 
@@ -201,7 +201,7 @@ class Ring:
 
 
 class _Load:
-    """One load: decides what is read, reads ahead, and executes."""
+    """One load: selects byte ranges, reads ahead, and executes."""
 
     def __init__(self, plan: Plan, executor: Executor, root: Path) -> None:
         self.plan, self.executor, self.root = plan, executor, root
@@ -244,7 +244,7 @@ class _Load:
                 self.executor.targets[target].memory[region_index(region)].zero_()
 
     def _source(self, file: SafetensorsFile, name: str, tasks: Sequence[CopyTask]) -> None:
-        """Read what the tasks of one source need."""
+        """Read the byte ranges of one source's tasks."""
         targets, spec = self.executor.targets, self.plan.source[name]
         transfers = [(task, self._transfers(task)) for task in tasks]
         if all(found is not None for _, found in transfers):

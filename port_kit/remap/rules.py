@@ -54,7 +54,7 @@ class RuleSet(Rules):
         """Return a set in which each given rule replaces the rules with its source pattern (``keep``: target pattern).
 
         Raises:
-            RemapError: ``remap_rules`` if a rule overrides nothing.
+            RemapError: ``remap_rules`` if a rule overrides no other rule.
         """
         rules = tuple(rules)
         keys = {_key(rule) for rule in rules}

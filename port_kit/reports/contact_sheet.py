@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
 FRAMES, COLUMNS = 8, 4
-THUMB = 240  # pixels: width of a frame in the picture
+THUMB = 240  # pixels: width of a frame in the sheet
 MARGIN, GAP, LINE, WAVE = 24, 8, 20, 150  # pixels
 _BACK, _INK, _SOFT, _TRACE = (250, 250, 252), (32, 36, 44), (132, 138, 150), (64, 108, 190)
 
@@ -28,7 +28,7 @@ class Clip:
         frames: uint8 (H, W, 3), with seconds from the start.
         count: frames in the file.
         fps: frames a second.
-        samples: float32 (samples,), the mean of all channels; empty without sound.
+        samples: float32 (samples,), the mean of all channels; empty without audio.
         rate: Hz.
     """
 
@@ -40,7 +40,7 @@ class Clip:
 
     @property
     def seconds(self) -> float:
-        """The longer of picture and sound."""
+        """Return the longer of the video's and the audio's duration."""
         return max(self.count / self.fps, len(self.samples) / self.rate if self.rate else 0.0)
 
 
@@ -48,9 +48,9 @@ def draw_contact_sheet(clip: Path | str, picture: Path | str, *, title: str = ""
     """Draw a file's frames and its waveform into one PNG.
 
     Args:
-        clip: a video file that FFmpeg reads, with or without sound.
+        clip: a video file that FFmpeg reads, with or without audio.
         picture: the PNG; its folder is made.
-        title: stands above the frames; the file's name where it is empty.
+        title: heading above the frames; the file's name if empty.
 
     Raises:
         InputError: ``media_write``: the file cannot be decoded, or has no frames.

@@ -14,7 +14,7 @@ def coverage_page(title: str, components: Mapping[str, Mapping[str, Any]]) -> st
     """Return the page.
 
     Args:
-        title: what was checked, for people.
+        title: title of the page.
         components: :meth:`port_kit.remap.coverage.Coverage.to_json` of each; one of a single check may be unnamed.
     """
     ok = all(report["ok"] for report in components.values())

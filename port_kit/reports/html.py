@@ -38,7 +38,7 @@ nav a { margin-right: 1rem; color: inherit; } .bar { fill: var(--bar); } .bar.ov
 
 @dataclass(frozen=True)
 class Html:
-    """Text that is HTML already; everything else is escaped where it is put into a page."""
+    """Text that is HTML already; all other text is escaped when it is inserted."""
 
     text: str
 

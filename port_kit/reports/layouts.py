@@ -25,7 +25,7 @@ class Place:
     Attributes:
         rank: global.
         tp, cfg: index in its tensor-parallel and its guidance group.
-        sequence: index of its share of the sequence; 0 where nothing is shared.
+        sequence: index of its share of the sequence; 0 if it is not shared.
         ulysses, ring, allgather: its index in each kind of sequence group.
         hsdp: index of its share of the parameters.
     """

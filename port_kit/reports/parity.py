@@ -11,7 +11,7 @@ from port_kit.reports import html
 from port_kit.reports.html import Html
 
 _WIDTH, _HEIGHT = 160, 10  # pixels of a bar
-#: Decades below the bound that a bar shows; what is smaller has no length.
+#: Decades below the bound that a bar shows; smaller values have no length.
 _DECADES = 8
 
 

@@ -1,4 +1,4 @@
-"""A plan as JSON: the sources and the operation of every target tensor, in a schema that oracles of conversions share.
+"""A plan as JSON: the sources and the operation of every target tensor, in the schema of the tests' known conversions.
 
 Each entry is ``{"from": [sources], "op": ..., "detail": {...}}``. Ops: ``copy``; ``reshape {shape}``;
 ``transpose {perm}``; ``split {dim, start, stop[, reshape]}``, one slice; ``reorder {dim, runs[, reshape]}``,

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from port_kit.download import Policy, Recipe, download
 from port_kit.download.progress import Progress
 from port_kit.errors import PortKitError
 
-#: what changes the disk; a run is killed before one of these calls
+#: functions that change the disk; a run is killed before one of these calls
 STEPS = ("replace", "rename", "fsync", "pwrite", "ftruncate", "unlink", "mkdir", "rmdir", "write")
+
+_DEADLINE = 300  # seconds for one message of the fork server
 
 
 class Child:
@@ -61,7 +64,11 @@ class ForkServer:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(_DEADLINE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
         self._process.stdout.close()
 
     def start(
@@ -74,7 +81,7 @@ class ForkServer:
         log: Path | None = None,
         **options: object,
     ) -> Child:
-        """Begin a download.
+        """Start a download.
 
         Args:
             recipe, directory, options: as for :func:`port_kit.download.download`.
@@ -95,13 +102,25 @@ class ForkServer:
         return Child(self, int(self.read()["pid"]))
 
     def read(self) -> dict[str, Any]:
-        """Return the next message of the process."""
+        """Return the next message of the process.
+
+        Raises:
+            TimeoutError: there was none within ``_DEADLINE`` seconds; the process is killed.
+        """
         assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        timer = threading.Timer(_DEADLINE, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            raise TimeoutError(f"the fork server sent no message within {_DEADLINE} s, or died")
+        return json.loads(line)
 
 
 def count_steps(before: Callable[[int], None]) -> Callable[[], int]:
-    """Call ``before(number)`` ahead of each disk operation of this process; return a function that tells how many."""
+    """Call ``before(number)`` ahead of each disk operation of this process; return a function that counts them."""
     number = 0
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +138,7 @@ def count_steps(before: Callable[[int], None]) -> Callable[[], int]:
 
 
 def _run(order: dict[str, Any]) -> int:
-    """The child: download, and die where it was ordered."""
+    """Run in the child: download, and die at the ordered step."""
     kill_at = order["kill_at"]
 
     def before(number: int) -> None:

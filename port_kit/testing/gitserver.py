@@ -104,7 +104,7 @@ class _Server(ThreadingHTTPServer):
     owner: GitServer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that were killed are what these tests are about; nothing is printed for them."""
+        """Print no traceback for killed clients: tests kill them on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):

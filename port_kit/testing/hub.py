@@ -1,6 +1,6 @@
 """A Hub on the loopback interface, for tests and measurements, with faults on demand.
 
-It speaks what huggingface_hub and :mod:`port_kit.download` ask for: revision, tree with pages, HEAD and GET of files
+It implements the requests of huggingface_hub and :mod:`port_kit.download`: revision, paged tree, HEAD and GET of files
 with ranges, LFS headers, gated and private repositories, tokens, redirects to another host. Files are bytes or paths::
 
     with Hub({"org/model": {"a/model.safetensors": b"...", "vae.pth": Path("vae.pth")}}) as hub:
@@ -39,13 +39,13 @@ class Fault:
         times: how many requests it hits; -1 for all.
         status: answer with this status (and ``headers``, ``body``) instead.
         headers: added to the answer; an empty value removes a header.
-        body: the body where ``status`` is given.
+        body: the body if ``status`` is given.
         stall: seconds of silence before the answer.
         stall_at: byte of the body before which ``stall`` happens instead.
         cut: close the connection after so many bytes of the body.
         reset: with ``cut``: by TCP reset.
-        flip: invert the byte of the file at this offset, where the answer contains it.
-        ignore_range: answer 200 with the whole file.
+        flip: invert the byte of the file at this offset, if the answer contains it.
+        ignore_range: answer 200 with the complete file.
         shift_range: serve this many bytes further than ``Content-Range`` should say, and say so.
         no_length: send no Content-Length; the body ends with the connection.
         host: only requests to this host, ``hub`` or ``cdn``.
@@ -109,7 +109,7 @@ class Hub:
         repositories: ``{repo_id: {path: bytes or Path}}``.
         token: the only token that is accepted; without it every token is.
         gated: repositories whose files need a token that was granted access (``granted``).
-        private: repositories that nobody without the token sees.
+        private: repositories that require the token.
         granted: whether ``token`` may read gated repositories.
         bytes_per_second: limit of each connection.
         cdn: LFS files are redirected to another host (``localhost`` instead of ``127.0.0.1``).
@@ -157,7 +157,7 @@ class Hub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables for a child process that shall talk to this Hub and to nothing else."""
+        """Return environment variables that direct a child process to this Hub only."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "NO_PROXY": "127.0.0.1,localhost",
@@ -192,7 +192,7 @@ class Hub:
         return [request for request in self.requests if request.kind == "get" and _matches(request.path, path)]
 
     def start(self) -> Hub:
-        """Begin to serve in a thread."""
+        """Start serving in a thread."""
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -259,7 +259,7 @@ class _Server(ThreadingHTTPServer):
     hub: Hub
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that were killed are what these tests are about; nothing is printed for them."""
+        """Print no traceback for killed clients: tests kill them on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -368,7 +368,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _is_faulty(self, fault: Fault | None) -> bool:
-        """Stall, and answer with the fault's own status; true where the answer has been given."""
+        """Stall, and answer with the fault's status. Return True if an answer was sent."""
         if fault is not None and fault.stall and not fault.stall_at:
             time.sleep(fault.stall)
         if fault is None or not fault.status:

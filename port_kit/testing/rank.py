@@ -39,7 +39,7 @@ class RankResult:
         rank: the global rank.
         outputs: one entry a request: the pipeline's ``DiffusionOutput.output``; None if the request failed.
         errors: one entry a request: None, or the exception (only with ``keep_going``).
-        probe: what ``probe`` returned on this rank; None without one.
+        probe: result of ``probe`` on this rank; None without one.
         load_seconds: building the worker and loading the weights.
         run_seconds: all requests together.
     """
@@ -81,7 +81,7 @@ def rank_main(rank: int, case: Case, sender: Connection) -> None:
     try:
         message: RankResult | Failure = _run_rank(rank, case)
         payload = pickle.dumps(message)
-    except BaseException as error:  # noqa: B036 - whatever it is, the parent must hear of it
+    except BaseException as error:  # noqa: B036 - the parent must receive any error
         code = 1
         payload = _describe(rank, error)
     sender.send_bytes(payload)
@@ -143,7 +143,7 @@ def _config(case: Case) -> OmniDiffusionConfig:
 def _answer(
     worker: Any, config: OmniDiffusionConfig, index: int, request: Request, case: Case
 ) -> tuple[Any, BaseException | None]:
-    """Run one request; returns (output, None), or (None, error) where the case keeps going."""
+    """Run one request; returns (output, None), or (None, error) if the case keeps going."""
     from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 

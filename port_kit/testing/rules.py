@@ -1,4 +1,4 @@
-"""Helpers for the tests of a port's rules: complete, reversible, and blind to nothing; from manifests alone.
+"""Helpers for tests of a port's rules, from manifests alone: coverage, round trips and mutations.
 
 ::
 
@@ -81,10 +81,10 @@ def assert_round_trip(plan: Plan) -> None:
 def mutations(plan: Plan) -> Iterator[tuple[str, Manifest]]:
     """Every source of a plan dropped, renamed, reshaped, duplicated and retyped in turn.
 
-    Sources that rules drop are left alone: what is not used may be missing or different.
+    Sources that rules drop are not mutated: unused tensors may be missing or different.
 
     Yields:
-        ``(what was done, the source manifest with it)``.
+        ``(description, mutated source manifest)``.
     """
     source = dict(plan.source)
     for name in plan.by_source():
@@ -116,10 +116,10 @@ class Mutated:
 
     Attributes:
         count: how many were tried.
-        same: those that are accepted and send the same bytes to the same places. Where a rule itself reshapes a
+        same: those that are accepted and copy the same bytes to the same places. If a rule itself reshapes a
             tensor to its target, a source of another shape with as many elements, stored in the same row-major order,
-            is read exactly alike: no header tells the two apart, and nothing is lost. A rule that must tell them apart
-            says the axes (``rearrange``) instead of ``reshape``.
+            is read exactly alike: headers cannot distinguish the two, and no byte is lost. A rule that must distinguish
+            them names the axes (``rearrange``) instead of ``reshape``.
         uncaught: those that are accepted and mean something else.
     """
 

@@ -4,7 +4,7 @@
         httpx.get(f"{server.url}/v1/videos")
 
 The server is started as a user starts it (``vllm serve MODEL --omni``). It leads a process group, which is killed in
-the end, whatever state it is in; the kernel kills it too where the process that started it dies without a word.
+the end in any state; the kernel kills it too if its parent dies unexpectedly.
 Linux only.
 """
 
@@ -38,7 +38,7 @@ class ApiServer:
     Args:
         model: a model directory.
         arguments: options for ``vllm serve``, beside the address and ``--omni``.
-        folder: where its log (``server.log``) and its finished videos (``storage/``) go.
+        folder: folder of its log (``server.log``) and its finished videos (``storage/``).
         environment: variables on top of this process's.
         script: a shell script that starts it, with the model and the options as arguments; None is ``vllm serve``
             with :data:`MIDDLEWARE`.
@@ -132,7 +132,7 @@ class ApiServer:
         return self.log.read_text(encoding="utf-8", errors="replace")[-characters:]
 
     def stop(self) -> None:
-        """Ask the process group to end, wait a moment, and kill what is left of it."""
+        """Ask the process group to end, wait a moment, and kill its remaining processes."""
         if self._process is None:
             return
         for sign in (signal.SIGTERM, signal.SIGKILL):

@@ -46,7 +46,7 @@ class TinyComponent:
         outline: the full-size checkpoint, as :func:`expand` takes it.
         sizes: ``{full-size extent: tiny extent}``; see :func:`scale`.
         layers: ``{name of a module list: how many of its first entries stay}``.
-        config: what replaces the same keys of the component's full-size ``config.json``.
+        config: replacements for keys of the component's full-size ``config.json``.
     """
 
     outline: Mapping[str, Any]
@@ -60,9 +60,9 @@ class TinyModel:
     """A tiny model as it would lie on the Hub.
 
     Attributes:
-        repositories: ``{repository id: {path in the repository: file}}``, what a loopback Hub serves.
+        repositories: ``{repository id: {path in the repository: file}}``, content for a loopback Hub.
         configs: ``{component: config.json}`` of the tiny sizes, for ``recipe.with_(configs=...)``.
-        model_index: what the tiny sizes change in ``model_index.json``.
+        model_index: changes of the tiny sizes to ``model_index.json``.
     """
 
     repositories: dict[str, dict[str, Path]]
@@ -111,7 +111,7 @@ def scale(tensors: Tensors, *, sizes: Mapping[int, int], layers: Mapping[str, in
         tensors: the full-size one.
         sizes: ``{3072: 64}`` turns every extent of 3072 into 64 and every multiple of it (a fused 9216) into the same
             multiple of 64. An extent that is listed itself is taken before multiples, and larger sizes before
-            smaller ones. Other extents (kernels, channels of pictures) stay.
+            smaller ones. Other extents (kernels, channels of images) stay.
         layers: ``{"blocks": 2}`` keeps ``blocks.0`` and ``blocks.1`` wherever that list is in a name.
     """
     limits = layers or {}
@@ -173,7 +173,7 @@ def _window(noise: torch.Tensor) -> torch.Tensor:
     return (window / window.sum()).expand(noise.shape)
 
 
-#: The first pattern that is found in a name decides what standard-normal noise becomes; matrices if none is.
+#: The first pattern that matches a name selects the distribution; matrices if none is.
 _RULES: tuple[tuple[re.Pattern[str], Callable[[torch.Tensor], torch.Tensor]], ...] = (
     (re.compile(r"norm\w*\.weight$|gamma$|weight_g$|original0$"), lambda noise: 1 + 0.1 * noise.abs()),
     (re.compile(r"_std$|running_var$"), lambda noise: 1 + 0.1 * noise.abs()),
@@ -190,7 +190,7 @@ def _rule(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, wrapper: str = "") -> None:
-    """Write tensors in the container that the file's suffix says.
+    """Write tensors in the container that the file's suffix selects.
 
     Args:
         path: ``.safetensors`` or ``.sft``, or a pickle checkpoint (``.pth``, ``.pt``, ``.bin``, ``.ckpt``) as torch

@@ -26,7 +26,7 @@ WIDTH, HEADS, LAYERS, FFN = 64, 4, 2, 128
 TEXT_WIDTH, TEXT_HEADS, TEXT_LAYERS, TEXT_FFN, VOCABULARY = 64, 4, 2, 96, 512
 GATED_CONV = 256  # 8 * WIDTH / 3, rounded up to a multiple of 256, as the original derives it
 
-#: What the size of the model changes in ``model_index.json``, of ports that have the key: the pixels of a frame, and
+#: Changes of the size to ``model_index.json`` of ports that have the key: the pixels of a frame, and
 #: a block that the tiny model has.
 _INDEX = {"video_area": 64 * 96, "skip_block": 1}
 
@@ -45,7 +45,7 @@ def outline(name: str) -> dict[str, Any]:
 
 
 def components(recipe: Recipe) -> dict[str, TinyComponent]:
-    """Return how each component of a fusion port shrinks; the recipe's configurations are what is changed."""
+    """Return the tiny form of each component of a fusion port, as changes to the recipe's configurations."""
     return {
         "transformer": TinyComponent(
             _transformer_outline(recipe),
@@ -114,7 +114,7 @@ def download_tiny(recipe: Recipe, output_dir: Path | str, *, dry_run: bool = Fal
 
 
 def main(recipe: Recipe) -> None:
-    """Run :func:`download_tiny` with options from the command line; what ``download_<name>.py --tiny`` calls."""
+    """Run :func:`download_tiny` with options from the command line; called by ``download_<name>.py --tiny``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", required=True)
     parser.add_argument("--output-dir", default=f"{recipe.name}_tiny")

@@ -7,8 +7,8 @@ The engine's process management and post-processing are left out. ::
     results = run_workers(model_dir, [Request("a cat", {"num_inference_steps": 2, "seed": 0})],
                           config={"parallel_config": {"ulysses_degree": 2}},
                           probe=lambda pipeline: pipeline.transformer.local_length)
-    results[0].outputs[0]     # what rank 0's pipeline returned
-    results[1].probe          # what rank 1's probe returned
+    results[0].outputs[0]     # outputs of rank 0's pipeline
+    results[1].probe          # result of rank 1's probe
 
 Outputs and probes cross by value, so they must be picklable. On CUDA, which does not survive a fork, every rank is
 started afresh and imports by itself; functions cross through cloudpickle, closures included. Linux only.
@@ -51,7 +51,7 @@ def run_workers(
     start: Literal["fork", "spawn"] | None = None,
     prewarmed: PrewarmedRanks | None = None,
 ) -> list[RankResult]:
-    """Load a model on as many ranks as its parallel configuration asks for, run requests, and return all results.
+    """Load a model on the ranks of its parallel configuration, run requests, and return all results.
 
     Args:
         model: a model directory.
@@ -63,7 +63,7 @@ def run_workers(
         keep_going: keep a request's exception in the result and run the next one, as the engine does.
         timeout: seconds for everything; after it every rank is killed.
         start: how processes begin; None is ``spawn`` on CUDA and ``fork`` elsewhere.
-        prewarmed: where spawned ranks are taken from as long as there are any.
+        prewarmed: spawned ranks to use first.
 
     Raises:
         ParallelError: a rank failed, died or did not finish in time. A :class:`PortKitError` of the rank is its
@@ -147,7 +147,7 @@ class PrewarmedRanks:
         for process, pipe in self._ranks:
             pipe.close()
             process.kill()
-            process.join()
+            process.join(_GRACE)
         self._ranks.clear()
 
 
@@ -179,7 +179,7 @@ def _spawn(case: Case, world: int, prewarmed: PrewarmedRanks) -> tuple[list[Base
     for rank, (process, pipe) in enumerate(ranks):
         try:
             pipe.send_bytes(cloudpickle.dumps((rank, case)))
-        except OSError:  # it died while it imported; what it says is all there is to know
+        except OSError:  # it died during imports; its output has the reason
             process.join(_GRACE)
     return [process for process, _ in ranks], [pipe for _, pipe in ranks]
 
@@ -265,5 +265,5 @@ def _stop(processes: Sequence[BaseProcess], *, grace: float) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
-        process.join()
+        process.join(_GRACE)
         process.close()

@@ -1,4 +1,4 @@
-"""The benchmarks of loading and of whole requests, tiny and on a CPU: they run, and their figures make sense."""
+"""Benchmarks of loading and of requests, on a CPU with tiny models: they run, and their figures are plausible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def run(name: str, *options: str) -> dict[str, Any]:
     """Run a benchmark as a user does."""
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

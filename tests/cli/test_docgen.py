@@ -1,4 +1,4 @@
-"""The generated pages say what the code says, and the table of error codes is what the code raises."""
+"""The generated pages agree with the code, and the table of error codes with the raised errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``port-kit doctor``: what it finds here, what it says of what is wrong, and what it never prints."""
+"""``port-kit doctor``: its checks in this environment, reports of problems, and secrets that it never prints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from port_kit.runtime.diagnose import Check, diagnose
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """The whole command, with the child, as a user runs it."""
+    """The complete command with its child process."""
     done = subprocess.run(
         [sys.executable, "-m", "port_kit", "doctor", "--json"], capture_output=True, text=True, timeout=400
     )

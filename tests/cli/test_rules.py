@@ -83,7 +83,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-# -- what works ------------------------------------------------------------------------------------------------------
+# -- success ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["folder", "index", "one file", "manifest"])
@@ -186,10 +186,10 @@ def test_a_port_brings_its_rules() -> None:
     assert done.exit_code == 0 and json.loads(done.stdout)["data"]["rules"] > 0
 
 
-# -- what does not ---------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 CHANGES: dict[str, tuple[str, str]] = {
-    # code: (text of the rules, what stands there instead)
+    # code: (text of the rules, replacement)
     "remap_pattern": (r"b\.(\d+)\.o\.weight", r"b\.(\d+\.o\.weight"),
     "remap_template": (r"layers.\1.attn.o.weight", r"layers.\3.attn.o.weight"),
     "remap_rules": ('drop = "a second copy"', 'dropp = "a second copy"'),
@@ -231,7 +231,7 @@ def test_each_error_has_its_code_message_and_hint(world: World, code: str) -> No
 
 
 def problems(envelope: dict[str, Any]) -> dict[str, str]:
-    """Code -> message of what a command reports: an error of the rule set, or the gaps of its plan."""
+    """Return codes and messages of a command's report: an error of the rule set, or the problems of its plan."""
     if "error" in envelope:
         assert envelope["error"]["hint"]
         return {envelope["error"]["code"]: envelope["error"]["message"]}

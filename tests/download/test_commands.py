@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import FILES, VAE
 
 from port_kit.cli import main
 from port_kit.cli.download import at_revisions, load_recipe
 from port_kit.cli.download import main as download_script
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Hub
+from tests.download.helpers import FILES, VAE
 
 
 def call(*arguments: object, **environment: str) -> Result:

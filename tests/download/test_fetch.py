@@ -5,16 +5,18 @@ from __future__ import annotations
 import email.utils
 import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import EXPECTED, IMPATIENT, VAE, WEIGHTS, assert_whole, bring, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.download.incoming_file import IncomingFile
 from port_kit.download.parts import ALIGNMENT, FileSpec, acquire
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import EXPECTED, IMPATIENT, VAE, WEIGHTS, assert_whole, bring, noise
+from tests.helpers import raises, wait_until
 
 BIG = "big.safetensors"
 
@@ -30,9 +32,7 @@ def test_a_fresh_run_brings_everything_with_one_get_a_segment(hub: Hub, recipe: 
 def test_a_second_run_asks_nothing(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     bring(recipe, tmp_path / "m", hub)
     hub.requests.clear()
-    begun = time.monotonic()
     assert bring(recipe, tmp_path / "m", hub).plan is None
-    assert time.monotonic() - begun < 1
     assert hub.requests == []
 
 
@@ -67,7 +67,7 @@ def test_silence_in_the_middle_of_a_body_is_asked_again(hub: Hub, recipe: Recipe
 
 
 def test_bytes_that_are_sent_twice_and_differ_are_not_taken(recipe: Recipe, tmp_path: Path) -> None:
-    """A broken transfer is answered with the whole file, spoilt where it had been hashed: each byte is written once."""
+    """A broken transfer is answered with the complete file, corrupted in the hashed part: each byte is written once."""
     with Hub({WEIGHTS: {BIG: noise(5 << 20)}}) as hub:
         recipe = Recipe("r", (Repository(WEIGHTS, (FileRule(BIG),)),), recipe.model_index)
         hub.inject(Fault("get", BIG, cut=4 << 20), Fault("get", BIG, ignore_range=True, flip=12345))
@@ -87,7 +87,7 @@ def test_a_server_that_ignores_ranges(hub: Hub, recipe: Recipe, tmp_path: Path, 
 def test_servers_that_disagree_about_the_etag_serve_one_file(
     hub: Hub, recipe: Recipe, tmp_path: Path, connections: int
 ) -> None:
-    """What an ETag is made of is a server's own business; the content has a hash."""
+    """ETags are opaque; the content has a hash."""
     hub.inject(*(Fault("get", BIG, headers={"ETag": f'"node{number % 3}"'}) for number in range(12)))
     hub.inject(Fault("get", BIG, skip=2, cut=100_000))
     policy = Policy(segment_size=1 << 20, connections=connections, base=0.02)
@@ -113,9 +113,8 @@ def test_a_range_from_another_offset_is_noticed(hub: Hub, recipe: Recipe, tmp_pa
     bring(recipe, tmp_path / "m", hub)
     assert_whole(tmp_path / "m")
     hub.inject(Fault("get", BIG, times=-1, shift_range=5))
-    with pytest.raises(DownloadError, match="asked for bytes from") as caught:
+    with raises("network", "big.safetensors"):
         bring(recipe, tmp_path / "n", hub)
-    assert caught.value.code == "network"
     assert not (tmp_path / "n/transformer/big.safetensors").exists()
 
 
@@ -128,9 +127,8 @@ def test_a_flipped_byte_is_fetched_again_once(hub: Hub, recipe: Recipe, tmp_path
 
 def test_a_byte_that_is_always_flipped_leaves_no_file(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     hub.inject(Fault("get", "words/spiece.model", times=-1, flip=100))
-    with pytest.raises(DownloadError, match="arrived twice") as caught:
+    with raises("hash_mismatch", "words/spiece.model"):
         bring(recipe, tmp_path / "m", hub)
-    assert caught.value.code == "hash_mismatch"
     assert not (tmp_path / "m/tokenizer/spiece.model").exists()
     assert not (tmp_path / "m/model_index.json").exists()
 
@@ -159,27 +157,29 @@ def test_the_server_says_when_to_come_back(hub: Hub, recipe: Recipe, tmp_path: P
     hub.inject(Fault("get", BIG, status=429, headers=headers))
     begun = time.monotonic()
     bring(recipe, tmp_path / "m", hub)
-    assert 0.8 < time.monotonic() - begun < 8
+    assert time.monotonic() - begun > 0.8
     assert_whole(tmp_path / "m")
+    segments = -(-len(EXPECTED[f"transformer/{BIG}"]) // IMPATIENT.segment_size)
+    assert len(hub.gets(BIG)) == segments + 1
 
 
 def test_a_long_wait_is_refused_at_once(hub: Hub, recipe: Recipe, tmp_path: Path) -> None:
     hub.inject(Fault("get", BIG, times=-1, status=429, headers={"Retry-After": "3600"}))
-    begun = time.monotonic()
-    with pytest.raises(DownloadError, match="3600 s") as caught:
-        bring(recipe, tmp_path / "m", hub)
-    assert caught.value.code == "server_busy"
-    assert time.monotonic() - begun < 3
+    one = Policy(connections=1, files_at_once=1, longest=5)
+    with raises("server_busy", "3600 s"):
+        bring(recipe, tmp_path / "m", hub, policy=one)
+    assert len(hub.gets(BIG)) == 1
 
 
 @pytest.mark.parametrize("kind", ["tree", "head", "get"])
-def test_errors_without_end_end(hub: Hub, recipe: Recipe, tmp_path: Path, kind: str) -> None:
+def test_repeated_errors_end_after_the_attempts_of_the_policy(
+    hub: Hub, recipe: Recipe, tmp_path: Path, kind: str
+) -> None:
     hub.inject(Fault(kind, times=-1, status=500))
-    begun = time.monotonic()
-    with pytest.raises(DownloadError, match="4 times in a row") as caught:
-        bring(recipe.with_(revisions={}), tmp_path / "m", hub)
-    assert caught.value.code == "network"
-    assert time.monotonic() - begun < 10
+    one = Policy(connections=1, files_at_once=1, attempts=4, base=0.02)
+    with raises("network"):
+        bring(recipe.with_(revisions={}), tmp_path / "m", hub, policy=one)
+    assert [request.kind for request in hub.requests].count(kind) == 4
 
 
 def test_another_host_never_sees_the_token(recipe: Recipe, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_an_aged_redirect_is_asked_for_again(recipe: Recipe, tmp_path: Path) -> 
         assert [request.host for request in hub.gets()] == ["hub", *["cdn"] * 5]
         hub.requests.clear()
         hub.inject(Fault("get", status=403, host="cdn"))
-        with pytest.raises(DownloadError, match="403"):
+        with raises("hub_refused", "403"):
             bring(recipe, tmp_path / "n", hub, policy=one)
         hub.inject(Fault("get", status=403, host="cdn", skip=2))
         bring(recipe, tmp_path / "n", hub, policy=one)
@@ -226,7 +226,7 @@ def test_a_dead_proxy_is_not_used_where_no_proxy_says_so(
     assert_whole(tmp_path / "m")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(DownloadError, match="Connection refused"):
+    with raises("network"):
         bring(recipe, tmp_path / "n", hub)
 
 
@@ -246,12 +246,14 @@ def test_all_files_through_one_connection(hub: Hub, recipe: Recipe, tmp_path: Pa
     assert_whole(tmp_path / "m")
 
 
-def test_segments_of_one_file_come_at_the_same_time(tmp_path: Path, recipe: Recipe) -> None:
-    with Hub({WEIGHTS: {BIG: noise(4 << 20)}}, bytes_per_second=4 << 20) as hub:
+def test_segments_of_one_file_are_fetched_concurrently(tmp_path: Path, recipe: Recipe) -> None:
+    with Hub({WEIGHTS: {BIG: noise(8 << 20)}}, bytes_per_second=1 << 20) as hub, ThreadPoolExecutor() as pool:
         recipe = Recipe("r", (Repository(WEIGHTS, (FileRule(BIG),)),), recipe.model_index)
-        begun = time.monotonic()
-        bring(recipe, tmp_path / "m", hub, policy=Policy(connections=4, segment_size=1 << 20))
-        assert time.monotonic() - begun < 0.8
+        four = Policy(connections=4, segment_size=2 << 20)
+        run = pool.submit(bring, recipe, tmp_path / "m", hub, policy=four)
+        wait_until(lambda: len(hub.gets()) == 4)
+        assert all(request.sent < 2 << 20 for request in hub.gets())  # none has ended when the last one starts
+        assert run.result(timeout=60).complete
 
 
 def test_large_files_are_cut_so_that_all_connections_end_together() -> None:
@@ -268,7 +270,7 @@ def test_impatience_is_a_policy() -> None:
 
 
 def test_writes_past_the_cache_are_right_wherever_they_begin(tmp_path: Path) -> None:
-    """Whole pages go past the system's cache; what the disk does not take that way is written as usual."""
+    """Complete pages bypass the page cache; other bytes are written through it."""
     content = noise(5 * ALIGNMENT + 100)
     spec = FileSpec("f", WEIGHTS, "0" * 40, "f", len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
     partial = acquire(tmp_path, spec, 1 << 20, exclusive=True)
@@ -279,7 +281,7 @@ def test_writes_past_the_cache_are_right_wherever_they_begin(tmp_path: Path) -> 
         offset, buffer = int(pages * ALIGNMENT), incoming.take_buffer()
         piece = content[offset : offset + count].ljust(count, b"?")
         buffer.memory[begin : begin + count] = piece
-        incoming._handed.clear()  # nobody hashes here
+        incoming._handed.clear()  # no thread hashes in this test
         incoming.write(segment, offset, buffer, begin, count)
     assert segment.is_complete
     partial.publish(tmp_path, len(content))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import MODEL_INDEX, VAE, bring, code, pinned
 
 from port_kit.download import FileRule, Recipe, Repository
 from port_kit.download.gitcode import check_code, code_folder, environment, fetch_code, resolve_commit
 from port_kit.errors import DownloadError
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Hub
+from tests.download.helpers import MODEL_INDEX, VAE, bring, code, pinned
+from tests.helpers import raises, wait_until
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -30,7 +31,9 @@ def test_a_pinned_old_commit_comes_alone(remote: GitRemote, tmp_path: Path, over
         folder = fetch_code(source, pinned(remote))
     assert (folder / "path/zz_model/__init__.py").read_text() == "value = 1\n"
     assert (
-        subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=folder / "repo", capture_output=True).stdout
+        subprocess.run(
+            ["git", "rev-list", "--count", "HEAD"], cwd=folder / "repo", capture_output=True, timeout=300
+        ).stdout
         == b"1\n"
     )
     assert sorted(path.name for path in (folder / "path").iterdir()) == ["zz_model"]
@@ -52,32 +55,27 @@ def test_killed_while_fetching_a_rerun_is_clean(remote: GitRemote, tmp_path: Pat
         script = f"from port_kit.download.gitcode import *\nfetch_code({source!r}, {pinned(remote)!r})"
         prelude = "from port_kit.download import GitCode\n"
         process = subprocess.Popen([sys.executable, "-c", prelude + script])
-        while not server.requests:
-            time.sleep(0.01)
+        wait_until(lambda: server.requests)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(timeout=60)
     assert not code_folder("zz_code", pinned(remote)).exists()
     fetch_code(code(remote.url, pinned(remote)), pinned(remote))
     assert [path.name for path in (home / "code/zz_code").iterdir()] == [pinned(remote)]
 
 
 @pytest.mark.parametrize(("status", "stall"), [(401, 0), (404, 0), (500, 0), (0, 20)])
-def test_refusing_and_silent_servers_end_within_ten_seconds(
-    remote: GitRemote, tmp_path: Path, status: int, stall: float
-) -> None:
-    with GitServer(tmp_path / "remotes", status=status, stall=stall) as server:
-        begun = time.monotonic()
-        with pytest.raises(DownloadError) as caught:
-            resolve_commit(code(server.url("code"), pinned(remote)))
-        assert caught.value.code == "code_broken" and time.monotonic() - begun < 10
+def test_refusing_and_silent_servers_are_errors(remote: GitRemote, tmp_path: Path, status: int, stall: float) -> None:
+    """A server that is silent for 20 s answers correctly after that, unless the client stops waiting."""
+    with GitServer(tmp_path / "remotes", status=status, stall=stall) as server, raises("code_broken"):
+        resolve_commit(code(server.url("code"), pinned(remote)))
 
 
 def test_unknown_commits_and_branches_are_named(remote: GitRemote, home: Path) -> None:
-    with pytest.raises(DownloadError, match="0000000"):
+    with raises("code_broken", "0000000"):
         fetch_code(code(remote.url, "0" * 40), "0" * 40)
-    with pytest.raises(DownloadError, match="no branch nowhere"):
+    with raises("code_broken", "nowhere"):
         resolve_commit(code(remote.url, branch="nowhere"))
-    with pytest.raises(DownloadError, match="no module other"):
+    with raises("code_broken", "other"):
         fetch_code(code(remote.url, packages=("other",)), pinned(remote))
     assert list((home / "code/zz_code").iterdir()) == []
 
@@ -93,7 +91,11 @@ except DownloadError as error:
     print(error.message)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PATH": "/nowhere"}, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        env={**os.environ, "PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.stdout == "git is not installed\n", done.stderr
 
@@ -142,7 +144,7 @@ def test_the_users_configuration_has_no_effect(
 def test_a_link_out_of_the_repository_is_refused(remote: GitRemote, home: Path) -> None:
     (remote.folder / "zz_model/secrets").symlink_to("/etc")
     commit = remote.commit({})
-    with pytest.raises(DownloadError, match="zz_model/secrets links out"):
+    with raises("code_broken", "zz_model/secrets"):
         fetch_code(code(remote.url, commit), commit)
     assert list((home / "code/zz_code").iterdir()) == []
 
@@ -189,13 +191,11 @@ def test_branches_and_tags_are_found_by_their_whole_name(remote: GitRemote) -> N
 
 
 @pytest.mark.parametrize("status", [401, 404, 500, 0])
-def test_the_error_has_gits_own_words(remote: GitRemote, tmp_path: Path, status: int) -> None:
+def test_the_error_has_gits_last_message(remote: GitRemote, tmp_path: Path, status: int) -> None:
     with GitServer(tmp_path / "remotes", status=status) as server:
         url = server.url("code") if status else (tmp_path / "nowhere").as_uri()
-        with pytest.raises(DownloadError, match="failed: .*fatal: ") as caught:
+        with raises("code_broken", "fatal: ", url):  # the prefix of git's own messages
             resolve_commit(code(url))
-    said = {401: "Authentication failed", 404: "not found", 500: "500", 0: "does not"}
-    assert said[status] in caught.value.message
 
 
 def test_a_slow_server_is_waited_for(remote: GitRemote, tmp_path: Path) -> None:
@@ -238,15 +238,23 @@ def test_a_package_that_python_imports_by_itself_is_refused(remote: GitRemote, h
     assert not home.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give files away")
-def test_a_checkout_of_another_user_is_used_if_its_user_says_so(remote: GitRemote, tmp_path: Path) -> None:
-    source = code(remote.url, pinned(remote))
-    repository = fetch_code(source, pinned(remote)) / "repo"
-    subprocess.run(["chown", "-R", "12345", str(repository)], check=True)
-    with pytest.raises(DownloadError, match="safe.directory"):
-        check_code(source, pinned(remote))
-    subprocess.run(["git", "config", "--global", "--add", "safe.directory", str(repository)], check=True)
-    check_code(source, pinned(remote))
+def test_a_checkout_of_another_user_is_used_if_it_is_declared_safe(
+    remote: GitRemote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Git itself has a switch that makes it treat every repository as another user's."""
+    commit = pinned(remote)
+    source = code(remote.url, commit)
+    repository = fetch_code(source, commit) / "repo"
+    check_code(source, commit)
+    wrapper = tmp_path / "bin" / "git"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nGIT_TEST_ASSUME_DIFFERENT_OWNER=1 exec {shutil.which("git")} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}")
+    with raises("code_broken"):
+        check_code(source, commit)
+    subprocess.run(["git", "config", "--global", "--add", "safe.directory", str(repository)], check=True, timeout=300)
+    check_code(source, commit)
 
 
 def test_without_a_home_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +275,7 @@ def test_a_changed_checkout_is_detected(remote: GitRemote, change: str) -> None:
     check_code(source, pinned(remote))
     if change == "moved":
         git = ["git", "-c", "user.name=x", "-c", "user.email=x", "commit", "--quiet", "--allow-empty", "-m", "x"]
-        subprocess.run(git, cwd=repository, check=True)
+        subprocess.run(git, cwd=repository, check=True, timeout=300)
     else:
         (repository / ("zz_model/__init__.py" if change == "edited" else "zz_model/new.py")).write_text("x = 9\n")
     with pytest.raises(DownloadError) as caught:

@@ -1,4 +1,4 @@
-"""Ctrl-C at every stage of the real commands: they end within two seconds, say so, and leave nothing running."""
+"""Ctrl-C at every stage of the real commands: they end with exit code 130 and leave no process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WEIGHTS, bring, noise
 
 from port_kit.download import Recipe
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import WEIGHTS, bring, noise
 
 #: Seconds that an interrupted command may take to end; the servers here are silent for longer.
 DEADLINE = 15
@@ -43,12 +43,12 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def _heed_interrupts() -> None:
-    """Whoever starts the tests in the background makes them, and all that they start, ignore the signal."""
+    """Restore the default handler: processes started in the background by a shell ignore the signal."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupted(ready: Callable[[], object], *arguments: object, **variables: str) -> tuple[str, str]:
-    """Start a command, interrupt it once it is ``ready``, and return what it printed. Its group must be empty then."""
+    """Start a command, interrupt it once it is ``ready``, and return its output. Its process group must end."""
     command = [sys.executable, "-m", "port_kit", *map(str, arguments)]
     process = subprocess.Popen(
         command,
@@ -94,7 +94,7 @@ def test_while_it_waits_for_another_attempt(hub: Hub, recipe: Path, tmp_path: Pa
 
 
 def test_while_it_hashes_a_large_file(hub: Hub, recipe: Path, tmp_path: Path) -> None:
-    """Twenty gigabytes of nothing take many seconds to hash."""
+    """Hashing a sparse file of 20 GB takes many seconds."""
     hub.bytes_per_second = None
     bring(Recipe.from_toml(recipe), tmp_path / "m", hub)
     lock = json.loads((tmp_path / "m/port.lock").read_text())

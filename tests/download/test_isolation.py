@@ -1,4 +1,4 @@
-"""What lies around a model directory, behind its links, or in it before the kit came, is left as it was."""
+"""Files around a model directory, behind its links, or in it before the download do not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import MODEL_INDEX, VAE, WEIGHTS, bring, noise, orphans, without_privileges
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.download.lock import append_journal
@@ -23,6 +22,7 @@ from port_kit.download.state import directory_lock
 from port_kit.errors import DownloadError
 from port_kit.owner import owner
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import MODEL_INDEX, VAE, WEIGHTS, bring, noise, orphans, without_privileges
 
 CONTENT = noise(200_000, 5)
 TARGET = "vae/f.safetensors"
@@ -38,7 +38,7 @@ def hub() -> Iterator[Hub]:
 
 
 def spec_of(hub: Hub) -> FileSpec:
-    """What the recipe's file is."""
+    """Return the specification of the recipe's file."""
     digest = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
     return FileSpec(TARGET, WEIGHTS, hub.commit(WEIGHTS), "f.safetensors", len(CONTENT), digest)
 
@@ -125,7 +125,7 @@ def test_an_adopted_file_is_never_deleted(hub: Hub, tmp_path: Path, linked: bool
 
 
 def test_what_was_downloaded_behind_a_linked_folder_is_not_deleted_either(hub: Hub, tmp_path: Path) -> None:
-    """A lock from somebody else could name any file there."""
+    """A lock of another user could name any file."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "m").mkdir()
     (tmp_path / "m/vae").symlink_to(tmp_path / "disk")
@@ -158,8 +158,8 @@ def test_a_new_configuration_does_not_replace_a_file_of_the_users(hub: Hub, tmp_
 
 
 def test_prune_needs_a_directory_that_was_one_before(hub: Hub, tmp_path: Path) -> None:
-    bring(RECIPE, tmp_path / "new", hub, prune=True)  # an empty one has nothing to lose
-    subprocess.run(["git", "init", "--quiet", str(tmp_path / "m")], check=True)
+    bring(RECIPE, tmp_path / "new", hub, prune=True)  # an empty directory contains no file to lose
+    subprocess.run(["git", "init", "--quiet", str(tmp_path / "m")], check=True, timeout=300)
     (tmp_path / "m/paper.tex").write_bytes(PRECIOUS)
     with pytest.raises(DownloadError) as caught:
         bring(RECIPE, tmp_path / "m", hub, prune=True)
@@ -205,7 +205,7 @@ def test_names_that_look_alike_or_look_like_nothing(tmp_path: Path, names: list[
         assert caught.value.code == code and hub.gets() == []
 
 
-# --- other hosts, and what an earlier run left ------------------------------------------------------------------------
+# --- other hosts, and remains of an earlier run -----------------------------------------------------------------------
 
 
 def test_partial_downloads_of_another_host_are_taken_over_under_a_lock_only(hub: Hub, tmp_path: Path) -> None:
@@ -231,13 +231,16 @@ def test_threads_take_turns_where_locks_do_nothing(hub: Hub, tmp_path: Path, mon
     monkeypatch.setattr("fcntl.flock", lambda *_: None)
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(bring, RECIPE, tmp_path / "m", hub) for _ in range(4)]
-        assert [len(run.result().fetched) for run in runs].count(1) == 1
+        assert [len(run.result(timeout=60).fetched) for run in runs].count(1) == 1
     assert (tmp_path / "m" / TARGET).read_bytes() == CONTENT and len(hub.gets()) == 1
 
 
 def test_a_name_of_a_process_is_its_own(tmp_path: Path) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", "from port_kit.owner import owner; print(owner())"], capture_output=True, text=True
+        [sys.executable, "-c", "from port_kit.owner import owner; print(owner())"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert child.stdout.strip().partition("~")[0] == owner().partition("~")[0] and child.stdout.strip() != owner()
 
@@ -301,7 +304,9 @@ def run(hub: Hub, tmp_path: Path, what: str, **variables: str) -> str:
     """Download in a process to which rights on files matter."""
     command = [sys.executable, "-c", CACHE, WEIGHTS, str(tmp_path / "m"), what]
     environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "hf"), **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=without_privileges)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, preexec_fn=without_privileges, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -339,7 +344,9 @@ def test_names_that_the_locale_cannot_write_are_named(tmp_path: Path) -> None:
         assert run(hub, tmp_path, "", **plain) == "0"
         script = CACHE.replace('"f.safetensors"', '"*"')
         command = [sys.executable, "-c", script, WEIGHTS, str(tmp_path / "n"), ""]
-        done = subprocess.run(command, env={**os.environ, **hub.environment, **plain}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, **hub.environment, **plain}, capture_output=True, text=True, timeout=300
+        )
         assert done.stdout.startswith("path_unsafe"), done.stderr
 
 

@@ -1,4 +1,4 @@
-"""What must be known before the first large byte, and be said clearly."""
+"""Plans: facts and errors that are known before the first large transfer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXPECTED, FILES, MODEL_INDEX, VAE, VOCAB, WEIGHTS, bring, hashes, noise
 
 from port_kit.download import FileRule, Policy, Recipe, Repository
 from port_kit.errors import DownloadError
 from port_kit.testing.hub import Fault, Hub
+from tests.download.helpers import EXPECTED, FILES, MODEL_INDEX, VAE, VOCAB, WEIGHTS, bring, hashes, noise
 
 
 def only(*rules: FileRule, repo_id: str = WEIGHTS, revision: str | None = None) -> Recipe:
@@ -180,7 +180,7 @@ def test_a_moved_branch_is_reported_and_a_pin_is_kept(hub: Hub, recipe: Recipe, 
 
 
 def stated(hub: Hub, sizes: dict[str, int]) -> list[Fault]:
-    """What makes the Hub state these sizes, each once."""
+    """Return the requests that state these sizes, each once."""
     sha256 = "0" * 64
     return [
         Fault(
@@ -231,7 +231,7 @@ def test_a_disk_that_fills_up_midway_is_named_and_the_part_is_kept(
 
 
 def test_a_disk_that_is_full_when_a_file_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is left to fetch then: the next run only gives the file its name."""
+    """All bytes are there: the next run only renames the file."""
 
     def append_journal(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -248,7 +248,7 @@ def test_a_disk_that_is_full_when_a_file_is_finished(tmp_path: Path, monkeypatch
 
 
 def test_a_file_that_the_disk_holds_no_more_of_is_named_and_gone_on_with(tmp_path: Path) -> None:
-    """FAT holds 4 GB a file; here `ulimit -f` is what the system refuses by, in the middle of the file."""
+    """FAT holds 4 GB a file; here `ulimit -f` makes the system reject a write in the middle of the file."""
     with Hub({WEIGHTS: {"f": noise(6 << 20)}}) as hub:
         script = (
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))\n"
@@ -257,7 +257,7 @@ def test_a_file_that_the_disk_holds_no_more_of_is_named_and_gone_on_with(tmp_pat
             f"try: download(recipe, {str(tmp_path / 'm')!r}, endpoint={hub.endpoint!r}, token=False)\n"
             "except DownloadError as error: print(error.code)"
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
         assert done.stdout == "file_too_large\n", done.stderr
         assert not (tmp_path / "m/f").exists()
         hub.requests.clear()

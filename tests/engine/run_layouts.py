@@ -1,6 +1,6 @@
-"""A user's script: start ``Omni`` once a layout, send one request, and note what came out or why it did not start.
+"""A user's script: start ``Omni`` once per layout, send one request, and record the result or the error.
 
-Usage: run_layouts.py MODEL FOLDER LAYOUT...   FOLDER gets ``<layout>.json``, and what the ranks report beside it.
+Usage: run_layouts.py MODEL FOLDER LAYOUT...   FOLDER gets ``<layout>.json`` and the reports of the ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-#: Every pass counts, and their differences are not enlarged: nor is what rounding leaves of them.
+#: All branches contribute, and guidance does not amplify their differences or rounding errors.
 GUIDANCE = {
     f"{name}_cfg_scale": scale
     for name, scale in {"video": 1.1, "audio": 1.1, "video_ref": 0.1, "audio_ref": 0.1}.items()
@@ -22,7 +22,7 @@ GUIDANCE = {
 
 
 def request(report: Path) -> tuple[Any, Any]:
-    """A prompt with one picture and one voice, and its parameters; the ranks report under the path ``report``."""
+    """A prompt with one reference image and audio, and its parameters; ranks report to the path ``report``."""
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
     voice = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)

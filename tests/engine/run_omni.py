@@ -1,4 +1,4 @@
-"""A user's script: start ``Omni`` on a model directory, once a layout, and write what came out as JSON lines.
+"""A user's script: start ``Omni`` on a model directory, once per layout, and write the results as JSON lines.
 
 Usage: run_omni.py MODEL REPORT LAYOUT...   with LAYOUT like ``ring_degree=2`` or ``single``. The report is a file,
 because an engine that runs in this process puts a prefix before everything that is printed.

@@ -25,7 +25,7 @@ PATIENCE = 1800
 
 @pytest.fixture(scope="module")
 def traced_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The goldens' tiny DreamID-Omni, served by a pipeline that tells what its ranks do."""
+    """The goldens' tiny DreamID-Omni, served by a pipeline that reports the work of its ranks."""
     from port_kit.models.wan.parity.pipeline_cases import RunRecording, assemble
 
     recording = RunRecording.read(goldens / "e2e_dreamid")
@@ -47,7 +47,7 @@ def reports(traced_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def outcome(reports: Path, layout: str) -> dict[str, Any]:
-    """What came of a layout."""
+    """Return the result of a layout."""
     return json.loads((reports / f"{layout}.json").read_text())
 
 

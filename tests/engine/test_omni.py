@@ -17,7 +17,7 @@ LAYOUTS = ("single", "ring_degree=2")
 
 @pytest.fixture(scope="module")
 def reports(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the script wrote for each layout; it is run once, in a process of its own."""
+    """The script's output for each layout; it runs once, in a separate process."""
     report = tmp_path_factory.mktemp("omni") / "report.jsonl"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(toy_model), str(report), *LAYOUTS],

@@ -1,4 +1,4 @@
-"""The entry points: who gets the platform, what is registered, what is refused."""
+"""The entry points: selection of the platform, registration of ports, errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_cpu_platform_is_offered_here() -> None:
         ("return 'other_platform.Platform'", None),
         ("return None", plugin.PLATFORM),
         ("raise RuntimeError('no device')", plugin.PLATFORM),
-        # A plugin as polite as this one asks in its turn, is told None, and so takes the machine.
+        # A plugin that also asks others receives None from this one, and is therefore selected.
         ("from port_kit.runtime import plugin; return plugin.cpu_platform() or 'other_platform.Platform'", None),
     ],
 )

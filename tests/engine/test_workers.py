@@ -1,4 +1,4 @@
-"""Forked workers: what they compute, what they prove about sharding, and how they fail."""
+"""Forked workers: results, evidence of sharding, and failures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from port_kit.errors import ParallelError, PortKitError
 from port_kit.runtime.plugin import register_pipelines
 from port_kit.runtime.single_process import single_rank
 from port_kit.testing.workers import PrewarmedRanks, RankResult, Request, run_workers, warm_up
+from tests.helpers import raises
 
 REQUEST = Request("a cat", {"num_inference_steps": 2, "seed": 3})
 
@@ -64,9 +65,8 @@ def test_two_ranks_agree_with_one(
 
 
 def test_a_failing_request_names_rank_and_cause(toy_model: Path) -> None:
-    with pytest.raises(ParallelError, match="rank 0 failed: ValueError: this prompt fails") as caught:
+    with raises("worker_failed", "rank 0", "this prompt fails") as caught:
         run_workers(toy_model, [Request("fail")], setup=register_pipelines)
-    assert caught.value.code == "worker_failed"
     assert "pipeline.py" in caught.value.details["traceback"]
 
 
@@ -89,19 +89,15 @@ def test_an_error_of_the_kit_arrives_whole(toy_model: Path) -> None:
 
 def test_a_dead_rank_is_reported_and_nothing_leaks(toy_model: Path) -> None:
     before = _children()
-    with pytest.raises(ParallelError, match="died with exit code 3") as caught:
+    with raises("worker_died", "3"):
         run_workers(toy_model, [REQUEST], setup=lambda: os._exit(3))
-    assert caught.value.code == "worker_died"
     assert _children() <= before
 
 
-def test_a_rank_that_hangs_is_killed_in_time(toy_model: Path) -> None:
+def test_a_rank_that_hangs_is_killed(toy_model: Path) -> None:
     before = _children()
-    started = time.monotonic()
-    with pytest.raises(ParallelError) as caught:
-        run_workers(toy_model, [REQUEST], setup=lambda: time.sleep(60), timeout=1.0)
-    assert caught.value.code == "worker_timeout"
-    assert time.monotonic() - started < 20
+    with raises("worker_timeout"):
+        run_workers(toy_model, [REQUEST], setup=lambda: time.sleep(3600), timeout=1.0)
     assert _children() <= before
 
 
@@ -117,7 +113,7 @@ def test_spawned_ranks_wait_for_a_case_and_compute_what_forked_ones_do(single: R
     seen: list[str] = []
 
     def setup() -> None:
-        """A closure: what a spawned process is given, it is given by value."""
+        """A closure: arguments of a spawned process are passed by value."""
         register_pipelines()
         seen.append("set up")
 
@@ -152,7 +148,7 @@ def test_ranks_that_nobody_takes_are_ended() -> None:
 
 
 def test_a_world_in_the_garbage_does_not_hang_a_fork(toy_model: Path) -> None:
-    """Its threads are not in the fork, and whoever collects it there waits for them."""
+    """Its threads are not in the fork, and collecting it there would wait for them."""
     warm_up()
     gc.collect()
     gc.disable()

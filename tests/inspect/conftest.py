@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,12 @@ import pytest
 from port_kit.inspect import Inspection, inspect
 from port_kit.testing.hub import Hub
 from tests.inspect.fake_repositories import Files, write
-
-Folder = Callable[[Files], Path]
-Remote = Callable[..., Inspection]
+from tests.inspect.types import Folder, Remote
 
 
 @pytest.fixture(autouse=True)
 def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's own token must not decide what these tests see."""
+    """Make the tests independent of the environment's token."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
 

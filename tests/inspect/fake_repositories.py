@@ -1,4 +1,4 @@
-"""Tiny models in the real formats, as ``{path: bytes}``: what a loopback Hub serves and what a folder holds."""
+"""Tiny models in the real formats, as ``{path: bytes}``, for a loopback Hub or a folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def safetensors(tensors: Mapping[str, tuple[int, ...]], dtype: str = "bfloat16")
 
 
 def torch_file(content: Any, *, legacy: bool = False) -> bytes:
-    """What ``torch.save`` writes."""
+    """Return the bytes that ``torch.save`` writes."""
     import torch
 
     stream = io.BytesIO()
@@ -73,7 +73,7 @@ def card(metadata: str, text: str = "") -> bytes:
 
 
 def diffusers_model(pipeline: str = "SanaPipeline", transformer: str = "SanaTransformer2DModel") -> Files:
-    """A whole diffusers repository: sharded transformer with its index, VAE, text encoder, tokenizer, scheduler."""
+    """A complete diffusers repository: sharded transformer with its index, VAE, text encoder, tokenizer, scheduler."""
     first, second = (f"diffusion_pytorch_model-0000{part}-of-00002.safetensors" for part in (1, 2))
     return {
         "README.md": card("license: apache-2.0\npipeline_tag: text-to-image"),

@@ -1,4 +1,4 @@
-"""The command: what it prints, how it leaves, and what it does not do: load torch, or download weights."""
+"""The command: its output and exit codes; it neither loads torch nor downloads weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from port_kit.cli import main
 from port_kit.inspect import known_classes
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
-from tests.inspect.conftest import Folder
+from tests.inspect.types import Folder
 
 
 def test_json_envelope(folder: Folder) -> None:
@@ -61,6 +61,7 @@ def test_only_headers_travel_and_torch_stays_out() -> None:
             capture_output=True,
             text=True,
             check=False,
+            timeout=300,
         )
         sent = sum(request.sent for request in hub.requests)
     assert done.returncode == 0, done.stderr

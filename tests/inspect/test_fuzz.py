@@ -1,4 +1,4 @@
-"""Files come from strangers: whatever is in them, a reader returns a report or says what is wrong."""
+"""Fuzzing of untrusted files: a reader returns a report or raises an error of the kit."""
 
 from __future__ import annotations
 

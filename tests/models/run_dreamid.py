@@ -1,6 +1,6 @@
 """A user's script: one ``Omni`` on a model directory, requests that must be refused, then good ones.
 
-Usage: run_dreamid.py MODEL REPORT. Each request adds a JSON line to the report: what came of it, and how long it took.
+Usage: run_dreamid.py MODEL REPORT. Each request adds a JSON line to the report: its result and duration.
 """
 
 from __future__ import annotations

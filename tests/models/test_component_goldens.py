@@ -1,4 +1,4 @@
-"""The components against what the reference code gave for recorded inputs."""
+"""The components against recorded outputs of the original implementation."""
 
 from __future__ import annotations
 

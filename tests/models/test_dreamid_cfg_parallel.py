@@ -1,4 +1,4 @@
-"""The four passes of a step on 1, 2 and 4 ranks: the same video and audio, and each rank ran its share only."""
+"""The four branches of a step on 1, 2 and 4 ranks: the same video and audio, and each rank runs only its share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def talk() -> Request:
 
 
 def run(model: Path, ranks: int) -> list[RankResult]:
-    """Serve the request with ``cfg_parallel_size=ranks``; the probe is how often each rank ran its transformer."""
+    """Serve the request with ``cfg_parallel_size=ranks``; the probe returns the transformer calls per rank."""
     return run_workers(model, [talk()], config={"parallel_config": {"cfg_parallel_size": ranks}}, probe=passes)
 
 
 def passes(pipeline: nn.Module) -> int:
-    """Serve a second request and count the transformer's passes in it."""
+    """Serve a second request and count its transformer calls."""
     from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -48,7 +48,7 @@ def passes(pipeline: nn.Module) -> int:
 
 @pytest.fixture(scope="module")
 def alone(dreamid_model: Path) -> RankResult:
-    """What one rank computes."""
+    """The result of one rank."""
     return run(dreamid_model, 1)[0]
 
 
@@ -73,7 +73,7 @@ def test_a_cache_over_ranks_with_unequal_numbers_of_passes_is_refused(dreamid_mo
 
 
 def test_a_cache_of_two_passes_a_rank_that_never_reuses_changes_nothing(dreamid_model: Path, alone: RankResult) -> None:
-    """With a threshold of zero every residual is computed: a mix-up of the two passes would show."""
+    """With a threshold of zero every residual is computed: swapped branches would change the result."""
     config = {
         "parallel_config": {"cfg_parallel_size": 2},
         "cache_backend": "cache_dit",

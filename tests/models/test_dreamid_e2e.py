@@ -34,7 +34,7 @@ def pipeline(dreamid_model: Path) -> Iterator[DreamIDOmniPipeline]:
 
 @pytest.fixture(scope="module")
 def recording(goldens: Path) -> RunRecording:
-    """What the reference engine was given and what it gave."""
+    """Inputs and outputs of the original engine."""
     return RunRecording.read(goldens / "e2e_dreamid")
 
 

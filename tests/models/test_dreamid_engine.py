@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("run_dreamid.py")
 
 @pytest.fixture(scope="module")
 def answers(dreamid_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the engine answered, by request."""
+    """The engine's answers by request."""
     report = tmp_path_factory.mktemp("engine") / "report.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(dreamid_model), str(report)]

@@ -1,4 +1,4 @@
-"""Remove, rename, reshape or repeat one tensor of the tiny checkpoint: loading fails, and says which and where.
+"""Remove, rename, reshape or repeat one tensor of the tiny checkpoint: loading fails with the names of tensor and file.
 
 Every tensor of the small components is tried, and a sample of the large ones that has every kind of name in it.
 """
@@ -50,7 +50,7 @@ def checkpoint(model: Path, name: str) -> dict[str, Tensor]:
 
 
 def refused(module: nn.Module, name: str, tensors: Mapping[str, Tensor], folder: Path) -> str:
-    """Write the tensors as a checkpoint, load it, and return what the error says."""
+    """Write the tensors as a checkpoint, load it, and return the error's text."""
     (folder / name).mkdir(exist_ok=True)
     save_file(dict(tensors), folder / name / "model.safetensors")
     with pytest.raises(RemapError) as caught:
@@ -87,7 +87,7 @@ def test_the_unchanged_checkpoint_loads_completely(
 def test_a_missing_tensor_is_named(
     modules: dict[str, nn.Module], dreamid_model: Path, tmp_path: Path, name: str
 ) -> None:
-    """By the name that the checkpoint should have, with the file where its like are."""
+    """The error gives the expected name and the file of similar tensors."""
     tensors = checkpoint(dreamid_model, name)
     for key in sample(name, tensors):
         others = {other: tensor for other, tensor in tensors.items() if other != key}

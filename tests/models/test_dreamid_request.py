@@ -1,4 +1,4 @@
-"""What a DreamID-Omni request may say, and what each mistake is answered with."""
+"""Requests of DreamID-Omni: options, defaults, and the error of each mistake."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from port_kit.errors import CODES, InputError
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.config import DreamIDOmniRequest, GuidanceScales, parse_request
 from port_kit.models.wan.pipeline.request import LatentLengths
+from tests.helpers import raises
 
 LENGTHS = LatentLengths(31, 157)
 
@@ -18,7 +19,7 @@ LENGTHS = LatentLengths(31, 157)
 def parse(
     prompt: Any = "a talk", *, image: Any = ("a.png",), audio: Any = ("a.wav",), **sampling: Any
 ) -> DreamIDOmniRequest:
-    """Parse a request that is good apart from what is given."""
+    """Parse a valid request with changes."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image, "audio": audio}}
     return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS)
 
@@ -114,10 +115,10 @@ def test_options_of_the_servers_own_are_left_alone() -> None:
 
 @pytest.mark.parametrize("prompt", ["plain text", {"prompt": "p"}, {"prompt": "p", "multi_modal_data": None}])
 def test_a_prompt_without_references_is_refused(prompt: Any) -> None:
-    with pytest.raises(InputError, match="no reference image"):
+    with raises("input_missing"):
         parse_request(prompt, OmniDiffusionSamplingParams(), LENGTHS)
 
 
 def test_references_must_be_in_a_mapping() -> None:
-    with pytest.raises(InputError, match="multi_modal_data is list"):
+    with raises("input_type", "multi_modal_data", "list"):
         parse_request({"prompt": "p", "multi_modal_data": ["a"]}, OmniDiffusionSamplingParams(), LENGTHS)

@@ -1,6 +1,6 @@
-"""The fusion transformer on a GPU against the original's recorded passes.
+"""The fusion transformer on a GPU against recorded branches of the original.
 
-In bfloat16 the port may lie 1.2 times as far from the original's float32 passes as the original's own bfloat16 does.
+In bfloat16 the distance to the original's float32 may be 1.2 times that of the original's own bfloat16.
 """
 
 from __future__ import annotations

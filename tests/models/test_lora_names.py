@@ -19,7 +19,7 @@ from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.port import Port
 from port_kit.remap.lora import remap_lora, restore_names
 from port_kit.runtime.target_cache import component_target
-from tests.remap.oracles import oracle
+from tests.remap.conversions import conversion
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -38,7 +38,7 @@ def modules(published: Manifest) -> list[str]:
 #: Wan's own name of each module, by that of diffusers; layer by layer, from diffusers' own conversion.
 WAN = {
     target.removesuffix(".weight"): made["from"][0].removesuffix(".weight")
-    for target, made in oracle("wan_t2v").map.items()
+    for target, made in conversion("wan_t2v").map.items()
     if target.endswith(".weight")
 }
 

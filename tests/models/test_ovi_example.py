@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "ovi"
 
 
 def script(name: str, *options: str) -> str:
-    """Run one of the example's scripts and return what it prints."""
+    """Run one of the example's scripts and return its output."""
     environment = {**os.environ, "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLE / name), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -26,7 +26,7 @@ from port_kit.runtime.single_process import single_rank
 from port_kit.runtime.target_cache import component_target
 from port_kit.testing.tiny import expand
 from port_kit.testing.tiny_fusion import components
-from tests.conftest import DATA
+from tests.helpers import DATA
 
 #: One tensor of each kind of rule: stems, a fused query, a merged pair, a second tower.
 SAMPLE = (

@@ -1,4 +1,4 @@
-"""Rotary positions against the original's, and what they promise."""
+"""Rotary embeddings against the original, and their properties."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from port_kit.errors import ConfigError, InputError
 from port_kit.models.wan.transformer.config import RopeConfig
 from port_kit.models.wan.transformer.rope import RopeTables, reference_offset, rotate
+from tests.helpers import raises
 
 SCALING = 31 / 157
 DREAMID = RopeConfig("dreamid_omni", SCALING, "bfloat16")
@@ -81,16 +81,16 @@ def test_tables_are_kept() -> None:
 
 
 def test_impossible_references_are_refused() -> None:
-    with pytest.raises(InputError, match="3 reference frames do not fit into 2"):
+    with raises("reference_length", "3", "2"):
         RopeTables(DREAMID, 32).video((2, 2, 2), 3)
-    with pytest.raises(InputError, match="do not fit into 4"):
+    with raises("reference_length", "4"):
         RopeTables(DREAMID, 32).audio(4, (3, 2))
-    with pytest.raises(InputError, match="Ovi"):
+    with raises("reference_length", "Ovi"):
         RopeTables(OVI, 32).audio(4, (3,))
 
 
 def test_an_impossible_scaling_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must be positive"):
+    with raises("config_invalid", "freqs_scaling"):
         RopeConfig("ovi", 0.0, "float64")
-    with pytest.raises(ConfigError, match="is not one of"):
+    with raises("config_invalid", "wan"):
         RopeConfig("wan", 1.0, "float64")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The samplers: the reference's steps, and what holds for any number of them."""
+"""The samplers: steps of the original, and properties for any number of steps."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from port_kit.errors import ParityError
 from port_kit.models.wan.components.configs import TEXT_ENCODER_CONFIG, text_encoder_config
 from port_kit.models.wan.components.text_encoder import build_text_encoder, clean_prompt
 from port_kit.models.wan.parity.component_cases import load_text_encoder
+from tests.helpers import raises
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_sizes_of_the_reference_become_a_configuration() -> None:
 
 
 def test_sizes_that_are_missing_or_not_umt5_are_refused() -> None:
-    with pytest.raises(ParityError, match="vocab_size"):
+    with raises("goldens_invalid", "vocab_size"):
         text_encoder_config({"dim": 64})
-    with pytest.raises(ParityError, match="shared_pos"):
+    with raises("goldens_invalid", "shared_pos"):
         text_encoder_config({"dim": 64, "shared_pos": True})

@@ -1,4 +1,4 @@
-"""The benchmarks of parallel execution on CPU processes: their code runs, and what they print is one JSON object."""
+"""The benchmarks of parallel execution on CPU processes: they run and print one JSON object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 def run(name: str, *options: str) -> dict[str, Any]:
     """Run a benchmark as a user does."""
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

@@ -1,4 +1,4 @@
-"""Passes of a step in one call of the transformer: where, with what result, and what it spares."""
+"""Branches of a step in one call of the transformer: conditions, results, and saved communication."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY = {"num_layers": 3, "dim": 48, "num_heads": 4, "ffn_dim": 64, "text_dim": 1
 def engine(
     *, hsdp: bool = False, offload: bool = False, cache: str | None = None, tokens: int = 1, heads: int = 1
 ) -> Any:
-    """Return what is asked of an engine's configuration."""
+    """Return the attributes of an engine's configuration that are read."""
     parallel = SimpleNamespace(use_hsdp=hsdp, sequence_parallel_size=tokens, tensor_parallel_size=heads)
     return SimpleNamespace(parallel_config=parallel, enable_layerwise_offload=offload, cache_backend=cache)
 
@@ -59,10 +59,10 @@ def test_passes_go_together_where_weights_are_brought_in(config: Any, expected: 
     ids=["plain", "sequence", "tensor", "sequence, cache"],
 )
 def test_passes_go_together_where_gpus_share_them(config: Any, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not should_batch_branches(config)  # on a CPU nothing runs while a rank waits
+    assert not should_batch_branches(config)  # on a CPU no computation overlaps with waiting
     monkeypatch.setattr(cfg_batching, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(cuda_stream_ops, "is_installed", lambda: False)
-    assert not should_batch_branches(config)  # nor where NCCL carries everything
+    assert not should_batch_branches(config)  # nor if NCCL transfers all data
     monkeypatch.setattr(cuda_stream_ops, "is_installed", lambda: True)
     assert should_batch_branches(config) is expected
     monkeypatch.setenv("PORT_KIT_DISABLE_SYMM_MEM", "1")
@@ -71,7 +71,7 @@ def test_passes_go_together_where_gpus_share_them(config: Any, expected: bool, m
 
 @torch.inference_mode()
 def test_together_is_one_after_the_other() -> None:
-    """Bit by bit: unequal sizes, a skipped layer, unused streams, and a text that two passes share."""
+    """Bit by bit: unequal sizes, a skipped layer, unused streams, and a text that two branches share."""
     towers = {name: {**TRANSFORMER_CONFIG[name], **TINY} for name in ("video", "audio")}
     with single_rank(torch.float32):
         model = build_transformer({**TRANSFORMER_CONFIG, **towers})
@@ -106,16 +106,18 @@ def test_together_is_one_after_the_other() -> None:
     assert alone[0][0].abs().max() > 0
 
 
-def test_hsdp_gathers_each_block_once_a_step(subject: ParallelTestCase, single: RankResult, probe_model: Path) -> None:
-    blocks = json.loads((probe_model / "transformer/config.json").read_text())["video"]["num_layers"]
+def test_hsdp_gathers_each_block_once_a_step(
+    subject: ParallelTestCase, single: RankResult, transformer_model: Path
+) -> None:
+    blocks = json.loads((transformer_model / "transformer/config.json").read_text())["video"]["num_layers"]
     report = verify_layout(subject, Layout.parse("hsdp2"), single)
     assert report.ok, report.findings
     steps = len(subject.requests)
-    assert report.collectives["_allgather_base"][0] == steps * (blocks + 1)  # and what is outside of blocks
+    assert report.collectives["_allgather_base"][0] == steps * (blocks + 1)  # and the weights outside of blocks
 
 
 class Pipeline(BatchedCFGMixin):
-    """Notes how its passes are made; each gives its own number."""
+    """Predictor that records its branches; each returns its own number."""
 
     def __init__(self, config: Any) -> None:
         self.od_config = config

@@ -1,4 +1,4 @@
-"""The check before an engine's workers start: what it says, and that it leaves the process as it was."""
+"""The check before an engine's workers start: its errors, and that it does not change the process."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.verify import ParallelTestCase, verify_layout
 from port_kit.testing.workers import RankResult
-from tests.parallel.conftest import GOLDENS, INPUTS
+from tests.parallel.transformer_pipeline import GOLDENS, INPUTS
 
 SINGLES = ("tp2", "ulysses2", "ring2", "ring3", "allgather2", "cfg2", "hsdp2")
 FOURS = ("tp4", "ulysses4", "ring4", "allgather4", "cfg4", "hsdp4")
@@ -19,7 +19,7 @@ COMBINED = ("ulysses2xring2", "tp2xulysses2", "ulysses2xcfg2", "hsdp2xulysses2",
 
 
 def test_one_rank_computes_what_the_original_recorded(single: RankResult, goldens: Path) -> None:
-    """So that what the ranks are compared with is right: the first golden's first branch is the recorded pass."""
+    """The result of one rank is correct: the first golden's first branch equals the recorded one."""
     expected = load_file(goldens / "fusion" / GOLDENS[0] / "outputs_fp32.safetensors")
     flow = single.probe.flows[4 * len(INPUTS)]
     for name, mine in zip(("vid.0", "audio.0"), flow, strict=True):

@@ -56,7 +56,7 @@ def ring(rank: int, ranks: int) -> None:
     group: Any = SimpleNamespace(ring_group=dist.group.WORLD, ring_world_size=ranks)
     ours, theirs = optimize_strategy(RingParallelAttention(group)), RingParallelAttention(group)
     assert type(ours) is FusedRing
-    for length in (None, 5 * ranks - 1, 4):  # no padding, padding, and ranks that hold nothing else
+    for length in (None, 5 * ranks - 1, 4):  # no padding, padding, and ranks with padding only
         generator = torch.Generator().manual_seed(rank)
         query, key, value = torch.randn(3, 2, 5, 4, 16, generator=generator).bfloat16()
         metadata = None if length is None else AttentionMetadata(extra={"valid_kv_length": length})
@@ -67,7 +67,7 @@ def ring(rank: int, ranks: int) -> None:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Stand for FlashAttention on a CPU."""
+    """Substitute of FlashAttention on a CPU."""
     out, lse = pytorch_attn_forward(query, key, value, softmax_scale=scale, causal=False)
     return out.contiguous(), lse[..., : query.shape[1]]
 

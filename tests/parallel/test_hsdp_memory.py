@@ -23,7 +23,7 @@ from port_kit.parallel.layout import Layout
 from port_kit.parallel.memory import local_bytes
 from port_kit.remap.local import LocalLoad, load_local
 from port_kit.testing.workers import run_workers
-from tests.parallel import probe_pipeline
+from tests.parallel import transformer_pipeline
 
 LAYERS = 24
 
@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves((args, result)):  # what a library made outside of torch shows when it is used
+        for value in tree_leaves((args, result)):  # memory of other libraries is counted when it is used
             if isinstance(value, DTensor):
                 value = value.to_local()
             if isinstance(value, Tensor) and value.device.type != "meta":
@@ -60,10 +60,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def deep_model(probe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The probe's model with its three blocks eight times over, so that blocks are most of it, as in real models."""
+def deep_model(transformer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer-only model with eight copies of its three blocks, so that blocks dominate, as in real models."""
     folder = tmp_path_factory.mktemp("models") / "deep"
-    shutil.copytree(probe_model, folder)
+    shutil.copytree(transformer_model, folder)
     config = json.loads((folder / "transformer/config.json").read_text())
     short = config["video"]["num_layers"]
     for tower in ("video", "audio"):
@@ -84,7 +84,7 @@ def load(model: Path, layout: str, prepare: Callable[[], object] = lambda: None)
     counters: list[LiveBytes] = []
 
     def setup() -> None:
-        probe_pipeline.register()
+        transformer_pipeline.register()
         prepare()
         counters.append(LiveBytes())
         counters[0].__enter__()
@@ -108,7 +108,7 @@ def test_no_rank_holds_a_whole_model_while_it_loads(deep_model: Path) -> None:
         assert held <= 0.53 * whole
         assert peak <= 0.66 * whole
     ((naive, _), _) = load(deep_model, "hsdp2", _load_whole)
-    assert naive >= whole  # the counter sees what a rank without this would hold
+    assert naive >= whole  # the counter includes the memory of a rank without this
     for peak, held in load(deep_model, "hsdp4"):
         assert held <= 0.28 * whole
         assert peak <= 0.44 * whole
@@ -135,11 +135,11 @@ def _shards(pipeline: Any) -> tuple[dict[str, Tensor], LocalLoad | None]:
 @pytest.mark.parametrize("layout", ["hsdp2", "hsdp4", "tp2"])
 def test_ranks_read_only_their_own_shards(deep_model: Path, layout: str) -> None:
     def from_files() -> None:
-        probe_pipeline.register()
-        probe_pipeline.ProbePipeline.load_weights = _load_from_files
+        transformer_pipeline.register()
+        transformer_pipeline.TransformerOnlyPipeline.load_weights = _load_from_files
 
     config = {"parallel_config": Layout.parse(layout).parallel_config}
-    streamed = run_workers(deep_model, [], config=config, setup=probe_pipeline.register, probe=_shards)
+    streamed = run_workers(deep_model, [], config=config, setup=transformer_pipeline.register, probe=_shards)
     read = run_workers(deep_model, [], config=config, setup=from_files, probe=_shards)
     for one, other in zip(streamed, read, strict=True):
         state, done = other.probe

@@ -1,4 +1,4 @@
-"""The drawing of a layout says what vLLM-Omni's own groups are."""
+"""The drawing of a layout agrees with vLLM-Omni's own groups."""
 
 from __future__ import annotations
 

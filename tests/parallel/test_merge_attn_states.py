@@ -74,7 +74,7 @@ def test_the_kernel_is_plain_pytorch_in_the_interpreter() -> None:
     assert triton.is_dir(), "make test puts Triton there"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(triton)}
     command = [sys.executable, "-m", "tests.parallel.test_merge_attn_states"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

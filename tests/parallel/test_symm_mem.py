@@ -76,7 +76,7 @@ def gathered_and_summed(rank: int, ranks: int, folder: str) -> None:
 
 
 def one_buffer_is_too_few(rank: int, ranks: int, folder: str) -> None:
-    """A rank that is ahead overwrites what another has not read: the purpose of ``num_buffers``."""
+    """A fast rank overwrites data that another has not read: the purpose of ``num_buffers``."""
     post, wrong = peer_buffers(folder, num_buffers=1), 0
     for step in range(60):
         joined = post.gather(torch.full((64,), float(step)), 0)
@@ -151,13 +151,13 @@ def gathered_operands(rank: int, ranks: int, folder: str) -> None:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Stand for FlashAttention on a CPU."""
+    """Substitute of FlashAttention on a CPU."""
     out, lse = pytorch_attn_forward(query, key, value, softmax_scale=scale, causal=False)
     return out.contiguous(), lse[..., : query.shape[1]]
 
 
 def on_gpus(rank: int, ranks: int, folder: str) -> None:
-    """Join and add what NCCL joins and adds, on two streams at once, with buffers that grow."""
+    """Gather and reduce like NCCL, on two streams at once, with growing buffers."""
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", rank=rank, world_size=ranks, init_method=f"file://{folder}/store")
     group = dist.group.WORLD

@@ -1,4 +1,4 @@
-"""run_fake_original.py FAKE_ORIGINAL GOLDENS: print {case: how far the stand-in is from the original's records}."""
+"""run_fake_original.py FAKE_ORIGINAL GOLDENS: print {case: difference between the fake and the original's records}."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from port_kit.cli import main
 from port_kit.errors import ParityError
 from port_kit.parity import Bound, Case, Pair, compare, run_case
+from tests.helpers import raises
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -26,7 +27,7 @@ def test_cases_are_chosen_by_pattern_and_reported_as_json(goldens: Path) -> None
     assert code == 0 and envelope["ok"] and envelope["schema"] == "port-kit/1"
     cases = envelope["data"]["cases"]
     assert [case["case"] for case in cases] == [f"scheduler/{name} fp32+bf16" for name in ("unipc", "dpm++", "euler")]
-    assert all(case["max_abs"] == 0.0 and case["first_divergence"] is None for case in cases)
+    assert all(case["max_abs"] <= 1e-6 and case["first_divergence"] is None for case in cases)
 
 
 def test_a_damaged_golden_fails_and_says_where(goldens: Path, tmp_path: Path) -> None:
@@ -88,5 +89,5 @@ def test_the_first_pair_outside_its_bound_names_the_divergence() -> None:
 
 
 def test_a_case_that_compares_nothing_is_an_error() -> None:
-    with pytest.raises(ParityError, match="compares nothing"):
+    with raises("parity_no_cases", "case"):
         run_case(Case("case", list))

@@ -1,4 +1,4 @@
-"""``verify parity --reference``: a stand-in for the original runs in its own process; the port is held against it."""
+"""``verify parity --reference``: a fake of the original runs in its own process and is compared with the port."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from port_kit.registry import find_port
 from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 from port_kit.testing.tiny_fusion import tiny_fusion_model
-from tests.parity.conftest import FAKE_ORIGINAL, fake_original_files, with_code
+from tests.parity.fake_original_code import FAKE_ORIGINAL, fake_original_files, with_code
 
 Commit = Callable[[dict[str, str]], Path]
 
 
 def run(*arguments: str, port: str = "dreamid_omni") -> tuple[int, dict[str, Any], str]:
-    """Run the command in this process; return its exit code, its envelope and what it told on stderr.
+    """Run the command in this process; return its exit code, its envelope and its stderr.
 
     The streams are files: vLLM asks the standard output for its descriptor.
     """
@@ -45,7 +45,7 @@ def run(*arguments: str, port: str = "dreamid_omni") -> tuple[int, dict[str, Any
 
 @pytest.fixture
 def commit(model: Path, remote: GitRemote, tmp_path: Path) -> Commit:
-    """Return a model directory whose lock names another commit of the stand-in, with some files changed."""
+    """Return a model directory whose lock names another commit of the fake, with changed files."""
 
     def put(files: dict[str, str]) -> Path:
         copy = tmp_path / "model"
@@ -60,7 +60,7 @@ def commit(model: Path, remote: GitRemote, tmp_path: Path) -> Commit:
 
 @pytest.fixture(scope="module")
 def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], Path]:
-    """The whole way, once: record, keep, compare, report."""
+    """One complete run: record, reuse, compare, report."""
     folder = tmp_path_factory.mktemp("recorded")
     code, envelope, _ = run(
         *("--reference", "--model", str(model), "--output-dir", str(folder / "goldens")),
@@ -117,7 +117,7 @@ def test_a_second_run_uses_what_is_there(recorded: tuple[int, dict[str, Any], Pa
 def test_a_reference_that_computes_something_else_is_seen(
     recorded: tuple[int, dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    """The goldens decide: where the reference's numbers are others, the case fails at that tensor."""
+    """Goldens decide: if the original's values differ, the case fails at that tensor."""
     from safetensors.torch import load_file, save_file
 
     goldens = tmp_path / "goldens"
@@ -130,7 +130,7 @@ def test_a_reference_that_computes_something_else_is_seen(
 
 
 def test_the_stand_in_computes_what_the_original_recorded(goldens: Path) -> None:
-    """The stand-in is held against recorded outputs of the original itself, so that it is worth comparing with."""
+    """The fake agrees with recorded outputs of the original, which makes comparisons with it meaningful."""
     script = Path(__file__).with_name("run_fake_original.py")
     done = subprocess.run(
         [sys.executable, str(script), str(FAKE_ORIGINAL), str(goldens)], capture_output=True, text=True, timeout=200

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Linear(nn.Module):
-    """``kind`` is column, row, merged or qkv; loads like vLLM's: its loader takes whole slots and keeps its part."""
+    """``kind`` is column, row, merged or qkv. The loader accepts complete shards and keeps this rank's part."""
 
     def __init__(self, kind: str, inputs: int, outputs: list[int], rank: int = 0, size: int = 1, kv: int = 0) -> None:
         super().__init__()

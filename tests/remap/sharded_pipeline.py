@@ -1,6 +1,6 @@
 """A pipeline of vLLM's own parallel layers, filled twice on every rank: from the stream, and from its part of the file.
 
-Nothing is computed: requests are not served. What both ways left is compared inside the rank, before vLLM rearranges
+No request is served. The results of both loaders are compared within the rank, before vLLM rearranges
 weights for its kernels.
 """
 
@@ -46,7 +46,7 @@ RULES = RuleSet(
         Rule(r"l\.norm\.weight", "norm.weight"),
     ),
 )
-#: What the checkpoint holds, by name.
+#: Shapes of the checkpoint by name.
 SHAPES: dict[str, tuple[int, ...]] = {
     "l.q.weight": (HEADS * HEAD, HIDDEN),
     "l.k.weight": (KV_HEADS * HEAD, HIDDEN),
@@ -73,7 +73,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Filled:
-    """What one rank has: the tensors that both ways left, and what the rank-local way read."""
+    """Result of one rank: the tensors of both loaders, and the bytes read by the rank-local one."""
 
     state: dict[str, Tensor]
     differing: tuple[str, ...]
@@ -114,14 +114,14 @@ def layers() -> nn.ModuleDict:
 
 
 def clear(module: nn.Module) -> None:
-    """Put NaN everywhere: what is not written shows."""
+    """Fill all tensors with NaN, so that unwritten elements are visible."""
     with torch.no_grad():
         for tensor in module.state_dict().values():
             tensor.fill_(float("nan"))
 
 
 class ShardedPipeline(nn.Module):
-    """What vLLM-Omni needs of a pipeline to load it."""
+    """The interface that vLLM-Omni needs to load a pipeline."""
 
     _dit_modules: ClassVar = ["transformer"]
     _encoder_modules: ClassVar = []
@@ -176,6 +176,6 @@ def register() -> None:
 
 
 def filled(pipeline: nn.Module) -> Filled:
-    """The probe: what this rank has."""
+    """The probe: return the tensors of this rank."""
     assert isinstance(pipeline, ShardedPipeline) and pipeline.filled is not None
     return pipeline.filled

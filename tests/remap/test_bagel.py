@@ -1,4 +1,4 @@
-"""BAGEL: the rule pack leaves the same bits in vLLM-Omni's BagelPipeline as the pipeline's own load_weights."""
+"""BAGEL: the rule set leaves the same bits in vLLM-Omni's BagelPipeline as the pipeline's own load_weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from port_kit.runtime.single_process import single_rank
 from port_kit.targets import read_targets
 from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip
 from port_kit.testing.tokenizer import write_tokenizer
-from tests.remap.test_packs import one_of_each_kind
-from tests.remap.two_ways import PACKS, assert_two_ways_agree, random_checkpoint
+from tests.remap.loader_equivalence import RULE_SETS, assert_loaders_agree, random_checkpoint
+from tests.remap.test_rule_sets import one_of_each_kind
 
 PUBLISHED = Path(__file__).parent.parent / "data" / "manifests" / "bagel.json.gz"
-RULES = RuleSet.from_file(PACKS / "bagel.toml")
+RULES = RuleSet.from_file(RULE_SETS / "bagel.toml")
 LAYERS = 2
 #: Extents of the published checkpoint -> those of a tiny one, by the first word of the names.
 TINY = {
@@ -95,7 +95,7 @@ def tiny() -> Manifest:
 
 
 def write_configs(folder: Path, configs: dict[str, dict[str, Any]]) -> str:
-    """Write what BagelPipeline reads from a model folder besides weights."""
+    """Write the files other than weights that BagelPipeline reads from a model folder."""
     for name, config in {**configs, "preprocessor_config": {}}.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
     write_tokenizer(folder, size=100)
@@ -103,7 +103,7 @@ def write_configs(folder: Path, configs: dict[str, dict[str, Any]]) -> str:
 
 
 def build(model: str, *, keep_place: bool = False) -> torch.nn.Module:
-    """Build the pipeline inside a world of one rank; ``keep_place`` leaves its parameters on the meta device."""
+    """Build the pipeline in a process group of one rank; ``keep_place`` leaves its parameters on the meta device."""
     from vllm_omni.diffusion.forward_context import get_forward_context
     from vllm_omni.diffusion.models.bagel.pipeline_bagel import BagelPipeline
 
@@ -135,7 +135,7 @@ def checkpoint() -> dict[str, torch.Tensor]:
 def test_rules_and_load_weights_leave_the_same_bits(
     pipeline: torch.nn.Module, checkpoint: dict[str, torch.Tensor]
 ) -> None:
-    assert_two_ways_agree(pipeline, pipeline.load_weights, RULES, checkpoint)
+    assert_loaders_agree(pipeline, pipeline.load_weights, RULES, checkpoint)
 
 
 #: Sources, and the target that each of them is missing from.

@@ -1,4 +1,4 @@
-"""HunyuanImage 3.0's language core: the rule pack leaves the same bits as vLLM-Omni's own load_weights."""
+"""HunyuanImage 3.0's language core: the rule set leaves the same bits as vLLM-Omni's own load_weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from port_kit.remap.plan import check
 from port_kit.runtime.single_process import single_rank
 from port_kit.targets import read_targets
 from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip
-from tests.remap.two_ways import PACKS, assert_two_ways_agree, cleared, manifest_of, random_checkpoint
+from tests.remap.loader_equivalence import RULE_SETS, assert_loaders_agree, cleared, manifest_of, random_checkpoint
 
-RULES = RuleSet.from_file(PACKS / "hunyuan_image3.toml")
+RULES = RuleSet.from_file(RULE_SETS / "hunyuan_image3.toml")
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, DENSE, EXPERT, EXPERTS, VOCABULARY = 32, 6, 2, 8, 24, 16, 3, 48
 SIZES = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
 
@@ -102,7 +102,7 @@ def test_projections_apart_and_biases_leave_the_same_bits() -> None:
     with single_rank(dtype=torch.bfloat16):
         core = build(bias=True)
         weights = original(fused=False)
-        assert_two_ways_agree(core, core.load_weights, RULES, weights, SIZES)
+        assert_loaders_agree(core, core.load_weights, RULES, weights, SIZES)
         plan = assert_covers(RULES, manifest_of(weights), Manifest.from_module(core), SIZES)
         assert_round_trip(plan)
         assert assert_mutations_caught(plan).same == ()
@@ -112,7 +112,7 @@ def test_projections_apart_and_biases_leave_the_same_bits() -> None:
 
 
 def test_rules_and_load_weights_leave_the_same_bits(core: nn.Module) -> None:
-    assert_two_ways_agree(core, core.load_weights, RULES, original(), SIZES)
+    assert_loaders_agree(core, core.load_weights, RULES, original(), SIZES)
 
 
 def test_rows_of_a_fused_projection_go_where_they_belong(core: nn.Module) -> None:

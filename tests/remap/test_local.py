@@ -266,7 +266,7 @@ def test_spans_of_a_ring_never_overlap_and_are_used_again(sizes: list[int], rand
             ring.give_back()
 
 
-# -- what goes wrong -----------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_was_truncated_before(tmp_path: Path, many: dict[str, Tensor]) -> None:
@@ -343,7 +343,7 @@ def test_torch_keeps_its_number_of_threads(tmp_path: Path, many: dict[str, Tenso
             load_local(module_like(many), tmp_path, SAME, threads=2)
         assert torch.get_num_threads() == 3
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(torch.get_num_threads).result() == 3
+            assert pool.submit(torch.get_num_threads).result(timeout=60) == 3
     finally:
         torch.set_num_threads(before)
 

@@ -1,4 +1,4 @@
-"""Real ranks of vLLM's parallel layers: rank-local reads leave what the stream leaves, and read but what they hold."""
+"""Real ranks of vLLM's parallel layers: rank-local reads give the result of the stream, and read own parts only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.remap import sharded_pipeline as sharded
 from tests.remap.sharded_pipeline import EXPERTS, FFN, HEAD, HEADS, KV_HEADS, SHAPES, WORDS, Filled
 
 ITEM = 2  # bytes of a bfloat16
-PADDED = 128  # vLLM pads a vocabulary to whole multiples of 64 before it splits it
+PADDED = 128  # vLLM pads a vocabulary to multiples of 64 before it shards it
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +89,14 @@ def test_a_rank_reads_its_share_and_names_what_it_reads_whole(model: Path, size:
     words = {name for name, shape in SHAPES.items() if shape[0] == WORDS}
     for rank, one in enumerate(ranks(model, size)):
         assert one.bytes_whole == sum(sizes.values())
-        # the reorder moves rows across ranks: read whole
+        # the reorder moves rows across ranks: read completely
         assert {name.split(".")[1] for name in one.read_whole} <= {"turned"}
         expected = sum(
             count // (1 if name in replicated or name in one.read_whole else _ranks_of(name, size))
             for name, count in sizes.items()
             if name not in words
         )
-        # padding is never read: where it fills a rank, that rank reads nothing of the vocabulary
+        # padding is never read: a rank with padding only reads no byte of the vocabulary
         start, stop = (min(WORDS, at * PADDED // size) for at in (rank, rank + 1))
         expected += sum(sizes[name] * (stop - start) // WORDS for name in words)
         assert one.bytes_read == expected
@@ -104,5 +104,5 @@ def test_a_rank_reads_its_share_and_names_what_it_reads_whole(model: Path, size:
 
 
 def _ranks_of(name: str, size: int) -> int:
-    """Over how many parts a tensor is spread: key heads are copied where there are fewer than ranks."""
+    """Return the number of parts of a tensor: key heads are replicated if there are fewer than ranks."""
     return min(size, KV_HEADS) if name.split(".")[1] in "kv" else size

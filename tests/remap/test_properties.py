@@ -27,8 +27,8 @@ from port_kit.remap.export import convert, export, inexact
 from port_kit.remap.invert import invert
 from port_kit.remap.plan import check
 from port_kit.testing.rules import values
+from tests.remap.random_mappings import KINDS, RandomMapping, folded, random_mappings
 from tests.remap.shapes import manifest_of, module_of
-from tests.remap.worlds import KINDS, World, folded, worlds
 
 EXAMPLES = int(os.environ.get("PORT_KIT_EXAMPLES", "100"))
 SETTINGS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -36,51 +36,51 @@ extent = st.integers(1, 5)
 
 
 @SETTINGS
-@given(worlds(), st.randoms(use_true_random=False))
-def test_load_export_reload_is_the_identity(made: tuple[World, RuleSet], rng: Any) -> None:
-    world, rules = made
-    plan = rules.compile(manifest_of(world.source), manifest_of(world.target))
+@given(random_mappings(), st.randoms(use_true_random=False))
+def test_load_export_reload_is_the_identity(made: tuple[RandomMapping, RuleSet], rng: Any) -> None:
+    mapping, rules = made
+    plan = rules.compile(manifest_of(mapping.source), manifest_of(mapping.target))
     given_ = values(plan.source)
     tensors = list(given_.items())
     rng.shuffle(tensors)
-    module = module_of(world.target)
-    assert load_weights(module, tensors, rules) == set(world.target)
-    written = {name: tensor.data for name, tensor in module.named_parameters() if name not in world.kept}
+    module = module_of(mapping.target)
+    assert load_weights(module, tensors, rules) == set(mapping.target)
+    written = {name: tensor.data for name, tensor in module.named_parameters() if name not in mapping.kept}
     assert not any(torch.isnan(tensor).any() for tensor in written.values())
     converted = dict(convert(plan, given_))
     assert converted.keys() == written.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in converted.items())
     back = dict(export(plan, module))
-    assert set(back) == set(world.source) - world.dropped and set(inexact(plan)) == world.folded
-    assert all(torch.equal(tensor, given_[name]) for name, tensor in back.items() if name not in world.folded)
-    again = module_of(world.target)
-    dropped = {name: given_[name] for name in world.dropped}
+    assert set(back) == set(mapping.source) - mapping.dropped and set(inexact(plan)) == mapping.folded
+    assert all(torch.equal(tensor, given_[name]) for name, tensor in back.items() if name not in mapping.folded)
+    again = module_of(mapping.target)
+    dropped = {name: given_[name] for name in mapping.dropped}
     load_weights(again, {**back, **dropped}.items(), RuleSet.from_toml(rules.to_toml()))
     for name, tensor in written.items():
-        same = torch.allclose if world.folded else torch.equal
+        same = torch.allclose if mapping.folded else torch.equal
         assert same(tensor, again.get_parameter(name)), name
 
 
 @SETTINGS
-@given(worlds(tuple(kind for kind in KINDS if kind is not folded)))
-def test_inverse_rules_are_the_way_back(made: tuple[World, RuleSet]) -> None:
-    world, rules = made
-    plan = rules.compile(manifest_of(world.source), manifest_of(world.target))
+@given(random_mappings(tuple(kind for kind in KINDS if kind is not folded)))
+def test_inverse_rules_are_the_way_back(made: tuple[RandomMapping, RuleSet]) -> None:
+    mapping, rules = made
+    plan = rules.compile(manifest_of(mapping.source), manifest_of(mapping.target))
     given_ = values(plan.source)
     inverse = RuleSet.from_toml(invert(plan).to_toml())
     back = inverse.compile(plan.target, plan.source)
-    kept = {name: torch.zeros(world.target[name]) for name in world.kept}
+    kept = {name: torch.zeros(mapping.target[name]) for name in mapping.kept}
     restored = dict(convert(back, {**dict(convert(plan, given_)), **kept}))
-    assert set(restored) == set(world.source) - world.dropped
+    assert set(restored) == set(mapping.source) - mapping.dropped
     assert all(torch.equal(tensor, given_[name]) for name, tensor in restored.items())
 
 
 @SETTINGS
-@given(worlds(), st.data())
-def test_no_incomplete_plan_is_accepted(made: tuple[World, RuleSet], data: st.DataObject) -> None:
-    world, rules = made
-    source, target = world.source, world.target
-    victim = data.draw(st.sampled_from(sorted(set(source) - world.dropped)))
+@given(random_mappings(), st.data())
+def test_no_incomplete_plan_is_accepted(made: tuple[RandomMapping, RuleSet], data: st.DataObject) -> None:
+    mapping, rules = made
+    source, target = mapping.source, mapping.target
+    victim = data.draw(st.sampled_from(sorted(set(source) - mapping.dropped)))
     without = {name: shape for name, shape in source.items() if name != victim}
     assert not check(rules, manifest_of(without), manifest_of(target)).ok
     wanted = data.draw(st.sampled_from(sorted(target)))

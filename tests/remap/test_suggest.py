@@ -1,4 +1,4 @@
-"""Suggestions: right on true conversions, honest where names and shapes cannot tell."""
+"""Suggestions: correct for known conversions, and uncertain if names and shapes prove no mapping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from port_kit.remap.suggest.index_expressions import index_expressions
 from port_kit.remap.suggest.module_groups import group_modules, has_own_order
 from port_kit.remap.suggest.vocabulary import words
 from port_kit.reports.plan_json import plan_map
-from tests.remap.oracles import FAMILIES, oracle
+from tests.remap.conversions import FAMILIES, conversion
 
 
 def as_given(manifest: Manifest) -> Manifest:
@@ -42,7 +42,7 @@ def shapes(**entries: list[int]) -> Manifest:
 
 
 def proposed(suggestion: Suggestion, source: Manifest, target: Manifest) -> dict[str, dict[str, Any]]:
-    """What the proposed rules do, by their plan."""
+    """Return the mapping of the proposed rules, from their plan."""
     return plan_map(check(suggestion.rules, source, target))
 
 
@@ -53,7 +53,7 @@ def wrong(found: Mapping[str, Any], truth: Mapping[str, Any]) -> list[str]:
 @pytest.mark.parametrize("order", [as_given, as_sorted, as_shuffled])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_suggestion_is_the_true_conversion(family: str, order: Callable[[Manifest], Manifest]) -> None:
-    truth = oracle(family)
+    truth = conversion(family)
     source, target = order(truth.source), order(truth.target)
     suggestion = suggest(source, target)
     plan = check(suggestion.rules, source, target)
@@ -64,14 +64,14 @@ def test_suggestion_is_the_true_conversion(family: str, order: Callable[[Manifes
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_certain_rules_alone_are_right(family: str) -> None:
-    truth = oracle(family)
+    truth = conversion(family)
     certain = suggest(truth.source, truth.target).only("certain")
     assert wrong(plan_map(check(certain, truth.source, truth.target)), truth.map) == []
 
 
 def test_what_shapes_force_is_certain() -> None:
     """The only vector of the model's width outside of the layers, whatever it is called."""
-    truth = oracle("litgpt_llama")
+    truth = conversion("litgpt_llama")
     certain = [item for item in suggest(truth.source, truth.target).proposals if item.confidence == "certain"]
     assert [(item.sources, item.targets) for item in certain] == [
         (("model.norm.weight",), ("transformer.ln_f.weight",))
@@ -79,7 +79,7 @@ def test_what_shapes_force_is_certain() -> None:
 
 
 def test_each_rule_says_what_it_explains() -> None:
-    truth = oracle("litgpt_llama")
+    truth = conversion("litgpt_llama")
     suggestion = suggest(truth.source, truth.target, "litgpt_llama")
     explained = [name for proposal in suggestion.proposals for name in proposal.targets]
     assert sorted(explained) == sorted(truth.target)
@@ -92,7 +92,7 @@ def test_each_rule_says_what_it_explains() -> None:
 
 
 def test_what_shapes_cannot_show_is_not_certain() -> None:
-    truth = oracle("sd3")
+    truth = conversion("sd3")
     doubted = {
         name: proposal.doubts
         for proposal in suggest(truth.source, truth.target).proposals
@@ -105,7 +105,7 @@ def test_what_shapes_cannot_show_is_not_certain() -> None:
 
 
 def test_another_component_in_the_file_is_dropped_as_one() -> None:
-    flux, vae = oracle("flux1"), oracle("sd_vae")
+    flux, vae = conversion("flux1"), conversion("sd_vae")
     source = Manifest({**flux.source, **vae.source})
     suggestion = suggest(source, flux.target)
     plan = check(suggestion.rules, source, flux.target)
@@ -186,7 +186,7 @@ def test_transposed_linears_take_square_ones_along() -> None:
 
 @pytest.mark.parametrize("family", ["litgpt_llama", "wan_t2v", "z_image"])
 def test_a_prefix_changes_nothing(family: str) -> None:
-    truth = oracle(family)
+    truth = conversion(family)
     source = truth.source.under("model.inner.")
     found = proposed(suggest(source, truth.target), source, truth.target)
     names = {name: [origin.removeprefix("model.inner.") for origin in entry["from"]] for name, entry in found.items()}
@@ -195,7 +195,7 @@ def test_a_prefix_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["flux1", "hf_mixtral"])
 def test_the_same_manifest_maps_onto_itself(family: str) -> None:
-    target = oracle(family).target
+    target = conversion(family).target
     found = proposed(suggest(target, target), target, target)
     assert all(entry["op"] == "copy" and entry["from"] == [name] for name, entry in found.items())
 
@@ -385,7 +385,7 @@ def test_assignment_is_the_best_there_is(rows: int, columns: int, data: st.DataO
 
 
 def best_by_trying(scores: Mapping[tuple[str, str], float], rows: int, columns: int) -> float:
-    """The best sum over all assignments, pairs that cannot meet counting nothing."""
+    """Return the best sum over all assignments; impossible pairs count zero."""
     size = max(rows, columns)
     return max(
         sum(scores.get((f"s{row}", f"t{column}"), 0.0) for row, column in enumerate(order))

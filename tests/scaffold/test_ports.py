@@ -1,4 +1,4 @@
-"""docs/port_a_model.md, executed; and every port that is written passes its own tests at once."""
+"""The commands of docs/port_a_model.md, and the tests of every generated port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from port_kit.scaffold import NewPort, new_port
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
-from tests.scaffold.conftest import LTX, ROOT, environment, run_pytest
+from tests.scaffold.helpers import LTX, ROOT, environment, run_pytest
 
 GUIDE = ROOT / "docs" / "port_a_model.md"
 OWN = ("custom", "external", "bypass", "hybrid")
@@ -35,7 +35,7 @@ def script(*, long: bool) -> str:
 
 
 def follow(hub: Hub, folder: Path, *, long: bool) -> subprocess.CompletedProcess[str]:
-    """Sit down in an empty folder and do what the guide says."""
+    """Run the commands of the guide in an empty folder."""
     done = subprocess.run(
         ["bash", "-c", script(long=long)],
         cwd=folder,
@@ -51,7 +51,7 @@ def follow(hub: Hub, folder: Path, *, long: bool) -> subprocess.CompletedProcess
 
 
 def check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
-    """What a reader has at the end."""
+    """Check the result of the guide."""
     assert "next: port-kit new ltx_video --from Lightricks/LTX-Video" in done.stdout
     width, height, frames = (LTX.request[name] for name in ("width", "height", "num_frames"))
     assert f"first.mp4: {frames} frames {width}x{height} at 25 fps" in done.stdout
@@ -65,7 +65,7 @@ def check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ports(ltx_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a reader of the guide has at its end, and beside it a port of every other path."""
+    """The result of the guide, and a port of every other path."""
     folder = tmp_path_factory.mktemp("ports")
     check(follow(ltx_hub, folder, long=False), folder)
     # With one pytest for all, a folder must not be called like the package in it.
@@ -78,7 +78,7 @@ def ports(ltx_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources() -> dict[str, fake_repositories.Files]:
-    """What the ports of one's own code are written from: shards of pickles, keys above tensors, a hybrid, nothing."""
+    """Sources of the ports with custom code: shards of pickles, keys above tensors, a hybrid, none."""
     shards = {
         f"weights/net-0000{part}-of-00002.bin": fake_repositories.torch_file(
             fake_repositories.torch_tensors(f"blocks.{part}.weight")
@@ -107,7 +107,7 @@ def test_what_is_written_is_linted_and_formatted(ports: Path) -> None:
 
 
 def lint(*folders: Path) -> None:
-    """Check folders as their own configuration says; nothing may be left to do."""
+    """Lint folders with their own configuration; require that no change is left."""
     for arguments in (["check", "--no-cache"], ["format", "--diff", "--no-cache"]):
         command = [sys.executable, "-m", "ruff", *arguments, *map(str, folders)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Ovi behind the example's own start script: a prompt, or a first frame and a prompt, to a video with sound."""
+"""Ovi behind the example's own start script: a prompt, or a first frame and a prompt, to a video with audio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from port_kit.models.ovi.recipe import RECIPE
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
 from port_kit.testing.tiny_fusion import download_tiny
-from tests.serving.conftest import EXAMPLES, run_client
+from tests.serving.helpers import EXAMPLES, run_client
 
 OVI = EXAMPLES / "ovi"
 PROMPT = "<S>One more song.<E> Audio: violin, rain."

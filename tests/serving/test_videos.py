@@ -1,4 +1,4 @@
-"""The video endpoints of the real server, tiny weights: videos with sound, jobs, refusals, clients that leave."""
+"""The video endpoints of the real server, tiny weights: videos with audio, jobs, errors, disconnected clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ import pytest
 from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
-from tests.serving.conftest import EXAMPLES, run_client, serving
+from tests.helpers import wait_until
+from tests.serving.helpers import EXAMPLES, run_client, serving
 
 LIMIT = 300.0
 #: Seconds that finished files are kept.
@@ -54,7 +55,7 @@ def files(storm: ModuleType) -> list[Any]:
 
 
 def _cpu(server: ApiServer) -> float:
-    """Processor seconds that the server has used: what work costs, whatever else the machine does."""
+    """Processor seconds that the server has used: the cost of work, independent of other load on the machine."""
     process = psutil.Process(server.pid)
     return sum(sum(one.cpu_times()[:2]) for one in [process, *process.children(recursive=True)])
 
@@ -71,18 +72,21 @@ def first(server: ApiServer, http: httpx.Client, good: dict[str, str], files: li
 
 @pytest.fixture(scope="module")
 def forgotten(http: httpx.Client, good: dict[str, str], files: list[Any], first: tuple[bytes, float]) -> str:
-    """A finished job that nobody deletes."""
+    """A finished job that is not deleted."""
     job = http.post("/v1/videos", data=good, files=files).json()["id"]
     assert _finished(http, job)["status"] == "completed"
     return job
 
 
 def _finished(http: httpx.Client, job: str) -> dict[str, Any]:
-    deadline = time.monotonic() + LIMIT
-    while (state := http.get(f"/v1/videos/{job}").json())["status"] in ("queued", "in_progress"):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return state
+    states: list[dict[str, Any]] = []
+
+    def ended() -> bool:
+        states.append(http.get(f"/v1/videos/{job}").json())
+        return states[-1]["status"] not in ("queued", "in_progress")
+
+    wait_until(ended, LIMIT, pause=0.2)
+    return states[-1]
 
 
 def test_a_sync_request_gives_a_video_with_its_sound(first: tuple[bytes, float], tmp_path: Path) -> None:
@@ -238,8 +242,7 @@ def test_a_deleted_job_stops_and_is_gone(
 ) -> None:
     before = _cpu(server)
     job = http.post("/v1/videos", data=storm.LONG, files=files).json()["id"]
-    while http.get(f"/v1/videos/{job}").json()["status"] == "queued":
-        time.sleep(0.1)
+    wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
     assert http.get(f"/v1/videos/{job}/content").status_code == 404
     assert http.delete(f"/v1/videos/{job}").json()["deleted"]
     assert http.get(f"/v1/videos/{job}").status_code == 404
@@ -253,8 +256,7 @@ def test_a_bad_request_is_refused_while_others_are_computed(
     http: httpx.Client, storm: ModuleType, good: dict[str, str], files: list[Any]
 ) -> None:
     job = http.post("/v1/videos", data=storm.LONG, files=files).json()["id"]
-    while http.get(f"/v1/videos/{job}").json()["status"] == "queued":
-        time.sleep(0.1)
+    wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
     response = http.post("/v1/videos/sync", data=good, files=files[:3])
     assert (response.status_code, http.get(f"/v1/videos/{job}").json()["status"]) == (400, "in_progress")
     assert "[input_count]" in response.json()["error"]["message"]
@@ -313,10 +315,7 @@ def test_the_examples_clients_get_a_video_or_the_reason(
 
 def test_an_expired_file_is_removed_and_its_job_remains(server: ApiServer, http: httpx.Client, forgotten: str) -> None:
     expires = http.get(f"/v1/videos/{forgotten}").json()["expires_at"]
-    deadline = expires + 30
-    while (server.storage / forgotten).exists():
-        assert time.time() < deadline
-        time.sleep(0.5)
+    wait_until(lambda: not (server.storage / forgotten).exists(), expires - time.time() + 300, pause=0.5)
     assert http.get(f"/v1/videos/{forgotten}/content").status_code == 404
     assert http.get(f"/v1/videos/{forgotten}").json()["status"] == "completed"
     assert http.delete(f"/v1/videos/{forgotten}").json()["deleted"]

@@ -1,10 +1,10 @@
-"""Propose a rule set from two manifests alone: names, shapes and dtypes, nothing else.
+"""Propose a rule set from two manifests alone: names, shapes and dtypes.
 
 Modules of both sides are grouped over layers (:mod:`.module_groups`); fused projections and stacks of experts are
 further candidates (:mod:`.virtual_groups`). Pairs are scored by the meaning of their names (:mod:`.vocabulary`), the
 sizes of the modules around them, their neighbors and their order (:mod:`.scores`), and assigned globally
-(:mod:`.assignment`). Dtypes decide what can be copied at all (:mod:`.number_kinds`). Each pair becomes rules
-(:mod:`.rule_writer`) of a confidence that :mod:`.classify` defines. What has no evidence is left out and listed.
+(:mod:`.assignment`). Dtypes decide which copies are possible (:mod:`.number_kinds`). Each pair becomes rules
+(:mod:`.rule_writer`) of a confidence that :mod:`.classify` defines. Matches without evidence are left out and listed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
         name: name of the proposed rule set.
 
     Returns:
-        The proposal; its rules compile if nothing is missing.
+        The proposal; its rules compile if no target is missing.
     """
     given, wanted = _without_template_signs(source), _without_template_signs(target)
     found = apply_conventions(match(given, wanted))
@@ -67,7 +67,7 @@ def suggest(source: Manifest, target: Manifest, name: str = "suggested") -> Sugg
 
 
 def _without_template_signs(manifest: Manifest) -> dict[str, TensorSpec]:
-    """Leave out names with signs that mean something in templates: nothing is proposed for them."""
+    """Leave out names with special characters of templates: no rule is proposed for them."""
     return {name: spec for name, spec in manifest.items() if not set(name) & set("\\{}")}
 
 
@@ -82,7 +82,7 @@ def _proposal(item: Match, classifier: Classifier, names: Collection[str]) -> Pr
 def _verified(
     proposals: Sequence[Proposal], found: Sequence[Match], source: Manifest, target: Manifest
 ) -> list[Proposal]:
-    """Return the proposals that are not rejected and whose rules, compiled, read what the match says."""
+    """Return the proposals that are not rejected and whose rules, compiled, agree with the match."""
     rules = RuleSet("suggested", tuple(rule for proposal in proposals for rule in proposal.rules))
     plan = check(rules, source, target, allow_downcast=True)
     compiled = {name: {task.source for task in tasks} for name, tasks in plan.by_target().items()}

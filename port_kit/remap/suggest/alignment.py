@@ -37,7 +37,7 @@ def drop_unit_dims(shape: Shape) -> Shape:
 
 
 def relation(source: Shape, target: Shape) -> str | None:
-    """Return what turns one shape into the other: a key of :data:`PENALTY`, or None."""
+    """Return the operation that turns one shape into the other: a key of :data:`PENALTY`, or None."""
     if source == target:
         return "copy"
     if drop_unit_dims(source) == drop_unit_dims(target):

@@ -9,7 +9,7 @@ neither; they can only cast doubt on it. All of this must hold for every tensor 
   extent that more than half of the tensors share. A matrix may be transposed, and its rows or columns may be permuted
   (heads, rotary pairs, shift and scale, gate and up); other vectors may consist of such parts.
 * Values: it is named no scale, and neither manifest holds a quantized dtype.
-* Names: they have much in common, and they speak of nothing that code bases are known to order differently.
+* Names: they have much in common, and contain no word that code bases are known to order differently.
 
 Everything else that has evidence is *likely* and carries its doubts; without evidence it is *rejected*. Both levels
 speak of the place of each value, not of arithmetic: a norm that is stored as its difference from one looks the same.
@@ -31,7 +31,7 @@ CERTAIN, LIKELY, REJECTED = "certain", "likely", "rejected"
 
 _NAME = 0.3  # names share this much of their words
 _MARGIN = 0.2  # all evidence together exceeds any rival's by this much
-_NO_EVIDENCE = 0.3  # score below which nothing speaks for a match
+_NO_EVIDENCE = 0.3  # a match with a lower score has no evidence
 _MODULATION = {"modulation", "shift", "table"}
 _MIN_TENSORS = 3  # fewer tensors do not show the width of a model
 
@@ -117,7 +117,7 @@ class Classifier:
             yield "halves of a gated projection may have changed places or be interleaved"
 
     def _is_gated(self, group: ModuleGroup) -> bool:
-        """Return True if a projection is twice as wide as what its sibling takes."""
+        """Return True if a projection is twice as wide as its sibling's input."""
         columns = self._columns[group.parts[:-2]] | self._columns[group.parts[:-1]]
         return "ff" in group.words and any(rows % 2 == 0 and rows // 2 in columns for rows in _extents(group, 0))
 
@@ -131,7 +131,7 @@ def _doubts_of_shapes(item: Match, tensors: Sequence[tuple[str, _Evidence]]) -> 
 
 
 def _is_unsupported(item: Match) -> bool:
-    """Return True if next to nothing speaks for a match; the only one of its size is still right by elimination."""
+    """Return True if a match has almost no evidence; the only one of its size is still right by elimination."""
     return item.name == 0.0 and item.score < _NO_EVIDENCE and item.margin < _MARGIN
 
 

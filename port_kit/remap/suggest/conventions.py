@@ -6,7 +6,7 @@
   both into its ``w1`` has the gate first.
 * ``Conv1D`` weights are stored transposed; if every other linear of a model is, its square ones are too.
 
-Nothing here is certain: see :mod:`port_kit.remap.suggest.classify`.
+No convention is certain: see :mod:`port_kit.remap.suggest.classify`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def index_expressions(pairs: Sequence[tuple[Index, Index]], captures: Mapping[in
         captures: position of a source number -> the capture of the pattern that holds it.
 
     Returns:
-        One part per target number: ``\1``, ``{\1 // 4}``, ``{3 - \1}`` or a literal; None if nothing simple fits.
+        One part per target number: ``\1``, ``{\1 // 4}``, ``{3 - \1}`` or a literal; None if no simple expression fits.
     """
     found: list[str] = []
     for axis in range(len(pairs[0][0])):

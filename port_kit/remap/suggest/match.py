@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from port_kit.remap.suggest.alignment import Alignment
 from port_kit.remap.suggest.module_groups import Index, ModuleGroup
 
-#: Margin of a pair of groups that fit nothing else.
+#: Margin of a pair of groups without other candidates.
 NO_RIVAL = 4.0
 
 
@@ -22,7 +22,7 @@ class Match:
         score: evidence for the pair.
         margin: by how much the score exceeds that of the best other use of either group (4.0: there is none).
         name: the part of the evidence that comes from names, in [0, 1].
-        change: what a convention adds that shapes cannot show: ``swap`` (two halves) or ``transpose`` (a square).
+        change: a convention's operation that shapes cannot show: ``swap`` (two halves) or ``transpose`` (a square).
     """
 
     source: ModuleGroup

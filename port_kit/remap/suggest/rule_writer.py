@@ -77,7 +77,7 @@ def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> lis
     ]
 
 
-# -- what a match consists of ------------------------------------------------------------------------------------------
+# -- parts of a match --------------------------------------------------------------------------------------------------
 
 
 def _drafts(item: Match, role: str) -> Iterator[RuleDraft]:

@@ -38,7 +38,7 @@ def ancestors(group: ModuleGroup) -> list[Path]:
 
 
 class ManifestView:
-    """One manifest's groups, with what is computed once about their surroundings."""
+    """One manifest's groups, with facts about their surroundings, computed once."""
 
     def __init__(self, groups: Sequence[ModuleGroup], *, ordered: bool) -> None:
         self.groups = list(groups)

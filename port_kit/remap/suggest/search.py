@@ -1,8 +1,8 @@
 """The search for the pairs of groups that explain each other best, in rounds.
 
-The first round matches module templates (all layers at once), with fused groups and stacks as further candidates. What
-is left is matched again with the innermost lists split, and at last tensor by tensor. Each round uses what the earlier
-ones found.
+The first round matches module templates (all layers at once), with fused groups and stacks as further candidates. The
+rest is matched again with the innermost lists split, and at last tensor by tensor. Each round uses the matches of the
+earlier ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from port_kit.remap.suggest.scores import (
 from port_kit.remap.suggest.virtual_groups import virtual_groups, weight_norm_groups
 
 _ITERATIONS = 4
-_NEEDLESS_TRANSPOSE = 0.4  # what a transposition costs that the counts of shapes do not ask for
+_NEEDLESS_TRANSPOSE = 0.4  # cost of a transposition that the counts of shapes do not require
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ class Proposal:
     Attributes:
         rules: one rule, or the rules of one fused target.
         confidence: ``certain`` or ``likely``.
-        what: the modules in words, ``blocks.{}.attn.q -> layers.{}.attn.to_q``.
+        what: the modules as text, ``blocks.{}.attn.q -> layers.{}.attn.to_q``.
         targets: the target tensors that the rules explain.
         sources: the source tensors that they use or drop.
-        doubts: what keeps them from being certain.
+        doubts: reasons against certainty.
     """
 
     rules: tuple[Rule, ...]
@@ -31,7 +31,7 @@ class Proposal:
     doubts: tuple[str, ...] = ()
 
     def annotated(self) -> Iterator[Rule]:
-        """The rules with their confidence and, as a note, what they explain and what is in doubt."""
+        """The rules with their confidence and, as a note, their modules and doubts."""
         count = len(self.targets) or len(self.sources)
         note = "; ".join([f"{self.what} ({count} tensors)", *self.doubts])
         for rule in self.rules:
@@ -56,7 +56,7 @@ class Suggestion:
     Attributes:
         name: name of the rule set.
         proposals: the proposed rules, in the order of the target.
-        missing: target tensors that nothing explains, with the sources that would fit by shape.
+        missing: target tensors without a match, with the sources that would fit by shape.
         allow_downcast: the sides differ in dtypes, so values may have to be rounded.
         tied: missing targets that may be the same tensor as another target, with that one: embedding and output head.
         scales: sources that no rule reads or drops, because they may be the scales of quantized values.
@@ -88,12 +88,12 @@ class Suggestion:
         return counts
 
     def to_toml(self) -> str:
-        """The rule set as TOML; rules carry their confidence and note, comments say what was left out."""
+        """The rule set as TOML; rules carry their confidence and note, comments list omissions."""
         head = [f"# {line}" for line in self.to_text().splitlines()]
         return "\n".join([*head, "", self.rules.to_toml()])
 
     def to_json(self) -> dict[str, Any]:
-        """The whole suggestion for ``--json``."""
+        """The complete suggestion for ``--json``."""
         return {
             "name": self.name,
             "proposals": [proposal.to_json() for proposal in self.proposals],

@@ -18,7 +18,7 @@ def _by_spelling(spellings: Mapping[str, str]) -> dict[str, str]:
     return {spelling: meaning for meaning, found in spellings.items() for spelling in found.split()}
 
 
-#: Whole components of names -> the words that they mean; written as words -> components.
+#: Complete components of names -> their words; written as words -> components.
 _COMPONENTS = _by_spelling(
     {
         "shortcut": "nin_shortcut conv_shortcut skip_connection nin",

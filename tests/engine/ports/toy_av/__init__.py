@@ -1,4 +1,4 @@
-"""A port for the engine's tests: two token streams in, pictures and sound out. Found through ``PORT_KIT_PATH``."""
+"""A port for the engine's tests: two token streams in, images and audio out. Found through ``PORT_KIT_PATH``."""
 
 from port_kit.port import Port
 

@@ -43,7 +43,7 @@ class Layer(nn.Module):
 
 
 class Boundary(nn.Module):
-    """Where the plan splits and gathers; passes its tensors on."""
+    """Boundary at which the plan shards and gathers; returns its tensors."""
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the arguments."""
@@ -121,7 +121,7 @@ class ToyAVPipeline(nn.Module, CFGParallelMixin):
         return self.transformer(**inputs)
 
     def forward(self, req: DiffusionRequestBatch, **_: object) -> DiffusionOutput:
-        """Return (video [F, S, S, 3] in [0, 1], sound [samples])."""
+        """Return (video [F, S, S, 3] in [0, 1], audio [samples])."""
         prompt = req.prompts[0]["prompt"] if isinstance(req.prompts[0], dict) else req.prompts[0]
         if prompt == "fail":
             raise ValueError("this prompt fails")
@@ -136,7 +136,7 @@ class ToyAVPipeline(nn.Module, CFGParallelMixin):
 
 
 def _decode(video: torch.Tensor, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spread the tokens over pictures of more than a megabyte, and over as many samples as the pictures last."""
+    """Expand the tokens to images of more than a megabyte and to audio of the same duration."""
     pixels = FRAMES * SIZE * SIZE * 3
     pictures = torch.sigmoid(video.flatten()).repeat(-(-pixels // video.numel()))[:pixels]
     samples = SAMPLE_RATE * FRAMES // FPS

@@ -1,4 +1,4 @@
-"""DreamID-Omni that tells what each of its ranks did. Found through ``PORT_KIT_PATH``, as a user's port is."""
+"""DreamID-Omni with a report of each rank's work. Found through ``PORT_KIT_PATH``, as a user's port is."""
 
 from port_kit.models.dreamid_omni.weights import COMPONENTS
 from port_kit.port import Port

@@ -19,7 +19,7 @@ __all__ = ["TracedDreamIDPipeline", "get_post_process_func"]
 
 
 class TracedDreamIDPipeline(DreamIDOmniPipeline):
-    """Keeps the latents of the last step, and what this rank did for them."""
+    """Pipeline that keeps the latents of the last step and a report of this rank's work."""
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         recorder.install()

@@ -1,4 +1,4 @@
-"""Where the original calls flash-attn, which needs CUDA: the runner has to replace this."""
+"""Attention that the original computes with flash-attn, which needs CUDA: the runner has to replace it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The fusion transformer restated from its description, with the original's parameter names and call signature.
 
-Written from the mathematics and sharing nothing with the port: no fused projections, no padding, one sample a call.
+Written from the mathematics, without code of the port: no fused projections, no padding, one sample per call.
 """
 
 from __future__ import annotations

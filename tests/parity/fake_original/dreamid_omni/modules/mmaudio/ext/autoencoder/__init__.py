@@ -1,1 +1,1 @@
-"""Part of a stand-in for the original code, with its module paths and call signatures."""
+"""Part of a fake of the original code, with its module paths and call signatures."""

@@ -1,0 +1,190 @@
+"""Images, audios, prompts and video files: the shared helpers of the family."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from port_kit.models.wan.components.text_encoder import load_tokenizer
+from port_kit.models.wan.pipeline.conditioning_media import (
+    crop_reference_audio,
+    fit_image,
+    load_image,
+    load_reference_audio,
+)
+from port_kit.models.wan.pipeline.prompts import strip_tags, tokenize
+from port_kit.pipeline.media import measure_mp4, to_frames, to_omni_payload, write_mp4
+from tests.helpers import raises
+
+
+def tone(rate: int, seconds: float = 3.0) -> np.ndarray:
+    """A 440 Hz sine."""
+    return np.sin(2 * np.pi * 440 * np.arange(int(rate * seconds)) / rate).astype(np.float32)
+
+
+@pytest.mark.parametrize(("name", "digest"), [("img0.png", "773c6c6d331b4c18"), ("img1.png", "04b6b38cb55bc2fe")])
+def test_an_image_is_fitted_as_the_reference_fits_it(goldens: Path, name: str, digest: str) -> None:
+    """The digests are those of the pixels that the reference code gave its VAE."""
+    fitted = fit_image(load_image(goldens / "e2e_media" / name), 64, 96)
+    assert hashlib.sha256(fitted.numpy().tobytes()).hexdigest().startswith(digest)
+
+
+@pytest.mark.parametrize("size", [(1, 500), (500, 1), (64, 96), (3000, 2000)])
+def test_any_ratio_fits_on_white(size: tuple[int, int]) -> None:
+    pixels = fit_image(Image.new("RGB", size, (0, 0, 0)), 64, 96)
+    assert pixels.shape == (3, 64, 96)
+    assert pixels.min() == -1.0 and pixels.max() <= 1.0
+    covered = (pixels < 0).any(0)
+    assert covered.any(0).all() or covered.any(1).all()  # the image touches two opposite sides
+
+
+def test_an_image_may_be_a_path_bytes_an_array_or_an_image_in_any_mode() -> None:
+    array = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    for source in (array, Image.fromarray(array), buffer.getvalue()):
+        assert np.array_equal(np.asarray(load_image(source)), array)
+    assert load_image(Image.new("LA", (4, 4))).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        (b"no image", "input_unreadable"),
+        ("missing.png", "input_unreadable"),
+        (3, "input_type"),
+        (np.zeros((3, 3)), "input_type"),
+        (np.zeros((0, 4, 3), np.uint8), "input_type"),
+    ],
+)
+def test_a_source_that_is_not_an_image_is_refused_by_name(source: Any, code: str) -> None:
+    with raises(code, "image 2"):
+        load_image(source, name="image 2")
+
+
+def test_a_truncated_image_is_refused(goldens: Path) -> None:
+    data = (goldens / "e2e_media" / "img0.png").read_bytes()
+    with raises("input_unreadable"):
+        load_image(data[: len(data) // 2])
+
+
+def test_a_reference_audio_keeps_its_second_second(goldens: Path) -> None:
+    path = goldens / "e2e_media" / "aud0.wav"
+    samples = load_reference_audio(path)
+    assert np.array_equal(samples, load_reference_audio(path.read_bytes()))
+    assert torch.equal(crop_reference_audio(samples), torch.from_numpy(samples[16_000:32_000]))
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 44_100, 48_000])
+def test_a_reference_audio_is_resampled_and_mixed_down(rate: int) -> None:
+    stereo = np.stack([tone(rate), tone(rate)])
+    samples = load_reference_audio((stereo, rate))
+    assert abs(len(samples) - 48_000) < 20
+    middle = slice(16_000, 32_000)
+    assert np.abs(samples[middle] - tone(16_000)[middle]).max() < 2e-3
+
+
+def test_integer_samples_are_scaled_to_one() -> None:
+    samples = load_reference_audio(((tone(16_000) * 32_767).astype(np.int16), 16_000))
+    assert np.abs(samples - tone(16_000)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        (b"no audio", "input_unreadable"),
+        ("missing.wav", "input_unreadable"),
+        (None, "input_type"),
+        ("", "input_unreadable"),
+        (np.zeros((2, 2, 2)), "input_type"),
+        (np.zeros(3, dtype=object), "input_type"),
+        ((tone(16_000), 0), "input_value"),
+        ((tone(16_000), float("nan")), "input_value"),
+        ((tone(16_000) * np.nan, 16_000), "input_value"),
+    ],
+)
+def test_what_is_no_audio_is_refused_by_name(source: Any, code: str) -> None:
+    with raises(code, "reference audio 1"):
+        load_reference_audio(source, name="reference audio 1")
+
+
+def test_a_short_audio_is_refused() -> None:
+    with raises("input_too_short", "1.50 s"):
+        crop_reference_audio(load_reference_audio(tone(16_000, 1.5)))
+
+
+def test_a_video_without_sound_is_no_audio(tmp_path: Path) -> None:
+    path = tmp_path / "mute.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=24)
+        stream.width = stream.height = 64
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    with raises("input_unreadable"):
+        load_reference_audio(path)
+    with raises("media_write", "mute.mp4"):
+        measure_mp4(path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "left"),
+    [
+        ("plain <img1> text [not a tag] [1]", "plain <img1> text [not a tag] [1]"),
+        ("[SCENE] a room\n\n\n[END_SCENE] b", "a room\n b"),
+        ("a [SPEAKER_TIMESTAMPS_START] 0-2 [X] <sub1> [SPEAKER_TIMESTAMPS_END] b", "a  b"),
+        ("[AUDIO_DESCRIPTION] hum [PROMPT] a", "a"),
+        ("a [AUDIO_DESCRIPTION_START] wind [AUDIO_DESCRIPTION_END]", "a"),
+        ("a [SPEAKER_TIMESTAMPS] to the end", "a"),
+    ],
+)
+def test_tags_leave_and_their_blocks_with_them(prompt: str, left: str) -> None:
+    assert strip_tags(prompt) == left
+
+
+def test_a_text_beyond_the_limit_is_refused_not_cut(goldens: Path) -> None:
+    tokenizer = load_tokenizer(goldens / "ckpts" / "Wan2.2-TI2V-5B" / "google" / "umt5-xxl")
+    ids = tokenize(tokenizer, "hello  there")
+    assert ids[-1] == 1 and tokenize(tokenizer, "hello there") == ids
+    assert tokenize(tokenizer, "hello there", limit=len(ids)) == ids
+    with raises("input_too_long", str(len(ids))):
+        tokenize(tokenizer, "hello there", limit=len(ids) - 1)
+
+
+def test_frames_are_rounded_not_cut() -> None:
+    video = torch.tensor([-1.0, -0.999, 0.0, 0.999, 1.0, 1.5]).view(1, 1, 1, 1, 6).expand(1, 3, 2, 4, 6)
+    frames = to_frames(video)
+    assert frames.shape == (2, 4, 6, 3) and frames.dtype == torch.uint8
+    assert frames[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
+
+
+def test_the_envelope_is_what_the_formatter_reads() -> None:
+    from vllm_omni.diffusion.output_formatter import normalize_diffusion_postprocess_output
+
+    output = {
+        "video": torch.zeros(2, 4, 4, 3, dtype=torch.uint8),
+        "audio": torch.zeros(8, dtype=torch.bfloat16).float(),
+    }
+    normal = normalize_diffusion_postprocess_output(to_omni_payload(output, fps=24, sample_rate=16_000))
+    assert normal.primary_key == "video"
+    assert normal.metadata == {"video": {"fps": 24}, "audio": {"sample_rate": 16_000}}
+    assert normal.outputs["audio"].dtype == np.float32
+
+
+def test_an_mp4_holds_both_streams(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (25, 64, 96, 3), dtype=np.uint8)
+    path = write_mp4(tmp_path / "new" / "clip.mp4", frames, tone(16_000, 25 / 24), fps=24, sample_rate=16_000)
+    facts = measure_mp4(path)
+    assert (facts.frames, facts.fps, facts.width, facts.height) == (25, 24.0, 96, 64)
+    assert (facts.video_codec, facts.audio_codec, facts.sample_rate) == ("h264", "aac", 16_000)
+    assert abs(facts.audio_seconds - facts.video_seconds) < 0.1
+    assert 0.8 < facts.peak < 1.2
+    with raises("media_write", "missing.mp4"):
+        measure_mp4(tmp_path / "missing.mp4")

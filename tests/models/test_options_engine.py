@@ -1,0 +1,70 @@
+"""Request features through vLLM-Omni's own engine in step execution, in processes of its own. One start for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SCRIPT = Path(__file__).with_name("run_options.py")
+
+
+@pytest.fixture(scope="module")
+def answers(ovi_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The engine's answers by request."""
+    folder = tmp_path_factory.mktemp("features")
+    width = json.loads((ovi_model / "transformer/config.json").read_text(encoding="utf-8"))["video"]["dim"]
+    torch.manual_seed(0)
+    for name, module in {"good": "video_model.blocks.0.self_attn.v", "wrong": "unet.mid_block.attn.to_q"}.items():
+        matrices = {"A": torch.randn(4, width) / width**0.5, "B": torch.randn(width, 4)}
+        tensors = {f"diffusion_model.{module}.lora_{kind}.weight": matrix for kind, matrix in matrices.items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+    report = folder / "report.json"
+    loras = [str(folder / f"{name}.safetensors") for name in ("good", "wrong")]
+    command = [sys.executable, str(SCRIPT), str(ovi_model), *loras, str(report)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def same(one: dict[str, Any], other: dict[str, Any], row: int = 0) -> bool:
+    """Return True if sums of a request's video ``row`` and of the other's first agree; batches round differently."""
+    video = abs(one["video"][row] / other["video"][0] - 1) < 1e-5
+    return video and one["audio"][row] == pytest.approx(other["audio"][0], rel=1e-3)
+
+
+def test_requests_at_the_same_time_give_what_each_gives_alone(answers: dict[str, dict[str, Any]]) -> None:
+    assert answers["alone"]["shape"] == [[121, 32, 96, 3]]
+    assert same(answers["first"], answers["alone"])
+    assert not same(answers["second"], answers["alone"])
+    assert answers["first"]["ended"] < answers["second"]["ended"], "two steps end before four that began with them"
+
+
+def test_a_request_that_was_given_up_leaves_the_engine_to_the_others(answers: dict[str, dict[str, Any]]) -> None:
+    assert answers["still running"]["yes"]
+    assert {**answers["again"], "ended": 0} == {**answers["alone"], "ended": 0}
+
+
+def test_a_refused_request_is_the_clients_error(answers: dict[str, dict[str, Any]]) -> None:
+    assert answers["no steps named"]["status"] == 400
+    assert "num_inference_steps is 0" in answers["no steps named"]["error"]
+
+
+def test_several_videos_have_the_next_seeds(answers: dict[str, dict[str, Any]]) -> None:
+    assert len(answers["two"]["video"]) == len(answers["two"]["audio"]) == 2
+    assert same(answers["two"], answers["alone"]) and same(answers["two"], answers["next seed"], 1)
+    assert not same(answers["two"], answers["alone"], 1)
+
+
+def test_a_lora_holds_for_its_request_and_a_wrong_one_is_refused(answers: dict[str, dict[str, Any]]) -> None:
+    assert not same(answers["lora"], answers["alone"])
+    assert "belongs to no module" in answers["wrong lora"]["error"]
+    assert answers["wrong lora"]["status"] == 400

@@ -1,0 +1,158 @@
+"""The registry of upstream patches: complete, with checked preconditions, and each patch as documented."""
+
+from __future__ import annotations
+
+import ast
+import queue
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from port_kit.runtime import patches, upstream_checks
+from port_kit.runtime.patch_registry import PATCHES
+from tests.helpers import raises
+
+RUNTIME = Path(patches.__file__).parent
+PARTS = ("Why", "How", "Upstream", "Guard", "Goes when")
+
+
+def _sections() -> dict[str, str]:
+    text = (RUNTIME / "patches.md").read_text(encoding="utf-8")
+    pieces = re.split(r"^## (\S+)$", text, flags=re.MULTILINE)[1:]
+    return dict(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+def test_registry_and_document_have_the_same_entries() -> None:
+    assert list(_sections()) == list(PATCHES)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_every_section_is_complete(name: str) -> None:
+    section = _sections()[name]
+    assert [part for part in PARTS if f"- **{part}**:" not in section] == []
+
+
+def test_every_patch_is_guarded_where_it_is_applied() -> None:
+    guarded = set()
+    for path in RUNTIME.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                guarded |= _guards(node)
+    assert guarded == set(PATCHES)
+
+
+def _guards(call: ast.Call) -> set[str]:
+    """Names in ``require("name")``, and in ``RegistrationError(..., patch="name")`` if the guard is written inline."""
+    arguments = call.args if getattr(call.func, "id", "") == "require" else []
+    arguments = [*arguments, *(keyword.value for keyword in call.keywords if keyword.arg == "patch")]
+    return {node.value for node in arguments if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_every_guard_accepts_what_is_installed(name: str) -> None:
+    upstream_checks.require(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, index) for name, patch in PATCHES.items() for index in range(len(patch.preconditions))]
+)
+def test_every_guard_fires_where_upstream_is_another(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = PATCHES[name]
+    needs = [*patch.preconditions]
+    needs[index] = replace(needs[index], expected=("value of an older release",))
+    monkeypatch.setitem(PATCHES, name, replace(patch, preconditions=tuple(needs)))
+    with raises("upstream_changed", "value of an older release") as caught:
+        upstream_checks.require(name)
+    assert caught.value.details == {"patch": name, "target": needs[index].target}
+
+
+def test_a_changed_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_omni.diffusion.worker.diffusion_worker import WorkerProc
+
+    monkeypatch.setattr(patches, "_installed", set())
+    monkeypatch.setattr(WorkerProc, "_async_output_loop", lambda self: None)
+    with raises("upstream_changed", "async_output_loop"):
+        patches.install_worker_fixes()
+
+
+def test_an_attribute_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_omni.diffusion import model_metadata
+
+    monkeypatch.delattr(model_metadata, "_DIFFUSION_MODEL_METADATA")
+    with raises("upstream_changed"):
+        patches.declare_output_type("SomePipeline", "video")
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"), [("0.30.0", True), ("0.30.2", True), ("0.3", False), ("0.31.0", False)]
+)
+def test_only_the_supported_series_is_accepted(version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_omni.version
+
+    monkeypatch.setattr(vllm_omni.version, "__version__", version)
+    if accepted:
+        upstream_checks.check_version()
+        return
+    with raises("vllm_omni_version", version):
+        upstream_checks.check_version()
+
+
+def test_declaring_an_output_type_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_omni.diffusion import model_metadata
+
+    known = {"Known": model_metadata.DiffusionModelMetadata(supports_multimodal_inputs=True)}
+    monkeypatch.setattr(model_metadata, "_DIFFUSION_MODEL_METADATA", known)
+    for name in ("Known", "New"):
+        patches.declare_output_type(name, "video")
+    assert known["Known"].supports_multimodal_inputs
+    assert {entry.final_output_type for entry in known.values()} == {"video"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ring_kernel_gives_output_and_log_sum_exp(dtype: torch.dtype) -> None:
+    from port_kit.runtime.worker import efficient_attention_cpu
+
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 3, length, 8, generator=generator).to(dtype) for length in (5, 7, 7))
+    output, log_sum_exp, *_ = efficient_attention_cpu(query, key, value, None, True, scale=0.5)
+    scores = query.double() @ key.double().transpose(-1, -2) * 0.5
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(log_sum_exp.double(), scores.logsumexp(-1), atol=tolerance, rtol=tolerance)
+    assert log_sum_exp.dtype == torch.float32
+
+
+def test_the_output_loop_tells_why_an_output_was_not_packed() -> None:
+    from vllm_omni.diffusion.data import DiffusionOutput
+
+    from port_kit.runtime.worker import async_output_loop
+
+    sent: list[object] = []
+    worker = SimpleNamespace(
+        _async_output_queue=queue.Queue(),
+        _async_output_done=threading.Condition(),
+        _async_output_pending=2,
+        _enqueue_result=sent.append,
+    )
+    large = torch.empty(1 << 20, device="meta")  # has no data to copy
+    for output in (DiffusionOutput(output=large), DiffusionOutput(output=torch.ones(1 << 19))):
+        worker._async_output_queue.put((output, f"id-{len(sent)}", None))
+    worker._async_output_queue.put(None)
+    async_output_loop(worker)
+    assert worker._async_output_pending == 0
+    assert [bool(message.error) for message in sent] == [True, False]
+    assert "shared memory failed" in sent[0].error
+    _release(sent[1].output)
+
+
+def _release(output: object) -> None:
+    """Take the packed tensor back, which also frees its shared memory."""
+    from vllm_omni.diffusion.ipc import unpack_diffusion_output_shm
+
+    unpack_diffusion_output_shm(output)
+    assert output.output.sum() == 1 << 19
