@@ -100,7 +100,7 @@ check: $(STAMP) tree
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --no-incremental -p port_kit
 
 test: check $(TRITON)
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The inner loop: without the modules that tests/conftest.py marks as integration tests.
 test-fast: $(STAMP)

@@ -30,11 +30,12 @@ INTEGRATION = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of :data:`INTEGRATION`."""
+    """Mark the tests of :data:`INTEGRATION` and run them first: at the end, no process waits long for the other's."""
     places = [Path(__file__).parent / name for name in INTEGRATION]
     for item in items:
         if any(item.path.is_relative_to(place) for place in places):
             item.add_marker(pytest.mark.integration)
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
 
 
 @pytest.fixture(scope="session")

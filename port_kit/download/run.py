@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from port_kit.download.assemble import assemble, invalidate_index
 from port_kit.download.fetch import Fetcher
@@ -59,8 +60,7 @@ class Settings:
     policy: Policy = Policy()
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """The result of a run.
 
     Attributes:
@@ -79,20 +79,21 @@ class Report:
     directory: Path
     plan: Plan | None = None
     fetched: tuple[str, ...] = ()
-    repaired: dict[str, str] = dataclasses.field(default_factory=dict)
+    repaired: Mapping[str, str] = MappingProxyType({})
     network_bytes: int = 0
     local_bytes: int = 0
     removed: tuple[str, ...] = ()
     untracked_files: tuple[str, ...] = ()
-    code: dict[str, str] = dataclasses.field(default_factory=dict)
+    code: Mapping[str, str] = MappingProxyType({})
     seconds: float = 0.0
     complete: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain form."""
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         plan = self.plan.to_json() if self.plan else None
-        return {**fields, "directory": str(self.directory), "plan": plan, "seconds": round(self.seconds, 3)}
+        mappings = {"repaired": dict(self.repaired), "code": dict(self.code)}
+        plain = {"directory": str(self.directory), "plan": plan, "seconds": round(self.seconds, 3)}
+        return {**self._asdict(), **plain, **mappings}
 
 
 def download(recipe: Recipe, output_dir: str | Path, *, progress: Progress | None = None, **options: Any) -> Report:

@@ -25,6 +25,7 @@ def run(name: str, *options: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_request_is_timed_by_phase() -> None:
     result = run("end_to_end", "--tiny", "--rounds", "1", "--steps", "3")
     assert set(result["phases"]) >= {"encode_text", "encode_picture", "encode_voice", "decode_video", "vocode"}
@@ -47,7 +48,7 @@ def test_all_ways_of_loading_leave_the_same_weights(tmp_path: Path, monkeypatch:
     speeds = load_cold.disk(files, 1 << 20)
     assert speeds["bytes_per_s"] == speeds[speeds["best"]] > 0
     found = {way: load_cold.load(way, tmp_path, time.time()) for way in load_cold.WAYS}
-    assert cached_share(files) == 1.0
+    assert cached_share(files) > 0.9  # the kernel may reclaim pages
     assert len({one["checksum"] for one in found.values()}) == 1
     assert all(one["weights_s"] > 0 and one["first_step_s"] > 0 and one["peak_rss"] > 0 for one in found.values())
     row = load_cold.median([found["port"]], size, speeds["bytes_per_s"])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).with_name("run_layouts.py")
 KINDS = ("tp2", "ulysses2", "ring2", "allgather2", "cfg2", "hsdp2")
 REFUSED = ("ulysses3", "tp3", "cfg5", "cfg3+cache_dit")
-#: Seconds for seven engines: some 250 of CPU, and machines are shared.
+#: Seconds for seven engines; machines are shared.
 DEADLINE = 1800
 
 

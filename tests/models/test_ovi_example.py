@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from port_kit.cli.generate import build_parser, build_request, engine_options
@@ -25,6 +26,7 @@ def script(name: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_tiny_model_makes_a_video_with_audio_from_a_first_frame(tmp_path: Path) -> None:
     model = tmp_path / "ovi"
     assert "ovi is complete: 8 files" in script("download_ovi.py", "--tiny", "--output-dir", str(model))
