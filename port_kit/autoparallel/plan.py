@@ -22,7 +22,7 @@ from torch import nn
 
 from port_kit.errors import ParallelError
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 
 
 class Section(BaseModel):

@@ -12,6 +12,9 @@ from port_kit.port import resolve
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+#: The cases import this module.
+_CASES = "port_kit.autoparallel.diffusers_cases:CASES"
+
 
 @dataclass(frozen=True)
 class ModelScale:
@@ -83,16 +86,15 @@ def load_subject(reference: str) -> Subject:
     """
     if ":" in reference:
         return _from_function(reference)
-    from port_kit.autoparallel.diffusers_cases import CASES
-
-    if reference not in CASES:
+    cases: Any = resolve(_CASES)
+    if reference not in cases:
         raise ParallelError(
             f"{reference}: expected a class of diffusers with a case, or package.module:function",
             code="plan_subject",
             hint="write a function that returns a Subject and name it as package.module:function",
-            known=sorted(CASES),
+            known=sorted(cases),
         )
-    return CASES[reference]()
+    return cases[reference]()
 
 
 def _from_function(reference: str) -> Subject:
