@@ -90,9 +90,9 @@ class AttentionSite(Section):
         call: for ``kernel``: functions from the module to the call, such as
             ``("processor.__call__", "dispatch_attention_fn")``.
         index: ordinal of the call among those of the module with the same functions.
-        queries: streams of the queries, in order.
-        keys: streams of the keys, in order.
-        state: the keys are sharded and exchanged, gathered, or complete on every rank and never communicated.
+        queries: streams of the queries, in order; ``*`` stands for tokens that are complete on every rank.
+        keys: streams of the keys, in order; ``*`` as above. Complete keys are never communicated.
+        mask: the mask is complete on every rank, sharded like the keys, or absent.
     """
 
     module: str
@@ -101,7 +101,7 @@ class AttentionSite(Section):
     index: int = 0
     queries: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
-    state: Literal["sharded", "gathered", "whole"] = "sharded"
+    mask: Literal["", "whole", "sharded"] = ""
 
 
 class WholeModule(Section):
