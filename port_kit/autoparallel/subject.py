@@ -66,14 +66,15 @@ class Subject:
         name: class name of diffusers, or ``package.module:function``.
         build: return the module with seeded random weights, in evaluation mode and float32. Every part of the module
             must contribute to its output (no zero-initialized gates).
-        inputs: return seeded keyword arguments of the module's ``forward``. The number of tokens must grow with the
-            steps; a step of a modality that the module lacks changes nothing.
+        inputs: given a :class:`TokenScale` and a :class:`ModelScale` (that of the tiny configuration if omitted; rotary
+            tables have the width of a head), return seeded keyword arguments of the module's ``forward``. The number of
+            tokens must grow with the steps; a step of a modality that the module lacks changes nothing.
         output: select the tensors to compare from what ``forward`` returns.
     """
 
     name: str
     build: Callable[[ModelScale], nn.Module]
-    inputs: Callable[[TokenScale], dict[str, Any]]
+    inputs: Callable[..., dict[str, Any]]
     output: Callable[[Any], tuple[Tensor, ...]]
 
 
