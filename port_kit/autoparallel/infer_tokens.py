@@ -150,5 +150,3 @@ def _amend(choice: Choice, proposal: Proposal, trial: Trial) -> Choice | None:
     if group is None or len(blocks) == 1:
         return None
     return replace(choice, skip=choice.skip | {group.rpartition(".")[0]})
-
-

@@ -164,8 +164,8 @@ class _Recorder(TorchFunctionMode):
 def call_chain(frame: Any, module: nn.Module) -> tuple[str, ...]:
     """Return the functions from a module's ``forward`` to the attention call that ``frame`` makes.
 
-    Methods of the module are written as ``forward``, those of its attributes as ``processor.__call__``, and functions by
-    their name. The last element is one of :data:`KERNELS`.
+    Methods of the module are written as ``forward``, those of its attributes as ``processor.__call__``, and functions
+    by their name. The last element is one of :data:`KERNELS`.
     """
     chain = ["scaled_dot_product_attention"]
     while frame is not None:

@@ -96,7 +96,7 @@ def propose(observed: Observed, choice: Choice, subject: str, module_class: str)
         attention=tuple(dict.fromkeys(sites)),
         whole=tuple({one.module: one for one in whole}.values()),
     )
-    return Proposal(plan, choice, _module_outputs(observed, groups, choice, naming))
+    return Proposal(plan, choice, _output_axes(observed, groups, choice, naming))
 
 
 def _groups(observed: Observed, skip: frozenset[str]) -> dict[str, _Group]:
@@ -130,6 +130,14 @@ def _inputs(ordinal: int) -> Any:
 
 def _outputs(ordinal: int) -> Any:
     return lambda run: run.calls[ordinal].outputs
+
+
+def _module_inputs(ordinal: int, number: int) -> Any:
+    return lambda run: run.calls[ordinal].modules[number].inputs
+
+
+def _module_outputs(ordinal: int, number: int) -> Any:
+    return lambda run: run.calls[ordinal].modules[number].outputs
 
 
 def _block(
@@ -169,9 +177,7 @@ def _merge(found: Iterable[Sequence[TokenAxis]]) -> tuple[TokenAxis, ...]:
     return tuple({axis.path: axis for some in found for axis in some}.values())
 
 
-def _sites(
-    observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice, naming: Naming
-) -> list[AttentionSite]:
+def _sites(observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice, naming: Naming) -> list[AttentionSite]:
     counts: dict[tuple[str, tuple[str, ...]], int] = {}
     result = []
     for number, site in enumerate(observed.runs[0].calls[ordinal].sites):
@@ -202,8 +208,8 @@ def _whole(observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice,
     for number, call in enumerate(observed.runs[0].calls[ordinal].modules):
         if generalize(call.path) not in choice.whole:
             continue
-        given = observed.sizes(lambda run, n=number: run.calls[ordinal].modules[n].inputs)
-        returned = observed.sizes(lambda run, n=number: run.calls[ordinal].modules[n].outputs)
+        given = observed.sizes(_module_inputs(ordinal, number))
+        returned = observed.sizes(_module_outputs(ordinal, number))
         result.append(
             WholeModule(
                 module=generalize(call.path),
@@ -215,7 +221,7 @@ def _whole(observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice,
     return result
 
 
-def _module_outputs(
+def _output_axes(
     observed: Observed, groups: dict[str, _Group], choice: Choice, naming: Naming
 ) -> dict[tuple[str, int], tuple[TokenAxis, ...]]:
     counts: dict[str, int] = {}
@@ -226,6 +232,6 @@ def _module_outputs(
         for number, inner in enumerate(call.modules):
             nth = counts.get(inner.path, 0)
             counts[inner.path] = nth + 1
-            returned = observed.sizes(lambda run, o=ordinal, n=number: run.calls[o].modules[n].outputs)
+            returned = observed.sizes(_module_outputs(ordinal, number))
             result[inner.path, nth] = axes(returned, basic, choice.order, naming)
     return result

@@ -24,7 +24,15 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Trace:
-    """One run: result, outputs of modules in blocks in order of completion, and modules that were running at an error."""
+    """One run of one rank.
+
+    Attributes:
+        result: what the module returned.
+        error: exception that ended the run.
+        values: outputs of modules in blocks, by path and number of the call, in order of completion.
+        running: modules that were running at an error, innermost last.
+        sharded: the module with the plan applied.
+    """
 
     result: Any = None
     error: BaseException | None = None
@@ -100,14 +108,12 @@ def run_trial(
     return Trial(worst, culprit, "", exchanges)
 
 
-def _rank(
-    model: nn.Module, inputs: dict[str, Any], plan: Plan, world: ThreadWorld, rank: int, trace: Trace
-) -> None:
+def _rank(model: nn.Module, inputs: dict[str, Any], plan: Plan, world: ThreadWorld, rank: int, trace: Trace) -> None:
     try:
         own = copy.deepcopy(model)
         trace.sharded = shard_tokens(own, plan, ThreadExchange(world, rank))
         _run(own, copy.deepcopy(inputs), trace)
-    except Exception as error:  # noqa: BLE001 - reported by the thread that started this one
+    except Exception as error:  # reported by the thread that started this one
         trace.error = error
     if trace.error is not None:
         world.barrier.abort()
@@ -142,7 +148,7 @@ def _run(model: nn.Module, inputs: dict[str, Any], trace: Trace) -> None:
     try:
         with torch.no_grad():
             trace.result = model(**inputs)
-    except Exception as error:  # noqa: BLE001 - reported by the caller
+    except Exception as error:  # reported by the caller
         trace.error = error
 
 
@@ -166,7 +172,7 @@ def _agree(parts: list[Any], whole: Any, axes: tuple[TokenAxis, ...], traces: li
     tokens = traces[0].sharded.tokens
     by_path = [dict(leaves(part)) for part in parts]
     for path, value in leaves(whole):
-        own = [one.get(path) for one in by_path]
+        own: list[Any] = [one.get(path) for one in by_path]
         if not isinstance(value, Tensor):
             continue
         axis = table.get(path)
@@ -175,7 +181,7 @@ def _agree(parts: list[Any], whole: Any, axes: tuple[TokenAxis, ...], traces: li
                 return False
             if own[0].shape[axis.dim] != tokens.local_total(axis.streams):
                 return False
-            own = [tokens.join(own, axis.dim, axis.streams)]  # type: ignore[arg-type]
+            own = [tokens.join(own, axis.dim, axis.streams)]
         if any(difference(one, value) > 10 * TOLERANCE for one in own):
             return False
     return True

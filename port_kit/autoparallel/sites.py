@@ -38,7 +38,7 @@ class SiteRouter:
         token_dim: dimension of the tokens in the arguments: 1, or 2 for torch's function.
 
     Attributes:
-        exchanges: number of calls by kind: ``local``, ``heads``, ``keys``, ``kernel``.
+        exchanges: number of calls by kind: ``local``, ``heads``, ``keys``, or the kind of the kernel.
     """
 
     def __init__(self, sites: Sequence[AttentionSite], tokens: Tokens, kernel: Kernel | None, token_dim: int) -> None:
@@ -63,7 +63,7 @@ class SiteRouter:
         if attn_mask is None and self.kernel is not None and not options.get("is_causal"):
             out = self._run_kernel(site, query, key, value, options)
             if out is not None:
-                return self._count("kernel", out)
+                return self._count(getattr(self.kernel, "kind", "kernel"), out)
         mask = self._whole_mask(site, attn_mask, key)
         heads_dim = 3 - self.token_dim
         world = self.tokens.exchange.world
@@ -95,8 +95,9 @@ class SiteRouter:
         self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> Tensor | None:
         assert self.kernel is not None
-        given = [x.transpose(1, 2) if self.token_dim == 2 else x for x in (query, key, value)]
-        out = self.kernel(*given, options.get("scale"), site, self.tokens)
+        if self.token_dim == 2:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = self.kernel(query, key, value, options.get("scale"), site, self.tokens)
         return out if out is None or self.token_dim == 1 else out.transpose(1, 2)
 
     def _whole_mask(self, site: AttentionSite, mask: Tensor | None, key: Tensor) -> Tensor | None:

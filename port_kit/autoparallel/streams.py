@@ -1,7 +1,8 @@
 """Token streams, found by comparing the shapes of runs with more image, text and audio tokens.
 
-The *sizes* of a dimension are its lengths in all runs. A dimension whose sizes differ counts tokens. Dimensions of equal
-sizes hold the same tokens. A dimension whose sizes are the sum of several streams' sizes holds their concatenation.
+The *sizes* of a dimension are its lengths in all runs. A dimension whose sizes differ counts tokens. Dimensions of
+equal sizes hold the same tokens. A dimension whose sizes are the sum of several streams' sizes holds their
+concatenation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Observed:
             rest = [other.get(path) for other in others]
             if isinstance(shape, int):
                 if all(isinstance(one, int) for one in rest):
-                    found[path, -1] = (shape, *rest)  # type: ignore[assignment]
+                    found[path, -1] = (shape, *rest)  # type: ignore[arg-type]
             elif all(isinstance(one, tuple) and len(one) == len(shape) for one in rest):
                 for dim, size in enumerate(shape):
                     found[path, dim] = (size, *(one[dim] for one in rest))  # type: ignore[index]
