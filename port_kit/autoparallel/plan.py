@@ -90,9 +90,9 @@ class AttentionSite(Section):
         call: for ``kernel``: functions from the module to the call, such as
             ``("processor.__call__", "dispatch_attention_fn")``.
         index: ordinal of the call among those of the module with the same functions.
-        queries: streams of the queries, in order.
-        keys: streams of the keys, in order.
-        state: the keys are sharded and exchanged, gathered, or complete on every rank and never communicated.
+        queries: streams of the queries, in order; ``*`` stands for tokens that are complete on every rank.
+        keys: streams of the keys, in order; ``*`` as above. Complete keys are never communicated.
+        mask: the mask is complete on every rank, sharded like the keys, or absent.
     """
 
     module: str
@@ -101,7 +101,7 @@ class AttentionSite(Section):
     index: int = 0
     queries: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
-    state: Literal["sharded", "gathered", "whole"] = "sharded"
+    mask: Literal["", "whole", "sharded"] = ""
 
 
 class WholeModule(Section):
@@ -120,34 +120,51 @@ class WholeModule(Section):
     reason: str = ""
 
 
+class UnitGroup(Section):
+    """Units that are divided over the ranks together: the heads of an attention, the channels of a feed-forward.
+
+    Expressions are arithmetic over attributes of a block, such as ``attn.heads`` or ``attn.heads*attn.head_dim``.
+    They are evaluated on the unmodified block.
+
+    Attributes:
+        name: unique name, the block list and the module that the linears have in common.
+        block: pattern of the block.
+        count: expression for the number of units; the number of ranks must divide it.
+        mixes_tokens: a token's result depends on other tokens between the linears, as in attention.
+    """
+
+    name: str
+    block: str
+    count: str
+    mixes_tokens: bool = False
+
+
 class ChannelRule(Section):
     """Consecutive channels that are split in one way, for any width.
 
     Attributes:
-        share: relative size among the rules of one dimension.
-        units: name of the divided unit (``heads``, ``kv_heads``, ``channels``); each rank owns consecutive units.
-        repeat: number of equal consecutive parts that are each split by unit (two halves of a gated unit).
+        units: name of the group; rank ``r`` of ``n`` holds the r-th n-th part of each part.
+        size: expression for the channels of one part; empty if all parts of the dimension are equal.
+        repeat: number of equal consecutive parts that are each split (two halves of a gated unit).
     """
 
-    share: float = 1.0
-    units: str = "channels"
+    units: str
+    size: str = ""
     repeat: int = 1
 
 
 class LinearPlan(Section):
-    """Role of a linear under tensor parallelism.
+    """Role of a linear, or of a convolution over tokens, under tensor parallelism.
 
     Attributes:
         module: pattern of the linear.
         role: split by output, by input after a column linear, or by output and all-gathered.
-        channels: rules that partition the split dimension, in order.
-        fused_with: patterns of the other linears of one fused projection (q, k, v; gate and up), in order.
+        channels: rules that partition the split dimension, in order; none for ``gathered``.
     """
 
     module: str
     role: Literal["column", "row", "gathered"]
-    channels: tuple[ChannelRule, ...] = (ChannelRule(),)
-    fused_with: tuple[str, ...] = ()
+    channels: tuple[ChannelRule, ...] = ()
 
 
 class NormPlan(Section):
@@ -160,12 +177,12 @@ class NormPlan(Section):
     """
 
     module: str
-    kind: Literal["rms", "layer", "gathered"]
-    channels: tuple[ChannelRule, ...] = (ChannelRule(),)
+    kind: Literal["rms", "layer"]
+    channels: tuple[ChannelRule, ...]
 
 
 class TablePlan(Section):
-    """An argument or parameter with one entry per split channel; each rank reads its part.
+    """An argument or parameter with one entry per split channel or unit; each rank reads its part.
 
     Attributes:
         module: pattern of the module.
@@ -179,21 +196,23 @@ class TablePlan(Section):
     path: str
     kind: Literal["argument", "parameter"]
     dim: int
-    channels: tuple[ChannelRule, ...] = (ChannelRule(),)
+    channels: tuple[ChannelRule, ...]
 
 
 class DividedValue(Section):
-    """An integer attribute that counts split units, such as ``heads``; it is divided by the number of ranks.
+    """An integer attribute that is divided by the number of ranks, such as ``heads``.
 
     Attributes:
         module: pattern of the module.
         attribute: dotted attribute path, such as ``heads`` or ``processor.num_heads``.
-        units: the units that it counts.
+        index: entry of a tuple or list that is divided; None if the attribute is a number.
+        units: name of the group whose code reads it; empty if several do.
     """
 
     module: str
     attribute: str
-    units: str = "heads"
+    index: int | None = None
+    units: str = ""
 
 
 class Proof(Section):
@@ -243,6 +262,7 @@ class Plan(Section):
     blocks: tuple[Blocks, ...] = ()
     attention: tuple[AttentionSite, ...] = ()
     whole: tuple[WholeModule, ...] = ()
+    units: tuple[UnitGroup, ...] = ()
     linears: tuple[LinearPlan, ...] = ()
     norms: tuple[NormPlan, ...] = ()
     tables: tuple[TablePlan, ...] = ()

@@ -26,7 +26,7 @@ PLAN = Plan(
     streams=(Stream(name="image", grows_with=("image",)),),
     blocks=(Blocks(modules="blocks.*", inputs=(TokenAxis(path="x", dim=1, streams=("image",)),), gather="each"),),
     attention=(AttentionSite(module="blocks.*.attn", call=("processor.__call__", "sdpa"), queries=("image",)),),
-    linears=(LinearPlan(module="blocks.*.ff", role="column", channels=(ChannelRule(share=0.5, repeat=2),)),),
+    linears=(LinearPlan(module="blocks.*.ff", role="column", channels=(ChannelRule(units="blocks.ff", repeat=2),)),),
 )
 
 

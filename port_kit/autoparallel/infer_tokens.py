@@ -1,0 +1,152 @@
+"""Inference of the sequence-parallel part of a plan: propose from shapes, try, amend."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from port_kit.autoparallel.observe import Observation, observe
+from port_kit.autoparallel.plan import Plan, generalize
+from port_kit.autoparallel.propose import Choice, Proposal, propose
+from port_kit.autoparallel.simulate import Trace, Trial, run_once, run_trial
+from port_kit.autoparallel.streams import RUNS, Observed
+from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
+from port_kit.errors import ParallelError
+
+logger = logging.getLogger(__name__)
+
+#: Inputs that a plan is tried with: masked and unmasked, with other numbers of tokens than were observed.
+TRIALS = (TokenScale(image=1, masked=True), TokenScale(text=1, audio=1))
+#: Amendments of one choice.
+_MAX_AMENDMENTS = 6
+
+
+@dataclass
+class TokenInference:
+    """Result of the inference.
+
+    Attributes:
+        plan: plan with streams, boundaries and attention sites.
+        trials: results at :data:`TRIALS`.
+        reason: finding if there is no plan, else empty.
+    """
+
+    plan: Plan | None
+    trials: list[Trial]
+    reason: str = ""
+
+
+def infer_tokens(subject: Subject) -> TokenInference:
+    """Infer the sequence-parallel part of a subject's plan."""
+    model = subject.build(ModelScale())
+    search = _Search(subject, model, observe_runs(subject, model))
+    return search.run()
+
+
+def observe_runs(subject: Subject, model: nn.Module) -> Observed:
+    """Observe a module at all :data:`~port_kit.autoparallel.streams.RUNS`.
+
+    Raises:
+        ParallelError: ``plan_inference``; runs make different calls.
+    """
+    runs = tuple(observe(model, subject.inputs(replace(scale, masked=True))) for scale in RUNS.values())
+    for name, run in zip(RUNS, runs, strict=True):
+        if not _aligned(runs[0], run):
+            raise ParallelError(
+                f"{subject.name}: with more {name} tokens the module calls other modules",
+                code="plan_inference",
+                hint="give inputs that take the same path at all sizes",
+            )
+    return Observed(runs)
+
+
+def _aligned(one: Observation, other: Observation) -> bool:
+    def calls(run: Observation) -> list[Any]:
+        return [(c.path, [s.call for s in c.sites], [m.path for m in c.modules]) for c in run.calls]
+
+    return calls(one) == calls(other)
+
+
+class _Search:
+    def __init__(self, subject: Subject, model: nn.Module, observed: Observed) -> None:
+        self.subject, self.model, self.observed = subject, model, observed
+        self.inputs = [subject.inputs(scale) for scale in TRIALS]
+        self.single: list[Trace] = [run_once(model, inputs) for inputs in self.inputs]
+        self.tried: set[str] = set()
+        self.best: tuple[Proposal, list[Trial]] | None = None
+        self.reason = "no list of blocks with attention returns tokens of the output"
+
+    def run(self) -> TokenInference:
+        """Try all choices without amendments, then with them; return the first that agrees."""
+        for amend in (False, True):
+            for choice in _choices():
+                found = self._amended(choice) if amend else self._try(choice)
+                if found is not None and not found[0].choice.skip:
+                    return TokenInference(found[0].plan, found[1])
+                self.best = self.best or found
+        if self.best is not None:
+            return TokenInference(self.best[0].plan, self.best[1])
+        return TokenInference(None, [], self.reason)
+
+    def _try(self, choice: Choice, seen: list[tuple[Proposal, Trial]] | None = None) -> Any:
+        proposal = self._propose(choice)
+        if proposal is None or (text := proposal.plan.to_toml()) in self.tried:
+            return None
+        self.tried.add(text) if seen is None else None
+        trials = []
+        for inputs, single in zip(self.inputs, self.single, strict=True):
+            trial = run_trial(self.model, inputs, proposal.plan, proposal.outputs, single)
+            logger.info("%s -> %.1e %s %s", choice, trial.difference, trial.culprit, trial.error)
+            trials.append(trial)
+            if not trial.ok:
+                self.reason = trial.error or f"first different module: {trial.culprit}"
+                if seen is not None:
+                    seen.append((proposal, trial))
+                return None
+        return proposal, trials
+
+    def _propose(self, choice: Choice) -> Proposal | None:
+        kind = type(self.model)
+        return propose(self.observed, choice, self.subject.name, f"{kind.__module__}.{kind.__qualname__}")
+
+    def _amended(self, choice: Choice) -> Any:
+        """Run modules that differ on all tokens; if that does not help, leave their list alone."""
+        for _ in range(_MAX_AMENDMENTS):
+            seen: list[tuple[Proposal, Trial]] = []
+            found = self._try(choice, seen)
+            if found is not None:
+                return found
+            amended = _amend(choice, *seen[0]) if seen else None
+            if amended is None:
+                return None
+            choice = amended
+        return None
+
+
+def _choices() -> Iterator[Choice]:
+    gathers, masks = ("end", "list", "block"), ("whole", "sharded")
+    for gather, order, mask in itertools.product(gathers, (0, 1), masks):
+        yield Choice(gather=gather, order=order, masks=mask)  # type: ignore[arg-type]
+
+
+def _amend(choice: Choice, proposal: Proposal, trial: Trial) -> Choice | None:
+    path = trial.culprit
+    blocks = [blocks.modules for blocks in proposal.plan.blocks]
+    while path and (pattern := generalize(path)) not in blocks:
+        block = next((b for b in blocks if pattern.startswith(f"{b}.")), None)
+        if block is None:
+            break
+        if pattern not in choice.whole:
+            inner = frozenset(one for one in choice.whole if not one.startswith(f"{pattern}."))
+            return replace(choice, whole=inner | {pattern})
+        path = path.rpartition(".")[0]
+    pattern = generalize(trial.culprit)
+    group = next((b for b in blocks if pattern == b or pattern.startswith(f"{b}.")), None)
+    if group is None or len(blocks) == 1:
+        return None
+    return replace(choice, skip=choice.skip | {group.rpartition(".")[0]})
