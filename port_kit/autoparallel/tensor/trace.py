@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from port_kit.autoparallel.tensor.blocks import Arguments, channel_axis, copy_arguments, is_linear
 from port_kit.autoparallel.tensor.nested import Path, leaves, map_leaves
 
+#: Numbers above this one are those of additive masks.
+MASK = 1e3
+
 
 class Side(NamedTuple):
     """Channels of one module: the input or output of a linear, or a norm over all channels."""
@@ -140,13 +143,23 @@ def _leaf_arguments(given: Arguments, graph: _Graph, seed: int) -> Arguments:
     def change(path: Path, x: Any) -> Any:
         if not torch.is_tensor(x) or not (x.is_floating_point() or x.is_complex()):
             return x
-        noise = torch.randn(x.shape, generator=generator).to(x.dtype) * 0.1 if seed and x.dim() >= 3 else 0
-        graph.inputs[path] = (x + noise * (x != 0)).detach().requires_grad_()
+        if seed and x.dim() >= 3:
+            x = _varied(x, generator)
+        graph.inputs[path] = x.detach().requires_grad_()
         return graph.inputs[path].clone()
 
     args, kwargs = copy_arguments(given)
     tree = map_leaves({"args": args, "kwargs": kwargs}, change)
     return tree["args"], tree["kwargs"]
+
+
+def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Add noise as large as the values; zeros and the large numbers of masks stay."""
+    scale = x.abs().median() if x.numel() else x.abs().sum()
+    if float(scale) > MASK:
+        return x
+    noise = torch.randn(x.shape, generator=generator).to(x.dtype) * scale
+    return torch.where((x == 0) | (x.abs() > MASK), x, x + noise)
 
 
 @contextmanager
