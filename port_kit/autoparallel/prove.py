@@ -74,6 +74,17 @@ class LayoutResult:
         """Return the result as JSON-serializable values."""
         return asdict(self)
 
+    def describe(self) -> str:
+        """Return one line."""
+        if self.difference is None:
+            return f"FAIL {self.layout:<16} {self.reason}"
+        control = "" if self.control is None else f"  control {self.control:.0e}"
+        figures = (
+            f"difference {self.difference:.1e}{control}  tokens {_percent(self.tokens)}  "
+            f"block bytes {_percent(self.block_bytes)}"
+        )
+        return f"{'ok  ' if self.proven else 'FAIL'} {self.layout:<16} {figures}  {self.reason}".rstrip()
+
     def proofs(self) -> list[Proof]:
         """Return one entry of a plan per configuration; none if the layout is not proven."""
         shares = {"control": self.control, "tokens": self.tokens, "block_bytes": self.block_bytes}
