@@ -136,7 +136,6 @@ def _register_host(name: str) -> None:
         model_arch=name,
         module_name=MODULE,
         class_name=name,
-        pre_process_func_name="get_pre_process_func",
         post_process_func_name="get_post_process_func",
     )
 

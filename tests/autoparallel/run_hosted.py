@@ -38,7 +38,9 @@ def run(model: str, class_name: str, spec: dict[str, Any], layout: str) -> dict[
         additional_config=spec.get("additional_config"),
     )
     try:
-        parameters = OmniDiffusionSamplingParams(seed=3, output_type="np", extra_args=spec["arguments"], **spec["sampling"])
+        parameters = OmniDiffusionSamplingParams(
+            seed=3, output_type="np", extra_args=spec["arguments"], **spec["sampling"]
+        )
         prompt = {"prompt": "a red cat on a mat"}
         if spec["negative"] is not None:
             prompt["negative_prompt"] = spec["negative"]

@@ -59,7 +59,7 @@ def load_denoiser(module: nn.Module, folder: Path, od_config: Any, device: torch
 
 def load_pipeline(index: PipelineIndex, denoisers: dict[str, nn.Module], dtype: torch.dtype, device: Any) -> Any:
     """Return the pipeline of diffusers with these denoisers; all other components are loaded by diffusers."""
-    pipeline = index.pipeline_class.from_pretrained(str(index.folder), torch_dtype=dtype, **denoisers)
+    pipeline = index.pipeline_class.from_pretrained(str(index.folder), dtype=dtype, **denoisers)
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:

@@ -6,7 +6,6 @@ are loaded by diffusers. Guidance is spread over vLLM-Omni's guidance ranks.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,11 +26,7 @@ from port_kit.pipeline.inputs import to_client_error
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
-
-#: Seeds of requests that give none.
-_SEEDS = 2**31
 
 
 class HostPipeline(nn.Module):
@@ -41,6 +36,7 @@ class HostPipeline(nn.Module):
         index: index of the pipeline directory.
         pipeline: the diffusers pipeline; set by :meth:`load_weights`.
         guidance: guidance spread over ranks; None on one rank.
+        computed: calls of the denoisers without spread guidance; for tests and reports.
     """
 
     supports_request_batch: ClassVar[bool] = False
@@ -59,12 +55,17 @@ class HostPipeline(nn.Module):
         self.weights_sources = ()
         self.guidance: SpreadGuidance | None = None
         self.pipeline: Any = None
+        self.computed = 0.0
         plan = plan_of(od_config)
         for name in self.index.denoisers:
             module = build_denoiser(self.index, name, od_config.dtype)
             if plan is not None:
                 adapt(module, plan, od_config)
+            module.register_forward_pre_hook(self._count)
             self.add_module(name, module)
+
+    def _count(self, *_: Any) -> None:
+        self.computed += 1
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the denoisers, load all other components, and spread guidance.
@@ -116,18 +117,6 @@ class PortKitAudioPipeline(HostPipeline):
     """Host of pipelines that return audio."""
 
     support_audio_output: ClassVar[bool] = True
-
-
-def get_pre_process_func(od_config: OmniDiffusionConfig) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
-    """Return the function that gives a request a seed, so that all ranks draw the same noise."""
-
-    def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
-        sampling = request.sampling_params
-        if sampling.seed is None and sampling.generator is None:
-            sampling.seed = random.randrange(_SEEDS)
-        return request
-
-    return pre_process
 
 
 def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[str, Any]]:

@@ -14,8 +14,6 @@ _SAMPLING = (
     "height",
     "width",
     "num_inference_steps",
-    "guidance_scale",
-    "guidance_scale_2",
     "true_cfg_scale",
     "max_sequence_length",
     "strength",
@@ -25,6 +23,8 @@ _SAMPLING = (
 )
 #: Sampling parameters with a default value, which is not given.
 _DEFAULTS = {"num_frames": 1, "guidance_rescale": 0.0, "eta": 0.0}
+#: Sampling parameters that vLLM-Omni fills in, with a flag if the request gives them.
+_FLAGGED = ("guidance_scale", "guidance_scale_2")
 #: Names of the media of a request in diffusers, in order of preference.
 _MEDIA = {
     "image": ("image", "images", "input_images"),
@@ -82,6 +82,9 @@ def _sampling(sampling: Any) -> Iterator[tuple[str, Any]]:
     for name in _SAMPLING:
         if (value := getattr(sampling, name)) is not None:
             yield name, value
+    for name in _FLAGGED:
+        if getattr(sampling, f"{name}_provided"):
+            yield name, getattr(sampling, name)
     for name, default in _DEFAULTS.items():
         if (value := getattr(sampling, name)) != default:
             yield name, value
@@ -101,7 +104,7 @@ def _count(outputs: int, parameters: Mapping[str, Any]) -> dict[str, int]:
 def _generator(sampling: Any, device: torch.device) -> torch.Generator:
     """Return a generator with the seed of the request, equal on all ranks.
 
-    vLLM-Omni gives a request with a seed a generator; :func:`get_pre_process_func` gives every request a seed.
+    vLLM-Omni gives every request a seed before it sends it to the ranks.
     """
     if isinstance(sampling.generator, torch.Generator):
         return sampling.generator

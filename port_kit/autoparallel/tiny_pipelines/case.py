@@ -20,14 +20,37 @@ class TinyPipeline:
         sampling: fields of ``OmniDiffusionSamplingParams``.
         arguments: further arguments of the pipeline's call.
         branches: calls of the transformer, or rows of a call, per step.
+        prompt: empty for pipelines without one.
         negative: negative prompt; None for pipelines without one.
+        image: pixels (height, width) of a reference image.
     """
 
     parts: Callable[[], dict[str, Any]]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     branches: int = 2
+    prompt: str = "a red cat on a mat"
     negative: str | None = "blurry, low quality"
+    image: tuple[int, int] | None = None
+
+    def request(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the prompt of a request, and its sampling parameters."""
+        prompt: dict[str, Any] = {"prompt": self.prompt}
+        if self.negative is not None:
+            prompt["negative_prompt"] = self.negative
+        if self.image is not None:
+            prompt["multi_modal_data"] = {"image": gradient_image(*self.image)}
+        return prompt, {"seed": 3, "output_type": "np", "extra_args": dict(self.arguments), **self.sampling}
+
+
+def gradient_image(height: int, width: int) -> Any:
+    """Return an image without symmetries."""
+    import numpy as np
+    from PIL import Image
+
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 7 % 256], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def write_pipeline(name: str, case: TinyPipeline, folder: Path) -> Path:

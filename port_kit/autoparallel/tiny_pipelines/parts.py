@@ -36,9 +36,7 @@ def umt5_encoder(width: int = 32) -> Any:
     """Return a UMT5 encoder with two layers."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return UMT5EncoderModel(
-        UMT5Config(vocab_size=T5_WORDS, d_model=width, d_kv=8, num_heads=4, d_ff=37, num_layers=2)
-    )
+    return UMT5EncoderModel(UMT5Config(vocab_size=T5_WORDS, d_model=width, d_kv=8, num_heads=4, d_ff=37, num_layers=2))
 
 
 def clip_tokenizer(length: int = 77) -> Any:
