@@ -12,7 +12,7 @@ from torch import nn
 from port_kit.autoparallel.exchange import Exchange
 from port_kit.autoparallel.plan import AttentionSite, Blocks, Plan, TokenAxis, WholeModule, find
 from port_kit.autoparallel.sites import Kernel, SiteRouter, bind_sites
-from port_kit.autoparallel.tokens import Tokens
+from port_kit.autoparallel.tokens import Tokens, pad
 from port_kit.autoparallel.tree import Arguments
 
 
@@ -56,7 +56,7 @@ def shard_tokens(model: nn.Module, plan: Plan, exchange: Exchange, kernel: Kerne
             _bound_blocks(model, blocks, tokens)
     for whole in plan.whole:
         for module in find(model, whole.module).values():
-            _run_whole(module, whole, tokens)
+            (_exchange_halo if whole.halo else _run_whole)(module, whole, tokens)
     routers: dict[str, list[SiteRouter]] = {}
     kernel_sites = [site for site in plan.attention if site.at == "kernel"]
     for (pattern, _), sites in groupby(sorted(kernel_sites, key=_chain), key=_chain):
@@ -115,6 +115,28 @@ def _run_whole(module: nn.Module, whole: WholeModule, tokens: Tokens) -> None:
             return None
         inside[0], tokens.sharded = inside[0] - 1, True
         return tokens.shard_all(whole.outputs, output)
+
+    module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+    module.register_forward_hook(leave)
+
+
+def _exchange_halo(module: nn.Module, whole: WholeModule, tokens: Tokens) -> None:
+    """Add the neighbors' rows to the input of a convolution and remove the rows that they give from its output."""
+    (axis,), stream = whole.inputs, whole.inputs[0].streams[0]
+    rows_before = [0]
+
+    def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not tokens.sharded:
+            return None
+        x, rows_before[0] = tokens.with_halo(args[0], axis.dim, stream, whole.halo)
+        return (x, *args[1:]), kwargs
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not tokens.sharded:
+            return None
+        valid = tokens.valid(stream, tokens.exchange.rank, 2)
+        own = output.narrow(axis.dim, rows_before[0], valid)
+        return pad(own, axis.dim, tokens.local(stream, 2))
 
     module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     module.register_forward_hook(leave)

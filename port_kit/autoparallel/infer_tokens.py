@@ -12,7 +12,7 @@ from torch import nn
 
 from port_kit.autoparallel.observe import Observation, observe
 from port_kit.autoparallel.plan import Plan, generalize
-from port_kit.autoparallel.propose import Choice, Proposal, propose
+from port_kit.autoparallel.propose import Choice, Proposal, has_grid, propose
 from port_kit.autoparallel.simulate import Trace, Trial, run_once, run_trial
 from port_kit.autoparallel.streams import RUNS, Observed
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: Inputs that a plan is tried with: masked and unmasked, with other numbers of tokens than were observed.
 TRIALS = (TokenScale(image=1, masked=True), TokenScale(text=1, audio=1))
+#: Modules whose outputs depend on one token each, or that are containers.
+_TOKENWISE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.ModuleList, nn.Sequential)
 #: Amendments of one choice.
 _MAX_AMENDMENTS = 6
 
@@ -83,8 +85,9 @@ class _Search:
 
     def run(self) -> TokenInference:
         """Try all choices without amendments, then with them; return the first that agrees."""
+        grids = (False, True) if has_grid(self.observed) else (False,)
         for amend in (False, True):
-            for choice in _choices():
+            for choice in _choices(grids):
                 found = self._amended(choice) if amend else self._try(choice)
                 if found is not None and not found[0].choice.skip:
                     return TokenInference(found[0].plan, found[1])
@@ -95,9 +98,12 @@ class _Search:
 
     def _try(self, choice: Choice, seen: list[tuple[Proposal, Trial]] | None = None) -> Any:
         proposal = self._propose(choice)
-        if proposal is None or (text := proposal.plan.to_toml()) in self.tried:
+        if proposal is None:
             return None
-        self.tried.add(text) if seen is None else None
+        text = f"{seen is None} {proposal.plan.to_toml()}"
+        if text in self.tried:
+            return None
+        self.tried.add(text)
         trials = []
         for inputs, single in zip(self.inputs, self.single, strict=True):
             trial = run_trial(self.model, inputs, proposal.plan, proposal.outputs, single)
@@ -121,27 +127,39 @@ class _Search:
             found = self._try(choice, seen)
             if found is not None:
                 return found
-            amended = _amend(choice, *seen[0]) if seen else None
+            amended = _amend(self.model, choice, *seen[0]) if seen else None
             if amended is None:
                 return None
             choice = amended
         return None
 
 
-def _choices() -> Iterator[Choice]:
+def _choices(grids: tuple[bool, ...]) -> Iterator[Choice]:
     gathers, masks = ("end", "list", "block"), ("whole", "sharded")
-    for gather, order, mask in itertools.product(gathers, (0, 1), masks):
-        yield Choice(gather=gather, order=order, masks=mask)  # type: ignore[arg-type]
+    for grid, gather, order, mask in itertools.product(reversed(grids), gathers, (0, 1), masks):
+        yield Choice(gather=gather, order=order, masks=mask, grid=grid)  # type: ignore[arg-type]
 
 
-def _amend(choice: Choice, proposal: Proposal, trial: Trial) -> Choice | None:
+def _halo(module: nn.Module, proposal: Proposal) -> int:
+    """Return the rows that a convolution reads on each side of a row; 0 if it is not one that keeps the grid."""
+    if not isinstance(module, (nn.Conv2d, nn.Conv3d)) or not proposal.choice.grid:
+        return 0
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    keeps = all(stride == 1 for stride in module.stride) and reach[0] == 2 * module.padding[0]
+    return reach[0] // 2 if keeps and module.padding_mode == "zeros" else 0
+
+
+def _amend(model: nn.Module, choice: Choice, proposal: Proposal, trial: Trial) -> Choice | None:
     path = trial.culprit
     blocks = [blocks.modules for blocks in proposal.plan.blocks]
+    halo = _halo(model.get_submodule(path), proposal)
+    if halo and generalize(path) not in dict(choice.halo):
+        return replace(choice, halo=choice.halo | {(generalize(path), halo)})
     while path and (pattern := generalize(path)) not in blocks:
         block = next((b for b in blocks if pattern.startswith(f"{b}.")), None)
         if block is None:
             break
-        if pattern not in choice.whole:
+        if pattern not in choice.whole and not isinstance(model.get_submodule(path), _TOKENWISE):
             inner = frozenset(one for one in choice.whole if not one.startswith(f"{pattern}."))
             return replace(choice, whole=inner | {pattern})
         path = path.rpartition(".")[0]

@@ -50,11 +50,14 @@ class TokenAxis(Section):
         path: dotted path of the value.
         dim: dimension of the tokens, from the front; -1 if the value is an integer that counts them.
         streams: streams of which the dimension consists, in order.
+        grid: number of consecutive dimensions, or integer arguments, that hold the grid of the stream's tokens. The
+            first of them is sharded, and the stream is sharded by its rows.
     """
 
     path: str
     dim: int
     streams: tuple[str, ...]
+    grid: int = 1
 
 
 class Blocks(Section):
@@ -111,12 +114,15 @@ class WholeModule(Section):
         module: pattern of the module.
         inputs: arguments to gather before it.
         outputs: outputs to shard after it.
+        halo: rows of the grid that a convolution reads on both sides; if positive, only these are exchanged, and the
+            module runs on this rank's rows.
         reason: finding that makes it necessary.
     """
 
     module: str
     inputs: tuple[TokenAxis, ...] = ()
     outputs: tuple[TokenAxis, ...] = ()
+    halo: int = 0
     reason: str = ""
 
 

@@ -14,6 +14,7 @@ from port_kit.autoparallel.streams import (
     Sizes,
     axes,
     basic_streams,
+    grid_axes,
     growth,
     with_complete_parts,
 )
@@ -30,6 +31,8 @@ class Choice:
         masks: arguments that look like masks stay complete, or are sharded.
         skip: lists of blocks that are left alone.
         whole: patterns of modules that run on all tokens.
+        grid: streams whose grid is among the arguments of blocks are sharded by rows.
+        halo: patterns of convolutions that exchange rows at the edges of each rank's part.
     """
 
     gather: Literal["end", "list", "block"] = "end"
@@ -37,6 +40,8 @@ class Choice:
     masks: Literal["whole", "sharded"] = "whole"
     skip: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
+    grid: bool = False
+    halo: frozenset[tuple[str, int]] = frozenset()
 
 
 @dataclass
@@ -150,7 +155,26 @@ def _block(
     if choice.masks == "whole":
         inputs = observed.runs[0].calls[ordinal].inputs
         found = tuple(a for a in found if a.dim < 0 or not _is_mask(inputs[a.path], a.path, given))
+    if choice.grid:
+        found = _with_grid(found, observed.all_sizes(_inputs(ordinal)), basic, naming)
     return found, axes(observed.sizes(_outputs(ordinal)), basic, choice.order, naming)
+
+
+def _with_grid(
+    found: tuple[TokenAxis, ...], sizes: dict[tuple[str, int], Sizes], basic: list[Sizes], naming: Naming
+) -> tuple[TokenAxis, ...]:
+    known = {axis.path for axis in found}
+    return found + tuple(axis for axis in grid_axes(sizes, basic, naming) if axis.path not in known)
+
+
+def has_grid(observed: Observed) -> bool:
+    """Return True if integer arguments of a block hold the grid of a stream."""
+    for group in _groups(observed, frozenset()).values():
+        for ordinal in group.ordinals:
+            found = grid_axes(observed.all_sizes(_inputs(ordinal)), basic_streams(group.streams), Naming())
+            if any(axis.dim < 0 for axis in found):
+                return True
+    return False
 
 
 def _split_by_counts(call: BlockCall, given: dict[tuple[str, int], Sizes], basic: list[Sizes]) -> None:
@@ -205,20 +229,24 @@ def _parts(lengths: list[int], basic: list[Sizes], choice: Choice, naming: Namin
 
 def _whole(observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice, naming: Naming) -> list[WholeModule]:
     result = []
+    halos = dict(choice.halo)
     for number, call in enumerate(observed.runs[0].calls[ordinal].modules):
-        if generalize(call.path) not in choice.whole:
+        pattern = generalize(call.path)
+        if pattern not in choice.whole and pattern not in halos:
             continue
-        given = observed.sizes(_module_inputs(ordinal, number))
-        returned = observed.sizes(_module_outputs(ordinal, number))
-        result.append(
-            WholeModule(
-                module=generalize(call.path),
-                inputs=axes(given, basic, choice.order, naming),
-                outputs=axes(returned, basic, choice.order, naming),
-                reason="its outputs depend on other tokens",
-            )
-        )
+        inputs = _module_axes(observed, _module_inputs(ordinal, number), basic, choice, naming)
+        outputs = _module_axes(observed, _module_outputs(ordinal, number), basic, choice, naming)
+        halo = halos.get(pattern, 0)
+        reason = "a convolution over rows of the grid" if halo else "its outputs depend on other tokens"
+        result.append(WholeModule(module=pattern, inputs=inputs, outputs=outputs, halo=halo, reason=reason))
     return result
+
+
+def _module_axes(
+    observed: Observed, pick: Any, basic: list[Sizes], choice: Choice, naming: Naming
+) -> tuple[TokenAxis, ...]:
+    found = axes(observed.sizes(pick), basic, choice.order, naming)
+    return _with_grid(found, observed.all_sizes(pick), basic, naming) if choice.grid else found
 
 
 def _output_axes(
@@ -232,6 +260,5 @@ def _output_axes(
         for number, inner in enumerate(call.modules):
             nth = counts.get(inner.path, 0)
             counts[inner.path] = nth + 1
-            returned = observed.sizes(_module_outputs(ordinal, number))
-            result[inner.path, nth] = axes(returned, basic, choice.order, naming)
+            result[inner.path, nth] = _module_axes(observed, _module_outputs(ordinal, number), basic, choice, naming)
     return result

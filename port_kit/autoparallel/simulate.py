@@ -144,7 +144,7 @@ def _run(model: nn.Module, inputs: dict[str, Any], trace: Trace) -> None:
 
     for path, module in model.named_modules():
         module.register_forward_pre_hook(enter(path), prepend=True)
-        module.register_forward_hook(leave(path), prepend=True)
+        module.register_forward_hook(leave(path))
     try:
         with torch.no_grad():
             trace.result = model(**inputs)
@@ -177,11 +177,11 @@ def _agree(parts: list[Any], whole: Any, axes: tuple[TokenAxis, ...], traces: li
             continue
         axis = table.get(path)
         if axis is not None and own[0].shape != value.shape:
-            if any(stream not in tokens.lengths for stream in axis.streams):
+            if any(stream not in (tokens.rows if axis.grid > 1 else tokens.lengths) for stream in axis.streams):
                 return False
-            if own[0].shape[axis.dim] != tokens.local_total(axis.streams):
+            if own[0].shape[axis.dim] != tokens.local_total(axis.streams, axis.grid):
                 return False
-            own = [tokens.join(own, axis.dim, axis.streams)]
+            own = [tokens.join(own, axis.dim, axis.streams, axis.grid)]
         if any(difference(one, value) > 10 * TOLERANCE for one in own):
             return False
     return True

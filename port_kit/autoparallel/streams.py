@@ -8,6 +8,7 @@ concatenation.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,11 @@ class Observed:
     runs: tuple[Observation, ...]
 
     def sizes(self, pick: Callable[[Observation], Shapes]) -> dict[tuple[str, int], Sizes]:
-        """Return the sizes of all dimensions and integers that differ between runs.
+        """Return the sizes of all dimensions and integers that differ between runs; see :meth:`all_sizes`."""
+        return {key: sizes for key, sizes in self.all_sizes(pick).items() if len(set(sizes)) > 1}
+
+    def all_sizes(self, pick: Callable[[Observation], Shapes]) -> dict[tuple[str, int], Sizes]:
+        """Return the sizes of all dimensions and integers.
 
         Args:
             pick: select the shapes of one value from an observation.
@@ -53,7 +58,7 @@ class Observed:
             elif all(isinstance(one, tuple) and len(one) == len(shape) for one in rest):
                 for dim, size in enumerate(shape):
                     found[path, dim] = (size, *(one[dim] for one in rest))  # type: ignore[index]
-        return {key: sizes for key, sizes in found.items() if len(set(sizes)) > 1}
+        return found
 
 
 def growth(sizes: Sizes) -> tuple[str, ...]:
@@ -150,3 +155,35 @@ def axes(
         if parts is not None and path not in result:
             result[path] = TokenAxis(path=path, dim=dim, streams=tuple(map(naming.name, parts)))
     return tuple(result.values())
+
+
+def grid_axes(found: dict[tuple[str, int], Sizes], basic: Sequence[Sizes], naming: Naming) -> tuple[TokenAxis, ...]:
+    """Return the axes of values that hold the grid of a stream: rows and columns, or frames, rows and columns.
+
+    The product of consecutive dimensions, or of consecutive integer arguments, is the number of tokens in all runs.
+
+    Args:
+        found: sizes of all dimensions, as from :meth:`Observed.all_sizes`.
+        basic: streams that are sharded.
+        naming: names of streams.
+    """
+    integers = [key for key in found if key[1] < 0]
+    tensors = [
+        list(keys) for _, keys in itertools.groupby((key for key in found if key[1] >= 0), key=lambda key: key[0])
+    ]
+    candidates = (_grid(keys, found, basic, naming) for keys in (integers, *tensors))
+    return tuple(axis for axis in candidates if axis is not None)
+
+
+def _grid(
+    keys: list[tuple[str, int]], found: dict[tuple[str, int], Sizes], basic: Sequence[Sizes], naming: Naming
+) -> TokenAxis | None:
+    for count, start in itertools.product((3, 2), range(len(keys))):
+        chosen = keys[start : start + count]
+        if len(chosen) < count:
+            continue
+        product = tuple(math.prod(sizes) for sizes in zip(*(found[key] for key in chosen), strict=True))
+        if product in basic and all(size > 1 for size in found[chosen[0]]):
+            path, dim = chosen[0]
+            return TokenAxis(path=path, dim=dim, streams=(naming.name(product),), grid=count)
+    return None

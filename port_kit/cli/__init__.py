@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("port_kit.cli.list", "List the installed ports."),
     "manifest": ("port_kit.cli.manifest", "Names, shapes and dtypes of a checkpoint or of a port's modules."),
     "new": ("port_kit.cli.new", "Write a port: package, recipe, rules, tests, scripts, card."),
+    "plan": ("port_kit.cli.plan", "Infer, show and prove parallel plans of unmodified modules."),
     "remove": ("port_kit.cli.remove", "Remove a downloaded model directory."),
     "rules": ("port_kit.cli.rules", "Check, explain, suggest, plan, invert and export rule sets."),
     "show": ("port_kit.cli.show", "One port: components, licences, repositories, card."),

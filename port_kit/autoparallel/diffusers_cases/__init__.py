@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from port_kit.autoparallel.diffusers_cases import flux, hunyuan, image_cross, image_joint, video, wan
+from port_kit.autoparallel.diffusers_cases import audio, flux, hunyuan, image_cross, image_joint, video, wan
 from port_kit.autoparallel.subject import Subject
 
-_MODULES = (flux, hunyuan, image_cross, image_joint, video, wan)
+_MODULES = (audio, flux, hunyuan, image_cross, image_joint, video, wan)
 
 CASES: dict[str, Callable[[], Subject]] = {
     name: partial(case.subject, name) for module in _MODULES for name, case in sorted(module.CASES.items())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -45,22 +46,36 @@ class Case:
 
         torch.manual_seed(0)
         cls, config = getattr(diffusers, name), self.config(Sizes(scale))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _uninitialized_is_nan():
             warnings.simplefilter("ignore")
             model = self.build(cls, config) if self.build else cls(**config)
         randomize(model)
         return model.float().eval()
 
 
+@contextmanager
+def _uninitialized_is_nan() -> Iterator[None]:
+    """Fill memory that a constructor leaves uninitialized with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def randomize(model: nn.Module) -> None:
-    """Draw normal numbers for parameters that the constructor set to a constant.
+    """Draw normal numbers for parameters that the constructor set to a constant, or not at all (NaN).
 
     Zeros of gates hide every block, and ones of norms hide the order of their channels.
     """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
-            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.isnan().any():
+            parameter.data = noise / max(parameter.shape[-1], 1) ** 0.5
+        elif parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+            parameter.data = parameter.data + 0.1 * noise
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:

@@ -44,10 +44,30 @@ def _flux2_inputs(draw: Draw) -> dict[str, Any]:
     return _inputs(draw, img_ids=image, txt_ids=text, guidance=torch.full((draw.batch,), 4.0))
 
 
+def _chroma_config(sizes: Sizes) -> dict[str, Any]:
+    approximator = {"approximator_num_channels": 16, "approximator_hidden_dim": 40, "approximator_layers": 2}
+    return _config(sizes, **approximator)
+
+
+def _chroma_inputs(draw: Draw) -> dict[str, Any]:
+    mask = torch.cat([draw.mask(draw.text), torch.ones(draw.batch, draw.image)], dim=1)
+    return _inputs(draw, attention_mask=mask)
+
+
+def _fibo_inputs(draw: Draw) -> dict[str, Any]:
+    layers = [draw.texts(20) for _ in range(4 * draw.sizes.depth)]
+    return _inputs(draw, text_encoder_layers=layers, timestep=draw.times())
+
+
 CASES = {
+    "BriaFiboTransformer2DModel": Case(lambda sizes: _config(sizes, text_encoder_dim=20), _fibo_inputs),
+    "BriaTransformer2DModel": Case(_config, lambda draw: _inputs(draw, timestep=draw.times())),
+    "ChromaTransformer2DModel": Case(_chroma_config, _chroma_inputs),
+    "Flux2Transformer2DModel": Case(_flux2_config, _flux2_inputs),
     "FluxTransformer2DModel": Case(
         lambda sizes: _config(sizes, pooled_projection_dim=20, guidance_embeds=True),
         lambda draw: _inputs(draw, pooled_projections=draw.normal(20), guidance=torch.full((draw.batch,), 3.5)),
     ),
-    "Flux2Transformer2DModel": Case(_flux2_config, _flux2_inputs),
+    "LongCatImageTransformer2DModel": Case(_config, _inputs),
+    "OvisImageTransformer2DModel": Case(lambda sizes: _config(sizes, out_channels=12), _inputs),
 }

@@ -77,6 +77,10 @@ class Draw:
         """Return image latents, ``(batch, channels, height, width)``."""
         return self.normal(channels, self.rows * patch, self.columns * patch)
 
+    def square(self, channels: int, patch: int = 2) -> Tensor:
+        """Return latents of a square image, ``(batch, channels, columns * patch, columns * patch)``."""
+        return self.normal(channels, self.columns * patch, self.columns * patch)
+
     def clip(self, channels: int, patch: int = 2) -> Tensor:
         """Return video latents, ``(batch, channels, frames, height, width)``."""
         return self.normal(channels, self.frames, self.rows * patch, self.columns * patch)
