@@ -11,10 +11,7 @@ from torch import nn
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.parallel.memory import materialize
-from port_kit.remap import Rule, RuleSet, load_local
-
-#: Checkpoints of diffusers have the names of the module.
-SAME_NAMES = RuleSet(name="diffusers", allow_downcast=True, rules=(Rule("(.*)", r"\1"),))
+from port_kit.remap import RuleSet, load_local
 
 
 def build_denoiser(index: PipelineIndex, name: str, dtype: torch.dtype) -> nn.Module:
@@ -42,8 +39,15 @@ def build_denoiser(index: PipelineIndex, name: str, dtype: torch.dtype) -> nn.Mo
     return module.eval().requires_grad_(False)
 
 
-def load_denoiser(module: nn.Module, folder: Path, od_config: Any, device: torch.device) -> None:
+def load_denoiser(module: nn.Module, folder: Path, rules: RuleSet, od_config: Any, device: torch.device) -> None:
     """Fill a denoiser from its folder; under HSDP its blocks are sharded first.
+
+    Args:
+        module: the denoiser; its parameters are on the meta device.
+        folder: its checkpoint.
+        rules: rules from the checkpoint to the module.
+        od_config: the engine's configuration.
+        device: the rank's device.
 
     Raises:
         RemapError: a missing, unexpected or misshapen tensor.
@@ -54,7 +58,7 @@ def load_denoiser(module: nn.Module, folder: Path, od_config: Any, device: torch
         for leaf, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[leaf] = buffer.to(device)
-    load_local(module, folder, SAME_NAMES)
+    load_local(module, folder, rules)
 
 
 def load_pipeline(index: PipelineIndex, denoisers: dict[str, nn.Module], dtype: torch.dtype, device: Any) -> Any:

@@ -9,7 +9,12 @@ from port_kit.autoparallel.tiny_pipelines.case import TinyPipeline
 
 _SIZE = {"height": 32, "width": 32, "num_inference_steps": 3}
 _T5 = {**_SIZE, "guidance_scale": 5.0, "max_sequence_length": 24}
-_FLOW_VAE = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 1.5}
+_FLOW_VAE: dict[str, Any] = {
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "shift_factor": 0.1,
+    "scaling_factor": 1.5,
+}
 #: Options of the transformers that descend from DiT.
 _DIT = {
     "sample_size": 16,
@@ -107,7 +112,7 @@ def _chroma() -> dict[str, Any]:
 
 
 def _bria() -> dict[str, Any]:
-    from diffusers import BriaTransformer2DModel
+    from diffusers import BriaTransformer2DModel, EulerDiscreteScheduler
 
     transformer = BriaTransformer2DModel(
         patch_size=1,
@@ -120,7 +125,7 @@ def _bria() -> dict[str, Any]:
         pooled_projection_dim=None,
         axes_dims_rope=(0, 4, 4),
     )
-    return {"transformer": transformer, "vae": parts.image_vae(4), **_t5(), "scheduler": parts.flow_scheduler()}
+    return {"transformer": transformer, "vae": parts.image_vae(4), **_t5(), "scheduler": EulerDiscreteScheduler()}
 
 
 def _aura_flow() -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _lumina2() -> dict[str, Any]:
     )
     return {
         "transformer": transformer,
-        "vae": parts.image_vae(4),
+        "vae": parts.image_vae(4, shift_factor=0.1),
         "text_encoder": parts_llm.gemma2_encoder(),
         "tokenizer": parts_llm.gemma_tokenizer(),
         "scheduler": parts.flow_scheduler(),
