@@ -52,3 +52,31 @@ def show(plan: Path, as_json: bool) -> None:
 
     loaded = Plan.load(plan)
     emit("plan show", {"plan": loaded.model_dump(mode="json")}, as_json=as_json, text=describe(loaded))
+
+
+@command.command(
+    "prove",
+    epilog="Examples:  port-kit plan prove flux.toml  |  port-kit plan prove flux.toml --layout tp2xulysses2 --write",
+)
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--layout", "layouts", multiple=True, help="Prove this layout; repeat for several. Default: ten layouts.")
+@click.option("--write", is_flag=True, help="Record the proofs in PLAN.")
+@json_option
+@handles_errors("plan prove")
+def prove(plan: Path, layouts: tuple[str, ...], write: bool, as_json: bool) -> None:
+    """Compare several ranks with one rank for the plan file PLAN, and measure how the work is divided.
+
+    Tiny instances run on forked ranks on the CPU, at four configurations. Each exchange is left out once: the result
+    must change. The exit code is 0 if all layouts are proven.
+    """
+    from port_kit.autoparallel.plan import Plan
+    from port_kit.autoparallel.prove import DEFAULT_LAYOUTS, prove_plan, with_proofs
+    from port_kit.autoparallel.subject import load_subject
+
+    loaded = Plan.load(plan)
+    results = prove_plan(load_subject(loaded.subject), loaded, layouts or DEFAULT_LAYOUTS)
+    if write:
+        write_text(plan, with_proofs(loaded, results).to_toml())
+    data = {"plan": str(plan), "results": [result.to_json() for result in results]}
+    text = "\n".join(result.describe() for result in results)
+    emit("plan prove", data, as_json=as_json, text=text, ok=all(result.proven for result in results))

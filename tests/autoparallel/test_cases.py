@@ -24,11 +24,11 @@ TOKENS = (TokenScale(), TokenScale(image=1), TokenScale(text=1), TokenScale(audi
 def exported_classes() -> set[str]:
     """Return the names of the transformer classes that diffusers exports."""
     import diffusers
+    from diffusers.models import transformers
     from diffusers.models.modeling_utils import ModelMixin
 
-    found = {name: getattr(diffusers, name, None) for name in dir(diffusers)}
-    models = {name: cls for name, cls in found.items() if inspect.isclass(cls) and issubclass(cls, ModelMixin)}
-    return {name for name, cls in models.items() if cls.__module__.startswith("diffusers.models.transformers.")}
+    classes = {name: cls for name, cls in vars(transformers).items() if inspect.isclass(cls)}
+    return {name for name, cls in classes.items() if issubclass(cls, ModelMixin) and name in dir(diffusers)}
 
 
 def leaves(value: Any) -> Iterator[Tensor]:

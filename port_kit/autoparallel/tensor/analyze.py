@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from port_kit.autoparallel.tensor.blocks import Arguments, copy_arguments, is_linear
 from port_kit.autoparallel.tensor.groups import Groups, find_groups
-from port_kit.autoparallel.tensor.trace import Connections, trace
+from port_kit.autoparallel.tensor.layers import norm_eps
+from port_kit.autoparallel.tensor.trace import Connections, Node, trace
 from port_kit.autoparallel.tensor.values import Number, find_values
 
 #: Runs with different inputs, whose connections are united: a channel may be inactive in one of them.
@@ -27,12 +28,14 @@ class BlockSplit:
         norms: kind of each norm over channels that are split.
         values: numbers to divide.
         refused: reasons for linears that are not split although their channels are independent.
+        mixing: groups in which one position depends on several positions before.
     """
 
     groups: Groups
     norms: dict[str, NormKind] = field(default_factory=dict)
     values: tuple[Number, ...] = ()
     refused: list[str] = field(default_factory=list)
+    mixing: set[int] = field(default_factory=set)
 
 
 def analyze_block(block: nn.Module, given: Arguments, skip: set[str]) -> BlockSplit:
@@ -57,7 +60,16 @@ def analyze_block(block: nn.Module, given: Arguments, skip: set[str]) -> BlockSp
         if failure is None:
             break
         refused.append(_leave_whole(found, groups, failure.group, failure.reason))
-    return BlockSplit(groups, {path: norms[path] for path in groups.of("norm")}, values, refused)
+    own = {path: norms[path] for path in groups.of("norm")}
+    return BlockSplit(groups, own, values, refused, _mixing_groups(found, groups))
+
+
+def _mixing_groups(found: Connections, groups: Groups) -> set[int]:
+    mixing: set[int] = set()
+    for side, segments in groups.sides.items():
+        owners = [segment.group for segment in segments for _ in range(segment.size)]
+        mixing.update(group for channel, group in enumerate(owners) if Node(side, channel) in found.mixing)
+    return mixing
 
 
 def _leave_whole(found: Connections, groups: Groups, group: int | None, reason: str) -> str:
@@ -117,7 +129,8 @@ def _norm_kind(module: nn.Module, args: tuple[Any, ...], output: Any) -> NormKin
 
 def apply_norm(module: nn.Module, x: Tensor, wide: Tensor, kind: NormKind, dim: int) -> Tensor:
     """Return a norm's result by its formula, with the module's ``eps``, ``weight`` and ``bias``."""
-    eps = norm_eps(module, x.dtype)
+    known = norm_eps(module)
+    eps = torch.finfo(x.dtype).eps if known is None else known
     if kind == "layer":
         wide = wide - wide.sum(-1, keepdim=True) / dim
     wide = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / dim + eps)
@@ -126,11 +139,3 @@ def apply_norm(module: nn.Module, x: Tensor, wide: Tensor, kind: NormKind, dim: 
         if parameter is not None:
             wide = wide * parameter if name == "weight" else wide + parameter
     return wide
-
-
-def norm_eps(module: nn.Module, dtype: torch.dtype) -> float:
-    """Return the number that a norm adds to its mean square."""
-    for name in ("eps", "variance_epsilon", "epsilon"):
-        if isinstance(getattr(module, name, None), float):
-            return float(getattr(module, name))
-    return torch.finfo(dtype).eps

@@ -38,10 +38,12 @@ def block_paths(model: nn.Module) -> list[str]:
     return found
 
 
-def signature(block: nn.Module) -> tuple[Any, ...]:
-    """Return a key that blocks of equal structure share: classes and parameter shapes by name."""
-    parts: list[Any] = [(path, type(module).__qualname__) for path, module in block.named_modules()]
-    return (*parts, *((name, tuple(p.shape)) for name, p in block.named_parameters()))
+def structure(block: nn.Module) -> tuple[Any, ...]:
+    """Return a key that blocks of equal structure share: classes of modules and parameters, without sizes."""
+    return (
+        *((path, type(module).__qualname__) for path, module in block.named_modules()),
+        *((name, parameter.dim()) for name, parameter in block.named_parameters()),
+    )
 
 
 def call_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

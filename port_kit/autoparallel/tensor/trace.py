@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from port_kit.autoparallel.tensor.blocks import Arguments, channel_axis, copy_arguments, is_linear
 from port_kit.autoparallel.tensor.nested import Path, leaves, map_leaves
 
+#: Numbers above this one are those of additive masks.
+MASK = 1e3
+
 
 class Side(NamedTuple):
     """Channels of one module: the input or output of a linear, or a norm over all channels."""
@@ -61,7 +64,7 @@ class Connections:
         exits: nodes that the block's result depends on without another linear in between.
         extents: sizes of the axes of inputs and parameters.
         one_to_one: norms of which each input channel depends on one channel of a linear and on no input of the block.
-        mixing: linears of which a position of the input depends on several positions of other linears' outputs.
+        mixing: channels of which one position depends on several positions of other linears' outputs.
     """
 
     sizes: dict[Side, int] = field(default_factory=dict)
@@ -70,7 +73,7 @@ class Connections:
     exits: set[Node] = field(default_factory=set)
     extents: dict[Axis, int] = field(default_factory=dict)
     one_to_one: set[str] = field(default_factory=set)
-    mixing: set[str] = field(default_factory=set)
+    mixing: set[Node] = field(default_factory=set)
 
     def root(self, node: Node) -> Node:
         """Return the representative of a node's set."""
@@ -95,6 +98,7 @@ class _Graph:
     inputs: dict[Path, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     results: list[Tensor] = field(default_factory=list)
+    noise: torch.Generator | None = None
 
 
 def trace(
@@ -111,7 +115,7 @@ def trace(
         seed: of the weights of gradients and of the noise added to inputs.
         into: connections to extend.
     """
-    graph = _Graph()
+    graph = _Graph(noise=torch.Generator().manual_seed(seed) if seed else None)
     own = {
         f"{path}.{leaf}" for path, module in block.named_modules() if is_linear(module) for leaf in ("weight", "bias")
     }
@@ -140,13 +144,23 @@ def _leaf_arguments(given: Arguments, graph: _Graph, seed: int) -> Arguments:
     def change(path: Path, x: Any) -> Any:
         if not torch.is_tensor(x) or not (x.is_floating_point() or x.is_complex()):
             return x
-        noise = torch.randn(x.shape, generator=generator).to(x.dtype) * 0.1 if seed and x.dim() >= 3 else 0
-        graph.inputs[path] = (x + noise * (x != 0)).detach().requires_grad_()
+        if seed and x.dim() >= 3:
+            x = _varied(x, generator)
+        graph.inputs[path] = x.detach().requires_grad_()
         return graph.inputs[path].clone()
 
     args, kwargs = copy_arguments(given)
     tree = map_leaves({"args": args, "kwargs": kwargs}, change)
     return tree["args"], tree["kwargs"]
+
+
+def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Add noise as large as the values; zeros and the large numbers of masks stay."""
+    scale = x.abs().median() if x.numel() else x.abs().sum()
+    if float(scale) > MASK:
+        return x
+    noise = torch.randn(x.shape, generator=generator).to(x.dtype) * scale
+    return torch.where((x == 0) | (x.abs() > MASK), x, x + noise)
 
 
 @contextmanager
@@ -166,9 +180,15 @@ def _hooks(block: nn.Module, graph: _Graph, skip: set[str], cut: set[str], probe
             hook.remove()
 
 
-def _leaf(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a leaf with the values of ``x``, and a copy of it that may be modified in place."""
-    leaf = x.detach().requires_grad_()
+def _leaf(x: Tensor, graph: _Graph) -> tuple[Tensor, Tensor]:
+    """Return a leaf with values around those of ``x``, and a copy of it that may be modified in place.
+
+    The noise is larger than the values: an activation that is inactive for all tokens of one run is active in another.
+    """
+    x = x.detach()
+    if graph.noise is not None and x.is_floating_point():
+        x = x + torch.randn(x.shape, generator=graph.noise).to(x.dtype) * 2 * x.square().mean().sqrt()
+    leaf = x.requires_grad_()
     return leaf, leaf.clone()
 
 
@@ -176,7 +196,7 @@ def _cut_linear(path: str, graph: _Graph) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         graph.sinks.append((Side("in", path), channel_axis(module, x), x))
-        leaf, copy = _leaf(output)
+        leaf, copy = _leaf(output, graph)
         graph.sources.append((Side("out", path), channel_axis(module, output), leaf))
         return copy
 
@@ -186,7 +206,7 @@ def _cut_linear(path: str, graph: _Graph) -> Any:
 def _cut_norm(path: str, graph: _Graph) -> Any:
     def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
         graph.sinks.append((Side("norm", path), args[0].dim() - 1, args[0]))
-        leaf, copy = _leaf(output)
+        leaf, copy = _leaf(output, graph)
         graph.sources.append((Side("norm", path), output.dim() - 1, leaf))
         return copy
 
@@ -207,7 +227,7 @@ def _read(graph: _Graph, into: Connections, seed: int) -> None:
     for side, axis, x in graph.sinks:
         into.sizes[side] = x.shape[axis]
         if x.requires_grad:
-            _read_sink(graph, into, side, axis, x, generator)
+            _read_sink(graph, into, side, axis, x, seed)
     for kind, table in (("input", graph.inputs), ("parameter", graph.parameters)):
         for name, x in table.items():
             into.extents.update({Axis(kind, name, dim): x.shape[dim] for dim in range(x.dim())})  # type: ignore[arg-type]
@@ -227,9 +247,10 @@ def _leaves(graph: _Graph) -> list[Tensor]:
     return [leaf for *_, leaf in graph.sources]
 
 
-def _read_sink(graph: _Graph, into: Connections, side: Side, axis: int, x: Tensor, generator: torch.Generator) -> None:
+def _read_sink(graph: _Graph, into: Connections, side: Side, axis: int, x: Tensor, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     tensors = [*_leaves(graph), *graph.inputs.values(), *graph.parameters.values()]
-    grads = _gradients(x, axis, tensors, generator)
+    grads = _gradients(x, axis, tensors, _weights(x, generator))
     for (source, source_axis, _), grad in zip(graph.sources, grads, strict=False):
         if grad is not None:
             for channel, other in _used(grad, source_axis).nonzero().tolist():
@@ -239,24 +260,24 @@ def _read_sink(graph: _Graph, into: Connections, side: Side, axis: int, x: Tenso
         for dim in range(grad.dim() - 1 if grad is not None else 0):
             for channel, entry in _used(grad, dim).nonzero().tolist():  # type: ignore[arg-type]
                 into.reads[Node(side, channel)][Axis(kind, name, dim)].add(entry)  # type: ignore[arg-type]
-    if side.kind == "in" and _mixes_tokens(graph, axis, x):
-        into.mixing.add(side.module)
+    if side.kind == "in" and seed == 0:
+        _read_mixing(graph, into, side, axis, x)
 
 
 def _weights(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator).to(x.dtype)
 
 
-def _gradients(x: Tensor, axis: int, tensors: list[Tensor], generator: torch.Generator) -> list[Tensor | None]:
-    """Return gradients of random combinations of the entries of each channel: ``[channels, *shape]`` per tensor."""
+def _gradients(x: Tensor, axis: int, tensors: list[Tensor], combined: Tensor) -> list[Tensor | None]:
+    """Return the gradients of each channel's entries, weighted by ``combined``: ``[channels, *shape]`` per tensor."""
     channels = x.shape[axis]
-    reached = torch.autograd.grad(x, tensors, _weights(x, generator), retain_graph=True, allow_unused=True)
+    reached = torch.autograd.grad(x, tensors, combined, retain_graph=True, allow_unused=True)
     used = [i for i, grad in enumerate(reached) if grad is not None]
     found: list[Tensor | None] = [None] * len(tensors)
     if used:
         shape = (channels if d == axis else 1 for d in range(x.dim()))
         chosen = torch.eye(channels, dtype=x.dtype).reshape(channels, *shape)
-        weights = chosen * _weights(x, generator)
+        weights = chosen * combined
         grads = _batched_grad(x, [tensors[i] for i in used], weights)
         for i, grad in zip(used, grads, strict=True):
             found[i] = grad
@@ -281,26 +302,22 @@ def _used(grad: Tensor, axis: int) -> Tensor:
     return grad.ne(0).any(dim=rest) if rest else grad.ne(0)
 
 
-def _mixes_tokens(graph: _Graph, axis: int, x: Tensor) -> bool:
-    """Return True if one position of a linear's input depends on several positions of other linears' outputs."""
+def _read_mixing(graph: _Graph, into: Connections, side: Side, axis: int, x: Tensor) -> None:
+    """Find the channels whose first position depends on several positions of other linears' outputs."""
     weights = torch.zeros_like(x)
-    position = [0] * x.dim()
-    position[axis] = slice(None)  # type: ignore[call-overload]
-    weights[tuple(position)] = 1
-    grads = torch.autograd.grad(x, _leaves(graph), weights, retain_graph=True, allow_unused=True)
-    counts = [
-        int(grad.ne(0).any(dim=source_axis).sum())
-        for (_, source_axis, _), grad in zip(graph.sources, grads, strict=True)
-        if grad is not None
-    ]
-    return max(counts, default=0) > 1
+    weights[tuple(slice(None) if dim == axis else 0 for dim in range(x.dim()))] = 1
+    grads = _gradients(x, axis, _leaves(graph), weights)
+    for (_, source_axis, _), grad in zip(graph.sources, grads, strict=True):
+        if grad is not None:
+            positions = grad.ne(0).any(dim=source_axis + 1).flatten(1).sum(1)
+            into.mixing.update(Node(side, channel) for channel in (positions > 1).nonzero().flatten().tolist())
 
 
 def _is_one_to_one(graph: _Graph, x: Tensor, generator: torch.Generator) -> bool:
     if not x.requires_grad:
         return False
     sources = _leaves(graph)
-    grads = _gradients(x, x.dim() - 1, [*sources, *graph.inputs.values()], generator)
+    grads = _gradients(x, x.dim() - 1, [*sources, *graph.inputs.values()], _weights(x, generator))
     if any(grad is not None and bool(grad.any()) for grad in grads[len(sources) :]):
         return False
     unit = torch.eye(x.shape[-1], dtype=torch.bool)

@@ -6,16 +6,18 @@ is searched whose division makes it succeed: first those of the failing group's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import nn
 
 from port_kit.autoparallel.tensor.blocks import Arguments, copy_arguments
 from port_kit.autoparallel.tensor.groups import Groups
+from port_kit.autoparallel.tensor.sizes import is_number, is_plain_object
 from port_kit.autoparallel.tensor.trial import Failure, Recording, record, try_rank
 
 #: Trials per group before the search ends.
@@ -139,24 +141,21 @@ def read_numbers(block: nn.Module, given: Arguments) -> list[Number]:
     seen: dict[tuple[str, str], None] = {}
     with _spies(block, seen):
         args, kwargs = copy_arguments(given)
-        block(*args, **kwargs)
+        with torch.no_grad():
+            block(*args, **kwargs)
     numbers: list[Number] = []
     for module, attribute in seen:
         owner, name = Number(module, attribute, None, 0).owner(block)
         value = getattr(owner, name)
-        if _is_number(value):
+        if is_number(value):
             numbers.append(Number(module, attribute, None, value))
         elif isinstance(value, (tuple, list)):
-            numbers += [Number(module, attribute, i, item) for i, item in enumerate(value) if _is_number(item)]
+            numbers += [Number(module, attribute, i, item) for i, item in enumerate(value) if is_number(item)]
     return numbers
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 1
-
-
 def _has_number(value: Any) -> bool:
-    return _is_number(value) or isinstance(value, (tuple, list)) and any(map(_is_number, value))
+    return is_number(value) or isinstance(value, (tuple, list)) and any(map(is_number, value))
 
 
 @contextmanager
@@ -179,16 +178,7 @@ def _spies(block: nn.Module, seen: dict[tuple[str, str], None]) -> Iterator[None
 
 def _owners(module: nn.Module) -> list[tuple[str, Any]]:
     inner = [(f"{name}.", value) for name, value in vars(module).items() if not name.startswith("_")]
-    return [("", module), *((name, value) for name, value in inner if _is_plain_object(value))]
-
-
-def _is_plain_object(value: Any) -> bool:
-    """Return True for instances such as attention processors: neither modules, functions nor configurations."""
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (type, nn.Module, Mapping))
-        and not hasattr(value, "__get__")
-    )
+    return [("", module), *((name, value) for name, value in inner if is_plain_object(value))]
 
 
 def _spy(kind: type, owner: Any, path: str, prefix: str, seen: dict[tuple[str, str], None]) -> type:
