@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from port_kit.autoparallel.infer_tokens import infer_tokens
 from port_kit.autoparallel.plan import Plan, Refusal
 from port_kit.autoparallel.subject import ModelScale, Subject
+from port_kit.autoparallel.tensor.infer import infer_tensor_parallelism
 
 #: Packages whose versions a plan records.
 _PACKAGES = ("torch", "diffusers", "vllm", "vllm-omni")
@@ -20,14 +21,25 @@ def infer_plan(subject: Subject) -> Plan:
         ParallelError: ``plan_inference``; runs of the module cannot be compared.
     """
     tokens = infer_tokens(subject)
-    if tokens.plan is not None:
-        return tokens.plan.model_copy(update={"versions": versions()})
-    kind = type(subject.build(ModelScale()))
-    return Plan(
-        subject=subject.name,
-        module_class=f"{kind.__module__}.{kind.__qualname__}",
-        versions=versions(),
-        refused=(Refusal(kind="sequence", reason=tokens.reason),),
+    plan = tokens.plan
+    if plan is None:
+        kind = type(subject.build(ModelScale()))
+        plan = Plan(
+            subject=subject.name,
+            module_class=f"{kind.__module__}.{kind.__qualname__}",
+            refused=(Refusal(kind="sequence", reason=tokens.reason),),
+        )
+    tensor = infer_tensor_parallelism(subject)
+    return plan.model_copy(
+        update={
+            "versions": versions(),
+            "units": tuple(tensor.units),
+            "linears": tuple(tensor.linears),
+            "norms": tuple(tensor.norms),
+            "tables": tuple(tensor.tables),
+            "divided": tuple(tensor.divided),
+            "refused": (*plan.refused, *tensor.refused),
+        }
     )
 
 

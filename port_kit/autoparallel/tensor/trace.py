@@ -98,6 +98,7 @@ class _Graph:
     inputs: dict[Path, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     results: list[Tensor] = field(default_factory=list)
+    noise: torch.Generator | None = None
 
 
 def trace(
@@ -114,7 +115,7 @@ def trace(
         seed: of the weights of gradients and of the noise added to inputs.
         into: connections to extend.
     """
-    graph = _Graph()
+    graph = _Graph(noise=torch.Generator().manual_seed(seed) if seed else None)
     own = {
         f"{path}.{leaf}" for path, module in block.named_modules() if is_linear(module) for leaf in ("weight", "bias")
     }
@@ -179,9 +180,15 @@ def _hooks(block: nn.Module, graph: _Graph, skip: set[str], cut: set[str], probe
             hook.remove()
 
 
-def _leaf(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a leaf with the values of ``x``, and a copy of it that may be modified in place."""
-    leaf = x.detach().requires_grad_()
+def _leaf(x: Tensor, graph: _Graph) -> tuple[Tensor, Tensor]:
+    """Return a leaf with values around those of ``x``, and a copy of it that may be modified in place.
+
+    The noise is larger than the values: an activation that is inactive for all tokens of one run is active in another.
+    """
+    x = x.detach()
+    if graph.noise is not None and x.is_floating_point():
+        x = x + torch.randn(x.shape, generator=graph.noise).to(x.dtype) * 2 * x.square().mean().sqrt()
+    leaf = x.requires_grad_()
     return leaf, leaf.clone()
 
 
@@ -189,7 +196,7 @@ def _cut_linear(path: str, graph: _Graph) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         graph.sinks.append((Side("in", path), channel_axis(module, x), x))
-        leaf, copy = _leaf(output)
+        leaf, copy = _leaf(output, graph)
         graph.sources.append((Side("out", path), channel_axis(module, output), leaf))
         return copy
 
@@ -199,7 +206,7 @@ def _cut_linear(path: str, graph: _Graph) -> Any:
 def _cut_norm(path: str, graph: _Graph) -> Any:
     def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
         graph.sinks.append((Side("norm", path), args[0].dim() - 1, args[0]))
-        leaf, copy = _leaf(output)
+        leaf, copy = _leaf(output, graph)
         graph.sources.append((Side("norm", path), output.dim() - 1, leaf))
         return copy
 
