@@ -164,6 +164,7 @@ def _ovis() -> dict[str, Any]:
 
     transformer = OvisImageTransformer2DModel(
         in_channels=16,
+        out_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
