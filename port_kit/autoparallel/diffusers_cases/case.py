@@ -67,8 +67,8 @@ def _uninitialized_is_nan() -> Iterator[None]:
 def randomize(model: nn.Module) -> None:
     """Draw normal numbers for parameters that the constructor set to a constant, or not at all (NaN).
 
-    Zeros of gates hide every block, and ones of norms hide the order of their channels. Weights of linears are scaled to
-    keep the variance of their input: torch's default shrinks it to a third, which leaves small gates.
+    Zeros of gates hide every block, and ones of norms hide the order of their channels. Weights of linears are scaled
+    to keep the variance of their input: torch's default shrinks it to a third, which leaves small gates.
     """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
