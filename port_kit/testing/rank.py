@@ -76,11 +76,15 @@ class Case:
 
 
 def rank_main(rank: int, case: Case, sender: Connection) -> None:
-    """The life of one rank: run the case, send one message, and leave without the parent's exit handlers."""
+    """The life of one rank of a case."""
+    send_result(rank, lambda: _run_rank(rank, case), sender)
+
+
+def send_result(rank: int, work: Callable[[], Any], sender: Connection) -> None:
+    """The life of one rank: do the work, send one message, and leave without the parent's exit handlers."""
     code = 0
     try:
-        message: RankResult | Failure = _run_rank(rank, case)
-        payload = pickle.dumps(message)
+        payload = pickle.dumps(work())
     except BaseException as error:  # noqa: B036 - the parent must receive any error
         code = 1
         payload = _describe(rank, error)

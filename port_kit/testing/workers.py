@@ -19,13 +19,14 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from port_kit.errors import ParallelError
-from port_kit.testing.rank import Case, Failure, RankResult, Request, rank_main
+from port_kit.testing.rank import Case, Failure, RankResult, Request, rank_main, send_result
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 #: Seconds that a rank gets to leave by itself once its result is in.
 _GRACE = 10.0
 
-__all__ = ["PrewarmedRanks", "RankResult", "Request", "run_workers", "warm_up"]
+__all__ = ["PrewarmedRanks", "RankResult", "Request", "run_ranks", "run_workers", "warm_up"]
 
 
 def run_workers(
@@ -79,6 +80,37 @@ def run_workers(
     case = Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
     world = _world_size(case.config)
     processes, pipes = _fork(case, world) if start == "fork" else _spawn(case, world, prewarmed or PrewarmedRanks(0))
+    try:
+        results = _collect(processes, pipes, timeout)
+    except BaseException:
+        _stop(processes, grace=0.0)
+        raise
+    _stop(processes, grace=_GRACE)
+    return [results[rank] for rank in range(world)]
+
+
+def run_ranks(world: int, work: Callable[[int], Any], *, timeout: float = 120.0) -> list[Any]:
+    """Fork ranks that each call ``work(rank)``, and return what they returned, which must be picklable.
+
+    Process groups are up to ``work``. Linux only.
+
+    Args:
+        world: number of ranks.
+        work: may be a closure.
+        timeout: seconds for everything; after it every rank is killed.
+
+    Raises:
+        ParallelError: as :func:`run_workers`.
+    """
+    _refuse_inherited_world()
+
+    def main(rank: int, sender: Connection) -> None:
+        from vllm_omni.engine.stage_init_utils import set_death_signal
+
+        set_death_signal(signal.SIGKILL)
+        send_result(rank, lambda: work(rank), sender)
+
+    processes, pipes = _start_forks(world, main)
     try:
         results = _collect(processes, pipes, timeout)
     except BaseException:
@@ -185,6 +217,10 @@ def _spawn(case: Case, world: int, prewarmed: PrewarmedRanks) -> tuple[list[Base
 
 
 def _fork(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
+    return _start_forks(world, lambda rank, sender: rank_main(rank, case, sender))
+
+
+def _start_forks(world: int, main: Callable[[int, Connection], None]) -> tuple[list[BaseProcess], list[Connection]]:
     import multiprocessing
 
     # A process group that lies in the garbage is destroyed by whoever collects it, which joins its threads; a fork has
@@ -195,7 +231,7 @@ def _fork(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
     pipes: list[Connection] = []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=rank_main, args=(rank, case, sender), name=f"port-kit-rank-{rank}")
+        process = context.Process(target=main, args=(rank, sender), name=f"port-kit-rank-{rank}")
         process.start()
         sender.close()  # so that the receiver sees the end when the rank dies
         processes.append(process)
@@ -203,13 +239,13 @@ def _fork(case: Case, world: int) -> tuple[list[BaseProcess], list[Connection]]:
     return processes, pipes
 
 
-def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection], timeout: float) -> dict[int, RankResult]:
+def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection], timeout: float) -> dict[int, Any]:
     """Wait for one message per rank. Stop at the first failure, because other ranks may hang in a collective."""
     from multiprocessing.connection import wait
 
     deadline = time.monotonic() + timeout
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
-    results: dict[int, RankResult] = {}
+    results: dict[int, Any] = {}
     while open_pipes:
         ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -220,7 +256,7 @@ def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection], time
     return results
 
 
-def _receive(pipe: Connection, rank: int, process: BaseProcess) -> RankResult:
+def _receive(pipe: Connection, rank: int, process: BaseProcess) -> Any:
     try:
         message = pickle.loads(pipe.recv_bytes())
     except EOFError:

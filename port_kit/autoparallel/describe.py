@@ -1,0 +1,61 @@
+"""A plan as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from port_kit.autoparallel.plan import AttentionSite, Plan, TokenAxis
+from port_kit.autoparallel.tokens import WHOLE
+
+
+def describe(plan: Plan) -> str:
+    """Return one section per kind of parallelism."""
+    return "\n".join([f"{plan.subject} ({plan.module_class})", *_tokens(plan), *_channels(plan), *_rest(plan)])
+
+
+def _tokens(plan: Plan) -> Iterator[str]:
+    if not plan.streams:
+        return
+    yield "tokens"
+    for stream in plan.streams:
+        yield f"  stream {stream.name}, grows with {', '.join(stream.grows_with)}"
+    for blocks in plan.blocks:
+        gathered = {"last": "gather after the last", "each": "gather after each", "never": "stay sharded"}
+        yield f"  {blocks.modules}: shard {_axes(blocks.inputs)}; {gathered[blocks.gather]}"
+    for site in plan.attention:
+        yield f"  {site.module}: attention of {'+'.join(site.queries)} to {_keys(site)}"
+    for whole in plan.whole:
+        yield f"  {whole.module}: runs on all tokens on every rank, {whole.reason}"
+
+
+def _axes(axes: Iterable[TokenAxis]) -> str:
+    return ", ".join(f"{axis.path} ({'+'.join(axis.streams)})" for axis in axes) or "nothing"
+
+
+def _keys(site: AttentionSite) -> str:
+    if all(stream == WHOLE for stream in site.keys):
+        return "keys that are complete on every rank: no communication"
+    mask = f", {site.mask} mask" if site.mask else ""
+    return "+".join("complete keys" if stream == WHOLE else stream for stream in site.keys) + mask
+
+
+def _channels(plan: Plan) -> Iterator[str]:
+    sections: dict[str, tuple[Any, ...]] = {"norms": plan.norms, "tables": plan.tables, "divided": plan.divided}
+    if plan.linears:
+        yield "channels"
+    for role in ("column", "row", "gathered"):
+        named = [linear.module for linear in plan.linears if linear.role == role]
+        if named:
+            yield f"  {role}: {', '.join(named)}"
+    for name, entries in sections.items():
+        if entries:
+            yield f"  {name}: {', '.join(dict.fromkeys(entry.module for entry in entries))}"
+
+
+def _rest(plan: Plan) -> Iterator[str]:
+    for refusal in plan.refused:
+        yield f"refused {refusal.kind}: {refusal.reason}"
+    for proof in plan.proofs:
+        control = "" if proof.control is None else f", {proof.control:.0e} with one exchange left out"
+        yield f"proven {proof.layout} ({proof.scale}, {proof.dtype}): difference {proof.difference:.1e}{control}"

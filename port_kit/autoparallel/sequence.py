@@ -1,0 +1,26 @@
+"""The sequence-parallel part of a plan on the ranks of an engine."""
+
+from __future__ import annotations
+
+from torch import nn
+from vllm_omni.diffusion.distributed.parallel_state import get_sp_group
+from vllm_omni.diffusion.forward_context import get_forward_context
+
+from port_kit.autoparallel.boundaries import ShardedModel, shard_tokens
+from port_kit.autoparallel.exchange import GroupExchange
+from port_kit.autoparallel.omni_attention import OmniKernel
+from port_kit.autoparallel.plan import Plan
+
+
+def apply_tokens(model: nn.Module, plan: Plan) -> ShardedModel | None:
+    """Apply the sequence-parallel part of a plan with the groups of this engine; None if they have one rank.
+
+    It needs a forward context (``vllm_omni.diffusion.forward_context``), of which it reads the degrees.
+
+    Raises:
+        ParallelError: ``plan_pattern``; the module lacks what the plan names.
+    """
+    parallel = get_forward_context().omni_diffusion_config.parallel_config
+    if (parallel.sequence_parallel_size or 1) == 1:
+        return None
+    return shard_tokens(model, plan, GroupExchange(get_sp_group().device_group), OmniKernel())

@@ -1,0 +1,141 @@
+"""Inference of the split of one block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from port_kit.autoparallel.tensor.blocks import Arguments, copy_arguments, is_linear
+from port_kit.autoparallel.tensor.groups import Groups, find_groups
+from port_kit.autoparallel.tensor.layers import norm_eps
+from port_kit.autoparallel.tensor.trace import Connections, Node, trace
+from port_kit.autoparallel.tensor.values import Number, find_values
+
+#: Runs with different inputs, whose connections are united: a channel may be inactive in one of them.
+SEEDS = (0, 1, 2)
+NormKind = Literal["rms", "layer"]
+
+
+@dataclass
+class BlockSplit:
+    """The split of one block.
+
+    Attributes:
+        groups: linears, norms, parameters and inputs that are split.
+        norms: kind of each norm over channels that are split.
+        values: numbers to divide.
+        refused: reasons for linears that are not split although their channels are independent.
+        mixing: groups in which one position depends on several positions before.
+    """
+
+    groups: Groups
+    norms: dict[str, NormKind] = field(default_factory=dict)
+    values: tuple[Number, ...] = ()
+    refused: list[str] = field(default_factory=list)
+    mixing: set[int] = field(default_factory=set)
+
+
+def analyze_block(block: nn.Module, given: Arguments, skip: set[str]) -> BlockSplit:
+    """Infer the split of a block.
+
+    Args:
+        block: in evaluation mode, with random values.
+        given: arguments of a call.
+        skip: linears that are called from outside of the block.
+    """
+    norms = full_width_norms(block, given)
+    found = _connections(block, given, skip, cut=set(), probe=set(norms))
+    if found.one_to_one:
+        found = _connections(block, given, skip, cut=found.one_to_one, probe=set())
+    weights = {path: module.weight.numel() for path, module in block.named_modules() if is_linear(module)}  # type: ignore[union-attr]
+    refused: list[str] = []
+    while True:
+        groups = find_groups(found, weights)
+        if not groups.sides:
+            return BlockSplit(groups, refused=refused)
+        values, failure = find_values(block, given, groups)
+        if failure is None:
+            break
+        refused.append(_leave_whole(found, groups, failure.group, failure.reason))
+    own = {path: norms[path] for path in groups.of("norm")}
+    return BlockSplit(groups, own, values, refused, _mixing_groups(found, groups))
+
+
+def _mixing_groups(found: Connections, groups: Groups) -> set[int]:
+    mixing: set[int] = set()
+    for side, segments in groups.sides.items():
+        owners = [segment.group for segment in segments for _ in range(segment.size)]
+        mixing.update(group for channel, group in enumerate(owners) if Node(side, channel) in found.mixing)
+    return mixing
+
+
+def _leave_whole(found: Connections, groups: Groups, group: int | None, reason: str) -> str:
+    """Mark the linears of a group, or of all groups, as needed whole; return the reason."""
+    sides = [
+        side for side, segments in groups.sides.items() if group is None or any(s.group == group for s in segments)
+    ]
+    found.exits.update(node for node in found.parents if node.side in sides)
+    return f"{', '.join(sorted({side.module for side in sides}))}: {reason}"
+
+
+def _connections(block: nn.Module, given: Arguments, skip: set[str], cut: set[str], probe: set[str]) -> Connections:
+    found = Connections()
+    for seed in SEEDS:
+        trace(block, given, skip=skip, cut=cut, probe=probe, seed=seed, into=found)
+        found.one_to_one &= probe
+    return found
+
+
+def full_width_norms(block: nn.Module, given: Arguments) -> dict[str, NormKind]:
+    """Return the modules that compute an RMS norm or a layer norm over their last axis, by comparison of values."""
+    kinds: dict[str, NormKind | None] = {}
+    hooks = []
+    for path, module in block.named_modules():
+        if is_linear(module) or any(module.children()):
+            continue
+
+        def compare(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            found = _norm_kind(module, args, output)
+            kinds[path] = found if kinds.get(path, found) == found else None
+
+        hooks.append(module.register_forward_hook(compare))
+    try:
+        args, kwargs = copy_arguments(given)
+        with torch.no_grad():
+            block(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: kind for path, kind in kinds.items() if kind}
+
+
+def _norm_kind(module: nn.Module, args: tuple[Any, ...], output: Any) -> NormKind | None:
+    plain = len(args) == 1 and torch.is_tensor(args[0]) and torch.is_tensor(output) and args[0].shape == output.shape
+    if not plain or not args[0].is_floating_point() or output.shape[-1] < 4:
+        return None
+    x = args[0].float()
+    for kind in ("rms", "layer"):
+        try:
+            expected = apply_norm(module, x, x, kind, x.shape[-1])  # type: ignore[arg-type]
+        except RuntimeError:  # the parameters do not fit the last axis
+            return None
+        if torch.allclose(expected, output.float(), rtol=1e-4, atol=1e-5):
+            return kind  # type: ignore[return-value]
+    return None
+
+
+def apply_norm(module: nn.Module, x: Tensor, wide: Tensor, kind: NormKind, dim: int) -> Tensor:
+    """Return a norm's result by its formula, with the module's ``eps``, ``weight`` and ``bias``."""
+    known = norm_eps(module)
+    eps = torch.finfo(x.dtype).eps if known is None else known
+    if kind == "layer":
+        wide = wide - wide.sum(-1, keepdim=True) / dim
+    wide = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / dim + eps)
+    for name in ("weight", "bias"):
+        parameter = getattr(module, name, None)
+        if parameter is not None:
+            wide = wide * parameter if name == "weight" else wide + parameter
+    return wide

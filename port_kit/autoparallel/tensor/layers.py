@@ -1,0 +1,112 @@
+"""Layers that vLLM lacks: convolutions and norms over channels that are split, and sharded parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
+
+
+def local_part(x: Tensor, dim: int, parts: Sequence[int], rank: int, ranks: int) -> Tensor:
+    """Return a rank's entries of a dimension that consists of parts, each of which is split evenly."""
+    pieces, at = [], 0
+    for size in parts:
+        pieces.append(x.narrow(dim, at + rank * (size // ranks), size // ranks))
+        at += size
+    return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
+
+
+def sharded_parameter(whole: Tensor, dim: int, rank: int, ranks: int) -> nn.Parameter:
+    """Return an uninitialized parameter for a rank's part of a dimension; its ``weight_loader`` accepts the whole.
+
+    The whole is loaded in rank order: parts are permuted by the rules of the plan.
+    """
+    shape = list(whole.shape)
+    size = shape[dim] // ranks
+    shape[dim] = size
+    parameter = nn.Parameter(whole.new_empty(shape), requires_grad=False)
+    parameter.full_shape = tuple(whole.shape)  # type: ignore[attr-defined]
+
+    def load(own: nn.Parameter, loaded: Tensor) -> None:
+        own.data.copy_(loaded.narrow(dim, rank * size, size))
+
+    parameter.weight_loader = load  # type: ignore[attr-defined]
+    return parameter
+
+
+class ShardedConv(nn.Module):
+    """A convolution over tokens with its output or its input channels split.
+
+    Args:
+        plain: convolution with one group.
+        role: split by output, by input (its output is all-reduced), or by output and all-gathered.
+        parts: sizes of the parts of the split channels.
+        rank, ranks: of the tensor-parallel group.
+    """
+
+    def __init__(self, plain: nn.Module, role: str, parts: Sequence[int], rank: int, ranks: int) -> None:
+        super().__init__()
+        assert isinstance(plain, nn.modules.conv._ConvNd)
+        self.role = role
+        # the convolution's own code is used with a weight of fewer channels
+        self.__dict__["plain"] = plain
+        self.weight = sharded_parameter(plain.weight, int(role == "row"), rank, ranks)
+        self.bias = None
+        if plain.bias is not None:
+            whole = nn.Parameter(torch.empty_like(plain.bias), requires_grad=False)
+            self.bias = whole if role == "row" else sharded_parameter(plain.bias, 0, rank, ranks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve this rank's channels."""
+        plain: Any = self.__dict__["plain"]
+        if self.role != "row":
+            local = plain._conv_forward(x, self.weight, self.bias)
+            return local if self.role == "column" else tensor_model_parallel_all_gather(local.contiguous(), 1)
+        total = tensor_model_parallel_all_reduce(plain._conv_forward(x, self.weight, None))
+        if self.bias is None:
+            return total
+        return total + self.bias.reshape(-1, *(1 for _ in plain.kernel_size))
+
+
+class ShardedNorm(nn.Module):
+    """RMS norm or layer norm over channels that are split over the ranks. Statistics are float32 and all-reduced.
+
+    Args:
+        plain: norm with ``eps``, and ``weight`` and ``bias`` over all channels or None.
+        kind: statistics.
+        rank, ranks: of the tensor-parallel group.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, plain: nn.Module, kind: Literal["rms", "layer"], rank: int, ranks: int) -> None:
+        super().__init__()
+        self.kind, self.ranks = kind, ranks
+        self.eps = norm_eps(plain)
+        for name in ("weight", "bias"):
+            whole = getattr(plain, name, None)
+            setattr(self, name, None if whole is None else sharded_parameter(whole, 0, rank, ranks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``[..., C]`` over the channels of all ranks; C is this rank's part."""
+        wide, channels = x.float(), x.shape[-1] * self.ranks
+        if self.kind == "layer":
+            wide = wide - tensor_model_parallel_all_reduce(wide.sum(-1, keepdim=True)) / channels
+        squares = tensor_model_parallel_all_reduce(wide.square().sum(-1, keepdim=True))
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        normed = (wide * torch.rsqrt(squares / channels + eps)).to(x.dtype)
+        if self.weight is not None:
+            normed = normed * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+def norm_eps(module: nn.Module) -> float | None:
+    """Return the number that a norm adds to its mean square; None for that of torch's RMS norm, by dtype."""
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        if isinstance(getattr(module, name, None), float):
+            return float(getattr(module, name))
+    return None
