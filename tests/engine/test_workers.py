@@ -131,7 +131,7 @@ def test_spawned_ranks_wait_for_a_case_and_equal_forked_ones(single: RankResult,
             probe=probe,
             start="spawn",
             prewarmed=prewarmed,
-            timeout=300.0,
+            timeout=900.0,
         )
     assert [result.probe for result in results] == [((24, 8), ["set up"])] * 2
     for mine, reference in zip(results[0].outputs[0], single.outputs[0], strict=True):

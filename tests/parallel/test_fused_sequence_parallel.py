@@ -44,7 +44,7 @@ def uneven(rank: int, ranks: int) -> None:
     """Heads that do not divide are refused as vLLM-Omni refuses them."""
     group = SimpleNamespace(ulysses_group=dist.group.WORLD, ulysses_world_size=ranks, ring_world_size=1)
     strategy = optimize_strategy(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="head_cnt divisible by ulysses_degree"):
+    with pytest.raises(ValueError):
         strategy.pre_attention(*(torch.zeros(1, 4, ranks + 1, 8) for _ in range(3)), None)
 
 
