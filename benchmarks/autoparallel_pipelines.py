@@ -62,7 +62,7 @@ def run(name: str, layouts: list[str], plans: Path, limit: float) -> dict[str, A
 def table(rows: list[dict[str, Any]], layouts: list[str]) -> str:
     """Return the rows as a Markdown table."""
     lines = ["| pipeline | transformer | output | " + " | ".join(f"{layout}: difference" for layout in layouts)]
-    lines[0] += " | calls of one rank | calls per rank |"
+    lines[0] += " | calls of one rank | calls and weights per rank |"
     lines.append("|" + "---|" * (5 + len(layouts)))
     for row in rows:
         if "error" in row:
@@ -70,10 +70,16 @@ def table(rows: list[dict[str, Any]], layouts: list[str]) -> str:
             continue
         found = row["layouts"]
         differences = " | ".join(f"{found[layout]['difference']:.1e}" for layout in layouts)
-        one, *ranks = found[layouts[0]]["computed"]
-        calls = f"{one:g} | {', '.join(f'{calls:g}' for calls in ranks)}"
+        single = found[layouts[0]]["single"]
+        shares = "; ".join(_shares(found[layout]["ranks"], single) for layout in layouts)
+        calls = f"{single['calls']:g} | {shares}"
         lines.append(f"| {row['pipeline']} | {row['class']} | {row['output']} | {differences} | {calls} |")
     return "\n".join(lines) + "\n"
+
+
+def _shares(ranks: list[dict[str, Any]], single: dict[str, Any]) -> str:
+    calls = ", ".join(f"{rank['calls']:g}" for rank in ranks)
+    return f"{calls} ({max(rank['weight_bytes'] for rank in ranks) / single['weight_bytes']:.2f})"
 
 
 def is_equal(row: dict[str, Any]) -> bool:
