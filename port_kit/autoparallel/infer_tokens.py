@@ -14,7 +14,7 @@ from port_kit.autoparallel.observe import Observation, observe
 from port_kit.autoparallel.plan import Plan, generalize
 from port_kit.autoparallel.propose import Choice, Proposal, has_grid, propose
 from port_kit.autoparallel.simulate import Trace, Trial, run_once, run_trial
-from port_kit.autoparallel.streams import RUNS, Observed
+from port_kit.autoparallel.streams import RUNS, Observed, growth
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.errors import ParallelError
 
@@ -80,21 +80,43 @@ class _Search:
         self.inputs = [subject.inputs(scale) for scale in TRIALS]
         self.single: list[Trace] = [run_once(model, inputs) for inputs in self.inputs]
         self.tried: set[str] = set()
-        self.best: tuple[Proposal, list[Trial]] | None = None
         self.reason = "no list of blocks with attention returns tokens of the output"
 
     def run(self) -> TokenInference:
-        """Try all choices without amendments, then with them; return the first that agrees."""
-        grids = (False, True) if has_grid(self.observed) else (False,)
-        for amend in (False, True):
-            for choice in _choices(grids):
-                found = self._amended(choice) if amend else self._try(choice)
-                if found is not None and not found[0].choice.skip:
-                    return TokenInference(found[0].plan, found[1])
-                self.best = self.best or found
-        if self.best is not None:
-            return TokenInference(self.best[0].plan, self.best[1])
-        return TokenInference(None, [], self.reason)
+        """Return the first choice that agrees; without one, the cheapest of all amended choices."""
+        choices = list(self._choices())
+        for choice in itertools.chain(choices, self._complete_arguments(choices), self._replicated(choices)):
+            found = self._try(choice)
+            if found is not None:
+                return TokenInference(found[0].plan, found[1])
+        amended = [found for choice in choices if (found := self._amended(choice)) is not None]
+        if not amended:
+            return TokenInference(None, [], self.reason)
+        best = min(amended, key=lambda found: _cost(found[0]))
+        return TokenInference(best[0].plan, best[1])
+
+    def _choices(self) -> Iterator[Choice]:
+        gathers, masks = ("end", "list", "block"), ("whole", "sharded")
+        grids = (True, False) if has_grid(self.observed) else (False,)
+        for grid, gather, order, mask in itertools.product(grids, gathers, (0, 1), masks):
+            yield Choice(gather=gather, order=order, masks=mask, grid=grid)  # type: ignore[arg-type]
+
+    def _complete_arguments(self, choices: list[Choice]) -> Iterator[Choice]:
+        """Leave one argument complete: a table that is indexed by position, for example."""
+        for choice in choices:
+            proposal = self._propose(choice)
+            if proposal is None:
+                return
+            axes = [axis for blocks in proposal.plan.blocks for axis in blocks.inputs if axis.grid == 1]
+            prefixes = dict.fromkeys(prefix for axis in axes for prefix in _prefixes(axis.path))
+            yield from (replace(choice, complete=frozenset({prefix})) for prefix in prefixes)
+
+    def _replicated(self, choices: list[Choice]) -> Iterator[Choice]:
+        """Leave all tokens of one modality complete: text of which a mask selects some, for example."""
+        output = {name for sizes in self.observed.sizes(lambda run: run.outputs).values() for name in growth(sizes)}
+        for choice, modality in itertools.product(choices, RUNS):
+            if modality and modality not in output:
+                yield replace(choice, replicated=frozenset({modality}))
 
     def _try(self, choice: Choice, seen: list[tuple[Proposal, Trial]] | None = None) -> Any:
         proposal = self._propose(choice)
@@ -134,10 +156,15 @@ class _Search:
         return None
 
 
-def _choices(grids: tuple[bool, ...]) -> Iterator[Choice]:
-    gathers, masks = ("end", "list", "block"), ("whole", "sharded")
-    for grid, gather, order, mask in itertools.product(reversed(grids), gathers, (0, 1), masks):
-        yield Choice(gather=gather, order=order, masks=mask, grid=grid)  # type: ignore[arg-type]
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _cost(proposal: Proposal) -> tuple[int, int, int]:
+    """Return the cost of a plan: lists left alone, modules on all tokens, halos."""
+    choice = proposal.choice
+    return len(choice.skip), len(choice.whole), len(choice.halo)
 
 
 def _halo(module: nn.Module, proposal: Proposal) -> int:

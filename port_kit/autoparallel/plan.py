@@ -258,12 +258,14 @@ class Plan(Section):
         subject: reference from which :func:`port_kit.autoparallel.subject.load_subject` loads the subject.
         module_class: qualified name of the module's class.
         versions: packages that the plan was inferred with.
+        fingerprint: digest of the source that it was inferred from (:mod:`port_kit.autoparallel.shipped`).
     """
 
     format: Literal[1] = FORMAT
     subject: str
     module_class: str
     versions: dict[str, str] = Field(default_factory=dict)
+    fingerprint: str = ""
     streams: tuple[Stream, ...] = ()
     blocks: tuple[Blocks, ...] = ()
     attention: tuple[AttentionSite, ...] = ()

@@ -30,6 +30,8 @@ class Choice:
         order: order of the streams in concatenations.
         masks: arguments that look like masks stay complete, or are sharded.
         skip: lists of blocks that are left alone.
+        complete: arguments, or parts of them, that stay complete on every rank.
+        replicated: modalities whose tokens are not sharded.
         whole: patterns of modules that run on all tokens.
         grid: streams whose grid is among the arguments of blocks are sharded by rows.
         halo: patterns of convolutions that exchange rows at the edges of each rank's part.
@@ -39,6 +41,8 @@ class Choice:
     order: int = 0
     masks: Literal["whole", "sharded"] = "whole"
     skip: frozenset[str] = frozenset()
+    complete: frozenset[str] = frozenset()
+    replicated: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     grid: bool = False
     halo: frozenset[tuple[str, int]] = frozenset()
@@ -76,7 +80,7 @@ def propose(observed: Observed, choice: Choice, subject: str, module_class: str)
         subject: reference of the subject.
         module_class: qualified name of the class.
     """
-    groups = _groups(observed, choice.skip)
+    groups = _groups(observed, choice.skip, choice.replicated)
     if not groups:
         return None
     naming = Naming()
@@ -104,7 +108,9 @@ def propose(observed: Observed, choice: Choice, subject: str, module_class: str)
     return Proposal(plan, choice, _output_axes(observed, groups, choice, naming))
 
 
-def _groups(observed: Observed, skip: frozenset[str]) -> dict[str, _Group]:
+def _groups(
+    observed: Observed, skip: frozenset[str] = frozenset(), replicated: frozenset[str] = frozenset()
+) -> dict[str, _Group]:
     """Return the lists of blocks with attention that return tokens of the module's output."""
     output = {name for sizes in observed.sizes(lambda run: run.outputs).values() for name in growth(sizes)}
     groups: dict[str, _Group] = {}
@@ -114,7 +120,7 @@ def _groups(observed: Observed, skip: frozenset[str]) -> dict[str, _Group]:
         if call.group not in skip and call.sites and any(set(growth(s)) & output for s in streams):
             group = groups.setdefault(call.group, _Group())
             group.ordinals.append(ordinal)
-            group.streams |= streams
+            group.streams |= {sizes for sizes in streams if not set(growth(sizes)) <= replicated}
     return groups
 
 
@@ -155,9 +161,14 @@ def _block(
     if choice.masks == "whole":
         inputs = observed.runs[0].calls[ordinal].inputs
         found = tuple(a for a in found if a.dim < 0 or not _is_mask(inputs[a.path], a.path, given))
+    found = tuple(axis for axis in found if not _below(axis.path, choice.complete))
     if choice.grid:
         found = _with_grid(found, observed.all_sizes(_inputs(ordinal)), basic, naming)
     return found, axes(observed.sizes(_outputs(ordinal)), basic, choice.order, naming)
+
+
+def _below(path: str, prefixes: frozenset[str]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _with_grid(
@@ -169,7 +180,7 @@ def _with_grid(
 
 def has_grid(observed: Observed) -> bool:
     """Return True if integer arguments of a block hold the grid of a stream."""
-    for group in _groups(observed, frozenset()).values():
+    for group in _groups(observed).values():
         for ordinal in group.ordinals:
             found = grid_axes(observed.all_sizes(_inputs(ordinal)), basic_streams(group.streams), Naming())
             if any(axis.dim < 0 for axis in found):

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "new": ("port_kit.cli.new", "Write a port: package, recipe, rules, tests, scripts, card."),
     "plan": ("port_kit.cli.plan", "Infer, show and prove parallel plans of unmodified modules."),
     "remove": ("port_kit.cli.remove", "Remove a downloaded model directory."),
+    "run": ("port_kit.cli.run", "Run a pipeline of diffusers without a port, parallel by a plan."),
     "rules": ("port_kit.cli.rules", "Check, explain, suggest, plan, invert and export rule sets."),
     "show": ("port_kit.cli.show", "One port: components, licences, repositories, card."),
     "uninstall": ("port_kit.cli.uninstall", "Remove a port's git code from this environment."),

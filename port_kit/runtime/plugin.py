@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from port_kit.errors import RegistrationError
 from port_kit.port import Port
 from port_kit.registry import list_ports
+from port_kit.runtime.hosts import HOSTS, MODULE
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +98,17 @@ def register_metadata() -> None:
 
 
 def _declare_output_types() -> None:
-    """Declare the output modality of all ports; safe during the import of vLLM-Omni."""
+    """Declare the output modality of all ports and hosts; safe during the import of vLLM-Omni."""
     from port_kit.runtime.patches import declare_output_type
 
     for port in list_ports().values():
         declare_output_type(port.class_name, port.output_type)
+    for name, output_type in HOSTS.items():
+        declare_output_type(name, output_type)
 
 
 def register_pipelines() -> None:
-    """Register all ports' pipelines under their ``_class_name``, and their metadata. Idempotent.
+    """Register all ports' pipelines under their ``_class_name``, the hosts, and their metadata. Idempotent.
 
     Raises:
         RegistrationError: the installed vLLM-Omni is not supported, or a port's declaration is invalid.
@@ -121,6 +124,20 @@ def register_pipelines() -> None:
         logger.error("%s [%s]; %s", problem.message, problem.code, problem.hint)
     for port in list_ports().values():
         _register(port)
+    for name in HOSTS:
+        _register_host(name)
+
+
+def _register_host(name: str) -> None:
+    """Register a pipeline that hosts diffusers pipelines."""
+    from vllm_omni.diffusion.registry import register_diffusion_model
+
+    register_diffusion_model(
+        model_arch=name,
+        module_name=MODULE,
+        class_name=name,
+        post_process_func_name="get_post_process_func",
+    )
 
 
 def _register(port: Port) -> None:

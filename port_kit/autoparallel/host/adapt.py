@@ -1,0 +1,42 @@
+"""Application of a plan to a denoiser in a worker, after its construction and before its weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from port_kit.autoparallel.plan import Plan, matches
+from port_kit.autoparallel.sequence import apply_tokens
+from port_kit.autoparallel.tensor.apply import apply_tensor_parallelism
+from port_kit.autoparallel.tensor.weights import weight_rules
+from port_kit.remap import Rule, RuleSet
+
+#: Rules of an unmodified denoiser: checkpoints of diffusers have the names of the module.
+SAME_NAMES = RuleSet(name="diffusers", rules=(Rule("(.+)", target=r"\1"),))
+
+
+def adapt(module: nn.Module, plan: Plan, od_config: Any, prefix: str) -> RuleSet:
+    """Apply a plan in place, for the engine's layout, and return the rules that load the module's weights.
+
+    Args:
+        module: the denoiser; its parameters are on the meta device.
+        plan: proves the layout (:func:`port_kit.autoparallel.host.checks.check_host`).
+        od_config: the engine's configuration.
+        prefix: name of the component.
+
+    Raises:
+        ParallelError: ``plan_degree``, ``plan_pattern``; the module lacks what the plan names, or its sizes do not
+            divide.
+    """
+    parallel, rules = od_config.parallel_config, SAME_NAMES
+    if parallel.tensor_parallel_size > 1:
+        rules = weight_rules(apply_tensor_parallelism(module, plan, prefix=prefix), plan.subject)
+    if parallel.sequence_parallel_size > 1:
+        apply_tokens(module, plan)
+    if parallel.use_hsdp:
+        patterns = [blocks.modules for blocks in plan.blocks if blocks.hsdp]
+        module._hsdp_shard_conditions = [  # type: ignore[assignment]
+            lambda name, _module: any(matches(name, pattern) for pattern in patterns)
+        ]
+    return rules

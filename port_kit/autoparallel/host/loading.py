@@ -1,0 +1,81 @@
+"""Components of a hosted pipeline: denoisers with a plan applied, everything else as diffusers loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from port_kit.autoparallel.host.index import PipelineIndex
+from port_kit.parallel.hsdp import shard_before_loading
+from port_kit.parallel.memory import materialize
+from port_kit.remap import RuleSet, load_local
+
+
+def build_denoiser(index: PipelineIndex, name: str, dtype: torch.dtype) -> nn.Module:
+    """Build a denoiser from its configuration, with parameters on the meta device.
+
+    Buffers and tables that its constructor computes are real. Parameters that diffusers keeps in float32 have it.
+
+    Args:
+        index: index of the pipeline.
+        name: component.
+        dtype: dtype of the parameters.
+    """
+    from accelerate import init_empty_weights
+
+    model_class = index.component_class(name)
+    config = model_class.load_config(str(index.folder / name))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            module: nn.Module = model_class.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    _keep_float32(module, dtype)
+    return module.eval().requires_grad_(False)
+
+
+def load_denoiser(module: nn.Module, folder: Path, rules: RuleSet, od_config: Any, device: torch.device) -> None:
+    """Fill a denoiser from its folder; under HSDP its blocks are sharded first.
+
+    Args:
+        module: the denoiser; its parameters are on the meta device.
+        folder: its checkpoint.
+        rules: rules from the checkpoint to the module.
+        od_config: the engine's configuration.
+        device: the rank's device.
+
+    Raises:
+        RemapError: a missing, unexpected or misshapen tensor.
+    """
+    shard_before_loading(module, od_config, device)
+    materialize(module, device)
+    for owner in module.modules():
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[leaf] = buffer.to(device)
+    load_local(module, folder, rules)
+
+
+def load_pipeline(index: PipelineIndex, denoisers: dict[str, nn.Module], dtype: torch.dtype, device: Any) -> Any:
+    """Return the pipeline of diffusers with these denoisers; all other components are loaded by diffusers."""
+    pipeline = index.pipeline_class.from_pretrained(str(index.folder), dtype=dtype, **denoisers)
+    pipeline.set_progress_bar_config(disable=True)
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and name not in denoisers:
+            component.to(device).eval().requires_grad_(False)
+    return pipeline
+
+
+def _keep_float32(module: nn.Module, dtype: torch.dtype) -> None:
+    names = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if dtype not in (torch.float16, torch.bfloat16) or not names:
+        return
+    for path, owner in module.named_modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None and names & {*path.split("."), leaf}:
+                owner._parameters[leaf] = nn.Parameter(parameter.float(), requires_grad=False)

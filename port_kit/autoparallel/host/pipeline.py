@@ -1,0 +1,136 @@
+"""Pipelines of vLLM-Omni that run an unmodified diffusers pipeline.
+
+The transformer is built on the meta device, adapted by the plan, and filled by the kit's loader. All other components
+are loaded by diffusers. Guidance is spread over vLLM-Omni's guidance ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm_omni.diffusion.data import DiffusionOutput
+from vllm_omni.diffusion.distributed.utils import get_local_device
+
+from port_kit.autoparallel.cfg import OmniGuidanceGroup, SpreadGuidance, spread_guidance
+from port_kit.autoparallel.host import media
+from port_kit.autoparallel.host.adapt import SAME_NAMES, adapt
+from port_kit.autoparallel.host.checks import check_host, plan_of
+from port_kit.autoparallel.host.index import PipelineIndex
+from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, load_pipeline
+from port_kit.autoparallel.host.request import call_arguments
+from port_kit.errors import InputError
+from port_kit.pipeline.inputs import to_client_error
+from port_kit.remap import RuleSet
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+
+
+class HostPipeline(nn.Module):
+    """A pipeline of vLLM-Omni around a pipeline of diffusers.
+
+    Attributes:
+        index: index of the pipeline directory.
+        pipeline: the diffusers pipeline; set by :meth:`load_weights`.
+        guidance: guidance spread over ranks; None on one rank.
+        computed: calls of the denoisers without spread guidance; for tests and reports.
+    """
+
+    supports_request_batch: ClassVar[bool] = False
+    supports_step_execution: ClassVar[bool] = False
+    #: A dummy request cannot know the inputs of any pipeline.
+    dummy_run_num_frames: ClassVar[int] = 0
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.od_config = od_config
+        self.device = get_local_device()
+        self.index = PipelineIndex.read(od_config.model)
+        self._dit_modules = self.index.denoisers
+        self._encoder_modules: list[str] = []
+        self._vae_modules: list[str] = []
+        self.weights_sources = ()
+        self.guidance: SpreadGuidance | None = None
+        self.pipeline: Any = None
+        self.computed = 0.0
+        self._rules: dict[str, RuleSet] = {}
+        plan = plan_of(od_config)
+        for name in self.index.denoisers:
+            module = build_denoiser(self.index, name, od_config.dtype)
+            self._rules[name] = SAME_NAMES if plan is None else adapt(module, plan, od_config, name)
+            module.register_forward_pre_hook(self._count)
+            self.add_module(name, module)
+
+    def _count(self, *_: Any) -> None:
+        self.computed += 1
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the denoisers, load all other components, and spread guidance.
+
+        Args:
+            weights: the loader's stream, empty: the kit and diffusers read the files.
+        """
+        next(iter(weights), None)  # the loader starts its clock when it is asked for the first tensor
+        config = self.od_config
+        denoisers = {name: getattr(self, name) for name in self.index.denoisers}
+        for name, module in denoisers.items():
+            load_denoiser(module, self.index.folder / name, self._rules[name], config, self.device)
+        self.pipeline = load_pipeline(self.index, denoisers, config.dtype, self.device)
+        for name, component in self.pipeline.components.items():
+            if isinstance(component, nn.Module) and name not in denoisers:
+                self.add_module(name, component)
+                decodes = "vae" in name or name == "vocoder"
+                (self._vae_modules if decodes else self._encoder_modules).append(name)
+        if config.parallel_config.cfg_parallel_size > 1:
+            keeps_pace = bool(config.parallel_config.use_hsdp)
+            self.guidance = spread_guidance(self.pipeline, denoisers, OmniGuidanceGroup(), keeps_pace=keeps_pace)
+
+    def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
+        """Serve one request; see :func:`port_kit.autoparallel.host.media.extract` for the output."""
+        request = req.requests[0]
+        try:
+            arguments = call_arguments(
+                request.prompt, request.sampling_params, self.index.parameters, torch.device(self.device)
+            )
+        except InputError as error:
+            return DiffusionOutput.from_exception(to_client_error(error))
+        if self.guidance is None:
+            output = self.pipeline(**arguments)
+        else:
+            with self.guidance.request():
+                output = self.pipeline(**arguments)
+        return DiffusionOutput(output=media.extract(output, self.pipeline))
+
+
+class PortKitImagePipeline(HostPipeline):
+    """Host of pipelines that return images."""
+
+
+class PortKitVideoPipeline(HostPipeline):
+    """Host of pipelines that return videos, with or without audio."""
+
+
+class PortKitAudioPipeline(HostPipeline):
+    """Host of pipelines that return audio."""
+
+    support_audio_output: ClassVar[bool] = True
+
+
+def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[str, Any]]:
+    """Return the function that makes vLLM-Omni's payload; check the engine's options before workers start.
+
+    Raises:
+        ParallelError: ``plan_layout``; the plan does not prove the engine's layout.
+    """
+    check_host(od_config)
+
+    def post_process(output: dict[str, Any], sampling_params: Any = None) -> dict[str, Any]:
+        fps = sampling_params.fps or sampling_params.frame_rate if sampling_params is not None else None
+        output_type = getattr(sampling_params, "output_type", None)
+        return media.payload(output, fps=fps, output_type=output_type)
+
+    return post_process

@@ -1,0 +1,189 @@
+"""``port-kit run``: a pipeline of diffusers through vLLM-Omni, without a port."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from port_kit.cli.output import handles_errors
+from port_kit.errors import InputError
+from port_kit.parallel.layout import CONFIG_NAMES, Layout
+
+#: Request options, by their type; None keeps the pipeline's default.
+_REQUEST = {
+    "height": int,
+    "width": int,
+    "num_frames": int,
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "true_cfg_scale": float,
+    "fps": float,
+    "seed": int,
+    "num_outputs": int,
+}
+_ENGINE_FLAGS = ("enforce_eager", "enable_cpu_offload")
+
+
+def _request_options(function: Any) -> Any:
+    for name, kind in reversed(_REQUEST.items()):
+        function = click.option(f"--{name.replace('_', '-')}", type=kind)(function)
+    return function
+
+
+def _layout_options(function: Any) -> Any:
+    for kind, name in reversed(CONFIG_NAMES.items()):
+        if kind not in ("hsdp", "allgather"):
+            function = click.option(f"--{name.replace('_', '-')}", type=int, default=1, show_default=True)(function)
+    return function
+
+
+@click.command(
+    "run",
+    context_settings={"ignore_unknown_options": True},
+    epilog='Examples:  port-kit run black-forest-labs/FLUX.1-dev --tensor-parallel-size 2 --prompt "a red cat"  |  '
+    "port-kit run DIR --cfg-parallel-size 2 --num-frames 81 -o cat.mp4  |  port-kit run DIR --serve --port 8000",
+)
+@click.argument("model")
+@click.argument("serve_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--prompt", default="", help="Text of the request.")
+@click.option("--negative-prompt", default=None)
+@click.option("--image", type=click.Path(path_type=Path, exists=True), help="Reference image.")
+@_request_options
+@click.option("--argument", "arguments", multiple=True, metavar="NAME=JSON", help="Further argument of the pipeline.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: output.png, .mp4 or .wav.")
+@_layout_options
+@click.option("--hsdp-shard-size", type=int, default=1, show_default=True, help="Shard blocks over these ranks (HSDP).")
+@click.option("--plan", type=click.Path(path_type=Path), help="Plan file. Default: the shipped one, or infer one.")
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--cache-backend", type=click.Choice(["cache_dit"]))
+@click.option("--enforce-eager", is_flag=True, help="Do not compile.")
+@click.option("--enable-cpu-offload", is_flag=True)
+@click.option("--serve", is_flag=True, help="Start vLLM-Omni's server; further options are passed to vllm serve.")
+@handles_errors("run")
+def command(model: str, serve_options: tuple[str, ...], serve: bool, **given: Any) -> None:
+    """Generate with MODEL, a pipeline of diffusers: a directory, or a repository on the Hub.
+
+    The transformer is adapted by a parallel plan. Options of the engine have vLLM-Omni's names.
+    """
+    if serve_options and not serve:
+        raise click.UsageError(f"no such option or argument: {serve_options[0]}")
+    layout = Layout(**{kind: given[name] for kind, name in CONFIG_NAMES.items() if name in given})
+    folder, class_name, modality, additional = _prepare(model, layout, given)
+    if serve:
+        _serve(folder, class_name, additional, layout, given, serve_options)
+    else:
+        _generate(folder, class_name, modality, additional, layout, given)
+
+
+def _prepare(model: str, layout: Layout, given: dict[str, Any]) -> tuple[str, str, str, dict[str, str]]:
+    """Return the directory, the class that hosts it, its modality, and ``additional_config``."""
+    from port_kit.autoparallel.host.index import PipelineIndex
+    from port_kit.autoparallel.host.plans import PLAN_KEY, find_plan
+    from port_kit.runtime.hosts import host_of
+
+    folder = model if Path(model).is_dir() else _download(model)
+    index = PipelineIndex.read(folder)
+    needs_plan = bool(set(layout.degrees) - {"cfg"}) or given["cache_backend"] is not None
+    plan = find_plan(index, layout, given["plan"], report=_report) if needs_plan else None
+    additional = {} if plan is None else {PLAN_KEY: str(plan.resolve())}
+    return folder, host_of(index.output_type), index.output_type, additional
+
+
+def _download(repository: str) -> str:
+    """Download the files of a pipeline that diffusers needs, and return their directory."""
+    from diffusers import DiffusionPipeline
+
+    _report(f"downloading {repository}")
+    folder: str = DiffusionPipeline.download(repository)
+    return folder
+
+
+def _report(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _generate(
+    folder: str, class_name: str, modality: str, additional: dict[str, str], layout: Layout, given: dict[str, Any]
+) -> None:
+    from port_kit.autoparallel.host.files import SUFFIXES, write_files
+
+    # an engine in this process prefixes every line on stdout with its name: duplicate the descriptor before
+    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    from vllm_omni import Omni
+    from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+    output = given["output"] or Path("output").with_suffix(SUFFIXES[modality])
+    prompt, sampling = _request(given)
+    omni = Omni(
+        model=folder,
+        model_class_name=class_name,
+        dtype=given["dtype"],
+        parallel_config=DiffusionParallelConfig(**layout.parallel_config),
+        additional_config=additional,
+        **{name: True for name in _ENGINE_FLAGS if given[name]},
+        **({"cache_backend": given["cache_backend"]} if given["cache_backend"] else {}),
+    )
+    try:
+        (result,) = omni.generate(prompt, sampling, py_generator=True)
+        for path in write_files(output, result, modality):
+            print(path, file=stdout, flush=True)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        omni.close()
+
+
+def _request(given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    prompt: dict[str, Any] = {"prompt": given["prompt"]}
+    if given["negative_prompt"] is not None:
+        prompt["negative_prompt"] = given["negative_prompt"]
+    if given["image"] is not None:
+        from PIL import Image
+
+        prompt["multi_modal_data"] = {"image": Image.open(given["image"]).convert("RGB")}
+    sampling = {name: given[name] for name in _REQUEST if given[name] is not None}
+    outputs = sampling.pop("num_outputs", 1)
+    extra = dict(map(_argument, given["arguments"]))
+    return prompt, OmniDiffusionSamplingParams(num_outputs_per_prompt=outputs, extra_args=extra, **sampling)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, found, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"--argument {text}: {'no JSON after =' if found else 'no ='}",
+            code="input_value",
+            hint="write NAME=JSON, such as --argument max_sequence_length=128",
+        ) from error
+
+
+def _serve(
+    folder: str,
+    class_name: str,
+    additional: dict[str, str],
+    layout: Layout,
+    given: dict[str, Any],
+    options: tuple[str, ...],
+) -> None:
+    """Replace this process by vLLM-Omni's server."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--omni"]
+    command += ["--model-class-name", class_name, "--dtype", given["dtype"]]
+    command += ["--middleware", "port_kit.runtime.serving.CancelOnDisconnect"]
+    for name, value in layout.parallel_config.items():
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    if additional:
+        command += ["--additional-config", json.dumps(additional)]
+    if given["cache_backend"]:
+        command += ["--cache-backend", given["cache_backend"]]
+    command += [f"--{name.replace('_', '-')}" for name in _ENGINE_FLAGS if given[name]]
+    os.execv(sys.executable, [*command, *options])
