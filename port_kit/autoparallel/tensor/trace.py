@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from port_kit.autoparallel.tensor.blocks import Arguments, channel_axis, copy_arguments, is_linear
-from port_kit.autoparallel.tensor.nested import Path, leaves, map_leaves
+from port_kit.autoparallel.tree import Arguments as Names
+from port_kit.autoparallel.tree import leaves, rebuild
 
 #: Numbers above this one are those of additive masks.
 MASK = 1e3
@@ -45,12 +46,12 @@ class Axis(NamedTuple):
 
     Attributes:
         kind: ``input`` or ``parameter``.
-        name: path of the input in ``{"args": ..., "kwargs": ...}``, or name of the parameter.
+        name: dotted path of the input by its name in ``forward``, or name of the parameter.
         dim: number of the axis.
     """
 
     kind: Literal["input", "parameter"]
-    name: Any
+    name: str
     dim: int
 
 
@@ -96,7 +97,7 @@ class _Graph:
     sources: list[tuple[Side, int, Tensor]] = field(default_factory=list)
     sinks: list[tuple[Side, int, Tensor]] = field(default_factory=list)
     probes: list[tuple[str, Tensor]] = field(default_factory=list)
-    inputs: dict[Path, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     results: list[Tensor] = field(default_factory=list)
     noise: torch.Generator | None = None
@@ -139,16 +140,16 @@ def trace(
 
 
 def _run(block: nn.Module, given: Arguments, graph: _Graph, into: Connections, seed: int) -> None:
-    args, kwargs = _leaf_arguments(given, graph, seed)
+    args, kwargs = _leaf_arguments(block, given, graph, seed)
     result = block(*args, **kwargs)
     graph.results = [x for _, x in leaves(result) if torch.is_tensor(x) and x.requires_grad]
     _read(graph, into, seed)
 
 
-def _leaf_arguments(given: Arguments, graph: _Graph, seed: int) -> Arguments:
+def _leaf_arguments(block: nn.Module, given: Arguments, graph: _Graph, seed: int) -> Arguments:
     generator = torch.Generator().manual_seed(seed)
 
-    def change(path: Path, x: Any) -> Any:
+    def change(path: str, x: Any) -> Any:
         if not torch.is_tensor(x) or not (x.is_floating_point() or x.is_complex()):
             return x
         if seed and x.dim() >= 3:
@@ -157,8 +158,8 @@ def _leaf_arguments(given: Arguments, graph: _Graph, seed: int) -> Arguments:
         return graph.inputs[path].clone()
 
     args, kwargs = copy_arguments(given)
-    tree = map_leaves({"args": args, "kwargs": kwargs}, change)
-    return tree["args"], tree["kwargs"]
+    names = Names(block)
+    return names.split(rebuild(names.named(args, kwargs), change), args)
 
 
 def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
