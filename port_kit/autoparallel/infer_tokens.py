@@ -12,16 +12,16 @@ from torch import nn
 
 from port_kit.autoparallel.observe import Observation, observe
 from port_kit.autoparallel.plan import Plan, generalize
-from port_kit.autoparallel.propose import Choice, Proposal, has_grid, propose
+from port_kit.autoparallel.propose import Choice, Proposal, has_grid, output_modalities, propose
 from port_kit.autoparallel.simulate import Trace, Trial, run_once, run_trial
-from port_kit.autoparallel.streams import RUNS, Observed, growth
+from port_kit.autoparallel.streams import BATCH, RUNS, Observed
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.errors import ParallelError
 
 logger = logging.getLogger(__name__)
 
 #: Inputs that a plan is tried with: masked and unmasked, with other numbers of tokens than were observed.
-TRIALS = (TokenScale(image=1, masked=True), TokenScale(text=1, audio=1))
+TRIALS = (TokenScale(image=1, masked=True), TokenScale(text=1, audio=1, batch=1))
 #: Modules whose outputs depend on one token each, or that are containers.
 _TOKENWISE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.ModuleList, nn.Sequential)
 #: Amendments of one choice.
@@ -56,7 +56,9 @@ def observe_runs(subject: Subject, model: nn.Module) -> Observed:
     Raises:
         ParallelError: ``plan_inference``; runs make different calls.
     """
-    runs = tuple(observe(model, subject.inputs(replace(scale, masked=True))) for scale in RUNS.values())
+    runs = [observe(model, subject.inputs(replace(scale, masked=True))) for scale in RUNS.values()]
+    if not _aligned(runs[0], runs[-1]):
+        runs[-1] = runs[0]  # a larger batch is another number of calls
     for name, run in zip(RUNS, runs, strict=True):
         if not _aligned(runs[0], run):
             raise ParallelError(
@@ -64,7 +66,7 @@ def observe_runs(subject: Subject, model: nn.Module) -> Observed:
                 code="plan_inference",
                 hint="give inputs that take the same path at all sizes",
             )
-    return Observed(runs)
+    return Observed(tuple(runs))
 
 
 def _aligned(one: Observation, other: Observation) -> bool:
@@ -113,10 +115,9 @@ class _Search:
 
     def _replicated(self, choices: list[Choice]) -> Iterator[Choice]:
         """Leave all tokens of one modality complete: text of which a mask selects some, for example."""
-        output = {name for sizes in self.observed.sizes(lambda run: run.outputs).values() for name in growth(sizes)}
-        for choice, modality in itertools.product(choices, RUNS):
-            if modality and modality not in output:
-                yield replace(choice, replicated=frozenset({modality}))
+        others = set(RUNS) - output_modalities(self.observed) - {"", BATCH}
+        for choice, modality in itertools.product(choices, sorted(others)):
+            yield replace(choice, replicated=frozenset({modality}))
 
     def _try(self, choice: Choice, seen: list[tuple[Proposal, Trial]] | None = None) -> Any:
         proposal = self._propose(choice)

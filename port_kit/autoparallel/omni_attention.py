@@ -1,4 +1,4 @@
-"""Unmasked attention over sharded tokens through vLLM-Omni's ``Attention``: Ulysses, Ring and AllGather-KV."""
+"""Attention over sharded tokens through vLLM-Omni's ``Attention``: Ulysses, Ring and AllGather-KV."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.config import set_current_diffusion_config
+from vllm_omni.diffusion.distributed.parallel_state import get_sp_group
 from vllm_omni.diffusion.forward_context import get_forward_context
 
+from port_kit.autoparallel.masked_ring import fits, masked_ring
 from port_kit.autoparallel.plan import AttentionSite
 from port_kit.autoparallel.tokens import WHOLE, Tokens
 from port_kit.parallel.sequence import PaddedAttention
@@ -61,12 +63,21 @@ class OmniKernel:
         self._layers: dict[tuple[Any, ...], StreamAttention] = {}
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, site: AttentionSite, tokens: Tokens
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        site: AttentionSite,
+        tokens: Tokens,
     ) -> Tensor | None:
         """Return the attention of this rank's queries to the keys of all ranks; None if it is not supported."""
         indivisible = query.shape[2] % self.ulysses or key.shape[2] % self.ulysses
         if indivisible or WHOLE in (*site.queries, *site.keys) or value.shape[-1] != query.shape[-1]:
             return None
+        if mask is not None:
+            return self._masked(query, key, value, mask, scale, site, tokens)
         layer = self._layer(query, key, scale, site)
         padded = tokens.total(site.keys) != tokens.local_total(site.keys) * tokens.exchange.world
         if not padded:
@@ -77,6 +88,23 @@ class OmniKernel:
             return None
         key, value = (valid_first(tokens, x, site.keys) for x in (key, value))
         return layer.attend(query, key, value, None, tokens.total(site.keys))
+
+    def _masked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        scale: float | None,
+        site: AttentionSite,
+        tokens: Tokens,
+    ) -> Tensor | None:
+        """Attend with a mask under Ring; other kinds exchange heads around the module's own call."""
+        streams = site.queries, site.keys
+        if self.ring == 1 or self.ulysses > 1 or not fits(mask, streams, tokens):
+            return None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return masked_ring(query, key, value, mask, scale, streams, tokens, get_sp_group().ring_group)
 
     def _layer(self, query: Tensor, key: Tensor, scale: float | None, site: AttentionSite) -> StreamAttention:
         heads, kv_heads, size = query.shape[2], key.shape[2], query.shape[3]

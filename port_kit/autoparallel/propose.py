@@ -9,6 +9,7 @@ from typing import Any, Literal
 from port_kit.autoparallel.observe import BlockCall, SiteCall
 from port_kit.autoparallel.plan import AttentionSite, Blocks, Plan, Stream, TokenAxis, WholeModule, generalize
 from port_kit.autoparallel.streams import (
+    BATCH,
     Naming,
     Observed,
     Sizes,
@@ -112,7 +113,7 @@ def _groups(
     observed: Observed, skip: frozenset[str] = frozenset(), replicated: frozenset[str] = frozenset()
 ) -> dict[str, _Group]:
     """Return the lists of blocks with attention that return tokens of the module's output."""
-    output = {name for sizes in observed.sizes(lambda run: run.outputs).values() for name in growth(sizes)}
+    output = output_modalities(observed)
     groups: dict[str, _Group] = {}
     for ordinal, call in enumerate(observed.runs[0].calls):
         returned = observed.sizes(_outputs(ordinal))
@@ -122,6 +123,11 @@ def _groups(
             group.ordinals.append(ordinal)
             group.streams |= {sizes for sizes in streams if not set(growth(sizes)) <= replicated}
     return groups
+
+
+def output_modalities(observed: Observed) -> set[str]:
+    """Return the modalities with which the module's output grows."""
+    return {name for s in observed.sizes(lambda run: run.outputs).values() for name in growth(s)} - {BATCH}
 
 
 def _rank(shape: Any) -> int:

@@ -19,8 +19,9 @@ from port_kit.autoparallel.plan import AttentionSite
 from port_kit.autoparallel.tokens import WHOLE, Tokens
 from port_kit.errors import ParallelError
 
-#: Computes unmasked attention over sharded tokens: (query, key, value, scale, site, tokens), all [B, S, N, H].
-Kernel = Callable[[Tensor, Tensor, Tensor, "float | None", AttentionSite, Tokens], "Tensor | None"]
+#: Computes attention over sharded tokens: (query, key, value, mask, scale, site, tokens). Tensors are [B, S, N, H]; the
+#: mask covers the keys of all ranks. None if it is not supported.
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "float | None", AttentionSite, Tokens], "Tensor | None"]
 
 #: Names of the arguments after query, key and value, in both attention functions.
 _POSITIONAL = ("attn_mask", "dropout_p", "is_causal", "scale")
@@ -60,11 +61,11 @@ class SiteRouter:
         if not self.tokens.sharded or all(stream == WHOLE for stream in site.keys):
             return self._count("local", function(query, key, value, attn_mask=attn_mask, **options))
         self._check(site, query, key)
-        if attn_mask is None and self.kernel is not None and not options.get("is_causal"):
-            out = self._run_kernel(site, query, key, value, options)
+        mask = self._whole_mask(site, attn_mask, key)
+        if self.kernel is not None and not options.get("is_causal"):
+            out = self._run_kernel(site, query, key, value, mask, options)
             if out is not None:
                 return self._count(getattr(self.kernel, "kind", "kernel"), out)
-        mask = self._whole_mask(site, attn_mask, key)
         heads_dim = 3 - self.token_dim
         world = self.tokens.exchange.world
         divisible = query.shape[heads_dim] % world == 0 and key.shape[heads_dim] % world == 0
@@ -92,12 +93,12 @@ class SiteRouter:
                 )
 
     def _run_kernel(
-        self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+        self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
     ) -> Tensor | None:
         assert self.kernel is not None
         if self.token_dim == 2:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        out = self.kernel(query, key, value, options.get("scale"), site, self.tokens)
+        out = self.kernel(query, key, value, mask, options.get("scale"), site, self.tokens)
         return out if out is None or self.token_dim == 1 else out.transpose(1, 2)
 
     def _whole_mask(self, site: AttentionSite, mask: Tensor | None, key: Tensor) -> Tensor | None:

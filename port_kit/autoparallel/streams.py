@@ -24,7 +24,10 @@ RUNS: dict[str, TokenScale] = {
     "image": TokenScale(image=1),
     "text": TokenScale(text=1),
     "audio": TokenScale(audio=1),
+    "batch": TokenScale(batch=1),
 }
+#: The run with a larger batch. A dimension that grows with it alone counts no tokens.
+BATCH = "batch"
 #: Streams that one dimension may consist of.
 _MAX_PARTS = 3
 
@@ -36,8 +39,8 @@ class Observed:
     runs: tuple[Observation, ...]
 
     def sizes(self, pick: Callable[[Observation], Shapes]) -> dict[tuple[str, int], Sizes]:
-        """Return the sizes of all dimensions and integers that differ between runs; see :meth:`all_sizes`."""
-        return {key: sizes for key, sizes in self.all_sizes(pick).items() if len(set(sizes)) > 1}
+        """Return the sizes of all dimensions and integers that grow with tokens; see :meth:`all_sizes`."""
+        return {key: sizes for key, sizes in self.all_sizes(pick).items() if set(growth(sizes)) - {BATCH}}
 
     def all_sizes(self, pick: Callable[[Observation], Shapes]) -> dict[tuple[str, int], Sizes]:
         """Return the sizes of all dimensions and integers.
