@@ -67,7 +67,8 @@ def _uninitialized_is_nan() -> Iterator[None]:
 def randomize(model: nn.Module) -> None:
     """Draw normal numbers for parameters that the constructor set to a constant, or not at all (NaN).
 
-    Zeros of gates hide every block, and ones of norms hide the order of their channels.
+    Zeros of gates hide every block, and ones of norms hide the order of their channels. Weights of linears are scaled
+    to keep the variance of their input: torch's default shrinks it to a third, which leaves small gates.
     """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -76,6 +77,9 @@ def randomize(model: nn.Module) -> None:
             parameter.data = noise / max(parameter.shape[-1], 1) ** 0.5
         elif parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
             parameter.data = parameter.data + 0.1 * noise
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data *= 3**0.5
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:
