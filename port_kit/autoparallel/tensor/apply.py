@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from port_kit.autoparallel.plan import ChannelRule, Plan, TablePlan, UnitGroup, find
 from port_kit.autoparallel.tensor.layers import ShardedConv, ShardedNorm, local_part, sharded_parameter
-from port_kit.autoparallel.tensor.nested import Path, map_leaves, named_arguments, passed_arguments
 from port_kit.autoparallel.tensor.sizes import evaluate
+from port_kit.autoparallel.tree import Arguments, rebuild
 from port_kit.errors import ParallelError
 from port_kit.parallel import linear
 from port_kit.parallel.linear import tp_rank_and_size
@@ -254,10 +254,11 @@ class _ArgumentSlicer:
     ranks: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        def change(path: Path, x: Any) -> Any:
-            return self._own(x) if ".".join(map(str, path)) == self.path and torch.is_tensor(x) else x
+        def change(path: str, x: Any) -> Any:
+            return self._own(x) if path == self.path and torch.is_tensor(x) else x
 
-        return passed_arguments(map_leaves(named_arguments(module, args, kwargs), change), args)
+        names = Arguments(module)
+        return names.split(rebuild(names.named(args, kwargs), change), args)
 
     def _own(self, x: Tensor) -> Tensor:
         parts = self.parts or (x.shape[self.dim] // self.repeat,) * self.repeat

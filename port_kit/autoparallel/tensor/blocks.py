@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from port_kit.autoparallel.tensor.nested import map_leaves
+from port_kit.autoparallel.observe import block_paths
+from port_kit.autoparallel.tree import rebuild
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -27,15 +28,6 @@ class BlockCalls:
     first: dict[str, Arguments] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
     rows: dict[str, int] = field(default_factory=dict)
-
-
-def block_paths(model: nn.Module) -> list[str]:
-    """Return the members of module lists and module dictionaries that are not inside another such member."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not any(path.startswith(f"{b}.") for b in found):
-            found += [f"{path}.{name}" if path else name for name, _ in module.named_children()]
-    return found
 
 
 def structure(block: nn.Module) -> tuple[Any, ...]:
@@ -95,8 +87,8 @@ def _linear_hook(path: str, owner: str | None, calls: BlockCalls, active: list[s
 
 def copy_arguments(given: Arguments) -> Arguments:
     """Return a copy in which tensors are cloned."""
-    args, kwargs = map_leaves(list(given), lambda _path, x: x.detach().clone() if torch.is_tensor(x) else x)
-    return tuple(args), kwargs
+    args, kwargs = rebuild(given, lambda _path, x: x.detach().clone() if torch.is_tensor(x) else x)
+    return args, kwargs
 
 
 def is_linear(module: nn.Module) -> bool:

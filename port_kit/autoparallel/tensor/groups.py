@@ -83,7 +83,7 @@ class _Search:
         for root, touches in self.touched.items():
             if not {"in", "out"} <= {side.kind for side, _ in touches}:
                 self.whole.add(root)
-        self.reads: dict[Node, dict[Axis, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self.reads: dict[Node, dict[Axis, int]] = defaultdict(lambda: defaultdict(int))
         for node, axes in found.reads.items():
             for axis, entries in axes.items():
                 self.reads[found.root(node)][axis] |= entries
@@ -140,19 +140,20 @@ class _Search:
             if self._axis(axis, readers) is None:
                 self.whole |= {root for root in readers if root in self.position and root not in self.whole}
 
-    def _axis(self, axis: Axis, readers: dict[Node, set[int]]) -> tuple[Segment, ...] | None:
+    def _axis(self, axis: Axis, readers: dict[Node, int]) -> tuple[Segment, ...] | None:
         """Return the segments of an axis, none if all of it is read, or None if readers are in conflict."""
-        split = {root: entries for root, entries in readers.items() if root not in self.whole}
-        if not split or len({frozenset(entries) for entries in readers.values()}) == 1 and len(split) > 1:
+        split = {root: bits for root, bits in readers.items() if root not in self.whole}
+        if not split or len(set(split.values())) == 1 and (len(split) > 1 or len(readers) == 1):
             return ()
-        everything = set().union(*split.values())
-        if all(entries == everything for entries in split.values()):
-            return ()
-        owner = {entry: root for root, entries in split.items() for entry in entries}
-        disjoint = len(owner) == sum(map(len, split.values()))
-        shared = any(entries & everything for root, entries in readers.items() if root in self.whole)
-        if not disjoint or shared or len(owner) != self.found.extents[axis]:
+        everything = 0
+        for bits in split.values():
+            if everything & bits:
+                return None
+            everything |= bits
+        shared = any(bits & everything for root, bits in readers.items() if root in self.whole)
+        if shared or everything != (1 << self.found.extents[axis]) - 1:
             return None
+        owner = {entry: root for root, bits in split.items() for entry in _entries(bits)}
         return self._segments([owner[entry] for entry in range(len(owner))])
 
     def result(self) -> Groups:
@@ -168,6 +169,10 @@ class _Search:
             if segments:
                 groups.axes[axis] = segments
         return groups
+
+
+def _entries(bits: int) -> list[int]:
+    return [entry for entry in range(bits.bit_length()) if bits >> entry & 1]
 
 
 def parse_segments(labels: Sequence[tuple[int, int]], counts: Sequence[int]) -> tuple[Segment, ...] | None:

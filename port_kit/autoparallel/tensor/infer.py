@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from port_kit.autoparallel.observe import block_paths
 from port_kit.autoparallel.plan import (
     ChannelRule,
     DividedValue,
@@ -23,13 +24,11 @@ from port_kit.autoparallel.plan import (
     Refusal,
     TablePlan,
     UnitGroup,
-    generalize,
 )
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.autoparallel.tensor.analyze import BlockSplit, analyze_block
 from port_kit.autoparallel.tensor.blocks import Arguments, BlockCalls, observe_blocks, structure
 from port_kit.autoparallel.tensor.groups import Segment
-from port_kit.autoparallel.tensor.nested import argument_path
 from port_kit.autoparallel.tensor.sizes import fit, numbers
 from port_kit.autoparallel.tensor.trial import record
 from port_kit.autoparallel.tensor.values import Number, run_trials
@@ -224,8 +223,7 @@ class _Writer:
         if axis.kind == "parameter":
             module, _, leaf = axis.name.rpartition(".")
             return TablePlan(module=self._module(module), path=leaf, kind="parameter", dim=axis.dim, channels=rules)
-        path = argument_path(self.seen[0].block, axis.name)
-        return TablePlan(module=self.pattern, path=path, kind="argument", dim=axis.dim, channels=rules)
+        return TablePlan(module=self.pattern, path=axis.name, kind="argument", dim=axis.dim, channels=rules)
 
     def _values(self) -> tuple[Number, ...]:
         """Return the numbers to divide that are correct in all configurations."""
@@ -271,9 +269,10 @@ def _by_name(sections: TensorSections) -> dict[str, Any]:
 def _add_gathered(sections: TensorSections, model: nn.Module, few: Mapping[str, int], many: Mapping[str, int]) -> None:
     """Gather the outputs of linears that process no tokens, such as those of modulations."""
     patterns = {entry.module for entry in sections.linears}
+    blocks = block_paths(model)
     for path, rows in few.items():
         module = model.get_submodule(path)
-        pattern = generalize(path)
+        pattern = next((f"{block_pattern(b)}{path[len(b) :]}" for b in blocks if path.startswith(f"{b}.")), path)
         if isinstance(module, nn.Linear) and many.get(path) == rows and pattern not in patterns:
             patterns.add(pattern)
             sections.linears.append(LinearPlan(module=pattern, role="gathered"))

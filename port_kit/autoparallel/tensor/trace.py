@@ -11,15 +11,17 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from port_kit.autoparallel.tensor.blocks import Arguments, channel_axis, copy_arguments, is_linear
-from port_kit.autoparallel.tensor.nested import Path, leaves, map_leaves
+from port_kit.autoparallel.tree import Arguments as Names
+from port_kit.autoparallel.tree import leaves, rebuild
 
 #: Numbers above this one are those of additive masks.
 MASK = 1e3
@@ -44,12 +46,12 @@ class Axis(NamedTuple):
 
     Attributes:
         kind: ``input`` or ``parameter``.
-        name: path of the input in ``{"args": ..., "kwargs": ...}``, or name of the parameter.
+        name: dotted path of the input by its name in ``forward``, or name of the parameter.
         dim: number of the axis.
     """
 
     kind: Literal["input", "parameter"]
-    name: Any
+    name: str
     dim: int
 
 
@@ -60,7 +62,7 @@ class Connections:
     Attributes:
         sizes: channels of each side.
         parents: disjoint sets of nodes that must be on one rank.
-        reads: per node, entries of axes that it depends on.
+        reads: per node, entries of axes that it depends on, as bits.
         exits: nodes that the block's result depends on without another linear in between.
         extents: sizes of the axes of inputs and parameters.
         one_to_one: norms of which each input channel depends on one channel of a linear and on no input of the block.
@@ -69,7 +71,7 @@ class Connections:
 
     sizes: dict[Side, int] = field(default_factory=dict)
     parents: dict[Node, Node] = field(default_factory=dict)
-    reads: dict[Node, dict[Axis, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+    reads: dict[Node, dict[Axis, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     exits: set[Node] = field(default_factory=set)
     extents: dict[Axis, int] = field(default_factory=dict)
     one_to_one: set[str] = field(default_factory=set)
@@ -95,7 +97,7 @@ class _Graph:
     sources: list[tuple[Side, int, Tensor]] = field(default_factory=list)
     sinks: list[tuple[Side, int, Tensor]] = field(default_factory=list)
     probes: list[tuple[str, Tensor]] = field(default_factory=list)
-    inputs: dict[Path, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     results: list[Tensor] = field(default_factory=list)
     noise: torch.Generator | None = None
@@ -115,33 +117,39 @@ def trace(
         seed: of the weights of gradients and of the noise added to inputs.
         into: connections to extend.
     """
-    graph = _Graph(noise=torch.Generator().manual_seed(seed) if seed else None)
     own = {
         f"{path}.{leaf}" for path, module in block.named_modules() if is_linear(module) for leaf in ("weight", "bias")
     }
-    kept = [(name, p) for name, p in block.named_parameters() if name not in own and p.dim() and p.is_floating_point()]
+    kept = {name: p for name, p in block.named_parameters() if name not in own and p.dim() and p.is_floating_point()}
     flags = {name: p.requires_grad for name, p in block.named_parameters()}
-    for _, parameter in block.named_parameters():
-        parameter.requires_grad_(False)
-    for name, parameter in kept:
-        graph.parameters[name] = parameter.requires_grad_()
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.allow_mutation_on_saved_tensors(),
-        _hooks(block, graph, skip, cut, probe),
-    ):
-        args, kwargs = _leaf_arguments(given, graph, seed)
-        result = block(*args, **kwargs)
-        graph.results = [x for _, x in leaves(result) if torch.is_tensor(x) and x.requires_grad]
-        _read(graph, into, seed)
     for name, parameter in block.named_parameters():
-        parameter.requires_grad_(flags[name])
+        parameter.requires_grad_(name in kept)
+    try:
+        for allow_mutation in (nullcontext, torch.autograd.graph.allow_mutation_on_saved_tensors):
+            graph = _Graph(parameters=dict(kept), noise=torch.Generator().manual_seed(seed) if seed else None)
+            try:
+                with torch.enable_grad(), allow_mutation(), _hooks(block, graph, skip, cut, probe):
+                    _run(block, given, graph, into, seed)
+                return
+            except RuntimeError as error:  # the mode for code that works in place is slow
+                if "modified by an inplace operation" not in str(error):
+                    raise
+    finally:
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(flags[name])
 
 
-def _leaf_arguments(given: Arguments, graph: _Graph, seed: int) -> Arguments:
+def _run(block: nn.Module, given: Arguments, graph: _Graph, into: Connections, seed: int) -> None:
+    args, kwargs = _leaf_arguments(block, given, graph, seed)
+    result = block(*args, **kwargs)
+    graph.results = [x for _, x in leaves(result) if torch.is_tensor(x) and x.requires_grad]
+    _read(graph, into, seed)
+
+
+def _leaf_arguments(block: nn.Module, given: Arguments, graph: _Graph, seed: int) -> Arguments:
     generator = torch.Generator().manual_seed(seed)
 
-    def change(path: Path, x: Any) -> Any:
+    def change(path: str, x: Any) -> Any:
         if not torch.is_tensor(x) or not (x.is_floating_point() or x.is_complex()):
             return x
         if seed and x.dim() >= 3:
@@ -150,8 +158,8 @@ def _leaf_arguments(given: Arguments, graph: _Graph, seed: int) -> Arguments:
         return graph.inputs[path].clone()
 
     args, kwargs = copy_arguments(given)
-    tree = map_leaves({"args": args, "kwargs": kwargs}, change)
-    return tree["args"], tree["kwargs"]
+    names = Names(block)
+    return names.split(rebuild(names.named(args, kwargs), change), args)
 
 
 def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -253,15 +261,34 @@ def _read_sink(graph: _Graph, into: Connections, side: Side, axis: int, x: Tenso
     grads = _gradients(x, axis, tensors, _weights(x, generator))
     for (source, source_axis, _), grad in zip(graph.sources, grads, strict=False):
         if grad is not None:
-            for channel, other in _used(grad, source_axis).nonzero().tolist():
-                into.join(Node(side, channel), Node(source, other))
+            _join(into, side, source, _used(grad, source_axis))
     keys = [("input", name) for name in graph.inputs] + [("parameter", name) for name in graph.parameters]
     for (kind, name), grad in zip(keys, grads[len(graph.sources) :], strict=True):
         for dim in range(grad.dim() - 1 if grad is not None else 0):
-            for channel, entry in _used(grad, dim).nonzero().tolist():  # type: ignore[arg-type]
-                into.reads[Node(side, channel)][Axis(kind, name, dim)].add(entry)  # type: ignore[arg-type]
+            for channel, bits in enumerate(_bits(_used(grad, dim))):  # type: ignore[arg-type]
+                if bits:
+                    into.reads[Node(side, channel)][Axis(kind, name, dim)] |= bits  # type: ignore[arg-type]
     if side.kind == "in" and seed == 0:
         _read_mixing(graph, into, side, axis, x)
+
+
+def _join(into: Connections, side: Side, source: Side, table: Tensor) -> None:
+    """Join each channel of a side with the channels of a source that it depends on."""
+    first: dict[int, int] = {}
+    for channel, bits in enumerate(_bits(table)):
+        if bits and bits not in first:
+            entries = table[channel].nonzero().flatten().tolist()
+            first[bits] = entries[0]
+            for entry in entries[1:]:
+                into.join(Node(source, entries[0]), Node(source, entry))
+        if bits:
+            into.join(Node(side, channel), Node(source, first[bits]))
+
+
+def _bits(table: Tensor) -> list[int]:
+    """Return the rows of a boolean table as bits."""
+    packed = np.packbits(table.numpy(), axis=1, bitorder="little")
+    return [int.from_bytes(row.tobytes(), "little") for row in packed]
 
 
 def _weights(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from port_kit.autoparallel.tensor.blocks import Arguments, channel_axis, copy_arguments
 from port_kit.autoparallel.tensor.groups import Groups, Segment
-from port_kit.autoparallel.tensor.nested import Path, leaves, map_leaves
+from port_kit.autoparallel.tree import Arguments as Names
+from port_kit.autoparallel.tree import leaves, rebuild
 
 #: Largest difference relative to the largest magnitude, float32.
 TOLERANCE = 1e-4
@@ -108,7 +109,7 @@ def try_rank(
         for path in recording.calls:
             stack.enter_context(_recorded(block, path, groups, recording, done, rank, ranks))
         try:
-            found = _run(block, _sliced_inputs(given, groups, rank, ranks))
+            found = _run(block, _sliced_inputs(block, given, groups, rank, ranks))
             if not _agree(found, recording.result):
                 return Failure(None, len(done), "the result of the block differs")
             return None
@@ -169,17 +170,17 @@ def _sliced_parameters(block: nn.Module, groups: Groups, rank: int, ranks: int) 
             tensor.data = before[name]
 
 
-def _sliced_inputs(given: Arguments, groups: Groups, rank: int, ranks: int) -> Arguments:
+def _sliced_inputs(block: nn.Module, given: Arguments, groups: Groups, rank: int, ranks: int) -> Arguments:
     table = {(axis.name, axis.dim): part(s, rank, ranks) for axis, s in groups.axes.items() if axis.kind == "input"}
 
-    def change(path: Path, x: Any) -> Any:
+    def change(path: str, x: Any) -> Any:
         for (name, dim), index in table.items():
             if name == path and torch.is_tensor(x):
                 x = x.index_select(dim, index)
         return x
 
-    tree = map_leaves({"args": given[0], "kwargs": given[1]}, change)
-    return tree["args"], tree["kwargs"]
+    names = Names(block)
+    return names.split(rebuild(names.named(*given), change), given[0])
 
 
 @contextmanager
