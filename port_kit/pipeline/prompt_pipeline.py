@@ -1,0 +1,64 @@
+"""Pipeline of a port with plain prompt requests, whose transformer predicts a flow."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from port_kit.pipeline.base import PortPipeline
+from port_kit.pipeline.prompt_request import GuidanceScale, PromptOptions, parse_prompt_request
+from port_kit.pipeline.request_state import PreparedRequest
+
+
+class PromptPipeline(PortPipeline):
+    """A pipeline with two guidance branches, with the prompt and with the negative prompt, and Euler steps.
+
+    A port implements ``encode``, ``initial_latents``, ``branches`` and ``decode``.
+
+    Attributes:
+        options: defaults and limits of requests.
+    """
+
+    options: ClassVar[PromptOptions]
+
+    def prepare(self, prompt: Any, sampling: Any, *, is_dummy_run: bool = False) -> PreparedRequest:
+        """Check a request.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+        return PreparedRequest(parse_prompt_request(prompt, sampling, self.options))
+
+    def build_solver(self, request: Any) -> FlowEuler:
+        """Return Euler steps from time 1 to time 0."""
+        return FlowEuler(request.steps)
+
+    def combine_multi_branch_cfg_noise(
+        self, predictions: list[Any], true_cfg_scale: Any, cfg_normalize: bool = False
+    ) -> Any:
+        """Guide by the prompt.
+
+        Args:
+            predictions: of both branches.
+            true_cfg_scale: :class:`~port_kit.pipeline.prompt_request.GuidanceScale` as a dict.
+            cfg_normalize: as vLLM-Omni's mixin has it.
+        """
+        scale = GuidanceScale(**true_cfg_scale).guidance_scale
+        return super().combine_multi_branch_cfg_noise(predictions, scale, cfg_normalize)
+
+
+class FlowEuler:
+    """Euler steps along the flow ``noise - data``.
+
+    Attributes:
+        timesteps: (steps,), times of the steps: from 1, which is noise, down to 1 / steps.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.timesteps = torch.tensor([1 - index / steps for index in range(steps)])
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        """Return the sample after the step, in its own dtype."""
+        return (sample - model_output.to(sample.dtype) / len(self.timesteps),)
