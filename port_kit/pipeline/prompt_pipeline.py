@@ -22,6 +22,15 @@ class PromptPipeline(PortPipeline):
     """
 
     options: ClassVar[PromptOptions]
+    default_num_inference_steps: ClassVar[int]
+    dummy_run_num_frames: ClassVar[int]
+
+    def __init_subclass__(cls, **others: Any) -> None:
+        """Derive what vLLM-Omni reads of the class from :attr:`options`."""
+        super().__init_subclass__(**others)
+        if "options" in vars(cls):
+            cls.default_num_inference_steps = cls.options.steps
+            cls.dummy_run_num_frames = 1 if cls.options.frames == 1 else 1 + cls.options.frame_step
 
     def prepare(self, prompt: Any, sampling: Any, *, is_dummy_run: bool = False) -> PreparedRequest:
         """Check a request.
