@@ -56,6 +56,10 @@ class TinyComponent:
     layers: Mapping[str, int] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    def tensors(self, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Return the tiny checkpoint."""
+        return fill(scale(expand(self.outline), sizes=self.sizes, layers=self.layers), seed=seed)
+
 
 @dataclass(frozen=True)
 class TinyPretrained:
@@ -69,8 +73,8 @@ class TinyPretrained:
     source: str
     config: Mapping[str, Any]
 
-    def write(self, folder: Path, seed: int) -> None:
-        """Write the part's files; no value is left as it was initialized, which would hide a lost weight."""
+    def build(self, seed: int = 0) -> Any:
+        """Return the part; no value is left as it was initialized, which would hide a lost weight."""
         source: Any = resolve(self.source)
         config_class = getattr(source, "config_class", None)
         part = source(config_class(**self.config)) if config_class is not None else source(**self.config)
@@ -78,7 +82,11 @@ class TinyPretrained:
             state = {name: value for name, value in part.state_dict().items() if value.is_floating_point()}
             shapes = {name: (tuple(value.shape), "float32") for name, value in state.items()}
             part.load_state_dict(fill(shapes, seed=seed), strict=False)
-        part.save_pretrained(folder)
+        return part
+
+    def write(self, folder: Path, seed: int) -> None:
+        """Write the part's files."""
+        self.build(seed).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -315,8 +323,7 @@ def _write_part(
             hint="add a TinyComponent (tensors), TinyPretrained or TinyTokenizer of that name",
         )
     if isinstance(part, TinyComponent):
-        tensors = scale(expand(part.outline), sizes=part.sizes, layers=part.layers)
-        write_checkpoint(path, fill(tensors, seed=seed), wrapper=wrapper)
+        write_checkpoint(path, part.tensors(seed), wrapper=wrapper)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part.write(path.parent, seed)
