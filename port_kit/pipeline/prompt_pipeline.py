@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from port_kit.pipeline.base import PortPipeline
 from port_kit.pipeline.prompt_request import GuidanceScale, PromptOptions, parse_prompt_request
 from port_kit.pipeline.request_state import PreparedRequest
+
+#: Sides of the output of a dummy run, in multiples of ``size_multiple``.
+DUMMY_CELLS = 16
 
 
 class PromptPipeline(PortPipeline):
@@ -33,12 +37,16 @@ class PromptPipeline(PortPipeline):
             cls.dummy_run_num_frames = 1 if cls.options.frames == 1 else 1 + cls.options.frame_step
 
     def prepare(self, prompt: Any, sampling: Any, *, is_dummy_run: bool = False) -> PreparedRequest:
-        """Check a request.
+        """Check a request; a dummy run has at most :data:`DUMMY_CELLS` multiples of the size per side.
 
         Raises:
             InputError: the request cannot be served.
         """
-        return PreparedRequest(parse_prompt_request(prompt, sampling, self.options))
+        request = parse_prompt_request(prompt, sampling, self.options)
+        if is_dummy_run:
+            limit = DUMMY_CELLS * self.options.size_multiple
+            request = replace(request, height=min(request.height, limit), width=min(request.width, limit))
+        return PreparedRequest(request)
 
     def build_solver(self, request: Any) -> FlowEuler:
         """Return Euler steps from time 1 to time 0."""
