@@ -118,11 +118,12 @@ def main() -> None:
     options = parser.parse_args()
     from vllm_omni.platforms import current_omni_platform
 
-    from port_kit.models.wan.parity.parallel_subjects import dreamid_omni_subject as tiny_subject
+    from port_kit.parallel.verify import port_test_case
+    from port_kit.registry import find_port
 
     options.dtype = options.dtype or ("bfloat16" if current_omni_platform.is_cuda() else "float32")
     with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch:
-        subject = tiny_subject(Path(scratch))
+        subject = port_test_case(find_port("dreamid_omni"), Path(scratch))
         height, width = map(int, options.size.split("x"))
         request = subject.requests[0]
         sampling = {**request.sampling, "num_inference_steps": options.steps, "height": height, "width": width}

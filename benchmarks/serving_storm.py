@@ -30,9 +30,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from port_kit.models.dreamid_omni.recipe import RECIPE
+from port_kit.models.dreamid_omni import PORT
 from port_kit.testing.server import ApiServer
-from port_kit.testing.tiny_fusion import download_tiny
+from port_kit.testing.tiny_port import download_tiny
 
 #: What one request asks for. Clients that hang up ask for so many steps that they cannot be done before.
 GOOD = {"prompt": "two people talk", "width": "96", "height": "64", "num_inference_steps": "1", "seed": "3"}
@@ -215,7 +215,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="port-kit-storm-")))
-        model = arguments.model or download_tiny(RECIPE, folder / "model").directory
+        model = arguments.model or download_tiny(PORT, folder / "model").directory
         server = stack.enter_context(ApiServer(model, "--dtype", "float32", "--enforce-eager", folder=folder))
         report = asyncio.run(run(server.url, arguments.requests, arguments.rounds, arguments.seed, server.memory))
         report["files_left"] = len(list(server.storage.iterdir()))

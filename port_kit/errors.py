@@ -40,7 +40,7 @@ CODES: dict[str, str] = {
     "reference_length": "references do not fit into the sequence, or the model does not support them",
     "parallel_degree": "a degree of parallelism is not supported by this model, or in this combination",
     "parallel_device": "the installed vLLM is not built for the device of the ranks",
-    "parallel_subject": "a port declares no small test case for several ranks",
+    "parallel_subject": "a port has no tiny model to run on several ranks",
     "parallel_table": "a table of parallel linears names a module that is not a linear",
     "parallel_world": "a single-rank process is required, and this process belongs to a larger world",
     "plan_degree": "the number of ranks does not divide what a plan splits",

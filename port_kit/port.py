@@ -30,18 +30,47 @@ class Component:
 
     Attributes:
         name: also the folder in the model directory and the attribute of the pipeline (``transformer``).
+        package: package that holds the module, the rules and the configuration under their usual names, which the next
+            three attributes may replace.
         build: ``"module:function"``; the function takes the component's configuration (a mapping, the content of
             ``<name>/config.json``) and returns the ``nn.Module`` on the current default device and dtype.
+            Default: ``"<package>.model.<name>:build_<name>"``.
         rules: ``"module:attribute"`` of the :class:`~port_kit.remap.RuleSet` from original names to the module's.
+            Default: ``"<package>.weights:<NAME>"``.
         config: ``"module:attribute"`` of the full-size configuration (a mapping), as the recipe writes it.
+            Default: ``"<package>.config:<NAME>_CONFIG"``.
         kind: one of :data:`KINDS`.
     """
 
     name: str
-    build: str
-    rules: str
-    config: str
+    package: str = ""
+    build: str = ""
+    rules: str = ""
+    config: str = ""
     kind: str = "transformer"
+
+    def __post_init__(self) -> None:
+        usual = {
+            "build": f"{self.package}.model.{self.name}:build_{self.name}",
+            "rules": f"{self.package}.weights:{self.name.upper()}",
+            "config": f"{self.package}.config:{self.name.upper()}_CONFIG",
+        }
+        _fill_in(self, usual, self.package, f"component {self.name}")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """One part of a model that its own library builds and fills, with ``from_pretrained``.
+
+    Attributes:
+        name: also the folder in the model directory and the attribute of the pipeline (``vae``).
+        source: ``"module:Class"`` of the class (``"diffusers:AutoencoderKL"``).
+        kind: one of :data:`KINDS`.
+    """
+
+    name: str
+    source: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -50,49 +79,69 @@ class Port:
 
     Attributes:
         name: the name on the command line (``dreamid_omni``).
+        package: the port's package, ``__name__`` in its ``__init__.py``. It holds the modules ``config``, ``recipe``,
+            ``weights`` and ``pipeline``, where the entries below are unless they are given.
         title: one line for users.
         class_name: ``_class_name`` in ``model_index.json``, the key under which the pipeline is registered.
-        pipeline: ``"module:Class"`` of the pipeline.
-        output_type: the stage's modality, ``video`` for video with or without audio.
-        references: kinds of reference media that requests may have, ``image`` and ``audio``, for servers.
-        pre_process: name of the factory of the function that preprocesses requests in the engine process, or empty.
-        post_process: name of the post-process factory in the pipeline's module, as in vLLM-Omni's registry.
-        recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
-        variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them.
+        output_type: the stage's modality: ``video``, with or without audio, or ``image``.
         components: the weights, in loading order.
+        pipeline: ``"module:Class"`` of the pipeline. Default: ``"<package>.pipeline:<class_name>"``.
+        recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
+            Default: ``"<package>.recipe:RECIPE"``.
+        variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them. A value
+            without a module is an attribute of the recipe's module.
+        references: kinds of reference media that requests may have, ``image`` and ``audio``, for servers.
+        post_process: ``"module:function"`` of a factory that replaces
+            :func:`~port_kit.pipeline.process_funcs.get_post_process_func`, or empty.
         parity: ``"module:function"`` that lists the port's golden cases, or empty.
-        original: ``"module:attribute"`` of the :class:`~port_kit.parity.OriginalImplementation` that
-            ``verify parity --reference`` runs, or empty.
-        parallel: ``"module:function"`` that takes a scratch folder and returns the tiny
-            :class:`~port_kit.parallel.verify.ParallelTestCase` that ``verify parallel`` runs, or empty.
         request_options: ``extra_args`` that requests may set, each with its type: ``str``, ``int`` or ``float``.
         example_prompt: prompt of ``port-kit generate`` without ``--prompt``.
         seed: of ``port-kit generate`` without ``--seed``.
-        tiny: sampling parameters for the tiny checkpoint.
+        tiny: sampling parameters for the tiny model.
+        tiny_model: ``"module:attribute"`` of the tiny model: a mapping from folders of the model directory to their
+            tiny parts, or a function; see :mod:`port_kit.testing.tiny_port`. Default: ``"<package>.config:TINY"``.
+        parallel: sampling parameters of ``verify parallel``, beside those of :attr:`tiny`.
+        output_tolerance: largest absolute difference between outputs of the tiny model on N ranks and on one; decoders
+            amplify rounding. Of integer outputs, beyond one count.
         card: path of the port's card in the repository.
-        licences: licenses of weights and code: ``{part: license}``.
     """
 
     name: str
+    package: str
     title: str
     class_name: str
-    pipeline: str
     output_type: str
-    recipe: str
     components: tuple[Component, ...]
-    references: tuple[str, ...] = ()
-    pre_process: str = ""
-    post_process: str = "get_post_process_func"
+    pipeline: str = ""
+    recipe: str = ""
     variants: Mapping[str, str] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
+    post_process: str = ""
     parity: str = ""
-    original: str = ""
-    parallel: str = ""
     request_options: Mapping[str, str] = field(default_factory=dict)
     example_prompt: str = ""
     seed: int = 0
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny_model: str = ""
+    parallel: Mapping[str, Any] = field(default_factory=lambda: {"num_inference_steps": 1})
+    output_tolerance: float = 5e-3
     card: str = ""
-    licences: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        usual = {
+            "pipeline": f"{self.package}.pipeline:{self.class_name}",
+            "recipe": f"{self.package}.recipe:RECIPE",
+            "tiny_model": f"{self.package}.config:TINY",
+        }
+        _fill_in(self, usual, self.package, f"port {self.name}")
+        module = self.recipe.partition(":")[0]
+        variants = {name: entry if ":" in entry else f"{module}:{entry}" for name, entry in self.variants.items()}
+        object.__setattr__(self, "variants", variants)
+
+    @property
+    def original(self) -> str:
+        """Entry of the port's :class:`~port_kit.parity.OriginalImplementation`, ``ORIGINAL`` beside the recipe."""
+        return f"{self.recipe.partition(':')[0]}:ORIGINAL"
 
     def component(self, name: str) -> Component:
         """Return the component called ``name``; raise :class:`PortKitError` with the names that exist."""
@@ -105,6 +154,30 @@ class Port:
             code="port_invalid",
             hint=f"use one of {', '.join(known)}",
         )
+
+
+def _fill_in(declared: object, usual: Mapping[str, str], package: str, title: str) -> None:
+    """Give the empty entries of a frozen dataclass their usual values."""
+    missing = [name for name in usual if not getattr(declared, name)]
+    if missing and not package:
+        raise PortKitError(
+            f"{title} has neither a package nor an entry for {', '.join(missing)}",
+            code="port_invalid",
+            hint="give the package, whose modules have the usual names, or every entry",
+        )
+    for name in missing:
+        object.__setattr__(declared, name, usual[name])
+
+
+def lookup(reference: str) -> object | None:
+    """Return what :func:`resolve` returns, or None if the module or its attribute does not exist."""
+    module_name, _, attribute = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name != module_name and not module_name.startswith(f"{error.name}."):
+            raise
+        return None
 
 
 def resolve(reference: str) -> object:

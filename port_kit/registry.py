@@ -88,6 +88,19 @@ def find_port(name: str) -> Port:
     raise PortNotFoundError(f"there is no port {name!r}", hint=hint, known=list(ports))
 
 
+def port_of_class(class_name: str | None) -> Port:
+    """Return the port of a pipeline's class, a model directory's ``_class_name``.
+
+    Raises:
+        PortNotFoundError: no port serves the class.
+    """
+    ports = {port.class_name: port for port in list_ports().values()}
+    if class_name not in ports:
+        known = sorted(ports)
+        raise PortNotFoundError(f"no port serves {class_name}", hint=f"known are {', '.join(known)}", known=known)
+    return ports[class_name]
+
+
 def discover() -> Ports:
     """Look at the entry points, then at the folders of ``PORT_KIT_PATH``; return ports sorted by name."""
     declared: list[tuple[Port, str]] = []

@@ -16,8 +16,7 @@ from port_kit.registry import find_port, list_ports
 
 GOOD = """
 from port_kit.port import Port
-PORT = Port(name="{name}", title="t", class_name="{class_name}", pipeline="{package}.pipeline:P",
-            output_type="image", recipe="", components=())
+PORT = Port(name="{name}", package=__name__, title="t", class_name="{class_name}", output_type="image", components=())
 """
 
 Write = Callable[..., Path]
@@ -30,7 +29,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     before, path = set(sys.modules), list(sys.path)
 
     def put(package: str, code: str | None = None, *, name: str = "", class_name: str = "") -> Path:
-        good = GOOD.format(name=name or package, class_name=class_name or f"{package}Pipeline", package=package)
+        good = GOOD.format(name=name or package, class_name=class_name or f"{package}Pipeline")
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(good if code is None else code, encoding="utf-8")
         list_ports.cache_clear()

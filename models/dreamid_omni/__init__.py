@@ -7,17 +7,13 @@ from port_kit.port import Port
 
 PORT = Port(
     name="dreamid_omni",
+    package=__name__,
     title="DreamID-Omni: reference images, reference audios and a prompt to a 5 s video with audio",
     class_name="DreamIDOmniPipeline",
-    pipeline="port_kit.models.dreamid_omni.pipeline:DreamIDOmniPipeline",
     output_type="video",
     references=("image", "audio"),
-    recipe="port_kit.models.dreamid_omni.recipe:RECIPE",
     components=COMPONENTS,
-    pre_process="get_pre_process_func",
     parity="port_kit.models.wan.parity.pipeline_cases:dreamid_cases",
-    original="port_kit.models.dreamid_omni.recipe:ORIGINAL",
-    parallel="port_kit.models.wan.parity.parallel_subjects:dreamid_omni_subject",
     request_options={
         "solver_name": "str",
         "video_negative_prompt": "str",
@@ -35,11 +31,6 @@ PORT = Port(
     ),
     seed=100,
     tiny={"height": 64, "width": 96, "num_inference_steps": 4},
+    tiny_model="port_kit.testing.tiny_fusion:tiny_fusion_model",
     card="docs/ports/dreamid_omni.md",
-    licences={
-        "transformer": "research use only (DreamID-Omni's README)",
-        "text_encoder, tokenizer, vae": "Apache-2.0 (Wan2.2)",
-        "audio_vae, vocoder": "CC-BY-NC-4.0 (MMAudio)",
-        "reference code": "Apache-2.0",
-    },
 )

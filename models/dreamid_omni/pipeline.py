@@ -26,11 +26,8 @@ from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.models.wan.pipeline.prompts import strip_tags
 from port_kit.models.wan.pipeline.request import LatentLengths
 from port_kit.models.wan.transformer.modality_io import TextContext
-from port_kit.pipeline.process_funcs import get_post_process_func, get_pre_process_func
 from port_kit.pipeline.request_state import DenoiseState
 from port_kit.port import Component
-
-__all__ = ["DreamIDOmniPipeline", "get_post_process_func", "get_pre_process_func"]
 
 
 class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from port_kit.models.ovi.weights import COMPONENTS
-from port_kit.models.wan.weights.components import SHARED_LICENCES
 from port_kit.port import Port
-
-_RECIPES = "port_kit.models.ovi.recipe"
 
 PORT = Port(
     name="ovi",
+    package=__name__,
     title="Ovi: a prompt, or a first frame and a prompt, to a 5 or 10 s video with audio",
     class_name="OviPipeline",
-    pipeline="port_kit.models.ovi.pipeline:OviPipeline",
     output_type="video",
     references=("image",),
-    recipe=f"{_RECIPES}:RECIPE",
-    variants={
-        "720x720_5s": f"{_RECIPES}:RECIPE",
-        "960x960_5s": f"{_RECIPES}:RECIPE_960_5S",
-        "960x960_10s": f"{_RECIPES}:RECIPE_960_10S",
-    },
+    variants={"720x720_5s": "RECIPE", "960x960_5s": "RECIPE_960_5S", "960x960_10s": "RECIPE_960_10S"},
     components=COMPONENTS,
-    pre_process="get_pre_process_func",
     parity="port_kit.models.wan.parity.pipeline_cases:ovi_cases",
-    original="port_kit.models.ovi.recipe:ORIGINAL",
-    parallel="port_kit.models.wan.parity.parallel_subjects:ovi_subject",
     request_options={
         "solver_name": "str",
         "video_negative_prompt": "str",
@@ -41,6 +30,6 @@ PORT = Port(
     ),
     seed=103,
     tiny={"num_inference_steps": 4},
+    tiny_model="port_kit.testing.tiny_fusion:tiny_fusion_model",
     card="docs/ports/ovi.md",
-    licences={"transformer": "Apache-2.0 (Ovi)", **SHARED_LICENCES, "reference code": "Apache-2.0"},
 )

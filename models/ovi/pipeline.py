@@ -21,11 +21,8 @@ from port_kit.models.wan.pipeline.request import LatentLengths
 from port_kit.models.wan.transformer.config import FusionConfig
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.pipeline.loading import read_json
-from port_kit.pipeline.process_funcs import get_post_process_func, get_pre_process_func
 from port_kit.pipeline.request_state import DenoiseState
 from port_kit.port import Component
-
-__all__ = ["OviPipeline", "get_post_process_func", "get_pre_process_func"]
 
 
 class OviPipeline(FusionPipeline, SupportImageInput):

@@ -16,6 +16,7 @@ from port_kit.download.progress import choose_progress, human
 from port_kit.errors import DownloadError
 from port_kit.port import resolve
 from port_kit.registry import find_port
+from port_kit.testing.tiny_port import download_tiny
 
 
 @click.command(
@@ -32,6 +33,7 @@ from port_kit.registry import find_port
 @click.option(
     "--variant", metavar="NAME", help="Another checkpoint of a port that has several; `port-kit show` names them."
 )
+@click.option("--tiny", is_flag=True, help="A tiny model with random weights, from a loopback Hub.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--revision", multiple=True, metavar="[REPO=]COMMIT", help="Another revision than the recipe's.")
 @click.option("--update", is_flag=True, help="Resolve revisions that the recipe does not pin anew.")
@@ -50,6 +52,7 @@ def command(
     port: str,
     output_dir: Path | None,
     variant: str | None,
+    tiny: bool,
     dry_run: bool,
     revision: tuple[str, ...],
     update: bool,
@@ -69,6 +72,10 @@ def command(
     Run the command again after an interruption to resume. HF_TOKEN, HF_ENDPOINT and HF_HOME are respected.
     """
     recipe = load_recipe(port, variant)
+    if tiny:
+        report = download_tiny(find_port(port), output_dir or Path(f"{port}_tiny"), recipe=recipe, dry_run=dry_run)
+        emit("download", report.to_json(), as_json=as_json, text=_describe(report, verified=False))
+        return
     report = download(
         at_revisions(recipe, revision),
         output_dir or Path(recipe.name),

@@ -1,4 +1,4 @@
-"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4."""
+"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4 or PNG."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from port_kit.registry import find_port
 
 #: Types of :attr:`~port_kit.port.Port.request_options` on the command line.
 TYPES: Mapping[str, type] = {"str": str, "int": int, "float": float}
+#: Fields of ``OmniDiffusionSamplingParams`` on the command line, beside the seed.
+SAMPLING = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+#: Suffix of the output, by :attr:`~port_kit.port.Port.output_type`.
+SUFFIXES = {"video": "mp4", "image": "png"}
 PARALLEL_DEGREES = ("tensor_parallel_size", "ulysses_degree", "ring_degree", "cfg_parallel_size")
 HSDP_OPTIONS = ("use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
 ENGINE_OPTIONS = (
@@ -40,7 +44,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     """Return the parser of a port's options; engine options have vLLM-Omni's names."""
     parser = argparse.ArgumentParser(prog=f"port-kit generate {port.name}", description=port.title)
     parser.add_argument("--model", required=True, help=f"model directory, made by: port-kit download {port.name}")
-    parser.add_argument("-o", "--output", default=f"{port.name}.mp4")
+    parser.add_argument("-o", "--output", default=f"{port.name}.{SUFFIXES[port.output_type]}")
     parser.add_argument("--contact-sheet", default=None, help="also draw frames and waveform into this PNG")
     parser.add_argument("--prompt", default=port.example_prompt or None)
     parser.add_argument("--prompt-file", default=None, help="JSON file that holds the prompt as one string")
@@ -49,12 +53,14 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
         parser.add_argument(*MEDIA_OPTIONS[kind], dest=kind, nargs="+", default=None, help=f"{kind} files")
 
     request = parser.add_argument_group("request (defaults are the model's)")
-    for name in ("height", "width", "num-inference-steps"):
-        request.add_argument(f"--{name}", type=int, default=None)
+    request.add_argument("--negative-prompt", default=None)
+    for name in SAMPLING:
+        number = float if name == "guidance_scale" else int
+        request.add_argument(f"--{name.replace('_', '-')}", type=number, default=None)
     request.add_argument("--seed", type=int, default=port.seed)
     request.add_argument("--num-outputs", type=int, default=1, help="output i has the seed plus i")
-    for name, kind in port.request_options.items():
-        request.add_argument(f"--{name.replace('_', '-')}", type=TYPES[kind], default=None)
+    for name, option in port.request_options.items():
+        request.add_argument(f"--{name.replace('_', '-')}", type=TYPES[option], default=None)
 
     engine = parser.add_argument_group("engine (passed to vLLM-Omni)")
     engine.add_argument("--dtype", default="bfloat16")
@@ -95,7 +101,9 @@ def build_request(
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     sampling = dict(port.tiny) if arguments.tiny else {}
-    sampling |= {name: given[name] for name in ("height", "width", "num_inference_steps", "seed") if name in given}
+    sampling |= {name: given[name] for name in (*SAMPLING, "seed") if name in given}
+    if "guidance_scale" in sampling:
+        sampling["guidance_scale_provided"] = True
     extra = {name: given[name] for name in port.request_options if name in given}
     text = arguments.prompt
     if arguments.prompt_file:
@@ -104,6 +112,8 @@ def build_request(
     for kind, make in (default_media or {}).items():
         media.setdefault(kind, make())
     prompt: dict[str, Any] = {"prompt": text}
+    if "negative_prompt" in given:
+        prompt["negative_prompt"] = given["negative_prompt"]
     if media:
         prompt["multi_modal_data"] = media
     return prompt, OmniDiffusionSamplingParams(
@@ -119,7 +129,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
 
-    from port_kit.pipeline.media import measure_mp4, write_result
+    from port_kit.pipeline.media import describe_file, write_result
     from port_kit.reports import draw_contact_sheet
 
     prompt, sampling = build_request(port, arguments, default_media)
@@ -136,7 +146,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
         omni.close()
     paths = write_result(arguments.output, result)
     for path in paths:
-        print(f"{measure_mp4(path).line(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+        print(f"{describe_file(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
@@ -152,7 +162,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @handles_errors("generate")
 def command(port: str, options: tuple[str, ...]) -> None:
-    """Run one request on a port's model directory and write an MP4 file.
+    """Run one request on a port's model directory and write a video as MP4, or an image.
 
     OPTIONS depend on the port: port-kit generate PORT --help.
     """

@@ -188,6 +188,12 @@ class Recipe:
         missing = [key for key in ("_class_name", "_diffusers_version") if key not in stated]
         _require(not missing, f"model_index of {self.name} lacks {' and '.join(missing)}, which vLLM-Omni looks for")
 
+    @property
+    def licences(self) -> dict[str, str]:
+        """Licenses by folder of the model directory, and of the git code by its name."""
+        weights = {rule.folder: item.licence for item in self.repositories for rule in item.files if item.licence}
+        return weights | {code.name: code.licence for code in self.code if code.licence}
+
     def with_(
         self,
         *,

@@ -61,11 +61,12 @@ class Family:
         vocabulary: entries of the tiny tokenizer.
         request: arguments of the pipeline for a tiny output.
         multiple: image sides are multiples of this, in pixels.
+        height, width: defaults of the pipeline for videos, in pixels; the size of images follows from the transformer.
         steps, guidance: defaults of the pipeline.
         frames, fps: defaults of the pipeline; 0 for images.
         frame_step: a video has one frame and a multiple of this; 0 for images.
         least_steps: fewer than this many steps the schedule cannot make.
-        callback: the entry of the call's options that has ``on_step`` called after each step.
+        callback: the argument of the call that has ``on_step`` called after each step.
     """
 
     transformer: str
@@ -79,11 +80,13 @@ class Family:
     multiple: int
     steps: int
     guidance: float
+    height: int = 0
+    width: int = 0
     frames: int = 0
     fps: int = 0
     frame_step: int = 0
     least_steps: int = 1
-    callback: str = '"callback_on_step_end": on_step'
+    callback: str = "callback_on_step_end"
 
 
 _TINY_T5 = {
@@ -143,6 +146,8 @@ FAMILIES: Mapping[str, Family] = {
         multiple=32,
         steps=50,
         guidance=3.0,
+        height=512,
+        width=704,
         frames=161,
         fps=25,
         frame_step=8,
@@ -184,6 +189,6 @@ FAMILIES: Mapping[str, Family] = {
         multiple=8,
         steps=20,
         guidance=4.5,
-        callback='"callback": on_step',
+        callback="callback",
     ),
 }

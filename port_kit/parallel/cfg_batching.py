@@ -20,7 +20,7 @@ further branches as ``extra_branches``. If :func:`weights_are_streamed`, its blo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.platforms import current_platform
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
@@ -64,8 +64,12 @@ class BatchedCFGMixin(CFGParallelMixin):
 
     The transformer's ``forward`` accepts ``extra_branches``, the arguments of further branches. With any, it returns a
     list. Branches are assigned to ranks as in the base mixin, and gathered before they are combined.
+
+    Attributes:
+        batches_branches: False if the transformer does not accept ``extra_branches``; its branches run one by one.
     """
 
+    batches_branches: ClassVar[bool] = True
     od_config: OmniDiffusionConfig
     transformer: Any
 
@@ -79,7 +83,7 @@ class BatchedCFGMixin(CFGParallelMixin):
     ) -> Any:
         """Guide with this rank's branches in one call if that has a benefit, else as the base mixin."""
         count = len(branches_kwargs)
-        is_batched = do_true_cfg and output_slice is None and count > _cfg_ranks()
+        is_batched = self.batches_branches and do_true_cfg and output_slice is None and count > _cfg_ranks()
         if not is_batched or not should_batch_branches(self.od_config):
             return super().predict_noise_with_multi_branch_cfg(
                 do_true_cfg, true_cfg_scale, branches_kwargs, cfg_normalize, output_slice

@@ -1,11 +1,7 @@
 """Layout checks before an engine's workers start.
 
 vLLM-Omni calls a pipeline's post-process factory with the engine's configuration in the process that creates ``Omni``,
-before any worker starts. A port calls :func:`check_engine` there::
-
-    def get_post_process_func(od_config):
-        check_engine(od_config, lambda: build_transformer(read_config(od_config.model)), branches=2)
-        ...
+before any worker starts. :func:`port_kit.pipeline.process_funcs.get_post_process_func` calls :func:`check_engine`.
 """
 
 from __future__ import annotations

@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from port_kit.errors import ParallelError
 from port_kit.parallel import recorder
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.parallel_checks import Finding, branch_alone, compare, first_divergence
-from port_kit.port import Port, resolve
+from port_kit.port import Port, lookup
+from port_kit.testing.tiny_port import download_tiny
 from port_kit.testing.workers import RankResult, Request, run_workers
 
 #: Layouts of 2 to 4 ranks for ports with attention, guidance and blocks.
@@ -143,18 +145,40 @@ def port_test_case(port: Port, scratch: Path, model: Path | None = None, prompt:
         prompt: prompt for ``model``.
 
     Raises:
-        ParallelError: ``parallel_subject``; the port declares no test case and ``model`` is None.
+        ParallelError: ``parallel_subject``; the port has no tiny model and ``model`` is None.
     """
     if model is not None:
         return ParallelTestCase(model, [Request(prompt, {"num_inference_steps": 2, "seed": 0})])
-    if not port.parallel:
+    if lookup(port.tiny_model) is None:
         raise ParallelError(
-            f"Port {port.name} declares no test case for verify parallel.",
+            f"Port {port.name} has no tiny model for verify parallel.",
             code="parallel_subject",
-            hint="pass a small model directory with --model, or set the port's parallel field",
+            hint=f"pass a small model directory with --model, or add TINY to {port.package}.config",
         )
-    make: Any = resolve(port.parallel)
-    return make(scratch)
+    report = download_tiny(port, scratch / port.name)
+    return ParallelTestCase(Path(report.directory), [_tiny_request(port)], output_tolerance=port.output_tolerance)
+
+
+def _tiny_request(port: Port) -> Request:
+    """Return a request with one of each kind of reference medium that the port accepts."""
+    sampling = {"seed": 11, **port.tiny, **port.parallel}
+    if "guidance_scale" in sampling:
+        sampling["guidance_scale_provided"] = True
+    media = {kind: _REFERENCES[kind]() for kind in port.references}
+    prompt: dict[str, Any] = {"prompt": port.example_prompt or "a cat"}
+    return Request({**prompt, "multi_modal_data": media} if media else prompt, sampling)
+
+
+def _reference_image() -> list[Any]:
+    return [Image.new("RGB", (96, 64), (200, 30, 90))]
+
+
+def _reference_audio() -> list[Any]:
+    """Return 2 s of noise at 16 kHz."""
+    return [(0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)]
+
+
+_REFERENCES: Mapping[str, Callable[[], list[Any]]] = {"image": _reference_image, "audio": _reference_audio}
 
 
 def verify_parallel(

@@ -46,5 +46,5 @@ class OriginalImplementation:
         raise ParityError(
             f"the script {self.script} of the original implementation is not a module of an installed package",
             code="reference_missing",
-            hint="correct the `original` of the port",
+            hint="correct the `script` of the port's ORIGINAL",
         )

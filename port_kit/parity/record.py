@@ -24,7 +24,7 @@ from port_kit.download.lock import LOCK_NAME, read_lock
 from port_kit.download.recipe import GitCode, Recipe
 from port_kit.errors import ParityError
 from port_kit.parity.original import OriginalImplementation
-from port_kit.port import Port, resolve
+from port_kit.port import Port, lookup, resolve
 
 PROVENANCE = "reference.json"
 LOG = "reference.log"
@@ -79,7 +79,7 @@ def record(
     """Make a goldens folder by running the port's original code on a model directory.
 
     Args:
-        port: must declare ``original``.
+        port: must have an ``ORIGINAL`` beside its recipe.
         model: a complete model directory, whose lock records the commit of the original code.
         output: the goldens folder.
         settings: options of the run; None for the defaults.
@@ -120,7 +120,7 @@ def record(
 
 def _find_code(port: Port, model: Path) -> tuple[OriginalImplementation, GitCode, str]:
     """Return the reference, its git code and the commit; the checkout is there and is that commit."""
-    if not port.original:
+    if lookup(port.original) is None:
         raise ParityError(
             f"port {port.name} declares no original implementation",
             code="reference_missing",

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config.load import LoadConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
 from port_kit.errors import PortKitError
 from port_kit.parallel.hsdp import shard_before_loading
-from port_kit.port import Component, resolve
+from port_kit.port import Component, Pretrained, resolve
+from port_kit.registry import port_of_class
 from port_kit.remap import load_components, load_local
 
 
@@ -41,6 +44,35 @@ def build_components(model: str | Path, components: Sequence[Component]) -> dict
         build: Any = resolve(component.build)
         built[component.name] = build(read_json(model, f"{component.name}/config.json"))
     return built
+
+
+def load_pretrained(part: Pretrained, model: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Load a part with its own library; every parameter must be filled and every tensor used.
+
+    Raises:
+        PortKitError: ``model_incomplete``, with the names.
+    """
+    source: Any = resolve(part.source)
+    folder = f"{model}/{part.name}"
+    module, info = source.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise _incomplete(f"{folder} does not fill {source.__name__}: {wrong}")
+    filled: nn.Module = module.eval()
+    return filled
+
+
+def load_pipeline(model: str | Path) -> Any:
+    """Build the pipeline of a model directory and load its weights, in the default dtype.
+
+    It needs process groups: :func:`port_kit.runtime.single_process.single_rank`.
+    """
+    name = read_json(model, "model_index.json")["_class_name"]
+    pipeline_class: Any = resolve(port_of_class(name).pipeline)
+    od_config = OmniDiffusionConfig(model=str(model), dtype=torch.get_default_dtype())
+    pipeline = pipeline_class(od_config=od_config)
+    DiffusersPipelineLoader(LoadConfig(), od_config).load_weights(pipeline)
+    return pipeline
 
 
 def weights_sources(

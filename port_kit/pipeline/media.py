@@ -6,6 +6,7 @@ Legend: B batch, C colour channels, F frames, H height, W width, S audio samples
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from PIL import Image
 
 from port_kit.errors import InputError
 
@@ -30,36 +32,46 @@ def to_frames(video: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def to_omni_payload(output: dict[str, torch.Tensor], *, fps: int, sample_rate: int) -> dict[str, Any]:
-    """Put the worker's output into the form that vLLM-Omni's formatter and its video server read.
+def to_omni_payload(output: Mapping[str, torch.Tensor], *, fps: int, sample_rate: int) -> dict[str, Any]:
+    """Put the worker's output into the form that vLLM-Omni's formatter and its servers read.
 
     Args:
-        output: ``video`` uint8 (F, H, W, 3) and ``audio`` float (S,), or several of both along a first axis.
+        output: any of ``video`` uint8 (F, H, W, 3), ``audio`` float (S,) and ``image`` uint8 (H, W, 3), or several of
+            each along a first axis.
         fps: frames a second.
         sample_rate: Hz.
     """
-    video: np.ndarray = _array(output["video"])
-    audio: np.ndarray = _array(output["audio"]).astype(np.float32)
-    # Several videos are a list, and each is then one of the result's images; their audios stay one array.
-    return {
-        "payload": {"video": list(video) if video.ndim == 5 else video, "audio": audio},
-        "metadata": {"video": {"fps": fps}, "audio": {"sample_rate": sample_rate}},
-    }
+    payload: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
+    for kind, value in output.items():
+        array: np.ndarray = _array(value)
+        if kind == "video":
+            # Several videos are a list, and each is then one of the result's images; their audios stay one array.
+            payload[kind] = list(array) if array.ndim == 5 else array
+            metadata[kind] = {"fps": fps}
+        elif kind == "image":
+            payload[kind] = [Image.fromarray(image) for image in (array if array.ndim == 4 else array[None])]
+        else:
+            payload[kind] = array.astype(np.float32)
+            metadata[kind] = {"sample_rate": sample_rate}
+    return {"payload": payload, "metadata": metadata}
 
 
 def _array(value: torch.Tensor | np.ndarray) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def write_mp4(path: Path | str, frames: np.ndarray, samples: np.ndarray, *, fps: float, sample_rate: int) -> Path:
+def write_mp4(
+    path: Path | str, frames: np.ndarray, samples: np.ndarray | None = None, *, fps: float, sample_rate: int = 0
+) -> Path:
     """Write H.264 video with AAC audio, with vLLM-Omni's own encoder (the one behind ``/v1/videos``).
 
     Args:
         path: the file; its folder is made.
         frames: uint8 (F, H, W, 3).
-        samples: float (S,) in [-1, 1].
+        samples: float (S,) in [-1, 1]; None for a video without audio.
         fps: frames a second.
-        sample_rate: Hz.
+        sample_rate: Hz, of the samples.
     """
     from vllm_omni.diffusion.utils.media_utils import mux_video_audio_bytes
 
@@ -68,27 +80,48 @@ def write_mp4(path: Path | str, frames: np.ndarray, samples: np.ndarray, *, fps:
         raise InputError(f"frames are {found}; uint8 (F, H, W, 3) is required", code="media_write")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    audio = np.clip(np.asarray(samples, dtype=np.float32).reshape(-1), -1.0, 1.0)
-    path.write_bytes(mux_video_audio_bytes(np.ascontiguousarray(frames), audio, fps=fps, audio_sample_rate=sample_rate))
+    options: dict[str, Any] = {"fps": fps}
+    if samples is not None:
+        audio = np.clip(np.asarray(samples, dtype=np.float32).reshape(-1), -1.0, 1.0)
+        options |= {"audio_waveform": audio, "audio_sample_rate": sample_rate}
+    path.write_bytes(mux_video_audio_bytes(np.ascontiguousarray(frames), **options))
     return path
 
 
 def write_result(path: Path | str, result: Any) -> list[Path]:
-    """Write every video of one of ``Omni``'s results: to ``path``, or with ``_1``, ``_2``, ... before its suffix.
+    """Write every output of one of ``Omni``'s results: to ``path``, or with ``_1``, ``_2``, ... before its suffix.
 
     Args:
-        path: the file, or the pattern of several.
-        result: of a request to a port that gives videos with audio.
+        path: the file, or the pattern of several; the suffix of an image chooses its format.
+        result: of a request to a port that gives videos, with or without audio, or images.
     """
-    extra, path = result.multimodal_output, Path(path)
-    rate, fps = int(extra["audio_sample_rate"]), float(extra["fps"])
-    audios = np.asarray(extra["audio"])
-    if len(result.images) == 1:
-        return [write_mp4(path, result.images[0], audios, fps=fps, sample_rate=rate)]
+    path, count = Path(path), len(result.images)
+    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(1, count + 1)]
+    extra = result.multimodal_output or {}
+    if "fps" not in extra:
+        return [_write_image(target, image) for target, image in zip(paths, result.images, strict=True)]
+    audios: Sequence[Any] = [None] * count
+    if "audio" in extra:
+        audios = [np.asarray(extra["audio"])] if count == 1 else np.asarray(extra["audio"])
+    rate, fps = int(extra.get("audio_sample_rate", 0)), float(extra["fps"])
     return [
-        write_mp4(path.with_stem(f"{path.stem}_{i}"), video, audio, fps=fps, sample_rate=rate)
-        for i, (video, audio) in enumerate(zip(result.images, audios, strict=True), 1)
+        write_mp4(target, np.asarray(video), audio, fps=fps, sample_rate=rate)
+        for target, video, audio in zip(paths, result.images, audios, strict=True)
     ]
+
+
+def _write_image(path: Path, image: Image.Image) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def describe_file(path: Path | str) -> str:
+    """Return one line for people: the size of an image, or what decoding a video gives."""
+    if Path(path).suffix == ".mp4":
+        return measure_mp4(path).line(path)
+    with Image.open(path) as image:
+        return f"{path}: {image.width}x{image.height}"
 
 
 @dataclass(frozen=True)
@@ -99,8 +132,8 @@ class MediaInfo:
         frames: decoded frames.
         fps: frames a second.
         height, width: pixels.
-        video_codec, audio_codec: FFmpeg's names (``h264``, ``aac``).
-        sample_rate: Hz.
+        video_codec, audio_codec: FFmpeg's names (``h264``, ``aac``); ``audio_codec`` is empty without audio.
+        sample_rate: Hz; 0 without audio.
         video_seconds: frames / fps.
         audio_seconds: decoded samples / sample rate.
         peak: largest absolute sample.
@@ -119,9 +152,14 @@ class MediaInfo:
 
     def line(self, path: Path | str) -> str:
         """Return one line for people."""
-        return (
+        video = (
             f"{path}: {self.frames} frames {self.width}x{self.height} at {self.fps:g} fps "
-            f"({self.video_codec}, {self.video_seconds:.2f} s), audio at {self.sample_rate} Hz "
+            f"({self.video_codec}, {self.video_seconds:.2f} s)"
+        )
+        if not self.audio_codec:
+            return video
+        return (
+            f"{video}, audio at {self.sample_rate} Hz "
             f"({self.audio_codec}, {self.audio_seconds:.2f} s, peak {self.peak:.2f})"
         )
 
@@ -130,21 +168,21 @@ def measure_mp4(path: Path | str) -> MediaInfo:
     """Decode a file completely and say what is in it.
 
     Raises:
-        InputError: not readable, or one of the two streams is missing.
+        InputError: not readable, or without a video stream.
     """
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video or not container.streams.audio:
-                raise InputError(f"{path} lacks a video or an audio stream", code="media_write")
+            if not container.streams.video:
+                raise InputError(f"{path} has no video stream", code="media_write")
             return _measure(container)
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}", code="media_write") from error
 
 
 def _measure(container: av.container.InputContainer) -> MediaInfo:
-    video, audio = container.streams.video[0], container.streams.audio[0]
+    video, audio = container.streams.video[0], next(iter(container.streams.audio), None)
     frames, samples, peak = 0, 0, 0.0
-    for frame in container.decode(video, audio):
+    for frame in container.decode(video, *([audio] if audio else [])):
         if isinstance(frame, av.VideoFrame):
             frames += 1
         else:
@@ -157,9 +195,9 @@ def _measure(container: av.container.InputContainer) -> MediaInfo:
         height=video.height,
         width=video.width,
         video_codec=video.codec_context.name,
-        audio_codec=audio.codec_context.name,
-        sample_rate=audio.rate,
+        audio_codec=audio.codec_context.name if audio else "",
+        sample_rate=audio.rate if audio else 0,
         video_seconds=frames / fps,
-        audio_seconds=samples / audio.rate,
+        audio_seconds=samples / audio.rate if audio else 0.0,
         peak=peak,
     )

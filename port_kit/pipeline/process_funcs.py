@@ -1,7 +1,8 @@
-"""Pre-process and post-process functions of every port that has a :class:`~port_kit.pipeline.base.PortPipeline`.
+"""Module that vLLM-Omni imports for every port: pipeline classes by name, pre-process and post-process functions.
 
-vLLM-Omni looks both factories up in the module of the pipeline, which imports them from here. Both run in the engine's
-process.
+vLLM-Omni looks the factories of both functions up in the module of the pipeline. All ports are registered with this
+module, which resolves a class on first use; a port's own modules need not know of the functions. Both run in the
+engine's process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from port_kit.pipeline.loading import read_json
 from port_kit.pipeline.media import to_omni_payload
 from port_kit.pipeline.request_state import without_media
 from port_kit.port import Port, resolve
-from port_kit.registry import list_ports
+from port_kit.registry import port_of_class
 from port_kit.runtime.engine_options import check_options
 
 if TYPE_CHECKING:
@@ -27,12 +28,24 @@ if TYPE_CHECKING:
     PreProcess = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 
 
-def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess:
+def __getattr__(class_name: str) -> Any:
+    """Return the pipeline class of the port with this ``class_name``."""
+    try:
+        port = port_of_class(class_name)
+    except PortNotFoundError as error:
+        raise AttributeError(str(error)) from error
+    return resolve(port.pipeline)
+
+
+def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess | None:
     """Return the function that prepares a request on arrival, before it is queued.
 
-    The prepared request, with its decoded media, travels to the workers in place of the encoded media.
+    The prepared request, with its decoded media, travels to the workers in place of the encoded media. None for a
+    pipeline that prepares its requests itself.
     """
     pipeline: Any = resolve(port_of_class(od_config.model_class_name).pipeline)
+    if not hasattr(pipeline, "for_preprocessing"):
+        return None
     reader = pipeline.for_preprocessing(od_config.model)
 
     def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
@@ -50,17 +63,22 @@ def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess:
     return pre_process
 
 
-def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[Any], Any]:
     """Return the function that makes vLLM-Omni's payload of a worker's output.
 
-    vLLM-Omni calls this before it starts workers. The engine's options and parallel layout are checked here.
+    vLLM-Omni calls this before it starts workers. The engine's options and parallel layout are checked here. A port's
+    ``post_process`` replaces all of it.
 
     Raises:
         ParallelError: the model cannot run in the engine's parallel layout.
         PortNotFoundError: no port serves the model's class.
     """
-    check_options(od_config)
     port = port_of_class(od_config.model_class_name)
+    if port.post_process:
+        factory: Any = resolve(port.post_process)
+        own: Callable[[Any], Any] = factory(od_config)
+        return own
+    check_options(od_config)
     pipeline: Any = resolve(port.pipeline)
     check_engine(od_config, lambda: _build_transformer(port, od_config), branches=pipeline.guidance_branches)
 
@@ -68,19 +86,6 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[dict[str,
         return to_omni_payload(output, fps=pipeline.fps, sample_rate=pipeline.audio_sample_rate)
 
     return post_process
-
-
-def port_of_class(class_name: str | None) -> Port:
-    """Return the port of a pipeline's class.
-
-    Raises:
-        PortNotFoundError: no port serves the class.
-    """
-    ports = {port.class_name: port for port in list_ports().values()}
-    if class_name not in ports:
-        known = sorted(ports)
-        raise PortNotFoundError(f"no port serves {class_name}", hint=f"known are {', '.join(known)}", known=known)
-    return ports[class_name]
 
 
 def _build_transformer(port: Port, od_config: OmniDiffusionConfig) -> nn.Module:

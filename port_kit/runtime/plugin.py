@@ -30,6 +30,8 @@ from port_kit.runtime.hosts import HOSTS, MODULE
 logger = logging.getLogger(__name__)
 
 PLATFORM = "port_kit.runtime.platform.CpuOmniPlatform"
+#: Module in which vLLM-Omni finds the pipeline classes and the process functions of all ports.
+PIPELINES = "port_kit.pipeline.process_funcs"
 PLATFORM_GROUP = "vllm_omni.platform_plugins"
 
 #: Non-empty while other plugins are called; prevents infinite recursion.
@@ -141,7 +143,10 @@ def _register_host(name: str) -> None:
 
 
 def _register(port: Port) -> None:
-    """Register one port. Keyword arguments, because their order differs between releases."""
+    """Register one port. Keyword arguments, because their order differs between releases.
+
+    vLLM-Omni looks for the process functions in the module of the pipeline, which is :data:`PIPELINES` for all ports.
+    """
     from vllm_omni.diffusion.registry import register_diffusion_model
 
     module, _, class_name = port.pipeline.partition(":")
@@ -154,8 +159,8 @@ def _register(port: Port) -> None:
         )
     register_diffusion_model(
         model_arch=port.class_name,
-        module_name=module,
-        class_name=class_name,
-        pre_process_func_name=port.pre_process or None,
-        post_process_func_name=port.post_process or None,
+        module_name=PIPELINES,
+        class_name=port.class_name,
+        pre_process_func_name="get_pre_process_func",
+        post_process_func_name="get_post_process_func",
     )

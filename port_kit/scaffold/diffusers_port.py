@@ -15,10 +15,9 @@ from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.source import FOLDERS, Source, read_source
 
 _TESTS = ("conftest", "test_download", "test_coverage", "test_parity", "test_parallel", "test_cache", "test_generate")
-_OWN = (
-    *("attention", "config", "parallel_subject", "parity", "pipeline", "recipe", "rules", "tiny", "transformer"),
-    "weights",
-)
+#: Files of the port, and of its model library.
+_PORT = ("config", "pipeline", "recipe", "weights")
+_LIBRARY = ("parity", "transformer")
 
 
 def diffusers_files(port: NewPort) -> dict[str, str]:
@@ -34,24 +33,26 @@ def diffusers_files(port: NewPort) -> dict[str, str]:
         source = Source(**{**vars(source), "repository": facts.family.repository})
     values = {**_names(port, facts, source), **_class_values(facts), **_output_values(facts.family)}
     values |= {**_tiny_values(facts.family), **_source_values(facts, source)}
-    templates = {f"{port.name}/{part}.py": f"diffusers/{part}.py" for part in _OWN}
+    templates = {f"{port.name}/{part}.py": f"diffusers/{part}.py" for part in _PORT}
+    templates |= {f"{port.name}/model/{part}.py": f"diffusers/{part}.py" for part in _LIBRARY}
     kind = ATTENTION_TEMPLATES[facts.attentions[0].processor]
-    templates[f"{port.name}/attention.py"] = f"diffusers/{kind}"
-    templates |= common_templates(port.name, facts.family.output)
+    templates[f"{port.name}/model/attention.py"] = f"diffusers/{kind}"
+    templates |= common_templates(port.name)
     templates["record_goldens.py"] = "diffusers/record_goldens.py"
     return {path: render(template, values) for path, template in sorted(templates.items())}
 
 
-def common_templates(name: str, output: str) -> dict[str, str]:
+def common_templates(name: str) -> dict[str, str]:
     """Return what every port has: ``{path: template}``."""
     templates = {f"tests/{part}.py": f"common/{part}.py" for part in _TESTS}
     return templates | {
         f"{name}/__init__.py": "common/__init__.py",
+        f"{name}/model/__init__.py": "common/model_init.py",
         "pyproject.toml": "common/pyproject.toml",
         "README.md": "common/README.md",
         "CARD.md": "common/CARD.md",
         f"download_{name}.py": "common/download.py",
-        f"generate_{name}.py": f"common/generate_{output}.py",
+        f"generate_{name}.py": "common/generate.py",
     }
 
 
@@ -99,14 +100,13 @@ def _names(port: NewPort, facts: ClassFacts, source: Source) -> dict[str, str]:
         "pipeline_class": port.pipeline_class,
         "path": f"diffusers ({facts.family.transformer}, {facts.family.pipeline})",
         "reference": f"diffusers {diffusers.__version__}, `{facts.family.pipeline}`",
+        "reference_word": "pipeline of diffusers",
         "diffusers_version": diffusers.__version__,
         "kit_version": port_kit.__version__,
         "file_rows": "\n".join(
             (
-                f"| `{port.name}/transformer.py` | the class of diffusers, and what is exchanged in it |",
-                f"| `{port.name}/attention.py` | its attentions, with fused projections |",
-                f"| `{port.name}/rules.py`, `weights.py` | which tensor of the checkpoint goes where |",
-                f"| `{port.name}/pipeline.py` | diffusers' pipeline around the transformer |",
+                f"| `{port.name}/model/transformer.py` | the class of diffusers, and what is exchanged in it |",
+                f"| `{port.name}/model/attention.py` | its attentions, with fused projections |",
             )
         ),
         "notes": _notes(source),
@@ -216,12 +216,6 @@ def _rule(source: str, target: str, shard: str = "") -> str:
 
 def _output_values(family: Family) -> dict[str, str]:
     video = family.output == "video"
-    frames = ""
-    if video:
-        frames = (
-            f"DEFAULT_FRAMES = {family.frames}\n#: Frames a second, of the pipeline's default.\nFPS = {family.fps}\n"
-            f"#: A video has one frame and a multiple of this.\nFRAME_STEP = {family.frame_step}\n"
-        )
     return {
         "output": family.output,
         "environment": "",
@@ -235,53 +229,43 @@ def _output_values(family: Family) -> dict[str, str]:
         "least_steps": str(family.least_steps),
         "guidance": repr(family.guidance),
         "multiple": str(family.multiple),
-        "frame_constants": frames,
+        "frame_constants": f"#: Frames per second, the pipeline's default.\nFPS = {family.fps}\n" if video else "",
+        "frame_options": f"    frames={family.frames},\n    frame_step={family.frame_step},\n" if video else "",
+        "frame_argument": "            num_frames=request.frames,\n" if video else "",
+        "parallel_fields": _PARALLEL.replace("$least_steps", str(family.least_steps)),
         "callback": family.callback,
-        "image_import": "" if video else "from PIL import Image\n",
-        "warm_up": ("    dummy_run_num_frames: ClassVar[int] = 1 + config.FRAME_STEP\n" if video else ""),
-        "read_frames": _READ_FRAMES if video else "",
-        "post_process": textwrap.indent(_POST_VIDEO if video else _POST_IMAGE, "        ").rstrip("\n"),
+        "warm_up": _WARM_UP if video else "",
     }
 
 
-_READ_FRAMES = """        # vLLM-Omni says 1 where a request says nothing.
-        frames = check_integer("num_frames", sampling.num_frames, minimum=1)
-        arguments["num_frames"] = frames if frames > 1 else config.DEFAULT_FRAMES
-        if (arguments["num_frames"] - 1) % config.FRAME_STEP:
-            wanted = f"1 and a multiple of {config.FRAME_STEP} are required"
-            raise InputError(f"num_frames is {frames}; {wanted}", code="input_size", hint="use 9, 17, 25 and so on")
+_WARM_UP = """    dummy_run_num_frames: ClassVar[int] = 1 + config.OPTIONS.frame_step
+    fps: ClassVar[int] = config.FPS
 """
-_POST_VIDEO = """frames = output["video"]
-frames = frames.cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
-return {"payload": {"video": frames}, "metadata": {"video": {"fps": config.FPS}}}
-"""
-_POST_IMAGE = """pixels = output["image"]
-pixels = pixels.cpu().numpy() if isinstance(pixels, Tensor) else np.asarray(pixels)
-return {"payload": {"image": [Image.fromarray(pixels)]}, "metadata": {}}
+_PARALLEL = """\
+    # Guidance multiplies what rounding leaves of two branches, and every further step starts from there.
+    parallel={"num_inference_steps": $least_steps, "guidance_scale": 1.5},
+    output_tolerance=1.0,  # of whole pixel values, after a decoder of random weights
 """
 
 
 def _tiny_values(family: Family) -> dict[str, str]:
-    of_diffusers = sorted({family.pipeline, family.parts["vae"].class_name, family.parts["scheduler"].class_name})
-    tiny = sorted({family.transformer, family.parts["vae"].class_name, family.parts["scheduler"].class_name})
+    of_diffusers = sorted({family.pipeline, family.parts["scheduler"].class_name})
     encoder = family.parts["text_encoder"]
     entries = {name: [part.module, part.class_name] for name, part in family.parts.items()}
     entries |= {"tokenizer": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", family.transformer]}
     request = {key: value for key, value in family.request.items() if key != "guidance_scale"}
     return {
         "diffusers_imports": ", ".join(of_diffusers),
-        "diffusers_tiny_imports": ", ".join(tiny),
         "vae_class": family.parts["vae"].class_name,
         "scheduler_class": family.parts["scheduler"].class_name,
         "text_encoder_class": encoder.class_name,
-        "text_config_class": encoder.class_name.replace("EncoderModel", "Config"),
         "tiny_transformer": literal(dict(family.tiny)),
         "tiny_vae": literal(dict(family.parts["vae"].config)),
         "tiny_text_encoder": literal(dict(encoder.config)),
         "tiny_scheduler": literal(dict(family.parts["scheduler"].config)),
         "vocabulary": str(family.vocabulary),
-        "request": literal({**request, "guidance_scale": family.guidance}),
-        "index_entries": "\n".join(f'        "{name}": {literal(value)},' for name, value in sorted(entries.items())),
+        "tiny_request": literal({**request, "guidance_scale": family.guidance}, 4),
+        "index_entries": "\n".join(f'    "{name}": {literal(value)},' for name, value in sorted(entries.items())),
     }
 
 
@@ -304,10 +288,16 @@ def _source_values(facts: ClassFacts, source: Source) -> dict[str, str]:
         "revision": f'"{source.revision}"' if source.revision else "None",
         "licence": literal(licence),
         "licence_text": licence,
-        "licences": literal({"weights": licence}, 4),
         "weights_from": f"`{source.repository}`" + (f" at `{source.revision}`" if source.revision else ""),
         "config": literal(config),
+        "height": str(_side(facts.family, config, facts.family.height)),
+        "width": str(_side(facts.family, config, facts.family.width)),
         "config_origin": origin,
         "files": "\n".join(rules),
         "transformer_size": f"{found.parameters / 1e9:.2f} B parameters" if found else "not measured",
     }
+
+
+def _side(family: Family, config: Mapping[str, Any], default: int) -> int:
+    """Return a side of the pipeline's default size in pixels; of images it follows from the transformer's."""
+    return int(config["sample_size"]) * family.multiple if family.output == "image" else default

@@ -20,7 +20,13 @@ from port_kit.scaffold.source import Source, read_source
 #: diffusers' release whose names a model directory of these paths says it was made by; nothing of it is used.
 DIFFUSERS_VERSION = "0.40.0"
 _VAE = FAMILIES["LTXVideoTransformer3DModel"].parts["vae"]
-_PARTS = ("config", "parity", "pipeline", "recipe", "rules", "tiny", "transformer", "weights")
+#: Files of the port, and of its model library.
+_PORT = ("config", "pipeline", "recipe", "weights")
+_LIBRARY = ("parity", "transformer")
+_TINY_REQUEST: Mapping[str, Mapping[str, Any]] = {
+    "custom": {"height": 20, "width": 36, "num_frames": 3, "num_inference_steps": 2, "guidance_scale": 3.0},
+    "hybrid": {"height": 96, "width": 160, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 3.0},
+}
 _REFERENCES = {
     "custom": "the original code, ported",
     "external": "the original code, ported; its decoder from the model's own repository",
@@ -40,13 +46,13 @@ def own_files(port: NewPort) -> dict[str, str]:
     source = read_source(port.source, f"your-org/{port.name}", endpoint=port.endpoint)
     require_readable(port, source)
     values = {**_names(port, source), **_decoder_values(port), **_loading_values(port), **_recipe_values(port, source)}
-    values |= {**_tiny_values(port)}
-    templates = {f"{port.name}/{part}.py": f"own/{part}.py" for part in _PARTS}
-    variant = {"external": "_external", "hybrid": "_hybrid"}.get(port.path, "")
-    templates[f"{port.name}/decoder.py"] = f"own/decoder{variant}.py"
+    templates = {f"{port.name}/{part}.py": f"own/{part}.py" for part in _PORT}
+    templates |= {f"{port.name}/model/{part}.py": f"own/{part}.py" for part in _LIBRARY}
+    if port.path != "hybrid":
+        variant = "_external" if port.path == "external" else ""
+        templates[f"{port.name}/model/decoder.py"] = f"own/decoder{variant}.py"
     templates["record_goldens.py"] = "own/record_goldens.py"
-    templates[f"{port.name}/parallel_subject.py"] = "own/parallel_subject.py"
-    templates |= {path: name for path, name in common_templates(port.name, "video").items()}
+    templates |= common_templates(port.name)
     templates[f"original/{port.name}_original/__init__.py"] = "own/original_init.py"
     templates[f"original/{port.name}_original/model.py"] = "own/original_model.py"
     if port.path == "external":
@@ -66,6 +72,9 @@ def _names(port: NewPort, source: Source) -> dict[str, str]:
         "pipeline_class": port.pipeline_class,
         "path": port.path,
         "reference": _REFERENCES[port.path],
+        "reference_word": "original code",
+        "tiny_request": literal(_TINY_REQUEST["hybrid" if port.path == "hybrid" else "custom"], 4),
+        "parallel_fields": "",
         "diffusers_version": DIFFUSERS_VERSION,
         "kit_version": port_kit.__version__,
         "output": "video",
@@ -76,7 +85,6 @@ def _names(port: NewPort, source: Source) -> dict[str, str]:
         "suffix": "mp4",
         "expected_size": "160x96" if port.path == "hybrid" else "36x20",
         "licence_text": licence,
-        "licences": literal({"weights": licence}, 4),
         "weights_from": f"`{source.repository}`" + (f" at `{source.revision}`" if source.revision else ""),
         "transformer_size": f"{found.parameters / 1e9:.2f} B parameters" if found else "not measured",
         "file_rows": _file_rows(port),
@@ -85,13 +93,10 @@ def _names(port: NewPort, source: Source) -> dict[str, str]:
 
 
 def _file_rows(port: NewPort) -> str:
-    rows = {
-        f"{port.name}/transformer.py": "the transformer, ported: parallel linears, sharded tokens",
-        f"{port.name}/decoder.py": "latents to pixels",
-        f"{port.name}/rules.py`, `weights.py": "which tensor of the checkpoint goes where",
-        f"{port.name}/pipeline.py": "the steps from a prompt to pixels",
-        f"original/{port.name}_original/": "a stand-in for the original code",
-    }
+    rows = {f"{port.name}/model/transformer.py": "the transformer, ported: parallel linears, sharded tokens"}
+    if port.path != "hybrid":
+        rows[f"{port.name}/model/decoder.py"] = "latents to pixels"
+    rows[f"original/{port.name}_original/"] = "a stand-in for the original code"
     return "\n".join(f"| `{path}` | {text} |" for path, text in rows.items())
 
 
@@ -101,8 +106,8 @@ def _notes(port: NewPort, source: Source) -> str:
         "## What is still a stand-in",
         "",
         f"* `original/{port.name}_original`: put the model's own code here; the tests compare the port with it.",
-        "* `transformer.py`: port the model's transformer into it, module by module; the tests say where it parts.",
-        "* `rules.py`, `config.py`: the checkpoint's names and sizes.",
+        "* `model/transformer.py`: port the model's transformer, module by module; the tests say where it parts.",
+        "* `weights.py`, `config.py`: the checkpoint's names and sizes.",
     ]
     found = main_component(source)
     if not source.inspection:
@@ -120,76 +125,103 @@ def _notes(port: NewPort, source: Source) -> str:
 
 
 def _decoder_values(port: NewPort) -> dict[str, str]:
-    hybrid = port.path == "hybrid"
-    component = (
-        ""
-        if hybrid
-        else (
-            "    Component(\n"
-            '        name="decoder",\n'
-            f'        build="{port.name}.decoder:build_decoder",\n'
-            f'        rules="{port.name}.rules:DECODER",\n'
-            f'        config="{port.name}.config:DECODER_CONFIG",\n'
-            "    ),\n"
-        )
-    )
-    rules = (
-        ""
-        if hybrid
-        else (
-            "DECODER = RuleSet(\n"
-            f'    name="{port.name}_decoder",\n'
-            "    allow_downcast=True,\n"
-            '    rules=(Rule(r"proj\\.(weight|bias)", r"proj.\\1"),),\n'
-            ")"
-        )
-    )
+    """The decoder: a component of the port, or diffusers' own."""
     return {
-        "vae_class": _VAE.class_name,
-        "decoder_name": "vae" if hybrid else "decoder",
-        "decoder_component": component,
-        "decoder_rules": f"\n{rules}\n" if rules else "",
-        "decoder_config": ""
-        if hybrid
-        else '#: ``decoder/config.json`` at full size.\nDECODER_CONFIG: Mapping[str, Any] = {"channels": 8}',
-        "decoder_import": f"from {port.name}.decoder import " + ("decode, load_vae\n" if hybrid else "SCALE\n"),
-        "decode_call": "decode(self.vae, latents)" if hybrid else "self.decoder(latents.to(self.dtype))",
-        "scales": ("self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio" if hybrid else "SCALE, 1"),
-        "dummy_frames": "9" if hybrid else "2",
-        "default_frames": "17",
+        "weights_imports": "COMPONENTS",
+        **(_hybrid_values(port.name) if port.path == "hybrid" else _component_values(port)),
     }
+
+
+def _hybrid_values(name: str) -> dict[str, str]:
+    vae = f"diffusers:{_VAE.class_name}"
+    return {
+        "port_imports": "Component, Pretrained",
+        "weights_imports": "COMPONENTS, PRETRAINED",
+        "components": f'(Component("transformer", package="{name}"),)',
+        "weights_port_imports": "Component, Pretrained",
+        "decoder_rules": "",
+        "decoder_config": f"#: Of the tiny {_VAE.class_name}.\nTINY_VAE: Mapping[str, Any] = "
+        + literal(dict(_VAE.config)),
+        "pretrained": "#: Read by its own library.\nPRETRAINED: tuple[Pretrained, ...] = "
+        f'(Pretrained("vae", "{vae}", kind="vae"),)\n',
+        "pretrained_attribute": "    pretrained: ClassVar[tuple[Pretrained, ...]] = PRETRAINED\n",
+        "decode_call": 'self.vae.decode(state.latents["video"].to(self.dtype), return_dict=False)[0].clamp(-1, 1)',
+        "size_multiple": "32",
+        "frame_step": "8",
+        "tiny_imports": "TinyComponent, TinyPart, TinyPretrained",
+        "tiny_decoder": f'"vae": TinyPretrained("{vae}", TINY_VAE)',
+        "decoder_function": "",
+        "reference_decode": 'config.TINY["vae"].build().eval().decode(latents, return_dict=False)[0].clamp(-1, 1)',
+    }
+
+
+def _component_values(port: NewPort) -> dict[str, str]:
+    return {
+        "port_imports": "Component, resolve" if port.path == "bypass" else "Component",
+        "components": _TWO_COMPONENTS.replace("$name", port.name),
+        "weights_port_imports": "Component",
+        "decoder_rules": _DECODER_RULES.replace("$name", port.name),
+        "decoder_config": _DECODER_CONFIG,
+        "pretrained": "",
+        "pretrained_attribute": "",
+        "decode_call": 'self.decoder(state.latents["video"].to(self.dtype))',
+        "size_multiple": "4",
+        "frame_step": "1",
+        "tiny_imports": "TinyComponent, TinyPart",
+        "tiny_decoder": '"decoder": TinyComponent(DECODER_OUTLINE, sizes={})',
+        "decoder_function": _DECODER_FUNCTION,
+        "reference_decode": "decoder()(latents)",
+    }
+
+
+_TWO_COMPONENTS = """\
+(
+    Component("transformer", package="$name"),
+    Component("decoder", package="$name", kind="vae"),
+)"""
+_DECODER_RULES = """\
+DECODER = RuleSet(
+    name="$name_decoder",
+    allow_downcast=True,
+    rules=(Rule(r"proj\\.(weight|bias)", r"proj.\\1"),),
+)
+
+"""
+_DECODER_CONFIG = """\
+#: ``decoder/config.json`` at full size, and the names of its checkpoint.
+DECODER_CONFIG: Mapping[str, Any] = {"channels": 8}
+DECODER_OUTLINE: Mapping[str, Any] = {"proj.weight": [[48, 8, 3, 3], "float32"], "proj.bias": [[48], "float32"]}"""
+_DECODER_FUNCTION = '''\
+def decoder() -> Any:
+    """Return the original's decoder with the values of the tiny model."""
+    tiny: Any = config.TINY["decoder"]
+    model = original().Decoder(**config.DECODER_CONFIG)
+    model.load_state_dict(tiny.tensors())
+    return model.eval().requires_grad_(False)
+
+
+'''
 
 
 def _loading_values(port: NewPort) -> dict[str, str]:
-    """The standard loader, or the way around it."""
+    """The standard loader, which the base class has, or the way around it."""
     bypass = port.path == "bypass"
-    sources = "        self.weights_sources = weights_sources(od_config.model, COMPONENTS)\n"
-    if port.path == "hybrid":
-        sources = '        self.vae = load_vae(f"{od_config.model}/vae", self.dtype).to(self.device)\n' + sources
-    if bypass:
-        sources = "        self.filled = self.read_checkpoints(od_config.model)\n"
-    method = _BYPASS if bypass else _STANDARD
-    imports = ["build_components", "load_component_weights", "read_json", "weights_sources"]
     return {
-        "built": "filled, from its checkpoints" if bypass else "empty, to be filled by the standard loader",
-        "load_init": sources,
-        "load_method": textwrap.indent(method, "    "),
-        "loading_imports": "build_components, read_json" if bypass else ", ".join(imports),
-        "load_imports": "from pathlib import Path\n" if bypass else "",
-        "remap_import": "from safetensors import safe_open\n" if bypass else "",
-        "resolve_import": "from port_kit.port import resolve\n" if bypass else "",
+        "load_method": textwrap.indent(_BYPASS, "    ") if bypass else "",
+        "load_imports": "from collections.abc import Iterable, Iterator\nfrom pathlib import Path\n" if bypass else "",
         "kit_import": "from port_kit import remap\n" if bypass else "",
+        "safetensors_import": "from safetensors import safe_open\n" if bypass else "",
+        "engine_import": "from vllm_omni.diffusion.data import OmniDiffusionConfig\n" if bypass else "",
         "tensors_function": _TENSORS if bypass else "",
-        "iterators": "Callable, Iterable, Iterator" if bypass else "Callable, Iterable",
     }
 
 
-_STANDARD = '''\
-def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Fill all components; every tensor of the checkpoints is accounted for."""
-    return load_component_weights(self, COMPONENTS, weights, self.od_config.model)
-'''
 _BYPASS = '''\
+def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+    super().__init__(od_config=od_config, prefix=prefix)
+    self.weights_sources = []
+    self.filled = self.read_checkpoints(od_config.model)
+
 def read_checkpoints(self, model: str) -> set[str]:
     """Fill all components without the standard loader; every tensor of the checkpoints is still accounted for.
 
@@ -210,6 +242,7 @@ def read_checkpoints(self, model: str) -> set[str]:
 def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Say what was filled: the loader has no sources to stream, and checks the names."""
     return self.filled
+
 '''
 
 
@@ -251,60 +284,7 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
         "recipe_imports": ("FileRule, GitCode, " if code else "FileRule, ") + "Recipe, Repository",
         "recipe_configs": "{" + ", ".join(f'"{name}": {value}' for name, value in configs.items()) + "}",
         "recipe_code": code,
-        "transformer_file": literal(checkpoint.file),
-        "transformer_wrapper": f", wrapper={literal(checkpoint.wrapper)}" if checkpoint.wrapper else "",
     }
-
-
-def _tiny_values(port: NewPort) -> dict[str, str]:
-    hybrid = port.path == "hybrid"
-    write = (
-        'vae().save_pretrained(folder / "vae")'
-        if hybrid
-        else 'write_checkpoint(folder / "decoder.pth", decoder(seed).state_dict())'
-    )
-    imports = [
-        *([f"from diffusers import {_VAE.class_name}"] if hybrid else []),
-        "from port_kit.download import download",
-        "from port_kit.testing.hub import Hub",
-        "from port_kit.testing.tiny import fill, write_checkpoint",
-    ]
-    config = literal(dict(_VAE.config)) if hybrid else '{"channels": 8}'
-    return {
-        "tiny_imports": "\n".join(imports) + "\n",
-        "tiny_decoder": f"{'VAE' if hybrid else 'DECODER'}: Mapping[str, Any] = {config}",
-        "tiny_decoder_function": _TINY_VAE if hybrid else _TINY_DECODER,
-        "tiny_write": f"    {write}",
-        "tiny_configs": '{"transformer": TRANSFORMER}'
-        if hybrid
-        else '{"transformer": TRANSFORMER, "decoder": DECODER}',
-        "tiny_height": "96" if hybrid else "20",
-        "tiny_width": "160" if hybrid else "36",
-        "tiny_frames": "17" if hybrid else "3",
-        "decoder_maker": "vae" if hybrid else "decoder",
-        "parity_imports": "REQUEST, denoiser, original, tiny_model, vae"
-        if hybrid
-        else "REQUEST, decoder, denoiser, original, tiny_model",
-        "reference_decode": "vae().decode(latents, return_dict=False)[0].clamp(-1, 1)"
-        if hybrid
-        else "decoder()(latents)",
-    }
-
-
-_TINY_DECODER = '''\
-def decoder(seed: int = 0) -> torch.nn.Module:
-    """Return the original's decoder with seeded values."""
-    return set_values(original().Decoder(**DECODER), seed)
-
-'''
-_TINY_VAE = f'''\
-def vae(seed: int = 0) -> {_VAE.class_name}:
-    """Return the tiny VAE with seeded values."""
-    module = {_VAE.class_name}(**VAE)
-    set_values(module, seed)
-    return module
-
-'''
 
 
 def _from_checkpoint(port: NewPort, source: Source) -> dict[str, str]:

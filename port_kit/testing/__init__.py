@@ -1,7 +1,7 @@
 """Test helpers for the kit and for any port.
 
-* tiny checkpoints in the original formats (:mod:`~port_kit.testing.tiny`, and of the fusion ports
-  :mod:`~port_kit.testing.tiny_fusion`),
+* tiny checkpoints in the original formats (:mod:`~port_kit.testing.tiny`), and the tiny model of a port
+  (:mod:`~port_kit.testing.tiny_port`),
 * a loopback Hub with faults on demand (:mod:`~port_kit.testing.hub`) and a loopback git server
   (:mod:`~port_kit.testing.gitserver`),
 * a pipeline on N forked ranks in about a second (:mod:`~port_kit.testing.workers`),
@@ -12,7 +12,18 @@ Importing this package needs neither torch nor vLLM.
 
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
-from port_kit.testing.tiny import TinyComponent, TinyModel, expand, fill, scale, tiny_repositories, write_checkpoint
+from port_kit.testing.tiny import (
+    TinyComponent,
+    TinyModel,
+    TinyPretrained,
+    TinyTokenizer,
+    expand,
+    fill,
+    scale,
+    tiny_repositories,
+    write_checkpoint,
+)
+from port_kit.testing.tiny_port import download_tiny, tiny_model_of
 from port_kit.testing.tokenizer import write_tokenizer
 from port_kit.testing.workers import RankResult, Request, run_workers, warm_up
 
@@ -25,10 +36,14 @@ __all__ = [
     "Request",
     "TinyComponent",
     "TinyModel",
+    "TinyPretrained",
+    "TinyTokenizer",
+    "download_tiny",
     "expand",
     "fill",
     "run_workers",
     "scale",
+    "tiny_model_of",
     "tiny_repositories",
     "warm_up",
     "write_checkpoint",

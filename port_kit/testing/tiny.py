@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from port_kit.download import Recipe
 from port_kit.errors import PortKitError
+from port_kit.port import resolve
+from port_kit.testing.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +55,56 @@ class TinyComponent:
     sizes: Mapping[int, int]
     layers: Mapping[str, int] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Return the tiny checkpoint."""
+        return fill(scale(expand(self.outline), sizes=self.sizes, layers=self.layers), seed=seed)
+
+
+@dataclass(frozen=True)
+class TinyPretrained:
+    """A tiny part that its own library writes with ``save_pretrained``.
+
+    Attributes:
+        source: ``"module:Class"`` of diffusers or transformers.
+        config: of the tiny part.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+
+    def build(self, seed: int = 0) -> Any:
+        """Return the part; no value is left as it was initialized, which would hide a lost weight."""
+        source: Any = resolve(self.source)
+        config_class = getattr(source, "config_class", None)
+        part = source(config_class(**self.config)) if config_class is not None else source(**self.config)
+        if hasattr(part, "state_dict"):
+            state = {name: value for name, value in part.state_dict().items() if value.is_floating_point()}
+            shapes = {name: (tuple(value.shape), "float32") for name, value in state.items()}
+            part.load_state_dict(fill(shapes, seed=seed), strict=False)
+        return part
+
+    def write(self, folder: Path, seed: int) -> None:
+        """Write the part's files."""
+        self.build(seed).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class TinyTokenizer:
+    """A tiny tokenizer.
+
+    Attributes:
+        size: entries of the vocabulary.
+    """
+
+    size: int
+
+    def write(self, folder: Path, seed: int) -> None:
+        """Write the tokenizer's files."""
+        write_tokenizer(folder, size=self.size, seed=seed)
+
+
+TinyPart = TinyComponent | TinyPretrained | TinyTokenizer
 
 
 @dataclass(frozen=True)
@@ -214,59 +266,67 @@ def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, wrapper
 
 def tiny_repositories(
     recipe: Recipe,
-    components: Mapping[str, TinyComponent],
+    parts: Mapping[str, TinyPart],
     folder: Path,
     *,
-    extra: Mapping[str, Callable[[Path], list[Path]]] | None = None,
     seed: int = 0,
 ) -> TinyModel:
     """Write a tiny model and lay it out as the repositories that the recipe takes it from.
 
     Args:
         recipe: says which file of which repository holds a component, in which container and under which wrapper.
-        components: by folder of the model directory.
+        parts: by folder of the model directory.
         folder: the files are written to ``folder/<repository id>/<path>``.
-        extra: for folders that hold no tensors (a tokenizer): a function that writes the files into a folder and
-            returns them.
         seed: of all values.
 
     Raises:
-        PortKitError: the recipe takes a folder for which neither a component nor an extra is given.
+        PortKitError: the recipe fills a folder for which no part is given.
     """
     repositories: dict[str, dict[str, Path]] = {}
     for repository in recipe.repositories:
         root = folder / repository.repo_id
         files = repositories.setdefault(repository.repo_id, {})
+        written: set[str] = set()
         for rule in repository.files:
-            written = (
-                _write_component(components[rule.folder], root / rule.pattern, rule.wrapper, seed)
-                if rule.folder in components
-                else _write_extra(rule.folder, extra or {}, root / Path(rule.pattern).parent)
-            )
-            files.update({path.relative_to(root).as_posix(): path for path in written})
+            path = root / _any_match(rule.pattern)
+            if rule.folder not in written:
+                _write_part(rule.folder, parts, path, rule.wrapper, seed)
+            written.add(rule.folder)
+            own = [path] if isinstance(parts[rule.folder], TinyComponent) else sorted(path.parent.iterdir())
+            files.update({file.relative_to(root).as_posix(): file for file in own if file.is_file()})
     configs = {
-        name: {**recipe.configs[name], **component.config}
-        for name, component in components.items()
-        if name in recipe.configs
+        name: {**recipe.configs[name], **part.config}
+        for name, part in parts.items()
+        if name in recipe.configs and isinstance(part, TinyComponent)
     }
     return TinyModel(repositories, configs)
 
 
-def _write_component(component: TinyComponent, path: Path, wrapper: str, seed: int) -> list[Path]:
-    tensors = scale(expand(component.outline), sizes=component.sizes, layers=component.layers)
-    write_checkpoint(path, fill(tensors, seed=seed), wrapper=wrapper)
-    return [path]
+def _any_match(pattern: str) -> str:
+    """Return a path that a recipe's pattern matches."""
+    return re.sub(r"\[(.)\]", r"\1", pattern.replace("*", "00001"))
 
 
-def _write_extra(name: str, extra: Mapping[str, Callable[[Path], list[Path]]], folder: Path) -> list[Path]:
-    if name not in extra:
+def _write_part(
+    name: str,
+    parts: Mapping[str, TinyPart],
+    path: Path,
+    wrapper: str,
+    seed: int,
+) -> None:
+    """Write a part: a component to the path, another part to its folder."""
+    part = parts.get(name)
+    if part is None:
         raise PortKitError(
-            f"the recipe fills the folder {name!r}, for which neither a component nor an extra is given",
+            f"the recipe fills the folder {name!r}, for which no tiny part is given",
             code="outline_invalid",
-            hint="add it to components (tensors) or to extra (other files)",
+            hint="add a TinyComponent (tensors), TinyPretrained or TinyTokenizer of that name",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return extra[name](folder)
+    if isinstance(part, TinyComponent):
+        write_checkpoint(path, part.tensors(seed), wrapper=wrapper)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write(path.parent, seed)
 
 
 def read_outline(path: Path) -> dict[str, Any]:

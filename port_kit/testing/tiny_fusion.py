@@ -8,17 +8,13 @@ model's width; every upsampling stage of the vocoder still halves its channels.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from port_kit.download import Recipe, Report, download
-from port_kit.testing.hub import Hub
-from port_kit.testing.tiny import TinyComponent, TinyModel, read_outline, tiny_repositories
-from port_kit.testing.tokenizer import write_tokenizer
+from port_kit.download import Recipe
+from port_kit.testing.tiny import TinyComponent, TinyModel, TinyPart, TinyTokenizer, read_outline, tiny_repositories
 
 OUTLINES = Path(__file__).with_name("outlines")
 
@@ -93,36 +89,6 @@ def tiny_fusion_model(recipe: Recipe, folder: Path, *, seed: int = 0) -> TinyMod
         folder: about 4 MB of files go to ``folder/<repository id>/<path>``.
         seed: of all weights.
     """
-    tiny = tiny_repositories(
-        recipe,
-        components(recipe),
-        folder,
-        extra={"tokenizer": lambda target: write_tokenizer(target, size=VOCABULARY, seed=seed)},
-        seed=seed,
-    )
+    parts: dict[str, TinyPart] = {**components(recipe), "tokenizer": TinyTokenizer(VOCABULARY)}
+    tiny = tiny_repositories(recipe, parts, folder, seed=seed)
     return replace(tiny, model_index={key: value for key, value in _INDEX.items() if key in recipe.model_index})
-
-
-def download_tiny(recipe: Recipe, output_dir: Path | str, *, dry_run: bool = False) -> Report:
-    """Serve the tiny model of a fusion port on the loopback interface, and download it as the real one."""
-    with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
-        tiny = tiny_fusion_model(recipe, Path(folder))
-        with Hub(tiny.repositories) as hub:
-            return download(
-                tiny.recipe(recipe), output_dir, dry_run=dry_run, endpoint=hub.endpoint, token=False, use_cache=False
-            )
-
-
-def main(recipe: Recipe) -> None:
-    """Run :func:`download_tiny` with options from the command line; called by ``download_<name>.py --tiny``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tiny", action="store_true", required=True)
-    parser.add_argument("--output-dir", default=f"{recipe.name}_tiny")
-    parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_args()
-    report = download_tiny(recipe, options.output_dir, dry_run=options.dry_run)
-    if options.dry_run and report.plan is not None:
-        print(report.plan.describe())
-        return
-    fetched = f"{len(report.fetched)} files, {report.network_bytes / 1e6:.1f} MB fetched"
-    print(f"{report.directory} is complete: {fetched}")

@@ -21,9 +21,10 @@ def run(name: str, scratch: Path) -> dict[str, Any]:
 
     import port_kit
     from port_kit.registry import find_port
+    from port_kit.testing import download_tiny
 
     port = find_port(name)
-    model = importlib.import_module(f"{name}.tiny").model_directory(scratch / name)
+    model = download_tiny(port, scratch / name).directory
     omni = Omni(model=str(model), dtype="float32", enforce_eager=True, distributed_executor_backend="mp")
     try:
         (result,) = omni.generate("a crab", OmniDiffusionSamplingParams(num_inference_steps=2, seed=3))

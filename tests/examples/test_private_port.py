@@ -56,10 +56,11 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the port under another name, not installed."""
     target = tmp_path_factory.mktemp("folder")
-    for path in (EXAMPLE / "tidepool").glob("*.py"):
+    for path in (EXAMPLE / "tidepool").rglob("*.py"):
         text = path.read_text(encoding="utf-8").replace("tidepool", "rockpool").replace("Tidepool", "Rockpool")
-        (target / "rockpool").mkdir(exist_ok=True)
-        (target / "rockpool" / path.name).write_text(text, encoding="utf-8")
+        copy = target / "rockpool" / path.relative_to(EXAMPLE / "tidepool")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text, encoding="utf-8")
     return target
 
 

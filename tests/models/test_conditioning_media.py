@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -21,7 +22,14 @@ from port_kit.models.wan.pipeline.conditioning_media import (
     load_reference_audio,
 )
 from port_kit.models.wan.pipeline.prompts import strip_tags, tokenize
-from port_kit.pipeline.media import measure_mp4, to_frames, to_omni_payload, write_mp4
+from port_kit.pipeline.media import (
+    describe_file,
+    measure_mp4,
+    to_frames,
+    to_omni_payload,
+    write_mp4,
+    write_result,
+)
 from tests.helpers import raises
 
 
@@ -130,8 +138,8 @@ def test_a_video_without_audio_is_no_audio(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with raises("input_unreadable"):
         load_reference_audio(path)
-    with raises("media_write", "mute.mp4"):
-        measure_mp4(path)
+    facts = measure_mp4(path)
+    assert (facts.frames, facts.audio_codec, facts.sample_rate) == (1, "", 0)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +196,21 @@ def test_an_mp4_has_both_streams(tmp_path: Path) -> None:
     assert 0.8 < facts.peak < 1.2
     with raises("media_write", "missing.mp4"):
         measure_mp4(tmp_path / "missing.mp4")
+
+
+def test_a_result_without_audio_is_a_silent_video(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
+    result = SimpleNamespace(images=[frames, frames], multimodal_output={"fps": 8})
+    paths = write_result(tmp_path / "clip.mp4", result)
+    assert [path.name for path in paths] == ["clip_1.mp4", "clip_2.mp4"]
+    assert describe_file(paths[1]) == f"{paths[1]}: 9 frames 96x64 at 8 fps (h264, 1.12 s)"
+
+
+def test_a_result_of_images_is_written_as_images(tmp_path: Path) -> None:
+    output = {"image": torch.randint(0, 255, (64, 96, 3), dtype=torch.uint8)}
+    payload = to_omni_payload(output, fps=0, sample_rate=0)
+    assert payload["metadata"] == {}
+    result = SimpleNamespace(images=payload["payload"]["image"], multimodal_output={})
+    (path,) = write_result(tmp_path / "new" / "picture.png", result)
+    assert describe_file(path) == f"{path}: 96x64"
+    assert np.array_equal(np.asarray(Image.open(path)), output["image"].numpy())

@@ -17,9 +17,10 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from port_kit.models.dreamid_omni import PORT
 from port_kit.models.dreamid_omni.config import GuidanceScales
 from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
-from port_kit.models.wan.parity.pipeline_cases import RunRecording, load_pipeline, request_of, run_e2e
+from port_kit.models.wan.parity.pipeline_cases import RunRecording, request_of, run_e2e
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.parity import Case, run_case
+from port_kit.pipeline.loading import load_pipeline
 from port_kit.pipeline.request_state import PreparedRequest
 from port_kit.registry import find_port
 from port_kit.runtime.single_process import single_rank

@@ -16,7 +16,7 @@ import torch
 
 from port_kit.cli.generate import build_parser, build_request, engine_options
 from port_kit.models.dreamid_omni import PORT
-from port_kit.models.wan.parity.pipeline_cases import load_pipeline
+from port_kit.pipeline.loading import load_pipeline
 from port_kit.runtime.single_process import single_rank
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "dreamid_omni"

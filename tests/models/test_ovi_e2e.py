@@ -17,10 +17,11 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from port_kit.models.ovi import PORT
 from port_kit.models.ovi.config import GuidanceScales
 from port_kit.models.ovi.pipeline import OviPipeline
-from port_kit.models.wan.parity.pipeline_cases import load_pipeline, ovi_cases, run_e2e
+from port_kit.models.wan.parity.pipeline_cases import ovi_cases, run_e2e
 from port_kit.models.wan.parity.recorded_runs import OVI_I2V, OVI_T2V, RecordedRun
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.parity import Case, run_case
+from port_kit.pipeline.loading import load_pipeline
 from port_kit.pipeline.request_state import PreparedRequest
 from port_kit.registry import find_port
 from port_kit.runtime.single_process import single_rank

@@ -27,9 +27,9 @@ from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunn
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-from port_kit.models.wan.parity.pipeline_cases import load_pipeline
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.pipeline.inputs import check_cached_outputs
+from port_kit.pipeline.loading import load_pipeline
 from port_kit.pipeline.media import measure_mp4, to_omni_payload, write_result
 from port_kit.pipeline.process_funcs import get_pre_process_func
 from port_kit.pipeline.request_state import DenoiseState

@@ -66,7 +66,7 @@ def test_only_layouts_that_fit_the_model_and_the_machine_are_run() -> None:
 
 
 def test_a_port_without_a_tiny_model_needs_one(tmp_path: Path) -> None:
-    port = replace(find_port("dreamid_omni"), parallel="")
+    port = replace(find_port("dreamid_omni"), tiny_model="")
     with pytest.raises(ParallelError) as caught:
         port_test_case(port, tmp_path)
     assert caught.value.code == "parallel_subject"

@@ -143,7 +143,7 @@ def test_the_fake_reproduces_the_recorded_outputs(goldens: Path) -> None:
 @pytest.mark.parametrize("name", ["dreamid_omni", "ovi"])
 def test_whatever_a_shipped_port_names_exists(name: str) -> None:
     port = find_port(name)
-    for named in (port.pipeline, port.recipe, port.parity, port.original, port.parallel):
+    for named in (port.pipeline, port.recipe, port.parity, port.original, port.tiny_model, *port.variants.values()):
         assert resolve(named) is not None
     for component in port.components:
         assert all(resolve(named) for named in (component.build, component.rules, component.config))

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from port_kit.download import Recipe
+from port_kit.registry import find_port
 from port_kit.testing.server import ApiServer
-from port_kit.testing.tiny_fusion import download_tiny
+from port_kit.testing.tiny_port import download_tiny
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "online_serving"
@@ -19,7 +20,7 @@ EXAMPLES = ROOT / "examples" / "online_serving"
 @contextmanager
 def serving(recipe: Recipe, folder: Path, **environment: str) -> Iterator[ApiServer]:
     """Serve the tiny model of a recipe; the server's process group is killed in the end."""
-    model = download_tiny(recipe, folder / "model").directory
+    model = download_tiny(find_port(recipe.name), folder / "model").directory
     variables = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
     with ApiServer(model, "--dtype", "float32", "--enforce-eager", folder=folder, environment=variables) as running:
         yield running

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from port_kit.models.ovi.recipe import RECIPE
+from port_kit.models.ovi import PORT
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
-from port_kit.testing.tiny_fusion import download_tiny
+from port_kit.testing.tiny_port import download_tiny
 from tests.serving.helpers import EXAMPLES, run_client
 
 OVI = EXAMPLES / "ovi"
@@ -23,7 +23,7 @@ PROMPT = "<S>One more song.<E> Audio: violin, rain."
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     folder = tmp_path_factory.mktemp("ovi")
-    model = download_tiny(RECIPE, folder / "model").directory
+    model = download_tiny(PORT, folder / "model").directory
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with ApiServer(
         model,

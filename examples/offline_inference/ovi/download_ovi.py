@@ -4,11 +4,7 @@ python download_ovi.py --output-dir ovi [--variant 960x960_10s] [--dry-run]     
 python download_ovi.py --output-dir tiny --tiny                                  # a tiny model from a loopback Hub
 """
 
-import sys
-
 from port_kit.cli.download import main
-from port_kit.models.ovi.recipe import RECIPE
-from port_kit.testing import tiny_fusion
 
 if __name__ == "__main__":
-    tiny_fusion.main(RECIPE) if "--tiny" in sys.argv else main("ovi")
+    main("ovi")

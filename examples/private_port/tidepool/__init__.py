@@ -8,13 +8,11 @@ from tidepool.weights import COMPONENTS
 
 PORT = Port(
     name="tidepool",
+    package=__name__,
     title="Tidepool: a prompt to a clip of 9 frames, 48 x 64 (the example of a private port)",
     class_name="TidepoolPipeline",
-    pipeline="tidepool.pipeline:TidepoolPipeline",
     output_type="video",
-    recipe="tidepool.recipe:RECIPE",
     components=COMPONENTS,
-    post_process="get_post_process_func",
-    parallel="tidepool.tiny:subject",
-    licences={"transformer": "Apache-2.0"},
+    example_prompt="a crab walks over wet sand",
+    tiny={"num_inference_steps": 2},
 )

@@ -23,11 +23,5 @@ TRANSFORMER = RuleSet(
     ),
 )
 
-COMPONENTS: tuple[Component, ...] = (
-    Component(
-        name="transformer",
-        build="tidepool.transformer:build_transformer",
-        rules="tidepool.weights:TRANSFORMER",
-        config="tidepool.config:TRANSFORMER_CONFIG",
-    ),
-)
+#: Its module is in ``model/transformer.py``, its rules are above, its configuration is in ``config.py``.
+COMPONENTS: tuple[Component, ...] = (Component("transformer", package="tidepool"),)

@@ -28,8 +28,6 @@ from port_kit.models.wan.parity.component_cases import read_vocoder_config
 from port_kit.models.wan.parity.recorded_runs import DREAMID, OVI_I2V, OVI_T2V, RecordedRun, RunRecording
 from port_kit.models.wan.pipeline.request import MAX_TEXT_TOKENS
 from port_kit.parity import Bound, Case, Pair
-from port_kit.port import resolve
-from port_kit.registry import list_ports
 from port_kit.runtime.single_process import single_rank
 
 if TYPE_CHECKING:
@@ -68,6 +66,8 @@ def _cases(goldens: Path, *runs: RecordedRun) -> Iterator[Case]:
 
 def run_e2e(goldens: Path, precision: str = "fp32", run: RecordedRun = DREAMID) -> list[Pair]:
     """Run the pipeline with the recorded arguments; compare the recorded tensors in the order of the run."""
+    from port_kit.pipeline.loading import load_pipeline
+
     recording = RunRecording.read(goldens / run.folder, precision)
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         model = assemble(goldens, Path(folder), recording.record, run)
@@ -112,21 +112,6 @@ def _configs(goldens: Path, target: Path, rope: Mapping[str, Any]) -> dict[str, 
 def _vocabulary(model: Path) -> int:
     with safe_open(model / "text_encoder" / "model.safetensors", framework="pt") as file:
         return int(file.get_slice("token_embedding.weight").get_shape()[0])
-
-
-def load_pipeline(model: Path) -> Any:
-    """Build the pipeline of a model directory and load its weights; requires ``single_rank``."""
-    from vllm.config.load import LoadConfig
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
-
-    name = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    (reference,) = (port.pipeline for port in list_ports().values() if port.class_name == name)
-    pipeline_class: Any = resolve(reference)
-    od_config = OmniDiffusionConfig(model=str(model), dtype=torch.get_default_dtype())
-    pipeline = pipeline_class(od_config=od_config)
-    DiffusersPipelineLoader(LoadConfig(), od_config).load_weights(pipeline)
-    return pipeline
 
 
 def request_of(recording: RunRecording, run: RecordedRun = DREAMID) -> Any:

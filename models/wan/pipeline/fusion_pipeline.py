@@ -67,6 +67,7 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
     """
 
     support_audio_output: ClassVar[bool] = True
+    batches_branches: ClassVar[bool] = True
     fps: ClassVar[int] = FPS
     audio_sample_rate: ClassVar[int] = AUDIO_SAMPLE_RATE
     default_num_inference_steps: ClassVar[int] = DEFAULT_STEPS

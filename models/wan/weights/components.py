@@ -8,11 +8,6 @@ _FAMILY = "port_kit.models.wan"
 #: Components that all ports have, with their modules.
 _SHARED = {"text_encoder": "text_encoder", "vae": "video_vae", "audio_vae": "audio_vae", "vocoder": "vocoder"}
 
-SHARED_LICENCES = {
-    "text_encoder, tokenizer, vae": "Apache-2.0 (Wan2.2)",
-    "audio_vae, vocoder": "CC-BY-NC-4.0 (MMAudio)",
-}
-
 
 def components(transformer_config: str) -> tuple[Component, ...]:
     """Return a port's components in loading order.

@@ -6,4 +6,4 @@ from port_kit.autoparallel.tiny_pipelines.case import TinyPipeline, write_pipeli
 #: Tiny pipelines by class name.
 CASES: dict[str, TinyPipeline] = {**images.CASES, **images_llm.CASES, **videos.CASES}
 
-__all__ = ["CASES", "TinyPipeline", "write_pipeline"]
+__all__ = ["CASES", "TinyPipeline", "images", "images_llm", "videos", "write_pipeline"]

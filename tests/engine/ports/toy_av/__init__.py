@@ -4,11 +4,10 @@ from port_kit.port import Port
 
 PORT = Port(
     name="toy_av",
+    package=__name__,
     title="Two streams that attend to each other, a few kilobytes of weights",
     class_name="ToyAVPipeline",
-    pipeline="toy_av.pipeline:ToyAVPipeline",
-    post_process="get_post_process_func",
+    post_process="toy_av.pipeline:get_post_process_func",
     output_type="video",
-    recipe="",
     components=(),
 )

@@ -5,11 +5,9 @@ from port_kit.port import Port
 
 PORT = Port(
     name="traced_dreamid",
+    package=__name__,
     title="DreamID-Omni with a report of every rank",
     class_name="TracedDreamIDPipeline",
-    pipeline="traced_dreamid.pipeline:TracedDreamIDPipeline",
-    post_process="get_post_process_func",
     output_type="video",
-    recipe="",
     components=COMPONENTS,
 )

@@ -13,9 +13,6 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
 from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
 from port_kit.parallel import recorder
-from port_kit.pipeline.process_funcs import get_post_process_func
-
-__all__ = ["TracedDreamIDPipeline", "get_post_process_func"]
 
 
 class TracedDreamIDPipeline(DreamIDOmniPipeline):

@@ -1,0 +1,103 @@
+"""Pipeline as vLLM-Omni's loader sees it: components that are built without weights, and then filled.
+
+It is all that a port needs whose requests run in another pipeline, such as one of diffusers. The kit's own request loop
+is in :class:`~port_kit.pipeline.base.PortPipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
+
+from port_kit.errors import InputError, RemapError
+from port_kit.manifest import Manifest
+from port_kit.pipeline.caching import configure_cache
+from port_kit.pipeline.inputs import to_client_error
+from port_kit.pipeline.loading import build_components, load_component_weights, load_pretrained, weights_sources
+from port_kit.port import KINDS, Component, Pretrained, resolve
+from port_kit.runtime.lora import read_adapter
+
+
+class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
+    """A pipeline as vLLM-Omni's registry builds it: without weights, which the standard loader then fills in.
+
+    Attributes:
+        components: weights that the port's rules map, in loading order.
+        pretrained: further parts, which their own libraries fill.
+        guidance_branches: calls of the transformer per guided step.
+        fps: of the output, in frames per second; 0 for images.
+        audio_sample_rate: of the output, in Hz; 0 if the model makes no audio.
+        lora_names: pairs of (pattern of a checkpoint's module name, name in LoRA files) of further naming schemes.
+    """
+
+    components: ClassVar[tuple[Component, ...]] = ()
+    pretrained: ClassVar[tuple[Pretrained, ...]] = ()
+    guidance_branches: ClassVar[int] = 2
+    fps: ClassVar[int] = 0
+    audio_sample_rate: ClassVar[int] = 0
+    lora_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    _dit_modules: ClassVar[list[str]]
+    _encoder_modules: ClassVar[list[str]]
+    _vae_modules: ClassVar[list[str]]
+    _resident_modules: ClassVar[list[str]] = []
+    supports_request_cancellation: ClassVar[bool] = True
+    color_format: ClassVar[str] = "RGB"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Derive the lists of modules that vLLM-Omni reads from :attr:`components` and :attr:`pretrained`."""
+        super().__init_subclass__(**options)
+        parts: tuple[Component | Pretrained, ...] = (*cls.components, *cls.pretrained)
+        names = {kind: [part.name for part in parts if part.kind == kind] for kind in KINDS}
+        cls._dit_modules, cls._encoder_modules, cls._vae_modules = names.values()
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.od_config = od_config
+        self.dtype = od_config.dtype
+        self.device = get_local_device()
+        model = od_config.model
+        self.read_directory(model)
+        for name, module in build_components(model, self.components).items():
+            self.add_module(name, module)
+        for part in self.pretrained:
+            self.add_module(part.name, load_pretrained(part, model, self.dtype).to(self.device))
+        for name in self._dit_modules:
+            configure_cache(getattr(self, name), od_config, branches=self.guidance_branches)
+        self.weights_sources = weights_sources(model, self.components)
+        self.eval().requires_grad_(False)
+
+    def read_directory(self, model: str) -> None:
+        """Read the small files of a model directory that requests are checked with; nothing by default."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Fill all components; see :func:`~port_kit.pipeline.loading.load_component_weights`."""
+        return load_component_weights(self, self.components, weights, self.od_config.model)
+
+    def _load_diffusion_lora_adapter(self, *, lora_request: Any, lora_path: str, dtype: torch.dtype) -> Any:
+        """Read a LoRA with the transformer's original names or :attr:`lora_names`, for vLLM-Omni's LoRA manager.
+
+        Raises:
+            OmniClientError: the file does not fit this model.
+        """
+        part = next(component for component in self.components if component.name in self._dit_modules)
+        names = Manifest.from_checkpoint(Path(self.od_config.model) / part.name)
+        try:
+            return read_adapter(
+                lora_path,
+                getattr(self, part.name),
+                resolve(part.rules),  # type: ignore[arg-type]
+                adapter=lora_request.lora_int_id,
+                dtype=dtype,
+                modules=[name.removesuffix(".weight") for name in names if name.endswith(".weight")],
+                other_names=self.lora_names,
+            )
+        except (InputError, RemapError) as error:
+            raise to_client_error(error) from error
