@@ -26,7 +26,6 @@ _REQUEST = {
     "seed": int,
     "num_outputs": int,
 }
-_ENGINE_FLAGS = ("enforce_eager", "enable_cpu_offload")
 
 
 def _request_options(function: Any) -> Any:
@@ -60,9 +59,7 @@ def _layout_options(function: Any) -> Any:
 @click.option("--hsdp-shard-size", type=int, default=1, show_default=True, help="Shard blocks over these ranks (HSDP).")
 @click.option("--plan", type=click.Path(path_type=Path), help="Plan file. Default: the shipped one, or infer one.")
 @click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--cache-backend", type=click.Choice(["cache_dit"]))
 @click.option("--enforce-eager", is_flag=True, help="Do not compile.")
-@click.option("--enable-cpu-offload", is_flag=True)
 @click.option("--serve", is_flag=True, help="Start vLLM-Omni's server; further options are passed to vllm serve.")
 @handles_errors("run")
 def command(model: str, serve_options: tuple[str, ...], serve: bool, **given: Any) -> None:
@@ -88,7 +85,7 @@ def _prepare(model: str, layout: Layout, given: dict[str, Any]) -> tuple[str, st
 
     folder = model if Path(model).is_dir() else _download(model)
     index = PipelineIndex.read(folder)
-    needs_plan = bool(set(layout.degrees) - {"cfg"}) or given["cache_backend"] is not None
+    needs_plan = bool(set(layout.degrees) - {"cfg"})
     plan = find_plan(index, layout, given["plan"], report=_report) if needs_plan else None
     additional = {} if plan is None else {PLAN_KEY: str(plan.resolve())}
     return folder, host_of(index.output_type), index.output_type, additional
@@ -125,8 +122,7 @@ def _generate(
         dtype=given["dtype"],
         parallel_config=DiffusionParallelConfig(**layout.parallel_config),
         additional_config=additional,
-        **{name: True for name in _ENGINE_FLAGS if given[name]},
-        **({"cache_backend": given["cache_backend"]} if given["cache_backend"] else {}),
+        enforce_eager=given["enforce_eager"],
     )
     try:
         (result,) = omni.generate(prompt, sampling, py_generator=True)
@@ -183,7 +179,5 @@ def _serve(
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     if additional:
         command += ["--additional-config", json.dumps(additional)]
-    if given["cache_backend"]:
-        command += ["--cache-backend", given["cache_backend"]]
-    command += [f"--{name.replace('_', '-')}" for name in _ENGINE_FLAGS if given[name]]
+    command += ["--enforce-eager"] if given["enforce_eager"] else []
     os.execv(sys.executable, [*command, *options])
