@@ -41,7 +41,7 @@ def infer(subject: str, output: Path | None, as_json: bool) -> None:
     emit("plan infer", data, as_json=as_json, text=text, ok=not plan.refused)
 
 
-@command.command("show", epilog="Example:  port-kit plan show flux.toml")
+@command.command("show", epilog="Examples:  port-kit plan show flux.toml  |  port-kit plan show flux.toml --json")
 @click.argument("plan", type=click.Path(path_type=Path))
 @json_option
 @handles_errors("plan show")
