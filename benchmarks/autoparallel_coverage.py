@@ -132,6 +132,8 @@ def line(record: Mapping[str, Any]) -> str:
 def counts(record: Mapping[str, Any]) -> set[str]:
     """Return the goals that a class meets."""
     found = {name for name, result in by_layout(record).items() if result["proven"]}
+    if not any("ring" in kind for kind in by_layout(record).get("ring2", {}).get("exchanges", ())):
+        found.discard("ring2")  # masks were exchanged by heads over the same ranks
     tensor = by_layout(record).get("tp2", {}).get("block_bytes")
     if tensor is None or tensor > BLOCK_BYTES:
         found.discard("tp2")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from port_kit.autoparallel.exchange import Exchange
+from port_kit.autoparallel.linear_sites import bind_linears
 from port_kit.autoparallel.plan import AttentionSite, Blocks, Plan, TokenAxis, WholeModule, find
 from port_kit.autoparallel.sites import Kernel, SiteRouter, bind_sites
 from port_kit.autoparallel.tokens import Tokens, pad
@@ -63,6 +64,9 @@ def shard_tokens(model: nn.Module, plan: Plan, exchange: Exchange, kernel: Kerne
         listed = list(sites)
         for path in find(model, pattern):
             routers.setdefault(path, []).append(bind_sites(model, path, listed, tokens, kernel))
+    for site in plan.attention:
+        if site.at == "linears":
+            bind_linears(model, plan, site, tokens)
     return ShardedModel(tokens, routers)
 
 

@@ -24,13 +24,21 @@ def _tokens(plan: Plan) -> Iterator[str]:
         gathered = {"last": "gather after the last", "each": "gather after each", "never": "stay sharded"}
         yield f"  {blocks.modules}: shard {_axes(blocks.inputs)}; {gathered[blocks.gather]}"
     for site in plan.attention:
+        if site.at == "linears":
+            yield f"  {site.module}: tokens are exchanged for channels at {_before(site)}"
+            continue
         yield f"  {site.module}: attention of {'+'.join(site.queries)} to {_keys(site)}"
     for whole in plan.whole:
-        yield f"  {whole.module}: runs on all tokens on every rank, {whole.reason}"
+        rows = f"exchanges {whole.halo} rows with its neighbors" if whole.halo else "runs on all tokens on every rank"
+        yield f"  {whole.module}: {rows}, {whole.reason}"
 
 
 def _axes(axes: Iterable[TokenAxis]) -> str:
     return ", ".join(f"{axis.path} ({'+'.join(axis.streams)})" for axis in axes) or "nothing"
+
+
+def _before(site: AttentionSite) -> str:
+    return ", ".join(axis.path for axis in site.axes)
 
 
 def _keys(site: AttentionSite) -> str:

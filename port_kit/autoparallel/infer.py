@@ -20,27 +20,25 @@ def infer_plan(subject: Subject) -> Plan:
     Raises:
         ParallelError: ``plan_inference``; runs of the module cannot be compared.
     """
-    tokens = infer_tokens(subject)
-    plan = tokens.plan
-    if plan is None:
-        kind = type(subject.build(ModelScale()))
-        plan = Plan(
-            subject=subject.name,
-            module_class=f"{kind.__module__}.{kind.__qualname__}",
-            refused=(Refusal(kind="sequence", reason=tokens.reason),),
-        )
+    kind = type(subject.build(ModelScale()))
     tensor = infer_tensor_parallelism(subject)
-    return plan.model_copy(
-        update={
-            "versions": versions(),
-            "units": tuple(tensor.units),
-            "linears": tuple(tensor.linears),
-            "norms": tuple(tensor.norms),
-            "tables": tuple(tensor.tables),
-            "divided": tuple(tensor.divided),
-            "refused": (*plan.refused, *tensor.refused),
-        }
+    channels = Plan(
+        subject=subject.name,
+        module_class=f"{kind.__module__}.{kind.__qualname__}",
+        versions=versions(),
+        units=tuple(tensor.units),
+        linears=tuple(tensor.linears),
+        norms=tuple(tensor.norms),
+        tables=tuple(tensor.tables),
+        divided=tuple(tensor.divided),
+        refused=tuple(tensor.refused),
     )
+    tokens = infer_tokens(subject, channels)
+    if tokens.plan is None:
+        refusal = Refusal(kind="sequence", reason=tokens.reason)
+        return channels.model_copy(update={"refused": (*channels.refused, refusal)})
+    sections = {name: getattr(tokens.plan, name) for name in ("streams", "blocks", "attention", "whole")}
+    return channels.model_copy(update=sections)
 
 
 def versions() -> dict[str, str]:

@@ -43,10 +43,15 @@ class TokenInference:
     reason: str = ""
 
 
-def infer_tokens(subject: Subject) -> TokenInference:
-    """Infer the sequence-parallel part of a subject's plan."""
+def infer_tokens(subject: Subject, channels: Plan | None = None) -> TokenInference:
+    """Infer the sequence-parallel part of a subject's plan.
+
+    Args:
+        subject: the subject.
+        channels: plan with the channels that can be split, to exchange tokens and units at linears; None without.
+    """
     model = subject.build(ModelScale())
-    search = _Search(subject, model, observe_runs(subject, model))
+    search = _Search(subject, model, observe_runs(subject, model), channels)
     return search.run()
 
 
@@ -77,8 +82,9 @@ def _aligned(one: Observation, other: Observation) -> bool:
 
 
 class _Search:
-    def __init__(self, subject: Subject, model: nn.Module, observed: Observed) -> None:
-        self.subject, self.model, self.observed = subject, model, observed
+    def __init__(self, subject: Subject, model: nn.Module, observed: Observed, channels: Plan | None = None) -> None:
+        self.subject, self.model, self.observed, self.channels = subject, model, observed, channels
+        self.regions = token_mixing_modules(channels) if channels is not None else ()
         self.inputs = [subject.inputs(scale) for scale in TRIALS]
         self.single: list[Trace] = [run_once(model, inputs) for inputs in self.inputs]
         self.tried: set[str] = set()
@@ -141,20 +147,58 @@ class _Search:
 
     def _propose(self, choice: Choice) -> Proposal | None:
         kind = type(self.model)
-        return propose(self.observed, choice, self.subject.name, f"{kind.__module__}.{kind.__qualname__}")
+        proposal = propose(self.observed, choice, self.subject.name, f"{kind.__module__}.{kind.__qualname__}")
+        if proposal is None or self.channels is None or not choice.linears:
+            return proposal
+        sections = {name: getattr(self.channels, name) for name in ("units", "linears", "norms", "tables", "divided")}
+        return replace(proposal, plan=proposal.plan.model_copy(update=sections))
 
     def _amended(self, choice: Choice) -> Any:
-        """Run modules that differ on all tokens; if that does not help, leave their list alone."""
+        """Amend a choice until it agrees: exchange at linears, exchange rows, run modules on all tokens."""
         for _ in range(_MAX_AMENDMENTS):
             seen: list[tuple[Proposal, Trial]] = []
             found = self._try(choice, seen)
             if found is not None:
                 return found
-            amended = _amend(self.model, choice, *seen[0]) if seen else None
+            amended = self._amend(choice, *seen[0]) if seen else None
             if amended is None:
                 return None
             choice = amended
         return None
+
+    def _amend(self, choice: Choice, proposal: Proposal, trial: Trial) -> Choice | None:
+        region = next((one for one in self.regions if _is_below(generalize(trial.culprit), one)), None)
+        if region is not None and region not in choice.linears and region not in choice.whole:
+            better = self._at_linears(choice, region)
+            if better is not None:
+                return better
+        return _amend(self.model, choice, proposal, trial)
+
+    def _at_linears(self, choice: Choice, region: str) -> Choice | None:
+        """Exchange at the linears of a module; leave arguments complete that it needs so."""
+        basic = replace(choice, linears=choice.linears | {region})
+        for candidate in (basic, *self._complete_arguments([basic])):
+            seen: list[tuple[Proposal, Trial]] = []
+            if self._try(candidate, seen) or (seen and not _is_below(generalize(seen[0][1].culprit), region)):
+                self.tried.clear()
+                return candidate
+        return None
+
+
+def token_mixing_modules(channels: Plan) -> tuple[str, ...]:
+    """Return the patterns of modules between whose linears tokens are mixed and channels are not."""
+    found = []
+    for unit in channels.units:
+        inner = unit.name.removeprefix(unit.block.rpartition(".")[0]).lstrip(".")
+        pattern = f"{unit.block}.{inner}"
+        tables = any(_is_below(table.module, pattern) for table in channels.tables)
+        if unit.mixes_tokens and inner and not tables:
+            found.append(pattern)
+    return tuple(found)
+
+
+def _is_below(path: str, ancestor: str) -> bool:
+    return f"{path}.".startswith(f"{ancestor}.")
 
 
 def _prefixes(path: str) -> list[str]:

@@ -96,6 +96,8 @@ class AttentionSite(Section):
         queries: streams of the queries, in order; ``*`` stands for tokens that are complete on every rank.
         keys: streams of the keys, in order; ``*`` as above. Complete keys are never communicated.
         mask: the mask is complete on every rank, sharded like the keys, or absent.
+        axes: for ``linears``: token dimensions of the outputs of the linears before the site and of the input of the
+            linear after it, by path within the module. A linear without one has complete tokens.
     """
 
     module: str
@@ -105,6 +107,7 @@ class AttentionSite(Section):
     queries: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     mask: Literal["", "whole", "sharded"] = ""
+    axes: tuple[TokenAxis, ...] = ()
 
 
 class WholeModule(Section):

@@ -34,6 +34,7 @@ class Choice:
         complete: arguments, or parts of them, that stay complete on every rank.
         replicated: modalities whose tokens are not sharded.
         whole: patterns of modules that run on all tokens.
+        linears: patterns of modules that exchange tokens and units at their linears.
         grid: streams whose grid is among the arguments of blocks are sharded by rows.
         halo: patterns of convolutions that exchange rows at the edges of each rank's part.
     """
@@ -45,6 +46,7 @@ class Choice:
     complete: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
+    linears: frozenset[str] = frozenset()
     grid: bool = False
     halo: frozenset[tuple[str, int]] = frozenset()
 
@@ -97,6 +99,7 @@ def propose(observed: Observed, choice: Choice, subject: str, module_class: str)
         blocks.append(Blocks(modules=modules, inputs=inputs, outputs=outputs, gather=gather))
         for ordinal in group.ordinals:
             sites += _sites(observed, ordinal, basic, choice, naming)
+            sites += _linear_sites(observed, ordinal, basic, choice, naming)
             whole += _whole(observed, ordinal, basic, choice, naming)
     plan = Plan(
         subject=subject,
@@ -167,9 +170,9 @@ def _block(
     if choice.masks == "whole":
         inputs = observed.runs[0].calls[ordinal].inputs
         found = tuple(a for a in found if a.dim < 0 or not _is_mask(inputs[a.path], a.path, given))
-    found = tuple(axis for axis in found if not _below(axis.path, choice.complete))
     if choice.grid:
         found = _with_grid(found, observed.all_sizes(_inputs(ordinal)), basic, naming)
+    found = tuple(axis for axis in found if not _below(axis.path, choice.complete))
     return found, axes(observed.sizes(_outputs(ordinal)), basic, choice.order, naming)
 
 
@@ -222,6 +225,8 @@ def _sites(observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice,
     counts: dict[tuple[str, tuple[str, ...]], int] = {}
     result = []
     for number, site in enumerate(observed.runs[0].calls[ordinal].sites):
+        if any(_is_below(generalize(site.module), pattern) for pattern in choice.linears):
+            continue
         key = generalize(site.module), site.call
         index = counts.get((site.module, site.call), 0)
         counts[site.module, site.call] = index + 1
@@ -231,6 +236,28 @@ def _sites(observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice,
         mask = _mask(site, keys, choice)
         result.append(AttentionSite(module=key[0], call=key[1], index=index, queries=queries, keys=keys, mask=mask))
     return result
+
+
+def _is_below(path: str, ancestor: str) -> bool:
+    return f"{path}.".startswith(f"{ancestor}.")
+
+
+def _linear_sites(
+    observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice, naming: Naming
+) -> list[AttentionSite]:
+    """Return the sites at linears of a block, with the token axes of all modules inside of them."""
+    found: dict[str, dict[str, TokenAxis]] = {}
+    for number, call in enumerate(observed.runs[0].calls[ordinal].modules):
+        pattern = generalize(call.path)
+        owner = next((one for one in choice.linears if _is_below(pattern, one) and pattern != one), None)
+        if owner is not None and "input" in call.inputs:
+            kinds = (_module_inputs(ordinal, number), _module_outputs(ordinal, number))
+            (given, returned) = (axes(observed.sizes(pick), basic, choice.order, naming) for pick in kinds)
+            if given and returned and given[0].streams == returned[0].streams:
+                path = pattern.removeprefix(f"{owner}.")
+                axis = TokenAxis(path=path, dim=returned[0].dim, streams=returned[0].streams)
+                found.setdefault(owner, {})[path] = axis
+    return [AttentionSite(module=owner, at="linears", axes=tuple(each.values())) for owner, each in found.items()]
 
 
 def _mask(site: SiteCall, keys: tuple[str, ...], choice: Choice) -> Literal["", "whole", "sharded"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from port_kit.autoparallel.boundaries import ShardedModel, shard_tokens
 from port_kit.autoparallel.exchange import ThreadExchange, ThreadWorld
 from port_kit.autoparallel.observe import block_paths
-from port_kit.autoparallel.plan import Plan, TokenAxis
+from port_kit.autoparallel.plan import Plan, TokenAxis, generalize
 from port_kit.autoparallel.tree import leaves
 
 #: Largest relative difference of outputs that count as equal.
@@ -104,7 +104,8 @@ def run_trial(
         text = f"{type(failed.error).__name__}: {failed.error}"
         return Trial(math.inf, failed.running[-1] if failed.running else "", text, exchanges)
     worst = max(difference(trace.result, single.result) for trace in traces)
-    culprit = first_difference(traces, single, outputs) if worst > TOLERANCE else ""
+    inside = [site.module for site in plan.attention if site.at == "linears"]
+    culprit = first_difference(traces, single, outputs, inside) if worst > TOLERANCE else ""
     return Trial(worst, culprit, "", exchanges)
 
 
@@ -153,12 +154,20 @@ def _run(model: nn.Module, inputs: dict[str, Any], trace: Trace) -> None:
 
 
 def first_difference(
-    traces: list[Trace], single: Trace, outputs: Mapping[tuple[str, int], tuple[TokenAxis, ...]]
+    traces: list[Trace],
+    single: Trace,
+    outputs: Mapping[tuple[str, int], tuple[TokenAxis, ...]],
+    inside: Sequence[str] = (),
 ) -> str:
-    """Return the path of the first module whose output is not the ranks' part of what one rank computes."""
+    """Return the path of the first module whose output is not the ranks' part of what one rank computes.
+
+    Modules inside of those that match the patterns ``inside`` hold other channels, and are left out.
+    """
     expected = dict(single.values)
     others = [dict(trace.values) for trace in traces]
     for key, _ in traces[0].values:
+        if any(generalize(key[0]).startswith(f"{pattern}.") for pattern in inside):
+            continue
         if key not in expected or any(key not in other for other in others):
             return key[0]
         if not _agree([other[key] for other in others], expected[key], outputs.get(key, ()), traces):

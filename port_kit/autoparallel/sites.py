@@ -56,6 +56,8 @@ class SiteRouter:
         """Compute attention as ``function`` does, over the tokens of all ranks."""
         options = {**dict(zip(_POSITIONAL, args, strict=False)), **options}
         attn_mask = options.pop("attn_mask", None)
+        if attn_mask is not None and attn_mask.dim() == 2 and self.token_dim == 1:
+            attn_mask = attn_mask[:, None, None]  # diffusers' function takes [B, keys], torch's [queries, keys]
         site = self.sites[min(self.calls, len(self.sites) - 1)]
         self.calls += 1
         if not self.tokens.sharded or all(stream == WHOLE for stream in site.keys):

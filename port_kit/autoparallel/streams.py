@@ -186,7 +186,7 @@ def _grid(
         if len(chosen) < count:
             continue
         product = tuple(math.prod(sizes) for sizes in zip(*(found[key] for key in chosen), strict=True))
-        if product in basic and all(size > 1 for size in found[chosen[0]]):
+        if product in basic and all(size > 1 for key in chosen for size in found[key]):
             path, dim = chosen[0]
             return TokenAxis(path=path, dim=dim, streams=(naming.name(product),), grid=count)
     return None

@@ -1,16 +1,21 @@
-"""A user's script: run one request of a hosted pipeline through ``Omni`` per layout, and write what came out.
+"""A user's script: run the request of a tiny pipeline through ``Omni`` per layout, and write what came out.
 
-Usage: run_hosted.py MODEL CLASS SPEC.json REPORT.npz LAYOUT...   with LAYOUT like ``cfg2`` or ``single``.
+Usage: run_hosted.py PIPELINE FOLDER REPORT.npz PLAN LAYOUT...   with PLAN a file or ``-``, LAYOUT like ``cfg2``.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from port_kit.autoparallel.host.checks import PLAN_KEY
+from port_kit.autoparallel.host.index import PipelineIndex
+from port_kit.autoparallel.tiny_pipelines import CASES
+from port_kit.parallel.layout import Layout
+from port_kit.runtime.hosts import host_of
 
 
 def media(result: Any) -> dict[str, np.ndarray]:
@@ -20,39 +25,31 @@ def media(result: Any) -> dict[str, np.ndarray]:
     return found if audio is None else {**found, "audio": np.asarray(audio)}
 
 
-def run(model: str, class_name: str, spec: dict[str, Any], layout: str) -> dict[str, np.ndarray]:
+def run(name: str, folder: str, plan: str, layout: str) -> dict[str, np.ndarray]:
     """Start an engine, run the request, and stop it."""
     from vllm_omni import Omni
     from vllm_omni.diffusion.data import DiffusionParallelConfig
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-    from port_kit.parallel.layout import Layout
-
-    parallel = DiffusionParallelConfig(**Layout.parse(layout).parallel_config)
     omni = Omni(
-        model=model,
-        model_class_name=class_name,
+        model=folder,
+        model_class_name=host_of(PipelineIndex.read(folder).output_type),
         dtype="float32",
         enforce_eager=True,
-        parallel_config=parallel,
-        additional_config=spec.get("additional_config"),
+        parallel_config=DiffusionParallelConfig(**Layout.parse(layout).parallel_config),
+        additional_config={} if plan == "-" else {PLAN_KEY: plan},
     )
     try:
-        parameters = OmniDiffusionSamplingParams(
-            seed=3, output_type="np", extra_args=spec["arguments"], **spec["sampling"]
-        )
-        prompt = {"prompt": "a red cat on a mat"}
-        if spec["negative"] is not None:
-            prompt["negative_prompt"] = spec["negative"]
-        return media(omni.generate(prompt, parameters)[0])
+        prompt, sampling = CASES[name].request()
+        return media(omni.generate(prompt, OmniDiffusionSamplingParams(**sampling))[0])
     finally:
         omni.close()
 
 
 if __name__ == "__main__":
-    specification = json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))
+    pipeline, directory, report, plan_file, *layouts = sys.argv[1:]
     arrays = {}
-    for name in sys.argv[5:]:
-        for key, value in run(sys.argv[1], sys.argv[2], specification, name).items():
-            arrays[f"{name}/{key}"] = value
-    np.savez(sys.argv[4], **arrays)
+    for each in layouts:
+        for key, value in run(pipeline, directory, plan_file, each).items():
+            arrays[f"{each}/{key}"] = value
+    np.savez(Path(report), **arrays)

@@ -17,7 +17,7 @@ from port_kit.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = ("port_kit", "models", "examples", "benchmarks")
-HEAVY_ROOMS = ("models", "runtime", "parallel", "pipeline")
+HEAVY_ROOMS = ("autoparallel", "models", "runtime", "parallel", "pipeline")
 LIGHT = ("port_kit.runtime.target_cache",)
 
 

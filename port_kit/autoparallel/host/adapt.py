@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from port_kit.autoparallel.boundaries import ShardedModel
 from port_kit.autoparallel.plan import Plan, matches
 from port_kit.autoparallel.sequence import apply_tokens
 from port_kit.autoparallel.tensor.apply import apply_tensor_parallelism
@@ -16,8 +18,21 @@ from port_kit.remap import Rule, RuleSet
 SAME_NAMES = RuleSet(name="diffusers", rules=(Rule("(.+)", target=r"\1"),))
 
 
-def adapt(module: nn.Module, plan: Plan, od_config: Any, prefix: str) -> RuleSet:
-    """Apply a plan in place, for the engine's layout, and return the rules that load the module's weights.
+@dataclass(frozen=True)
+class Adapted:
+    """What was changed in a denoiser.
+
+    Attributes:
+        rules: load its weights.
+        sharded: its token boundaries and attention calls; None without sequence parallelism.
+    """
+
+    rules: RuleSet = SAME_NAMES
+    sharded: ShardedModel | None = None
+
+
+def adapt(module: nn.Module, plan: Plan, od_config: Any, prefix: str) -> Adapted:
+    """Apply a plan in place, for the engine's layout.
 
     Args:
         module: the denoiser; its parameters are on the meta device.
@@ -32,11 +47,10 @@ def adapt(module: nn.Module, plan: Plan, od_config: Any, prefix: str) -> RuleSet
     parallel, rules = od_config.parallel_config, SAME_NAMES
     if parallel.tensor_parallel_size > 1:
         rules = weight_rules(apply_tensor_parallelism(module, plan, prefix=prefix), plan.subject)
-    if parallel.sequence_parallel_size > 1:
-        apply_tokens(module, plan)
+    sharded = apply_tokens(module, plan) if parallel.sequence_parallel_size > 1 else None
     if parallel.use_hsdp:
         patterns = [blocks.modules for blocks in plan.blocks if blocks.hsdp]
         module._hsdp_shard_conditions = [  # type: ignore[assignment]
             lambda name, _module: any(matches(name, pattern) for pattern in patterns)
         ]
-    return rules
+    return Adapted(rules, sharded)

@@ -16,14 +16,13 @@ from vllm_omni.diffusion.distributed.utils import get_local_device
 
 from port_kit.autoparallel.cfg import OmniGuidanceGroup, SpreadGuidance, spread_guidance
 from port_kit.autoparallel.host import media
-from port_kit.autoparallel.host.adapt import SAME_NAMES, adapt
+from port_kit.autoparallel.host.adapt import Adapted, adapt
 from port_kit.autoparallel.host.checks import check_host, plan_of
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, load_pipeline
 from port_kit.autoparallel.host.request import call_arguments
 from port_kit.errors import InputError
 from port_kit.pipeline.inputs import to_client_error
-from port_kit.remap import RuleSet
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -35,6 +34,7 @@ class HostPipeline(nn.Module):
 
     Attributes:
         index: index of the pipeline directory.
+        adapted: what the plan changed in each denoiser.
         pipeline: the diffusers pipeline; set by :meth:`load_weights`.
         guidance: guidance spread over ranks; None on one rank.
         computed: calls of the denoisers without spread guidance; for tests and reports.
@@ -57,11 +57,11 @@ class HostPipeline(nn.Module):
         self.guidance: SpreadGuidance | None = None
         self.pipeline: Any = None
         self.computed = 0.0
-        self._rules: dict[str, RuleSet] = {}
+        self.adapted: dict[str, Adapted] = {}
         plan = plan_of(od_config)
         for name in self.index.denoisers:
             module = build_denoiser(self.index, name, od_config.dtype)
-            self._rules[name] = SAME_NAMES if plan is None else adapt(module, plan, od_config, name)
+            self.adapted[name] = Adapted() if plan is None else adapt(module, plan, od_config, name)
             module.register_forward_pre_hook(self._count)
             self.add_module(name, module)
 
@@ -78,7 +78,7 @@ class HostPipeline(nn.Module):
         config = self.od_config
         denoisers = {name: getattr(self, name) for name in self.index.denoisers}
         for name, module in denoisers.items():
-            load_denoiser(module, self.index.folder / name, self._rules[name], config, self.device)
+            load_denoiser(module, self.index.folder / name, self.adapted[name].rules, config, self.device)
         self.pipeline = load_pipeline(self.index, denoisers, config.dtype, self.device)
         for name, component in self.pipeline.components.items():
             if isinstance(component, nn.Module) and name not in denoisers:

@@ -20,7 +20,7 @@ def t5_tokenizer() -> Any:
 
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         write_tokenizer(Path(folder), size=T5_WORDS)
-        return T5TokenizerFast.from_pretrained(folder)
+        return T5TokenizerFast.from_pretrained(folder, model_max_length=64)
 
 
 def t5_encoder(width: int = 32) -> Any:

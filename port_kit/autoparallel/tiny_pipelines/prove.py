@@ -12,9 +12,25 @@ from port_kit.autoparallel.host.checks import PLAN_KEY
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.parallel.layout import Layout
+from port_kit.parallel.memory import local_bytes
 from port_kit.runtime.hosts import host_of
 from port_kit.runtime.plugin import register_pipelines
 from port_kit.testing.workers import Request, run_workers
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one rank.
+
+    Attributes:
+        calls: complete calls of the transformer.
+        weight_bytes: bytes of the transformers' weights that it holds.
+        exchanges: attention calls whose tokens or keys were exchanged between ranks.
+    """
+
+    calls: float
+    weight_bytes: int
+    exchanges: int
 
 
 @dataclass(frozen=True)
@@ -24,16 +40,18 @@ class Comparison:
     Attributes:
         difference: largest difference from one rank, relative to the largest value, over all media.
         spread: standard deviation of the media; 0 if they are constant.
-        computed: complete transformer calls that each rank ran; those of one rank first.
+        single: work of one rank.
+        ranks: work of each rank of the layout.
     """
 
     difference: float
     spread: float
-    computed: tuple[float, ...]
+    single: Work
+    ranks: tuple[Work, ...]
 
 
 def run(name: str, folder: Path, layout: str, *, plan: Path | None = None, timeout: float = 300.0) -> list[Any]:
-    """Run the request of a tiny pipeline in a layout; return the ranks' results with their numbers of calls."""
+    """Run the request of a tiny pipeline in a layout; return the ranks' results; the probe is their :class:`Work`."""
     index = PipelineIndex.read(folder)
     config = {
         "model_class_name": host_of(index.output_type),
@@ -45,7 +63,7 @@ def run(name: str, folder: Path, layout: str, *, plan: Path | None = None, timeo
         [Request(*CASES[name].request())],
         config=config,
         setup=register_pipelines,
-        probe=_calls,
+        probe=_work,
         timeout=timeout,
     )
 
@@ -67,12 +85,17 @@ def compare(name: str, folder: Path, layouts: list[str], *, plan: Path | None = 
         ranks = run(name, folder, layout, plan=plan)
         differences = [_difference(rank.outputs[0], single.outputs[0]) for rank in ranks]
         spread = min(float(value.std()) for value in single.outputs[0].values() if isinstance(value, torch.Tensor))
-        found[layout] = Comparison(max(differences), spread, (single.probe, *(rank.probe for rank in ranks)))
+        found[layout] = Comparison(max(differences), spread, single.probe, tuple(rank.probe for rank in ranks))
     return found
 
 
-def _calls(pipeline: Any) -> float:
-    return pipeline.computed if pipeline.guidance is None else pipeline.guidance.computed
+def _work(pipeline: Any) -> Work:
+    sharded = [adapted.sharded for adapted in pipeline.adapted.values() if adapted.sharded is not None]
+    return Work(
+        calls=pipeline.computed if pipeline.guidance is None else pipeline.guidance.computed,
+        weight_bytes=sum(local_bytes(getattr(pipeline, name)) for name in pipeline.index.denoisers),
+        exchanges=sum(sum(model.exchanges().values()) for model in sharded),
+    )
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> float:

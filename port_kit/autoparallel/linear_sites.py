@@ -1,0 +1,146 @@
+"""Attention sites that exchange tokens and heads at linears: any code between them runs on all tokens with local heads.
+
+After the linears before the site (queries, keys, values), each rank receives all tokens of its units. Before the linear
+after the site, it receives its tokens of all units. Norms over all channels between them reduce their statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from port_kit.autoparallel.plan import AttentionSite, ChannelRule, DividedValue, Plan, TokenAxis, find
+from port_kit.autoparallel.tensor.apply import UnitSizes
+from port_kit.autoparallel.tensor.layers import ShardedNorm, local_part, norm_eps
+from port_kit.autoparallel.tokens import Tokens
+from port_kit.errors import ParallelError
+
+
+def bind_linears(model: nn.Module, plan: Plan, site: AttentionSite, tokens: Tokens) -> None:
+    """Exchange tokens and units at the linears of a site, in every module that its pattern names.
+
+    Args:
+        model: module of the plan.
+        plan: plan with the channels of the linears.
+        site: site with ``at="linears"``.
+        tokens: state of the forward.
+
+    Raises:
+        ParallelError: ``parallel_degree``; the ranks do not divide the units. ``plan_refused``; a norm of the site is
+            split by tensor parallelism, too.
+    """
+    sizes = UnitSizes(model, plan)
+    axes = {axis.path: axis for axis in site.axes}
+    for module_path in find(model, site.module):
+        for linear in plan.linears:
+            for path, child in _below(model, linear.module, module_path):
+                axis = axes.get(path.removeprefix(f"{module_path}."))
+                parts = _parts(sizes, path, linear.channels, tokens)
+                if linear.role == "column":
+                    child.register_forward_hook(_to_units(parts, axis, tokens))
+                else:
+                    assert axis is not None
+                    child.register_forward_pre_hook(_to_tokens(parts, axis, tokens))
+        for norm in plan.norms:
+            for path, child in _below(model, norm.module, module_path):
+                _exchange_statistics(child, path, norm.kind, _parts(sizes, path, norm.channels, tokens), tokens)
+        for value in plan.divided:
+            for path, child in _below(model, value.module, module_path):
+                _divide(child, path, value, tokens.exchange.world)
+
+
+def _below(model: nn.Module, pattern: str, module_path: str) -> list[tuple[str, nn.Module]]:
+    found = find(model, pattern).items()
+    return [(path, child) for path, child in found if f"{path}.".startswith(f"{module_path}.")]
+
+
+def _parts(
+    sizes: UnitSizes, path: str, rules: Sequence[ChannelRule], tokens: Tokens
+) -> Callable[[int], tuple[int, ...]]:
+    """Return a function from the number of channels to the sizes of their parts, checked for the number of ranks."""
+
+    def parts(extent: int) -> tuple[int, ...]:
+        found = sizes.parts(path, rules, extent)
+        if any(size % tokens.exchange.world for size in found):
+            raise _indivisible(path, tokens.exchange.world, "channels")
+        return found
+
+    return parts
+
+
+def _to_units(parts: Callable[[int], tuple[int, ...]], axis: TokenAxis | None, tokens: Tokens) -> Callable[..., Tensor]:
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        exchange, sizes = tokens.exchange, parts(output.shape[-1])
+        if axis is None:  # tokens that are complete on every rank
+            return local_part(output, -1, sizes, exchange.rank, exchange.world)
+        sent = [local_part(output, -1, sizes, rank, exchange.world) for rank in range(exchange.world)]
+        return tokens.join(exchange.all_to_all(sent), axis.dim, axis.streams)
+
+    return hook
+
+
+def _to_tokens(parts: Callable[[int], tuple[int, ...]], axis: TokenAxis, tokens: Tokens) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: Any) -> Any:
+        exchange = tokens.exchange
+        sizes = parts(args[0].shape[-1] * exchange.world)
+        own = [size // exchange.world for size in sizes]
+        received = exchange.all_to_all(tokens.spread(args[0], axis.dim, axis.streams))
+        by_rank = [x.split(own, -1) for x in received]
+        return (torch.cat([split[part] for part in range(len(own)) for split in by_rank], -1), *args[1:])
+
+    return hook
+
+
+def _exchange_statistics(
+    norm: nn.Module, path: str, kind: str, parts: Callable[[int], tuple[int, ...]], tokens: Tokens
+) -> None:
+    """Replace the ``forward`` of a norm; its parameters stay complete."""
+    if isinstance(norm, ShardedNorm):
+        raise ParallelError(
+            f"{path}: a norm over heads that are split by tensor parallelism and exchanged at linears",
+            code="plan_refused",
+            hint="use tensor parallelism or sequence parallelism, not both",
+        )
+    eps = norm_eps(norm)
+
+    def total(x: Tensor) -> Tensor:
+        return torch.stack(tokens.exchange.all_gather(x.sum(-1, keepdim=True))).sum(0)
+
+    def forward(x: Tensor) -> Tensor:
+        world, rank = tokens.exchange.world, tokens.exchange.rank
+        wide, channels = x.float(), x.shape[-1] * world
+        if kind == "layer":
+            wide = wide - total(wide) / channels
+        floor = torch.finfo(x.dtype).eps if eps is None else eps
+        normed = (wide * torch.rsqrt(total(wide.square()) / channels + floor)).to(x.dtype)
+        for name, combine in (("weight", torch.mul), ("bias", torch.add)):
+            whole = getattr(norm, name, None)
+            if whole is not None:
+                normed = combine(normed, local_part(whole, 0, parts(channels), rank, world))
+        return normed
+
+    norm.forward = forward
+
+
+def _divide(owner: Any, path: str, value: DividedValue, ranks: int) -> None:
+    *inner, name = value.attribute.split(".")
+    for each in inner:
+        owner = getattr(owner, each)
+    before = getattr(owner, name)
+    numbers = [before] if value.index is None else list(before)
+    at = value.index or 0
+    if numbers[at] % ranks:
+        raise _indivisible(path, ranks, f"{value.attribute} = {numbers[at]}")
+    numbers[at] //= ranks
+    setattr(owner, name, numbers[0] if value.index is None else type(before)(numbers))
+
+
+def _indivisible(path: str, ranks: int, what: str) -> ParallelError:
+    return ParallelError(
+        f"{path}: {ranks} sequence-parallel ranks do not divide its {what}",
+        code="parallel_degree",
+        hint="use a degree that divides the number of heads",
+    )

@@ -1,0 +1,167 @@
+"""Parts of hosted pipelines that need no engine: index, request, media, checks before workers start."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+from port_kit.autoparallel.host.checks import PLAN_KEY, check_host
+from port_kit.autoparallel.host.files import write_files
+from port_kit.autoparallel.host.index import PipelineIndex
+from port_kit.autoparallel.host.loading import build_denoiser
+from port_kit.autoparallel.host.media import payload
+from port_kit.autoparallel.host.request import call_arguments
+from port_kit.autoparallel.plan import Plan, Proof
+from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
+from port_kit.errors import PortKitError
+
+PLAN = Plan(
+    subject="WanTransformer3DModel",
+    module_class="diffusers.models.transformers.transformer_wan.WanTransformer3DModel",
+    proofs=(
+        Proof(layout="tp2", scale="deeper", dtype="float32", difference=0.0),
+        Proof(layout="tp2xulysses2", scale="deeper", dtype="float32", difference=0.0),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny pipeline."""
+    return write_pipeline("WanPipeline", CASES["WanPipeline"], tmp_path_factory.mktemp("pipelines") / "wan")
+
+
+def code_of(function: Any, *arguments: Any) -> str:
+    """Return the code of the error that a call raises."""
+    with pytest.raises(PortKitError) as caught:
+        function(*arguments)
+    return caught.value.code
+
+
+def config_of(folder: Path, plan: Path | None = None, **degrees: int) -> OmniDiffusionConfig:
+    """Return an engine's configuration."""
+    return OmniDiffusionConfig(
+        model=str(folder),
+        dtype=torch.float32,
+        parallel_config=DiffusionParallelConfig(**degrees),
+        additional_config={} if plan is None else {PLAN_KEY: str(plan)},
+    )
+
+
+def request_of(prompt: Any, **sampling: Any) -> tuple[Any, Any]:
+    """Return what a worker gets of a request."""
+    request = OmniDiffusionRequest(
+        prompt=prompt, sampling_params=OmniDiffusionSamplingParams(**sampling), request_id="a"
+    )
+    return request.prompt, request.sampling_params
+
+
+def test_the_index_names_denoisers_and_the_kind_of_output(wan: Path) -> None:
+    index = PipelineIndex.read(wan)
+    assert (index.denoisers, index.output_type) == (["transformer"], "video")
+    assert "guidance_scale" in index.parameters
+
+
+@pytest.mark.parametrize(
+    "index", [{"_class_name": "NoSuchPipeline"}, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "x"]}]
+)
+def test_a_directory_that_cannot_be_hosted_is_refused(index: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert code_of(PipelineIndex.read, tmp_path) == "inspect_target"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("FluxPipeline", "image"), ("LTX2Pipeline", "video"), ("StableAudioPipeline", "audio")]
+)
+def test_kinds_of_output(name: str, kind: str) -> None:
+    import diffusers
+
+    assert PipelineIndex(Path(), getattr(diffusers, name), {}).output_type == kind
+
+
+def test_a_request_becomes_arguments(wan: Path) -> None:
+    prompt, sampling = request_of(
+        {"prompt": "a", "negative_prompt": "b"}, num_frames=9, seed=5, extra_args={"max_sequence_length": 8}
+    )
+    found = call_arguments(prompt, sampling, PipelineIndex.read(wan).parameters, torch.device("cpu"))
+    assert found.pop("generator").initial_seed() == 5
+    expected = {"prompt": "a", "negative_prompt": "b", "num_frames": 9, "max_sequence_length": 8, "output_type": "np"}
+    assert found == expected
+
+
+@pytest.mark.parametrize("sampling", [{"true_cfg_scale": 2.0}, {"extra_args": {"gidance_scale": 2.0}}])
+def test_what_the_pipeline_does_not_take_is_refused(sampling: dict[str, Any], wan: Path) -> None:
+    arguments = (*request_of("a", **sampling), PipelineIndex.read(wan).parameters, torch.device("cpu"))
+    assert code_of(call_arguments, *arguments) == "input_value"
+
+
+def test_guidance_needs_no_plan(wan: Path) -> None:
+    check_host(config_of(wan, cfg_parallel_size=2))
+
+
+@pytest.mark.parametrize("degrees", [{"tensor_parallel_size": 2}, {"ulysses_degree": 2}])
+def test_a_layout_without_a_plan_is_refused(degrees: dict[str, int], wan: Path) -> None:
+    assert code_of(check_host, config_of(wan, **degrees)) == "plan_layout"
+
+
+@pytest.mark.parametrize("option", [{"enable_cpu_offload": True}, {"cache_backend": "cache_dit"}])
+def test_an_option_that_nothing_proves_is_refused(option: dict[str, Any], wan: Path) -> None:
+    assert code_of(check_host, OmniDiffusionConfig(model=str(wan), dtype=torch.float32, **option)) == "engine_option"
+
+
+def test_only_proven_layouts_are_accepted(wan: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.to_toml())
+    check_host(config_of(wan, path, tensor_parallel_size=2))
+    check_host(config_of(wan, path, tensor_parallel_size=2, cfg_parallel_size=2))
+    check_host(config_of(wan, path, tensor_parallel_size=2, ulysses_degree=2))
+    assert code_of(check_host, config_of(wan, path, ulysses_degree=2)) == "plan_layout"
+    assert code_of(check_host, config_of(wan, path, tensor_parallel_size=2, ring_degree=2)) == "plan_layout"
+
+
+def test_a_plan_of_another_class_is_refused(wan: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.model_copy(update={"module_class": "diffusers.FluxTransformer2DModel"}).to_toml())
+    assert code_of(check_host, config_of(wan, path, tensor_parallel_size=2)) == "plan_layout"
+
+
+def test_denoisers_have_no_memory_and_keep_float32(wan: Path) -> None:
+    module = build_denoiser(PipelineIndex.read(wan), "transformer", torch.bfloat16)
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    assert dtypes["scale_shift_table"] is torch.float32
+    assert dtypes["patch_embedding.weight"] is torch.bfloat16
+    assert all(buffer.device.type == "cpu" for buffer in module.buffers())
+
+
+def test_media_become_files(tmp_path: Path) -> None:
+    pixels = torch.rand(2, 4, 6, 3)
+    images = payload({"image": pixels}, fps=None, output_type=None)["payload"]["image"]
+    paths = write_files(tmp_path / "a.png", SimpleNamespace(images=images), "image")
+    assert [path.name for path in paths] == ["a_1.png", "a_2.png"]
+    read = np.asarray(Image.open(paths[1])) / 255
+    assert np.abs(read - pixels[1].numpy()).max() <= 0.5 / 255 + 1e-6
+
+    samples = torch.rand(1, 2, 50) * 2 - 1
+    made = payload({"audio": samples, "sample_rate": 8000}, fps=None, output_type=None)
+    extra = {"audio": made["payload"]["audio"], "audio_sample_rate": made["metadata"]["audio"]["sample_rate"]}
+    (path,) = write_files(tmp_path / "a.wav", SimpleNamespace(multimodal_output=extra), "audio")
+    with wave.open(str(path)) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 8000, 50)
+        found = np.frombuffer(file.readframes(50), dtype="<i2").reshape(50, 2).T / 32767
+    assert np.abs(found - samples[0].numpy()).max() <= 1 / 32767
+
+
+def test_a_wrong_suffix_is_refused(tmp_path: Path) -> None:
+    assert code_of(write_files, tmp_path / "a.png", SimpleNamespace(images=[]), "video") == "media_write"

@@ -1,0 +1,52 @@
+"""Tiny pipelines of diffusers through ``Omni``: one rank against guidance on two ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
+
+SCRIPT = Path(__file__).with_name("run_hosted.py")
+#: Pipeline of the default test run.
+DEFAULT = "WanPipeline"
+#: Rows of a batch are computed by other kernels than the batch.
+TOLERANCE = 2e-5
+
+
+def run(name: str, folder: Path, layouts: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the media of each layout, from a process of its own."""
+    write_pipeline(name, CASES[name], folder / "model")
+    report = folder / "report.npz"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), name, str(folder / "model"), str(report), "-", *layouts],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    found: dict[str, dict[str, np.ndarray]] = {layout: {} for layout in layouts}
+    with np.load(report) as arrays:
+        for key, value in arrays.items():
+            layout, _, medium = key.partition("/")
+            found[layout][medium] = value
+    return found
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == DEFAULT else [pytest.mark.slow]) for name in CASES]
+)
+def test_two_guidance_ranks_equal_one(name: str, tmp_path: Path) -> None:
+    found = run(name, tmp_path, ["single", "cfg2"])
+    assert found["single"], "no media"
+    assert found["single"].keys() == found["cfg2"].keys()
+    for medium, one in found["single"].items():
+        assert one.std() > 0.01, f"{medium} is nearly constant"
+        assert np.abs(found["cfg2"][medium] - one).max() <= TOLERANCE * np.abs(one).max()
