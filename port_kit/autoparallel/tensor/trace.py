@@ -61,6 +61,7 @@ class Connections:
 
     Attributes:
         sizes: channels of each side.
+        positions: largest number of positions (tokens of all rows of the batch) of each side.
         parents: disjoint sets of nodes that must be on one rank.
         reads: per node, entries of axes that it depends on, as bits.
         exits: nodes that the block's result depends on without another linear in between.
@@ -70,6 +71,7 @@ class Connections:
     """
 
     sizes: dict[Side, int] = field(default_factory=dict)
+    positions: dict[Side, int] = field(default_factory=lambda: defaultdict(int))
     parents: dict[Node, Node] = field(default_factory=dict)
     reads: dict[Node, dict[Axis, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     exits: set[Node] = field(default_factory=set)
@@ -230,6 +232,8 @@ def _probe_norm(path: str, graph: _Graph) -> Any:
 
 def _read(graph: _Graph, into: Connections, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    for side, axis, x in (*graph.sources, *graph.sinks):
+        into.positions[side] = max(into.positions[side], x.numel() // max(x.shape[axis], 1))
     for side, axis, leaf in graph.sources:
         into.sizes[side] = leaf.shape[axis]
     for side, axis, x in graph.sinks:
