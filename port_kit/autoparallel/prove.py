@@ -128,8 +128,7 @@ class Prover:
     def prove(self, layout: Layout) -> LayoutResult:
         """Prove one layout. An error of a rank is a reason, not an exception."""
         result = LayoutResult(str(layout))
-        refused = [refusal.reason for refusal in self.plan.refused if refusal.kind in _kinds(layout)]
-        if refused:
+        if refused := _refusals(self.plan, layout):
             result.reason = f"refused: {'; '.join(refused)}"
             return result
         runs = [*self.runs, *([self.low] if self.single_low else [])]
@@ -242,10 +241,14 @@ def _try_single(subject: Subject, plan: Plan, run: Run) -> tuple[Measured | None
         return None, str(error)
 
 
-def _kinds(layout: Layout) -> set[str]:
-    """Return the kinds of refusals that exclude a layout."""
+def _refusals(plan: Plan, layout: Layout) -> list[str]:
+    """Return the findings that exclude a layout. A module of which some parts can be split is split in part."""
     kinds = set(layout.degrees)
-    return kinds | ({"sequence"} if layout.sequence > 1 else set()) | ({"tensor"} if layout.tp > 1 else set())
+    if layout.sequence > 1 and not any(blocks.inputs for blocks in plan.blocks):
+        kinds.add("sequence")
+    if layout.tp > 1 and not plan.linears:
+        kinds.add("tensor")
+    return [refusal.reason for refusal in plan.refused if refusal.kind in kinds]
 
 
 def _short(error: PortKitError) -> str:

@@ -16,29 +16,35 @@ from port_kit.parallel.layout import CONFIG_NAMES, Layout
 
 #: Request options, by their type; None keeps the pipeline's default.
 _REQUEST = {
-    "height": int,
-    "width": int,
-    "num_frames": int,
-    "num_inference_steps": int,
-    "guidance_scale": float,
-    "true_cfg_scale": float,
-    "fps": float,
-    "seed": int,
-    "num_outputs": int,
+    "height": (int, "Pixels."),
+    "width": (int, "Pixels."),
+    "num_frames": (int, "Frames of a video."),
+    "num_inference_steps": (int, "Denoising steps."),
+    "guidance_scale": (float, "Scale of guidance."),
+    "true_cfg_scale": (float, "Scale of guidance of pipelines whose guidance_scale is an input of the model."),
+    "fps": (float, "Frames per second of the file."),
+    "seed": (int, "Default: random."),
+    "num_outputs": (int, "Outputs of the request."),
 }
-_ENGINE_FLAGS = ("enforce_eager", "enable_cpu_offload")
+#: Descriptions of the degrees of parallelism.
+_DEGREES = {
+    "tp": "Ranks that split each matrix.",
+    "ulysses": "Ranks that split a sequence and exchange heads.",
+    "ring": "Ranks that split a sequence and circulate keys and values.",
+    "cfg": "Ranks that share the branches of guidance.",
+}
 
 
 def _request_options(function: Any) -> Any:
-    for name, kind in reversed(_REQUEST.items()):
-        function = click.option(f"--{name.replace('_', '-')}", type=kind)(function)
+    for name, (kind, text) in reversed(_REQUEST.items()):
+        function = click.option(f"--{name.replace('_', '-')}", type=kind, help=text)(function)
     return function
 
 
 def _layout_options(function: Any) -> Any:
-    for kind, name in reversed(CONFIG_NAMES.items()):
-        if kind not in ("hsdp", "allgather"):
-            function = click.option(f"--{name.replace('_', '-')}", type=int, default=1, show_default=True)(function)
+    for kind, text in reversed(_DEGREES.items()):
+        option = f"--{CONFIG_NAMES[kind].replace('_', '-')}"
+        function = click.option(option, type=int, default=1, show_default=True, help=text)(function)
     return function
 
 
@@ -51,7 +57,7 @@ def _layout_options(function: Any) -> Any:
 @click.argument("model")
 @click.argument("serve_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--prompt", default="", help="Text of the request.")
-@click.option("--negative-prompt", default=None)
+@click.option("--negative-prompt", help="Text of the branch that guidance leads away from.")
 @click.option("--image", type=click.Path(path_type=Path, exists=True), help="Reference image.")
 @_request_options
 @click.option("--argument", "arguments", multiple=True, metavar="NAME=JSON", help="Further argument of the pipeline.")
@@ -59,10 +65,8 @@ def _layout_options(function: Any) -> Any:
 @_layout_options
 @click.option("--hsdp-shard-size", type=int, default=1, show_default=True, help="Shard blocks over these ranks (HSDP).")
 @click.option("--plan", type=click.Path(path_type=Path), help="Plan file. Default: the shipped one, or infer one.")
-@click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--cache-backend", type=click.Choice(["cache_dit"]))
+@click.option("--dtype", default="bfloat16", show_default=True, help="Dtype of all components.")
 @click.option("--enforce-eager", is_flag=True, help="Do not compile.")
-@click.option("--enable-cpu-offload", is_flag=True)
 @click.option("--serve", is_flag=True, help="Start vLLM-Omni's server; further options are passed to vllm serve.")
 @handles_errors("run")
 def command(model: str, serve_options: tuple[str, ...], serve: bool, **given: Any) -> None:
@@ -75,7 +79,8 @@ def command(model: str, serve_options: tuple[str, ...], serve: bool, **given: An
     layout = Layout(**{kind: given[name] for kind, name in CONFIG_NAMES.items() if name in given})
     folder, class_name, modality, additional = _prepare(model, layout, given)
     if serve:
-        _serve(folder, class_name, additional, layout, given, serve_options)
+        arguments = serve_command(folder, class_name, additional, layout, given)
+        os.execv(sys.executable, [*arguments, *serve_options])
     else:
         _generate(folder, class_name, modality, additional, layout, given)
 
@@ -88,7 +93,7 @@ def _prepare(model: str, layout: Layout, given: dict[str, Any]) -> tuple[str, st
 
     folder = model if Path(model).is_dir() else _download(model)
     index = PipelineIndex.read(folder)
-    needs_plan = bool(set(layout.degrees) - {"cfg"}) or given["cache_backend"] is not None
+    needs_plan = bool(set(layout.degrees) - {"cfg"})
     plan = find_plan(index, layout, given["plan"], report=_report) if needs_plan else None
     additional = {} if plan is None else {PLAN_KEY: str(plan.resolve())}
     return folder, host_of(index.output_type), index.output_type, additional
@@ -125,8 +130,7 @@ def _generate(
         dtype=given["dtype"],
         parallel_config=DiffusionParallelConfig(**layout.parallel_config),
         additional_config=additional,
-        **{name: True for name in _ENGINE_FLAGS if given[name]},
-        **({"cache_backend": given["cache_backend"]} if given["cache_backend"] else {}),
+        enforce_eager=given["enforce_eager"],
     )
     try:
         (result,) = omni.generate(prompt, sampling, py_generator=True)
@@ -167,15 +171,10 @@ def _argument(text: str) -> tuple[str, Any]:
         ) from error
 
 
-def _serve(
-    folder: str,
-    class_name: str,
-    additional: dict[str, str],
-    layout: Layout,
-    given: dict[str, Any],
-    options: tuple[str, ...],
-) -> None:
-    """Replace this process by vLLM-Omni's server."""
+def serve_command(
+    folder: str, class_name: str, additional: dict[str, str], layout: Layout, given: dict[str, Any]
+) -> list[str]:
+    """Return the command of vLLM-Omni's server, without further options of the user."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--omni"]
     command += ["--model-class-name", class_name, "--dtype", given["dtype"]]
     command += ["--middleware", "port_kit.runtime.serving.CancelOnDisconnect"]
@@ -183,7 +182,4 @@ def _serve(
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     if additional:
         command += ["--additional-config", json.dumps(additional)]
-    if given["cache_backend"]:
-        command += ["--cache-backend", given["cache_backend"]]
-    command += [f"--{name.replace('_', '-')}" for name in _ENGINE_FLAGS if given[name]]
-    os.execv(sys.executable, [*command, *options])
+    return [*command, "--enforce-eager"] if given["enforce_eager"] else command

@@ -115,6 +115,11 @@ def test_a_layout_without_a_plan_is_refused(degrees: dict[str, int], wan: Path) 
     assert code_of(check_host, config_of(wan, **degrees)) == "plan_layout"
 
 
+@pytest.mark.parametrize("option", [{"enable_cpu_offload": True}, {"cache_backend": "cache_dit"}])
+def test_an_option_that_nothing_proves_is_refused(option: dict[str, Any], wan: Path) -> None:
+    assert code_of(check_host, OmniDiffusionConfig(model=str(wan), dtype=torch.float32, **option)) == "engine_option"
+
+
 def test_only_proven_layouts_are_accepted(wan: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(PLAN.to_toml())

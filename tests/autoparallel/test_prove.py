@@ -45,6 +45,15 @@ def test_sequence_parallel_layouts(prover: Prover) -> None:
 
 
 @pytest.mark.integration
+def test_channels_and_tokens_are_split_together(prover: Prover) -> None:
+    result = prove(prover, "tp2xulysses2")
+    assert result.proven, result.reason
+    assert result.block_bytes == pytest.approx(0.5, rel=0.1)
+    assert result.tokens == pytest.approx(0.5, rel=0.1)
+    assert result.control is not None and result.control >= CONTROL_FACTOR * TOLERANCE
+
+
+@pytest.mark.integration
 def test_blocks_are_sharded_and_branches_kept_apart(prover: Prover) -> None:
     result = prove(prover, "hsdp2xcfg2")
     assert result.proven, result.reason
@@ -70,6 +79,13 @@ def test_work_that_is_not_divided_is_found(subject: Subject, plan: Plan) -> None
 
 
 @pytest.mark.integration
+def test_channels_of_other_heads_are_found(subject: Subject, plan: Plan) -> None:
+    kept = tuple(linear for linear in plan.linears if not linear.module.endswith("attn1.to_v"))
+    result = prove(Prover(subject, plan.model_copy(update={"linears": kept}), {}), "tp2")
+    assert not result.proven
+
+
+@pytest.mark.integration
 def test_an_error_of_a_rank_is_a_reason(subject: Subject, plan: Plan) -> None:
     stale = plan.model_copy(update={"blocks": (plan.blocks[0].model_copy(update={"modules": "blocks.*.attn1"}),)})
     result = prove(Prover(subject, stale, {}), "ulysses2")
@@ -77,7 +93,8 @@ def test_an_error_of_a_rank_is_a_reason(subject: Subject, plan: Plan) -> None:
 
 
 def test_refusals_run_nothing(subject: Subject, plan: Plan) -> None:
-    refused = plan.model_copy(update={"refused": (Refusal(kind="sequence", reason="tokens are mixed"),)})
+    refusal = Refusal(kind="sequence", reason="tokens are mixed")
+    refused = plan.model_copy(update={"refused": (refusal,), "blocks": (), "attention": ()})
     result = prove(Prover(subject, refused, {}), "ring2")
     assert not result.proven and "tokens are mixed" in result.reason
 

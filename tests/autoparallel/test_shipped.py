@@ -60,11 +60,11 @@ def test_a_module_without_a_source_is_refused() -> None:
     assert caught.value.code == "plan_subject"
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_plans_are_fresh_and_proven(path: Path) -> None:
-    plan = Plan.load(path)
-    check_fresh(plan, path.name)
-    assert plan.fingerprint and plan.proofs and plan.module_class.rpartition(".")[2] == path.stem
+def test_shipped_plans_are_fresh_and_proven() -> None:
+    for path in SHIPPED.glob("*.toml"):
+        plan = Plan.load(path)
+        check_fresh(plan, path.name)
+        assert plan.fingerprint and plan.proofs and plan.module_class.rpartition(".")[2] == path.stem
 
 
 def test_a_given_plan_is_checked(tmp_path: Path) -> None:

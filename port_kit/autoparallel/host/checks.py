@@ -15,6 +15,16 @@ from port_kit.runtime.engine_options import check_options
 
 logger = logging.getLogger(__name__)
 
+#: Options of the engine that no plan proves.
+_UNSUPPORTED = (
+    "cache_backend",
+    "enable_cpu_offload",
+    "enable_layerwise_offload",
+    "enable_distributed_layerwise_offload",
+    "lora_path",
+    "quantization_config",
+    "step_execution",
+)
 #: Key of ``additional_config`` with the path of the plan file.
 PLAN_KEY = "port_kit_plan"
 
@@ -41,10 +51,9 @@ def check_host(od_config: Any) -> None:
     check_options(od_config)
     index, plan = PipelineIndex.read(od_config.model), plan_of(od_config)
     layout = layout_of(od_config.parallel_config)
-    if od_config.quantization_config is not None:
-        raise _unsupported("quantization")
-    if od_config.cache_backend not in (None, "none"):
-        check_cache(od_config, plan)
+    for option in _UNSUPPORTED:
+        if getattr(od_config, option) not in (None, False, "none"):
+            raise _unsupported(option)
     kinds = {kind for kind in layout.degrees if kind != "cfg"}
     if not kinds:
         return
@@ -89,22 +98,6 @@ def check_layout(layout: Layout, plan: Plan) -> None:
         code="plan_layout",
         hint="proven: " + (", ".join(sorted({proof.layout for proof in plan.proofs})) or "none"),
     )
-
-
-def check_cache(od_config: Any, plan: Plan | None) -> None:
-    """Check that Cache-DiT is supported: the plan has a forward pattern for each list of blocks.
-
-    Raises:
-        InputError: ``engine_option``.
-    """
-    patterns = [blocks.cache_pattern for blocks in plan.blocks] if plan is not None else []
-    if od_config.cache_backend != "cache_dit" or not patterns or not all(patterns):
-        raise InputError(
-            f"cache_backend={od_config.cache_backend}: the plan has no proven forward pattern",
-            code="engine_option",
-            hint="remove cache_backend",
-            option="cache_backend",
-        )
 
 
 def _kinds(layout: Layout) -> set[str]:

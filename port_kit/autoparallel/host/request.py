@@ -44,8 +44,13 @@ def call_arguments(prompt: Any, sampling: Any, parameters: Mapping[str, Any], de
         device: the rank's device.
 
     Raises:
-        InputError: ``input_value``; the pipeline has no parameter for a value that the request gives.
+        InputError: ``input_value``; the pipeline has no parameter for a value that the request gives, or the request
+            has a LoRA.
     """
+    if sampling.lora_request is not None:
+        raise InputError(
+            "hosted pipelines apply no LoRA of a request", code="input_value", hint="leave lora_request out"
+        )
     given = dict([*_texts(prompt), *_media(prompt, parameters), *_sampling(sampling), *sampling.extra_args.items()])
     unknown = sorted(set(given) - set(parameters))
     if unknown:

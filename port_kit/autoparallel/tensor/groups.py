@@ -81,12 +81,21 @@ class _Search:
         self.touched = {root: frozenset(sides.items()) for root, sides in touched.items()}
         self.whole = {found.root(node) for node in found.exits}
         for root, touches in self.touched.items():
-            if not {"in", "out"} <= {side.kind for side, _ in touches}:
+            sides = [side for side, _ in touches]
+            if not {"in", "out"} <= {side.kind for side in sides} or not self._is_computed(sides):
                 self.whole.add(root)
         self.reads: dict[Node, dict[Axis, int]] = defaultdict(lambda: defaultdict(int))
         for node, axes in found.reads.items():
             for axis, entries in axes.items():
                 self.reads[found.root(node)][axis] |= entries
+
+    def _is_computed(self, sides: Sequence[Side]) -> bool:
+        """Return True if outputs have as many positions as the inputs they lead to.
+
+        Otherwise the inputs depend on something else as well, such as a normalized token that a modulation scales.
+        """
+        inputs = max(self.found.positions[side] for side in sides if side.kind == "in")
+        return max(self.found.positions[side] for side in sides if side.kind == "out") >= inputs
 
     def narrow(self) -> bool:
         """Move components to ``whole``; return True if there were any."""

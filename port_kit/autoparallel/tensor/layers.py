@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
+from port_kit.autoparallel.tensor.norms import norm_eps
+
 
 def local_part(x: Tensor, dim: int, parts: Sequence[int], rank: int, ranks: int) -> Tensor:
     """Return a rank's entries of a dimension that consists of parts, each of which is split evenly."""
@@ -102,11 +104,3 @@ class ShardedNorm(nn.Module):
         if self.weight is not None:
             normed = normed * self.weight
         return normed if self.bias is None else normed + self.bias
-
-
-def norm_eps(module: nn.Module) -> float | None:
-    """Return the number that a norm adds to its mean square; None for that of torch's RMS norm, by dtype."""
-    for name in ("eps", "variance_epsilon", "epsilon"):
-        if isinstance(getattr(module, name, None), float):
-            return float(getattr(module, name))
-    return None

@@ -79,7 +79,15 @@ def fit(sizes: Sequence[int], tables: Sequence[Mapping[str, int]], near: str) ->
     """
     names = sorted(set.intersection(*(set(table) for table in tables)), key=lambda name: _distance(name, near))
     columns = {name: [table[name] for table in tables] for name in names}
-    return [*_simple(list(sizes), columns), *_products(list(sizes), columns)]
+    heads = {name: values for name, values in columns.items() if "head" in name.rpartition(".")[2]}
+    plain = [name for name, values in columns.items() if values == list(sizes)]
+    found = [
+        *plain,
+        *_products(list(sizes), heads),
+        *_multiples(list(sizes), columns),
+        *_products(list(sizes), columns),
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _distance(name: str, near: str) -> tuple[int, int, int, int, str]:
@@ -93,8 +101,7 @@ def _distance(name: str, near: str) -> tuple[int, int, int, int, str]:
     return rank // 3, len(parts) + len(wanted) - 2 * common, rank, len(name), name
 
 
-def _simple(sizes: list[int], columns: Mapping[str, list[int]]) -> Iterator[str]:
-    yield from (name for name, values in columns.items() if values == sizes)
+def _multiples(sizes: list[int], columns: Mapping[str, list[int]]) -> Iterator[str]:
     for factor in _FACTORS:
         yield from (f"{name}*{factor}" for name, values in columns.items() if [v * factor for v in values] == sizes)
         for name, values in columns.items():

@@ -1,0 +1,60 @@
+"""``port-kit run``: usage, the server's command, and an image from a tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from port_kit.autoparallel.host.checks import PLAN_KEY
+from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
+from port_kit.cli.run import command, serve_command
+from port_kit.parallel.layout import Layout
+
+
+def test_an_unknown_option_is_a_usage_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, [str(tmp_path), "--tensor-paralel-size", "2"])
+    assert result.exit_code == 2
+    assert "--tensor-paralel-size" in result.output
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert "model_incomplete" in result.output
+
+
+def test_the_server_gets_the_layout_and_the_plan() -> None:
+    given = {"dtype": "float32", "enforce_eager": True}
+    found = serve_command("dir", "PortKitImagePipeline", {PLAN_KEY: "p.toml"}, Layout(tp=2, cfg=2), given)
+    options = dict(zip(found, found[1:], strict=False))
+    assert options["--model-class-name"] == "PortKitImagePipeline"
+    assert (options["--tensor-parallel-size"], options["--cfg-parallel-size"]) == ("2", "2")
+    assert json.loads(options["--additional-config"]) == {PLAN_KEY: "p.toml"}
+    assert "--enforce-eager" in found
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_an_image_is_written(tmp_path: Path) -> None:
+    folder = write_pipeline("FluxPipeline", CASES["FluxPipeline"], tmp_path / "model")
+    options = ["--prompt", "a red cat", "--height", "32", "--width", "32", "--num-inference-steps", "2"]
+    options += ["--seed", "1", "--dtype", "float32", "--enforce-eager", "--argument", "max_sequence_length=16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "port_kit", "run", str(folder), *options, "-o", str(tmp_path / "cat.png")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == f"{tmp_path / 'cat.png'}\n"
+    pixels = np.asarray(Image.open(tmp_path / "cat.png"))
+    assert pixels.shape == (32, 32, 3) and pixels.std() > 5
