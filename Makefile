@@ -39,8 +39,10 @@ ifeq ($(UV),)
 UV := build/uv/bin/uv
 endif
 
-# One thread a process: two pytest workers share the cores, and forked ranks multiply them.
+# One thread per process: two pytest workers share the cores, and forked ranks multiply them.
 export OMP_NUM_THREADS ?= 1
+# Without bytecode, each of many processes compiles torch and vLLM anew, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help set-up lock demo test test-fast coverage check tree docs clean
