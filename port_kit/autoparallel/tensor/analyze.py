@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -35,18 +36,22 @@ class BlockSplit:
     mixing: set[int] = field(default_factory=set)
 
 
-def analyze_block(block: nn.Module, given: Arguments, skip: set[str]) -> BlockSplit:
+def analyze_block(block: nn.Module, given: Arguments, skip: set[str], whole: Collection[str] = ()) -> BlockSplit:
     """Infer the split of a block.
 
     Args:
         block: in evaluation mode, with random values.
         given: arguments of a call.
         skip: linears that are called from outside of the block.
+        whole: linears that stay whole, because another block of the list needs them whole.
     """
     norms = full_width_norms(block, given)
     found = _connections(block, given, skip, cut=set(), probe=set(norms))
     if found.one_to_one:
         found = _connections(block, given, skip, cut=found.one_to_one, probe=set())
+    found.exits.update(
+        Node(side, channel) for side, size in found.sizes.items() if side.module in whole for channel in range(size)
+    )
     weights = {path: module.weight.numel() for path, module in block.named_modules() if is_linear(module)}  # type: ignore[union-attr]
     refused: list[str] = []
     while True:
