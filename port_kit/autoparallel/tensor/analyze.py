@@ -26,6 +26,7 @@ class BlockSplit:
         norms: kind of each norm over channels that are split.
         values: numbers to divide.
         refused: reasons for linears that are not split although their channels are independent.
+        used: linears whose output has an effect.
         mixing: groups in which one position depends on several positions before.
     """
 
@@ -34,6 +35,7 @@ class BlockSplit:
     values: tuple[Number, ...] = ()
     refused: list[str] = field(default_factory=list)
     mixing: set[int] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
 
 
 def analyze_block(block: nn.Module, given: Arguments, skip: set[str], whole: Collection[str] = ()) -> BlockSplit:
@@ -49,6 +51,7 @@ def analyze_block(block: nn.Module, given: Arguments, skip: set[str], whole: Col
     found = _connections(block, given, skip, cut=set(), probe=set(norms))
     if found.one_to_one:
         found = _connections(block, given, skip, cut=found.one_to_one, probe=set())
+    used = {node.side.module for node in (*found.parents, *found.exits) if node.side.kind == "out"}
     found.exits.update(
         Node(side, channel) for side, size in found.sizes.items() if side.module in whole for channel in range(size)
     )
@@ -57,13 +60,13 @@ def analyze_block(block: nn.Module, given: Arguments, skip: set[str], whole: Col
     while True:
         groups = find_groups(found, weights)
         if not groups.sides:
-            return BlockSplit(groups, refused=refused)
+            return BlockSplit(groups, refused=refused, used=used)
         values, failure = find_values(block, given, groups)
         if failure is None:
             break
         refused.append(_leave_whole(found, groups, failure.group, failure.reason))
     own = {path: norms[path] for path in groups.of("norm")}
-    return BlockSplit(groups, own, values, refused, _mixing_groups(found, groups))
+    return BlockSplit(groups, own, values, refused, _mixing_groups(found, groups), used)
 
 
 def _mixing_groups(found: Connections, groups: Groups) -> set[int]:

@@ -114,7 +114,7 @@ def _conflicts(kinds: Mapping[Any, Sequence[_Seen]]) -> dict[str, set[str]]:
         first = configurations[0]
         split = {side.module: side.kind for side in first.split.groups.sides}
         for path, module in first.block.named_modules():
-            if is_linear(module):
+            if is_linear(module) and path in first.split.used:
                 roles.setdefault((pattern, path), set()).add(split.get(path, "whole"))
     found: dict[str, set[str]] = {}
     for (pattern, path), each in roles.items():
