@@ -135,10 +135,10 @@ def _check_arguments(op: Op, label: str) -> None:
         what, holds = _KINDS.get(f"{op.name} {key}") or _KINDS[key]
         if not holds(value):
             raise op_error(f"op {op.name} of rule {label!r} has {key} = {value!r}", f"{key} is {what}")
-    if op.name == "rearrange":
-        parse_rearrange(op.get("pattern"))
         if key in ("sizes", "shape", "runs"):
             _check_sizes(value)
+    if op.name == "rearrange":
+        parse_rearrange(op.get("pattern"))
 
 
 def _check_sizes(value: Any) -> None:

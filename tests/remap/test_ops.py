@@ -58,6 +58,20 @@ def test_one_to_one(op: Op | str, expected: torch.Tensor) -> None:
     assert torch.equal(load_one(Rule("x", "y", op=op), X, tuple(expected.shape)), expected)
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        Op.of("reshape", shape=("2 +", -1)),
+        Op.of("split", dim=0, sizes=("2 +", 2)),
+        Op.of("reorder", dim=0, runs=[["2 +", 4]]),
+        Op.of("rearrange", pattern="(a b) c -> (b a) c", sizes=[["a", "2 +"]]),
+    ],
+)
+def test_a_size_that_cannot_be_read_is_refused_with_its_rule(op: Op) -> None:
+    with raises("remap_size", "2 +"):
+        Rule("x", "y", op=op)
+
+
 def test_reshape_without_a_shape_takes_the_targets() -> None:
     assert torch.equal(load_one(Rule("x", "y", op="reshape"), X, (4, 6, 1, 1)), X[..., None, None])
 
