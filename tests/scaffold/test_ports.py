@@ -114,6 +114,7 @@ def lint(*folders: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr
 
 
+@pytest.mark.slow
 def test_every_path_passes_its_own_tests(ports: Path) -> None:
     """Ranks and caches here for diffusers' class alone: the other four share one transformer."""
     tests = [f"{name}/tests" for name in ("of_diffusers", *(f"of_{path}" for path in OWN))]
