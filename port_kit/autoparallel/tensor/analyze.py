@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -25,6 +26,7 @@ class BlockSplit:
         norms: kind of each norm over channels that are split.
         values: numbers to divide.
         refused: reasons for linears that are not split although their channels are independent.
+        used: linears whose output has an effect.
         mixing: groups in which one position depends on several positions before.
     """
 
@@ -33,32 +35,38 @@ class BlockSplit:
     values: tuple[Number, ...] = ()
     refused: list[str] = field(default_factory=list)
     mixing: set[int] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
 
 
-def analyze_block(block: nn.Module, given: Arguments, skip: set[str]) -> BlockSplit:
+def analyze_block(block: nn.Module, given: Arguments, skip: set[str], whole: Collection[str] = ()) -> BlockSplit:
     """Infer the split of a block.
 
     Args:
         block: in evaluation mode, with random values.
         given: arguments of a call.
         skip: linears that are called from outside of the block.
+        whole: linears that stay whole, because another block of the list needs them whole.
     """
     norms = full_width_norms(block, given)
     found = _connections(block, given, skip, cut=set(), probe=set(norms))
     if found.one_to_one:
         found = _connections(block, given, skip, cut=found.one_to_one, probe=set())
+    used = {node.side.module for node in (*found.parents, *found.exits) if node.side.kind == "out"}
+    found.exits.update(
+        Node(side, channel) for side, size in found.sizes.items() if side.module in whole for channel in range(size)
+    )
     weights = {path: module.weight.numel() for path, module in block.named_modules() if is_linear(module)}  # type: ignore[union-attr]
     refused: list[str] = []
     while True:
         groups = find_groups(found, weights)
         if not groups.sides:
-            return BlockSplit(groups, refused=refused)
+            return BlockSplit(groups, refused=refused, used=used)
         values, failure = find_values(block, given, groups)
         if failure is None:
             break
         refused.append(_leave_whole(found, groups, failure.group, failure.reason))
     own = {path: norms[path] for path in groups.of("norm")}
-    return BlockSplit(groups, own, values, refused, _mixing_groups(found, groups))
+    return BlockSplit(groups, own, values, refused, _mixing_groups(found, groups), used)
 
 
 def _mixing_groups(found: Connections, groups: Groups) -> set[int]:

@@ -27,7 +27,7 @@ from port_kit.autoparallel.plan import (
 )
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.autoparallel.tensor.analyze import BlockSplit, analyze_block
-from port_kit.autoparallel.tensor.blocks import Arguments, BlockCalls, observe_blocks, structure
+from port_kit.autoparallel.tensor.blocks import Arguments, BlockCalls, is_linear, observe_blocks, structure
 from port_kit.autoparallel.tensor.groups import Segment
 from port_kit.autoparallel.tensor.sizes import fit, numbers
 from port_kit.autoparallel.tensor.trial import record
@@ -70,34 +70,56 @@ class _Seen:
 
 def infer_tensor_parallelism(subject: Subject) -> TensorSections:
     """Infer the sections of a plan for tensor parallelism."""
-    kinds: dict[Any, list[_Seen]] = {}
-    tiny, calls = None, BlockCalls()
-    for scale in SCALES:
-        model = subject.build(scale)
-        observed = observe_blocks(model, subject.inputs(_FEW, scale))
-        if tiny is None:
-            tiny, calls = model, observed
-        for key, seen in _analyze(model, observed, None if scale == SCALES[0] else set(kinds)).items():
-            kinds.setdefault(key, []).append(seen)
-    assert tiny is not None
+    models = [subject.build(scale) for scale in SCALES]
+    observed = [observe_blocks(m, subject.inputs(_FEW, s)) for m, s in zip(models, SCALES, strict=True)]
+    whole: dict[str, set[str]] = {}
+    while True:
+        kinds: dict[Any, list[_Seen]] = {}
+        for model, calls in zip(models, observed, strict=True):
+            for key, seen in _analyze(model, calls, set(kinds) if model is not models[0] else None, whole).items():
+                kinds.setdefault(key, []).append(seen)
+        conflicts = _conflicts(kinds)
+        if all(modules <= whole.get(pattern, set()) for pattern, modules in conflicts.items()):
+            break
+        for pattern, modules in conflicts.items():
+            whole.setdefault(pattern, set()).update(modules)
     sections = TensorSections()
     for configurations in kinds.values():
         _merge(sections, _sections(configurations))
-    more = observe_blocks(tiny, subject.inputs(_MANY, SCALES[0]))
-    _add_gathered(sections, tiny, calls.rows, more.rows)
+    more = observe_blocks(models[0], subject.inputs(_MANY, SCALES[0]))
+    _add_gathered(sections, models[0], observed[0].rows, more.rows)
     return sections
 
 
-def _analyze(model: nn.Module, calls: BlockCalls, wanted: set[Any] | None) -> dict[Any, _Seen]:
+def _analyze(
+    model: nn.Module, calls: BlockCalls, wanted: set[Any] | None, whole: Mapping[str, set[str]]
+) -> dict[Any, _Seen]:
     """Analyze the first block of each structure; with ``wanted``, only of these structures."""
     found: dict[Any, _Seen] = {}
     for path, given in calls.first.items():
-        block = model.get_submodule(path)
-        key = block_pattern(path), structure(block)
+        block, pattern = model.get_submodule(path), block_pattern(path)
+        key = pattern, structure(block)
         if key in found or wanted is not None and key not in wanted:
             continue
         skip = {name[len(path) + 1 :] for name in calls.outside if name.startswith(f"{path}.")}
-        found[key] = _Seen(path, block, given, analyze_block(block, given, skip), numbers(block))
+        split = analyze_block(block, given, skip, whole.get(pattern, ()))
+        found[key] = _Seen(path, block, given, split, numbers(block))
+    return found
+
+
+def _conflicts(kinds: Mapping[Any, Sequence[_Seen]]) -> dict[str, set[str]]:
+    """Return, per list of blocks, the linears that its kinds of blocks do not split in the same way."""
+    roles: dict[tuple[str, str], set[str]] = {}
+    for (pattern, _), configurations in kinds.items():
+        first = configurations[0]
+        split = {side.module: side.kind for side in first.split.groups.sides}
+        for path, module in first.block.named_modules():
+            if is_linear(module) and path in first.split.used:
+                roles.setdefault((pattern, path), set()).add(split.get(path, "whole"))
+    found: dict[str, set[str]] = {}
+    for (pattern, path), each in roles.items():
+        if len(each) > 1:
+            found.setdefault(pattern, set()).add(path)
     return found
 
 
