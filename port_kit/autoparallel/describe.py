@@ -15,12 +15,11 @@ def describe(plan: Plan) -> str:
 
 
 def _tokens(plan: Plan) -> Iterator[str]:
-    if not plan.streams:
-        return
-    yield "tokens"
+    if plan.streams:
+        yield "tokens"
     for stream in plan.streams:
         yield f"  stream {stream.name}, grows with {', '.join(stream.grows_with)}"
-    for blocks in plan.blocks:
+    for blocks in (each for each in plan.blocks if each.inputs or each.outputs):
         gathered = {"last": "gather after the last", "each": "gather after each", "never": "stay sharded"}
         yield f"  {blocks.modules}: shard {_axes(blocks.inputs)}; {gathered[blocks.gather]}"
     for site in plan.attention:
@@ -62,6 +61,12 @@ def _channels(plan: Plan) -> Iterator[str]:
 
 
 def _rest(plan: Plan) -> Iterator[str]:
+    units = [blocks.modules for blocks in plan.blocks if blocks.hsdp]
+    if units:
+        yield f"blocks for HSDP: {', '.join(units)}"
+    complete = [pattern for blocks in plan.blocks for pattern in blocks.complete]
+    if complete:
+        yield f"  complete, called from outside of their block: {', '.join(complete)}"
     for refusal in plan.refused:
         yield f"refused {refusal.kind}: {refusal.reason}"
     for proof in plan.proofs:

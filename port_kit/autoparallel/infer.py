@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from port_kit.autoparallel.infer_tokens import infer_tokens
+import torch
+
+from port_kit.autoparallel.block_lists import list_blocks, with_complete_modules
+from port_kit.autoparallel.infer_tokens import TokenInference, infer_tokens
 from port_kit.autoparallel.plan import Plan, Refusal
-from port_kit.autoparallel.subject import ModelScale, Subject
-from port_kit.autoparallel.tensor.infer import infer_tensor_parallelism
+from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
+from port_kit.autoparallel.tensor.blocks import observe_blocks
+from port_kit.autoparallel.tensor.infer import TensorSections, infer_tensor_parallelism
+
+logger = logging.getLogger(__name__)
 
 #: Packages whose versions a plan records.
 _PACKAGES = ("torch", "diffusers", "vllm", "vllm-omni")
 
 
 def infer_plan(subject: Subject) -> Plan:
-    """Infer the plan of a subject. A kind of parallelism that cannot be had is in ``Plan.refused``.
+    """Infer the plan of a subject, with one thread of torch: the module is tiny.
 
-    Raises:
-        ParallelError: ``plan_inference``; runs of the module cannot be compared.
+    A kind of parallelism that cannot be had, or whose inference fails, is in ``Plan.refused``. Lists of blocks are
+    part of every plan.
     """
-    kind = type(subject.build(ModelScale()))
-    tensor = infer_tensor_parallelism(subject)
-    channels = Plan(
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _infer(subject)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _infer(subject: Subject) -> Plan:
+    model = subject.build(ModelScale())
+    calls = observe_blocks(model, subject.inputs(TokenScale()))
+    channels = _channels(subject, type(model))
+    try:
+        tokens = infer_tokens(subject, channels)
+    except Exception as error:
+        tokens = TokenInference(None, [], _reason(error))
+    if tokens.plan is None:
+        refused = (*channels.refused, Refusal(kind="sequence", reason=tokens.reason))
+        blocks = with_complete_modules(list_blocks(model, calls), model, calls)
+        return channels.model_copy(update={"refused": refused, "blocks": blocks})
+    sections = {name: getattr(tokens.plan, name) for name in ("streams", "attention", "whole")}
+    sections["blocks"] = with_complete_modules(tokens.plan.blocks, model, calls)
+    return channels.model_copy(update=sections)
+
+
+def _channels(subject: Subject, kind: type) -> Plan:
+    """Return a plan with the sections of tensor parallelism."""
+    try:
+        tensor = infer_tensor_parallelism(subject)
+    except Exception as error:
+        tensor = TensorSections(refused=[Refusal(kind="tensor", reason=_reason(error))])
+    return Plan(
         subject=subject.name,
         module_class=f"{kind.__module__}.{kind.__qualname__}",
         versions=versions(),
@@ -33,12 +69,13 @@ def infer_plan(subject: Subject) -> Plan:
         divided=tuple(tensor.divided),
         refused=tuple(tensor.refused),
     )
-    tokens = infer_tokens(subject, channels)
-    if tokens.plan is None:
-        refusal = Refusal(kind="sequence", reason=tokens.reason)
-        return channels.model_copy(update={"refused": (*channels.refused, refusal)})
-    sections = {name: getattr(tokens.plan, name) for name in ("streams", "blocks", "attention", "whole")}
-    return channels.model_copy(update=sections)
+
+
+def _reason(error: Exception) -> str:
+    """Return a one-line reason, and log the traceback."""
+    logger.warning("inference failed", exc_info=error)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"inference failed: {type(error).__name__}: {first}"
 
 
 def versions() -> dict[str, str]:

@@ -72,6 +72,7 @@ class Blocks(Section):
         offload: offload each block as one unit.
         compile: compile each block as one region.
         cache_pattern: forward pattern of Cache-DiT (``Pattern_0`` to ``Pattern_5``), or empty.
+        complete: modules of blocks that code outside of their block calls; HSDP does not shard their parameters.
     """
 
     modules: str
@@ -82,6 +83,7 @@ class Blocks(Section):
     offload: bool = True
     compile: bool = True
     cache_pattern: str = ""
+    complete: tuple[str, ...] = ()
 
 
 class AttentionSite(Section):
@@ -319,7 +321,8 @@ class Plan(Section):
         """
         sections = (self.attention, self.whole, self.linears, self.norms, self.tables, self.divided)
         patterns = [entry.module for section in sections for entry in section]  # type: ignore[attr-defined]
-        for pattern in [*(blocks.modules for blocks in self.blocks), *patterns]:
+        patterns += [pattern for blocks in self.blocks for pattern in (blocks.modules, *blocks.complete)]
+        for pattern in patterns:
             find(module, pattern)
 
 

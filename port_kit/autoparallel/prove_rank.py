@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from port_kit.autoparallel.block_lists import declare_hsdp
 from port_kit.autoparallel.boundaries import ShardedModel
 from port_kit.autoparallel.engine_groups import engine_groups
 from port_kit.autoparallel.observe import block_paths
-from port_kit.autoparallel.plan import Plan, find, matches
+from port_kit.autoparallel.plan import Plan, find
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.autoparallel.tree import Arguments, leaves, rebuild
 from port_kit.parallel.layout import Layout
@@ -120,10 +121,7 @@ def _split_channels(model: nn.Module, plan: Plan) -> None:
 def _shard_blocks(model: nn.Module, plan: Plan, config: Any, dtype: torch.dtype) -> None:
     from vllm_omni.diffusion.distributed.hsdp import HSDPInferenceConfig, apply_hsdp_to_model
 
-    patterns = [blocks.modules for blocks in plan.blocks if blocks.hsdp]
-    model._hsdp_shard_conditions = [  # type: ignore[assignment]
-        lambda name, _module: any(matches(name, pattern) for pattern in patterns)
-    ]
+    declare_hsdp(model, plan)
     parallel = config.parallel_config
     settings = HSDPInferenceConfig(
         enabled=True,

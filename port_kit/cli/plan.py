@@ -28,13 +28,10 @@ def infer(subject: str, output: Path | None, as_json: bool) -> None:
 
     A tiny instance runs on the CPU. Without -o the plan is printed.
     """
-    import torch
-
     from port_kit.autoparallel.describe import describe
     from port_kit.autoparallel.infer import infer_plan
     from port_kit.autoparallel.subject import load_subject
 
-    torch.set_num_threads(1)  # the module is tiny: more threads only wait for each other
     plan = infer_plan(load_subject(subject))
     text = plan.to_toml()
     if output is not None:

@@ -13,8 +13,6 @@ import pytest
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 
 SCRIPT = Path(__file__).with_name("run_hosted.py")
-#: Pipeline of the default test run.
-DEFAULT = "WanPipeline"
 #: Rows of a batch are computed by other kernels than the batch.
 TOLERANCE = 2e-5
 
@@ -39,10 +37,9 @@ def run(name: str, folder: Path, layouts: list[str]) -> dict[str, dict[str, np.n
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == DEFAULT else [pytest.mark.slow]) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_two_guidance_ranks_equal_one(name: str, tmp_path: Path) -> None:
     found = run(name, tmp_path, ["single", "cfg2"])
     assert found["single"], "no media"

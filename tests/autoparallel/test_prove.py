@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from port_kit.autoparallel.infer import infer_plan
 from port_kit.autoparallel.plan import Plan, Refusal
 from port_kit.autoparallel.prove import CONTROL_FACTOR, TOLERANCE, LayoutResult, Prover, difference, with_proofs
+from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.autoparallel.subject import ModelScale, Subject, load_subject
 from port_kit.parallel.layout import Layout
 
@@ -19,8 +19,8 @@ def subject() -> Subject:
 
 
 @pytest.fixture(scope="module")
-def plan(subject: Subject) -> Plan:
-    return infer_plan(subject)
+def plan() -> Plan:
+    return Plan.load(SHIPPED / f"{NAME}.toml").model_copy(update={"proofs": ()})
 
 
 @pytest.fixture(scope="module")

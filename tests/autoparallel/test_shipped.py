@@ -11,8 +11,10 @@ import pytest
 
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.host.plans import find_plan
+from port_kit.autoparallel.infer import infer_plan
 from port_kit.autoparallel.plan import Plan, Proof
 from port_kit.autoparallel.shipped import SHIPPED, check_fresh, fingerprint
+from port_kit.autoparallel.subject import load_subject
 from port_kit.errors import ParallelError
 from port_kit.parallel.layout import Layout
 
@@ -65,6 +67,14 @@ def test_shipped_plans_are_fresh_and_proven() -> None:
         plan = Plan.load(path)
         check_fresh(plan, path.name)
         assert plan.fingerprint and plan.proofs and plan.module_class.rpartition(".")[2] == path.stem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in SHIPPED.glob("*.toml")])
+def test_inference_gives_the_shipped_plan(name: str) -> None:
+    shipped = Plan.load(SHIPPED / f"{name}.toml")
+    recorded = {"versions": shipped.versions, "fingerprint": shipped.fingerprint, "proofs": shipped.proofs}
+    assert infer_plan(load_subject(name)).model_copy(update=recorded) == shipped
 
 
 def test_a_given_plan_is_checked(tmp_path: Path) -> None:

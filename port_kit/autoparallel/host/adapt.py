@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from port_kit.autoparallel.block_lists import declare_hsdp
 from port_kit.autoparallel.boundaries import ShardedModel
-from port_kit.autoparallel.plan import Plan, matches
+from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.sequence import apply_tokens
 from port_kit.autoparallel.tensor.apply import apply_tensor_parallelism
 from port_kit.autoparallel.tensor.weights import weight_rules
@@ -49,8 +50,5 @@ def adapt(module: nn.Module, plan: Plan, od_config: Any, prefix: str) -> Adapted
         rules = weight_rules(apply_tensor_parallelism(module, plan, prefix=prefix), plan.subject)
     sharded = apply_tokens(module, plan) if parallel.sequence_parallel_size > 1 else None
     if parallel.use_hsdp:
-        patterns = [blocks.modules for blocks in plan.blocks if blocks.hsdp]
-        module._hsdp_shard_conditions = [  # type: ignore[assignment]
-            lambda name, _module: any(matches(name, pattern) for pattern in patterns)
-        ]
+        declare_hsdp(module, plan)
     return Adapted(rules, sharded)

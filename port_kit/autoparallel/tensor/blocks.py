@@ -21,7 +21,7 @@ class BlockCalls:
 
     Attributes:
         first: arguments of the first call of each block, by path.
-        outside: linears of blocks that were called outside of their block, by path.
+        outside: modules of blocks that were called outside of their block, by path.
         rows: rows of the input of each linear, all calls added, by path.
     """
 
@@ -52,9 +52,11 @@ def observe_blocks(model: nn.Module, inputs: Mapping[str, Any]) -> BlockCalls:
     for path in paths:
         hooks += _block_hooks(model.get_submodule(path), path, calls, active)
     for path, module in model.named_modules():
+        owner = next((b for b in paths if path.startswith(f"{b}.")), None)
+        if owner is not None:
+            hooks.append(module.register_forward_pre_hook(_outside_hook(path, owner, calls, active)))
         if is_linear(module):
-            owner = next((b for b in paths if path.startswith(f"{b}.")), None)
-            hooks.append(module.register_forward_pre_hook(_linear_hook(path, owner, calls, active), with_kwargs=True))
+            hooks.append(module.register_forward_pre_hook(_linear_hook(path, calls), with_kwargs=True))
     try:
         call_model(model, inputs)
     finally:
@@ -75,12 +77,18 @@ def _block_hooks(block: nn.Module, path: str, calls: BlockCalls, active: list[st
     return [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
 
 
-def _linear_hook(path: str, owner: str | None, calls: BlockCalls, active: list[str]) -> Any:
+def _outside_hook(path: str, owner: str, calls: BlockCalls, active: list[str]) -> Any:
+    def record(_module: nn.Module, _args: Any) -> None:
+        if owner not in active:
+            calls.outside.add(path)
+
+    return record
+
+
+def _linear_hook(path: str, calls: BlockCalls) -> Any:
     def record(_module: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         calls.rows[path] = calls.rows.get(path, 0) + x.numel() // max(x.shape[channel_axis(_module, x)], 1)
-        if owner is not None and owner not in active:
-            calls.outside.add(path)
 
     return record
 

@@ -301,6 +301,8 @@ def _weights(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _gradients(x: Tensor, axis: int, tensors: list[Tensor], combined: Tensor) -> list[Tensor | None]:
     """Return the gradients of each channel's entries, weighted by ``combined``: ``[channels, *shape]`` per tensor."""
+    if not tensors:
+        return []
     channels = x.shape[axis]
     reached = torch.autograd.grad(x, tensors, combined, retain_graph=True, allow_unused=True)
     used = [i for i, grad in enumerate(reached) if grad is not None]
