@@ -15,6 +15,8 @@ from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 SCRIPT = Path(__file__).with_name("run_hosted.py")
 #: Rows of a batch are computed by other kernels than the batch.
 TOLERANCE = 2e-5
+#: The pipeline of the default run.
+DEFAULT = "WanPipeline"
 
 
 def run(name: str, folder: Path, layouts: list[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -37,9 +39,10 @@ def run(name: str, folder: Path, layouts: list[str]) -> dict[str, dict[str, np.n
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.integration
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == DEFAULT else [pytest.mark.slow]) for name in CASES]
+)
 def test_two_guidance_ranks_equal_one(name: str, tmp_path: Path) -> None:
     found = run(name, tmp_path, ["single", "cfg2"])
     assert found["single"], "no media"
