@@ -219,6 +219,7 @@ def _output_values(family: Family) -> dict[str, str]:
     return {
         "output": family.output,
         "environment": "",
+        "original_path": "",
         "output_word": "a_video" if video else "a_picture",
         "output_text": "a video" if video else "a picture",
         "output_shape": "(frames, H, W, 3)" if video else "(H, W, 3)",

@@ -77,6 +77,7 @@ def _names(port: NewPort, source: Source) -> dict[str, str]:
         "parallel_fields": "",
         "diffusers_version": DIFFUSERS_VERSION,
         "kit_version": port_kit.__version__,
+        "original_path": '\nsys.path.append(str(ROOT / "original"))' if port.path == "external" else "",
         "output": "video",
         # the engine's processes need the code that stays outside of the port
         "environment": ', "PYTHONPATH": str(ROOT / "original")' if port.path == "external" else "",
