@@ -80,13 +80,7 @@ def run_workers(
     case = Case(os.fspath(model), requests, config or {}, setup, probe, keep_going, get_open_port())
     world = _world_size(case.config)
     processes, pipes = _fork(case, world) if start == "fork" else _spawn(case, world, prewarmed or PrewarmedRanks(0))
-    try:
-        results = _collect(processes, pipes, timeout)
-    except BaseException:
-        _stop(processes, grace=0.0)
-        raise
-    _stop(processes, grace=_GRACE)
-    return [results[rank] for rank in range(world)]
+    return _collect_and_stop(processes, pipes, timeout)
 
 
 def run_ranks(world: int, work: Callable[[int], Any], *, timeout: float = 120.0) -> list[Any]:
@@ -111,13 +105,18 @@ def run_ranks(world: int, work: Callable[[int], Any], *, timeout: float = 120.0)
         send_result(rank, lambda: work(rank), sender)
 
     processes, pipes = _start_forks(world, main)
+    return _collect_and_stop(processes, pipes, timeout)
+
+
+def _collect_and_stop(processes: list[BaseProcess], pipes: list[Connection], timeout: float) -> list[Any]:
+    """Return the results in the order of the ranks; end all processes in any case."""
     try:
         results = _collect(processes, pipes, timeout)
     except BaseException:
         _stop(processes, grace=0.0)
         raise
     _stop(processes, grace=_GRACE)
-    return [results[rank] for rank in range(world)]
+    return [results[rank] for rank in range(len(processes))]
 
 
 @cache
