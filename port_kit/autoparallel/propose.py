@@ -24,7 +24,7 @@ from port_kit.autoparallel.tokens import WHOLE
 
 @dataclass(frozen=True)
 class Choice:
-    """What shapes do not decide.
+    """Choices that shapes do not determine.
 
     Attributes:
         gather: after the last block of all (``end``), of each list (``list``), or after every block (``block``).

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """How the rows of a batch lie in nested values.
+    """Layout of the rows of a batch in nested values.
 
     Attributes:
         batch: number of rows. Tensors whose first dimension has that size have one entry per row.

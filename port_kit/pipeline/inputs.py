@@ -179,7 +179,7 @@ def as_list(value: object) -> list[Any]:
 
 
 def _is_waveform(value: list[Any] | tuple[Any, ...]) -> bool:
-    """Whether this is one ``(samples, rate)`` pair and not two references."""
+    """Return True if this is one ``(samples, rate)`` pair and not two references."""
     if len(value) != 2 or isinstance(value[1], bool) or not isinstance(value[1], (int, float)):
         return False
     return hasattr(value[0], "__len__") and not isinstance(value[0], (str, bytes))

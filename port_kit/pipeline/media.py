@@ -1,4 +1,4 @@
-"""What leaves the pipeline: frames and samples, vLLM-Omni's output contract, and MP4 files.
+"""Output of a pipeline: frames and samples, vLLM-Omni's output contract, and MP4 files.
 
 Legend: B batch, C colour channels, F frames, H height, W width, S audio samples.
 """
@@ -126,7 +126,7 @@ def describe_file(path: Path | str) -> str:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file holds, measured by decoding it.
+    """Contents of a file, measured by decoding it.
 
     Attributes:
         frames: decoded frames.

@@ -1,4 +1,4 @@
-"""Which files of an inspected source are the transformer's, and how a recipe names them."""
+"""Selection of the transformer's files in an inspected source, and their names in a recipe."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _INDENT = " " * 16
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the transformer's weights are in the repository.
+    """Location of the transformer's weights in the repository.
 
     Attributes:
         file: one of its files.

@@ -1,4 +1,4 @@
-"""What a diffusers transformer is made of, and what it does when it runs: everything that a port of it is written from.
+"""Structure and behavior of a diffusers transformer, from which a port of it is generated.
 
 The module tree is read from a tiny instance, and the tiny pipeline around it runs once with guidance and once
 without. What cannot be adapted is listed, all of it, in one error.
@@ -39,7 +39,7 @@ class AttentionFacts:
 
 @dataclass(frozen=True)
 class ClassFacts:
-    """What a port of a diffusers transformer is written from.
+    """Facts of a diffusers transformer from which a port is generated.
 
     Attributes:
         family: the pipeline around it.
@@ -72,7 +72,7 @@ class ClassFacts:
 
 @dataclass
 class _Seen:
-    """What was seen while the tiny pipeline ran."""
+    """Observations of a run of the tiny pipeline."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
     blocks: list[tuple[int, dict[str, Any], Any]] = field(default_factory=list)
@@ -152,7 +152,7 @@ def _refused(name: str, problems: Sequence[str]) -> ScaffoldError:
 
 
 def _unknown(cls: Any) -> Iterator[str]:
-    """What the tree of a class's default instance, built without memory, says against it."""
+    """Yield the reasons against a class in the module tree of its default instance, built on the meta device."""
     import torch
 
     try:

@@ -1,4 +1,4 @@
-"""What is asked of ``port-kit new``, checked before anything is read or written."""
+"""Request to ``port-kit new``, checked before anything is read or written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class NewPort:
 
 
 def _is_importable(name: str) -> bool:
-    """Whether a module has that name; a folder without ``__init__.py`` in the working directory does not count."""
+    """Return True if a module has that name. A folder without ``__init__.py`` in the working directory is none."""
     spec = find_spec(name)
     return spec is not None and spec.origin is not None
 

@@ -1,4 +1,4 @@
-"""What ``--from`` brings: facts of a repository or folder, as a port's files need them."""
+"""Source given by ``--from``: facts of a repository or folder, as a port's files need them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _USUAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights are.
+    """Location of a model's weights.
 
     Attributes:
         inspection: everything that was found; None where nothing was inspected.

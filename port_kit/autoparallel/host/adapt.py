@@ -21,7 +21,7 @@ SAME_NAMES = RuleSet(name="diffusers", rules=(Rule("(.+)", target=r"\1"),))
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was changed in a denoiser.
+    """Changes that a plan made in a denoiser.
 
     Attributes:
         rules: load its weights.

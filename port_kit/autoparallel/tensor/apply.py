@@ -26,7 +26,7 @@ Parts = tuple[int, ...]
 
 @dataclass
 class Applied:
-    """What a plan changed in a module.
+    """Changes that a plan made in a module.
 
     Attributes:
         ranks: tensor-parallel size.

@@ -49,13 +49,6 @@ def gemma2_encoder(width: int = 16) -> Any:
     return Gemma2Model(Gemma2Config(hidden_size=width, intermediate_size=32, head_dim=8, **_SIZES))
 
 
-def gemma_encoder(width: int = 16) -> Any:
-    """Return Gemma with two layers."""
-    from transformers import GemmaConfig, GemmaModel
-
-    return GemmaModel(GemmaConfig(hidden_size=width, intermediate_size=32, head_dim=8, **_SIZES))
-
-
 def llama_encoder(width: int = 16) -> Any:
     """Return Llama with three layers."""
     from transformers import LlamaConfig, LlamaModel
