@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # before vLLM is imported: stdout is for the result
 
 import torch
-from parallel_scaling import peak_bytes, profiled, random_weights, timed
+from parallel_scaling import peak_bytes, profiled, random_weights, synchronize, timed
 from torch import Tensor, nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
@@ -114,8 +115,8 @@ INPUTS = {"flux": flux_inputs, "wan": wan_inputs, "hunyuan": hunyuan_inputs}
 
 
 def _random(seed: int) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, device="cpu")
 
 
 class Guided:
@@ -183,7 +184,8 @@ class SpeedPipeline(nn.Module):
 
     def _branches(self) -> list[dict[str, Any]]:
         model, dtype = self.settings["model"], self.od_config.dtype
-        made = [INPUTS[model](tuple(self.settings["latent"]), seed) for seed in (0, 1)]
+        with torch.device("cpu"):  # the loader's default device is the GPU, with other random numbers
+            made = [INPUTS[model](tuple(self.settings["latent"]), seed) for seed in (0, 1)]
         made[1]["hidden_states"] = made[0]["hidden_states"]
         return [
             {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in branch.items()}
@@ -200,6 +202,7 @@ class SpeedPipeline(nn.Module):
                 seconds[name].append(timed(guided.step, self.device))
         figures = {
             "seconds": {name: statistics.median(each[WARM_UP:]) for name, each in seconds.items()},
+            "launch_seconds": launch_seconds(self.guided.step, self.device),
             "peak_bytes": peak_bytes(self.device),
             "exchanges": self.adapted.sharded.exchanges() if self.adapted.sharded else {},
             **profiled(self.guided.step, self.device, given["kernels"]),
@@ -212,13 +215,19 @@ class SpeedPipeline(nn.Module):
         from port_kit.autoparallel.host.adapt import SAME_NAMES
 
         if name == "in_tree":
-            return Guided(self._in_tree(), self._branches())
+            return Guided(self._compiled(self._in_tree()), self._branches())
         plain = build(self.settings, self.od_config.dtype)
         self._fill(plain, SAME_NAMES)
         if self.device.type == "cuda":
             provide_flash_attention()
             plain.set_attention_backend("_flash_varlen_3" if self.settings["model"] == "hunyuan" else "_flash_3")  # type: ignore[operator]
-        return Guided(plain, self._branches())
+        return Guided(self._compiled(plain), self._branches())
+
+    def _compiled(self, module: nn.Module) -> nn.Module:
+        """Compile the blocks of a reference as vLLM-Omni's worker compiled those of the adapted module."""
+        from vllm_omni.diffusion.compile import regionally_compile
+
+        return module if self.od_config.enforce_eager else regionally_compile(module, dynamic=True)
 
     def _in_tree(self) -> nn.Module:
         """Build vLLM-Omni's own Wan transformer with this model's weights."""
@@ -235,6 +244,15 @@ class SpeedPipeline(nn.Module):
             if method := getattr(layer, "quant_method", None):
                 method.process_weights_after_loading(layer)
         return module.eval().requires_grad_(False)
+
+
+def launch_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds until a call returns, without waiting for the device."""
+    torch.distributed.barrier()
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def shipped(model: str) -> Any:
@@ -315,7 +333,7 @@ def measure(
     config = {
         "parallel_config": Layout.parse(layout).parallel_config,
         "dtype": options.dtype,
-        "enforce_eager": True,
+        "enforce_eager": not options.compile,
     }
     extra = {"rounds": options.rounds, "references": references, "kernels": options.kernels}
     request = Request("measure", {"extra_args": extra, "seed": 0})
@@ -325,6 +343,7 @@ def measure(
     figures = [result.outputs[0]["figures"] for result in results]
     row = {
         "seconds": {name: max(each["seconds"][name] for each in figures) for name in figures[0]["seconds"]},
+        "launch_seconds": max(each["launch_seconds"] for each in figures),
         "peak_bytes": [each["peak_bytes"] for each in figures],
         "communication": [round(each["communication"], 4) for each in figures],
         "exchanges": figures[0]["exchanges"],
@@ -368,6 +387,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=CLASSES, help="default: all")
     parser.add_argument("--layout", action="append", help=f"default: {', '.join(LAYOUTS)}")
     parser.add_argument("--only-layouts", action="store_true", help="leave out the references on one GPU")
+    parser.add_argument("--compile", action="store_true", help="compile blocks, as vLLM-Omni does by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kernels", type=int, default=0, help="list so many of rank 0's kernels")
     parser.add_argument("--tiny", action="store_true", help="small modules in float32 on CPU processes")
