@@ -196,8 +196,8 @@ def test_shipped_plans_are_proven_with_ulysses(name: str) -> None:
         assert result.control is not None and result.control >= CONTROL_FACTOR * TOLERANCE
         assert result.reconstruction is not None and result.reconstruction <= TOLERANCE
         assert result.skipped == pytest.approx(1 / 3)
-    assert alone.difference == 0
-    assert sum(with_ulysses.exchanges.values()) > 0
+    assert alone.difference is not None and alone.difference <= 1e-6
+    assert set(with_ulysses.exchanges) - {"local"}
     assert alone.reused == with_ulysses.reused
     assert any(count for count in alone.reused.values())
 

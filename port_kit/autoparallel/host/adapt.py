@@ -9,6 +9,8 @@ from torch import nn
 
 from port_kit.autoparallel.block_lists import declare_hsdp
 from port_kit.autoparallel.boundaries import ShardedModel
+from port_kit.autoparallel.cache.adapter import declare_cache
+from port_kit.autoparallel.host.checks import has_cache
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.sequence import apply_tokens
 from port_kit.autoparallel.tensor.apply import apply_tensor_parallelism
@@ -25,7 +27,7 @@ class Adapted:
 
     Attributes:
         rules: load its weights.
-        sharded: its token boundaries and attention calls; None without sequence parallelism.
+        sharded: its token boundaries and attention calls; None without a plan.
     """
 
     rules: RuleSet = SAME_NAMES
@@ -42,13 +44,15 @@ def adapt(module: nn.Module, plan: Plan, od_config: Any, prefix: str) -> Adapted
         prefix: name of the component.
 
     Raises:
-        ParallelError: ``plan_degree``, ``plan_pattern``; the module lacks what the plan names, or its sizes do not
-            divide.
+        ParallelError: ``plan_degree``, ``plan_pattern``, ``plan_cache``; the module lacks what the plan names, or its
+            sizes do not divide.
     """
     parallel, rules = od_config.parallel_config, SAME_NAMES
     if parallel.tensor_parallel_size > 1:
         rules = weight_rules(apply_tensor_parallelism(module, plan, prefix=prefix), plan.subject)
-    sharded = apply_tokens(module, plan) if parallel.sequence_parallel_size > 1 else None
+    sharded = apply_tokens(module, plan)
     if parallel.use_hsdp:
         declare_hsdp(module, plan)
+    if has_cache(od_config.cache_backend):
+        declare_cache(module, plan, sharded.boundaries)
     return Adapted(rules, sharded)

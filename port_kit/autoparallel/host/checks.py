@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from port_kit.autoparallel.cache.layouts import CACHE, split_cache, with_cache
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.plan import Plan
 from port_kit.errors import InputError, ParallelError
@@ -17,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 #: Options of the engine that no plan proves.
 _UNSUPPORTED = (
-    "cache_backend",
     "enable_cpu_offload",
     "enable_layerwise_offload",
     "enable_distributed_layerwise_offload",
@@ -54,7 +54,12 @@ def check_host(od_config: Any) -> None:
     for option in _UNSUPPORTED:
         if getattr(od_config, option) not in (None, False, "none"):
             raise _unsupported(option)
-    kinds = {kind for kind in layout.degrees if kind != "cfg"}
+    cached = has_cache(od_config.cache_backend)
+    if cached and layout.cfg > 1:
+        raise _unsupported(
+            "cfg_parallel_size", "; its ranks run unequal numbers of calls, and cache_dit decides on all"
+        )
+    kinds = kinds_of(layout, cached)
     if not kinds:
         return
     if plan is None:
@@ -64,7 +69,18 @@ def check_host(od_config: Any) -> None:
             hint="infer a plan with port-kit plan infer, or use cfg_parallel_size only",
         )
     check_class(index, plan)
-    check_layout(layout, plan)
+    check_layout(layout, plan, cached=cached)
+
+
+def has_cache(backend: str | None) -> bool:
+    """Return True for Cache-DiT.
+
+    Raises:
+        InputError: ``engine_option``; it is another cache, which no plan proves.
+    """
+    if backend not in (None, "none", CACHE):
+        raise _unsupported("cache_backend", f": expected {CACHE}, got {backend}")
+    return backend == CACHE
 
 
 def check_class(index: PipelineIndex, plan: Plan) -> None:
@@ -82,31 +98,46 @@ def check_class(index: PipelineIndex, plan: Plan) -> None:
             )
 
 
-def check_layout(layout: Layout, plan: Plan) -> None:
+def check_layout(layout: Layout, plan: Plan, *, cached: bool = False) -> None:
     """Check that a plan proves the combination of kinds of a layout, guidance apart.
+
+    Args:
+        layout: degrees of parallelism.
+        plan: the plan.
+        cached: Cache-DiT is one of the kinds.
 
     Raises:
         ParallelError: ``plan_layout``.
     """
-    kinds = _kinds(layout)
-    proven = {frozenset(_kinds(Layout.parse(proof.layout))) for proof in plan.proofs}
+    kinds = kinds_of(layout, cached)
+    proven = {frozenset(kinds_of(one, with_it)) for with_it, one in map(split_cache, proofs_of(plan))}
     if frozenset(kinds) in proven:
         return
-    reasons = "; ".join(f"{refusal.kind}: {refusal.reason}" for refusal in plan.refused if refusal.kind in kinds)
+    reasons = [f"{refusal.kind}: {refusal.reason}" for refusal in plan.refused if refusal.kind in kinds]
+    if cached:
+        reasons += [f"{blocks.modules}: {blocks.cache_reason}" for blocks in plan.blocks if blocks.cache_reason]
+    name = with_cache(layout) if cached else str(layout)
     raise ParallelError(
-        f"{layout}: the plan of {plan.subject} does not prove this layout" + (f" ({reasons})" if reasons else ""),
+        f"{name}: the plan of {plan.subject} does not prove this layout"
+        + (f" ({'; '.join(reasons)})" if reasons else ""),
         code="plan_layout",
-        hint="proven: " + (", ".join(sorted({proof.layout for proof in plan.proofs})) or "none"),
+        hint="proven: " + (", ".join(sorted(proofs_of(plan))) or "none"),
     )
 
 
-def _kinds(layout: Layout) -> set[str]:
-    return {kind for kind in layout.degrees if kind != "cfg"}
+def proofs_of(plan: Plan) -> set[str]:
+    """Return the layouts that a plan proves."""
+    return {proof.layout for proof in plan.proofs}
 
 
-def _unsupported(option: str) -> InputError:
+def kinds_of(layout: Layout, cached: bool) -> set[str]:
+    """Return the kinds that a plan must prove: guidance needs no plan."""
+    return {kind for kind in layout.degrees if kind != "cfg"} | ({CACHE} if cached else set())
+
+
+def _unsupported(option: str, reason: str = "") -> InputError:
     return InputError(
-        f"Option {option} is not supported for a hosted diffusers pipeline.",
+        f"Option {option} is not supported for a hosted diffusers pipeline{reason}.",
         code="engine_option",
         hint=f"remove {option}",
         option=option,
