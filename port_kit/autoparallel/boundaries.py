@@ -132,15 +132,15 @@ def _exchange_halo(module: nn.Module, whole: WholeModule, tokens: Tokens) -> Non
     def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not tokens.sharded:
             return None
-        x, rows_before[0] = tokens.with_halo(args[0], axis.dim, stream, whole.halo)
+        x, rows_before[0] = tokens.with_halo(args[0], axis.dim, stream, whole.halo, axis.grid)
         return (x, *args[1:]), kwargs
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
         if not tokens.sharded:
             return None
-        valid = tokens.valid(stream, tokens.exchange.rank, 2)
+        valid = tokens.valid(stream, tokens.exchange.rank, axis.grid)
         own = output.narrow(axis.dim, rows_before[0], valid)
-        return pad(own, axis.dim, tokens.local(stream, 2))
+        return pad(own, axis.dim, tokens.local(stream, axis.grid))
 
     module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     module.register_forward_hook(leave)
