@@ -86,7 +86,7 @@ def run_rank(subject: Subject, plan: Plan, runs: list[Run], layout: Layout, rank
 
 def _run(subject: Subject, plan: Plan, run: Run, layout: Layout, config: Any) -> Measured:
     model = nn.Module.to(subject.build(run.model), run.dtype)
-    sharded = _apply(model, plan, layout, config, run.dtype)
+    sharded = apply_layout(model, plan, layout, config, run.dtype)
     measured = _measure(subject, plan, run, model, layout)
     measured.exchanges = sharded.exchanges()
     if run.controls:
@@ -96,7 +96,7 @@ def _run(subject: Subject, plan: Plan, run: Run, layout: Layout, config: Any) ->
     return measured
 
 
-def _apply(model: nn.Module, plan: Plan, layout: Layout, config: Any, dtype: torch.dtype) -> ShardedModel:
+def apply_layout(model: nn.Module, plan: Plan, layout: Layout, config: Any, dtype: torch.dtype) -> ShardedModel:
     """Apply the parts of a plan that a layout needs."""
     from port_kit.autoparallel.sequence import apply_tokens
 

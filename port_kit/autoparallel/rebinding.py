@@ -1,8 +1,8 @@
 """Functions of modules rebound so that their attention calls go through routers.
 
 A function is copied with an overlay of its globals in which the attention functions are replaced. Nothing is changed
-outside of the modules of a plan. Modules with the same code share one copy, which finds the router of the module that is
-running, so that compiled code is shared too.
+outside of the modules of a plan. Modules with the same code share one copy, and so what torch.compile made of it. The
+copy finds the router of the module that is running.
 """
 
 from __future__ import annotations
