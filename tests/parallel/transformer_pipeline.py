@@ -97,10 +97,10 @@ class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
     def _drawn(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Pair]]:
         """Seeded latents of the sizes that are asked for, and the texts of four branches."""
         random, config = torch.Generator().manual_seed(1), self.transformer.config
-        texts = torch.randn(4, 2, 1, min(9, config.text_len), config.text_dim, generator=random)
+        texts = torch.randn(4, 2, 1, min(9, config.video.text_len), config.video.text_dim, generator=random)
         inputs = {
-            "video": torch.randn(1, config.video_channels, *given["grid"], generator=random),
-            "audio": torch.randn(1, given["audio_latents"], config.audio_channels, generator=random),
+            "video": torch.randn(1, config.video.in_channels, *given["grid"], generator=random),
+            "audio": torch.randn(1, given["audio_latents"], config.audio.in_channels, generator=random),
             "timestep": torch.tensor([937]),
             "video_reference_frames": given.get("reference_frames", 0),
             "audio_reference_lengths": tuple(given.get("reference_audio", ())),
