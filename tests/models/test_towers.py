@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from port_kit.manifest import Manifest
 from port_kit.models.wan.transformer.config import FusionConfig, RopeConfig, TowerConfig
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.transformer.model import WanFusionTransformer, build_transformer
@@ -17,9 +18,12 @@ from port_kit.models.wan.transformer.tower import WanTower
 from port_kit.models.wan.weights.transformer_rules import AUDIO_TOWER, TRANSFORMER, VIDEO_TOWER
 from port_kit.remap import RuleSet, load_weights
 from port_kit.runtime.single_process import single_rank
+from port_kit.testing.rules import assert_covers, uncaught_mutations
 from tests.helpers import raises
-from tests.models.unequal_towers import AUDIO, FUSION, VIDEO, fusion_checkpoint, tower_checkpoint
+from tests.models.unequal_towers import AUDIO, FUSION, VIDEO, fusion_checkpoint, tower_checkpoint, tower_tensors
 
+#: What both full-size towers share.
+FULL = {"text_dim": 4096, "text_len": 512, "freq_dim": 256}
 WAN_T2V = Path(__file__).parents[1] / "remap" / "rule_sets" / "wan_t2v.toml"
 
 
@@ -50,6 +54,51 @@ def test_a_video_tower_alone_is_diffusers_wan() -> None:
         expected = original(video, time, text, return_dict=False)[0]
     assert flow.shape == (1, 16, 3, 6, 8)
     torch.testing.assert_close(flow, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rules", "count"),
+    [
+        (
+            {**VIDEO, **FULL, "dim": 5120, "num_heads": 40, "num_layers": 40, "ffn_dim": 13824, "in_dim": 36},
+            VIDEO_TOWER,
+            (1095, 14_288_901_184),
+        ),
+        (
+            {
+                **AUDIO,
+                **FULL,
+                "dim": 1536,
+                "num_heads": 12,
+                "num_layers": 30,
+                "ffn_dim": 8960,
+                "in_dim": 128,
+                "out_dim": 128,
+            },
+            AUDIO_TOWER,
+            (825, 1_419_193_472),
+        ),
+    ],
+    ids=["video", "audio"],
+)
+def test_full_size_towers_have_a_place_for_every_tensor(
+    sizes: dict[str, Any], rules: RuleSet, count: tuple[int, int]
+) -> None:
+    """The numbers of tensors and parameters are those of MOVA's video and audio tower."""
+    source = Manifest.from_json({name: [list(shape), dtype] for name, (shape, dtype) in tower_tensors(sizes).items()})
+    with single_rank(torch.bfloat16), torch.device("meta"):
+        tower = WanTower(TowerConfig.from_dict(sizes, "tower"))
+    assert_covers(rules, source, Manifest.from_module(tower), allow_downcast=True)
+    assert (len(source), sum(parameter.numel() for parameter in tower.parameters())) == count
+
+
+@pytest.mark.parametrize(("values", "rules"), [(VIDEO, VIDEO_TOWER), (AUDIO, AUDIO_TOWER)], ids=["video", "audio"])
+def test_a_damaged_tower_is_noticed(values: dict[str, Any], rules: RuleSet) -> None:
+    shapes = tower_tensors(values | {"num_layers": 2})
+    source = Manifest.from_json({name: [list(shape), "float32"] for name, (shape, _) in shapes.items()})
+    with single_rank(torch.float32), torch.device("meta"):
+        target = Manifest.from_module(WanTower(TowerConfig.from_dict(values | {"num_layers": 2}, "tower")))
+    assert uncaught_mutations(assert_covers(rules, source, target)) == []
 
 
 def test_an_audio_tower_alone_runs_and_keeps_its_text() -> None:

@@ -27,6 +27,11 @@ FUSION = {
 
 def tower_checkpoint(tower: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return random weights of a tower alone, under Wan's names."""
+    return fill(tower_tensors(tower))
+
+
+def tower_tensors(tower: Mapping[str, Any]) -> Tensors:
+    """Return names, shapes and dtypes of a tower alone."""
     named = _published("video_model.", tower).items()
     tensors = {
         name.removeprefix("video_model.").replace("modulation.modulation", "modulation"): spec
@@ -37,7 +42,7 @@ def tower_checkpoint(tower: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors["patch_embedding.weight"] = (tower["dim"], tower["in_dim"], *patch), dtype
     outputs = tower["out_dim"] * (4 if len(patch) == 3 else 1)
     tensors |= {"head.head.weight": ((outputs, tower["dim"]), dtype), "head.head.bias": ((outputs,), dtype)}
-    return fill(tensors)
+    return tensors
 
 
 def fusion_checkpoint(config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -55,7 +60,9 @@ def fusion_checkpoint(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _published(prefix: str, tower: Mapping[str, Any]) -> Tensors:
-    """Return the published tensors of a tower in the sizes of another one."""
+    """Return the published tensors of a tower in the sizes and depth of another one."""
     full = {name: spec for name, spec in expand(outline("wan_transformer")).items() if name.startswith(prefix)}
     sizes = {3072: tower["dim"], 14336: tower["ffn_dim"], 4096: tower["text_dim"], 8192: GATED_CONV_MULTIPLE}
-    return scale(full, sizes={**sizes, 256: tower["freq_dim"]}, layers={"blocks": tower["num_layers"]})
+    one_layer = scale(full, sizes={**sizes, 256: tower["freq_dim"]}, layers={"blocks": 1})
+    layers = range(tower["num_layers"])
+    return {name.replace(".blocks.0.", f".blocks.{i}."): spec for i in layers for name, spec in one_layer.items()}

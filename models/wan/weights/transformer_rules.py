@@ -1,10 +1,9 @@
-r"""Rules from original checkpoints to :class:`~port_kit.models.wan.transformer.model.WanFusionTransformer` and
-:class:`~port_kit.models.wan.transformer.tower.WanTower`.
+r"""Rules from original checkpoints to fusion transformers and to towers alone.
 
 DreamID-Omni and Ovi publish the same names. A source name starts with its tower, ``video_model.`` or
-``audio_model.``; layer i of both towers becomes the two halves of block i. A tower alone has Wan's own names.
-Projections of one input are fused. Convolutions become linears over unfolded windows: the channels and taps of a weight
-are flattened in their order.
+``audio_model.``; layer i of both towers becomes the two halves of block i. A tower alone has the names of Wan's own
+repository. Projections of one input are fused. Convolutions become linears over unfolded windows: the channels and taps
+of a weight are flattened in their order.
 """
 
 from __future__ import annotations
@@ -58,6 +57,7 @@ def _tower_rules(tower: str, target: str, half: str, modulation: str) -> tuple[R
     )
 
 
+#: To :class:`~port_kit.models.wan.transformer.model.WanFusionTransformer`.
 TRANSFORMER = RuleSet(
     name="wan_transformer",
     allow_downcast=True,  # DreamID-Omni publishes float32 and runs it in bfloat16
@@ -77,6 +77,8 @@ TRANSFORMER = RuleSet(
         *_tower_rules(r"(video|audio)_model\.", r"\1.", r"\1.", r"modulation\.modulation"),
     ),
 )
+
 _WAN_TOWER = _tower_rules("()", "", "", "modulation")
+#: To :class:`~port_kit.models.wan.transformer.tower.WanTower`.
 VIDEO_TOWER = RuleSet(name="wan_video_tower", rules=(*_patch_rules("", "", _FLAT_PATCH), *_WAN_TOWER))
 AUDIO_TOWER = RuleSet(name="wan_audio_tower", rules=(*_patch_rules("", "", _FLAT_TAPS), *_WAN_TOWER))
