@@ -25,7 +25,7 @@ class Adapted:
 
     Attributes:
         rules: load its weights.
-        sharded: its token boundaries and attention calls; None without sequence parallelism.
+        sharded: its token boundaries and attention calls; None without a plan.
     """
 
     rules: RuleSet = SAME_NAMES
@@ -48,7 +48,7 @@ def adapt(module: nn.Module, plan: Plan, od_config: Any, prefix: str) -> Adapted
     parallel, rules = od_config.parallel_config, SAME_NAMES
     if parallel.tensor_parallel_size > 1:
         rules = weight_rules(apply_tensor_parallelism(module, plan, prefix=prefix), plan.subject)
-    sharded = apply_tokens(module, plan) if parallel.sequence_parallel_size > 1 else None
+    sharded = apply_tokens(module, plan)
     if parallel.use_hsdp:
         declare_hsdp(module, plan)
     return Adapted(rules, sharded)
