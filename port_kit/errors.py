@@ -43,6 +43,7 @@ CODES: dict[str, str] = {
     "parallel_subject": "a port has no tiny model to run on several ranks",
     "parallel_table": "a table of parallel linears names a module that is not a linear",
     "parallel_world": "a single-rank process is required, and this process belongs to a larger world",
+    "plan_cache": "a plan has no pattern for Cache-DiT, or a configuration of the cache does not fit its lists",
     "plan_degree": "the number of ranks does not divide what a plan splits",
     "plan_expression": "a size of a plan cannot be computed for a module",
     "plan_file": "a plan file cannot be read, or is not a plan",

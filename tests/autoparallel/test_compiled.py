@@ -27,7 +27,7 @@ def _run(name: str, layout: Layout, rank: int, folder: Path) -> tuple[Tensor, Te
     """Return the output of the compiled module, that of the unmodified one, and the graphs of two depths."""
     from port_kit.autoparallel.engine_groups import engine_groups
     from port_kit.autoparallel.plan import Plan
-    from port_kit.autoparallel.prove_rank import apply_layout
+    from port_kit.autoparallel.prove_rank import apply_plan
     from port_kit.autoparallel.shipped import shipped_plan
     from port_kit.autoparallel.subject import ModelScale, TokenScale, load_subject
 
@@ -41,7 +41,7 @@ def _run(name: str, layout: Layout, rank: int, folder: Path) -> tuple[Tensor, Te
             inputs = subject.inputs(TokenScale(image=1, text=1), scale)
             (expected,) = subject.output(subject.build(scale)(**inputs))
             module: nn.Module = subject.build(scale)
-            apply_layout(module, plan, layout, config, torch.float32)
+            apply_plan(module, plan, layout, config, torch.float32)
             count = _compile(module)
             (output,) = subject.output(module(**inputs))
             graphs.append(len(count))
