@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InspectError
 from port_kit.pipeline.loading import read_json
 
 #: Fields of a pipeline's output class, and the modality that they stand for.
 _MODALITIES = {"frames": "video", "images": "image", "audios": "audio"}
+#: Frames per second of pipelines that name none.
+DEFAULT_FPS = 24.0
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class PipelineIndex:
     """Index of a pipeline directory.
 
     Attributes:
-        folder: the directory.
+        folder: the directory; that of a port names the port's class in its index.
         pipeline_class: class of diffusers.
         components: class name per component; those that are absent are left out.
     """
@@ -42,7 +45,8 @@ class PipelineIndex:
 
         index = read_json(folder, "model_index.json")
         name = index.get("_class_name")
-        pipeline_class = getattr(diffusers, str(name), None)
+        port = hosted_port(str(name))
+        pipeline_class = getattr(diffusers, port.hosted if port else str(name), None)
         if not isinstance(pipeline_class, type):
             raise InspectError(
                 f"{folder}: diffusers {diffusers.__version__} has no pipeline class {name!r}",
@@ -88,6 +92,12 @@ class PipelineIndex:
             f"{self.pipeline_class.__name__}: the kind of its output is unknown",
             hint="write a port: port-kit new",
         )
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of a video whose request gives none: the default of the pipeline, or 24."""
+        rate = self.parameters.get("frame_rate")
+        return float(rate.default) if rate is not None and isinstance(rate.default, int | float) else DEFAULT_FPS
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
