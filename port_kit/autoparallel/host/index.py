@@ -11,6 +11,7 @@ from typing import Any
 
 from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InspectError
+from port_kit.inspect.components import is_denoiser
 from port_kit.pipeline.loading import read_json
 
 #: Fields of a pipeline's output class, and the modality that they stand for.
@@ -41,9 +42,17 @@ class PipelineIndex:
             PortKitError: ``model_incomplete``; it has no readable index.
             InspectError: ``inspect_target``; diffusers has no such class, or the pipeline has no denoiser.
         """
+        return cls.from_index(Path(folder), read_json(folder, "model_index.json"))
+
+    @classmethod
+    def from_index(cls, folder: Path, index: Mapping[str, Any]) -> PipelineIndex:
+        """Read the content of ``model_index.json``.
+
+        Raises:
+            InspectError: ``inspect_target``; diffusers has no such class, or the pipeline has no denoiser.
+        """
         import diffusers
 
-        index = read_json(folder, "model_index.json")
         name = index.get("_class_name")
         port = hosted_port(str(name))
         pipeline_class = getattr(diffusers, port.hosted if port else str(name), None)
@@ -53,7 +62,7 @@ class PipelineIndex:
                 hint="name a directory that diffusers' DiffusionPipeline.from_pretrained can load",
             )
         found = {key: value[1] for key, value in index.items() if _is_component(value)}
-        result = cls(Path(folder), pipeline_class, found)
+        result = cls(folder, pipeline_class, found)
         if not result.denoisers:
             raise InspectError(
                 f"{folder}: {name} has no component named transformer or unet",
@@ -64,7 +73,7 @@ class PipelineIndex:
     @property
     def denoisers(self) -> list[str]:
         """Names of the components that guidance calls."""
-        return [name for name in self.components if name.startswith("transformer") or name == "unet"]
+        return [name for name in self.components if is_denoiser(name)]
 
     def component_class(self, name: str) -> type[Any]:
         """Return the class of diffusers of a component."""

@@ -28,7 +28,7 @@ _DEFAULTS = {"num_frames": 1, "guidance_rescale": 0.0, "eta": 0.0}
 #: Sampling parameters that vLLM-Omni fills in, with a flag if the request gives them.
 _FLAGGED = ("guidance_scale", "guidance_scale_2")
 #: Names of the media of a request in diffusers, in order of preference.
-_MEDIA = {
+MEDIA = {
     "image": ("image", "images", "input_images"),
     "video": ("video",),
     "audio": ("audio", "initial_audio_waveforms", "src_audio"),
@@ -83,7 +83,7 @@ def _media(prompt: Any, parameters: Mapping[str, Any]) -> Iterator[tuple[str, An
     media = {} if isinstance(prompt, str) else prompt.get("multi_modal_data") or {}
     for kind, value in media.items():
         values = [_open(kind, item) for item in (value if isinstance(value, list) else [value])]
-        name = next((name for name in _MEDIA.get(kind, ()) if name in parameters), kind)
+        name = next((name for name in MEDIA.get(kind, ()) if name in parameters), kind)
         yield name, values[0] if len(values) == 1 else values
 
 
