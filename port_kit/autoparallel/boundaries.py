@@ -1,4 +1,4 @@
-"""Application of the sequence-parallel part of a plan: hooks at block boundaries, and rebound attention calls."""
+"""Application of the streams and attention calls of a plan: hooks at block boundaries, and rebound attention calls."""
 
 from __future__ import annotations
 
@@ -39,35 +39,41 @@ class ShardedModel:
 
 
 def shard_tokens(model: nn.Module, plan: Plan, exchange: Exchange, kernel: Kernel | None = None) -> ShardedModel:
-    """Apply the sequence-parallel part of a plan to a module, in place.
+    """Shard the token streams of a module, in place, and route its attention calls.
 
     Args:
         model: module whose blocks the plan names.
         plan: the plan.
-        exchange: ranks that shard tokens.
-        kernel: unmasked attention over sharded tokens; None to exchange heads or keys around the module's own call.
+        exchange: ranks that shard tokens; with one rank, only the attention calls change.
+        kernel: attention of the engine; None to exchange heads or keys around the module's own call.
 
     Raises:
         ParallelError: ``plan_pattern``; the module lacks what the plan names.
     """
     tokens = Tokens(exchange)
     model.register_forward_pre_hook(lambda *_: tokens.reset(), prepend=True)
-    for blocks in plan.blocks:
-        if blocks.inputs or blocks.outputs:
-            _bound_blocks(model, blocks, tokens)
-    for whole in plan.whole:
-        for module in find(model, whole.module).values():
-            (_exchange_halo if whole.halo else _run_whole)(module, whole, tokens)
+    if exchange.world > 1:
+        _bound_streams(model, plan, tokens)
     routers: dict[str, list[SiteRouter]] = {}
     kernel_sites = [site for site in plan.attention if site.at == "kernel"]
     for (pattern, _), sites in groupby(sorted(kernel_sites, key=_chain), key=_chain):
         listed = list(sites)
         for path in find(model, pattern):
             routers.setdefault(path, []).append(bind_sites(model, path, listed, tokens, kernel))
+    return ShardedModel(tokens, routers)
+
+
+def _bound_streams(model: nn.Module, plan: Plan, tokens: Tokens) -> None:
+    """Shard and gather at blocks, at modules that need all tokens, and at linears around attention."""
+    for blocks in plan.blocks:
+        if blocks.inputs or blocks.outputs:
+            _bound_blocks(model, blocks, tokens)
+    for whole in plan.whole:
+        for module in find(model, whole.module).values():
+            (_exchange_halo if whole.halo else _run_whole)(module, whole, tokens)
     for site in plan.attention:
         if site.at == "linears":
             bind_linears(model, plan, site, tokens)
-    return ShardedModel(tokens, routers)
 
 
 def _chain(site: AttentionSite) -> tuple[str, tuple[str, ...]]:

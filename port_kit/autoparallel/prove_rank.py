@@ -86,7 +86,7 @@ def _run(subject: Subject, plan: Plan, run: Run, layout: Layout, config: Any) ->
     model = nn.Module.to(subject.build(run.model), run.dtype)
     sharded = _apply(model, plan, layout, config, run.dtype)
     measured = _measure(subject, plan, run, model, layout)
-    measured.exchanges = sharded.exchanges() if sharded is not None else {}
+    measured.exchanges = sharded.exchanges()
     if run.controls:
         for name, left_out in _controls(layout).items():
             with left_out():
@@ -94,13 +94,13 @@ def _run(subject: Subject, plan: Plan, run: Run, layout: Layout, config: Any) ->
     return measured
 
 
-def _apply(model: nn.Module, plan: Plan, layout: Layout, config: Any, dtype: torch.dtype) -> ShardedModel | None:
+def _apply(model: nn.Module, plan: Plan, layout: Layout, config: Any, dtype: torch.dtype) -> ShardedModel:
     """Apply the parts of a plan that a layout needs."""
     from port_kit.autoparallel.sequence import apply_tokens
 
     if layout.tp > 1:
         _split_channels(model, plan)
-    sharded = apply_tokens(model, plan) if layout.sequence > 1 else None
+    sharded = apply_tokens(model, plan)
     if layout.hsdp > 1:
         _shard_blocks(model, plan, config, dtype)
     return sharded

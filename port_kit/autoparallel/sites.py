@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,35 @@ from port_kit.autoparallel.plan import AttentionSite
 from port_kit.autoparallel.tokens import WHOLE, Tokens
 from port_kit.errors import ParallelError
 
-#: Computes attention over sharded tokens: (query, key, value, mask, scale, site, tokens). Tensors are [B, S, N, H]; the
-#: mask covers the keys of all ranks. None if it is not supported.
-Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "float | None", AttentionSite, Tokens], "Tensor | None"]
-
 #: Names of the arguments after query, key and value, in both attention functions.
 _POSITIONAL = ("attn_mask", "dropout_p", "is_causal", "scale")
+
+
+class Kernel(Protocol):
+    """Attention of an engine. Tensors are [B, S, N, H]; both functions return None if they do not support the operands.
+
+    Attributes:
+        kind: name of the exchange, for counts.
+    """
+
+    kind: str
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        site: AttentionSite,
+        tokens: Tokens,
+    ) -> Tensor | None:
+        """Compute attention over sharded tokens; the mask covers the keys of all ranks."""
+
+    def local(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor | None:
+        """Compute attention over tokens that this rank holds."""
 
 
 class SiteRouter:
@@ -35,7 +58,7 @@ class SiteRouter:
     Args:
         sites: sites of the module with equal functions, by index.
         tokens: state of the forward.
-        kernel: attention over sharded tokens, or None to exchange here.
+        kernel: attention of the engine, or None to exchange here and attend with the module's own function.
         token_dim: dimension of the tokens in the arguments: 1, or 2 for torch's function.
 
     Attributes:
@@ -54,6 +77,7 @@ class SiteRouter:
 
     def attend(self, function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         """Compute attention as ``function`` does, over the tokens of all ranks."""
+        function = functools.partial(self._attend_local, function)
         options = {**dict(zip(_POSITIONAL, args, strict=False)), **options}
         attn_mask = options.pop("attn_mask", None)
         if attn_mask is not None and attn_mask.dim() == 2 and self.token_dim == 1:
@@ -67,7 +91,7 @@ class SiteRouter:
         if self.kernel is not None and not options.get("is_causal"):
             out = self._run_kernel(site, query, key, value, mask, options)
             if out is not None:
-                return self._count(getattr(self.kernel, "kind", "kernel"), out)
+                return self._count(self.kernel.kind, out)
         heads_dim = 3 - self.token_dim
         world = self.tokens.exchange.world
         divisible = query.shape[heads_dim] % world == 0 and key.shape[heads_dim] % world == 0
@@ -94,13 +118,27 @@ class SiteRouter:
                     hint="infer the plan from inputs of this kind: port-kit plan infer CLASS -o FILE",
                 )
 
+    def _attend_local(
+        self, function: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Attend to tokens that this rank holds, by the engine if it supports the operands, else as the module does."""
+        if self.kernel is not None and not options.get("is_causal") and not options.get("dropout_p"):
+            out = self.kernel.local(*self._by_token(query, key, value), attn_mask, options.get("scale"))
+            if out is not None:
+                return out if self.token_dim == 1 else out.transpose(1, 2)
+        return function(query, key, value, attn_mask=attn_mask, **options)
+
+    def _by_token(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return operands as [B, S, N, H]."""
+        if self.token_dim == 1:
+            return query, key, value
+        return query.transpose(-3, -2), key.transpose(-3, -2), value.transpose(-3, -2)
+
     def _run_kernel(
         self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
     ) -> Tensor | None:
         assert self.kernel is not None
-        if self.token_dim == 2:
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        out = self.kernel(query, key, value, mask, options.get("scale"), site, self.tokens)
+        out = self.kernel(*self._by_token(query, key, value), mask, options.get("scale"), site, self.tokens)
         return out if out is None or self.token_dim == 1 else out.transpose(1, 2)
 
     def _whole_mask(self, site: AttentionSite, mask: Tensor | None, key: Tensor) -> Tensor | None:

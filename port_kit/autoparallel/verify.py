@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from port_kit.autoparallel.boundaries import ShardedModel
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.ports import plan_file
 from port_kit.parallel.layout import Layout
@@ -35,12 +36,13 @@ class Work:
     Attributes:
         calls: complete calls of the transformer.
         weight_bytes: bytes of the transformers' weights that it holds.
-        exchanges: attention calls whose tokens or keys were exchanged between ranks.
+        exchanges: attention calls whose tokens or keys were exchanged between ranks; None if they are exchanged at
+            linears, which count none.
     """
 
     calls: float
     weight_bytes: int
-    exchanges: int
+    exchanges: int | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Comparison:
             found.append("an output is constant")
         if layout.tp * layout.hsdp > 1 and not self.share < 1:
             found.append(f"a rank holds {self.share:.0%} of the weights")
-        if layout.sequence > 1 and not all(rank.exchanges for rank in self.ranks):
+        if layout.sequence > 1 and any(rank.exchanges == 0 for rank in self.ranks):
             found.append("no attention call exchanged tokens")
         if layout.cfg > 1 and not all(rank.calls < self.single.calls for rank in self.ranks):
             found.append("a rank computed all branches of guidance")
@@ -143,8 +145,12 @@ def _work(pipeline: Any) -> Work:
     return Work(
         calls=pipeline.computed if guidance is None else guidance.computed,
         weight_bytes=sum(local_bytes(getattr(pipeline, name)) for name in pipeline.adapted),
-        exchanges=sum(sum(model.exchanges().values()) for model in sharded),
+        exchanges=sum(map(_exchanges, sharded)) if any(model.routers for model in sharded) else None,
     )
+
+
+def _exchanges(model: ShardedModel) -> int:
+    return sum(count for kind, count in model.exchanges().items() if kind != "local")
 
 
 def _tensors(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:

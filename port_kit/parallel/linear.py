@@ -7,6 +7,7 @@ nor offload finds. All widths are full widths; the linears divide them by the te
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -107,6 +108,34 @@ def row_parallel_partials(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, 
         return (layer(x),)
     bias = layer.bias if layer.tp_rank == 0 else None
     return peers.exchange_partial_sums(layer.quant_method.apply(layer, x, bias))
+
+
+def use_peer_memory(layer: RowParallelLinear | ColumnParallelLinear) -> None:
+    """Let a linear exchange its output through symmetric memory, if the ranks have it.
+
+    It replaces the all-reduce of a linear that is split by input, on two ranks, and the all-gather of one that gathers
+    its output. The layer's class stays, by which vLLM recognizes layers that a LoRA can adapt.
+    """
+    forward = _sum_partials if isinstance(layer, RowParallelLinear) else _gather_output
+    layer.forward = functools.partial(forward, layer)  # type: ignore[method-assign]
+
+
+def _sum_partials(layer: RowParallelLinear, x: Tensor) -> Tensor:
+    peers = get_peer_buffers(get_tp_group().device_group, x) if layer.tp_size == 2 else None
+    if peers is None:
+        return type(layer).forward(layer, x)
+    own, other = peers.exchange_partial_sums(
+        layer.quant_method.apply(layer, x, layer.bias if layer.tp_rank == 0 else None)
+    )
+    return own + other
+
+
+def _gather_output(layer: ColumnParallelLinear, x: Tensor) -> Tensor:
+    peers = get_peer_buffers(get_tp_group().device_group, x) if layer.tp_size > 1 else None
+    if peers is None:
+        return type(layer).forward(layer, x)
+    own = layer.quant_method.apply(layer, x, layer.bias)
+    return peers.gather(own, own.dim() - 1).clone()
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

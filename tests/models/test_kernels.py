@@ -64,7 +64,6 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
     q, w = draw(batch, tokens, 3 * width)[..., width : 2 * width], draw(width)
     rope = torch.randn((1, tokens, pair_count, 2), generator=generator, device=device)
     plain_sums = q.float().square().sum(-1)
-    yield "square sums", (kernels.square_sums(q),), (plain_sums,)
     squares = 2 * plain_sums
     for table, sums, keep, full_width in (
         (rope, None, True, width),

@@ -57,11 +57,12 @@ def exchanged_text() -> None:
 
 def local_norm() -> None:
     """Every rank takes its own heads for all of them."""
-    from port_kit.models.wan.transformer import attention, fused_ops
+    from port_kit.models.wan.transformer import attention
     from port_kit.parallel.linear import tp_rank_and_size
+    from port_kit.parallel.norm import square_sums
 
     ranks = tp_rank_and_size()[1]
-    attention.tp_square_sums = lambda *tensors: [fused_ops.square_sums(x) * ranks for x in tensors]
+    attention.tp_square_sums = lambda *tensors: [square_sums(x) * ranks for x in tensors]
 
 
 def wrong_guidance_rank() -> None:

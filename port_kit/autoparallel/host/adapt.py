@@ -27,7 +27,7 @@ class Adapted:
 
     Attributes:
         rules: load its weights.
-        sharded: its token boundaries and attention calls; None without sequence parallelism.
+        sharded: its token boundaries and attention calls; None without a plan.
     """
 
     rules: RuleSet = SAME_NAMES
@@ -57,7 +57,7 @@ def adapt(
     plan = replace_modules(module, replace or {}, plan)
     if plan is None:
         return Adapted()
-    sharded = apply_tokens(module, plan) if parallel.sequence_parallel_size > 1 else None
+    sharded = apply_tokens(module, plan)
     if parallel.use_hsdp:
         declare_hsdp(module, plan)
     return Adapted(rules, sharded)

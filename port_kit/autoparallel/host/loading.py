@@ -63,11 +63,16 @@ def load_denoiser(module: nn.Module, folder: Path, rules: RuleSet, od_config: An
     """
     shard_before_loading(module, od_config, device)
     materialize(module, device)
+    buffers_to(module, device)
+    load_local(module, folder, rules)
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module to a device; its parameters stay."""
     for owner in module.modules():
         for leaf, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[leaf] = buffer.to(device)
-    load_local(module, folder, rules)
 
 
 def load_pipeline(index: PipelineIndex, denoisers: dict[str, nn.Module], dtype: torch.dtype, device: Any) -> Any:
