@@ -116,7 +116,8 @@ INPUTS = {"flux": flux_inputs, "wan": wan_inputs, "hunyuan": hunyuan_inputs}
 
 def _random(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator("cpu").manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, device="cpu")
+    # the loader has other defaults, with which other numbers are drawn
+    return lambda *shape: torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 class Guided:
@@ -184,7 +185,7 @@ class SpeedPipeline(nn.Module):
 
     def _branches(self) -> list[dict[str, Any]]:
         model, dtype = self.settings["model"], self.od_config.dtype
-        with torch.device("cpu"):  # the loader's default device is the GPU, with other random numbers
+        with torch.device("cpu"):
             made = [INPUTS[model](tuple(self.settings["latent"]), seed) for seed in (0, 1)]
         made[1]["hidden_states"] = made[0]["hidden_states"]
         return [

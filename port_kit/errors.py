@@ -51,6 +51,7 @@ CODES: dict[str, str] = {
     "plan_layout": "a plan does not prove the layout of an engine, or is for another class",
     "plan_pattern": "a pattern of a plan matches no module",
     "plan_refused": "a module cannot have a kind of parallelism; the finding is in the message",
+    "plan_replace": "a hand-written module does not fit in place of the adapted one",
     "plan_stale": "the source of a class has changed since its plan was inferred",
     "plan_subject": "a module to infer a plan for is not known, or is not described completely",
     "plan_tokens": "the tokens of a module differ from what its plan expects",

@@ -12,7 +12,8 @@ from torch import nn
 from port_kit.autoparallel.exchange import Exchange
 from port_kit.autoparallel.linear_sites import bind_linears
 from port_kit.autoparallel.plan import AttentionSite, Blocks, Plan, TokenAxis, WholeModule, find
-from port_kit.autoparallel.sites import Kernel, SiteRouter, bind_sites
+from port_kit.autoparallel.rebinding import Rebinder
+from port_kit.autoparallel.sites import Kernel, SiteRouter
 from port_kit.autoparallel.tokens import Tokens, pad
 from port_kit.autoparallel.tree import Arguments
 
@@ -82,12 +83,13 @@ def shard_tokens(model: nn.Module, plan: Plan, exchange: Exchange, kernel: Kerne
     tokens = Tokens(exchange)
     model.register_forward_pre_hook(lambda *_: tokens.reset(), prepend=True)
     boundaries = _bound_streams(model, plan, tokens) if exchange.world > 1 else {}
+    rebinder = Rebinder(model)
     routers: dict[str, list[SiteRouter]] = {}
     kernel_sites = [site for site in plan.attention if site.at == "kernel"]
     for (pattern, _), sites in groupby(sorted(kernel_sites, key=_chain), key=_chain):
         listed = list(sites)
         for path in find(model, pattern):
-            routers.setdefault(path, []).append(bind_sites(model, path, listed, tokens, kernel))
+            routers.setdefault(path, []).append(rebinder.bind(path, listed, tokens, kernel))
     return ShardedModel(tokens, routers, boundaries)
 
 
@@ -175,15 +177,15 @@ def _exchange_halo(module: nn.Module, whole: WholeModule, tokens: Tokens) -> Non
     def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not tokens.sharded:
             return None
-        x, rows_before[0] = tokens.with_halo(args[0], axis.dim, stream, whole.halo)
+        x, rows_before[0] = tokens.with_halo(args[0], axis.dim, stream, whole.halo, axis.grid)
         return (x, *args[1:]), kwargs
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
         if not tokens.sharded:
             return None
-        valid = tokens.valid(stream, tokens.exchange.rank, 2)
+        valid = tokens.valid(stream, tokens.exchange.rank, axis.grid)
         own = output.narrow(axis.dim, rows_before[0], valid)
-        return pad(own, axis.dim, tokens.local(stream, 2))
+        return pad(own, axis.dim, tokens.local(stream, axis.grid))
 
     module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     module.register_forward_hook(leave)

@@ -12,7 +12,7 @@ from torch import nn
 
 from port_kit.autoparallel.observe import Observation, observe
 from port_kit.autoparallel.plan import Plan, generalize
-from port_kit.autoparallel.propose import Choice, Proposal, has_grid, output_modalities, propose
+from port_kit.autoparallel.propose import Choice, Proposal, has_grid, orders_of_streams, output_modalities, propose
 from port_kit.autoparallel.simulate import Trace, Trial, run_once, run_trial
 from port_kit.autoparallel.streams import BATCH, RUNS, Observed
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
@@ -93,7 +93,8 @@ class _Search:
     def run(self) -> TokenInference:
         """Return the first choice that agrees; without one, the cheapest of all amended choices."""
         choices = list(self._choices())
-        for choice in itertools.chain(choices, self._complete_arguments(choices), self._replicated(choices)):
+        others = self._with_convolutions(choices), self._complete_arguments(choices), self._replicated(choices)
+        for choice in itertools.chain(choices, *others):
             found = self._try(choice)
             if found is not None:
                 return TokenInference(found[0].plan, found[1])
@@ -106,8 +107,19 @@ class _Search:
     def _choices(self) -> Iterator[Choice]:
         gathers, masks = ("end", "list", "block"), ("whole", "sharded")
         grids = (True, False) if has_grid(self.observed) else (False,)
-        for grid, gather, order, mask in itertools.product(grids, gathers, (0, 1), masks):
+        orders = range(orders_of_streams(self.observed))
+        for grid, gather, order, mask in itertools.product(grids, gathers, orders, masks):
             yield Choice(gather=gather, order=order, masks=mask, grid=grid)  # type: ignore[arg-type]
+
+    def _with_convolutions(self, choices: list[Choice]) -> Iterator[Choice]:
+        """Exchange rows at all convolutions in blocks that keep the number of rows."""
+        for choice in choices:
+            proposal = self._propose(choice)
+            if proposal is None:
+                return
+            amended = _with_halos(self.model, choice, proposal)
+            if amended.halo:
+                yield amended
 
     def _complete_arguments(self, choices: list[Choice]) -> Iterator[Choice]:
         """Leave one argument complete: a table that is indexed by position, for example."""
@@ -213,12 +225,28 @@ def _cost(proposal: Proposal) -> tuple[int, int, int]:
 
 
 def _halo(module: nn.Module, proposal: Proposal) -> int:
-    """Return the rows that a convolution reads on each side of a row; 0 if it is not one that keeps the grid."""
-    if not isinstance(module, (nn.Conv2d, nn.Conv3d)) or not proposal.choice.grid:
+    """Return the rows that a convolution reads on each side of a row; 0 if it is not one that keeps their number.
+
+    Rows are those of a grid, or tokens for a convolution over one dimension.
+    """
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or isinstance(module.padding, str):
+        return 0
+    if not isinstance(module, nn.Conv1d) and not proposal.choice.grid:
         return 0
     reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     keeps = all(stride == 1 for stride in module.stride) and reach[0] == 2 * module.padding[0]
     return reach[0] // 2 if keeps and module.padding_mode == "zeros" else 0
+
+
+def _with_halos(model: nn.Module, choice: Choice, proposal: Proposal, kind: type[nn.Module] = nn.Module) -> Choice:
+    """Exchange rows at all convolutions of a class within the blocks."""
+    blocks = tuple(f"{blocks.modules}." for blocks in proposal.plan.blocks)
+    found = {
+        (generalize(path), _halo(module, proposal))
+        for path, module in model.named_modules()
+        if isinstance(module, kind) and generalize(path).startswith(blocks)
+    }
+    return replace(choice, halo=choice.halo | {(pattern, halo) for pattern, halo in found if halo})
 
 
 def _amend(model: nn.Module, choice: Choice, proposal: Proposal, trial: Trial) -> Choice | None:
@@ -226,7 +254,7 @@ def _amend(model: nn.Module, choice: Choice, proposal: Proposal, trial: Trial) -
     blocks = [blocks.modules for blocks in proposal.plan.blocks]
     halo = _halo(model.get_submodule(path), proposal)
     if halo and generalize(path) not in dict(choice.halo):
-        return replace(choice, halo=choice.halo | {(generalize(path), halo)})
+        return _with_halos(model, choice, proposal, type(model.get_submodule(path)))
     while path and (pattern := generalize(path)) not in blocks:
         block = next((b for b in blocks if pattern.startswith(f"{b}.")), None)
         if block is None:

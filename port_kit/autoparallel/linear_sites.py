@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from port_kit.autoparallel.plan import AttentionSite, ChannelRule, DividedValue, Plan, TokenAxis, find
+from port_kit.autoparallel.plan import AttentionSite, ChannelRule, Plan, TokenAxis, find
 from port_kit.autoparallel.tensor.apply import UnitSizes
+from port_kit.autoparallel.tensor.divided import divide_attribute
 from port_kit.autoparallel.tensor.layers import ShardedNorm, local_part, norm_eps
 from port_kit.autoparallel.tokens import Tokens
 from port_kit.errors import ParallelError
@@ -49,7 +50,8 @@ def bind_linears(model: nn.Module, plan: Plan, site: AttentionSite, tokens: Toke
                 _exchange_statistics(child, path, norm.kind, _parts(sizes, path, norm.channels, tokens), tokens)
         for value in plan.divided:
             for path, child in _below(model, value.module, module_path):
-                _divide(child, path, value, tokens.exchange.world)
+                world = tokens.exchange.world
+                divide_attribute(child, path, value, world, code="parallel_degree", degree="sequence-parallel")
 
 
 def _below(model: nn.Module, pattern: str, module_path: str) -> list[tuple[str, nn.Module]]:
@@ -65,7 +67,7 @@ def _parts(
     def parts(extent: int) -> tuple[int, ...]:
         found = sizes.parts(path, rules, extent)
         if any(size % tokens.exchange.world for size in found):
-            raise _indivisible(path, tokens.exchange.world, "channels")
+            raise _indivisible(path, tokens.exchange.world)
         return found
 
     return parts
@@ -125,22 +127,9 @@ def _exchange_statistics(
     norm.forward = forward
 
 
-def _divide(owner: Any, path: str, value: DividedValue, ranks: int) -> None:
-    *inner, name = value.attribute.split(".")
-    for each in inner:
-        owner = getattr(owner, each)
-    before = getattr(owner, name)
-    numbers = [before] if value.index is None else list(before)
-    at = value.index or 0
-    if numbers[at] % ranks:
-        raise _indivisible(path, ranks, f"{value.attribute} = {numbers[at]}")
-    numbers[at] //= ranks
-    setattr(owner, name, numbers[0] if value.index is None else type(before)(numbers))
-
-
-def _indivisible(path: str, ranks: int, what: str) -> ParallelError:
+def _indivisible(path: str, ranks: int) -> ParallelError:
     return ParallelError(
-        f"{path}: {ranks} sequence-parallel ranks do not divide its {what}",
+        f"{path}: {ranks} sequence-parallel ranks do not divide its channels",
         code="parallel_degree",
         hint="use a degree that divides the number of heads",
     )

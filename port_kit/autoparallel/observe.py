@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from port_kit.autoparallel import attention_packages
+from port_kit.autoparallel.attention_functions import AttentionCall, is_attention_code, recognize
 from port_kit.autoparallel.tree import Arguments, shapes
 
 Shapes = dict[str, "tuple[int, ...] | int"]
-#: Functions that receive queries, keys and values; calls below the outermost one belong to it.
-KERNELS = ("dispatch_attention_fn", "scaled_dot_product_attention")
 
 
 @dataclass
@@ -142,42 +141,42 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and self.running:
-            self._site(sys._getframe(1), *args, **kwargs)
+        signature = recognize(func) if self.running else None
+        if signature is not None:
+            self._site(sys._getframe(1), AttentionCall(signature, func, args, kwargs))
         return func(*args, **kwargs)
 
-    def _site(
-        self, frame: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-    ) -> None:
-        module = self.running[-1]
+    def _site(self, frame: Any, call: AttentionCall) -> None:
+        module, mask = self.running[-1], call.mask
+        query, key, _ = (x.transpose(1, 2) for x in call.tensors)
         site = SiteCall(
             module=self.paths[id(module)],
-            call=call_chain(frame, module),
+            call=call_chain(frame, module, call.signature.name),
             query=tuple(query.shape),
             key=tuple(key.shape),
-            mask=None if attn_mask is None else tuple(attn_mask.shape),
+            mask=tuple(mask.shape) if torch.is_tensor(mask) else None,
             heads=query.shape[1],
         )
         (self.current[-1].sites if self.current else self.seen.outside).append(site)
 
 
-def call_chain(frame: Any, module: nn.Module) -> tuple[str, ...]:
-    """Return the functions from a module's ``forward`` to the attention call that ``frame`` makes.
+def call_chain(frame: Any, module: nn.Module, function: str) -> tuple[str, ...]:
+    """Return the functions from a module's ``forward`` to the call of an attention function that ``frame`` makes.
 
     Methods of the module are written as ``forward``, those of its attributes as ``processor.__call__``, and functions
-    by their name. The last element is one of :data:`KERNELS`.
+    by their name. The last element is the outermost attention function.
     """
-    chain = ["scaled_dot_product_attention"]
+    chain = [function]
     while frame is not None:
         name, owner = frame.f_code.co_name, frame.f_locals.get("self")
-        if name in KERNELS:
+        if is_attention_code(frame.f_code):
             chain = [name]
         elif owner is module:
             chain.insert(0, name)
             if name == "forward":
                 return tuple(chain)
-        elif frame.f_code.co_filename.startswith(_TORCH):
-            pass
+        elif frame.f_code.co_filename.startswith(_SKIPPED) or name == "__torch_function__":
+            pass  # functions of torch, modes and stand-ins
         else:
             chain.insert(0, _function(name, owner, module))
         frame = frame.f_back
@@ -192,4 +191,4 @@ def _function(name: str, owner: Any, module: nn.Module) -> str:
     return name
 
 
-_TORCH = str(torch.__path__[0])
+_SKIPPED = (str(torch.__path__[0]), attention_packages.__file__)

@@ -234,13 +234,13 @@ class DividedValue(Section):
     Attributes:
         module: pattern of the module.
         attribute: dotted attribute path, such as ``heads`` or ``processor.num_heads``.
-        index: entry of a tuple or list that is divided; None if the attribute is a number.
+        index: entry of a tuple or list that is divided, or entries of nested ones; None if the attribute is a number.
         units: name of the group whose code reads it; empty if several do.
     """
 
     module: str
     attribute: str
-    index: int | None = None
+    index: int | tuple[int, ...] | None = None
     units: str = ""
 
 

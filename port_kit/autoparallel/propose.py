@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from port_kit.autoparallel.observe import BlockCall, SiteCall
 from port_kit.autoparallel.plan import AttentionSite, Blocks, Plan, Stream, TokenAxis, WholeModule, generalize
 from port_kit.autoparallel.streams import (
     BATCH,
+    MAX_PARTS,
     Naming,
     Observed,
     Sizes,
@@ -197,6 +199,12 @@ def has_grid(observed: Observed) -> bool:
     return False
 
 
+def orders_of_streams(observed: Observed) -> int:
+    """Return the number of orders in which the streams of one block can be concatenated."""
+    most = max((len(basic_streams(group.streams)) for group in _groups(observed).values()), default=1)
+    return math.factorial(min(max(most, 2), MAX_PARTS))
+
+
 def _split_by_counts(call: BlockCall, given: dict[tuple[str, int], Sizes], basic: list[Sizes]) -> None:
     """Split a stream in two if an integer argument counts the tokens of its first part."""
     for (_, dim), sizes in given.items():
@@ -281,7 +289,9 @@ def _whole(observed: Observed, ordinal: int, basic: list[Sizes], choice: Choice,
         inputs = _module_axes(observed, _module_inputs(ordinal, number), basic, choice, naming)
         outputs = _module_axes(observed, _module_outputs(ordinal, number), basic, choice, naming)
         halo = halos.get(pattern, 0)
-        reason = "a convolution over rows of the grid" if halo else "its outputs depend on other tokens"
+        if halo and not inputs:
+            continue  # it processes no tokens that are sharded
+        reason = "a convolution over rows" if halo else "its outputs depend on other tokens"
         result.append(WholeModule(module=pattern, inputs=inputs, outputs=outputs, halo=halo, reason=reason))
     return result
 

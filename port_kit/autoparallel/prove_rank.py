@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
+from port_kit.autoparallel.attention_functions import AttentionCall
 from port_kit.autoparallel.block_lists import declare_hsdp
 from port_kit.autoparallel.boundaries import ShardedModel
 from port_kit.autoparallel.engine_groups import engine_groups
@@ -253,10 +255,10 @@ def _without_other_tokens() -> Iterator[None]:
     from port_kit.autoparallel.exchange import GroupExchange
     from port_kit.autoparallel.sites import SiteRouter
 
-    def local(
-        _router: Any, function: Any, _site: Any, q: Tensor, k: Tensor, v: Tensor, _mask: Any, options: Any
-    ) -> Any:
-        return function(q, k, v, **options)
+    def local(_router: Any, _site: Any, call: AttentionCall, _mask: Any) -> Any:
+        query, key, value = (x.transpose(1, 2) for x in call.tensors)
+        out = scaled_dot_product_attention(query, key, value, scale=call.scale, enable_gqa=True)
+        return call.wrap(out.transpose(1, 2))
 
     with (
         _replaced(SiteRouter, "_run_kernel", lambda *_: None),

@@ -29,7 +29,7 @@ RUNS: dict[str, TokenScale] = {
 #: The run with a larger batch. A dimension that grows with it alone counts no tokens.
 BATCH = "batch"
 #: Streams that one dimension may consist of.
-_MAX_PARTS = 3
+MAX_PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def decompose(sizes: Sizes, basic: Sequence[Sizes], order: int) -> tuple[Sizes, 
 def _sums(parts: Sequence[Sizes], total: Sizes) -> list[tuple[Sizes, ...]]:
     return [
         chosen
-        for count in range(2, _MAX_PARTS + 1)
+        for count in range(2, MAX_PARTS + 1)
         for chosen in itertools.permutations(parts, count)
         if tuple(map(sum, zip(*chosen, strict=True))) == total
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ from port_kit.port import resolve
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: The cases import this module.
+#: These import this module.
 _CASES = "port_kit.autoparallel.diffusers_cases:CASES"
+_STAND_INS = "port_kit.autoparallel.attention_packages:STAND_INS"
+_CPU = "port_kit.autoparallel.cpu:on_cpu"
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,22 @@ def load_subject(reference: str) -> Subject:
     return cases[reference]()
 
 
+def _missing(reference: str, error: ModuleNotFoundError) -> ParallelError:
+    missing = error.name or str(error)
+    packages: Any = resolve(_STAND_INS)
+    hint = f"pip install {missing.partition('.')[0]}; if only an __init__ needs it: original_code.bare_packages"
+    if missing.partition(".")[0] in packages:
+        hint = f"import the code within attention_packages.attention_packages({missing.partition('.')[0]!r})"
+    return ParallelError(f"{reference}: no module {missing!r}", code="plan_subject", hint=hint)
+
+
 def _from_function(reference: str) -> Subject:
     try:
-        function: Any = resolve(reference)
+        module, _, name = reference.partition(":")
+        function = getattr(importlib.import_module(module), name)
         subject = function()
+    except ModuleNotFoundError as error:
+        raise _missing(reference, error) from error
     except (ImportError, AttributeError, TypeError) as error:
         raise ParallelError(
             f"{reference}: {error}",
@@ -113,4 +128,5 @@ def _from_function(reference: str) -> Subject:
             code="plan_subject",
             hint="return port_kit.autoparallel.subject.Subject from the function",
         )
-    return subject
+    cpu: Any = resolve(_CPU)
+    return cpu(subject)

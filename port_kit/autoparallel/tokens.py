@@ -159,17 +159,28 @@ class Tokens:
         ]
         return [_concat([part[rank] for part in padded], dim) for rank in ranks]
 
-    def with_halo(self, x: Tensor, dim: int, stream: str, halo: int) -> tuple[Tensor, int]:
+    def with_halo(self, x: Tensor, dim: int, stream: str, halo: int, grid: int) -> tuple[Tensor, int]:
         """Return this rank's rows between up to ``halo`` rows of its neighbors, and the number of those before them.
 
         Args:
-            x: this rank's rows, with padding.
+            x: this rank's rows of a grid, or its tokens, with padding.
             dim: dimension of the rows.
-            stream: stream that is sharded by rows.
+            stream: stream that is sharded.
             halo: rows to add on both sides.
+            grid: dimensions of the grid; 1 if the rows are tokens.
+
+        Raises:
+            ParallelError: ``parallel_degree``; a neighbor has fewer rows than are needed.
         """
         exchange = self.exchange
-        counts = [self.valid(stream, rank, 2) for rank in range(exchange.world)]
+        if self.local(stream, grid) < halo:
+            raise ParallelError(
+                f"{stream}: a convolution reads {halo} rows of a neighbor, but {exchange.world} ranks have "
+                f"{self.local(stream, grid)} rows each",
+                code="parallel_degree",
+                hint="use fewer ranks, or a larger input",
+            )
+        counts = [self.valid(stream, rank, grid) for rank in range(exchange.world)]
         own = x.narrow(dim, 0, counts[exchange.rank]) if counts[exchange.rank] else x
         first, last = (
             own.narrow(dim, 0, min(halo, own.shape[dim])),

@@ -52,7 +52,10 @@ class Arguments:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parameters = inspect.signature(type(module).forward).parameters.values()
+        kind: Any = getattr(
+            module, "replaces", type(module)
+        )  # callers know the arguments of the class that it replaces
+        parameters = inspect.signature(kind.forward).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.names = tuple(p.name for p in parameters if p.kind in kinds)[1:]
 

@@ -30,9 +30,11 @@ def infer(subject: str, output: Path | None, as_json: bool) -> None:
     """
     from port_kit.autoparallel.describe import describe
     from port_kit.autoparallel.infer import infer_plan
+    from port_kit.autoparallel.shipped import fingerprint
     from port_kit.autoparallel.subject import load_subject
 
     plan = infer_plan(load_subject(subject))
+    plan = plan.model_copy(update={"fingerprint": fingerprint(plan.module_class)})
     text = plan.to_toml()
     if output is not None:
         write_text(output, text)

@@ -7,7 +7,7 @@ nor offload finds. All widths are full widths; the linears divide them by the te
 
 from __future__ import annotations
 
-import functools
+from types import MethodType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -117,9 +117,10 @@ def use_peer_memory(layer: RowParallelLinear | ColumnParallelLinear) -> None:
     its output. The layer's class stays, by which vLLM recognizes layers that a LoRA can adapt.
     """
     forward = _sum_partials if isinstance(layer, RowParallelLinear) else _gather_output
-    layer.forward = functools.partial(forward, layer)  # type: ignore[method-assign]
+    layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
 
 
+@torch.compiler.disable
 def _sum_partials(layer: RowParallelLinear, x: Tensor) -> Tensor:
     peers = get_peer_buffers(get_tp_group().device_group, x) if layer.tp_size == 2 else None
     if peers is None:
@@ -130,6 +131,7 @@ def _sum_partials(layer: RowParallelLinear, x: Tensor) -> Tensor:
     return own + other
 
 
+@torch.compiler.disable
 def _gather_output(layer: ColumnParallelLinear, x: Tensor) -> Tensor:
     peers = get_peer_buffers(get_tp_group().device_group, x) if layer.tp_size > 1 else None
     if peers is None:
@@ -138,6 +140,7 @@ def _gather_output(layer: ColumnParallelLinear, x: Tensor) -> Tensor:
     return peers.gather(own, own.dim() - 1).clone()
 
 
+@torch.compiler.disable
 def sum_over_ranks(x: Tensor) -> Tensor:
     """All-reduce a small tensor over the tensor-parallel ranks with low latency."""
     group = get_tp_group()

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from port_kit.autoparallel.cache.layouts import split_cache
 from port_kit.autoparallel.host.checks import PLAN_KEY
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.tiny_pipelines import CASES
+from port_kit.parallel.cached_layout import split_cache
 from port_kit.runtime.hosts import host_of
 
 

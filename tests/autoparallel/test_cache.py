@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from port_kit.autoparallel.block_lists import list_blocks
 from port_kit.autoparallel.cache.infer import with_cache_patterns
-from port_kit.autoparallel.cache.layouts import split_cache, with_cache
 from port_kit.autoparallel.cache.prove import prove_cache
 from port_kit.autoparallel.cache.steps import EVERYTHING, STEPS, cache_enabled, caller, run_cached_steps, run_steps
 from port_kit.autoparallel.plan import Blocks, CacheState, Plan
@@ -23,6 +22,7 @@ from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale, load_subject
 from port_kit.autoparallel.tensor.blocks import observe_blocks
 from port_kit.errors import ParallelError
+from port_kit.parallel.cached_layout import split_cache, with_cache
 from port_kit.parallel.layout import Layout
 
 

@@ -62,7 +62,7 @@ def test_rows_with_halo_convolve_as_the_whole(ranks: int) -> None:
 
     def work(tokens: Tokens) -> Tensor:
         tokens.rows = {"image": 5}
-        own, before = tokens.with_halo(tokens.shard(grid, 2, ["image"], 2), 2, "image", 1)
+        own, before = tokens.with_halo(tokens.shard(grid, 2, ["image"], 2), 2, "image", 1, 2)
         rows = torch.nn.functional.conv2d(own, kernel, padding=1)
         valid = tokens.valid("image", tokens.exchange.rank, 2)
         return rows.narrow(2, before, valid)

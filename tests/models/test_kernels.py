@@ -25,6 +25,8 @@ SHAPES = (
     (1, 3, 768, 64, (0, 3)),
     (1, 3, 3072, 64, (3, 0)),
     (1, 40, 3072, 64, (40,)),
+    (1, 3, 1536, 64, (3,)),
+    (1, 3, 5120, 64, (1, 2)),
     (2, 0, 96, 12, (0,)),
 )
 #: Relative error (L2): one rounding instead of the two or three of plain PyTorch.

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from port_kit.autoparallel.cache.layouts import with_cache
 from port_kit.autoparallel.cache.steps import (
     EVERYTHING,
     NOTHING,
@@ -44,6 +43,7 @@ from port_kit.autoparallel.results import (
 )
 from port_kit.autoparallel.subject import OTHER_SCALES, ModelScale, Subject
 from port_kit.errors import PortKitError
+from port_kit.parallel.cached_layout import with_cache
 from port_kit.parallel.layout import Layout
 
 #: Largest difference of a module with the cache that reuses nothing from the same module without it.

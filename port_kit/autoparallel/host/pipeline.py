@@ -22,6 +22,7 @@ from port_kit.autoparallel.host.checks import check_host, has_cache, plan_of
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, load_pipeline
 from port_kit.autoparallel.host.request import call_arguments
+from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InputError
 from port_kit.pipeline.inputs import to_client_error
 
@@ -62,10 +63,10 @@ class HostPipeline(nn.Module):
         steps = self.index.parameters.get("num_inference_steps")
         self.default_num_inference_steps: int | None = None if steps is None else steps.default
         self.adapted: dict[str, Adapted] = {}
-        plan = plan_of(od_config)
+        plan, port = plan_of(od_config), hosted_port(od_config.model_class_name)
         for name in self.index.denoisers:
             module = build_denoiser(self.index, name, od_config.dtype)
-            self.adapted[name] = Adapted() if plan is None else adapt(module, plan, od_config, name)
+            self.adapted[name] = adapt(module, plan, od_config, name, port.replace if port else None)
             module.register_forward_pre_hook(self._count)
             self.add_module(name, module)
 
@@ -133,10 +134,11 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[
         ParallelError: ``plan_layout``; the plan does not prove the engine's layout.
     """
     check_host(od_config)
+    index = PipelineIndex.read(od_config.model)
 
     def post_process(output: dict[str, Any], sampling_params: Any = None) -> dict[str, Any]:
-        fps = sampling_params.fps or sampling_params.frame_rate if sampling_params is not None else None
+        given = sampling_params.fps or sampling_params.frame_rate if sampling_params is not None else None
         output_type = getattr(sampling_params, "output_type", None)
-        return media.payload(output, fps=fps, output_type=output_type)
+        return media.payload(output, fps=given or index.fps, output_type=output_type)
 
     return post_process

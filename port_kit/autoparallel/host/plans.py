@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from port_kit.autoparallel.cache.layouts import with_cache
 from port_kit.autoparallel.host.checks import PLAN_KEY, check_class, check_layout
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.shipped import check_fresh, local_plan, shipped_plan
 from port_kit.errors import ParallelError
+from port_kit.parallel.cached_layout import with_cache
 from port_kit.parallel.layout import Layout
 
 __all__ = ["PLAN_KEY", "find_plan"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from port_kit.autoparallel.plan import ChannelRule, Plan, TablePlan, UnitGroup, find
+from port_kit.autoparallel.tensor.divided import divide_attribute
 from port_kit.autoparallel.tensor.layers import ShardedConv, ShardedNorm, local_part, sharded_parameter
 from port_kit.autoparallel.tensor.sizes import evaluate
 from port_kit.autoparallel.tree import Arguments, rebuild
@@ -73,7 +74,9 @@ def apply_tensor_parallelism(
     for entry, paths, parts_of in tables:
         for path in paths:
             _slice_table(module.get_submodule(path), path, entry, parts_of[path], applied, rank)
-    _divide(module, plan, ranks)
+    for value in plan.divided:
+        for path, child in find(module, value.module).items():
+            divide_attribute(child, path, value, ranks, code="plan_degree", degree="tensor-parallel")
     return applied
 
 
@@ -265,23 +268,3 @@ class _ArgumentSlicer:
     def _own(self, x: Tensor) -> Tensor:
         parts = self.parts or (x.shape[self.dim] // self.repeat,) * self.repeat
         return local_part(x, self.dim, parts, self.rank, self.ranks)
-
-
-def _divide(module: nn.Module, plan: Plan, ranks: int) -> None:
-    for entry in plan.divided:
-        for path, owner in find(module, entry.module).items():
-            *inner, name = entry.attribute.split(".")
-            target: Any = owner
-            for each in inner:
-                target = getattr(target, each)
-            value = getattr(target, name)
-            numbers = [value] if entry.index is None else list(value)
-            at = entry.index or 0
-            if numbers[at] % ranks:
-                raise ParallelError(
-                    f"{path}: {ranks} tensor-parallel ranks do not divide {entry.attribute} = {numbers[at]}.",
-                    code="plan_degree",
-                    hint=f"use a tensor-parallel size that divides {numbers[at]}",
-                )
-            numbers[at] //= ranks
-            setattr(target, name, numbers[0] if entry.index is None else type(value)(numbers))

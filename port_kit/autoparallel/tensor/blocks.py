@@ -108,4 +108,24 @@ def is_linear(module: nn.Module) -> bool:
 
 def channel_axis(module: nn.Module, x: Tensor) -> int:
     """Return the axis of channels of a linear's input or output."""
-    return x.dim() - 1 - (len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0)
+    if isinstance(module, nn.modules.conv._ConvNd) and not is_channels_last(module):
+        return x.dim() - 1 - len(module.kernel_size)
+    return x.dim() - 1
+
+
+def is_channels_last(conv: nn.Module) -> bool:
+    """Return True if a convolution's class reads channels from the last axis, as found by a call with zeros."""
+    assert isinstance(conv, nn.modules.conv._ConvNd)
+    if type(conv).forward in _CHANNELS_FIRST:
+        return False
+    # sizes that cannot be mistaken for the channels
+    spatial = (conv.in_channels + reach for reach in conv.kernel_size)
+    probe = conv.weight.new_zeros(1, *spatial, conv.in_channels)
+    try:
+        with torch.no_grad():
+            return bool(type(conv).forward(conv, probe).shape[-1] == conv.out_channels)
+    except RuntimeError:  # the last axis does not hold the channels
+        return False
+
+
+_CHANNELS_FIRST = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

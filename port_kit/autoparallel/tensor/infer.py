@@ -28,6 +28,7 @@ from port_kit.autoparallel.plan import (
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.autoparallel.tensor.analyze import BlockSplit, analyze_block
 from port_kit.autoparallel.tensor.blocks import Arguments, BlockCalls, is_linear, observe_blocks, structure
+from port_kit.autoparallel.tensor.divided import Place, index_of
 from port_kit.autoparallel.tensor.groups import Segment
 from port_kit.autoparallel.tensor.sizes import fit, numbers
 from port_kit.autoparallel.tensor.trial import record
@@ -192,7 +193,8 @@ class _Writer:
             rules = self._rules(segments, [one.split.groups.axes[axis] for one in self.seen], "")
             sections.tables.append(self._table(axis, rules))
         sections.divided += [
-            DividedValue(module=self._module(n.module), attribute=n.attribute, index=n.index) for n in self._values()
+            DividedValue(module=self._module(n.module), attribute=n.attribute, index=index_of(n.place))
+            for n in self._values()
         ]
 
     def _module(self, path: str) -> str:
@@ -249,10 +251,10 @@ class _Writer:
 
     def _values(self) -> tuple[Number, ...]:
         """Return the numbers to divide that are correct in all configurations."""
-        choices = dict.fromkeys(tuple((n.module, n.attribute, n.index) for n in one.split.values) for one in self.seen)
+        choices = dict.fromkeys(tuple((n.module, n.attribute, n.place) for n in one.split.values) for one in self.seen)
         for choice in choices:
             if all(map(lambda one, choice=choice: _correct(one, choice), self.seen)):  # type: ignore[misc]
-                return tuple(Number(module, attribute, index, 0) for module, attribute, index in choice)
+                return tuple(Number(module, attribute, place, 0) for module, attribute, place in choice)
         raise _NoRule(f"no set of divided values is correct in all configurations: {list(choices)}")
 
 
@@ -261,11 +263,11 @@ def _common_module(paths: Sequence[str]) -> str:
     return ".".join(parts)
 
 
-def _correct(seen: _Seen, choice: Sequence[tuple[str, str, int | None]]) -> bool:
+def _correct(seen: _Seen, choice: Sequence[tuple[str, str, Place]]) -> bool:
     """Return True if dividing these numbers is correct for 2 ranks, and for as many as there are units."""
     groups = seen.split.groups
     recording = record(seen.block, seen.given, groups)
-    chosen = [Number(module, attribute, index, 0) for module, attribute, index in choice]
+    chosen = [Number(module, attribute, place, 0) for module, attribute, place in choice]
     most = min(groups.counts, default=1)
     degrees = [ranks for ranks in (2, 4) if most % ranks == 0]
     return all(run_trials(seen.block, seen.given, groups, recording, chosen, ranks) is None for ranks in degrees)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
+from port_kit.autoparallel.tensor.blocks import is_channels_last
 from port_kit.autoparallel.tensor.norms import norm_eps
 from port_kit.parallel.linear import sum_over_ranks
 from port_kit.parallel.norm import rms_norm, square_sums
@@ -49,30 +52,42 @@ class ShardedConv(nn.Module):
         role: split by output, by input (its output is all-reduced), or by output and all-gathered.
         parts: sizes of the parts of the split channels.
         rank, ranks: of the tensor-parallel group.
+
+    Attributes:
+        replaces: class of the convolution.
+        channels_last: it reads channels from the last axis.
     """
 
     def __init__(self, plain: nn.Module, role: str, parts: Sequence[int], rank: int, ranks: int) -> None:
         super().__init__()
         assert isinstance(plain, nn.modules.conv._ConvNd)
-        self.role = role
+        self.role, self.replaces = role, type(plain)
+        self.channels_last = is_channels_last(plain)
         # the convolution's own code is used with a weight of fewer channels
-        self.__dict__["plain"] = plain
+        self.__dict__["plain"] = own = copy.copy(plain)
+        own._parameters = dict(plain._parameters)
         self.weight = sharded_parameter(plain.weight, int(role == "row"), rank, ranks)
         self.bias = None
         if plain.bias is not None:
             whole = nn.Parameter(torch.empty_like(plain.bias), requires_grad=False)
             self.bias = whole if role == "row" else sharded_parameter(plain.bias, 0, rank, ranks)
+        if role == "row":
+            own.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve this rank's channels."""
         plain: Any = self.__dict__["plain"]
-        if self.role != "row":
-            local = plain._conv_forward(x, self.weight, self.bias)
-            return local if self.role == "column" else tensor_model_parallel_all_gather(local.contiguous(), 1)
-        total = tensor_model_parallel_all_reduce(plain._conv_forward(x, self.weight, None))
+        own = {"weight": self.weight} if plain.bias is None else {"weight": self.weight, "bias": self.bias}
+        local = functional_call(plain, own, (x,))
+        axis = -1 if self.channels_last else -1 - len(plain.kernel_size)
+        if self.role == "column":
+            return local
+        if self.role == "gathered":
+            return tensor_model_parallel_all_gather(local.contiguous(), axis)
+        total = tensor_model_parallel_all_reduce(local)
         if self.bias is None:
             return total
-        return total + self.bias.reshape(-1, *(1 for _ in plain.kernel_size))
+        return total + (self.bias if self.channels_last else self.bias.reshape(-1, *(1 for _ in plain.kernel_size)))
 
 
 class ShardedNorm(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from port_kit.autoparallel.tensor.blocks import Arguments, copy_arguments
+from port_kit.autoparallel.tensor.divided import Place, places, with_divided
 from port_kit.autoparallel.tensor.groups import Groups
 from port_kit.autoparallel.tensor.sizes import is_number, is_plain_object
 from port_kit.autoparallel.tensor.trial import Failure, Recording, record, try_rank
@@ -35,13 +36,13 @@ class Number:
     Attributes:
         module: path of the module in the block.
         attribute: name, with a dot if the owner is an object of the module, such as ``processor.heads``.
-        index: entry of a tuple or list; None for a plain number.
+        place: entry of nested tuples or lists; empty for a plain number.
         value: what was read.
     """
 
     module: str
     attribute: str
-    index: int | None
+    place: Place
     value: int
 
     def owner(self, block: nn.Module) -> tuple[Any, str]:
@@ -86,12 +87,7 @@ def divided_values(block: nn.Module, chosen: Sequence[Number], ranks: int) -> di
     values: dict[tuple[Any, str], Any] = {}
     for number in chosen:
         key = number.owner(block)
-        before = values.get(key, getattr(*key))
-        if number.index is None:
-            values[key] = before // ranks
-        else:
-            items = [item // ranks if i == number.index else item for i, item in enumerate(before)]
-            values[key] = type(before)(items)
+        values[key] = with_divided(values.get(key, getattr(*key)), number.place, ranks)
     return values
 
 
@@ -145,17 +141,14 @@ def read_numbers(block: nn.Module, given: Arguments) -> list[Number]:
             block(*args, **kwargs)
     numbers: list[Number] = []
     for module, attribute in seen:
-        owner, name = Number(module, attribute, None, 0).owner(block)
-        value = getattr(owner, name)
-        if is_number(value):
-            numbers.append(Number(module, attribute, None, value))
-        elif isinstance(value, (tuple, list)):
-            numbers += [Number(module, attribute, i, item) for i, item in enumerate(value) if is_number(item)]
+        owner, name = Number(module, attribute, (), 0).owner(block)
+        entries = places(getattr(owner, name))
+        numbers += [Number(module, attribute, place, item) for place, item in entries if is_number(item)]
     return numbers
 
 
 def _has_number(value: Any) -> bool:
-    return is_number(value) or isinstance(value, (tuple, list)) and any(map(is_number, value))
+    return any(is_number(item) for _, item in places(value))
 
 
 @contextmanager

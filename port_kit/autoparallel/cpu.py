@@ -1,0 +1,74 @@
+"""Tiny instances of code that was written for GPUs, on a CPU.
+
+Devices of CUDA stand for the CPU, helpers that refuse a CPU are replaced by ones that compute the same, and
+``torch.compile`` does nothing. Only inference and proofs use this; plans that are applied do not.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from port_kit.autoparallel.attention_functions import recognize
+from port_kit.autoparallel.attention_packages import flash_attention
+from port_kit.autoparallel.observe import block_paths
+from port_kit.autoparallel.subject import ModelScale, Subject
+
+
+def on_cpu(subject: Subject) -> Subject:
+    """Return a subject whose module runs on a CPU."""
+    torch.compiler.set_stance("force_eager")
+    warnings.filterwarnings("ignore", message="CUDA is not available")  # of autocast
+
+    def build(scale: ModelScale) -> nn.Module:
+        model = subject.build(scale)
+        replace_gpu_helpers(model)
+        for module in (model, *map(model.get_submodule, block_paths(model))):
+            module.register_forward_pre_hook(_enter)
+            module.register_forward_hook(_leave, always_call=True)
+        return model
+
+    return replace(subject, build=build)
+
+
+def replace_gpu_helpers(model: nn.Module) -> None:
+    """Replace attention helpers that refuse a CPU in the modules of a model's classes."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        namespace = vars(sys.modules[name])
+        for key, value in list(namespace.items()):
+            if getattr(value, "__name__", "") == "flash_attention" and recognize(value) is not None:
+                namespace[key] = flash_attention
+
+
+class CudaAsCpu(TorchFunctionMode):
+    """Mode of torch in which devices of CUDA stand for the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function with the CPU in place of CUDA."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _as_cpu(kwargs["device"])}
+        if func is torch.Tensor.to:
+            args = tuple(map(_as_cpu, args))
+        return func(*args, **kwargs)
+
+
+def _as_cpu(value: Any) -> Any:
+    is_cuda = isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"
+    return torch.device("cpu") if is_cuda else value
+
+
+def _enter(_module: nn.Module, _args: Any) -> None:
+    CudaAsCpu().__enter__()
+
+
+def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+    torch.overrides._pop_mode()
