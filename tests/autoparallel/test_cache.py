@@ -12,6 +12,7 @@ from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, disable_cache
 from torch import Tensor, nn
 
 from port_kit.autoparallel.block_lists import list_blocks
+from port_kit.autoparallel.cache.adapter import cached_lists
 from port_kit.autoparallel.cache.infer import with_cache_patterns
 from port_kit.autoparallel.cache.prove import prove_cache
 from port_kit.autoparallel.cache.steps import EVERYTHING, STEPS, cache_enabled, caller, run_cached_steps, run_steps
@@ -166,6 +167,29 @@ def test_the_cache_can_be_disabled_and_configured_again() -> None:
             steps = run_cached_steps(model, call, inputs, backend)
         assert difference(steps.outputs[-1], before[-1]) > CONTROL_FACTOR * TOLERANCE
     assert difference(run_steps(call, inputs)[-1], before[-1]) == 0
+
+
+def test_a_request_that_failed_leaves_no_trace() -> None:
+    """The first spatial block of Latte is called before the list whose decision it follows."""
+    subject, scale = load_subject("LatteTransformer3DModel"), ModelScale(depth=2)
+    plan, model = cached_plan(subject), subject.build(scale)
+    inputs, call = lambda: subject.inputs(TokenScale(), scale), caller(subject, model)
+    expected = call(inputs())
+
+    def fail(*_: Any) -> None:
+        raise InterruptedError
+
+    with cache_enabled(model, plan, EVERYTHING) as backend:
+        run_cached_steps(model, call, inputs, backend, varied=False)
+        hook = model.get_submodule("temporal_transformer_blocks.0").register_forward_hook(fail)
+        with pytest.raises(InterruptedError):
+            call(inputs())
+        hook.remove()
+        region = cached_lists(model).regions["temporal_transformer_blocks"]
+        region.reuse = region.active = True
+        steps = run_cached_steps(model, call, inputs, backend, varied=False)
+    assert max(difference(outputs, expected) for outputs in steps.outputs) <= TOLERANCE
+    assert steps.computed == 8 + 2 * 2
 
 
 def test_more_blocks_than_the_list_has_are_refused() -> None:
