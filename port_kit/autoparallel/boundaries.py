@@ -94,7 +94,11 @@ def shard_tokens(model: nn.Module, plan: Plan, exchange: Exchange, kernel: Kerne
 
 
 def _bound_streams(model: nn.Module, plan: Plan, tokens: Tokens) -> dict[nn.Module, Boundary]:
-    """Shard and gather at blocks, at modules that need all tokens, and at linears around attention."""
+    """Shard and gather at blocks, at modules that need all tokens, and at linears around attention.
+
+    Returns:
+        The boundaries of blocks.
+    """
     boundaries: dict[nn.Module, Boundary] = {}
     for blocks in plan.blocks:
         if blocks.inputs or blocks.outputs:

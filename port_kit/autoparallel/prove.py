@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from port_kit.autoparallel.cache.layouts import split_cache
 from port_kit.autoparallel.cache.prove import prove_cache
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.prove_rank import Measured, Run, run_rank, run_single
@@ -29,6 +28,7 @@ from port_kit.autoparallel.results import (
 )
 from port_kit.autoparallel.subject import OTHER_SCALES, ModelScale, Subject
 from port_kit.errors import PortKitError
+from port_kit.parallel.cached_layout import split_cache
 from port_kit.parallel.layout import Layout
 
 #: Layouts of 1, 2 and 4 ranks.

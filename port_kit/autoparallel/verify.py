@@ -17,6 +17,7 @@ import torch
 from port_kit.autoparallel.boundaries import ShardedModel
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.ports import plan_file
+from port_kit.parallel.cached_layout import split_cache
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.memory import local_bytes
 from port_kit.port import Port
@@ -135,8 +136,9 @@ def _prepare() -> None:
 
 
 def proven_layouts(port: Port) -> list[str]:
-    """Return the layouts that the plan of a port proves, in the order of the plan."""
-    return list(dict.fromkeys(proof.layout for proof in Plan.load(plan_file(port)).proofs))
+    """Return the layouts that the plan of a port proves, without those with Cache-DiT."""
+    proofs = Plan.load(plan_file(port)).proofs
+    return list(dict.fromkeys(proof.layout for proof in proofs if not split_cache(proof.layout)[0]))
 
 
 def _work(pipeline: Any) -> Work:

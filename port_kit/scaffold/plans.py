@@ -8,7 +8,7 @@ from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.prove import DEFAULT_LAYOUTS
 from port_kit.autoparallel.shipped import proven_plan, shipped_plan
 from port_kit.errors import ParallelError, ScaffoldError
-from port_kit.parallel.layout import Layout
+from port_kit.parallel.cached_layout import split_cache
 
 #: Layouts of the generated tests, where the plan proves them.
 TESTED = ("tp2", "ulysses2")
@@ -39,7 +39,7 @@ def plan_of_class(class_name: str, report: Callable[[str], None]) -> Plan:
             findings.append(line.removeprefix(f"{class_name}: "))
 
     plan = proven_plan(class_name, DEFAULT_LAYOUTS, report=note)
-    if not any(set(Layout.parse(proof.layout).degrees) - {"cfg"} for proof in plan.proofs):
+    if not any(set(split_cache(proof.layout)[1].degrees) - {"cfg"} for proof in plan.proofs):
         raise ScaffoldError(
             f"no layout of {class_name} is proven:\n" + "\n".join(f"  - {finding}" for finding in findings),
             code="scaffold_unsupported",

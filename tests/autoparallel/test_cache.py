@@ -12,8 +12,8 @@ from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, disable_cache
 from torch import Tensor, nn
 
 from port_kit.autoparallel.block_lists import list_blocks
+from port_kit.autoparallel.cache.adapter import cached_lists
 from port_kit.autoparallel.cache.infer import with_cache_patterns
-from port_kit.autoparallel.cache.layouts import split_cache, with_cache
 from port_kit.autoparallel.cache.prove import prove_cache
 from port_kit.autoparallel.cache.steps import EVERYTHING, STEPS, cache_enabled, caller, run_cached_steps, run_steps
 from port_kit.autoparallel.plan import Blocks, CacheState, Plan
@@ -23,6 +23,7 @@ from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale, load_subject
 from port_kit.autoparallel.tensor.blocks import observe_blocks
 from port_kit.errors import ParallelError
+from port_kit.parallel.cached_layout import split_cache, with_cache
 from port_kit.parallel.layout import Layout
 
 
@@ -168,6 +169,29 @@ def test_the_cache_can_be_disabled_and_configured_again() -> None:
     assert difference(run_steps(call, inputs)[-1], before[-1]) == 0
 
 
+def test_a_request_that_failed_leaves_no_trace() -> None:
+    """The first spatial block of Latte is called before the list whose decision it follows."""
+    subject, scale = load_subject("LatteTransformer3DModel"), ModelScale(depth=2)
+    plan, model = cached_plan(subject), subject.build(scale)
+    inputs, call = lambda: subject.inputs(TokenScale(), scale), caller(subject, model)
+    expected = call(inputs())
+
+    def fail(*_: Any) -> None:
+        raise InterruptedError
+
+    with cache_enabled(model, plan, EVERYTHING) as backend:
+        run_cached_steps(model, call, inputs, backend, varied=False)
+        hook = model.get_submodule("temporal_transformer_blocks.0").register_forward_hook(fail)
+        with pytest.raises(InterruptedError):
+            call(inputs())
+        hook.remove()
+        region = cached_lists(model).regions["temporal_transformer_blocks"]
+        region.reuse = region.active = True
+        steps = run_cached_steps(model, call, inputs, backend, varied=False)
+    assert max(difference(outputs, expected) for outputs in steps.outputs) <= TOLERANCE
+    assert steps.computed == 8 + 2 * 2
+
+
 def test_more_blocks_than_the_list_has_are_refused() -> None:
     subject = subject_of()
     model = subject.build(ModelScale())
@@ -196,8 +220,8 @@ def test_shipped_plans_are_proven_with_ulysses(name: str) -> None:
         assert result.control is not None and result.control >= CONTROL_FACTOR * TOLERANCE
         assert result.reconstruction is not None and result.reconstruction <= TOLERANCE
         assert result.skipped == pytest.approx(1 / 3)
-    assert alone.difference == 0
-    assert sum(with_ulysses.exchanges.values()) > 0
+    assert alone.difference is not None and alone.difference <= 1e-6
+    assert set(with_ulysses.exchanges) - {"local"}
     assert alone.reused == with_ulysses.reused
     assert any(count for count in alone.reused.values())
 

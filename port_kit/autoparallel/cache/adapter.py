@@ -37,6 +37,11 @@ class CachedLists:
     boundaries: Mapping[nn.Module, Boundary]
     regions: dict[str, Region] = field(default_factory=dict)
 
+    def reset(self, *_: Any) -> None:
+        """Leave all regions at the start of a forward: the one before may have failed inside of one."""
+        for region in self.regions.values():
+            region.active = False
+
     def install(self, model: nn.Module, name: str, context: str, manager: Any) -> None:
         """Call the blocks of a list, and of those that follow it, through one region."""
         leader = self.lists[name]
@@ -97,7 +102,9 @@ def declare_cache(model: nn.Module, plan: Plan, boundaries: Mapping[nn.Module, B
     for blocks in lists.values():
         find(model, blocks.modules)
     followers = tuple(blocks for blocks in plan.blocks if blocks.cache_with)
-    setattr(model, _LISTS, CachedLists(lists, followers, boundaries or {}))
+    cached = CachedLists(lists, followers, boundaries or {})
+    model.register_forward_pre_hook(cached.reset)
+    setattr(model, _LISTS, cached)
     model._cache_dit_adapter_config = CacheDiTAdapterConfig(  # type: ignore[assignment]
         block_forward_patterns={name: ForwardPattern[blocks.cache_pattern] for name, blocks in lists.items()},
         cached_adapter_cls=PlanAdapter,

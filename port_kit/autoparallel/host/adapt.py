@@ -10,6 +10,8 @@ from torch import nn
 
 from port_kit.autoparallel.block_lists import declare_hsdp
 from port_kit.autoparallel.boundaries import ShardedModel
+from port_kit.autoparallel.cache.adapter import declare_cache
+from port_kit.autoparallel.host.checks import has_cache
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.replace import replace_modules
 from port_kit.autoparallel.sequence import apply_tokens
@@ -48,8 +50,8 @@ def adapt(
         replace: ``{pattern of modules: "module:Class"}``.
 
     Raises:
-        ParallelError: ``plan_degree``, ``plan_pattern``; the module lacks what the plan names, or its sizes do not
-            divide. ``plan_replace``; a hand-written module does not fit.
+        ParallelError: ``plan_degree``, ``plan_pattern``, ``plan_cache``; the module lacks what the plan names, or its
+            sizes do not divide. ``plan_replace``; a hand-written module does not fit.
     """
     parallel, rules = od_config.parallel_config, SAME_NAMES
     if plan is not None and parallel.tensor_parallel_size > 1:
@@ -60,4 +62,6 @@ def adapt(
     sharded = apply_tokens(module, plan)
     if parallel.use_hsdp:
         declare_hsdp(module, plan)
+    if has_cache(od_config.cache_backend):
+        declare_cache(module, plan, sharded.boundaries)
     return Adapted(rules, sharded)

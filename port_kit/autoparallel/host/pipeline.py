@@ -17,7 +17,8 @@ from vllm_omni.diffusion.distributed.utils import get_local_device
 from port_kit.autoparallel.cfg import OmniGuidanceGroup, SpreadGuidance, spread_guidance
 from port_kit.autoparallel.host import media
 from port_kit.autoparallel.host.adapt import Adapted, adapt
-from port_kit.autoparallel.host.checks import check_host, plan_of
+from port_kit.autoparallel.host.caching import separate_branches
+from port_kit.autoparallel.host.checks import check_host, has_cache, plan_of
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, load_pipeline
 from port_kit.autoparallel.host.request import call_arguments
@@ -38,6 +39,7 @@ class HostPipeline(nn.Module):
         adapted: what the plan changed in each denoiser.
         pipeline: the diffusers pipeline; set by :meth:`load_weights`.
         guidance: guidance spread over ranks; None on one rank.
+        default_num_inference_steps: steps of a request that gives none; vLLM-Omni clears the cache only if it knows.
         computed: calls of the denoisers without spread guidance; for tests and reports.
     """
 
@@ -58,6 +60,8 @@ class HostPipeline(nn.Module):
         self.guidance: SpreadGuidance | None = None
         self.pipeline: Any = None
         self.computed = 0.0
+        steps = self.index.parameters.get("num_inference_steps")
+        self.default_num_inference_steps: int | None = None if steps is None else steps.default
         self.adapted: dict[str, Adapted] = {}
         plan, port = plan_of(od_config), hosted_port(od_config.model_class_name)
         for name in self.index.denoisers:
@@ -86,6 +90,8 @@ class HostPipeline(nn.Module):
                 self.add_module(name, component)
                 decodes = "vae" in name or name == "vocoder"
                 (self._vae_modules if decodes else self._encoder_modules).append(name)
+        if has_cache(config.cache_backend):
+            separate_branches(self.pipeline, denoisers)
         if config.parallel_config.cfg_parallel_size > 1:
             keeps_pace = bool(config.parallel_config.use_hsdp)
             self.guidance = spread_guidance(self.pipeline, denoisers, OmniGuidanceGroup(), keeps_pace=keeps_pace)
