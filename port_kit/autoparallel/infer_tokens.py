@@ -90,6 +90,8 @@ class _Search:
         self.single: list[Trace] = [run_once(model, inputs) for inputs in self.inputs]
         self.tried: set[str] = set()
         self.reason = "no list of blocks with attention returns tokens of the output"
+        if not observed.runs[0].calls:
+            self.reason = "no block is called; code outside of the blocks calls their modules"
 
     def run(self) -> TokenInference:
         """Return the first choice that agrees; without one, the cheapest of all amended choices."""
