@@ -213,7 +213,10 @@ def _rebind(module: nn.Module, chain: Sequence[str], router: SiteRouter) -> None
     rest = chain[chain.index(last) + 1 :]
     if "." not in last:
         method = getattr(module, last)
-        setattr(module, last, MethodType(_overlay(method.__func__, rest, router), module))
+        replaced = MethodType(_overlay(method.__func__, rest, router), module)
+        stored = [name for name, value in vars(module).items() if value == method]  # chosen by the constructor
+        for name in (last, *stored):
+            setattr(module, name, replaced)
         return
     attribute, _, name = last.rpartition(".")
     owner = copy.copy(getattr(module, attribute))
