@@ -25,9 +25,9 @@ from port_kit.autoparallel.diffusers_cases import CASES
 from port_kit.errors import PortKitError
 
 #: Layouts of 2 ranks, and combinations of 4.
-LAYOUTS = ("ulysses2", "ring2", "tp2", "hsdp2", "cfg2", "ulysses4", "tp2xulysses2", "hsdp2xcfg2")
+LAYOUTS = ("ulysses2", "ring2", "tp2", "hsdp2", "cfg2", "ulysses4", "tp2xulysses2", "hsdp2xcfg2", "cache_dit")
 #: Goals of the project per column of the table.
-GOALS = {"ulysses2": 56, "ring2": 48, "tp2": 56, "hsdp2": 60, "cache": 45}
+GOALS = {"ulysses2": 56, "ring2": 48, "tp2": 56, "hsdp2": 60, "cache_dit": 45}
 #: Largest part of the bytes of blocks per rank that counts as tensor parallelism over two ranks.
 BLOCK_BYTES = 0.6
 
@@ -83,8 +83,7 @@ def cover(names: Sequence[str], options: argparse.Namespace) -> None:
 def cover_class(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Infer and prove the plan of one class."""
     from port_kit.autoparallel.infer import infer_plan
-    from port_kit.autoparallel.prove import Prover
-    from port_kit.parallel.layout import Layout
+    from port_kit.autoparallel.prove import prove_plan
 
     subject = CASES[name]()
     started = time.monotonic()
@@ -93,17 +92,16 @@ def cover_class(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.plans:
         options.plans.mkdir(parents=True, exist_ok=True)
         (options.plans / f"{name}.toml").write_text(plan.to_toml(), encoding="utf-8")
-    prover = Prover(subject, plan)
-    results = [prover.prove(Layout.parse(layout)) for layout in options.layouts or LAYOUTS]
+    results = prove_plan(subject, plan, options.layouts or LAYOUTS)
     return {
         "error": "",
         "inference_seconds": round(inferred - started, 1),
         "refused": {refusal.kind: refusal.reason for refusal in plan.refused},
         "whole": {whole.module: whole.reason for whole in plan.whole},
         "attention": dict(Counter(site.at for site in plan.attention)),
-        "cache": sorted({blocks.cache_pattern for blocks in plan.blocks if blocks.cache_pattern}),
+        "cache": {blocks.modules: blocks.cache_pattern for blocks in plan.blocks if blocks.cache_pattern},
+        "cache_findings": {blocks.modules: blocks.cache_reason for blocks in plan.blocks if blocks.cache_reason},
         "lists": [blocks.modules for blocks in plan.blocks],
-        "bfloat16_error": prover.low_error,
         "results": [result.to_json() for result in results],
     }
 
@@ -137,8 +135,6 @@ def counts(record: Mapping[str, Any]) -> set[str]:
     tensor = by_layout(record).get("tp2", {}).get("block_bytes")
     if tensor is None or tensor > BLOCK_BYTES:
         found.discard("tp2")
-    if record.get("cache"):
-        found.add("cache")
     return found
 
 
@@ -153,7 +149,7 @@ def summary(records: Mapping[str, Mapping[str, Any]]) -> str:
 def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table of all classes."""
     layouts = list(dict.fromkeys(name for record in records.values() for name in by_layout(record)))
-    head = ["class", *layouts, "Cache-DiT", "modules on all tokens"]
+    head = ["class", *layouts, "modules on all tokens"]
     rows = [head, ["---"] * len(head), *(_row(name, records[name], layouts) for name in sorted(records))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{summary(records)}\n\n{table}\n"
@@ -162,22 +158,19 @@ def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
 def _row(name: str, record: Mapping[str, Any], layouts: Iterable[str]) -> list[str]:
     results = by_layout(record)
     cells = [_cell(record, results[layout]) if layout in results else "error" for layout in layouts]
-    return [
-        name,
-        *cells,
-        ", ".join(record.get("cache", ())),
-        ", ".join(f"`{path}`" for path in record.get("whole", ())),
-    ]
+    return [name, *cells, ", ".join(f"`{path}`" for path in record.get("whole", ()))]
 
 
 def _cell(record: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Return the part of the work per rank of a proven layout: tokens, or bytes of blocks."""
+    """Return the part of the work per rank of a proven layout (tokens, bytes of blocks), or the cache patterns."""
     if not result["proven"]:
         return "refused" if result["reason"].startswith("refused") else "no"
     kinds = result["layout"]
     shares = []
     if any(kind in kinds for kind in ("ulysses", "ring", "allgather")) and result["tokens"] is not None:
         shares.append(f"{result['tokens']:.2f}")
+    if kinds.startswith("cache_dit"):
+        shares.append(", ".join(dict.fromkeys(pattern[-1] for pattern in record["cache"].values())))
     if any(kind in kinds for kind in ("tp", "hsdp")) and result["block_bytes"] is not None:
         shares.append(f"{result['block_bytes']:.2f}")
     return " / ".join(shares) or "yes"

@@ -26,21 +26,26 @@ TOLERANCE = 2e-5
 
 def measure(name: str, layouts: list[str], plans: Path) -> dict[str, Any]:
     """Return the row of one pipeline; the work of a child process."""
+    from port_kit.autoparallel.host.checks import PLAN_KEY
     from port_kit.autoparallel.host.index import PipelineIndex
     from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
-    from port_kit.autoparallel.tiny_pipelines.prove import compare
+    from port_kit.autoparallel.verify import compare
+    from port_kit.runtime.hosts import host_of
+    from port_kit.testing.workers import Request
 
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
         path = write_pipeline(name, CASES[name], Path(folder) / "model")
         index = PipelineIndex.read(path)
         denoiser = index.components[index.denoisers[0]]
         plan = plans / f"{denoiser}.toml"
-        found = compare(name, path, layouts, plan=plan if plan.is_file() else None)
+        additional = {PLAN_KEY: str(plan)} if plan.is_file() else {}
+        config = {"model_class_name": host_of(index.output_type), "additional_config": additional}
+        found = list(compare(path, Request(*CASES[name].request()), layouts, config))
     return {
         "pipeline": name,
         "class": denoiser,
         "output": index.output_type,
-        "layouts": {layout: asdict(comparison) for layout, comparison in found.items()},
+        "layouts": {comparison.layout: asdict(comparison) for comparison in found},
     }
 
 

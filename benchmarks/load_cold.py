@@ -224,11 +224,11 @@ def step(model: Any, device: Any, dtype: Any) -> None:
 
     config = model.config
     given = {
-        "video": draw(1, config.video_channels, 3, 4, 4),
-        "audio": draw(1, 10 + 31, config.audio_channels),
+        "video": draw(1, config.video.in_channels, 3, 4, 4),
+        "audio": draw(1, 10 + 31, config.audio.in_channels),
         "timestep": torch.tensor(500, device=device),
-        "video_text": TextContext(draw(1, 20, config.text_dim)),
-        "audio_text": TextContext(draw(1, 20, config.text_dim)),
+        "video_text": TextContext(draw(1, 20, config.video.text_dim)),
+        "audio_text": TextContext(draw(1, 20, config.audio.text_dim)),
         "video_reference_frames": 1,
         "audio_reference_lengths": (31,),
     }

@@ -104,6 +104,10 @@ class Port:
         output_tolerance: largest absolute difference between outputs of the tiny model on N ranks and on one; decoders
             amplify rounding. Of integer outputs, beyond one count.
         card: path of the port's card in the repository.
+        plan: file in the package with the parallel plan of an unmodified transformer; empty if the port's own code is
+            parallel.
+        replace: hand-written modules of a transformer with a plan, ``{pattern of modules: "module:Class"}``; see
+            :mod:`port_kit.autoparallel.replace`.
     """
 
     name: str
@@ -126,6 +130,8 @@ class Port:
     parallel: Mapping[str, Any] = field(default_factory=lambda: {"num_inference_steps": 1})
     output_tolerance: float = 5e-3
     card: str = ""
+    plan: str = ""
+    replace: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         usual = {
@@ -133,6 +139,8 @@ class Port:
             "recipe": f"{self.package}.recipe:RECIPE",
             "tiny_model": f"{self.package}.config:TINY",
         }
+        if self.plan:
+            usual["post_process"] = "port_kit.autoparallel.planned:get_post_process_func"
         _fill_in(self, usual, self.package, f"port {self.name}")
         module = self.recipe.partition(":")[0]
         variants = {name: entry if ":" in entry else f"{module}:{entry}" for name, entry in self.variants.items()}
@@ -156,7 +164,44 @@ class Port:
         )
 
 
-def _fill_in(declared: object, usual: Mapping[str, str], package: str, title: str) -> None:
+#: Modules of the kit that run pipelines of diffusers.
+_HOST, _TINY = "port_kit.autoparallel.host", "port_kit.autoparallel.tiny_pipelines.port"
+
+
+@dataclass(frozen=True)
+class HostedPort(Port):
+    """A port that runs a pipeline of diffusers unchanged; a plan adapts its denoisers.
+
+    The package needs no code of its own: the pipeline, the rules and the tiny model are the kit's unless they are
+    given.
+
+    Attributes:
+        components: default: the denoisers, with the configurations of the package.
+        parallel: as in :class:`Port`.
+        plan: as in :class:`Port`.
+        hosted: class of the pipeline in diffusers (``LTXPipeline``).
+        denoisers: components that guidance calls.
+    """
+
+    components: tuple[Component, ...] = ()
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    plan: str = "plan.toml"
+    hosted: str = ""
+    denoisers: tuple[str, ...] = ("transformer",)
+
+    def __post_init__(self) -> None:
+        build, rules = f"{_HOST}.loading:build_component", f"{_HOST}.adapt:SAME_NAMES"
+        usual = {
+            "components": tuple(Component(name, self.package, build, rules) for name in self.denoisers),
+            "pipeline": f"{_HOST}.pipeline:PortKit{self.output_type.capitalize()}Pipeline",
+            "post_process": f"{_HOST}.pipeline:get_post_process_func",
+            "tiny_model": f"{_TINY}:tiny_model",
+        }
+        _fill_in(self, usual, self.package, f"port {self.name}")
+        super().__post_init__()
+
+
+def _fill_in(declared: object, usual: Mapping[str, object], package: str, title: str) -> None:
     """Give the empty entries of a frozen dataclass their usual values."""
     missing = [name for name in usual if not getattr(declared, name)]
     if missing and not package:

@@ -1,4 +1,4 @@
-"""Application of the sequence-parallel part of a plan: hooks at block boundaries, and rebound attention calls."""
+"""Application of the streams and attention calls of a plan: hooks at block boundaries, and rebound attention calls."""
 
 from __future__ import annotations
 
@@ -12,9 +12,37 @@ from torch import nn
 from port_kit.autoparallel.exchange import Exchange
 from port_kit.autoparallel.linear_sites import bind_linears
 from port_kit.autoparallel.plan import AttentionSite, Blocks, Plan, TokenAxis, WholeModule, find
-from port_kit.autoparallel.sites import Kernel, SiteRouter, bind_sites
+from port_kit.autoparallel.rebinding import Rebinder
+from port_kit.autoparallel.sites import Kernel, SiteRouter
 from port_kit.autoparallel.tokens import Tokens, pad
 from port_kit.autoparallel.tree import Arguments
+
+
+@dataclass
+class Boundary:
+    """Hooks of one block that shard its arguments and gather its outputs.
+
+    Attributes:
+        enter: returns the positional and keyword arguments, sharded; takes the block and both.
+        leave: returns the output, gathered; takes the block, its arguments and the output. None if tokens stay sharded.
+        lifted: the caller of the block runs the hooks around a larger region.
+    """
+
+    enter: Callable[..., Any]
+    leave: Callable[..., Any] | None
+    lifted: bool = False
+
+    def register(self, block: nn.Module) -> None:
+        """Run the hooks at each call of a block, unless they are lifted."""
+
+        def enter(*given: Any) -> Any:
+            return None if self.lifted else self.enter(*given)
+
+        def leave(*given: Any) -> Any:
+            return None if self.lifted or self.leave is None else self.leave(*given)
+
+        block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        block.register_forward_hook(leave)
 
 
 @dataclass
@@ -24,10 +52,12 @@ class ShardedModel:
     Attributes:
         tokens: state of the current forward.
         routers: replaced attention calls by module path.
+        boundaries: hooks by block.
     """
 
     tokens: Tokens
     routers: dict[str, list[SiteRouter]]
+    boundaries: dict[nn.Module, Boundary]
 
     def exchanges(self) -> dict[str, int]:
         """Return the number of attention calls by kind of exchange."""
@@ -39,47 +69,62 @@ class ShardedModel:
 
 
 def shard_tokens(model: nn.Module, plan: Plan, exchange: Exchange, kernel: Kernel | None = None) -> ShardedModel:
-    """Apply the sequence-parallel part of a plan to a module, in place.
+    """Shard the token streams of a module, in place, and route its attention calls.
 
     Args:
         model: module whose blocks the plan names.
         plan: the plan.
-        exchange: ranks that shard tokens.
-        kernel: unmasked attention over sharded tokens; None to exchange heads or keys around the module's own call.
+        exchange: ranks that shard tokens; with one rank, only the attention calls change.
+        kernel: attention of the engine; None to exchange heads or keys around the module's own call.
 
     Raises:
         ParallelError: ``plan_pattern``; the module lacks what the plan names.
     """
     tokens = Tokens(exchange)
     model.register_forward_pre_hook(lambda *_: tokens.reset(), prepend=True)
-    for blocks in plan.blocks:
-        if blocks.inputs or blocks.outputs:
-            _bound_blocks(model, blocks, tokens)
-    for whole in plan.whole:
-        for module in find(model, whole.module).values():
-            (_exchange_halo if whole.halo else _run_whole)(module, whole, tokens)
+    boundaries = _bound_streams(model, plan, tokens) if exchange.world > 1 else {}
+    rebinder = Rebinder(model)
     routers: dict[str, list[SiteRouter]] = {}
     kernel_sites = [site for site in plan.attention if site.at == "kernel"]
     for (pattern, _), sites in groupby(sorted(kernel_sites, key=_chain), key=_chain):
         listed = list(sites)
         for path in find(model, pattern):
-            routers.setdefault(path, []).append(bind_sites(model, path, listed, tokens, kernel))
+            routers.setdefault(path, []).append(rebinder.bind(path, listed, tokens, kernel))
+    return ShardedModel(tokens, routers, boundaries)
+
+
+def _bound_streams(model: nn.Module, plan: Plan, tokens: Tokens) -> dict[nn.Module, Boundary]:
+    """Shard and gather at blocks, at modules that need all tokens, and at linears around attention.
+
+    Returns:
+        The boundaries of blocks.
+    """
+    boundaries: dict[nn.Module, Boundary] = {}
+    for blocks in plan.blocks:
+        if blocks.inputs or blocks.outputs:
+            boundaries |= _bound_blocks(model, blocks, tokens)
+    for whole in plan.whole:
+        for module in find(model, whole.module).values():
+            (_exchange_halo if whole.halo else _run_whole)(module, whole, tokens)
     for site in plan.attention:
         if site.at == "linears":
             bind_linears(model, plan, site, tokens)
-    return ShardedModel(tokens, routers)
+    return boundaries
 
 
 def _chain(site: AttentionSite) -> tuple[str, tuple[str, ...]]:
     return site.module, site.call
 
 
-def _bound_blocks(model: nn.Module, blocks: Blocks, tokens: Tokens) -> None:
+def _bound_blocks(model: nn.Module, blocks: Blocks, tokens: Tokens) -> dict[nn.Module, Boundary]:
     found = list(find(model, blocks.modules).values())
+    boundaries = {}
     for block in found:
-        block.register_forward_pre_hook(_shard_hook(block, blocks.inputs, tokens), with_kwargs=True, prepend=True)
-        if blocks.gather == "each" or (blocks.gather == "last" and block is found[-1]):
-            block.register_forward_hook(_gather_hook(blocks.outputs, tokens))
+        gathers = blocks.gather == "each" or (blocks.gather == "last" and block is found[-1])
+        leave = _gather_hook(blocks.outputs, tokens) if gathers else None
+        boundaries[block] = Boundary(_shard_hook(block, blocks.inputs, tokens), leave)
+        boundaries[block].register(block)
+    return boundaries
 
 
 def _shard_hook(block: nn.Module, axes: Sequence[TokenAxis], tokens: Tokens) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from port_kit.autoparallel.derive import derive
 from port_kit.autoparallel.promise import Group, PendingCall, PendingCalls, Promise, plain, promises
 from port_kit.autoparallel.rows import Rows, row_leaves, take_rows
 from port_kit.errors import ParallelError
@@ -213,19 +214,11 @@ def spread_guidance(
     spread = SpreadGuidance(group, keeps_pace=keeps_pace)
 
     for module in transformers.values():
-        _derive(module, {"__call__": _call(type(module).__call__, spread)})
+        derive(module, {"__call__": _call(type(module).__call__, spread)})
     for scheduler in pipeline.components.values():
         if callable(getattr(scheduler, "step", None)) and hasattr(scheduler, "set_timesteps"):
-            _derive(scheduler, {"step": _step(type(scheduler).step, spread.pending)})
+            derive(scheduler, {"step": _step(type(scheduler).step, spread.pending)})
     return spread
-
-
-def _derive(instance: Any, methods: dict[str, Any]) -> None:
-    """Give an object a subclass of its class that overrides methods and has the same name."""
-    base = type(instance)
-    derived: Any = type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, **methods})
-    derived.__qualname__ = base.__qualname__
-    instance.__class__ = derived
 
 
 def _call(original: Callable[..., Any], spread: SpreadGuidance) -> Callable[..., Any]:

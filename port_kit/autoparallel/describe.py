@@ -61,6 +61,19 @@ def _channels(plan: Plan) -> Iterator[str]:
             yield f"  {name}: {', '.join(dict.fromkeys(entry.module for entry in entries))}"
 
 
+def _cache(plan: Plan) -> Iterator[str]:
+    if any(blocks.cache_pattern for blocks in plan.blocks):
+        yield "Cache-DiT"
+    for blocks in plan.blocks:
+        states = ", ".join(state.input for state in blocks.cache_states)
+        if blocks.cache_pattern:
+            yield f"  {blocks.modules}: {blocks.cache_pattern}, reuses {states}"
+        elif blocks.cache_with:
+            yield f"  {blocks.modules}: with {blocks.cache_with}"
+        elif blocks.cache_reason:
+            yield f"  {blocks.modules}: not reused, {blocks.cache_reason}"
+
+
 def _rest(plan: Plan) -> Iterator[str]:
     units = [blocks.modules for blocks in plan.blocks if blocks.hsdp]
     if units:
@@ -68,6 +81,7 @@ def _rest(plan: Plan) -> Iterator[str]:
     complete = [pattern for blocks in plan.blocks for pattern in blocks.complete]
     if complete:
         yield f"  complete, called from outside of their block: {', '.join(complete)}"
+    yield from _cache(plan)
     for refusal in plan.refused:
         yield f"refused {refusal.kind}: {refusal.reason}"
     for proof in plan.proofs:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from port_kit.autoparallel.block_lists import list_blocks, with_complete_modules
+from port_kit.autoparallel.cache.infer import with_cache_patterns
 from port_kit.autoparallel.infer_tokens import TokenInference, infer_tokens
 from port_kit.autoparallel.plan import Plan, Refusal
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
@@ -46,13 +47,13 @@ def _infer(subject: Subject) -> Plan:
         tokens = infer_tokens(subject, channels)
     except Exception as error:
         tokens = TokenInference(None, [], _reason(error))
+    blocks = list_blocks(model, calls) if tokens.plan is None else tokens.plan.blocks
+    blocks = with_cache_patterns(subject, with_complete_modules(blocks, model, calls))
     if tokens.plan is None:
         refused = (*channels.refused, Refusal(kind="sequence", reason=tokens.reason))
-        blocks = with_complete_modules(list_blocks(model, calls), model, calls)
         return channels.model_copy(update={"refused": refused, "blocks": blocks})
     sections = {name: getattr(tokens.plan, name) for name in ("streams", "attention", "whole")}
-    sections["blocks"] = with_complete_modules(tokens.plan.blocks, model, calls)
-    return channels.model_copy(update=sections)
+    return channels.model_copy(update={**sections, "blocks": blocks})
 
 
 def _require_numbers(subject: Subject, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Attention over sharded tokens through vLLM-Omni's ``Attention``: Ulysses, Ring and AllGather-KV."""
+"""Attention through vLLM-Omni's ``Attention``: Ulysses, Ring and AllGather-KV, or its backend on one rank's tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.config import set_current_diffusion_config
 from vllm_omni.diffusion.distributed.parallel_state import get_sp_group
 from vllm_omni.diffusion.forward_context import get_forward_context
@@ -40,6 +41,11 @@ class StreamAttention(PaddedAttention):
         self._spans = spans
         return self(query, key, value, kv_length)
 
+    def attend_masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Compute attention to the keys for which ``mask`` [B, Sk] is True."""
+        self._spans = self._kv_length = None
+        return Attention.forward(self, query, key, value, AttentionMetadata(attn_mask=mask)).to(query.dtype)
+
     def _run_local_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Tensor:
@@ -49,7 +55,7 @@ class StreamAttention(PaddedAttention):
 
 
 class OmniKernel:
-    """A :data:`~port_kit.autoparallel.sites.Kernel` that builds an attention layer per site and shape.
+    """A :class:`~port_kit.autoparallel.sites.Kernel` that builds an attention layer per site and shape.
 
     Attributes:
         kind: name of the exchange, for counts: ``ulysses``, ``ring``, ``ulysses_ring`` or ``allgather``.
@@ -78,7 +84,9 @@ class OmniKernel:
             return None
         if mask is not None:
             return self._masked(query, key, value, mask, scale, site, tokens)
-        layer = self._layer(query, key, scale, site)
+        layer = self._layer(query, key, scale, (site.module, site.index))
+        if not _supported(layer):
+            return None
         padded = tokens.total(site.keys) != tokens.local_total(site.keys) * tokens.exchange.world
         if not padded:
             return layer.attend(query, key, value, None, None)
@@ -88,6 +96,33 @@ class OmniKernel:
             return None
         key, value = (valid_first(tokens, x, site.keys) for x in (key, value))
         return layer.attend(query, key, value, None, tokens.total(site.keys))
+
+    def local(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor | None:
+        """Return the attention of tokens that this rank holds, by the backend that vLLM-Omni selects for the device.
+
+        Args:
+            query: [B, Sq, N, H].
+            key: [B, Sk, N, H].
+            value: [B, Sk, N, H].
+            mask: broadcasts to [B, N, Sq, Sk]; only a boolean mask of keys is supported.
+            scale: factor of the scores; None is ``H ** -0.5``.
+
+        Returns:
+            [B, Sq, N, H]; None if the backend does not support the operands.
+        """
+        keys_only = mask is None or (
+            mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1
+        )
+        if query.dim() != 4 or value.shape[-1] != query.shape[-1] or not keys_only:
+            return None
+        layer = self._layer(query, key, scale, None)
+        if not _supported(layer):
+            return None
+        if mask is None:
+            return layer(query, key, value)
+        return layer.attend_masked(query, key, value, mask[:, 0, 0].expand(key.shape[0], key.shape[1]))
 
     def _masked(
         self,
@@ -106,20 +141,36 @@ class OmniKernel:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return masked_ring(query, key, value, mask, scale, streams, tokens, get_sp_group().ring_group)
 
-    def _layer(self, query: Tensor, key: Tensor, scale: float | None, site: AttentionSite) -> StreamAttention:
+    def _layer(self, query: Tensor, key: Tensor, scale: float | None, site: tuple[str, int] | None) -> StreamAttention:
+        """Return the layer of a site, or the one for this rank's tokens."""
         heads, kv_heads, size = query.shape[2], key.shape[2], query.shape[3]
-        shape = (site.module, site.index, heads, kv_heads, size, scale)
+        shape = (site, heads, kv_heads, size, scale)
         if shape not in self._layers:
-            self._layers[shape] = _build(heads, kv_heads, size, size**-0.5 if scale is None else scale)
+            self._layers[shape] = _build(
+                heads, kv_heads, size, size**-0.5 if scale is None else scale, local=site is None
+            )
         return self._layers[shape]
 
 
 @torch.compiler.disable
-def _build(heads: int, kv_heads: int, size: int, scale: float) -> StreamAttention:
+def _build(heads: int, kv_heads: int, size: int, scale: float, *, local: bool) -> StreamAttention:
     with set_current_diffusion_config(get_forward_context().omni_diffusion_config):
         return StreamAttention(
-            num_heads=heads, head_size=size, causal=False, softmax_scale=scale, num_kv_heads=kv_heads
+            num_heads=heads,
+            head_size=size,
+            causal=False,
+            softmax_scale=scale,
+            num_kv_heads=kv_heads,
+            # a mask then covers keys only: FlashAttention drops masked queries of self-attention
+            role="cross" if local else "self",
+            skip_sequence_parallel=local,
+            allow_fp32_fallback=True,
         )
+
+
+def _supported(layer: StreamAttention) -> bool:
+    """Return True if the backend of a layer has kernels for its head size."""
+    return layer.attn_backend is not None and layer.attn_backend.supports_head_size(layer.head_size)
 
 
 def valid_spans(tokens: Tokens, streams: Sequence[str]) -> list[Span]:

@@ -60,6 +60,18 @@ class TokenAxis(Section):
     grid: int = 1
 
 
+class CacheState(Section):
+    """A tensor that each block of a list changes and passes to the next one.
+
+    Attributes:
+        input: path of the argument of a block.
+        output: path in the result of a block.
+    """
+
+    input: str
+    output: str
+
+
 class Blocks(Section):
     """A list of blocks between which tokens stay sharded.
 
@@ -72,6 +84,9 @@ class Blocks(Section):
         offload: offload each block as one unit.
         compile: compile each block as one region.
         cache_pattern: forward pattern of Cache-DiT (``Pattern_0`` to ``Pattern_5``), or empty.
+        cache_states: tensors that Cache-DiT reuses, hidden states first.
+        cache_with: pattern of the list whose decision this list follows: calls of both alternate.
+        cache_reason: finding that excludes the list from Cache-DiT.
         complete: modules of blocks that code outside of their block calls; HSDP does not shard their parameters.
     """
 
@@ -83,6 +98,9 @@ class Blocks(Section):
     offload: bool = True
     compile: bool = True
     cache_pattern: str = ""
+    cache_states: tuple[CacheState, ...] = ()
+    cache_with: str = ""
+    cache_reason: str = ""
     complete: tuple[str, ...] = ()
 
 

@@ -86,23 +86,23 @@ def run_rank(subject: Subject, plan: Plan, runs: list[Run], layout: Layout, rank
 
 def _run(subject: Subject, plan: Plan, run: Run, layout: Layout, config: Any) -> Measured:
     model = nn.Module.to(subject.build(run.model), run.dtype)
-    sharded = _apply(model, plan, layout, config, run.dtype)
+    sharded = apply_plan(model, plan, layout, config, run.dtype)
     measured = _measure(subject, plan, run, model, layout)
-    measured.exchanges = sharded.exchanges() if sharded is not None else {}
+    measured.exchanges = sharded.exchanges()
     if run.controls:
         for name, left_out in _controls(layout).items():
             with left_out():
-                measured.controls[name] = _call(subject, model, _inputs(subject, run, INPUTS[0]), layout)
+                measured.controls[name] = _call(subject, model, run_inputs(subject, run, INPUTS[0]), layout)
     return measured
 
 
-def _apply(model: nn.Module, plan: Plan, layout: Layout, config: Any, dtype: torch.dtype) -> ShardedModel | None:
+def apply_plan(model: nn.Module, plan: Plan, layout: Layout, config: Any, dtype: torch.dtype) -> ShardedModel:
     """Apply the parts of a plan that a layout needs."""
     from port_kit.autoparallel.sequence import apply_tokens
 
     if layout.tp > 1:
         _split_channels(model, plan)
-    sharded = apply_tokens(model, plan) if layout.sequence > 1 else None
+    sharded = apply_tokens(model, plan)
     if layout.hsdp > 1:
         _shard_blocks(model, plan, config, dtype)
     return sharded
@@ -139,7 +139,7 @@ def _measure(subject: Subject, plan: Plan, run: Run, model: nn.Module, layout: L
     measured = Measured(block_bytes=_block_bytes(model, plan))
     hooks = [*_count_tokens(model, plan, measured), *_count_rows(model, plan, measured)]
     for tokens in INPUTS:
-        measured.outputs.append(_call(subject, model, _inputs(subject, run, tokens), layout))
+        measured.outputs.append(_call(subject, model, run_inputs(subject, run, tokens), layout))
     for hook in hooks:
         hook.remove()
     return measured
@@ -173,7 +173,7 @@ def _negated(leaf: Any) -> Any:
     return -leaf if torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.dim() > 2 else leaf
 
 
-def _inputs(subject: Subject, run: Run, tokens: TokenScale) -> dict[str, Any]:
+def run_inputs(subject: Subject, run: Run, tokens: TokenScale) -> dict[str, Any]:
     """Return new inputs with floating-point tensors in the run's dtype; a module may change its inputs in place."""
 
     def cast(_path: str, leaf: Any) -> Any:

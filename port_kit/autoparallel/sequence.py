@@ -1,4 +1,4 @@
-"""The sequence-parallel part of a plan on the ranks of an engine."""
+"""Streams and attention calls of a plan on the ranks of an engine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from port_kit.autoparallel.omni_attention import OmniKernel
 from port_kit.autoparallel.plan import Plan
 
 
-def apply_tokens(model: nn.Module, plan: Plan) -> ShardedModel | None:
-    """Apply the sequence-parallel part of a plan with the groups of this engine; None if they have one rank.
+def apply_tokens(model: nn.Module, plan: Plan) -> ShardedModel:
+    """Shard token streams over the sequence-parallel ranks of this engine, and attend with its backend.
 
-    It needs a forward context (``vllm_omni.diffusion.forward_context``), of which it reads the degrees.
+    With one such rank, only the attention backend changes. It needs a forward context
+    (``vllm_omni.diffusion.forward_context``), of which it reads the degrees.
 
     Raises:
         ParallelError: ``plan_pattern``; the module lacks what the plan names.
     """
     parallel = get_forward_context().omni_diffusion_config.parallel_config
-    if (parallel.sequence_parallel_size or 1) == 1:
-        return None
-    return shard_tokens(model, plan, GroupExchange(get_sp_group().device_group), OmniKernel())
+    group = get_sp_group().device_group if (parallel.sequence_parallel_size or 1) > 1 else None
+    return shard_tokens(model, plan, GroupExchange(group), OmniKernel())

@@ -125,19 +125,33 @@ def make_plan(class_name: str, layouts: Sequence[str], folder: Path, *, report: 
     Raises:
         ParallelError: ``plan_subject``, ``plan_inference``.
     """
-    subject = load_subject(class_name)
-    report(f"{class_name}: inferring a plan")
-    plan = infer_plan(subject)
-    report(f"{class_name}: proving {', '.join(layouts)}")
-    results = prove_plan(subject, plan, layouts)
-    for result in results:
-        report(f"{class_name}: {result.layout} {'proven' if result.proven else 'not proven: ' + result.reason}")
-    plan = with_proofs(plan, results).model_copy(update={"fingerprint": fingerprint(plan.module_class)})
+    plan = proven_plan(class_name, layouts, report=report)
     path = folder / f"{class_name}.toml"
     with os_errors_as(path):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(plan.to_toml(), encoding="utf-8")
     return path
+
+
+def proven_plan(reference: str, layouts: Sequence[str], *, report: Callable[[str], None]) -> Plan:
+    """Infer the plan of a subject, and prove it; return it with the proofs of the layouts that could be proven.
+
+    Args:
+        reference: class of diffusers with a case, or ``package.module:function``.
+        layouts: are proven.
+        report: receives a line per step.
+
+    Raises:
+        ParallelError: ``plan_subject``, ``plan_inference``.
+    """
+    subject = load_subject(reference)
+    report(f"{reference}: inferring a plan")
+    plan = infer_plan(subject)
+    report(f"{reference}: proving {', '.join(layouts)}")
+    results = prove_plan(subject, plan, layouts)
+    for result in results:
+        report(f"{reference}: {result.layout} {'proven' if result.proven else 'not proven: ' + result.reason}")
+    return with_proofs(plan, results).model_copy(update={"fingerprint": fingerprint(plan.module_class)})
 
 
 def local_plan(class_name: str, layout: str, *, report: Callable[[str], None]) -> Path:

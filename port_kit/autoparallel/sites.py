@@ -1,35 +1,44 @@
-"""Attention calls of a plan: the functions that make them are rebound per module to exchange tokens and heads.
-
-A function is copied with an overlay of its globals in which the attention function is replaced. Nothing is changed
-outside of the module that owns the call.
-"""
+"""Attention calls of a plan: the exchange of tokens and heads around each."""
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Sequence
-from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from port_kit.autoparallel.attention_functions import (
-    NAMES,
-    PACKAGES,
-    AttentionCall,
-    AttentionFunction,
-    names_in,
-    recognize,
-)
+from port_kit.autoparallel.attention_functions import AttentionCall, AttentionFunction
 from port_kit.autoparallel.plan import AttentionSite
 from port_kit.autoparallel.tokens import WHOLE, Tokens
 from port_kit.errors import ParallelError
 
-#: Computes attention over sharded tokens: (query, key, value, mask, scale, site, tokens). Tensors are [B, S, N, H]; the
-#: mask covers the keys of all ranks. None if it is not supported.
-Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "float | None", AttentionSite, Tokens], "Tensor | None"]
+
+class Kernel(Protocol):
+    """Attention of an engine. Tensors are [B, S, N, H]; both functions return None if they do not support the operands.
+
+    Attributes:
+        kind: name of the exchange, for counts.
+    """
+
+    kind: str
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        site: AttentionSite,
+        tokens: Tokens,
+    ) -> Tensor | None:
+        """Compute attention over sharded tokens; the mask covers the keys of all ranks."""
+
+    def local(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor | None:
+        """Compute attention over tokens that this rank holds."""
 
 
 class SiteRouter:
@@ -40,7 +49,7 @@ class SiteRouter:
     Args:
         sites: sites of the module with equal functions, by index.
         tokens: state of the forward.
-        kernel: attention over sharded tokens, or None to exchange here.
+        kernel: attention of the engine, or None to exchange here and attend with the module's own function.
 
     Attributes:
         exchanges: number of calls by kind: ``local``, ``heads``, ``keys``, or the kind of the kernel.
@@ -52,11 +61,11 @@ class SiteRouter:
         self.calls = 0
         self.exchanges: dict[str, int] = {}
 
-    def restart(self, *_: Any) -> None:
+    def restart(self) -> None:
         """Start to count the calls, when the module is entered."""
         self.calls = 0
 
-    def require_calls(self, module: nn.Module, *_: Any) -> None:
+    def require_calls(self, module: nn.Module) -> None:
         """Check that the module made a call that needs tokens of other ranks, when it is left.
 
         Raises:
@@ -74,14 +83,15 @@ class SiteRouter:
         site = self.sites[min(self.calls, len(self.sites) - 1)]
         self.calls += 1
         if not self.tokens.sharded or all(stream == WHOLE for stream in site.keys):
-            return self._count("local", function(*args, **options))
+            call = AttentionCall(signature, function, args, options)
+            return self._count("local", self._attend_local(call, *call.tensors, call.mask))
         call = AttentionCall(signature, function, args, options, self._batch(signature, args, options, site))
         self._check(site, call)
         mask = self._whole_mask(site, call)
         if self.kernel is not None and call.is_regular:
             out = self._run_kernel(site, call, mask)
             if out is not None:
-                return self._count(getattr(self.kernel, "kind", "kernel"), call.wrap(out))
+                return self._count(self.kernel.kind, call.wrap(out))
         world = self.tokens.exchange.world
         query, key, _ = call.tensors
         divisible = query.shape[2] % world == 0 and key.shape[2] % world == 0
@@ -122,6 +132,19 @@ class SiteRouter:
             mask = call.mask_of_lengths(self.tokens.total(site.keys))
         return self.kernel(*call.tensors, mask, call.scale, site, self.tokens)
 
+    def _attend_local(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
+        """Attend to tokens that this rank holds; return what the function of the call returns.
+
+        The engine attends if it supports the operands, else the module's own function. A number of keys per row is
+        left to that function: reading it would wait for the device.
+        """
+        by_length = call.given.get(call.signature.lengths) is not None
+        if self.kernel is not None and call.is_regular and not by_length:
+            out = self.kernel.local(query, key, value, mask, call.scale)
+            if out is not None:
+                return call.wrap(out)
+        return call.run(query, key, value, mask)
+
     def _whole_mask(self, site: AttentionSite, call: AttentionCall) -> Any:
         """Return the mask over all keys, and over all queries if it differs between them."""
         mask = call.mask
@@ -157,7 +180,7 @@ class SiteRouter:
         key, value = (self._gather(x, 1, site.keys) for x in others)
         if torch.is_tensor(mask) and mask.shape[-2] > 1 and mask.shape[-2] != query.shape[1]:
             mask = self.tokens.shard(mask, mask.dim() - 2, site.queries)
-        return call.run(query, key, value, mask)
+        return self._attend_local(call, query, key, value, mask)
 
     def _exchange_heads(self, site: AttentionSite, call: AttentionCall, mask: Any) -> Any:
         """Exchange tokens for heads, attend to all tokens with this rank's heads, and exchange back."""
@@ -171,99 +194,6 @@ class SiteRouter:
         key, value = to_heads(key, site.keys), to_heads(value, site.keys)
         if torch.is_tensor(mask) and mask.dim() == 4 and mask.shape[1] > 1:
             mask = mask.chunk(exchange.world, 1)[exchange.rank]
-        returned = call.run(query, key, value, mask)
+        returned = self._attend_local(call, query, key, value, mask)
         out = exchange.all_to_all(tokens.spread(call.result(returned), 1, site.queries))
         return call.wrap(torch.cat(out, 2), returned)
-
-
-def bind_sites(model: nn.Module, path: str, sites: Sequence[AttentionSite], tokens: Tokens, kernel: Any) -> SiteRouter:
-    """Rebind the functions of one module that lead to its attention calls.
-
-    Args:
-        model: module of the plan.
-        path: module that makes the calls.
-        sites: its sites, with equal functions.
-        tokens: state of the forward.
-        kernel: see :class:`SiteRouter`.
-
-    Returns:
-        The router of these calls.
-
-    Raises:
-        ParallelError: ``plan_pattern``; the module has no such functions.
-    """
-    module, chain = model.get_submodule(path), sites[0].call
-    router = SiteRouter(sites, tokens, kernel)
-    try:
-        _rebind(module, chain, router)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ParallelError(
-            f"{path}: {' > '.join(chain)} is not a chain of functions of {type(module).__name__} ({error})",
-            code="plan_pattern",
-            hint="infer the plan from this class: port-kit plan infer CLASS -o FILE",
-        ) from error
-    module.register_forward_pre_hook(router.restart)
-    module.register_forward_hook(router.require_calls)
-    return router
-
-
-def _rebind(module: nn.Module, chain: Sequence[str], router: SiteRouter) -> None:
-    methods = [name for name in chain[:-1] if "." in name or hasattr(type(module), name)]
-    last = methods[-1]
-    rest = chain[chain.index(last) + 1 :]
-    if "." not in last:
-        method = getattr(module, last)
-        replaced = MethodType(_overlay(method.__func__, rest, router), module)
-        stored = [name for name, value in vars(module).items() if value == method]  # chosen by the constructor
-        for name in (last, *stored):
-            setattr(module, name, replaced)
-        return
-    attribute, _, name = last.rpartition(".")
-    owner = copy.copy(getattr(module, attribute))
-    function = _overlay(getattr(type(owner), name), rest, router)
-    owner.__class__ = type(type(owner).__name__, (type(owner),), {name: function})
-    setattr(module, attribute, owner)
-
-
-def _overlay(function: Any, chain: Sequence[str], router: SiteRouter) -> FunctionType:
-    """Return a copy of a function in which the next function of the chain is replaced."""
-    plain = function
-    while hasattr(plain, "__wrapped__"):
-        plain = plain.__wrapped__
-    names = dict(plain.__globals__)
-    if len(chain) > 1:
-        names[chain[0]] = _overlay(names[chain[0]], chain[1:], router)
-    else:
-        used = names_in(plain.__code__)
-        replaced = {key: _routed(names[key], router) for key in used & set(names) if _may_attend(names[key], used)}
-        if not replaced:
-            raise KeyError(chain[0])
-        names.update(replaced)
-    result = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
-    result.__kwdefaults__ = plain.__kwdefaults__
-    return result
-
-
-def _may_attend(value: Any, used: frozenset[str]) -> bool:
-    """Return True for an attention function, and for a module through which code that uses these names may call one."""
-    if isinstance(value, ModuleType):
-        return value.__name__.partition(".")[0] in PACKAGES and not used.isdisjoint(NAMES)
-    return recognize(value) is not None
-
-
-def _routed(value: Any, router: SiteRouter) -> Any:
-    signature = None if isinstance(value, ModuleType) else recognize(value)
-    return _Namespace(value, router) if signature is None else functools.partial(router.attend, signature, value)
-
-
-class _Namespace:
-    """A module whose attention functions are replaced, and those of its submodules."""
-
-    def __init__(self, module: ModuleType, router: SiteRouter) -> None:
-        self._module, self._router = module, router
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        replaced = _routed(value, self._router) if _may_attend(value, NAMES) else value
-        self.__dict__[name] = replaced
-        return replaced

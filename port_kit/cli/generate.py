@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from port_kit.cli.output import handles_errors
-from port_kit.port import Port
+from port_kit.port import HostedPort, Port
 from port_kit.registry import find_port
 
 #: Types of :attr:`~port_kit.port.Port.request_options` on the command line.
@@ -22,7 +22,7 @@ TYPES: Mapping[str, type] = {"str": str, "int": int, "float": float}
 #: Fields of ``OmniDiffusionSamplingParams`` on the command line, beside the seed.
 SAMPLING = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 #: Suffix of the output, by :attr:`~port_kit.port.Port.output_type`.
-SUFFIXES = {"video": "mp4", "image": "png"}
+SUFFIXES = {"video": "mp4", "image": "png", "audio": "wav"}
 PARALLEL_DEGREES = ("tensor_parallel_size", "ulysses_degree", "ring_degree", "cfg_parallel_size")
 HSDP_OPTIONS = ("use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
 ENGINE_OPTIONS = (
@@ -104,7 +104,8 @@ def build_request(
     sampling |= {name: given[name] for name in (*SAMPLING, "seed") if name in given}
     if "guidance_scale" in sampling:
         sampling["guidance_scale_provided"] = True
-    extra = {name: given[name] for name in port.request_options if name in given}
+    extra = dict(sampling.pop("extra_args", {}))
+    extra |= {name: given[name] for name in port.request_options if name in given}
     text = arguments.prompt
     if arguments.prompt_file:
         text = json.loads(Path(arguments.prompt_file).read_text(encoding="utf-8"))
@@ -129,7 +130,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
 
-    from port_kit.pipeline.media import describe_file, write_result
+    from port_kit.pipeline.media import describe_file
     from port_kit.reports import draw_contact_sheet
 
     prompt, sampling = build_request(port, arguments, default_media)
@@ -144,12 +145,23 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
         return 1
     finally:
         omni.close()
-    paths = write_result(arguments.output, result)
+    paths = _write(port, Path(arguments.output), result)
     for path in paths:
         print(f"{describe_file(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
+
+
+def _write(port: Port, path: Path, result: Any) -> list[Path]:
+    """Write the outputs of a result; a hosted pipeline may return several channels of audio."""
+    if isinstance(port, HostedPort):
+        from port_kit.autoparallel.host.files import write_files
+
+        return write_files(path, result, port.output_type)
+    from port_kit.pipeline.media import write_result
+
+    return write_result(path, result)
 
 
 @click.command(

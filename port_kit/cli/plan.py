@@ -30,9 +30,11 @@ def infer(subject: str, output: Path | None, as_json: bool) -> None:
     """
     from port_kit.autoparallel.describe import describe
     from port_kit.autoparallel.infer import infer_plan
+    from port_kit.autoparallel.shipped import fingerprint
     from port_kit.autoparallel.subject import load_subject
 
     plan = infer_plan(load_subject(subject))
+    plan = plan.model_copy(update={"fingerprint": fingerprint(plan.module_class)})
     text = plan.to_toml()
     if output is not None:
         write_text(output, text)
@@ -59,7 +61,9 @@ def show(plan: Path, as_json: bool) -> None:
     epilog="Examples:  port-kit plan prove flux.toml  |  port-kit plan prove flux.toml --layout tp2xulysses2 --write",
 )
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--layout", "layouts", multiple=True, help="Prove this layout; repeat for several. Default: ten layouts.")
+@click.option(
+    "--layout", "layouts", multiple=True, help="Prove this layout; repeat for several. Default: thirteen layouts."
+)
 @click.option("--write", is_flag=True, help="Record the proofs in PLAN.")
 @json_option
 @handles_errors("plan prove")
@@ -67,7 +71,8 @@ def prove(plan: Path, layouts: tuple[str, ...], write: bool, as_json: bool) -> N
     """Compare several ranks with one rank for the plan file PLAN, and measure how the work is divided.
 
     Tiny instances run on forked ranks on the CPU, at four configurations. Each exchange is left out once: the result
-    must change. The exit code is 0 if all layouts are proven.
+    must change. Layouts such as cache_dit and cache_ditxulysses2 prove Cache-DiT. The exit code is 0 if all layouts are
+    proven.
     """
     from port_kit.autoparallel.plan import Plan
     from port_kit.autoparallel.prove import DEFAULT_LAYOUTS, prove_plan, with_proofs

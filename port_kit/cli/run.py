@@ -64,6 +64,8 @@ def _layout_options(function: Any) -> Any:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: output.png, .mp4 or .wav.")
 @_layout_options
 @click.option("--hsdp-shard-size", type=int, default=1, show_default=True, help="Shard blocks over these ranks (HSDP).")
+@click.option("--cache-backend", type=click.Choice(["cache_dit"]), help="Reuse results of blocks from step to step.")
+@click.option("--cache-config", metavar="JSON", help="vLLM-Omni's settings of the cache, as in vllm serve.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Plan file. Default: the shipped one, or infer one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Dtype of all components.")
 @click.option("--enforce-eager", is_flag=True, help="Do not compile.")
@@ -76,6 +78,7 @@ def command(model: str, serve_options: tuple[str, ...], serve: bool, **given: An
     """
     if serve_options and not serve:
         raise click.UsageError(f"no such option or argument: {serve_options[0]}")
+    cache_options(given)
     layout = Layout(**{kind: given[name] for kind, name in CONFIG_NAMES.items() if name in given})
     folder, class_name, modality, additional = _prepare(model, layout, given)
     if serve:
@@ -93,8 +96,9 @@ def _prepare(model: str, layout: Layout, given: dict[str, Any]) -> tuple[str, st
 
     folder = model if Path(model).is_dir() else _download(model)
     index = PipelineIndex.read(folder)
-    needs_plan = bool(set(layout.degrees) - {"cfg"})
-    plan = find_plan(index, layout, given["plan"], report=_report) if needs_plan else None
+    cached = given["cache_backend"] is not None
+    needs_plan = bool(set(layout.degrees) - {"cfg"}) or cached
+    plan = find_plan(index, layout, given["plan"], report=_report, cached=cached) if needs_plan else None
     additional = {} if plan is None else {PLAN_KEY: str(plan.resolve())}
     return folder, host_of(index.output_type), index.output_type, additional
 
@@ -131,6 +135,7 @@ def _generate(
         parallel_config=DiffusionParallelConfig(**layout.parallel_config),
         additional_config=additional,
         enforce_eager=given["enforce_eager"],
+        **cache_options(given),
     )
     try:
         (result,) = omni.generate(prompt, sampling, py_generator=True)
@@ -159,6 +164,28 @@ def _request(given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return prompt, OmniDiffusionSamplingParams(num_outputs_per_prompt=outputs, extra_args=extra, **sampling)
 
 
+def cache_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the engine's options of the cache.
+
+    Raises:
+        InputError: ``input_value``; the settings are not a JSON object, or are given without a cache.
+    """
+    backend, text = given["cache_backend"], given["cache_config"]
+    if backend is None and text is None:
+        return {}
+    try:
+        settings = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        settings = None
+    if backend is None or not isinstance(settings, dict):
+        raise InputError(
+            f"--cache-config {text}: expected a JSON object, and --cache-backend",
+            code="input_value",
+            hint="--cache-backend cache_dit --cache-config '{\"residual_diff_threshold\": 0.12}'",
+        )
+    return {"cache_backend": backend, "cache_config": settings}
+
+
 def _argument(text: str) -> tuple[str, Any]:
     name, found, value = text.partition("=")
     try:
@@ -180,6 +207,8 @@ def serve_command(
     command += ["--middleware", "port_kit.runtime.serving.CancelOnDisconnect"]
     for name, value in layout.parallel_config.items():
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    for name, value in cache_options(given).items():
+        command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
     if additional:
         command += ["--additional-config", json.dumps(additional)]
     return [*command, "--enforce-eager"] if given["enforce_eager"] else command

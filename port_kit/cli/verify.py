@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.parity import CaseReport, run_parity
 from port_kit.parity.record import Settings, record
+from port_kit.port import Port
 from port_kit.registry import find_port
 from port_kit.reports import parity_page, write_page
+
+if TYPE_CHECKING:
+    from port_kit.autoparallel.verify import Comparison
+    from port_kit.parallel.verify import ParallelTestCase
 
 
 @click.group("verify")
@@ -102,6 +108,19 @@ def parity(
     emit("verify parity", data, as_json=as_json, text=text, ok=ok)
 
 
+def _planned_layouts(port: Port) -> list[str]:
+    from port_kit.autoparallel.verify import proven_layouts
+
+    return proven_layouts(port)
+
+
+def _compare(subject: ParallelTestCase, layouts: list[str]) -> Iterator[Comparison]:
+    """Compare layouts of a port with a plan, whose modules the recorder of hand-written ports does not know."""
+    from port_kit.autoparallel.verify import compare
+
+    return compare(subject.model, subject.requests[0], layouts, subject.config)
+
+
 def _line(report: CaseReport) -> str:
     data = report.to_json()
     verdict = "ok  " if report.ok else f"FAIL first at {report.first_divergence} "
@@ -140,13 +159,16 @@ def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: st
 
     found = find_port(port)
     machine = find_device(device, TOLERANCE)
-    reports = []
+    reports: list[Any] = []
     with TemporaryDirectory(prefix="port-kit-") as scratch:
         subject = machine.prepare(port_test_case(found, Path(scratch), model, prompt))
-        chosen, left_out = choose_layouts(layouts, DEFAULT_LAYOUTS, read_model_shape(found, subject.model), machine)
+        defaults = _planned_layouts(found) if found.plan else DEFAULT_LAYOUTS
+        shape = None if found.plan else read_model_shape(found, subject.model)
+        chosen, left_out = choose_layouts(layouts, defaults, shape, machine)
         for layout, reason in left_out.items():
             click.echo(f"left out {layout}: {reason}", err=as_json)
-        for report in verify_parallel(subject, chosen, tolerance=machine.tolerance):
+        compared = _compare if found.plan else partial(verify_parallel, tolerance=machine.tolerance)
+        for report in compared(subject, chosen):
             reports.append(report)
             click.echo(report.describe(), err=as_json)
     ok = all(report.ok for report in reports)

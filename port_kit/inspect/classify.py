@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from port_kit.download.recipe import Recipe
-from port_kit.inspect.components import CONFIGS, INDEXES, has_weights, index_path
+from port_kit.inspect.components import CONFIGS, INDEXES, has_weights, index_path, is_denoiser
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.known_classes import diffusers_names, library_version, omni
+from port_kit.inspect.parallel_plans import describe_plan
 from port_kit.inspect.report import Component, Finding, ModelPath
 from port_kit.port import Port, resolve
 from port_kit.registry import list_ports
@@ -66,12 +67,17 @@ def classify(documents: Documents, components: list[Component]) -> Classificatio
         evidence.append(Finding(source, f"{class_name} {word} in {library_version('diffusers')}"))
     evidence += _classes(components)
     path = _path(documents, class_name, components)
-    return Classification(path, class_name, (*evidence, *_adapter(path)), port=port)
+    return Classification(path, class_name, (*evidence, *_ways_to_run(path, components)), port=port)
 
 
-def _adapter(path: ModelPath) -> Iterator[Finding]:
-    """Yield the finding about vLLM-Omni's diffusers adapter, which runs some models without a port."""
-    if path == "diffusers" and _ADAPTER in omni().pipelines:
+def _ways_to_run(path: ModelPath, components: list[Component]) -> Iterator[Finding]:
+    """Yield the findings about running a pipeline of diffusers: its plan, and vLLM-Omni's adapter."""
+    if path != "diffusers":
+        return
+    for part in components:
+        if is_denoiser(part.name):
+            yield Finding(part.source, f"{part.name}: {describe_plan(part.class_name)}")
+    if _ADAPTER in omni().pipelines:
         yield Finding(
             _omni(),
             "its diffusers adapter runs the pipeline unchanged (diffusion_load_format='diffusers'), without tensor, "

@@ -37,6 +37,11 @@ def has_weights(class_name: str) -> bool:
     return not class_name.removesuffix("Fast").endswith(_WEIGHTLESS)
 
 
+def is_denoiser(name: str) -> bool:
+    """Return True for a component that guidance calls, by its name."""
+    return name.startswith("transformer") or name == "unet"
+
+
 def index_path(documents: Documents) -> str:
     """Return the path of the index, or an empty string."""
     return next((path for path in INDEXES if path in documents.listing.files), "")

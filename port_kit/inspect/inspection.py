@@ -9,13 +9,13 @@ from typing import TypeVar
 
 from port_kit.errors import InspectError
 from port_kit.inspect.classify import Classification, classify
-from port_kit.inspect.components import CONFIGS, INDEXES, find_components
+from port_kit.inspect.components import CONFIGS, INDEXES, find_components, is_denoiser
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.file_listing import FileListing, open_listing
 from port_kit.inspect.missing_files import find_missing_files
 from port_kit.inspect.model_card import read_model_card
 from port_kit.inspect.pitfalls import find_pitfalls
-from port_kit.inspect.port_name import new_command
+from port_kit.inspect.port_name import next_command
 from port_kit.inspect.report import Component, Inspection, Memory, WeightFile
 from port_kit.inspect.weights import is_weights, read_weights
 
@@ -124,5 +124,5 @@ def _next_step(
         return f"vllm serve {quoted} --omni"
     if classification.port:
         return f"port-kit download {classification.port}"
-    transformer = next((part.class_name for part in components if part.name == "transformer"), "")
-    return new_command(target, classification.path, classification.class_name, transformer)
+    transformer = next((part.class_name for part in components if is_denoiser(part.name)), "")
+    return next_command(target, classification.path, transformer)

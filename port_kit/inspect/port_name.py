@@ -1,29 +1,29 @@
-"""The ``port-kit new`` command for an inspected model, and the name of its port."""
+"""The command to run after an inspection, and the name of the model's port."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-from port_kit.inspect.adapted_classes import FAMILIES
 from port_kit.inspect.known_classes import omni
+from port_kit.inspect.parallel_plans import plan_origin
 from port_kit.inspect.report import ModelPath
 
 
-def new_command(target: str, path: ModelPath, pipeline: str, transformer: str) -> str:
-    """Return the ``port-kit new`` that reads ``target``.
+def next_command(target: str, path: ModelPath, transformer: str) -> str:
+    """Return the command that brings ``target`` to vLLM-Omni.
 
     Args:
         target: the repository id or the folder.
         path: that the model is on.
-        pipeline: its pipeline's class, or empty.
-        transformer: its transformer's class, or empty. Of diffusers, where no template adapts it, the transformer is
-            ported and the rest stays diffusers'.
+        transformer: class of its transformer or UNet, or empty. A pipeline of diffusers without a parallel plan is run
+            without a port; without a transformer only its other components are of use.
     """
-    family = FAMILIES.get(transformer)
-    is_adapted = family is not None and family.pipeline == pipeline
-    kind = " --path hybrid" if path == "diffusers" and not is_adapted else ""
-    return f"port-kit new {port_name(target)}{kind} --from {shlex.quote(target)}"
+    quoted = shlex.quote(target)
+    if path == "diffusers" and transformer and plan_origin(transformer) == "none":
+        return f"port-kit run {quoted} --cfg-parallel-size 2"
+    kind = " --path hybrid" if path == "diffusers" and not transformer else ""
+    return f"port-kit new {port_name(target)}{kind} --from {quoted}"
 
 
 def port_name(target: str) -> str:

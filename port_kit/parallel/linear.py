@@ -7,6 +7,7 @@ nor offload finds. All widths are full widths; the linears divide them by the te
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -109,6 +110,37 @@ def row_parallel_partials(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, 
     return peers.exchange_partial_sums(layer.quant_method.apply(layer, x, bias))
 
 
+def use_peer_memory(layer: RowParallelLinear | ColumnParallelLinear) -> None:
+    """Let a linear exchange its output through symmetric memory, if the ranks have it.
+
+    It replaces the all-reduce of a linear that is split by input, on two ranks, and the all-gather of one that gathers
+    its output. The layer's class stays, by which vLLM recognizes layers that a LoRA can adapt.
+    """
+    forward = _sum_partials if isinstance(layer, RowParallelLinear) else _gather_output
+    layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+
+
+@torch.compiler.disable
+def _sum_partials(layer: RowParallelLinear, x: Tensor) -> Tensor:
+    peers = get_peer_buffers(get_tp_group().device_group, x) if layer.tp_size == 2 else None
+    if peers is None:
+        return type(layer).forward(layer, x)
+    own, other = peers.exchange_partial_sums(
+        layer.quant_method.apply(layer, x, layer.bias if layer.tp_rank == 0 else None)
+    )
+    return own + other
+
+
+@torch.compiler.disable
+def _gather_output(layer: ColumnParallelLinear, x: Tensor) -> Tensor:
+    peers = get_peer_buffers(get_tp_group().device_group, x) if layer.tp_size > 1 else None
+    if peers is None:
+        return type(layer).forward(layer, x)
+    own = layer.quant_method.apply(layer, x, layer.bias)
+    return peers.gather(own, own.dim() - 1).clone()
+
+
+@torch.compiler.disable
 def sum_over_ranks(x: Tensor) -> Tensor:
     """All-reduce a small tensor over the tensor-parallel ranks with low latency."""
     group = get_tp_group()

@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class _SingleRankGroup:
+class _FirstRankGroup:
     """Stand-in for the tensor-parallel group that vLLM's linears read in their constructors."""
 
     rank_in_group: int = 0
@@ -23,11 +23,12 @@ class _SingleRankGroup:
 
 
 @contextmanager
-def meta_init(dtype: torch.dtype) -> Iterator[None]:
-    """Build modules on the meta device as for one rank.
+def meta_init(dtype: torch.dtype, ranks: int = 1) -> Iterator[None]:
+    """Build modules on the meta device as on the first of the tensor-parallel ranks.
 
     Args:
         dtype: default dtype of new parameters; pass the engine's.
+        ranks: tensor-parallel size.
     """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -43,7 +44,7 @@ def meta_init(dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(set_current_diffusion_config(config))
         stack.callback(setattr, parallel_state, "_TP", group)
         stack.callback(torch.set_default_dtype, default)
-        parallel_state._TP = _SingleRankGroup()  # type: ignore[assignment]
+        parallel_state._TP = _FirstRankGroup(world_size=ranks)  # type: ignore[assignment]
         torch.set_default_dtype(dtype)
         stack.enter_context(torch.device("meta"))
         yield

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
 )
+
+from port_kit.parallel.linear import sum_over_ranks
 
 
 class FullWidthRMSNorm(nn.Module):
@@ -32,11 +33,41 @@ class FullWidthRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``[..., D]`` over all ranks; D is this rank's part of the width. Statistics are float32."""
-        wide = x.float()
-        mean = wide.square().sum(-1, keepdim=True)
-        if self.ranks > 1:
-            mean = tensor_model_parallel_all_reduce(mean)
-        return (wide * torch.rsqrt(mean / self.dim + self.eps)).to(x.dtype) * self.weight
+        sums = square_sums(x)
+        return rms_norm(x, sum_over_ranks(sums) if self.ranks > 1 else sums, self.weight, self.dim, self.eps)
+
+
+def square_sums(x: Tensor) -> Tensor:
+    """Return the sum of squares of the last dimension, float32 ``[...]`` for ``x`` of shape ``[..., D]``."""
+    if x.is_cuda:
+        from port_kit.parallel import norm_kernels
+
+        return norm_kernels.square_sums(_rows(x)).view(x.shape[:-1])
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
+
+
+def rms_norm(x: Tensor, sums: Tensor, weight: Tensor | None, width: int, eps: float) -> Tensor:
+    """Return ``x`` divided by its root mean square over all ranks, and multiplied by ``weight``.
+
+    Args:
+        x: ``[..., D]``, this rank's part of the width.
+        sums: float32 ``[...]``, sums of squares over all ranks.
+        weight: ``[D]``, or None for 1.
+        width: width over all ranks.
+        eps: added to the mean square.
+    """
+    if x.is_cuda:
+        from port_kit.parallel import norm_kernels
+
+        return norm_kernels.rms_norm(_rows(x), sums.flatten(), weight, width, eps).view(x.shape)
+    normed = (x.float() * torch.rsqrt(sums / width + eps).unsqueeze(-1)).to(x.dtype)
+    return normed if weight is None else normed * weight
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return ``[R, D]`` with contiguous rows; a slice of a fused projection is not copied."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _load_own_part(parameter: nn.Parameter, loaded: Tensor) -> None:

@@ -47,24 +47,38 @@ class BranchCacheContexts:
     vLLM-Omni makes a new context per request. An unknown context therefore marks the first branch of a request.
 
     Args:
-        branches: of one step, on this rank, always in the same order.
+        branches: of one step, on this rank, always in the same order. None if :meth:`end_step` tells the steps apart:
+            their numbers of branches may then differ, and contexts last until the request ends.
     """
 
-    def __init__(self, branches: int) -> None:
+    def __init__(self, branches: int | None = None) -> None:
         self.branches = branches
         self.calls = 0
+        self.fresh: dict[str, Any] = {}
         self.kept: dict[str, list[Any]] = {}
+
+    def end_step(self) -> None:
+        """Begin with the first branch at the next call."""
+        self.calls = 0
 
     def __call__(self, transformer: nn.Module, args: tuple[Any, ...]) -> None:
         """Replace the contexts of all lists of blocks; do nothing while the cache is off."""
         manager: Any = getattr(transformer, "_context_manager", None)
         if manager is None:
             return
-        contexts = manager._cached_context_manager
-        for name in transformer._context_names:
-            current = contexts[name]
-            if not any(current is known for known in self.kept.get(name, ())):
-                self.kept[name] = [current, *(copy.deepcopy(current) for _ in range(self.branches - 1))]
-                self.calls = 0
-            contexts[name] = self.kept[name][self.calls % self.branches]
+        contexts, names = manager._cached_context_manager, transformer._context_names
+        for name in names:
+            if not any(contexts[name] is known for known in self.kept.get(name, ())):
+                self._begin(name, contexts[name])
+        branch = self.calls if self.branches is None else self.calls % self.branches
+        for name in names:
+            kept = self.kept[name]
+            kept += [copy.deepcopy(self.fresh[name]) for _ in range(branch + 1 - len(kept))]
+            contexts[name] = kept[branch]
         self.calls += 1
+
+    def _begin(self, name: str, context: Any) -> None:
+        """Begin a request with the context of its first branch."""
+        if self.branches is None:  # Cache-DiT would begin again after this number of calls
+            context.cache_config.num_inference_steps = None
+        self.fresh[name], self.kept[name], self.calls = copy.deepcopy(context), [context], 0

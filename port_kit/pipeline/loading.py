@@ -103,7 +103,7 @@ def load_component_weights(
     Args:
         owner: the pipeline; a component is its attribute of the component's name. Its diffusion transformers are
             sharded first if HSDP is on.
-        components: all of them must be in the model directory.
+        components: they must be in the model directory.
         weights: ``(component.original_name, tensor)``, the loader's stream.
         model: the model directory.
 
@@ -113,8 +113,9 @@ def load_component_weights(
     Raises:
         RemapError: a missing, unexpected, misshapen or repeated tensor; names it, its file and the closest name.
     """
-    for name in owner._dit_modules:
-        shard_before_loading(getattr(owner, name), owner.od_config, get_local_device())
+    for component in components:
+        if component.kind == "transformer":
+            shard_before_loading(getattr(owner, component.name), owner.od_config, get_local_device())
     parts: dict[str, Any] = {
         component.name: (getattr(owner, component.name), resolve(component.rules)) for component in components
     }

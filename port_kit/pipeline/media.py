@@ -6,6 +6,7 @@ Legend: B batch, C colour channels, F frames, H height, W width, S audio samples
 from __future__ import annotations
 
 import math
+import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,12 @@ def _write_image(path: Path, image: Image.Image) -> Path:
 
 
 def describe_file(path: Path | str) -> str:
-    """Return one line for people: the size of an image, or what decoding a video gives."""
+    """Return one line for people: the size of an image, the length of an audio, or what decoding a video gives."""
     if Path(path).suffix == ".mp4":
         return measure_mp4(path).line(path)
+    if Path(path).suffix == ".wav":
+        with wave.open(str(path)) as file:
+            return f"{path}: {file.getnframes() / file.getframerate():.2f} s at {file.getframerate()} Hz"
     with Image.open(path) as image:
         return f"{path}: {image.width}x{image.height}"
 

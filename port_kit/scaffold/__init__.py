@@ -6,25 +6,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from port_kit.port import resolve
 from port_kit.scaffold.render import write_files
 from port_kit.scaffold.request import PATHS, NewPort, PortPath
 
 __all__ = ["NewPort", "PATHS", "PortPath", "new_port"]
 
 
-def new_port(port: NewPort) -> list[Path]:
+def new_port(port: NewPort, report: Callable[[str], None] = print) -> list[Path]:
     """Write a port's folder; return its files.
+
+    Args:
+        port: the request.
+        report: receives a line per step of the inference of a plan.
 
     Raises:
         ScaffoldError: the folder is not empty, or the model cannot be adapted.
+        ParallelError: no plan can be inferred for the class of the transformer.
         OptionalDependencyError: diffusers is needed for the answer and not installed.
     """
-    from port_kit.scaffold.diffusers_port import diffusers_files
-
     if port.path == "diffusers":
-        return write_files(port.target, diffusers_files(port))
+        hosted: Any = resolve("port_kit.scaffold.hosted_port:hosted_files")
+        return write_files(port.target, hosted(port, report))
     from port_kit.scaffold.own_port import own_files
 
-    return write_files(port.target, own_files(port))
+    written = write_files(port.target, own_files(port))
+    if port.path == "external":
+        from port_kit.scaffold.external_plan import write_plan
+
+        written.append(write_plan(port, report))
+    return written

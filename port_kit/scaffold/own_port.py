@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import port_kit
-from port_kit.inspect.adapted_classes import FAMILIES
 from port_kit.remap.suggest import suggest
 from port_kit.scaffold.checkpoint import main_component, read_checkpoint, require_readable
-from port_kit.scaffold.diffusers_port import common_templates
+from port_kit.scaffold.common import common_values, media_values
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.skeleton import skeleton_target
@@ -19,19 +18,32 @@ from port_kit.scaffold.source import Source, read_source
 
 #: diffusers' release whose names a model directory of these paths says it was made by; nothing of it is used.
 DIFFUSERS_VERSION = "0.40.0"
-_VAE = FAMILIES["LTXVideoTransformer3DModel"].parts["vae"]
+#: Class in diffusers of the decoder of a hybrid, and the configuration of a tiny one.
+_VAE = "AutoencoderKLLTXVideo"
+_TINY_VAE: Mapping[str, Any] = {
+    "latent_channels": 8,
+    "block_out_channels": [8, 8, 8, 8],
+    "decoder_block_out_channels": [8, 8, 8, 8],
+    "layers_per_block": [1, 1, 1, 1, 1],
+    "decoder_layers_per_block": [1, 1, 1, 1, 1],
+    "decoder_causal": False,
+}
 #: Files of the port, and of its model library.
-_PORT = ("config", "pipeline", "recipe", "weights")
-_LIBRARY = ("parity", "transformer")
+_PORT = ("__init__", "config", "pipeline", "recipe", "weights")
+_LIBRARY = ("__init__", "parity", "transformer")
+#: Tests of every port of these paths, by the folder of their templates.
+_TESTS = {"common": ("conftest", "test_download", "test_generate"), "own": ("test_coverage", "test_parity")}
+#: Files of git code with a plan, and what they replace.
+_EXTERNAL = ("model/decoder", "model/original", "model/transformer", "weights")
 _TINY_REQUEST: Mapping[str, Mapping[str, Any]] = {
     "custom": {"height": 20, "width": 36, "num_frames": 3, "num_inference_steps": 2, "guidance_scale": 3.0},
     "hybrid": {"height": 96, "width": 160, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 3.0},
 }
 _REFERENCES = {
     "custom": "the original code, ported",
-    "external": "the original code, ported; its decoder from the model's own repository",
+    "external": "the original code, a git dependency; its transformer is split over ranks by a plan",
     "bypass": "the original code, ported; the pipeline reads its weights itself",
-    "hybrid": f"the original code, ported; {_VAE.class_name} of diffusers",
+    "hybrid": f"the original code, ported; {_VAE} of diffusers",
 }
 
 
@@ -45,56 +57,80 @@ def own_files(port: NewPort) -> dict[str, str]:
     """
     source = read_source(port.source, f"your-org/{port.name}", endpoint=port.endpoint)
     require_readable(port, source)
-    values = {**_names(port, source), **_decoder_values(port), **_loading_values(port), **_recipe_values(port, source)}
-    templates = {f"{port.name}/{part}.py": f"own/{part}.py" for part in _PORT}
-    templates |= {f"{port.name}/model/{part}.py": f"own/{part}.py" for part in _LIBRARY}
-    if port.path != "hybrid":
-        variant = "_external" if port.path == "external" else ""
-        templates[f"{port.name}/model/decoder.py"] = f"own/decoder{variant}.py"
-    templates["record_goldens.py"] = "own/record_goldens.py"
-    templates |= common_templates(port.name)
-    templates[f"original/{port.name}_original/__init__.py"] = "own/original_init.py"
-    templates[f"original/{port.name}_original/model.py"] = "own/original_model.py"
-    if port.path == "external":
-        templates["tests/test_external.py"] = "own/test_external.py"
-    files = {path: render(template, values) for path, template in sorted(templates.items())}
+    values = {**common_values(port, source), **_names(port), **media_values(takes_image=False)}
+    values |= {**_decoder_values(port), **_loading_values(port), **_recipe_values(port, source)}
+    values |= {"notes": _notes(port, source)}
+    files = {path: render(template, values) for path, template in sorted(_templates(port).items())}
     return {**files, **_from_checkpoint(port, source)}
 
 
-def _names(port: NewPort, source: Source) -> dict[str, str]:
-    licence = source.licence or "see the repository's card"
-    found = main_component(source)
+def _templates(port: NewPort) -> dict[str, str]:
+    """Return the templates by the paths of the files."""
+    name = port.name
+    templates = {f"{name}/{part}.py": f"own/{part}.py" for part in _PORT}
+    templates |= {f"{name}/model/{part}.py": f"own/{_MODEL.get(part, part)}.py" for part in _LIBRARY}
+    templates |= {f"tests/{part}.py": f"{folder}/{part}.py" for folder, parts in _TESTS.items() for part in parts}
+    templates |= {
+        "pyproject.toml": "common/pyproject.toml",
+        "README.md": "own/README.md",
+        "CARD.md": "common/CARD.md",
+        f"download_{name}.py": "common/download.py",
+        f"generate_{name}.py": "common/generate.py",
+        "record_goldens.py": "own/record_goldens.py",
+        f"original/{name}_original/__init__.py": "own/original_init.py",
+        f"original/{name}_original/model.py": "own/original_model.py",
+    }
+    if port.path == "external":
+        templates |= {f"{name}/{part}.py": f"external/{Path(part).name}.py" for part in _EXTERNAL}
+        templates["tests/test_external.py"] = "external/test_external.py"
+        return templates | {f"tests/{part}.py": f"common/{part}.py" for part in ("test_plan", "test_ranks")}
+    templates |= {f"tests/{part}.py": f"own/{part}.py" for part in ("test_parallel", "test_cache")}
+    if port.path != "hybrid":
+        templates[f"{name}/model/decoder.py"] = "own/decoder.py"
+    return templates
+
+
+def _names(port: NewPort) -> dict[str, str]:
+    external = port.path == "external"
+    checks = "two ranks against one (tp, ulysses, cfg), age of the plan" if external else _HAND_WRITTEN_CHECKS
     return {
-        "name": port.name,
-        "prefix": port.prefix,
-        "title": port.name.replace("_", " "),
-        "distribution": port.name.replace("_", "-"),
-        "pipeline_class": port.pipeline_class,
         "path": port.path,
         "reference": _REFERENCES[port.path],
         "reference_word": "original code",
         "tiny_request": literal(_TINY_REQUEST["hybrid" if port.path == "hybrid" else "custom"], 4),
-        "parallel_fields": "",
         "diffusers_version": DIFFUSERS_VERSION,
-        "kit_version": port_kit.__version__,
-        "original_path": '\nsys.path.append(str(ROOT / "original"))' if port.path == "external" else "",
+        "original_path": '\nsys.path.append(str(ROOT / "original"))' if external else "",
         "output": "video",
         # the engine's processes need the code that stays outside of the port
-        "environment": ', "PYTHONPATH": str(ROOT / "original")' if port.path == "external" else "",
+        "environment": ', "PYTHONPATH": str(ROOT / "original")' if external else "",
         "output_word": "a_video",
         "output_text": "a video",
         "suffix": "mp4",
         "expected_size": "160x96" if port.path == "hybrid" else "36x20",
-        "licence_text": licence,
-        "weights_from": f"`{source.repository}`" + (f" at `{source.revision}`" if source.revision else ""),
-        "transformer_size": f"{found.parameters / 1e9:.2f} B parameters" if found else "not measured",
+        "checks": "On a tiny model with seeded weights, on a CPU: download, coverage of every tensor, parity with the\n"
+        f"reference, {checks}, a video through the engine.",
         "file_rows": _file_rows(port),
-        "notes": _notes(port, source),
+        "layouts": literal(("tp2", "ulysses2", "cfg2")),
+        "proven": literal(("tp2", "ulysses2")),
+        "ranks": literal((1, 2)),
+        "plan": '\n    plan="plan.toml",' if external else "",
+        "planned": "PlannedComponents, " if external else "",
+        "planned_import": "from port_kit.autoparallel.planned import PlannedComponents\n" if external else "",
     }
+
+
+_HAND_WRITTEN_CHECKS = "two ranks against one (tp, ulysses, ring, cfg, hsdp), Cache-DiT"
+#: Templates of the model library with another name than the file.
+_MODEL = {"__init__": "model_init"}
 
 
 def _file_rows(port: NewPort) -> str:
     rows = {f"{port.name}/model/transformer.py": "the transformer, ported: parallel linears, sharded tokens"}
+    if port.path == "external":
+        rows = {
+            f"{port.name}/model/transformer.py": "the transformer of the git code, and `make_subject`, a tiny one",
+            f"{port.name}/plan.toml": "the parallel plan that was inferred from the tiny one, with its proofs",
+        }
     if port.path != "hybrid":
         rows[f"{port.name}/model/decoder.py"] = "latents to pixels"
     rows[f"original/{port.name}_original/"] = "a stand-in for the original code"
@@ -107,7 +143,7 @@ def _notes(port: NewPort, source: Source) -> str:
         "## What is still a stand-in",
         "",
         f"* `original/{port.name}_original`: put the model's own code here; the tests compare the port with it.",
-        "* `model/transformer.py`: port the model's transformer, module by module; the tests say where it parts.",
+        _EXTERNAL_NOTE if port.path == "external" else _PORTED_NOTE,
         "* `weights.py`, `config.py`: the checkpoint's names and sizes.",
     ]
     found = main_component(source)
@@ -121,8 +157,14 @@ def _notes(port: NewPort, source: Source) -> str:
             "  `port-kit rules suggest` proposes for them and the skeleton; run it again once the transformer is yours."
         )
     if port.path == "external":
-        lines.append("* `recipe.py`: the address and the commit of the git code.")
+        lines.append("* `recipe.py`: the address, the packages and the commit of the git code.")
     return "\n".join(lines)
+
+
+_PORTED_NOTE = "* `model/transformer.py`: port the model's transformer, module by module; the tests say where it parts."
+_EXTERNAL_NOTE = """\
+* `model/transformer.py`: build the model's transformer, and write `make_subject` for it; then infer the plan again,
+  with the commands in that file. `replace` of `PORT` puts hand-written modules in place of adapted ones."""
 
 
 def _decoder_values(port: NewPort) -> dict[str, str]:
@@ -134,15 +176,14 @@ def _decoder_values(port: NewPort) -> dict[str, str]:
 
 
 def _hybrid_values(name: str) -> dict[str, str]:
-    vae = f"diffusers:{_VAE.class_name}"
+    vae = f"diffusers:{_VAE}"
     return {
         "port_imports": "Component, Pretrained",
         "weights_imports": "COMPONENTS, PRETRAINED",
         "components": f'(Component("transformer", package="{name}"),)',
         "weights_port_imports": "Component, Pretrained",
         "decoder_rules": "",
-        "decoder_config": f"#: Of the tiny {_VAE.class_name}.\nTINY_VAE: Mapping[str, Any] = "
-        + literal(dict(_VAE.config)),
+        "decoder_config": f"#: Of the tiny {_VAE}.\nTINY_VAE: Mapping[str, Any] = " + literal(dict(_TINY_VAE)),
         "pretrained": "#: Read by its own library.\nPRETRAINED: tuple[Pretrained, ...] = "
         f'(Pretrained("vae", "{vae}", kind="vae"),)\n',
         "pretrained_attribute": "    pretrained: ClassVar[tuple[Pretrained, ...]] = PRETRAINED\n",
@@ -267,8 +308,8 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
         configs["decoder"] = "config.DECODER_CONFIG"
     code = ""
     if port.path == "external":
-        url = next(iter(source.inspection.card.code), "") if source.inspection else ""
-        url = url or f"https://github.com/your-org/{port.name}"
+        named = next(iter(source.inspection.card.code), "") if source.inspection else ""
+        url = port.code or named or f"https://github.com/your-org/{port.name}"
         code = (
             "\n    code=(\n        GitCode(\n"
             f'            name="{port.name}_original",\n'
@@ -278,9 +319,6 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
         )
     checkpoint = read_checkpoint(source)
     return {
-        "repository": source.repository,
-        "revision": f'"{source.revision}"' if source.revision else "None",
-        "licence": literal(source.licence or "see the repository's card"),
         "files": "\n".join([checkpoint.rule, *(f"                {rule}," for rule in files)]),
         "recipe_imports": ("FileRule, GitCode, " if code else "FileRule, ") + "Recipe, Repository",
         "recipe_configs": "{" + ", ".join(f'"{name}": {value}' for name, value in configs.items()) + "}",

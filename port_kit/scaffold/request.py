@@ -13,9 +13,9 @@ from typing import Literal, get_args
 from port_kit.errors import ScaffoldError
 from port_kit.scaffold.render import camel
 
-#: Where the model's code comes from. diffusers: from the installed diffusers; custom: ported into the port; external:
-#: part of it stays a git dependency; bypass: the weights do not come through the loader; hybrid: the decoder is
-#: diffusers', the transformer is ported.
+#: Where the model's code comes from. diffusers: its pipeline runs unchanged; custom: ported into the port; external:
+#: its modules stay a git dependency, the pipeline is the port's; bypass: the weights do not come through the loader;
+#: hybrid: the decoder is diffusers', the transformer is ported.
 PortPath = Literal["diffusers", "custom", "external", "bypass", "hybrid"]
 PATHS: tuple[str, ...] = get_args(PortPath)
 
@@ -32,16 +32,16 @@ class NewPort:
         name: of the port, its package and its scripts.
         path: see :data:`PortPath`.
         target: the folder to be made.
-        transformer: the class in diffusers, for the path ``diffusers``.
         source: a Hub repository or a folder that the model lies in, or empty.
+        code: address of the git repository with the model's code, for the path ``external``, or empty.
         endpoint: of the Hub; default ``HF_ENDPOINT``.
     """
 
     name: str
     path: PortPath
     target: Path
-    transformer: str = ""
     source: str = ""
+    code: str = ""
     endpoint: str | None = None
 
     def __post_init__(self) -> None:

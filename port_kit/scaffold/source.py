@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import Inspection, inspect
+from port_kit.inspect.documents import Documents
+from port_kit.inspect.file_listing import open_listing
 from port_kit.scaffold.request import PortPath
-
-#: What a diffusers pipeline's components are called, and which of their files a model directory needs.
-FOLDERS: Mapping[str, tuple[str, ...]] = {
-    "transformer": ("transformer/config.json", "transformer/*.safetensors*"),
-    "vae": ("vae/config.json", "vae/*.safetensors*"),
-    "text_encoder": ("text_encoder/config.json", "text_encoder/*.safetensors*"),
-    "tokenizer": ("tokenizer/*",),
-    "scheduler": ("scheduler/*",),
-}
-#: What diffusers and transformers call a component's weights in one file.
-_USUAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -28,11 +18,12 @@ class Source:
     """Location of a model's weights.
 
     Attributes:
-        inspection: everything that was found; None where nothing was inspected.
         repository: ``organisation/name``; a stand-in where it is not known.
+        inspection: everything that was found; None where nothing was inspected.
         revision: 40 hex digits, or None.
         licence: one line, or empty.
-        transformer: content of ``transformer/config.json``, or empty.
+        index: content of ``model_index.json``, or empty.
+        configs: content of ``config.json`` by component, of those that the index names.
         listed: the repository's files; empty where it was not listed.
     """
 
@@ -40,22 +31,9 @@ class Source:
     inspection: Inspection | None = None
     revision: str | None = None
     licence: str = ""
-    transformer: Mapping[str, Any] = field(default_factory=dict)
+    index: Mapping[str, Any] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     listed: tuple[str, ...] = ()
-
-    def patterns(self, folder: str) -> tuple[str, ...]:
-        """Return the patterns of a component's files; of a listed repository only those that match something.
-
-        Where one file of the usual name has all the weights it is named itself: other variants may lie beside it.
-        """
-        patterns = FOLDERS[folder]
-        if not self.listed:
-            return patterns
-        part = self.inspection.component(folder) if self.inspection else None
-        names = [file.path for file in part.weights] if part else []
-        if len(names) == 1 and names[0].rpartition("/")[2] in _USUAL:
-            patterns = (patterns[0], names[0])
-        return tuple(p for p in patterns if any(fnmatchcase(path, p) for path in self.listed))
 
 
 def read_source(target: str, default: str, *, endpoint: str | None = None) -> Source:
@@ -76,35 +54,39 @@ def read_source(target: str, default: str, *, endpoint: str | None = None) -> So
     found = inspect(target, endpoint=endpoint)
     if found.path == "unknown":
         raise ScaffoldError(f"{target} cannot be read: {found.gate}", code="scaffold_unsupported", hint=found.next)
-    documents = _documents(target, found.commit, endpoint)
+    index, configs, listed = _documents(target, found.commit, endpoint)
     return Source(
         repository=target if found.commit else default,
         inspection=found,
         revision=found.commit,
         licence=found.card.licence,
-        transformer=documents[0],
-        listed=documents[1],
+        index=index,
+        configs=configs,
+        listed=listed,
     )
 
 
-def _documents(target: str, commit: str | None, endpoint: str | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    from port_kit.inspect.documents import Documents
-    from port_kit.inspect.file_listing import open_listing
-
+def _documents(
+    target: str, commit: str | None, endpoint: str | None
+) -> tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]], tuple[str, ...]]:
     with open_listing(target, commit, endpoint, None) as listing:
-        return Documents(listing).object("transformer/config.json"), tuple(listing.files)
+        documents = Documents(listing)
+        index = documents.object("model_index.json")
+        parts = [name for name, value in index.items() if isinstance(value, list)]
+        configs = {name: documents.object(f"{name}/config.json") for name in parts}
+        return index, configs, tuple(listing.files)
 
 
-def choose_path(given: str | None, source: str, transformer: str, endpoint: str | None) -> PortPath:
-    """Return the path that was asked for; without one, that of the named class or of the source.
+def choose_path(given: str | None, source: str, code: str, endpoint: str | None) -> PortPath:
+    """Return the path that was asked for; without one, that of git code or of the source.
 
     Raises:
         ScaffoldError: the source is served already.
     """
     if given:
         return cast(PortPath, given)
-    if transformer:
-        return "diffusers"
+    if code:
+        return "external"
     found = inspect(source, endpoint=endpoint)
     if found.path == "supported":
         raise ScaffoldError(

@@ -21,11 +21,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.download import Recipe
+from port_kit.download import FileRule, Recipe
 from port_kit.errors import PortKitError
 from port_kit.port import resolve
 from port_kit.testing.tokenizer import write_tokenizer
@@ -115,15 +115,20 @@ class TinyModel:
         repositories: ``{repository id: {path in the repository: file}}``, content for a loopback Hub.
         configs: ``{component: config.json}`` of the tiny sizes, for ``recipe.with_(configs=...)``.
         model_index: changes of the tiny sizes to ``model_index.json``.
+        files: rules of its files if they have other names than those of the full-size model.
     """
 
     repositories: dict[str, dict[str, Path]]
     configs: dict[str, dict[str, Any]]
     model_index: dict[str, Any] = field(default_factory=dict)
+    files: tuple[FileRule, ...] = ()
 
     def recipe(self, full_size: Recipe) -> Recipe:
         """Return the recipe of the full-size model for the tiny one."""
-        return full_size.with_(configs=self.configs, model_index=self.model_index)
+        recipe = full_size.with_(configs=self.configs, model_index=self.model_index)
+        if not self.files:
+            return recipe
+        return replace(recipe, repositories=tuple(replace(each, files=self.files) for each in recipe.repositories))
 
 
 def expand(outline: Mapping[str, Any]) -> Tensors:

@@ -11,18 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_dit import DBCacheConfig
+from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 from PIL import Image
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+from port_kit.autoparallel.host.caching import separate_branches
 from port_kit.autoparallel.host.checks import PLAN_KEY, check_host
 from port_kit.autoparallel.host.files import write_files
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.host.loading import build_denoiser
 from port_kit.autoparallel.host.media import payload
 from port_kit.autoparallel.host.request import call_arguments
-from port_kit.autoparallel.plan import Plan, Proof
+from port_kit.autoparallel.plan import Blocks, Plan, Proof
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.errors import PortKitError
 
@@ -49,11 +52,12 @@ def code_of(function: Any, *arguments: Any) -> str:
     return caught.value.code
 
 
-def config_of(folder: Path, plan: Path | None = None, **degrees: int) -> OmniDiffusionConfig:
+def config_of(folder: Path, plan: Path | None = None, cache: str = "none", **degrees: int) -> OmniDiffusionConfig:
     """Return an engine's configuration."""
     return OmniDiffusionConfig(
         model=str(folder),
         dtype=torch.float32,
+        cache_backend=cache,
         parallel_config=DiffusionParallelConfig(**degrees),
         additional_config={} if plan is None else {PLAN_KEY: str(plan)},
     )
@@ -106,6 +110,26 @@ def test_what_the_pipeline_does_not_take_is_refused(sampling: dict[str, Any], wa
     assert code_of(call_arguments, *arguments) == "input_value"
 
 
+def test_an_image_of_a_request_is_opened(tmp_path: Path) -> None:
+    import diffusers
+
+    Image.new("RGB", (6, 4), (9, 8, 7)).save(tmp_path / "a.png")
+    parameters = PipelineIndex(Path(), diffusers.WanImageToVideoPipeline, {}).parameters
+    for image in (str(tmp_path / "a.png"), [tmp_path / "a.png"], Image.open(tmp_path / "a.png")):
+        request = request_of({"prompt": "a", "multi_modal_data": {"image": image}})
+        found = call_arguments(*request, parameters, torch.device("cpu"))["image"]
+        assert found.size == (6, 4) and found.getpixel((0, 0)) == (9, 8, 7)
+    request = request_of({"prompt": "a", "multi_modal_data": {"image": str(tmp_path / "b.png")}})
+    assert code_of(call_arguments, *request, parameters, torch.device("cpu")) == "input_unreadable"
+
+
+@pytest.mark.parametrize(("name", "rate"), [("LTXPipeline", 25.0), ("WanPipeline", 24.0)])
+def test_the_frame_rate_is_that_of_the_pipeline(name: str, rate: float) -> None:
+    import diffusers
+
+    assert PipelineIndex(Path(), getattr(diffusers, name), {}).fps == rate
+
+
 def test_guidance_needs_no_plan(wan: Path) -> None:
     check_host(config_of(wan, cfg_parallel_size=2))
 
@@ -115,7 +139,7 @@ def test_a_layout_without_a_plan_is_refused(degrees: dict[str, int], wan: Path) 
     assert code_of(check_host, config_of(wan, **degrees)) == "plan_layout"
 
 
-@pytest.mark.parametrize("option", [{"enable_cpu_offload": True}, {"cache_backend": "cache_dit"}])
+@pytest.mark.parametrize("option", [{"enable_cpu_offload": True}, {"cache_backend": "tea_cache"}])
 def test_an_option_that_nothing_proves_is_refused(option: dict[str, Any], wan: Path) -> None:
     assert code_of(check_host, OmniDiffusionConfig(model=str(wan), dtype=torch.float32, **option)) == "engine_option"
 
@@ -128,6 +152,65 @@ def test_only_proven_layouts_are_accepted(wan: Path, tmp_path: Path) -> None:
     check_host(config_of(wan, path, tensor_parallel_size=2, ulysses_degree=2))
     assert code_of(check_host, config_of(wan, path, ulysses_degree=2)) == "plan_layout"
     assert code_of(check_host, config_of(wan, path, tensor_parallel_size=2, ring_degree=2)) == "plan_layout"
+
+
+def test_cache_dit_needs_a_proof_with_the_layout(wan: Path, tmp_path: Path) -> None:
+    assert code_of(check_host, config_of(wan, cache="cache_dit")) == "plan_layout"
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.to_toml())
+    assert code_of(check_host, config_of(wan, path, "cache_dit", tensor_parallel_size=2)) == "plan_layout"
+    proof = Proof(layout="cache_ditxtp2", scale="deeper", dtype="float32", difference=0.0)
+    path.write_text(PLAN.model_copy(update={"proofs": (*PLAN.proofs, proof)}).to_toml())
+    check_host(config_of(wan, path, "cache_dit", tensor_parallel_size=2))
+    assert code_of(check_host, config_of(wan, path, "cache_dit")) == "plan_layout"
+    two = config_of(wan, path, "cache_dit", tensor_parallel_size=2, cfg_parallel_size=2)
+    assert code_of(check_host, two) == "engine_option"
+
+
+def test_a_finding_is_the_reason_without_a_pattern(wan: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    blocks = Blocks(modules="blocks.*", cache_reason="its blocks change their argument kv_cache")
+    path.write_text(PLAN.model_copy(update={"blocks": (blocks,)}).to_toml())
+    with pytest.raises(PortKitError, match="change their argument kv_cache"):
+        check_host(config_of(wan, path, "cache_dit"))
+
+
+class _Scheduler:
+    """Scheduler of a pipeline, of which only the end of a step matters."""
+
+    def set_timesteps(self, _steps: int) -> None:
+        """Begin."""
+
+    def step(self, value: int) -> int:
+        return value + 1
+
+
+def test_branches_of_a_step_have_their_own_contexts() -> None:
+    manager = CachedContextManager("test", persistent_context=True)
+    denoiser, scheduler = torch.nn.Identity(), _Scheduler()
+    denoiser._context_manager, denoiser._context_names = manager, ["blocks"]  # type: ignore[assignment]
+    separate_branches(SimpleNamespace(components={"scheduler": scheduler}), {"transformer": denoiser})
+
+    def run(branches: int) -> list[int]:
+        """Return the identities of the contexts of one step."""
+        found = []
+        for _ in range(branches):
+            denoiser(torch.ones(1))
+            found.append(id(manager.get_context("blocks")))
+        assert scheduler.step(1) == 2
+        return found
+
+    manager.reset_context("blocks", cache_config=DBCacheConfig(num_inference_steps=2))
+    first, second, third = run(2), run(3), run(1)
+    assert len(set(second)) == 3 and first == second[:2] and third == second[:1]
+    assert manager.get_context("blocks").cache_config.num_inference_steps is None
+    manager.reset_context("blocks", cache_config=DBCacheConfig(num_inference_steps=2))
+    assert not set(run(2)) & set(second[:1])
+
+
+def test_a_pipeline_without_a_scheduler_has_no_branches() -> None:
+    pipeline = SimpleNamespace(components={"vae": torch.nn.Identity()})
+    assert code_of(separate_branches, pipeline, {"transformer": torch.nn.Identity()}) == "plan_cache"
 
 
 def test_a_plan_of_another_class_is_refused(wan: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers through ``Omni``: one rank against guidance on two ranks."""
+"""Tiny pipelines of diffusers through ``Omni``: one rank against guidance on two ranks, and against Cache-DiT."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 
 SCRIPT = Path(__file__).with_name("run_hosted.py")
@@ -19,12 +20,12 @@ TOLERANCE = 2e-5
 DEFAULT = "WanPipeline"
 
 
-def run(name: str, folder: Path, layouts: list[str]) -> dict[str, dict[str, np.ndarray]]:
+def run(name: str, folder: Path, layouts: list[str], plan: str = "-") -> dict[str, dict[str, np.ndarray]]:
     """Return the media of each layout, from a process of its own."""
     write_pipeline(name, CASES[name], folder / "model")
     report = folder / "report.npz"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), name, str(folder / "model"), str(report), "-", *layouts],
+        [sys.executable, str(SCRIPT), name, str(folder / "model"), str(report), plan, *layouts],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -50,3 +51,15 @@ def test_two_guidance_ranks_equal_one(name: str, tmp_path: Path) -> None:
     for medium, one in found["single"].items():
         assert one.std() > 0.01, f"{medium} is nearly constant"
         assert np.abs(found["cfg2"][medium] - one).max() <= TOLERANCE * np.abs(one).max()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_cache_dit_reuses_at_a_large_threshold_only(tmp_path: Path) -> None:
+    layouts = ["single", "cache_dit@0.0", "cache_ditxulysses2@0.0", "cache_dit@2.0"]
+    found = run(DEFAULT, tmp_path, layouts, str(SHIPPED / "WanTransformer3DModel.toml"))
+    ((medium, one),) = found["single"].items()
+    bound = TOLERANCE * np.abs(one).max()
+    assert np.array_equal(found["cache_dit@0.0"][medium], one)
+    assert np.abs(found["cache_ditxulysses2@0.0"][medium] - one).max() <= bound
+    assert np.abs(found["cache_dit@2.0"][medium] - one).max() > 100 * bound

@@ -32,13 +32,23 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_server_gets_the_layout_and_the_plan() -> None:
-    given = {"dtype": "float32", "enforce_eager": True}
+    given = {"dtype": "float32", "enforce_eager": True, "cache_backend": "cache_dit", "cache_config": '{"a": 1}'}
     found = serve_command("dir", "PortKitImagePipeline", {PLAN_KEY: "p.toml"}, Layout(tp=2, cfg=2), given)
     options = dict(zip(found, found[1:], strict=False))
     assert options["--model-class-name"] == "PortKitImagePipeline"
     assert (options["--tensor-parallel-size"], options["--cfg-parallel-size"]) == ("2", "2")
     assert json.loads(options["--additional-config"]) == {PLAN_KEY: "p.toml"}
+    assert (options["--cache-backend"], json.loads(options["--cache-config"])) == ("cache_dit", {"a": 1})
     assert "--enforce-eager" in found
+
+
+@pytest.mark.parametrize(
+    "options", [["--cache-config", "{}"], ["--cache-backend", "cache_dit", "--cache-config", "0.1"]]
+)
+def test_settings_without_a_cache_are_refused(options: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, [str(tmp_path), *options])
+    assert result.exit_code == 1
+    assert "input_value" in result.output
 
 
 @pytest.mark.slow

@@ -50,7 +50,23 @@ def test_diffusers_components_are_found_with_sizes_and_dtypes(remote: Remote) ->
     assert [part.name for part in report.components] == ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
     assert report.card.licence == "apache-2.0" and report.card.task == "text-to-image"
     assert not report.missing and not report.pitfalls
-    assert report.next == "port-kit new some_model --path hybrid --from org/some_model"
+    assert report.next == "port-kit new some_model --from org/some_model"
+
+
+@pytest.mark.parametrize(
+    ("transformer", "fact", "command"),
+    [
+        ("FluxTransformer2DModel", "has a shipped parallel plan", "port-kit new"),
+        ("SanaTransformer2DModel", "port-kit new and port-kit run infer and prove one", "port-kit new"),
+        ("UNet2DConditionModel", "guidance parallelism only", "port-kit run"),
+    ],
+)
+def test_a_report_says_where_a_plan_comes_from(transformer: str, fact: str, command: str, folder: Folder) -> None:
+    report = inspect(str(folder(fake_repositories.diffusers_model(transformer=transformer))))
+    facts = [finding.fact for finding in report.evidence]
+    (found,) = [text for text in facts if text.startswith(f"transformer: {transformer} has ")]
+    assert fact in found
+    assert report.next.startswith(command)
 
 
 def test_memory_is_of_the_weights_with_the_largest_sharded(remote: Remote) -> None:

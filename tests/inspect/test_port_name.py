@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from port_kit.inspect.port_name import new_command, port_name
+from port_kit.inspect.port_name import next_command, port_name
 
 
 @pytest.mark.parametrize(
@@ -29,21 +29,19 @@ def test_a_folder_is_called_by_its_own_name(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "Some Model").mkdir()
     monkeypatch.chdir(tmp_path / "Some Model")
     assert port_name(".") == "some_model"
-    assert new_command(str(tmp_path / "Some Model"), "custom", "", "").endswith(f"--from '{tmp_path}/Some Model'")
+    assert next_command(str(tmp_path / "Some Model"), "custom", "").endswith(f"--from '{tmp_path}/Some Model'")
 
 
 @pytest.mark.parametrize(
-    ("path", "pipeline", "transformer", "options"),
+    ("path", "transformer", "command"),
     [
-        ("diffusers", "LTXPipeline", "LTXVideoTransformer3DModel", ""),
-        ("diffusers", "LTXImageToVideoPipeline", "LTXVideoTransformer3DModel", "--path hybrid "),
-        ("diffusers", "CogVideoXPipeline", "CogVideoXTransformer3DModel", "--path hybrid "),
-        ("hybrid", "", "", ""),
-        ("custom", "", "", ""),
+        ("diffusers", "FluxTransformer2DModel", "port-kit new model_x --from org/model_x"),
+        ("diffusers", "LTXVideoTransformer3DModel", "port-kit new model_x --from org/model_x"),
+        ("diffusers", "UNet2DConditionModel", "port-kit run org/model_x --cfg-parallel-size 2"),
+        ("diffusers", "", "port-kit new model_x --path hybrid --from org/model_x"),
+        ("hybrid", "", "port-kit new model_x --from org/model_x"),
+        ("custom", "", "port-kit new model_x --from org/model_x"),
     ],
 )
-def test_an_unsupported_transformer_is_ported_with_its_other_components(
-    path: str, pipeline: str, transformer: str, options: str
-) -> None:
-    command = new_command("org/model_x", path, pipeline, transformer)  # type: ignore[arg-type]
-    assert command == f"port-kit new model_x {options}--from org/model_x"
+def test_the_command_follows_from_the_path_and_the_plan(path: str, transformer: str, command: str) -> None:
+    assert next_command("org/model_x", path, transformer) == command  # type: ignore[arg-type]

@@ -118,8 +118,8 @@ def flows(transformer: WanFusionTransformer) -> Tensor:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    video, audio = draw(1, config.video_channels, 2, 4, 4), draw(1, 10, config.audio_channels)
-    texts = draw(1, 7, config.text_dim), draw(1, 7, config.text_dim)
+    video, audio = draw(1, config.video.in_channels, 2, 4, 4), draw(1, 10, config.audio.in_channels)
+    texts = draw(1, 7, config.video.text_dim), draw(1, 7, config.audio.text_dim)
     found = transformer(video, audio, torch.tensor(500), *texts)
     return torch.cat([flow.flatten() for flow in found])
 

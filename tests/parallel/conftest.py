@@ -12,20 +12,16 @@ from port_kit.parallel.layout import Layout
 from port_kit.parallel.verify import ParallelTestCase
 from port_kit.testing.workers import RankResult, Request
 from tests.parallel import transformer_pipeline
-from tests.parallel.transformer_pipeline import GOLDENS, INPUTS
+from tests.parallel.transformer_pipeline import GOLDENS, INPUTS, write_model
 
 
 @pytest.fixture(scope="session")
 def transformer_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "probe"
-    (folder / "transformer").mkdir(parents=True)
     towers = json.loads((goldens / "SET.json").read_text())["fusion"]
     rope = {"family": "dreamid_omni", "freqs_scaling": {"num": 31, "den": 157, "dtype": "float32"}}
-    (folder / "transformer/config.json").write_text(json.dumps({**towers, "rope": rope}))
-    (folder / "model_index.json").write_text(
-        json.dumps({"_class_name": "TransformerOnlyPipeline", "_diffusers_version": "0.40.0"})
-    )
-    shutil.copy(next((goldens / "ckpts/DreamID_Omni").glob("*.safetensors")), folder / "transformer/model.safetensors")
+    transformer = write_model(folder, "TransformerOnlyPipeline", {**towers, "rope": rope})
+    shutil.copy(next((goldens / "ckpts/DreamID_Omni").glob("*.safetensors")), transformer / "model.safetensors")
     return folder
 
 

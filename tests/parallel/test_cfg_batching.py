@@ -78,7 +78,7 @@ def test_together_is_one_after_the_other() -> None:
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=generator)
-        channels = model.config.video_channels, model.config.audio_channels
+        channels = model.config.video.in_channels, model.config.audio.in_channels
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)

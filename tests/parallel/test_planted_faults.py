@@ -26,17 +26,15 @@ def missing_plan() -> None:
 def misspelt_plan() -> None:
     from port_kit.models.wan.transformer.model import WanFusionTransformer
 
-    WanFusionTransformer._sp_plan = make_sp_plan({"shards": (3, 3, 4, 4)}, {"gather": (3, 3)})
+    plan = WanFusionTransformer._sp_plan
+    WanFusionTransformer._sp_plan = {path.replace("shard", "shards"): sides for path, sides in plan.items()}
 
 
 def half_a_plan() -> None:
     """Only the video stream is sharded; the audio stream is complete on every rank, but still exchanged."""
-    from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
-
     from port_kit.models.wan.transformer.model import WanFusionTransformer
 
-    split = {i: SequenceParallelInput(split_dim=1, expected_dims=n, split_output=True) for i, n in ((0, 3), (2, 4))}
-    WanFusionTransformer._sp_plan = {"shard": split, "gather": [SequenceParallelOutput(gather_dim=1), None]}
+    WanFusionTransformer._sp_plan = make_sp_plan({"video.shard": (3, 4)}, {"video.gather": (3,)})
 
 
 def unmasked_pad() -> None:
@@ -57,11 +55,12 @@ def exchanged_text() -> None:
 
 def local_norm() -> None:
     """Every rank takes its own heads for all of them."""
-    from port_kit.models.wan.transformer import attention, fused_ops
+    from port_kit.models.wan.transformer import attention
     from port_kit.parallel.linear import tp_rank_and_size
+    from port_kit.parallel.norm import square_sums
 
     ranks = tp_rank_and_size()[1]
-    attention.tp_square_sums = lambda *tensors: [fused_ops.square_sums(x) * ranks for x in tensors]
+    attention.tp_square_sums = lambda *tensors: [square_sums(x) * ranks for x in tensors]
 
 
 def wrong_guidance_rank() -> None:

@@ -25,7 +25,7 @@ from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.pipeline.loading import read_json
-from port_kit.remap import load_weights
+from port_kit.remap import RuleSet, load_weights
 
 Pair = tuple[Tensor, Tensor]
 
@@ -47,7 +47,13 @@ INPUTS = (
 
 
 class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
-    """The minimal interface of a pipeline of vLLM-Omni."""
+    """The minimal interface of a pipeline of vLLM-Omni.
+
+    Attributes:
+        rules: from the original names of the transformer's weights.
+    """
+
+    rules: ClassVar[RuleSet] = TRANSFORMER
 
     _dit_modules: ClassVar = ["transformer"]
     _encoder_modules: ClassVar = []
@@ -58,7 +64,7 @@ class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__()
         self.od_config = od_config
-        self.transformer = build_transformer(read_json(od_config.model, "transformer/config.json"))
+        self.transformer = self.build_transformer(read_json(od_config.model, "transformer/config.json"))
         self.weights_sources = [
             DiffusersPipelineLoader.ComponentSource(
                 model_or_path=od_config.model,
@@ -69,11 +75,15 @@ class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
             )
         ]
 
+    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build the transformer of a ``transformer/config.json``."""
+        return build_transformer(config)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the transformer through its rules."""
         shard_before_loading(self.transformer, self.od_config, get_local_device())
         bare = ((name.removeprefix("transformer."), tensor) for name, tensor in weights)
-        return load_weights(self.transformer, bare, TRANSFORMER, prefix="transformer.")
+        return load_weights(self.transformer, bare, self.rules, prefix="transformer.")
 
     def combine_multi_branch_cfg_noise(
         self, predictions: list[Pair], true_cfg_scale: float | dict[str, float], cfg_normalize: bool = False
@@ -97,10 +107,10 @@ class TransformerOnlyPipeline(nn.Module, BatchedCFGMixin):
     def _drawn(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Pair]]:
         """Seeded latents of the sizes that are asked for, and the texts of four branches."""
         random, config = torch.Generator().manual_seed(1), self.transformer.config
-        texts = torch.randn(4, 2, 1, min(9, config.text_len), config.text_dim, generator=random)
+        texts = torch.randn(4, 2, 1, min(9, config.video.text_len), config.video.text_dim, generator=random)
         inputs = {
-            "video": torch.randn(1, config.video_channels, *given["grid"], generator=random),
-            "audio": torch.randn(1, given["audio_latents"], config.audio_channels, generator=random),
+            "video": torch.randn(1, config.video.in_channels, *given["grid"], generator=random),
+            "audio": torch.randn(1, given["audio_latents"], config.audio.in_channels, generator=random),
             "timestep": torch.tensor([937]),
             "video_reference_frames": given.get("reference_frames", 0),
             "audio_reference_lengths": tuple(given.get("reference_audio", ())),
@@ -124,12 +134,18 @@ def _recorded(folder: Path) -> tuple[dict[str, Any], list[Pair]]:
     return inputs, [(factor * video, factor * audio) for factor in (1.0, -1.0, 0.5, 0.25)]
 
 
-def register() -> None:
-    """Register the pipeline in this process."""
+def register(name: str = "TransformerOnlyPipeline", module: str = __name__) -> None:
+    """Register a pipeline in this process."""
     from vllm_omni.diffusion.registry import register_diffusion_model
 
-    register_diffusion_model(
-        model_arch="TransformerOnlyPipeline",
-        module_name="tests.parallel.transformer_pipeline",
-        class_name="TransformerOnlyPipeline",
-    )
+    register_diffusion_model(model_arch=name, module_name=module, class_name=name)
+
+
+def write_model(folder: Path, pipeline: str, config: Mapping[str, Any]) -> Path:
+    """Write a model directory without weights; return the folder of the transformer."""
+    transformer = folder / "transformer"
+    transformer.mkdir(parents=True)
+    (transformer / "config.json").write_text(json.dumps(config))
+    index = {"_class_name": pipeline, "_diffusers_version": "0.40.0"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return transformer

@@ -17,7 +17,7 @@ from port_kit.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = ("port_kit", "models", "examples", "benchmarks")
-HEAVY_PACKAGES = ("autoparallel", "models", "runtime", "parallel", "pipeline")
+HEAVY_PACKAGES = ("autoparallel", "models", "runtime", "parallel", "pipeline", "scaffold.hosted_port", "scaffold.plans")
 LIGHT = ("port_kit.runtime.target_cache",)
 
 
@@ -37,7 +37,7 @@ def _run(code: str, *flags: str, **environment: str) -> subprocess.CompletedProc
 
 
 def _modules() -> list[str]:
-    """Return every module of the kit outside of the heavy packages."""
+    """Return every module of the kit outside of the heavy packages and modules."""
     paths = (path.relative_to(ROOT).with_suffix("") for path in _files("port_kit"))
     names = (".".join(path.parts).removesuffix(".__init__") for path in paths)
     light = (name for name in names if not name.startswith(tuple(f"port_kit.{folder}" for folder in HEAVY_PACKAGES)))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from port_kit.inspect.adapted_classes import FAMILIES
-from port_kit.scaffold.diffusers_class import build_parts
+from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 
 ROOT = Path(__file__).parents[2]
-LTX = FAMILIES["LTXVideoTransformer3DModel"]
+REPOSITORY = "Lightricks/LTX-Video"
+LTX = CASES["LTXPipeline"]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -24,20 +23,8 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def write_ltx(folder: Path) -> dict[str, Path]:
-    """Write a tiny LTX-Video in the layout of its repository, with whatever values its classes begin with."""
-    import diffusers
-    import torch
-
-    torch.manual_seed(0)
-    (folder / "tokenizer").mkdir(parents=True)
-    parts = build_parts(LTX, folder / "tokenizer")
-    parts["transformer"] = diffusers.LTXVideoTransformer3DModel(**LTX.tiny)
-    for name, part in parts.items():
-        if name != "tokenizer":
-            part.save_pretrained(folder / name)
-    index = {name: [type(part).__module__.partition(".")[0], type(part).__name__] for name, part in parts.items()}
-    index["_class_name"], index["_diffusers_version"] = LTX.pipeline, diffusers.__version__
-    (folder / "model_index.json").write_text(json.dumps(index))
+    """Write a tiny LTX-Video in the layout of its repository."""
+    write_pipeline("LTXPipeline", LTX, folder)
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-licence\n---\n")
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 

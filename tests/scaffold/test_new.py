@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from port_kit.autoparallel.coverage import planned_coverage
+from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.cli import main
 from port_kit.download import FileRule, Recipe
-from port_kit.errors import ScaffoldError
 from port_kit.inspect import inspect
-from port_kit.inspect.adapted_classes import FAMILIES
-from port_kit.inspect.known_classes import diffusers_names
+from port_kit.port import HostedPort
 from port_kit.remap import RuleSet
-from port_kit.scaffold import NewPort, new_port
-from port_kit.scaffold.diffusers_class import read_class
+from port_kit.scaffold import NewPort, new_port, plans
+from port_kit.scaffold.own_port import own_files
+from port_kit.scaffold.pipeline_files import file_patterns
 from port_kit.scaffold.render import TEMPLATES, literal
 from port_kit.scaffold.source import Source
 from port_kit.testing.hub import Hub
@@ -53,34 +54,88 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_class_that_is_not_known_is_refused_with_every_reason() -> None:
-    with pytest.raises(ScaffoldError) as caught:
-        read_class("CogVideoXTransformer3DModel")
-    problems = caught.value.details["problems"]
-    assert isinstance(problems, list) and len(problems) == 2
-    assert "CogVideoXAttnProcessor2_0" in problems[1]
-    with raises("scaffold_unsupported", "NoSuchTransformer"):
-        read_class("NoSuchTransformer")
+def new_hosted(files: fake_repositories.Files, folder: Path) -> None:
+    """Write a port of a pipeline of diffusers in a folder."""
+    source = fake_repositories.write(files, folder / "model")
+    new_port(NewPort("some_port", "diffusers", folder / "port", source=str(source)), report=lambda _line: None)
 
 
-def test_other_classes_of_a_known_name_are_distinguished() -> None:
-    with raises("scaffold_unsupported", "ZImageTransformer2DModel") as caught:
-        read_class("ZImageTransformer2DModel")
-    assert "feed_forward" in caught.value.message
+def test_a_pipeline_needs_a_source(tmp_path: Path) -> None:
+    with raises("scaffold_unsupported", "--from is not given"):
+        new_port(NewPort("some_port", "diffusers", tmp_path / "port"))
 
 
-@pytest.mark.slow
-def test_every_transformer_of_diffusers_is_adapted_or_refused_for_a_reason() -> None:
-    """Reasons name a part of the model."""
-    models = [name for name, part in diffusers_names().items() if part == "models" and name not in FAMILIES]
-    named = [name for name in models if re.search("Transformer|DiT", name) and "ControlNet" not in name]
-    assert len(named) > 60
-    for name in named:
-        with pytest.raises(ScaffoldError) as caught:
-            read_class(name)
-        problems = caught.value.details["problems"]
-        assert isinstance(problems, list) and len(problems) >= 2, problems
-        assert caught.value.code == "scaffold_unsupported" and name in problems[0]
+def test_what_is_no_pipeline_of_diffusers_is_refused(tmp_path: Path) -> None:
+    with raises("scaffold_unsupported", "MyOwnPipeline") as caught:
+        new_hosted(fake_repositories.hybrid_model(), tmp_path)
+    assert caught.value.hint == "take --path hybrid"
+
+
+def test_a_class_without_a_tiny_configuration_is_refused(tmp_path: Path) -> None:
+    files = fake_repositories.diffusers_model("StableDiffusionPipeline", "UNet2DConditionModel")
+    with raises("plan_subject", "UNet2DConditionModel"):
+        new_hosted(files, tmp_path)
+    assert not (tmp_path / "port").exists()
+
+
+def test_weights_that_diffusers_does_not_load_are_refused(tmp_path: Path) -> None:
+    files = fake_repositories.diffusers_model("FluxPipeline", "FluxTransformer2DModel")
+    del files["vae/diffusion_pytorch_model.safetensors"]
+    files["vae/diffusion_pytorch_model.bin"] = fake_repositories.torch_file(fake_repositories.torch_tensors("a"))
+    with raises("scaffold_unsupported", "vae/diffusion_pytorch_model.bin", "torch zip"):
+        new_hosted(files, tmp_path)
+
+
+def test_findings_are_reported_if_nothing_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(plans, "DEFAULT_LAYOUTS", ("ulysses2",))
+    with raises("scaffold_unsupported", "PriorTransformer", "ulysses2 not proven") as caught:
+        plans.plan_of_class("PriorTransformer", lines.append)
+    assert caught.value.details["problems"] and lines
+
+
+def test_a_port_of_a_shipped_plan_is_data(tmp_path: Path) -> None:
+    new_hosted(fake_repositories.diffusers_model("FluxPipeline", "FluxTransformer2DModel"), tmp_path)
+    package = tmp_path / "port" / "some_port"
+    assert sorted(path.name for path in package.iterdir()) == ["__init__.py", "config.py", "plan.toml", "recipe.py"]
+    assert (package / "plan.toml").read_text() == (SHIPPED / "FluxTransformer2DModel.toml").read_text()
+    recipe = _recipe(package / "recipe.py")
+    assert recipe.model_index["_class_name"] == "SomePortPipeline"
+    assert recipe.model_index["vae"] == ["diffusers", "AutoencoderDC"]
+    patterns = [rule.pattern for rule in recipe.repositories[0].files if rule.folder == "transformer"]
+    assert patterns == [
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "transformer/diffusion_pytorch_model-*-of-00002.safetensors",
+    ]
+    port = _port(package)
+    assert (port.hosted, port.output_type, port.references) == ("FluxPipeline", "image", ())
+    assert port.request_options["true_cfg_scale"] == "float"
+    assert port.components[0].config == "some_port.config:TRANSFORMER_CONFIG"
+
+
+def test_a_plan_covers_every_weight_at_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fake_repositories.diffusers_model("FluxPipeline", "FluxTransformer2DModel")
+    files["transformer/config.json"] = fake_repositories.as_json({"_class_name": "FluxTransformer2DModel"})
+    new_hosted(files, tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "port"))
+    try:
+        port = _port(tmp_path / "port" / "some_port")
+        for ranks in (1, 2, 8):
+            report = planned_coverage(port, "transformer", ranks)
+            assert report.ok, report.to_text()
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "some_port"]:
+            del sys.modules[name]
+
+
+def _port(package: Path) -> HostedPort:
+    """Execute the ``__init__.py`` of a package."""
+    space: dict[str, object] = {"__name__": package.name}
+    exec(compile((package / "__init__.py").read_text(), str(package), "exec"), space)
+    port = space["PORT"]
+    assert isinstance(port, HostedPort)
+    return port
 
 
 def test_the_command_reports_missing_and_written_files(tmp_path: Path) -> None:
@@ -216,5 +271,16 @@ def test_variants_beside_the_weights_are_left_out(tmp_path: Path) -> None:
     files["vae/diffusion_pytorch_model.fp16.safetensors"] = files["vae/diffusion_pytorch_model.safetensors"]
     folder = fake_repositories.write(files, tmp_path / "model")
     source = Source(ID, inspection=inspect(str(folder)), listed=tuple(files))
-    assert source.patterns("vae") == ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
-    assert source.patterns("transformer") == ("transformer/config.json", "transformer/*.safetensors*")
+    assert file_patterns(source, "vae") == ("vae/config.json", "vae/diffusion_pytorch_model.safetensors")
+    assert file_patterns(source, "tokenizer") == ("tokenizer/*",)
+
+
+def test_git_code_implies_its_path(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    options = ["--code", "https://github.com/org/model", "--output-dir", str(tmp_path / "port")]
+    assert run(main, ["new", "some_port", "--path", "custom", *options]).exit_code == 2
+    port = NewPort("some_port", "external", tmp_path / "port", code="https://github.com/org/model")
+    files = own_files(port)
+    assert 'url="https://github.com/org/model"' in files["some_port/recipe.py"]
+    assert 'plan="plan.toml"' in files["some_port/__init__.py"]
+    assert "tests/test_cache.py" not in files and "tests/test_ranks.py" in files

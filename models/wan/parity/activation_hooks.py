@@ -38,9 +38,10 @@ class ActivationHook:
 
 def activation_hooks(config: FusionConfig) -> list[ActivationHook]:
     """Return the intermediate values of a transformer, in the order in which they are computed."""
-    found = [ActivationHook(f"{stream}.tokens", f"{name}.patch_embedding", _as_is) for stream, name in STREAMS.items()]
+    found = []
     for stream, name in STREAMS.items():
         found += [
+            ActivationHook(f"{stream}.tokens", f"{name}.patch_embedding", _as_is),
             ActivationHook(f"{stream}.context", f"{name}.text_embedding", _as_is),
             ActivationHook(f"{stream}.e_all", f"{name}.time_embedding", _first_and_last_token),
             ActivationHook(f"{stream}.e0_all", f"{name}.time_projection", _first_and_last_token),

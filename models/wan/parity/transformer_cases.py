@@ -74,10 +74,10 @@ class TransformerGolden:
         config, inputs = model.config, self.recorded("inputs")
         device = model.video.head.modulation.device
         nothing = {
-            "vid": torch.empty(config.video_channels, 0, 2, 2),
-            "audio": torch.empty(0, config.audio_channels),
-            "vid_context": torch.empty(0, config.text_dim),
-            "audio_context": torch.empty(0, config.text_dim),
+            "vid": torch.empty(config.video.in_channels, 0, 2, 2),
+            "audio": torch.empty(0, config.audio.in_channels),
+            "vid_context": torch.empty(0, config.video.text_dim),
+            "audio_context": torch.empty(0, config.audio.text_dim),
         }
         video, audio, video_text, audio_text = (
             inputs.get(f"{name}.{sample}", default)[None].to(device, dtype) for name, default in nothing.items()
@@ -176,7 +176,7 @@ def _rope_pairs(folder: Path) -> Iterator[Pair]:
 def _rope_config(folder: Path, family: str, scaling: list[str]) -> RopeConfig:
     if family == "ovi":
         towers = json.loads((folder.parent / "config.json").read_text(encoding="utf-8"))
-        return FusionConfig.from_dict({**towers, "rope": {"family": family}}).rope
+        return FusionConfig.from_dict({**towers, "rope": {"family": family}}).audio.rope
     return RopeConfig("dreamid_omni", DREAMID_SCALING, "float32" if scaling == ["fp32fs"] else "bfloat16")
 
 

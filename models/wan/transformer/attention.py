@@ -1,7 +1,7 @@
-"""The attention sub-layers of a fusion block: self-attention, and cross-attention to the text and the other stream.
+"""The attention sub-layers of a block: self-attention, and cross-attention to the text and to the other stream.
 
 Shape suffixes: B batch, S tokens of this stream, O tokens of the other stream, T text tokens, N heads of this rank,
-H head dim, D width.
+H head dim, D width, E width of the other stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from port_kit.parallel.sequence import PaddedAttention
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-    from port_kit.models.wan.transformer.config import FusionConfig
+    from port_kit.models.wan.transformer.config import TowerConfig
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,14 @@ class RotaryContext:
     length: int | None = None
 
 
-#: A clip has about 100 times more video than audio tokens, so ranks exchange audio only (see ``gather`` below).
-Stream = Literal["video", "audio"]
+#: A clip has about 100 times more video than audio tokens, so ranks exchange audio only.
 GatherOperand = Literal["kv", "q"] | None
 
 
 class SelfAttention(nn.Module):
     """Self-attention of a stream with rotary positions."""
 
-    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, config: TowerConfig, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         dim = config.dim
         self.qkv = linear.qkv(dim, config.head_dim, config.num_heads, quant, f"{prefix}.qkv")
@@ -52,7 +51,7 @@ class SelfAttention(nn.Module):
         self.norm_q = QKNorm(dim, config.eps)
         self.norm_k = QKNorm(dim, config.eps)
         self.heads = self.qkv.num_heads
-        gather: GatherOperand = "kv" if stream == "audio" else None
+        gather: GatherOperand = "kv" if config.modality == "audio" else None
         self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", gather=gather)
 
     def forward(self, x_BSD: Tensor, rotary: RotaryContext) -> PartialSums:
@@ -66,29 +65,63 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of a stream to its text and to the other stream: one query, two sets of keys, one output projection.
+    """Layers of the attention of a stream to its text, whose keys have no positions."""
 
-    Keys of the other stream have rotary positions, so the query is rotated for them. Keys of the text have none.
-    """
-
-    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, config: TowerConfig, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         dim, eps = config.dim, config.eps
         self.norm = nn.LayerNorm(dim, eps)
         self.q = linear.column(dim, dim, quant, f"{prefix}.q")
         self.kv = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv")
-        self.kv_fusion = linear.merged(dim, [dim, dim], quant, f"{prefix}.kv_fusion")
         self.o = linear.row(dim, dim, quant, f"{prefix}.o")
         self.norm_q = QKNorm(dim, eps)
         self.norm_k = QKNorm(dim, eps)
-        self.norm_k_fusion = QKNorm(dim, eps)
-        self.pre_attn_norm_fusion = nn.LayerNorm(dim, eps)
         self.heads = self.q.output_size_per_partition // config.head_dim
         # every rank holds the complete text
         self.text_attn = _attention(
             config, self.heads, f"{prefix}.text_attn", role="cross", skip_sequence_parallel=True
         )
-        gather: GatherOperand = "q" if stream == "audio" else "kv"
+
+    def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; they depend on no timestep."""
+        k, v = self.kv(text_BTD).chunk(2, -1)
+        (k,) = self.norm_k(k, *tp_square_sums(k))
+        return k, v
+
+    def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
+        return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))
+
+    def _attend_text_only(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> PartialSums:
+        (q,) = self.norm_q(q_BSD, *tp_square_sums(q_BSD))
+        return linear.row_parallel_partials(self.o, self._attend_text(q, text_kv).flatten(2))
+
+
+class TextAttention(CrossAttention):
+    """Attention of a stream to its text."""
+
+    def forward(self, x_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> PartialSums:
+        """Return ``[B, S, D]``, possibly as partial sums.
+
+        Args:
+            x_BSD: tokens after :attr:`norm`.
+            text_kv: result of :meth:`project_text`.
+        """
+        return self._attend_text_only(self.q(x_BSD), text_kv)
+
+
+class FusionAttention(CrossAttention):
+    """Attention of a stream to its text and to the other stream: one query, two sets of keys, one output projection.
+
+    Keys and values of the other stream are projected from its width to the width and heads of this stream. Its keys
+    have rotary positions, so the query is rotated for them.
+    """
+
+    def __init__(self, config: TowerConfig, other: TowerConfig, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__(config, quant, prefix)
+        self.kv_fusion = linear.merged(other.dim, [config.dim, config.dim], quant, f"{prefix}.kv_fusion")
+        self.norm_k_fusion = QKNorm(config.dim, config.eps)
+        self.pre_attn_norm_fusion = nn.LayerNorm(other.dim, config.eps)
+        gather: GatherOperand = "q" if config.modality == "audio" else "kv"
         self.fusion_attn = _attention(config, self.heads, f"{prefix}.fusion_attn", role="cross", gather=gather)
 
     def forward(
@@ -96,7 +129,7 @@ class CrossAttention(nn.Module):
         x_BSD: Tensor,
         text_kv: tuple[Tensor, Tensor],
         rotary: RotaryContext,
-        other_BOD: Tensor,
+        other_BOE: Tensor,
         other_rotary: RotaryContext,
     ) -> PartialSums:
         """Return ``[B, S, D]``, possibly as partial sums; the other stream is not attended if it has no tokens.
@@ -105,29 +138,19 @@ class CrossAttention(nn.Module):
             x_BSD: this stream's tokens after :attr:`norm`.
             text_kv: result of :meth:`project_text` for this stream's text.
             rotary: of this stream.
-            other_BOD: the other stream's tokens after :attr:`pre_attn_norm_fusion`.
+            other_BOE: the other stream's tokens after :attr:`pre_attn_norm_fusion`.
             other_rotary: of the other stream.
         """
         q = self.q(x_BSD)
-        if not other_BOD.shape[1]:
-            (q,) = self.norm_q(q, *tp_square_sums(q))
-            return linear.row_parallel_partials(self.o, self._attend_text(q, text_kv).flatten(2))
-        k, v = self.kv_fusion(other_BOD).chunk(2, -1)
+        if not other_BOE.shape[1]:
+            return self._attend_text_only(q, text_kv)
+        k, v = self.kv_fusion(other_BOE).chunk(2, -1)
         q_squares, k_squares = tp_square_sums(q, k)
         q, q_rotated = self.norm_q(q, q_squares, rotary.rope, keep_unrotated=True)
         (k,) = self.norm_k_fusion(k, k_squares, other_rotary.rope)
         attended = self._attend_text(q, text_kv)
         fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_rotated, k, v)), other_rotary.length)
         return linear.row_parallel_partials(self.o, (attended + fused).flatten(2))
-
-    def _attend_text(self, q_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
-        return self.text_attn(*(split_heads(t, self.heads) for t in (q_BSD, *text_kv)))
-
-    def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; they depend on no timestep."""
-        k, v = self.kv(text_BTD).chunk(2, -1)
-        (k,) = self.norm_k(k, *tp_square_sums(k))
-        return k, v
 
 
 def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
@@ -136,7 +159,7 @@ def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
 
 
 def _attention(
-    config: FusionConfig,
+    config: TowerConfig,
     heads: int,
     prefix: str,
     *,

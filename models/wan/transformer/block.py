@@ -1,12 +1,12 @@
-"""A block of the fusion transformer: one half per stream, with cross-attention between them.
+"""Blocks: of one stream alone, and of two streams with cross-attention between them.
 
-Shape suffixes: B batch, S tokens of a stream, V video tokens, A audio tokens, D width, G distinct timesteps.
+Shape suffixes: B batch, S tokens of a stream, V video tokens, A audio tokens, D width of a stream or of the
+video, E width of the audio, G distinct timesteps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,33 +14,16 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.models.wan.transformer import fused_ops
-from port_kit.models.wan.transformer.attention import CrossAttention, RotaryContext, SelfAttention, Stream
-from port_kit.models.wan.transformer.config import FusionConfig
-from port_kit.models.wan.transformer.fused_ops import Residual, ScaleShift, Segments
+from port_kit.models.wan.transformer.attention import CrossAttention, FusionAttention, SelfAttention, TextAttention
+from port_kit.models.wan.transformer.config import FusionConfig, Stream, TowerConfig
+from port_kit.models.wan.transformer.fused_ops import PartialSums, Residual, ScaleShift
 from port_kit.models.wan.transformer.layers import FeedForward
-from port_kit.models.wan.transformer.modality_io import TextContext
+from port_kit.models.wan.transformer.modality_io import StreamConditioning, TextContext
 from port_kit.models.wan.transformer.side_stream import SideStream
 from port_kit.parallel.cfg_batching import weights_are_streamed
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-
-
-@dataclass(frozen=True)
-class StreamConditioning:
-    """Conditioning of one stream, shared by all blocks.
-
-    Attributes:
-        time: modulation vectors of the distinct timesteps, ``[G, B, 6, D]``.
-        timestep_segments: numbers of this rank's tokens per timestep, in order.
-        rotary: positions of this rank's tokens.
-        text: embedded text.
-    """
-
-    time: Tensor
-    timestep_segments: Segments
-    rotary: RotaryContext
-    text: TextContext
 
 
 class BlockInputs(NamedTuple):
@@ -62,28 +45,63 @@ class Modulation(NamedTuple):
 
 
 class StreamBlock(nn.Module):
-    """One stream's half of a fusion block."""
+    """Layer ``index`` of one stream, around its cross-attention."""
 
-    def __init__(self, config: FusionConfig, stream: Stream, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(
+        self, config: TowerConfig, cross_attn: CrossAttention, index: int, quant: QuantizationConfig | None, prefix: str
+    ) -> None:
         super().__init__()
+        self.index = index
+        self.eps = config.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
-        self.self_attn = SelfAttention(config, stream, quant, f"{prefix}.self_attn")
-        self.cross_attn = CrossAttention(config, stream, quant, f"{prefix}.cross_attn")
+        self.self_attn = SelfAttention(config, quant, f"{prefix}.self_attn")
+        self.cross_attn = cross_attn
         self.ffn = FeedForward(config.dim, config.ffn_dim, quant, f"{prefix}.ffn")
 
     def modulations(self, conditioning: StreamConditioning) -> tuple[Modulation, Modulation]:
         """Return the modulation of self-attention and of the feed-forward."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditioning.time).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + conditioning.modulation).unbind(2)
         return Modulation(ScaleShift(1 + scale1, shift1), gate1), Modulation(ScaleShift(1 + scale2, shift2), gate2)
 
-    def text_keys_values(self, text: TextContext, layer: int) -> tuple[Tensor, Tensor]:
+    def text_keys_values(self, text: TextContext) -> tuple[Tensor, Tensor]:
         """Return this layer's keys and values of the text; each text, or part of a batch, is projected once."""
         if text.parts:
-            keys, values = zip(*(self.text_keys_values(part, layer) for part in text.parts), strict=True)
+            keys, values = zip(*(self.text_keys_values(part) for part in text.parts), strict=True)
             return torch.cat(keys), torch.cat(values)
-        if layer not in text.keys_values:
-            text.keys_values[layer] = self.cross_attn.project_text(text.embedded)
-        return text.keys_values[layer]
+        if self.index not in text.keys_values:
+            text.keys_values[self.index] = self.cross_attn.project_text(text.embedded)
+        return text.keys_values[self.index]
+
+    def self_attend(
+        self, x: Tensor, modulation: Modulation, conditioning: StreamConditioning, readers: Sequence[nn.LayerNorm]
+    ) -> tuple[Tensor, ...]:
+        """Return the tokens ``[B, S, D]`` after self-attention, then their norm for each reader."""
+        segments = conditioning.timestep_segments
+        y = self.self_attn(fused_ops.norm(x, modulation.scale_shift, segments, self.eps), conditioning.rotary)
+        scale_shifts = [ScaleShift(reader.weight, reader.bias) for reader in readers]
+        return fused_ops.add_norms(x, Residual(y, modulation.gate), scale_shifts, segments, self.eps)
+
+    def feed_forward(
+        self, x: Tensor, attended: PartialSums, modulation: Modulation, conditioning: StreamConditioning
+    ) -> Tensor:
+        """Add the result of cross-attention to the tokens, then that of the feed-forward."""
+        segments = conditioning.timestep_segments
+        tokens, normed = fused_ops.add_norms(x, Residual(attended, None), [modulation.scale_shift], segments, self.eps)
+        return fused_ops.add(tokens, Residual(self.ffn(normed), modulation.gate), segments)
+
+
+class TowerBlock(StreamBlock):
+    """Layer ``index`` of a tower that reads no other stream inside its blocks."""
+
+    def __init__(self, config: TowerConfig, index: int, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__(config, TextAttention(config, quant, f"{prefix}.cross_attn"), index, quant, prefix)
+
+    def forward(self, hidden_states: Tensor, conditioning: StreamConditioning) -> Tensor:
+        """Return the tokens ``[B, S, D]`` after this layer."""
+        attention, ffn = self.modulations(conditioning)
+        x, query = self.self_attend(hidden_states, attention, conditioning, [self.cross_attn.norm])
+        attended = self.cross_attn(query, self.text_keys_values(conditioning.text))
+        return self.feed_forward(x, attended, ffn, conditioning)
 
 
 class AttnState(NamedTuple):
@@ -109,15 +127,17 @@ class FusionBlock(nn.Module):
         self.is_last = index == config.num_layers - 1
         engine = get_current_diffusion_config_or_none()
         self.side_stream = SideStream(enabled=not weights_are_streamed(engine))
-        self.eps = config.eps
-        self.video = StreamBlock(config, "video", quant, f"{prefix}.video")
-        self.audio = StreamBlock(config, "audio", quant, f"{prefix}.audio")
+        video, audio = config.video, config.audio
+        v_cross = FusionAttention(video, audio, quant, f"{prefix}.video.cross_attn")
+        a_cross = FusionAttention(audio, video, quant, f"{prefix}.audio.cross_attn")
+        self.video = StreamBlock(video, v_cross, index, quant, f"{prefix}.video")
+        self.audio = StreamBlock(audio, a_cross, index, quant, f"{prefix}.audio")
 
     def project_texts(self, inputs: BlockInputs) -> None:
         """Compute the keys and values of a branch's texts, unless they are cached."""
         for half, conditioning in ((self.audio, inputs.audio), (self.video, inputs.video)):
             for text in conditioning.text.parts or (conditioning.text,):
-                half.text_keys_values(text, self.index)
+                half.text_keys_values(text)
 
     def forward(
         self,
@@ -135,7 +155,7 @@ class FusionBlock(nn.Module):
 
         Args:
             hidden_states: video tokens ``[B, V, D]``.
-            encoder_hidden_states: audio tokens ``[B, A, D]``.
+            encoder_hidden_states: audio tokens ``[B, A, E]``.
             video: conditioning of the video stream.
             audio: conditioning of the audio stream.
             skip_block: layer that returns its input.
@@ -167,11 +187,8 @@ class FusionBlock(nn.Module):
     ) -> AttnState:
         if not x.shape[1]:
             return AttnState(x, x, x)
-        y = half.self_attn(fused_ops.norm(x, modulation.scale_shift, own.timestep_segments, self.eps), own.rotary)
         readers = half.cross_attn.norm, other.cross_attn.pre_attn_norm_fusion
-        scale_shifts = [ScaleShift(reader.weight, reader.bias) for reader in readers]
-        residual = Residual(y, modulation.gate)
-        return AttnState(*fused_ops.add_norms(x, residual, scale_shifts, own.timestep_segments, self.eps))
+        return AttnState(*half.self_attend(x, modulation, own, readers))
 
     def _fuse(
         self,
@@ -184,9 +201,6 @@ class FusionBlock(nn.Module):
     ) -> Tensor:
         if not x.tokens.shape[1]:
             return x.tokens
-        text = half.text_keys_values(own.text, self.index)
-        y = half.cross_attn(x.query, text, own.rotary, other_keys, theirs.rotary)
-        tokens, normed = fused_ops.add_norms(
-            x.tokens, Residual(y, None), [modulation.scale_shift], own.timestep_segments, self.eps
-        )
-        return fused_ops.add(tokens, Residual(half.ffn(normed), modulation.gate), own.timestep_segments)
+        text = half.text_keys_values(own.text)
+        attended = half.cross_attn(x.query, text, own.rotary, other_keys, theirs.rotary)
+        return half.feed_forward(x.tokens, attended, modulation, own)

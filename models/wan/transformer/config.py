@@ -1,7 +1,7 @@
-"""Architecture of the fusion transformer.
+"""Architecture of towers and of the fusion transformer.
 
-The original implementation ships one JSON file per tower. :meth:`FusionConfig.from_dict` reads both and requires equal
-values of :data:`SHARED_FIELDS`. ``transformer/config.json`` of a model directory adds a ``rope`` section::
+A tower is a stack of blocks on the latents of one modality. The original implementation ships one JSON file per tower.
+:meth:`FusionConfig.from_dict` reads ``transformer/config.json`` of a model directory: both, and a ``rope`` section::
 
     {"video": {...}, "audio": {...},
      "rope": {"family": "dreamid_omni", "freqs_scaling": {"num": 31, "den": 157, "dtype": "bfloat16"}}}
@@ -9,21 +9,26 @@ values of :data:`SHARED_FIELDS`. ``transformer/config.json`` of a model director
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from port_kit.errors import ConfigError
 
-Family = Literal["dreamid_omni", "ovi"]
+Stream = Literal["video", "audio"]
+Family = Literal["dreamid_omni", "ovi", "wan"]
 ScalingDtype = Literal["bfloat16", "float32", "float64"]
 
-#: Fields that must be equal in both towers, because one block holds a layer of each.
-SHARED_FIELDS = ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_len", "text_dim", "eps")
+#: Fields that must be equal in the towers of a pair. A block holds a layer of each; keys are rotated by the table of
+#: their own tower within heads of the other one; one pass normalizes a stream for both readers.
+PAIR_FIELDS = ("num_layers", "head_dim", "eps")
 #: Options of the original's JSON for which only one value is supported.
 REQUIRED_VALUES: Mapping[str, Any] = {"qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}
 #: Default of the original's constructor; its JSON omits the field.
 DEFAULT_TEXT_DIM = 4096
+#: Taps of the convolutions that embed audio in DreamID-Omni and Ovi.
+AUDIO_CONV_KERNEL = 7
 #: The hidden width of the audio adapter's gated convolution is rounded up to a multiple of this.
 GATED_CONV_MULTIPLE = 256
 
@@ -33,15 +38,16 @@ class RopeConfig:
     """Rotary positions that the checkpoint was trained with.
 
     Attributes:
-        family: ``dreamid_omni`` has reference positions; ``ovi`` does not.
+        family: ``dreamid_omni`` has reference positions. ``ovi`` and ``wan`` do not. Audio positions of ``wan`` rotate
+            complete heads, those of the others the temporal part.
         freqs_scaling: factor on the audio frequencies, before rounding.
         scaling_dtype: dtype that the factor is rounded to. It affects the positions of audio references: with 31/157,
             the first is at 760 in bfloat16 and at 759 in float32.
     """
 
-    family: Family = "dreamid_omni"
-    freqs_scaling: float = 31 / 157
-    scaling_dtype: ScalingDtype = "bfloat16"
+    family: Family = "wan"
+    freqs_scaling: float = 1.0
+    scaling_dtype: ScalingDtype = "float64"
 
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):
@@ -55,44 +61,53 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class FusionConfig:
-    """Architecture of the fusion transformer; the defaults are the published 11.66 B parameters.
+class TowerConfig:
+    """Architecture of one tower.
 
     Attributes:
-        dim: width D of both residual streams.
-        ffn_dim: hidden width of both feed-forward layers.
-        freq_dim: width of the sinusoidal timestep features.
+        dim: width D of the residual stream.
+        ffn_dim: hidden width of the feed-forward layers.
         num_heads: attention heads N; the head dimension is ``dim / num_heads``.
-        num_layers: blocks, each with a video and an audio half.
+        num_layers: blocks.
+        patch_size: latent values in one token along each axis: (frames, rows, columns) of video, (1,) of audio.
+        in_channels: channels of the latents.
+        out_channels: channels of the flow.
+        conv_kernel: taps of the convolutions that embed audio, odd; None to embed with one linear.
+        freq_dim: width of the sinusoidal timestep features.
         text_dim: width of the text encoder's states.
         text_len: number of tokens to which texts are zero-padded.
         eps: of every norm.
-        patch_size: video latent voxels (frames, rows, columns) in one token.
-        video_channels: channels of video latents and flows.
-        audio_channels: channels of audio latents and flows.
-        audio_kernel: taps of the audio adapter's convolutions, odd.
         rope: rotary positions.
     """
 
-    dim: int = 3072
-    ffn_dim: int = 14336
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    patch_size: tuple[int, ...]
+    in_channels: int
+    out_channels: int
+    conv_kernel: int | None = None
     freq_dim: int = 256
-    num_heads: int = 24
-    num_layers: int = 30
     text_dim: int = DEFAULT_TEXT_DIM
     text_len: int = 512
     eps: float = 1e-6
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    video_channels: int = 48
-    audio_channels: int = 20
-    audio_kernel: int = 7
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ConfigError(f"dim {self.dim} does not divide into {self.num_heads} heads of an even width")
-        if self.audio_kernel % 2 == 0:
-            raise ConfigError(f"audio_kernel is {self.audio_kernel}; it must be odd")
+        if len(self.patch_size) != 3 and self.patch_size != (1,):
+            raise ConfigError(f"patch_size is {self.patch_size}; it must have 3 axes (video) or be (1,) (audio)")
+        if self.conv_kernel is not None and (self.modality == "video" or self.conv_kernel % 2 == 0):
+            raise ConfigError(
+                f"conv_kernel of {self.modality} is {self.conv_kernel}; it must be None, or odd for audio"
+            )
+
+    @property
+    def modality(self) -> Stream:
+        """Modality of the latents."""
+        return "audio" if len(self.patch_size) == 1 else "video"
 
     @property
     def head_dim(self) -> int:
@@ -101,9 +116,13 @@ class FusionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Number of latent values in one video token: channels times voxels of a patch."""
-        frames, rows, columns = self.patch_size
-        return self.video_channels * frames * rows * columns
+        """Number of latent values in one token: channels times voxels of a patch."""
+        return self.in_channels * math.prod(self.patch_size)
+
+    @property
+    def flow_dim(self) -> int:
+        """Number of values of the flow in one token."""
+        return self.out_channels * math.prod(self.patch_size)
 
     @property
     def gated_conv_dim(self) -> int:
@@ -111,23 +130,78 @@ class FusionConfig:
         hidden = 2 * (4 * self.dim) // 3
         return -(-hidden // GATED_CONV_MULTIPLE) * GATED_CONV_MULTIPLE
 
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], tower: str, *, rope: RopeConfig | None = None, conv_kernel: int | None = None
+    ) -> TowerConfig:
+        """Read the original's JSON of a tower.
+
+        Args:
+            values: the JSON.
+            tower: name of the tower in messages.
+            rope: rotary positions, which the JSON does not define; None for those of Wan.
+            conv_kernel: taps of the convolutions that embed audio, which the JSON does not define either.
+
+        Raises:
+            ConfigError: a field is missing, or an option has an unsupported value.
+        """
+        for name, required in REQUIRED_VALUES.items():
+            given = values.get(name, required)
+            if (list(given) if isinstance(given, (list, tuple)) else given) != required:
+                raise ConfigError(f"{tower}.{name} is {given}; only {required} is supported")
+        values = {"text_dim": DEFAULT_TEXT_DIM, "out_dim": values.get("in_dim"), **values}
+        same_name = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "eps")
+        return cls(
+            **{name: _field(tower, values, name) for name in same_name},
+            patch_size=tuple(_field(tower, values, "patch_size")),
+            in_channels=_field(tower, values, "in_dim"),
+            out_channels=_field(tower, values, "out_dim"),
+            conv_kernel=conv_kernel,
+            rope=rope or RopeConfig(),
+        )
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Architecture of a fusion transformer: two towers whose blocks read each other.
+
+    Attributes:
+        video: tower of the video.
+        audio: tower of the audio. Its width and heads may differ from those of the video.
+    """
+
+    video: TowerConfig
+    audio: TowerConfig
+
+    def __post_init__(self) -> None:
+        for stream, tower in (("video", self.video), ("audio", self.audio)):
+            if tower.modality != stream:
+                raise ConfigError(f"the {stream} tower has patch_size {tower.patch_size} of {tower.modality}")
+            if tower.out_channels != tower.in_channels:
+                raise ConfigError(
+                    f"{stream}.out_dim {tower.out_channels} differs from in_dim {tower.in_channels}",
+                    hint="flows of a fusion transformer have the shapes of the latents",
+                )
+        for name in PAIR_FIELDS:
+            video, audio = getattr(self.video, name), getattr(self.audio, name)
+            if video != audio:
+                raise ConfigError(
+                    f"{name} is {video} in the video tower and {audio} in the audio tower; they must be equal",
+                    hint=f"fused blocks require equal {', '.join(PAIR_FIELDS)}; widths and heads may differ",
+                )
+
     @property
-    def sizes(self) -> dict[str, int]:
-        """Named sizes for the expressions of a remap rule set."""
-        return {
-            "dim": self.dim,
-            "patch_dim": self.patch_dim,
-            "gated_conv_dim": self.gated_conv_dim,
-            "audio_channels": self.audio_channels,
-            "audio_kernel": self.audio_kernel,
-        }
+    def num_layers(self) -> int:
+        """Number of blocks, each with a layer of both towers."""
+        return self.video.num_layers
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FusionConfig:
         """Read the JSON of both towers and the ``rope`` section.
 
         Raises:
-            ConfigError: a section or field is missing, the towers disagree, or an option has an unsupported value.
+            ConfigError: a section or field is missing, the towers cannot be fused, or an option has an unsupported
+                value.
         """
         for section in ("video", "audio", "rope"):
             if section not in config:
@@ -135,16 +209,10 @@ class FusionConfig:
                     f"the transformer's config has no {section!r} section",
                     hint="add the original's video and audio JSON under these names, and a rope section",
                 )
-        video, audio = config["video"], config["audio"]
-        shared = {name: _agreed(video, audio, name) for name in SHARED_FIELDS}
-        for tower, values in (("video", video), ("audio", audio)):
-            _check_tower(tower, values)
+        rope = _read_rope(config["rope"], config["audio"])
         return cls(
-            **shared,
-            patch_size=tuple(_field("video", video, "patch_size")),
-            video_channels=_field("video", video, "in_dim"),
-            audio_channels=_field("audio", audio, "in_dim"),
-            rope=_read_rope(config["rope"], audio),
+            TowerConfig.from_dict(config["video"], "video", rope=rope),
+            TowerConfig.from_dict(config["audio"], "audio", rope=rope, conv_kernel=AUDIO_CONV_KERNEL),
         )
 
 
@@ -162,28 +230,7 @@ def _read_rope(rope: Mapping[str, Any], audio: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(family, scaling["num"] / scaling["den"], scaling["dtype"])
 
 
-def _agreed(video: Mapping[str, Any], audio: Mapping[str, Any], name: str) -> Any:
-    ours, theirs = _field("video", video, name), _field("audio", audio, name)
-    if ours != theirs:
-        raise ConfigError(
-            f"{name} is {ours} in the video tower and {theirs} in the audio tower; they must be equal",
-            hint="give both towers the same width, heads, layers and text sizes",
-        )
-    return ours
-
-
-def _check_tower(tower: str, values: Mapping[str, Any]) -> None:
-    for name, required in REQUIRED_VALUES.items():
-        given = values.get(name, required)
-        if (list(given) if isinstance(given, (list, tuple)) else given) != required:
-            raise ConfigError(f"{tower}.{name} is {given}; only {required} is supported")
-    if values.get("out_dim", values.get("in_dim")) != values.get("in_dim"):
-        raise ConfigError(f"{tower}.out_dim {values['out_dim']} differs from in_dim {values['in_dim']}")
-
-
 def _field(tower: str, values: Mapping[str, Any], name: str) -> Any:
-    if name == "text_dim":
-        return values.get(name, DEFAULT_TEXT_DIM)
     if name not in values:
         raise ConfigError(f"the {tower} tower's config has no {name!r}")
     return values[name]

@@ -146,15 +146,6 @@ def rms_norm_torch(
     return *results, rotate(heads, rope_1SR2).flatten(-2)
 
 
-def square_sums(x_BSD: Tensor) -> Tensor:
-    """Return the sum of squares of this rank's part of each token, float32 ``[B, S]``."""
-    if x_BSD.is_cuda:
-        from port_kit.models.wan.transformer import kernels
-
-        return kernels.square_sums(_rows(x_BSD))
-    return torch.linalg.vector_norm(x_BSD, dim=-1, dtype=torch.float32).square()
-
-
 def linear_gelu(layer: LinearBase, x_BSK: Tensor) -> Tensor:
     """Return the tanh-approximated GELU of a linear's output.
 

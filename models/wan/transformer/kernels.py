@@ -110,15 +110,6 @@ def rms_rope(
     return tuple(results)
 
 
-def square_sums(x_BSD: Tensor) -> Tensor:
-    """Return each row's sum of squares, float32 ``[B, S]``; rows have one stride."""
-    width, block, warps = _row(x_BSD, VALUES["rms"])
-    sums = x_BSD.new_empty(x_BSD.shape[:2], dtype=torch.float32)
-    if sums.numel():
-        _square_sums[(sums.numel(),)](x_BSD, sums, x_BSD.stride(1), D=width, BLOCK=block, num_warps=warps)
-    return sums
-
-
 def _row(x_BSD: Tensor, values: int) -> tuple[int, int, int]:
     """Return the width of a row, the block size that holds it, and the number of warps for ``values`` per thread."""
     width = x_BSD.shape[-1]
@@ -234,13 +225,3 @@ def _rms_rope(
         even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
         rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
         tl.store(rotated_ptr + row * D + at, rotated.to(rotated_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _square_sums(
-    x_ptr: tl.tensor, sums_ptr: tl.tensor, row_stride: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * row_stride + at, mask=at < D, other=0.0).to(tl.float32)
-    tl.store(sums_ptr + row, tl.sum(x * x, 0))

@@ -18,7 +18,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 
 from port_kit.models.wan.transformer import fused_ops
 from port_kit.parallel import linear
-from port_kit.parallel.norm import FullWidthRMSNorm
+from port_kit.parallel.norm import FullWidthRMSNorm, square_sums
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -53,7 +53,7 @@ def tp_square_sums(*tensors: Tensor) -> list[Tensor] | list[None]:
     """
     if get_tensor_model_parallel_world_size() == 1:
         return [None] * len(tensors)
-    sums = torch.cat([fused_ops.square_sums(x) for x in tensors], 1)
+    sums = torch.cat([square_sums(x) for x in tensors], 1)
     return list(linear.sum_over_ranks(sums).split([x.shape[1] for x in tensors], 1))
 
 

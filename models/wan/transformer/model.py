@@ -1,7 +1,7 @@
 """The fusion transformer of DreamID-Omni and Ovi: a video and an audio stream with cross-attention in every block.
 
 Shape suffixes: B batch, C channels, F H W latent frames, rows, columns, V video tokens, A audio tokens, S either,
-T text tokens, D width, G distinct timesteps.
+T text tokens.
 """
 
 from __future__ import annotations
@@ -13,26 +13,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from cache_dit import ForwardPattern
 from torch import Tensor, nn
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import InputError
-from port_kit.models.wan.transformer.attention import RotaryContext, Stream
-from port_kit.models.wan.transformer.block import BlockInputs, FusionBlock, StreamConditioning
-from port_kit.models.wan.transformer.config import FusionConfig
-from port_kit.models.wan.transformer.fused_ops import Segments
-from port_kit.models.wan.transformer.modality_io import (
-    AudioPatchEmbed,
-    ModalityAdapter,
-    TextContext,
-    VideoPatchEmbed,
-    unpatchify,
-)
-from port_kit.models.wan.transformer.rope import RopeTables
+from port_kit.models.wan.transformer.block import BlockInputs, FusionBlock
+from port_kit.models.wan.transformer.config import FusionConfig, Stream
+from port_kit.models.wan.transformer.modality_io import ModalityAdapter, StreamConditioning, TextContext
+from port_kit.models.wan.transformer.tower import WanTower, stacked_parameters
 from port_kit.parallel.cfg_batching import weights_are_streamed
 from port_kit.parallel.comm.stream_interleave import InterleavedStreams
 from port_kit.parallel.hsdp import meta_blocks
-from port_kit.parallel.sequence import SPBoundary, local_segment_lengths, make_sp_plan, pad_tokens, padded_length
+from port_kit.parallel.sequence import make_sp_plan
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -64,16 +57,10 @@ class ForwardContext:
     Attributes:
         inputs: arguments of the branch.
         conditioning: of the video and of the audio.
-        grid: numbers of video tokens (frames, rows, columns).
-        lengths: numbers of video and audio tokens of all ranks, without padding.
-        times: time embeddings ``[G, B, D]`` of video and audio.
     """
 
     inputs: BranchInputs
     conditioning: tuple[StreamConditioning, StreamConditioning]
-    grid: tuple[int, int, int]
-    lengths: tuple[int, int]
-    times: Pair
 
     def block_inputs(self, tokens: Pair) -> BlockInputs:
         """Return the arguments of a block."""
@@ -91,39 +78,29 @@ class WanFusionTransformer(nn.Module):
 
     _layerwise_offload_blocks_attrs: ClassVar = ["blocks"]
     _hsdp_shard_conditions: ClassVar = [lambda _name, module: isinstance(module, FusionBlock)]
-    _sp_plan: ClassVar = make_sp_plan({"shard": (3, 3, 4, 4)}, {"gather": (3, 3)})
+    _sp_plan: ClassVar = make_sp_plan(
+        {f"{stream}.shard": (3, 4) for stream in ("video", "audio")},
+        {f"{stream}.gather": (3,) for stream in ("video", "audio")},
+    )
     _cache_dit_adapter_config: ClassVar = CacheDiTAdapterConfig(
         block_forward_patterns={"blocks": ForwardPattern.Pattern_0}, has_separate_cfg=True, check_forward_pattern=False
     )
-    packed_modules_mapping: ClassVar = {
-        "qkv": ["q", "k", "v"],
-        "kv": ["k", "v"],
-        "kv_fusion": ["k_fusion", "v_fusion"],
-        "gate_up": ["w1", "w3"],
-    }
-    stacked_params_mapping: ClassVar = [
-        (f".{packed}", f".{part}", part if packed == "qkv" else index)
-        for packed, parts in packed_modules_mapping.items()
-        for index, part in enumerate(parts)
-    ]
+    packed_modules_mapping: ClassVar = {**WanTower.packed_modules_mapping, "kv_fusion": ["k_fusion", "v_fusion"]}
+    stacked_params_mapping: ClassVar = stacked_parameters(packed_modules_mapping)
 
     def __init__(
         self, config: FusionConfig, *, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        path = f"{prefix}." if prefix else ""
         self.config = config
         self.engine = get_current_diffusion_config_or_none()
-        self.rope = RopeTables(config.rope, config.head_dim)
-        patches = VideoPatchEmbed(config, quant_config, f"{path}video.patch_embedding")
-        convs = AudioPatchEmbed(config, quant_config, f"{path}audio.patch_embedding")
-        self.video = ModalityAdapter(config, patches, config.patch_dim, quant_config, f"{path}video")
-        self.audio = ModalityAdapter(config, convs, config.audio_channels, quant_config, f"{path}audio")
+        self.video = ModalityAdapter(config.video, quant_config, maybe_prefix(prefix, "video"))
+        self.audio = ModalityAdapter(config.audio, quant_config, maybe_prefix(prefix, "audio"))
         with meta_blocks():
             self.blocks = nn.ModuleList(
-                FusionBlock(config, i, quant_config, f"{path}blocks.{i}") for i in range(config.num_layers)
+                FusionBlock(config, i, quant_config, maybe_prefix(prefix, f"blocks.{i}"))
+                for i in range(config.num_layers)
             )
-        self.shard, self.gather = SPBoundary(), SPBoundary()
 
     def forward(
         self,
@@ -204,74 +181,43 @@ class WanFusionTransformer(nn.Module):
     def _prepare(self, inputs: BranchInputs) -> tuple[Pair, ForwardContext]:
         """Embed the inputs of a branch; return the tokens of both streams and the context of the branch."""
         video, audio, skip_block = inputs.video, inputs.audio, inputs.skip_block
-        grid = self.video.patch_embedding.grid(video)
-        cells = grid[1] * grid[2]
-        split = inputs.first_frame_clean and grid[0]
-        v_segments = (cells, grid[0] * cells - cells) if split else (grid[0] * cells,)
         if skip_block is not None and not 0 <= skip_block < self.config.num_layers:
             raise InputError(
                 f"skip_block is {skip_block}; it must be 0 to {self.config.num_layers - 1}", code="block_index"
             )
-        v, v_length, v_rope = self._tokens(
-            self.video, video, self.rope.video(grid, inputs.video_reference_frames, video.device)
+        grid = self.video.patch_embedding.grid(video)
+        v, v_conditioning = self.video.embed(
+            video,
+            self.video.rope.video(grid, inputs.video_reference_frames, video.device),
+            inputs.timestep,
+            inputs.video_text,
+            first_frame_clean=inputs.first_frame_clean,
         )
-        a, a_length, a_rope = self._tokens(
-            self.audio, audio, self.rope.audio(audio.shape[1], inputs.audio_reference_lengths, audio.device)
+        a, a_conditioning = self.audio.embed(
+            audio,
+            self.audio.rope.audio(audio.shape[1], inputs.audio_reference_lengths, audio.device),
+            inputs.timestep,
+            inputs.audio_text,
         )
-        v, a, v_rope, a_rope = self.shard(v, a, v_rope, a_rope)
-        v_time, v_conditioning = self._conditioning(
-            self.video, inputs.timestep, v, v_segments, v_length, v_rope, inputs.video_text
-        )
-        a_time, a_conditioning = self._conditioning(
-            self.audio, inputs.timestep, a, (a_length,), a_length, a_rope, inputs.audio_text
-        )
-        context = ForwardContext(inputs, (v_conditioning, a_conditioning), grid, (v_length, a_length), (v_time, a_time))
-        return (v, a), context
+        return (v, a), ForwardContext(inputs, (v_conditioning, a_conditioning))
 
     def _compute_flows(self, tokens: Pair, context: ForwardContext) -> Pair:
         """Return the flows for the tokens of the last block."""
-        (v, a), unused = tokens, context.inputs.unused
-        v = self._output_tokens(self.video, v, context.times[0], context.conditioning[0], is_used=unused != "video")
-        a = self._output_tokens(self.audio, a, context.times[1], context.conditioning[1], is_used=unused != "audio")
-        v, a = self.gather(v, a)
-        v, a = v[:, : context.lengths[0]], a[:, : context.lengths[1]]
-        if unused == "video":
-            return torch.zeros_like(context.inputs.video), a
-        flow = unpatchify(v, context.grid, self.config)
-        return flow, torch.zeros_like(context.inputs.audio) if unused == "audio" else a
-
-    def _output_tokens(
-        self, adapter: ModalityAdapter, tokens: Tensor, time: Tensor, conditioning: StreamConditioning, *, is_used: bool
-    ) -> Tensor:
-        """Return this rank's part of a flow, in tokens; no tokens for an unused stream."""
-        if not is_used:
-            return tokens[:, :0]
-        return adapter.head(tokens, time, conditioning.timestep_segments)
-
-    def _tokens(self, adapter: ModalityAdapter, latents: Tensor, rope: Tensor) -> tuple[Tensor, int, Tensor]:
-        """Return a stream's tokens, their number, and their rotary table; both tensors are padded for sharding."""
-        tokens = adapter.patch_embedding(latents)
-        return pad_tokens(tokens), tokens.shape[1], pad_tokens(rope)
-
-    def _conditioning(
-        self,
-        adapter: ModalityAdapter,
-        timestep: Tensor,
-        tokens: Tensor,
-        timestep_segments: Segments,
-        length: int,
-        rope: Tensor,
-        text: Tensor | TextContext,
-    ) -> tuple[Tensor, StreamConditioning]:
-        """Return the time embedding ``[G, B, D]`` and the conditioning of a stream; ``tokens`` are this rank's."""
-        text = text if isinstance(text, TextContext) else TextContext(text)
-        adapter.embed_text(text)
-        times = torch.stack((torch.zeros_like(timestep), timestep)[-len(timestep_segments) :])
-        time = adapter.time_embedding(times.view(len(timestep_segments), -1), tokens.dtype)
-        rotary = RotaryContext(rope, padded_length(length))
-        return time, StreamConditioning(
-            adapter.time_projection(time), local_segment_lengths(timestep_segments, tokens.shape[1]), rotary, text
+        inputs, (v_conditioning, a_conditioning) = context.inputs, context.conditioning
+        return (
+            self._flow("video", tokens[0], v_conditioning, inputs.unused, inputs.video),
+            self._flow("audio", tokens[1], a_conditioning, inputs.unused, inputs.audio),
         )
+
+    def _flow(
+        self, stream: Stream, tokens: Tensor, conditioning: StreamConditioning, unused: Stream | None, latents: Tensor
+    ) -> Tensor:
+        """Return the flow of a stream; zeros if it is unused."""
+        adapter: ModalityAdapter = getattr(self, stream)
+        if stream != unused:
+            return adapter.predict(tokens, conditioning)
+        adapter.gather(tokens[:, :0])  # vLLM-Omni counts the boundaries that are open
+        return torch.zeros_like(latents)
 
 
 def build_transformer(config: Mapping[str, Any]) -> WanFusionTransformer:

@@ -1,16 +1,17 @@
-"""Rotary positions of the fusion transformer, as tables that can be sharded by token.
+"""Rotary positions of a tower, as tables that can be sharded by token.
 
 Shape suffixes: B batch, S tokens of a stream, N heads, H head dim, R = H/2 rotated pairs.
 
 A table holds ``(cos, sin)`` of every token and pair, ``[1, S, R, 2]`` in float32. A pair that a position does not
-rotate has ``(1, 0)``. The audio stream rotates only the leading part of each head, and this avoids a slice and a copy
-of the rest. Tables depend on the geometry of a request only; :class:`RopeTables` caches recent ones.
+rotate has ``(1, 0)``. Ovi and DreamID-Omni rotate only the leading part of each audio head, and this avoids a slice
+and a copy of the rest. Tables depend on the geometry of a request only; :class:`RopeTables` caches recent ones.
 
 Facts of the checkpoints' training, which fix the dtypes below:
 
-* A head splits into temporal, vertical and horizontal parts; audio uses the temporal part only.
-* Ovi computes all angles in float64. DreamID-Omni computes temporal angles in float32, whose error at position 760 is
-  1e-5; the model was trained with that error.
+* A head splits into temporal, vertical and horizontal parts. Audio uses the temporal part only in Ovi and DreamID-Omni,
+  and the complete head in ``wan``.
+* Ovi and Wan compute all angles in float64. DreamID-Omni computes temporal angles in float32, whose error at position
+  760 is 1e-5; the model was trained with that error.
 * Reference positions are absolute: image j is at frame ``150 * (j + 1)``; audio j starts at ``offset * (j + 1)``
   with the offset rounded by the dtype of the frequency scaling.
 """
@@ -47,9 +48,11 @@ class RopeTables:
     config: RopeConfig
     head_dim: int
 
-    def video(
-        self, grid: tuple[int, int, int], reference_frames: int = 0, device: torch.device | None = None
-    ) -> Tensor:
+    def table(self, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        """Return the table of a token grid without references: (frames, rows, columns) of video, (tokens,) of audio."""
+        return self.audio(grid[0], device=device) if len(grid) == 1 else self.video(grid, device=device)
+
+    def video(self, grid: tuple[int, ...], reference_frames: int = 0, device: torch.device | None = None) -> Tensor:
         """Return the table of video tokens in (frame, row, column) order, ``[1, F*H*W, R, 2]``.
 
         Args:
@@ -118,12 +121,12 @@ def _audio_positions(length: int, references: tuple[int, ...], config: RopeConfi
 
 
 def _require_references(count: int, config: RopeConfig) -> None:
-    if count and config.family == "ovi":
-        raise InputError("an Ovi transformer has no positions for references", code="reference_length")
+    if count and config.family != "dreamid_omni":
+        raise InputError(f"rope family {config.family} has no positions for references", code="reference_length")
 
 
 @lru_cache(maxsize=KEPT_TABLES)
-def _video_table(rope: RopeTables, frames: tuple[int, ...], plane: tuple[int, int], device: torch.device) -> Tensor:
+def _video_table(rope: RopeTables, frames: tuple[int, ...], plane: tuple[int, ...], device: torch.device) -> Tensor:
     time, down, across = rope.parts
     dtype = _temporal_dtype(rope.config)
     angles = (
@@ -137,15 +140,15 @@ def _video_table(rope: RopeTables, frames: tuple[int, ...], plane: tuple[int, in
 
 @lru_cache(maxsize=KEPT_TABLES)
 def _audio_table(rope: RopeTables, positions: tuple[int, ...], device: torch.device) -> Tensor:
-    time, *still = rope.parts
+    time = rope.head_dim if rope.config.family == "wan" else rope.parts[0]
     dtype = _temporal_dtype(rope.config)
     frequencies = _frequencies(time, dtype) * _scaling(rope.config)
     angles = _angles(torch.tensor(positions, device="cpu"), frequencies)
-    return _table(torch.cat((angles, angles.new_zeros(len(positions), sum(still) // 2)), -1), device)
+    return _table(torch.cat((angles, angles.new_zeros(len(positions), (rope.head_dim - time) // 2)), -1), device)
 
 
 def _temporal_dtype(config: RopeConfig) -> torch.dtype:
-    return torch.float64 if config.family == "ovi" else torch.float32
+    return torch.float32 if config.family == "dreamid_omni" else torch.float64
 
 
 def _frequencies(dim: int, dtype: torch.dtype) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.plan import Plan
+from port_kit.autoparallel.ports import plan_file, planned_port
+from port_kit.autoparallel.shipped import check_fresh
 from port_kit.errors import InputError, ParallelError
+from port_kit.parallel.cached_layout import CACHE, split_cache, with_cache
 from port_kit.parallel.engine_checks import layout_of
 from port_kit.parallel.layout import Layout
 from port_kit.runtime.engine_options import check_options
@@ -16,8 +20,7 @@ from port_kit.runtime.engine_options import check_options
 logger = logging.getLogger(__name__)
 
 #: Options of the engine that no plan proves.
-_UNSUPPORTED = (
-    "cache_backend",
+UNPROVEN = (
     "enable_cpu_offload",
     "enable_layerwise_offload",
     "enable_distributed_layerwise_offload",
@@ -30,13 +33,15 @@ PLAN_KEY = "port_kit_plan"
 
 
 def plan_of(od_config: Any) -> Plan | None:
-    """Return the plan that an engine's ``additional_config`` names, or None.
+    """Return the plan that an engine's ``additional_config`` names, else that of the port, or None.
 
     Raises:
         ParallelError: ``plan_file``.
     """
-    path = (od_config.additional_config or {}).get(PLAN_KEY)
-    return None if path is None else Plan.load(Path(path))
+    path, port = (od_config.additional_config or {}).get(PLAN_KEY), planned_port(od_config.model_class_name)
+    if path is not None:
+        return Plan.load(Path(path))
+    return None if port is None else Plan.load(plan_file(port))
 
 
 def check_host(od_config: Any) -> None:
@@ -45,26 +50,58 @@ def check_host(od_config: Any) -> None:
     Guidance parallelism needs no plan: the first step of a request shows what it can be spread over.
 
     Raises:
-        ParallelError: ``plan_layout``, ``plan_file``.
+        ParallelError: ``plan_layout``, ``plan_file``, ``plan_stale``.
+        InputError: ``engine_option``.
+    """
+    if has_cache(od_config.cache_backend) and od_config.parallel_config.cfg_parallel_size > 1:
+        raise _unsupported("cfg_parallel_size", " and cache_dit: ranks run unequal numbers of calls")
+    index = PipelineIndex.read(od_config.model)
+    plan = check_plan(od_config, index.components[index.denoisers[0]])
+    if plan is not None:
+        check_class(index, plan)
+
+
+def check_plan(od_config: Any, subject: str, unproven: Sequence[str] = UNPROVEN) -> Plan | None:
+    """Check an engine's options and layout against the plan; return it if the layout needs one.
+
+    Args:
+        od_config: the engine's configuration.
+        subject: name of the transformer in messages.
+        unproven: options that are refused.
+
+    Raises:
+        ParallelError: ``plan_layout``, ``plan_file``, ``plan_stale``.
         InputError: ``engine_option``.
     """
     check_options(od_config)
-    index, plan = PipelineIndex.read(od_config.model), plan_of(od_config)
-    layout = layout_of(od_config.parallel_config)
-    for option in _UNSUPPORTED:
+    layout, plan = layout_of(od_config.parallel_config), plan_of(od_config)
+    for option in unproven:
         if getattr(od_config, option) not in (None, False, "none"):
             raise _unsupported(option)
-    kinds = {kind for kind in layout.degrees if kind != "cfg"}
+    cached = has_cache(od_config.cache_backend)
+    kinds = kinds_of(layout, cached)
     if not kinds:
-        return
+        return None
     if plan is None:
         raise ParallelError(
-            f"{layout}: no plan proves {' and '.join(sorted(kinds))} for {index.components[index.denoisers[0]]}",
+            f"{layout}: no plan proves {' and '.join(sorted(kinds))} for {subject}",
             code="plan_layout",
             hint="infer a plan with port-kit plan infer, or use cfg_parallel_size only",
         )
-    check_class(index, plan)
-    check_layout(layout, plan)
+    check_fresh(plan, f"the plan of {plan.subject}")
+    check_layout(layout, plan, cached=cached)
+    return plan
+
+
+def has_cache(backend: str | None) -> bool:
+    """Return True for Cache-DiT.
+
+    Raises:
+        InputError: ``engine_option``; it is another cache, which no plan proves.
+    """
+    if backend not in (None, "none", CACHE):
+        raise _unsupported("cache_backend", f": expected {CACHE}, got {backend}")
+    return backend == CACHE
 
 
 def check_class(index: PipelineIndex, plan: Plan) -> None:
@@ -82,31 +119,46 @@ def check_class(index: PipelineIndex, plan: Plan) -> None:
             )
 
 
-def check_layout(layout: Layout, plan: Plan) -> None:
+def check_layout(layout: Layout, plan: Plan, *, cached: bool = False) -> None:
     """Check that a plan proves the combination of kinds of a layout, guidance apart.
+
+    Args:
+        layout: degrees of parallelism.
+        plan: the plan.
+        cached: Cache-DiT is one of the kinds.
 
     Raises:
         ParallelError: ``plan_layout``.
     """
-    kinds = _kinds(layout)
-    proven = {frozenset(_kinds(Layout.parse(proof.layout))) for proof in plan.proofs}
+    kinds = kinds_of(layout, cached)
+    proven = {frozenset(kinds_of(one, with_it)) for with_it, one in map(split_cache, proofs_of(plan))}
     if frozenset(kinds) in proven:
         return
-    reasons = "; ".join(f"{refusal.kind}: {refusal.reason}" for refusal in plan.refused if refusal.kind in kinds)
+    reasons = [f"{refusal.kind}: {refusal.reason}" for refusal in plan.refused if refusal.kind in kinds]
+    if cached:
+        reasons += [f"{blocks.modules}: {blocks.cache_reason}" for blocks in plan.blocks if blocks.cache_reason]
+    name = with_cache(layout) if cached else str(layout)
     raise ParallelError(
-        f"{layout}: the plan of {plan.subject} does not prove this layout" + (f" ({reasons})" if reasons else ""),
+        f"{name}: the plan of {plan.subject} does not prove this layout"
+        + (f" ({'; '.join(reasons)})" if reasons else ""),
         code="plan_layout",
-        hint="proven: " + (", ".join(sorted({proof.layout for proof in plan.proofs})) or "none"),
+        hint="proven: " + (", ".join(sorted(proofs_of(plan))) or "none"),
     )
 
 
-def _kinds(layout: Layout) -> set[str]:
-    return {kind for kind in layout.degrees if kind != "cfg"}
+def proofs_of(plan: Plan) -> set[str]:
+    """Return the layouts that a plan proves."""
+    return {proof.layout for proof in plan.proofs}
 
 
-def _unsupported(option: str) -> InputError:
+def kinds_of(layout: Layout, cached: bool) -> set[str]:
+    """Return the kinds that a plan must prove: guidance needs no plan."""
+    return {kind for kind in layout.degrees if kind != "cfg"} | ({CACHE} if cached else set())
+
+
+def _unsupported(option: str, reason: str = "") -> InputError:
     return InputError(
-        f"Option {option} is not supported for a hosted diffusers pipeline.",
+        f"Option {option} is not supported for a transformer with a parallel plan{reason}.",
         code="engine_option",
         hint=f"remove {option}",
         option=option,

@@ -13,8 +13,6 @@ from port_kit.errors import InputError
 
 #: Suffix of the files by modality.
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
-#: Frames per second of a video whose request gives none.
-DEFAULT_FPS = 24.0
 
 
 def write_files(path: Path, result: Any, modality: str) -> list[Path]:
@@ -52,7 +50,7 @@ def _videos(result: Any) -> list[Callable[[Path], object]]:
 
     extra = result.multimodal_output
     audios = extra.get("audio")
-    fps = float(extra.get("fps") or DEFAULT_FPS)
+    fps = float(extra["fps"])
 
     def writer(index: int, frames: np.ndarray) -> Callable[[Path], object]:
         audio = None if audios is None else np.asarray(audios[index], dtype=np.float32).clip(-1, 1)

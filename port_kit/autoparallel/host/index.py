@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InspectError
+from port_kit.inspect.components import is_denoiser
 from port_kit.pipeline.loading import read_json
 
 #: Fields of a pipeline's output class, and the modality that they stand for.
 _MODALITIES = {"frames": "video", "images": "image", "audios": "audio"}
+#: Frames per second of pipelines that name none.
+DEFAULT_FPS = 24.0
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class PipelineIndex:
     """Index of a pipeline directory.
 
     Attributes:
-        folder: the directory.
+        folder: the directory; that of a port names the port's class in its index.
         pipeline_class: class of diffusers.
         components: class name per component; those that are absent are left out.
     """
@@ -38,18 +42,27 @@ class PipelineIndex:
             PortKitError: ``model_incomplete``; it has no readable index.
             InspectError: ``inspect_target``; diffusers has no such class, or the pipeline has no denoiser.
         """
+        return cls.from_index(Path(folder), read_json(folder, "model_index.json"))
+
+    @classmethod
+    def from_index(cls, folder: Path, index: Mapping[str, Any]) -> PipelineIndex:
+        """Read the content of ``model_index.json``.
+
+        Raises:
+            InspectError: ``inspect_target``; diffusers has no such class, or the pipeline has no denoiser.
+        """
         import diffusers
 
-        index = read_json(folder, "model_index.json")
         name = index.get("_class_name")
-        pipeline_class = getattr(diffusers, str(name), None)
+        port = hosted_port(str(name))
+        pipeline_class = getattr(diffusers, port.hosted if port else str(name), None)
         if not isinstance(pipeline_class, type):
             raise InspectError(
                 f"{folder}: diffusers {diffusers.__version__} has no pipeline class {name!r}",
                 hint="name a directory that diffusers' DiffusionPipeline.from_pretrained can load",
             )
         found = {key: value[1] for key, value in index.items() if _is_component(value)}
-        result = cls(Path(folder), pipeline_class, found)
+        result = cls(folder, pipeline_class, found)
         if not result.denoisers:
             raise InspectError(
                 f"{folder}: {name} has no component named transformer or unet",
@@ -60,7 +73,7 @@ class PipelineIndex:
     @property
     def denoisers(self) -> list[str]:
         """Names of the components that guidance calls."""
-        return [name for name in self.components if name.startswith("transformer") or name == "unet"]
+        return [name for name in self.components if is_denoiser(name)]
 
     def component_class(self, name: str) -> type[Any]:
         """Return the class of diffusers of a component."""
@@ -88,6 +101,12 @@ class PipelineIndex:
             f"{self.pipeline_class.__name__}: the kind of its output is unknown",
             hint="write a port: port-kit new",
         )
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of a video whose request gives none: the default of the pipeline, or 24."""
+        rate = self.parameters.get("frame_rate")
+        return float(rate.default) if rate is not None and isinstance(rate.default, int | float) else DEFAULT_FPS
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.parallel.memory import materialize
 from port_kit.remap import RuleSet, load_local
+
+
+def build_component(config: Mapping[str, Any]) -> nn.Module:
+    """Build the model of a ``config.json`` of diffusers, on the current default device and dtype."""
+    import diffusers
+
+    module: nn.Module = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    return module
 
 
 def build_denoiser(index: PipelineIndex, name: str, dtype: torch.dtype) -> nn.Module:
@@ -54,11 +63,16 @@ def load_denoiser(module: nn.Module, folder: Path, rules: RuleSet, od_config: An
     """
     shard_before_loading(module, od_config, device)
     materialize(module, device)
+    buffers_to(module, device)
+    load_local(module, folder, rules)
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module to a device; its parameters stay."""
     for owner in module.modules():
         for leaf, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[leaf] = buffer.to(device)
-    load_local(module, folder, rules)
 
 
 def load_pipeline(index: PipelineIndex, denoisers: dict[str, nn.Module], dtype: torch.dtype, device: Any) -> Any:

@@ -17,10 +17,12 @@ from vllm_omni.diffusion.distributed.utils import get_local_device
 from port_kit.autoparallel.cfg import OmniGuidanceGroup, SpreadGuidance, spread_guidance
 from port_kit.autoparallel.host import media
 from port_kit.autoparallel.host.adapt import Adapted, adapt
-from port_kit.autoparallel.host.checks import check_host, plan_of
+from port_kit.autoparallel.host.caching import separate_branches
+from port_kit.autoparallel.host.checks import check_host, has_cache, plan_of
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, load_pipeline
 from port_kit.autoparallel.host.request import call_arguments
+from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InputError
 from port_kit.pipeline.inputs import to_client_error
 
@@ -37,6 +39,7 @@ class HostPipeline(nn.Module):
         adapted: what the plan changed in each denoiser.
         pipeline: the diffusers pipeline; set by :meth:`load_weights`.
         guidance: guidance spread over ranks; None on one rank.
+        default_num_inference_steps: steps of a request that gives none; vLLM-Omni clears the cache only if it knows.
         computed: calls of the denoisers without spread guidance; for tests and reports.
     """
 
@@ -57,11 +60,13 @@ class HostPipeline(nn.Module):
         self.guidance: SpreadGuidance | None = None
         self.pipeline: Any = None
         self.computed = 0.0
+        steps = self.index.parameters.get("num_inference_steps")
+        self.default_num_inference_steps: int | None = None if steps is None else steps.default
         self.adapted: dict[str, Adapted] = {}
-        plan = plan_of(od_config)
+        plan, port = plan_of(od_config), hosted_port(od_config.model_class_name)
         for name in self.index.denoisers:
             module = build_denoiser(self.index, name, od_config.dtype)
-            self.adapted[name] = Adapted() if plan is None else adapt(module, plan, od_config, name)
+            self.adapted[name] = adapt(module, plan, od_config, name, port.replace if port else None)
             module.register_forward_pre_hook(self._count)
             self.add_module(name, module)
 
@@ -85,6 +90,8 @@ class HostPipeline(nn.Module):
                 self.add_module(name, component)
                 decodes = "vae" in name or name == "vocoder"
                 (self._vae_modules if decodes else self._encoder_modules).append(name)
+        if has_cache(config.cache_backend):
+            separate_branches(self.pipeline, denoisers)
         if config.parallel_config.cfg_parallel_size > 1:
             keeps_pace = bool(config.parallel_config.use_hsdp)
             self.guidance = spread_guidance(self.pipeline, denoisers, OmniGuidanceGroup(), keeps_pace=keeps_pace)
@@ -127,10 +134,18 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[
         ParallelError: ``plan_layout``; the plan does not prove the engine's layout.
     """
     check_host(od_config)
+    index = PipelineIndex.read(od_config.model)
 
     def post_process(output: dict[str, Any], sampling_params: Any = None) -> dict[str, Any]:
-        fps = sampling_params.fps or sampling_params.frame_rate if sampling_params is not None else None
         output_type = getattr(sampling_params, "output_type", None)
-        return media.payload(output, fps=fps, output_type=output_type)
+        return media.payload(output, fps=_fps(sampling_params) or index.fps, output_type=output_type)
 
     return post_process
+
+
+def _fps(sampling: Any) -> float | None:
+    """Return the frames per second that a request gives, or None."""
+    if sampling is None:
+        return None
+    given = (sampling.fps, sampling.frame_rate, sampling.extra_args.get("frame_rate"))
+    return next((rate for rate in given if rate), None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from port_kit.errors import InputError
 
@@ -26,7 +28,7 @@ _DEFAULTS = {"num_frames": 1, "guidance_rescale": 0.0, "eta": 0.0}
 #: Sampling parameters that vLLM-Omni fills in, with a flag if the request gives them.
 _FLAGGED = ("guidance_scale", "guidance_scale_2")
 #: Names of the media of a request in diffusers, in order of preference.
-_MEDIA = {
+MEDIA = {
     "image": ("image", "images", "input_images"),
     "video": ("video",),
     "audio": ("audio", "initial_audio_waveforms", "src_audio"),
@@ -80,7 +82,19 @@ def _texts(prompt: Any) -> Iterator[tuple[str, Any]]:
 def _media(prompt: Any, parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     media = {} if isinstance(prompt, str) else prompt.get("multi_modal_data") or {}
     for kind, value in media.items():
-        yield next((name for name in _MEDIA.get(kind, ()) if name in parameters), kind), value
+        values = [_open(kind, item) for item in (value if isinstance(value, list) else [value])]
+        name = next((name for name in MEDIA.get(kind, ()) if name in parameters), kind)
+        yield name, values[0] if len(values) == 1 else values
+
+
+def _open(kind: str, value: Any) -> Any:
+    """Return an image for the path of its file, and anything else as it is."""
+    if kind != "image" or not isinstance(value, str | Path):
+        return value
+    try:
+        return Image.open(value).convert("RGB")
+    except OSError as error:
+        raise InputError(f"{value}: {error}", code="input_unreadable", hint="give an image file") from error
 
 
 def _sampling(sampling: Any) -> Iterator[tuple[str, Any]]:

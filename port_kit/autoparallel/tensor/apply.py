@@ -199,6 +199,8 @@ def _parallel_linear(plain: nn.Linear, role: str, quant: Any, prefix: str) -> nn
                 layer: nn.Module = linear.row(*sizes, quant, prefix, bias=bias)
             else:
                 layer = linear.column(*sizes, quant, prefix, gather=role == "gathered", bias=bias)
+            if role != "column":
+                linear.use_peer_memory(layer)
     finally:
         torch.set_default_dtype(before)
     layer.in_features, layer.out_features = sizes  # type: ignore[assignment]  # what code may read from nn.Linear

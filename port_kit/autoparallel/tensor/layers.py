@@ -13,6 +13,8 @@ from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_para
 
 from port_kit.autoparallel.tensor.blocks import is_channels_last
 from port_kit.autoparallel.tensor.norms import norm_eps
+from port_kit.parallel.linear import sum_over_ranks
+from port_kit.parallel.norm import rms_norm, square_sums
 
 
 def local_part(x: Tensor, dim: int, parts: Sequence[int], rank: int, ranks: int) -> Tensor:
@@ -110,12 +112,14 @@ class ShardedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``[..., C]`` over the channels of all ranks; C is this rank's part."""
-        wide, channels = x.float(), x.shape[-1] * self.ranks
-        if self.kind == "layer":
-            wide = wide - tensor_model_parallel_all_reduce(wide.sum(-1, keepdim=True)) / channels
-        squares = tensor_model_parallel_all_reduce(wide.square().sum(-1, keepdim=True))
+        channels = x.shape[-1] * self.ranks
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        normed = (wide * torch.rsqrt(squares / channels + eps)).to(x.dtype)
-        if self.weight is not None:
-            normed = normed * self.weight
+        if self.kind == "rms":
+            normed = rms_norm(x, sum_over_ranks(square_sums(x)), self.weight, channels, eps)
+        else:
+            wide = x.float()
+            wide = wide - sum_over_ranks(wide.sum(-1, keepdim=True)) / channels
+            squares = sum_over_ranks(square_sums(wide))
+            normed = rms_norm(wide, squares, None, channels, eps).to(x.dtype)
+            normed = normed if self.weight is None else normed * self.weight
         return normed if self.bias is None else normed + self.bias
