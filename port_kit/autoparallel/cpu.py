@@ -26,7 +26,6 @@ from port_kit.autoparallel.subject import ModelScale, Subject
 
 def on_cpu(subject: Subject) -> Subject:
     """Return a subject whose module runs on a CPU."""
-    torch.compiler.set_stance("force_eager")
     warnings.filterwarnings("ignore", message="CUDA is not available")  # of autocast
 
     def build(scale: ModelScale) -> nn.Module:
@@ -59,6 +58,19 @@ class GpuCode(TorchFunctionMode):
     def __init__(self, exact: bool) -> None:
         super().__init__()
         self.exact = exact
+        self._stance: Any = None
+
+    def begin(self) -> None:
+        """Enter the mode, and let ``torch.compile`` do nothing."""
+        self._stance = torch.compiler.set_stance("force_eager")
+        self.__enter__()
+
+    @staticmethod
+    def end() -> None:
+        """Leave the innermost mode."""
+        mode = torch.overrides._pop_mode()
+        assert isinstance(mode, GpuCode)
+        mode._stance.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function with the CPU in place of CUDA."""
@@ -89,8 +101,8 @@ _ROUNDING = (torch.Tensor.bfloat16, torch.Tensor.half)
 
 def _enter(module: nn.Module, _args: Any) -> None:
     first = next(module.parameters(), None)
-    GpuCode(exact=first is not None and first.dtype is torch.float32).__enter__()
+    GpuCode(exact=first is not None and first.dtype is torch.float32).begin()
 
 
 def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-    torch.overrides._pop_mode()
+    GpuCode.end()

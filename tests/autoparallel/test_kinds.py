@@ -83,7 +83,7 @@ def test_kinds_are_proven(kind: str) -> None:
 def test_code_that_takes_another_path_is_an_error() -> None:
     subject, plan = _infer("Flash2")
     model = subject.build(OTHER_SCALES["deeper"])
-    shard_tokens(model, plan, ThreadExchange(ThreadWorld(1), 0))
+    shard_tokens(model, plan, ThreadExchange(ThreadWorld(2), 0))
     for block in model.get_submodule("blocks").children():
         block.attend = lambda q, _k, _v: q  # type: ignore[assignment]
     with pytest.raises(ParallelError) as caught:
