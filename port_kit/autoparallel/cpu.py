@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from port_kit.autoparallel.attention_functions import recognize
@@ -81,6 +83,9 @@ class GpuCode(TorchFunctionMode):
             kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         if func is torch.Tensor.to:
             args = (args[0], *map(self._replaced, args[1:]))
+        if func is scaled_dot_product_attention:
+            with sdpa_kernel(_ON_CPU):  # code may allow kernels of GPUs only
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _replaced(self, value: Any) -> Any:
@@ -90,6 +95,7 @@ class GpuCode(TorchFunctionMode):
         return torch.device("cpu") if is_cuda else value
 
 
+_ON_CPU = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 _ROUNDING = (torch.Tensor.bfloat16, torch.Tensor.half)
 
 
