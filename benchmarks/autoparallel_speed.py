@@ -9,8 +9,8 @@ GPU. Seconds are the slowest rank's median of ``--rounds`` after two steps; outp
 transformer of vLLM-Omni, for Wan. Both are measured on one GPU in the process that measures ``single``, in turns with
 it. Prints one JSON object.
 
-    python benchmarks/autoparallel_speed.py --model flux --model wan --model hunyuan
-    python benchmarks/autoparallel_speed.py --model wan --tiny --rounds 1     # small modules on CPU processes
+    python benchmarks/autoparallel_speed.py
+    python benchmarks/autoparallel_speed.py --model wan-480x832 --tiny --rounds 1     # small modules on CPU processes
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,30 +44,6 @@ LAYOUTS = ("cfg2", "ulysses2", "tp2")
 WARM_UP = 2
 #: Relative error (L2) of outputs that two orders of summation leave.
 TOLERANCE = {"bfloat16": 5e-2, "float32": 1e-4}
-#: Class and tiny configuration per model; the published configurations are the defaults of the classes, with FULL.
-CLASSES = {
-    "flux": "FluxTransformer2DModel",
-    "wan": "WanTransformer3DModel",
-    "hunyuan": "HunyuanVideoTransformer3DModel",
-}
-FULL: Mapping[str, dict[str, Any]] = {
-    "flux": {"guidance_embeds": True},
-    "wan": {},
-    "hunyuan": {"guidance_embeds": True},
-}
-TINY: Mapping[str, dict[str, Any]] = {
-    "flux": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "guidance_embeds": True},
-    "wan": {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 512},
-    "hunyuan": {
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "num_attention_heads": 2,
-        "guidance_embeds": True,
-    },
-}
-#: Latent frames, height and width.
-LATENTS = {"flux": (1, 64, 64), "wan": (21, 60, 104), "hunyuan": (17, 68, 120)}
 
 
 def flux_inputs(latent: tuple[int, int, int], seed: int) -> dict[str, Any]:
@@ -111,7 +88,51 @@ def hunyuan_inputs(latent: tuple[int, int, int], seed: int) -> dict[str, Any]:
     }
 
 
-INPUTS = {"flux": flux_inputs, "wan": wan_inputs, "hunyuan": hunyuan_inputs}
+@dataclass(frozen=True)
+class Model:
+    """A transformer class of diffusers at a size of its latents.
+
+    Attributes:
+        class_name: the class, whose defaults are the published configuration.
+        inputs: returns the arguments of a call, for latents of a size and a seed.
+        latent: latent frames, rows and columns; patches for FLUX.
+        options: differences of the published configuration from the defaults.
+        tiny: differences of a small configuration from the published one.
+    """
+
+    class_name: str
+    inputs: Callable[[tuple[int, int, int], int], dict[str, Any]]
+    latent: tuple[int, int, int]
+    options: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+
+    def settings(self, *, tiny: bool) -> dict[str, Any]:
+        """Return the configuration and the size to run."""
+        if not tiny:
+            return {"config": dict(self.options), "latent": self.latent}
+        return {"config": {**self.options, **self.tiny}, "latent": (min(self.latent[0], 3), 6, 8)}
+
+
+_FLUX = "FluxTransformer2DModel", flux_inputs
+_TINY_FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+MODELS: Mapping[str, Model] = {
+    "flux-1024x1024": Model(*_FLUX, (1, 64, 64), {"guidance_embeds": True}, _TINY_FLUX),
+    "flux-2048x2048": Model(*_FLUX, (1, 128, 128), {"guidance_embeds": True}, _TINY_FLUX),
+    "wan-480x832": Model(
+        "WanTransformer3DModel",
+        wan_inputs,
+        (21, 60, 104),
+        {},
+        {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 512},
+    ),
+    "hunyuan-544x960": Model(
+        "HunyuanVideoTransformer3DModel",
+        hunyuan_inputs,
+        (17, 68, 120),
+        {"guidance_embeds": True},
+        {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2},
+    ),
+}
 
 
 def _random(seed: int) -> Callable[..., Tensor]:
@@ -158,9 +179,10 @@ class SpeedPipeline(nn.Module):
         super().__init__()
         self.od_config, self.device = od_config, get_local_device()
         self.settings: dict[str, Any] = json.loads((Path(od_config.model) / "settings.json").read_text())
-        self.transformer = build(self.settings, od_config.dtype)
+        self.model = MODELS[self.settings["model"]]
+        self.transformer = build(self.model, self.settings["config"], od_config.dtype)
         self.shapes = {name: tuple(value.shape) for name, value in self.transformer.named_parameters()}
-        self.adapted = adapt(self.transformer, shipped(self.settings["model"]), od_config, "transformer")
+        self.adapted = adapt(self.transformer, shipped(self.model), od_config, "transformer")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the transformer with random weights by the rules of the plan."""
@@ -184,9 +206,9 @@ class SpeedPipeline(nn.Module):
         load_weights(module, random_weights(self.shapes, self.device, self.od_config.dtype), rules)
 
     def _branches(self) -> list[dict[str, Any]]:
-        model, dtype = self.settings["model"], self.od_config.dtype
+        dtype = self.od_config.dtype
         with torch.device("cpu"):
-            made = [INPUTS[model](tuple(self.settings["latent"]), seed) for seed in (0, 1)]
+            made = [self.model.inputs(tuple(self.settings["latent"]), seed) for seed in (0, 1)]
         made[1]["hidden_states"] = made[0]["hidden_states"]
         return [
             {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in branch.items()}
@@ -217,11 +239,12 @@ class SpeedPipeline(nn.Module):
 
         if name == "in_tree":
             return Guided(self._compiled(self._in_tree()), self._branches())
-        plain = build(self.settings, self.od_config.dtype)
+        plain = build(self.model, self.settings["config"], self.od_config.dtype)
         self._fill(plain, SAME_NAMES)
         if self.device.type == "cuda":
             provide_flash_attention()
-            plain.set_attention_backend("_flash_varlen_3" if self.settings["model"] == "hunyuan" else "_flash_3")  # type: ignore[operator]
+            masked = "encoder_attention_mask" in self.guided.branches[0]
+            plain.set_attention_backend("_flash_varlen_3" if masked else "_flash_3")  # type: ignore[operator]
         return Guided(self._compiled(plain), self._branches())
 
     def _compiled(self, module: nn.Module) -> nn.Module:
@@ -256,23 +279,23 @@ def launch_seconds(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def shipped(model: str) -> Any:
+def shipped(model: Model) -> Any:
     """Return the shipped plan of a model."""
     from port_kit.autoparallel.plan import Plan
     from port_kit.autoparallel.shipped import shipped_plan
 
-    path = shipped_plan(CLASSES[model])
+    path = shipped_plan(model.class_name)
     assert path is not None
     return Plan.load(path)
 
 
-def build(settings: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def build(model: Model, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """Build the transformer of diffusers with its parameters on the meta device."""
     import diffusers
     from accelerate import init_empty_weights
 
     with default_dtype(dtype), init_empty_weights(include_buffers=False):
-        module: nn.Module = getattr(diffusers, CLASSES[settings["model"]])(**settings["config"])
+        module: nn.Module = getattr(diffusers, model.class_name)(**config)
     return module.eval().requires_grad_(False)
 
 
@@ -315,8 +338,7 @@ def register() -> None:
 
 def write_model(folder: Path, model: str, options: argparse.Namespace) -> None:
     """Write a model directory without weights."""
-    latent = (1 if model == "flux" else 3, 6, 8) if options.tiny else LATENTS[model]
-    settings = {"model": model, "config": (TINY if options.tiny else FULL)[model], "latent": latent}
+    settings = {"model": model, **MODELS[model].settings(tiny=options.tiny)}
     (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "transformer").mkdir()
     (folder / "transformer/config.json").write_text("{}")
@@ -363,7 +385,8 @@ def run_model(model: str, options: argparse.Namespace, prewarmed: PrewarmedRanks
     with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch:
         folder = Path(scratch)
         write_model(folder, model, options)
-        references = [] if options.only_layouts else ["plain", *(["in_tree"] if model == "wan" else [])]
+        in_tree = ["in_tree"] if MODELS[model].class_name == "WanTransformer3DModel" else []
+        references = [] if options.only_layouts else ["plain", *in_tree]
         latents, single = measure(folder, "single", references, options, prewarmed)
         expected, seconds = latents["adapted"], single["seconds"]["adapted"]
         single["relative_error"] = {name: error(latents[name], expected) for name in references}
@@ -385,7 +408,7 @@ def main() -> None:
     from port_kit.testing.workers import PrewarmedRanks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=CLASSES, help="default: all")
+    parser.add_argument("--model", action="append", choices=MODELS, help="default: all")
     parser.add_argument("--layout", action="append", help=f"default: {', '.join(LAYOUTS)}")
     parser.add_argument("--only-layouts", action="store_true", help="leave out the references on one GPU")
     parser.add_argument("--compile", action="store_true", help="compile blocks, as vLLM-Omni does by default")
@@ -395,7 +418,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one layout")
     options = parser.parse_args()
     options.dtype = "float32" if options.tiny else "bfloat16"
-    models = options.model or list(CLASSES)
+    models = options.model or list(MODELS)
     # On GPUs every layout has processes of its own, which import while others are measured.
     ranks = 0 if options.tiny else len(models) * (1 + 2 * len(options.layout or LAYOUTS))
     with closing(PrewarmedRanks(ranks)) as prewarmed:

@@ -1,7 +1,8 @@
 """Tiny instances of code that was written for GPUs, on a CPU.
 
-Devices of CUDA stand for the CPU, helpers that refuse a CPU are replaced by ones that compute the same, and
-``torch.compile`` does nothing. Only inference and proofs use this; plans that are applied do not.
+Devices of CUDA stand for the CPU, dtypes that code names do not round float32, helpers that refuse a CPU are replaced
+by ones that compute the same, and ``torch.compile`` does nothing. Only inference and proofs use this; plans that are
+applied do not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from port_kit.autoparallel.attention_functions import recognize
@@ -23,7 +26,6 @@ from port_kit.autoparallel.subject import ModelScale, Subject
 
 def on_cpu(subject: Subject) -> Subject:
     """Return a subject whose module runs on a CPU."""
-    torch.compiler.set_stance("force_eager")
     warnings.filterwarnings("ignore", message="CUDA is not available")  # of autocast
 
     def build(scale: ModelScale) -> nn.Module:
@@ -46,29 +48,61 @@ def replace_gpu_helpers(model: nn.Module) -> None:
                 namespace[key] = flash_attention
 
 
-class CudaAsCpu(TorchFunctionMode):
-    """Mode of torch in which devices of CUDA stand for the CPU."""
+class GpuCode(TorchFunctionMode):
+    """Mode of torch in which devices of CUDA stand for the CPU.
+
+    Args:
+        exact: dtypes of 16 bits that code names stand for float32, so that results can be compared.
+    """
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self.exact = exact
+        self._stance: Any = None
+
+    def begin(self) -> None:
+        """Enter the mode, and let ``torch.compile`` do nothing."""
+        self._stance = torch.compiler.set_stance("force_eager")
+        self.__enter__()
+
+    @staticmethod
+    def end() -> None:
+        """Leave the innermost mode."""
+        mode = torch.overrides._pop_mode()
+        assert isinstance(mode, GpuCode)
+        mode._stance.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function with the CPU in place of CUDA."""
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": _as_cpu(kwargs["device"])}
+        if self.exact and func in _ROUNDING:
+            return args[0].float()
+        if not kwargs.keys().isdisjoint(("device", "dtype")):
+            kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         if func is torch.Tensor.to:
-            args = tuple(map(_as_cpu, args))
+            args = (args[0], *map(self._replaced, args[1:]))
+        if func is scaled_dot_product_attention:
+            with sdpa_kernel(_ON_CPU):  # code may allow kernels of GPUs only
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float32 if self.exact and value in (torch.bfloat16, torch.float16) else value
+        is_cuda = isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"
+        return torch.device("cpu") if is_cuda else value
 
-def _as_cpu(value: Any) -> Any:
-    is_cuda = isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"
-    return torch.device("cpu") if is_cuda else value
+
+_ON_CPU = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+_ROUNDING = (torch.Tensor.bfloat16, torch.Tensor.half)
 
 
-def _enter(_module: nn.Module, _args: Any) -> None:
-    CudaAsCpu().__enter__()
+def _enter(module: nn.Module, _args: Any) -> None:
+    first = next(module.parameters(), None)
+    GpuCode(exact=first is not None and first.dtype is torch.float32).begin()
 
 
 def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-    torch.overrides._pop_mode()
+    GpuCode.end()

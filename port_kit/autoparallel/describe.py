@@ -24,7 +24,8 @@ def _tokens(plan: Plan) -> Iterator[str]:
         yield f"  {blocks.modules}: shard {_axes(blocks.inputs)}; {gathered[blocks.gather]}"
     for site in plan.attention:
         if site.at == "linears":
-            yield f"  {site.module}: tokens are exchanged for channels at {_before(site)}"
+            first = f"; {_axes(site.gathered)} is gathered first" if site.gathered else ""
+            yield f"  {site.module}: tokens are exchanged for channels at {_before(site)}{first}"
             continue
         yield f"  {site.module}: attention of {'+'.join(site.queries)} to {_keys(site)}"
     for whole in plan.whole:

@@ -83,12 +83,15 @@ def _aligned(one: Observation, other: Observation) -> bool:
 
 class _Search:
     def __init__(self, subject: Subject, model: nn.Module, observed: Observed, channels: Plan | None = None) -> None:
-        self.subject, self.model, self.observed, self.channels = subject, model, observed, channels
+        self.subject, self.model, self.channels = subject, model, channels
         self.regions = token_mixing_modules(channels) if channels is not None else ()
+        self.observed = replace(observed, mixing=self.regions)
         self.inputs = [subject.inputs(scale) for scale in TRIALS]
         self.single: list[Trace] = [run_once(model, inputs) for inputs in self.inputs]
         self.tried: set[str] = set()
         self.reason = "no list of blocks with attention returns tokens of the output"
+        if not observed.runs[0].calls:
+            self.reason = "no block is called; code outside of the blocks calls their modules"
 
     def run(self) -> TokenInference:
         """Return the first choice that agrees; without one, the cheapest of all amended choices."""
@@ -187,11 +190,12 @@ class _Search:
         return _amend(self.model, choice, proposal, trial)
 
     def _at_linears(self, choice: Choice, region: str) -> Choice | None:
-        """Exchange at the linears of a module; leave arguments complete that it needs so."""
+        """Exchange at the linears of a module; leave arguments complete that it needs so, or gather them before it."""
         basic = replace(choice, linears=choice.linears | {region})
-        for candidate in (basic, *self._complete_arguments([basic])):
+        gathering = replace(basic, gathered=basic.gathered | {region})
+        for candidate in (basic, *self._complete_arguments([basic]), gathering):
             seen: list[tuple[Proposal, Trial]] = []
-            if self._try(candidate, seen) or (seen and not _is_below(generalize(seen[0][1].culprit), region)):
+            if self._try(candidate, seen) or (seen and _is_beside(generalize(seen[0][1].culprit), region)):
                 self.tried.clear()
                 return candidate
         return None
@@ -211,6 +215,11 @@ def token_mixing_modules(channels: Plan) -> tuple[str, ...]:
 
 def _is_below(path: str, ancestor: str) -> bool:
     return f"{path}.".startswith(f"{ancestor}.")
+
+
+def _is_beside(path: str, region: str) -> bool:
+    """Return True if neither of two modules contains the other."""
+    return not _is_below(path, region) and not _is_below(region, path)
 
 
 def _prefixes(path: str) -> list[str]:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
 
 from port_kit.autoparallel.plan import AttentionSite, ChannelRule, Plan, TokenAxis, find
 from port_kit.autoparallel.tensor.apply import UnitSizes
 from port_kit.autoparallel.tensor.divided import divide_attribute
 from port_kit.autoparallel.tensor.layers import ShardedNorm, local_part, norm_eps
 from port_kit.autoparallel.tokens import Tokens
+from port_kit.autoparallel.tree import Arguments
 from port_kit.errors import ParallelError
 
 
@@ -30,17 +32,20 @@ def bind_linears(model: nn.Module, plan: Plan, site: AttentionSite, tokens: Toke
         tokens: state of the forward.
 
     Raises:
-        ParallelError: ``parallel_degree``; the ranks do not divide the units. ``plan_refused``; a norm of the site is
-            split by tensor parallelism, too.
+        ParallelError: ``parallel_degree``; the ranks do not divide the units.
     """
     sizes = UnitSizes(model, plan)
     axes = {axis.path: axis for axis in site.axes}
-    for module_path in find(model, site.module):
+    for module_path, module in find(model, site.module).items():
+        if site.gathered:
+            module.register_forward_pre_hook(_gather_arguments(module, site, tokens), with_kwargs=True, prepend=True)
         for linear in plan.linears:
             for path, child in _below(model, linear.module, module_path):
                 axis = axes.get(path.removeprefix(f"{module_path}."))
                 parts = _parts(sizes, path, linear.channels, tokens)
                 if linear.role == "column":
+                    if site.gathered and axis is not None:
+                        child.register_forward_pre_hook(_own_tokens(axis, tokens))
                     child.register_forward_hook(_to_units(parts, axis, tokens))
                 else:
                     assert axis is not None
@@ -73,6 +78,22 @@ def _parts(
     return parts
 
 
+def _gather_arguments(module: nn.Module, site: AttentionSite, tokens: Tokens) -> Callable[..., Any]:
+    names = Arguments(module)
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return names.split(tokens.gather_all(site.gathered, names.named(args, kwargs)), args)
+
+    return hook
+
+
+def _own_tokens(axis: TokenAxis, tokens: Tokens) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: Any) -> Any:
+        return (tokens.shard(args[0], axis.dim, axis.streams), *args[1:])
+
+    return hook
+
+
 def _to_units(parts: Callable[[int], tuple[int, ...]], axis: TokenAxis | None, tokens: Tokens) -> Callable[..., Tensor]:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         exchange, sizes = tokens.exchange, parts(output.shape[-1])
@@ -99,21 +120,18 @@ def _to_tokens(parts: Callable[[int], tuple[int, ...]], axis: TokenAxis, tokens:
 def _exchange_statistics(
     norm: nn.Module, path: str, kind: str, parts: Callable[[int], tuple[int, ...]], tokens: Tokens
 ) -> None:
-    """Replace the ``forward`` of a norm; its parameters stay complete."""
-    if isinstance(norm, ShardedNorm):
-        raise ParallelError(
-            f"{path}: a norm over heads that are split by tensor parallelism and exchanged at linears",
-            code="plan_refused",
-            hint="use tensor parallelism or sequence parallelism, not both",
-        )
+    """Replace the ``forward`` of a norm; its parameters stay as tensor parallelism left them."""
     eps = norm_eps(norm)
+    tensor_ranks = norm.ranks if isinstance(norm, ShardedNorm) else 1
 
     def total(x: Tensor) -> Tensor:
-        return torch.stack(tokens.exchange.all_gather(x.sum(-1, keepdim=True))).sum(0)
+        own = torch.stack(tokens.exchange.all_gather(x.sum(-1, keepdim=True))).sum(0)
+        return tensor_model_parallel_all_reduce(own) if tensor_ranks > 1 else own
 
     def forward(x: Tensor) -> Tensor:
         world, rank = tokens.exchange.world, tokens.exchange.rank
-        wide, channels = x.float(), x.shape[-1] * world
+        wide, own = x.float(), x.shape[-1] * world  # the channels of this tensor-parallel rank
+        channels = own * tensor_ranks
         if kind == "layer":
             wide = wide - total(wide) / channels
         floor = torch.finfo(x.dtype).eps if eps is None else eps
@@ -121,7 +139,7 @@ def _exchange_statistics(
         for name, combine in (("weight", torch.mul), ("bias", torch.add)):
             whole = getattr(norm, name, None)
             if whole is not None:
-                normed = combine(normed, local_part(whole, 0, parts(channels), rank, world))
+                normed = combine(normed, local_part(whole, 0, parts(own), rank, world))
         return normed
 
     norm.forward = forward

@@ -118,6 +118,8 @@ class AttentionSite(Section):
         mask: the mask is complete on every rank, sharded like the keys, or absent.
         axes: for ``linears``: token dimensions of the outputs of the linears before the site and of the input of the
             linear after it, by path within the module. A linear without one has complete tokens.
+        gathered: for ``linears``: arguments of the module that are gathered first, for code that reads their length;
+            the linears still process this rank's tokens.
     """
 
     module: str
@@ -128,6 +130,7 @@ class AttentionSite(Section):
     keys: tuple[str, ...] = ()
     mask: Literal["", "whole", "sharded"] = ""
     axes: tuple[TokenAxis, ...] = ()
+    gathered: tuple[TokenAxis, ...] = ()
 
 
 class WholeModule(Section):

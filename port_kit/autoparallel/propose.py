@@ -37,6 +37,7 @@ class Choice:
         replicated: modalities whose tokens are not sharded.
         whole: patterns of modules that run on all tokens.
         linears: patterns of modules that exchange tokens and units at their linears.
+        gathered: those of them whose arguments are gathered first.
         grid: streams whose grid is among the arguments of blocks are sharded by rows.
         halo: patterns of convolutions that exchange rows at the edges of each rank's part.
     """
@@ -49,6 +50,7 @@ class Choice:
     replicated: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     linears: frozenset[str] = frozenset()
+    gathered: frozenset[str] = frozenset()
     grid: bool = False
     halo: frozenset[tuple[str, int]] = frozenset()
 
@@ -117,13 +119,14 @@ def propose(observed: Observed, choice: Choice, subject: str, module_class: str)
 def _groups(
     observed: Observed, skip: frozenset[str] = frozenset(), replicated: frozenset[str] = frozenset()
 ) -> dict[str, _Group]:
-    """Return the lists of blocks with attention that return tokens of the module's output."""
+    """Return the lists of blocks that mix tokens, and return tokens of the module's output."""
     output = output_modalities(observed)
     groups: dict[str, _Group] = {}
     for ordinal, call in enumerate(observed.runs[0].calls):
         returned = observed.sizes(_outputs(ordinal))
         streams = {s for (path, dim), s in returned.items() if dim >= 0 and _rank(call.outputs[path]) >= 2}
-        if call.group not in skip and call.sites and any(set(growth(s)) & output for s in streams):
+        mixes = bool(call.sites) or any(_is_below(one, generalize(call.path)) for one in observed.mixing)
+        if call.group not in skip and mixes and any(set(growth(s)) & output for s in streams):
             group = groups.setdefault(call.group, _Group())
             group.ordinals.append(ordinal)
             group.streams |= {sizes for sizes in streams if not set(growth(sizes)) <= replicated}
@@ -255,8 +258,12 @@ def _linear_sites(
 ) -> list[AttentionSite]:
     """Return the sites at linears of a block, with the token axes of all modules inside of them."""
     found: dict[str, dict[str, TokenAxis]] = {}
+    gathered: dict[str, tuple[TokenAxis, ...]] = {}
     for number, call in enumerate(observed.runs[0].calls[ordinal].modules):
         pattern = generalize(call.path)
+        if pattern in choice.gathered:
+            sizes = observed.sizes(_module_inputs(ordinal, number))
+            gathered[pattern] = axes(sizes, basic, choice.order, naming)
         owner = next((one for one in choice.linears if _is_below(pattern, one) and pattern != one), None)
         if owner is not None and "input" in call.inputs:
             kinds = (_module_inputs(ordinal, number), _module_outputs(ordinal, number))
@@ -265,7 +272,10 @@ def _linear_sites(
                 path = pattern.removeprefix(f"{owner}.")
                 axis = TokenAxis(path=path, dim=returned[0].dim, streams=returned[0].streams)
                 found.setdefault(owner, {})[path] = axis
-    return [AttentionSite(module=owner, at="linears", axes=tuple(each.values())) for owner, each in found.items()]
+    return [
+        AttentionSite(module=owner, at="linears", axes=tuple(each.values()), gathered=gathered.get(owner, ()))
+        for owner, each in found.items()
+    ]
 
 
 def _mask(site: SiteCall, keys: tuple[str, ...], choice: Choice) -> Literal["", "whole", "sharded"]:

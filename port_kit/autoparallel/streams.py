@@ -34,9 +34,15 @@ MAX_PARTS = 3
 
 @dataclass(frozen=True)
 class Observed:
-    """Observations of all :data:`RUNS` of one module, in order. All make the same calls."""
+    """Observations of all :data:`RUNS` of one module, in order. All make the same calls.
+
+    Attributes:
+        runs: the observations.
+        mixing: patterns of modules that mix tokens without a known attention function.
+    """
 
     runs: tuple[Observation, ...]
+    mixing: tuple[str, ...] = ()
 
     def sizes(self, pick: Callable[[Observation], Shapes]) -> dict[tuple[str, int], Sizes]:
         """Return the sizes of all dimensions and integers that grow with tokens; see :meth:`all_sizes`."""

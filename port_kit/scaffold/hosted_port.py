@@ -31,6 +31,9 @@ _NOT_OPTIONS = {
 _NO_TINY = """
 There is no tiny pipeline of this class. `--tiny` and `port-kit verify parallel` need one: `tiny_model` of `PORT`."""
 
+_NO_REPOSITORY = """
+`recipe.py` was read from a folder: name the repository that has its files, and a revision."""
+
 
 def hosted_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]:
     """Return a port's files by their paths.
@@ -53,7 +56,7 @@ def hosted_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]
         **common_values(port, source),
         **_port_values(index, case),
         **_recipe_values(port, source, index),
-        **_test_values(plan, case, index),
+        **_test_values(plan, case, index, source),
     }
     files = {path: render(template, values) for path, template in sorted(_templates(port.name, case).items())}
     return {**files, f"{port.name}/plan.toml": plan.to_toml()}
@@ -134,7 +137,7 @@ def _recipe_values(port: NewPort, source: Source, index: PipelineIndex) -> dict[
     }
 
 
-def _test_values(plan: Plan, case: TinyPipeline | None, index: PipelineIndex) -> dict[str, str]:
+def _test_values(plan: Plan, case: TinyPipeline | None, index: PipelineIndex, source: Source) -> dict[str, str]:
     layouts = tested_layouts(plan)
     guided = ("cfg2",) if case and case.branches > 1 else ()
     checked = "tiny model: download, two ranks, the engine" if case else "tiny transformer: two ranks"
@@ -151,5 +154,5 @@ def _test_values(plan: Plan, case: TinyPipeline | None, index: PipelineIndex) ->
         "original_path": "",
         "checked": checked,
         "checks": f"On a CPU, with a {checked}; coverage of every weight at full size; age of the plan.",
-        "notes": "" if case else _NO_TINY,
+        "notes": ("" if case else _NO_TINY) + ("" if source.revision else _NO_REPOSITORY),
     }

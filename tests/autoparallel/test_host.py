@@ -110,6 +110,26 @@ def test_what_the_pipeline_does_not_take_is_refused(sampling: dict[str, Any], wa
     assert code_of(call_arguments, *arguments) == "input_value"
 
 
+def test_an_image_of_a_request_is_opened(tmp_path: Path) -> None:
+    import diffusers
+
+    Image.new("RGB", (6, 4), (9, 8, 7)).save(tmp_path / "a.png")
+    parameters = PipelineIndex(Path(), diffusers.WanImageToVideoPipeline, {}).parameters
+    for image in (str(tmp_path / "a.png"), [tmp_path / "a.png"], Image.open(tmp_path / "a.png")):
+        request = request_of({"prompt": "a", "multi_modal_data": {"image": image}})
+        found = call_arguments(*request, parameters, torch.device("cpu"))["image"]
+        assert found.size == (6, 4) and found.getpixel((0, 0)) == (9, 8, 7)
+    request = request_of({"prompt": "a", "multi_modal_data": {"image": str(tmp_path / "b.png")}})
+    assert code_of(call_arguments, *request, parameters, torch.device("cpu")) == "input_unreadable"
+
+
+@pytest.mark.parametrize(("name", "rate"), [("LTXPipeline", 25.0), ("WanPipeline", 24.0)])
+def test_the_frame_rate_is_that_of_the_pipeline(name: str, rate: float) -> None:
+    import diffusers
+
+    assert PipelineIndex(Path(), getattr(diffusers, name), {}).fps == rate
+
+
 def test_guidance_needs_no_plan(wan: Path) -> None:
     check_host(config_of(wan, cfg_parallel_size=2))
 

@@ -137,8 +137,15 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[
     index = PipelineIndex.read(od_config.model)
 
     def post_process(output: dict[str, Any], sampling_params: Any = None) -> dict[str, Any]:
-        given = sampling_params.fps or sampling_params.frame_rate if sampling_params is not None else None
         output_type = getattr(sampling_params, "output_type", None)
-        return media.payload(output, fps=given or index.fps, output_type=output_type)
+        return media.payload(output, fps=_fps(sampling_params) or index.fps, output_type=output_type)
 
     return post_process
+
+
+def _fps(sampling: Any) -> float | None:
+    """Return the frames per second that a request gives, or None."""
+    if sampling is None:
+        return None
+    given = (sampling.fps, sampling.frame_rate, sampling.extra_args.get("frame_rate"))
+    return next((rate for rate in given if rate), None)

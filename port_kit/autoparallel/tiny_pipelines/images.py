@@ -21,7 +21,7 @@ _DIT = {
     "num_layers": 2,
     "patch_size": 2,
     "attention_head_dim": 8,
-    "num_attention_heads": 3,
+    "num_attention_heads": 4,
     "in_channels": 4,
     "out_channels": 8,
     "attention_bias": True,
@@ -157,7 +157,7 @@ def _pixart() -> dict[str, Any]:
     from diffusers import DDIMScheduler, PixArtTransformer2DModel
 
     transformer = PixArtTransformer2DModel(
-        **_DIT, caption_channels=32, cross_attention_dim=24, norm_type="ada_norm_single", norm_eps=1e-6
+        **_DIT, caption_channels=32, cross_attention_dim=32, norm_type="ada_norm_single", norm_eps=1e-6
     )
     return {"transformer": transformer, "vae": parts.image_vae(4), **_t5(), "scheduler": DDIMScheduler()}
 
