@@ -1,128 +1,186 @@
-"""Compare tiny pipelines of diffusers on several ranks with one rank, and write a table.
+"""Compare tiny pipelines of diffusers on several ranks with one rank, through ``Omni``, and write a table.
 
-    python benchmarks/autoparallel_pipelines.py [PIPELINE ...] [--layout cfg2 ...] [--plans FOLDER] [--output FOLDER]
+    python benchmarks/autoparallel_pipelines.py [PIPELINE ...] [--layout cfg2 --layout ulysses2] [--output FOLDER]
 
-Every pipeline runs in a process of its own, with a time limit, on vLLM-Omni's workers; each line of
-``pipelines.jsonl`` is one of them. ``tests/autoparallel/test_hosted.py`` runs the same pipelines through ``Omni``.
-Layouts other than guidance need a plan: ``FOLDER/CLASS.toml``, by default the shipped ones.
+Each line of ``pipelines.jsonl`` is one pipeline; a second run measures those that are missing. Plans are the shipped
+ones, or are inferred and kept as ``port-kit run`` does. One process runs the pipelines one after the other, since
+imports take longer than a pipeline; one that fails, or exceeds the time limit, is recorded, and a new process goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 #: Largest difference relative to the largest value, float32.
 TOLERANCE = 2e-5
+#: Least standard deviation of an output: a constant one hides every difference.
+SPREAD = 0.01
+LAYOUTS = ("cfg2", "ulysses2")
 
 
-def measure(name: str, layouts: list[str], plans: Path) -> dict[str, Any]:
-    """Return the row of one pipeline; the work of a child process."""
-    from port_kit.autoparallel.host.checks import PLAN_KEY
+def measure(name: str, layouts: list[str]) -> dict[str, Any]:
+    """Run a pipeline on one rank and in each layout; return its row."""
     from port_kit.autoparallel.host.index import PipelineIndex
     from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
-    from port_kit.autoparallel.verify import compare
-    from port_kit.runtime.hosts import host_of
-    from port_kit.testing.workers import Request
+    from port_kit.autoparallel.tiny_pipelines.engine import generate
+    from port_kit.parallel.layout import Layout
 
+    case = CASES[name]
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
-        path = write_pipeline(name, CASES[name], Path(folder) / "model")
-        index = PipelineIndex.read(path)
-        denoiser = index.components[index.denoisers[0]]
-        plan = plans / f"{denoiser}.toml"
-        additional = {PLAN_KEY: str(plan)} if plan.is_file() else {}
-        config = {"model_class_name": host_of(index.output_type), "additional_config": additional}
-        found = list(compare(path, Request(*CASES[name].request()), layouts, config))
+        index = PipelineIndex.read(write_pipeline(name, case, Path(folder) / "model"))
+        started = time.monotonic()
+        single = generate(index.folder, case.request(), Layout())
+        found = {}
+        for layout in map(Layout.parse, layouts):
+            plan = _plan(index, layout)
+            ranks = generate(index.folder, case.request(), layout, plan)
+            found[str(layout)] = {
+                "difference": ranks.difference(single),
+                **ranks.work,
+                "exchanges": _exchanges(ranks.work["exchanges"], plan),
+            }
     return {
         "pipeline": name,
-        "class": denoiser,
+        "class": index.components[index.denoisers[0]],
+        "inputs": case.inputs,
         "output": index.output_type,
-        "layouts": {comparison.layout: asdict(comparison) for comparison in found},
+        "shapes": {medium: list(value.shape) for medium, value in single.media.items()},
+        "spread": single.spread,
+        "calls": single.work["calls"],
+        "layouts": found,
+        "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def run(name: str, layouts: list[str], plans: Path, limit: float) -> dict[str, Any]:
-    """Measure one pipeline in a process of its own; return its row, or one with an error."""
-    command = [sys.executable, __file__, "--child", "--plans", str(plans), name]
+def _plan(index: Any, layout: Any) -> Path | None:
+    from port_kit.autoparallel.host.plans import find_plan
+
+    if not set(layout.degrees) - {"cfg"}:
+        return None
+    return find_plan(index, layout, None, report=lambda line: print(line, file=sys.stderr))
+
+
+def _exchanges(counts: Mapping[str, int], plan: Path | None) -> list[str]:
+    """Return the kinds of exchange that were used; those at linears count no calls."""
+    from port_kit.autoparallel.plan import Plan
+
+    at_linears = plan is not None and any(site.at == "linears" for site in Plan.load(plan).attention)
+    used = {kind for kind, count in counts.items() if count and kind != "local"}
+    return sorted(used | ({"linears"} if at_linears else set()))
+
+
+def findings(row: Mapping[str, Any]) -> list[str]:
+    """Return the faults of a row: outputs differ, or work was not divided."""
+    if "error" in row:
+        return [row["error"].splitlines()[-1]]
+    found = [] if row["spread"] > SPREAD else ["the output is constant"]
+    for layout, one in row["layouts"].items():
+        if not one["difference"] <= TOLERANCE:
+            found.append(f"{layout} differs by {one['difference']:.1e}")
+        if "cfg" in layout and not one["calls"] < row["calls"]:
+            found.append(f"{layout}: rank 0 computed all branches")
+        if "ulysses" in layout and not one["exchanges"]:
+            found.append(f"{layout}: nothing was exchanged")
+    return found
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a file by pipeline."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {row["pipeline"]: row for row in map(json.loads, lines)}
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def run(names: list[str], layouts: list[str], path: Path, limit: float) -> None:
+    """Measure pipelines in one process until it ends or one of them exceeds the limit; record the error of that one."""
+    log = path.with_suffix(".log")
+    command = [sys.executable, __file__, "--child", "--output", str(path.parent), *names]
     command += [f"--layout={layout}" for layout in layouts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    started = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    rows, since = len(read(path)), time.monotonic()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
-        lines = [line for line in done.stdout.splitlines() if line.startswith('{"pipeline"')]
-        row = json.loads(lines[-1]) if lines else {"pipeline": name, "error": done.stderr.strip()[-2000:]}
-    except subprocess.TimeoutExpired:
-        row = {"pipeline": name, "error": f"not finished in {limit:.0f} s"}
-    return {**row, "seconds": round(time.monotonic() - started, 1)}
+        while process.poll() is None and time.monotonic() - since < limit:
+            time.sleep(0.5)
+            if (count := len(read(path))) > rows:
+                rows, since = count, time.monotonic()
+    finally:
+        ended = process.poll() is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    left = [name for name in names if name not in read(path)]
+    if left:
+        error = log.read_text(encoding="utf-8", errors="replace").strip()[-3000:] if ended else f"over {limit:.0f} s"
+        append(path, {"pipeline": left[0], "error": error})
 
 
-def table(rows: list[dict[str, Any]], layouts: list[str]) -> str:
+def table(rows: list[Mapping[str, Any]], layouts: list[str]) -> str:
     """Return the rows as a Markdown table."""
-    lines = ["| pipeline | transformer | output | " + " | ".join(f"{layout}: difference" for layout in layouts)]
-    lines[0] += " | calls of one rank | calls and weights per rank |"
-    lines.append("|" + "---|" * (5 + len(layouts)))
+    head = ["pipeline", "input", "output", "branches", *(f"{layout}: difference" for layout in layouts)]
+    head += ["calls of one rank", "calls of rank 0", "exchanges", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['pipeline']} | | | " + "fails | " * len(layouts) + " | |")
+            lines.append(f"| `{row['pipeline']}` | " + " | ".join(["fails"] + [""] * (len(head) - 2)) + " |")
             continue
-        found = row["layouts"]
-        differences = " | ".join(f"{found[layout]['difference']:.1e}" for layout in layouts)
-        single = found[layouts[0]]["single"]
-        shares = "; ".join(_shares(found[layout]["ranks"], single) for layout in layouts)
-        calls = f"{single['calls']:g} | {shares}"
-        lines.append(f"| {row['pipeline']} | {row['class']} | {row['output']} | {differences} | {calls} |")
+        found = list(row["layouts"].values())
+        branches = " and ".join(sorted({form for one in found for form in one["branches"]}))
+        differences = [f"{one['difference']:.1e}" if one["difference"] else "0" for one in found]
+        calls = next((f"{one['calls']:g}" for layout, one in row["layouts"].items() if "cfg" in layout), "")
+        exchanges = ", ".join(sorted({kind for one in found for kind in one["exchanges"]}))
+        cells = [f"`{row['pipeline']}`", row["inputs"], row["output"], branches, *differences]
+        lines.append("| " + " | ".join([*cells, f"{row['calls']:g}", calls, exchanges, f"{row['seconds']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _shares(ranks: list[dict[str, Any]], single: dict[str, Any]) -> str:
-    calls = ", ".join(f"{rank['calls']:g}" for rank in ranks)
-    return f"{calls} ({max(rank['weight_bytes'] for rank in ranks) / single['weight_bytes']:.2f})"
-
-
-def is_equal(row: dict[str, Any]) -> bool:
-    """Return True if all layouts of a row equal one rank, and the output is no constant."""
-    return "error" not in row and all(
-        found["difference"] <= TOLERANCE and found["spread"] > 0.01 for found in row["layouts"].values()
-    )
 
 
 def main() -> int:
     """Run the command line; return 1 if a pipeline differs or fails."""
-    from port_kit.autoparallel.shipped import SHIPPED
-
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pipelines", nargs="*")
-    parser.add_argument("--layout", action="append", dest="layouts", help="default: cfg2")
-    parser.add_argument("--plans", type=Path, default=SHIPPED)
+    parser.add_argument("--layout", action="append", dest="layouts", help="default: cfg2 and ulysses2")
     parser.add_argument("--output", type=Path, default=Path("build/pipelines"))
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds per pipeline")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds per pipeline")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    layouts = given.layouts or ["cfg2"]
+    layouts, path = given.layouts or list(LAYOUTS), given.output / "pipelines.jsonl"
     if given.child:
-        print(json.dumps(measure(given.pipelines[0], layouts, given.plans)), flush=True)
+        from port_kit.testing.forkserver import fork_workers
+
+        fork_workers()
+        for name in given.pipelines:
+            append(path, measure(name, layouts))
         return 0
     from port_kit.autoparallel.tiny_pipelines import CASES
 
     given.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with (given.output / "pipelines.jsonl").open("w", encoding="utf-8") as file:
-        for name in given.pipelines or CASES:
-            rows.append(run(name, layouts, given.plans, given.limit))
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-            print(f"{name}: {'equal' if is_equal(rows[-1]) else 'NOT EQUAL'}, {rows[-1]['seconds']} s", flush=True)
+    names = given.pipelines or list(CASES)
+    while left := [name for name in names if name not in read(path)]:
+        run(left, layouts, path, given.limit)
+    rows = [read(path)[name] for name in names]
     (given.output / "pipelines.md").write_text(table(rows, layouts), encoding="utf-8")
-    print(f"{sum(map(is_equal, rows))} of {len(rows)} equal; {given.output / 'pipelines.md'}")
-    return 0 if all(map(is_equal, rows)) else 1
+    for row in rows:
+        print(f"{row['pipeline']}: {'; '.join(findings(row)) or 'equal'}")
+    equal = sum(not findings(row) for row in rows)
+    print(f"{equal} of {len(rows)} equal; {given.output / 'pipelines.md'}")
+    return 0 if equal == len(rows) else 1
 
 
 if __name__ == "__main__":

@@ -87,6 +87,12 @@ class SpreadGuidance:
         self.computed = 0.0
         self._results: dict[int, OrderedDict[Any, _Result]] = {}
 
+    @property
+    def branches(self) -> list[str]:
+        """Forms of the branches that were seen: ``calls``, ``rows`` or both."""
+        seen = [result for results in self._results.values() for result in results.values()]
+        return sorted({"calls" if result.rows is None else "rows" for result in seen})
+
     @contextmanager
     def request(self) -> Iterator[None]:
         """Run one request of the pipeline; results of a failed one are not exchanged."""

@@ -23,4 +23,7 @@ def apply_tokens(model: nn.Module, plan: Plan) -> ShardedModel:
     """
     parallel = get_forward_context().omni_diffusion_config.parallel_config
     group = get_sp_group().device_group if (parallel.sequence_parallel_size or 1) > 1 else None
+    if group is not None:
+        # vLLM-Omni looks for a plan of its own hooks, and warns without one: an empty one needs no hooks
+        model._sp_plan = {}  # type: ignore[assignment]
     return shard_tokens(model, plan, GroupExchange(group), OmniKernel())

@@ -79,12 +79,10 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of ``Omni``."""
-    from vllm_omni.diffusion.data import DiffusionParallelConfig
-
     given = vars(arguments)
     parallel = {name: given[name] for name in (*PARALLEL_DEGREES, *HSDP_OPTIONS) if given[name] is not None}
     options = {name: given[name] for name in ENGINE_OPTIONS if given[name]}
-    return {"model": arguments.model, "parallel_config": DiffusionParallelConfig(**parallel), **options}
+    return {"model": arguments.model, **parallel, **options}
 
 
 def build_request(

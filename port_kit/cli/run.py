@@ -124,7 +124,6 @@ def _generate(
     # an engine in this process prefixes every line on stdout with its name: duplicate the descriptor before
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
-    from vllm_omni.diffusion.data import DiffusionParallelConfig
 
     output = given["output"] or Path("output").with_suffix(SUFFIXES[modality])
     prompt, sampling = _request(given)
@@ -132,13 +131,13 @@ def _generate(
         model=folder,
         model_class_name=class_name,
         dtype=given["dtype"],
-        parallel_config=DiffusionParallelConfig(**layout.parallel_config),
         additional_config=additional,
         enforce_eager=given["enforce_eager"],
+        **layout.parallel_config,
         **cache_options(given),
     )
     try:
-        (result,) = omni.generate(prompt, sampling, py_generator=True)
+        (result,) = omni.generate(prompt, sampling, use_tqdm=False)
         for path in write_files(output, result, modality):
             print(path, file=stdout, flush=True)
     except ValueError as error:

@@ -75,7 +75,10 @@ class Layout:
 
     @property
     def parallel_config(self) -> dict[str, Any]:
-        """The argument ``Omni(parallel_config=...)`` for this layout."""
+        """Arguments of ``Omni`` for this layout, and fields of ``DiffusionParallelConfig``.
+
+        ``Omni`` ignores an argument ``parallel_config`` if it knows the class that ``model_index.json`` names.
+        """
         config: dict[str, Any] = {CONFIG_NAMES[kind]: degree for kind, degree in self.degrees.items()}
         if self.hsdp > 1:
             config |= {"use_hsdp": True, "hsdp_replicate_size": self.world // self.hsdp}

@@ -12,57 +12,32 @@ from typing import Any
 
 import numpy as np
 
-from port_kit.autoparallel.host.checks import PLAN_KEY
-from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.tiny_pipelines import CASES
+from port_kit.autoparallel.tiny_pipelines.engine import Generated, generate
 from port_kit.parallel.cached_layout import split_cache
-from port_kit.runtime.hosts import host_of
+from port_kit.testing.forkserver import fork_workers
 
 
-def media(result: Any) -> dict[str, np.ndarray]:
-    """Return the media of one result as arrays."""
-    found = {f"image{index}": np.asarray(image) for index, image in enumerate(result.images)}
-    audio = result.multimodal_output.get("audio")
-    return found if audio is None else {**found, "audio": np.asarray(audio)}
-
-
-def cache_options(cached: bool, threshold: str) -> dict[str, Any]:
+def cache_options(threshold: str) -> dict[str, Any]:
     """Return the engine's options of the cache."""
-    if not cached:
-        return {}
     settings = {"max_warmup_steps": 0, "max_continuous_cached_steps": -1, "residual_diff_threshold": float(threshold)}
     return {"cache_backend": "cache_dit", "cache_config": settings}
 
 
-def run(name: str, folder: str, plan: str, text: str) -> dict[str, np.ndarray]:
-    """Start an engine, run the request, and stop it."""
-    from vllm_omni import Omni
-    from vllm_omni.diffusion.data import DiffusionParallelConfig
-    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-
+def run(name: str, folder: str, plan: str, text: str) -> Generated:
+    """Run the request of a pipeline in a layout."""
     named, _, threshold = text.partition("@")
     cached, layout = split_cache(named)
-    omni = Omni(
-        model=folder,
-        model_class_name=host_of(PipelineIndex.read(folder).output_type),
-        dtype="float32",
-        enforce_eager=True,
-        parallel_config=DiffusionParallelConfig(**layout.parallel_config),
-        additional_config={} if plan == "-" else {PLAN_KEY: plan},
-        **cache_options(cached, threshold),
-    )
-    try:
-        prompt, sampling = CASES[name].request()
-        results = [omni.generate(prompt, OmniDiffusionSamplingParams(**sampling))[0] for _ in range(2 if cached else 1)]
-        return media(results[-1])  # a second request must not see the cache of the first
-    finally:
-        omni.close()
+    options = cache_options(threshold) if cached else {}
+    requests = 2 if cached else 1  # a second request must not see the cache of the first
+    return generate(folder, CASES[name].request(), layout, None if plan == "-" else plan, requests=requests, **options)
 
 
 if __name__ == "__main__":
     pipeline, directory, report, plan_file, *layouts = sys.argv[1:]
+    fork_workers()
     arrays = {}
     for each in layouts:
-        for key, value in run(pipeline, directory, plan_file, each).items():
+        for key, value in run(pipeline, directory, plan_file, each).media.items():
             arrays[f"{each}/{key}"] = value
     np.savez(Path(report), **arrays)

@@ -23,11 +23,13 @@ from port_kit.autoparallel.host.checks import PLAN_KEY, check_host
 from port_kit.autoparallel.host.files import write_files
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.host.loading import build_denoiser
-from port_kit.autoparallel.host.media import payload
+from port_kit.autoparallel.host.media import WORK, payload
 from port_kit.autoparallel.host.request import call_arguments
 from port_kit.autoparallel.plan import Blocks, Plan, Proof
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
+from port_kit.autoparallel.tiny_pipelines.engine import Generated, generated
 from port_kit.errors import PortKitError
+from port_kit.parallel.layout import Layout
 
 PLAN = Plan(
     subject="WanTransformer3DModel",
@@ -244,6 +246,21 @@ def test_media_become_files(tmp_path: Path) -> None:
         assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 8000, 50)
         found = np.frombuffer(file.readframes(50), dtype="<i2").reshape(50, 2).T / 32767
     assert np.abs(found - samples[0].numpy()).max() <= 1 / 32767
+
+
+def test_another_layout_than_asked_for_is_an_error() -> None:
+    work = {"layout": "single", "calls": 6.0, "branches": [], "exchanges": {}}
+    made = payload({"image": torch.rand(1, 4, 6, 3), WORK: work}, fps=None, output_type="np")
+    result = SimpleNamespace(images=made["payload"]["image"], multimodal_output={"metadata": made["metadata"]})
+    assert generated(result, Layout()).work == work
+    assert code_of(generated, result, Layout(ulysses=2)) == "parallel_degree"
+
+
+def test_media_differ_relative_to_the_largest_value() -> None:
+    one = Generated({"image0": np.array([0.0, 2.0]), "audio": np.array([1.0, -1.0])}, {})
+    assert Generated({"image0": np.array([0.5, 2.0]), "audio": np.array([1.0, -1.1])}, {}).difference(one) == 0.25
+    assert Generated({"image0": np.array([0.0, 2.0])}, {}).difference(one) == float("inf")
+    assert Generated({**one.media, "audio": np.array([1.0, np.nan])}, {}).difference(one) == float("inf")
 
 
 def test_a_wrong_suffix_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Usage: run_layouts.py MODEL FOLDER LAYOUT...   FOLDER gets ``<layout>.json`` and
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import psutil
 from PIL import Image
+
+from port_kit.testing.forkserver import fork_workers
 
 #: All branches contribute, and guidance does not amplify their differences or rounding errors.
 GUIDANCE = {
@@ -85,13 +86,6 @@ def refusal(error: BaseException) -> dict[str, Any]:
         "details": getattr(known, "details", {}),
         "workers": count_workers(),
     }
-
-
-def fork_workers() -> None:
-    """Fork workers from a server that has imported vLLM-Omni once, instead of spawning each: 13 imports of seconds."""
-    start = multiprocessing.set_start_method
-    multiprocessing.set_forkserver_preload(["vllm_omni.entrypoints.omni", "vllm_omni.diffusion.worker"])
-    multiprocessing.set_start_method = lambda method, force=False: start("forkserver", force=True)
 
 
 def main(model: str, folder: str, *layouts: str) -> None:

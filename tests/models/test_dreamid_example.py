@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from port_kit.cli.generate import build_parser, build_request, engine_options
+from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, build_request, engine_options
 from port_kit.models.dreamid_omni import PORT
 from port_kit.pipeline.loading import load_pipeline
 from port_kit.runtime.single_process import single_rank
@@ -51,8 +51,8 @@ def test_the_tiny_download_loads_completely(tmp_path: Path) -> None:
 def test_engine_options_keep_vllm_omnis_names() -> None:
     words = "--model M --cfg-parallel-size 2 --ulysses-degree 2 --enforce-eager --cache-backend cache_dit"
     options = engine_options(build_parser(PORT).parse_args(words.split()))
-    parallel = options.pop("parallel_config")
-    assert (parallel.cfg_parallel_size, parallel.ulysses_degree, parallel.world_size) == (2, 2, 4)
+    degrees = {name: options.pop(name) for name in PARALLEL_DEGREES}
+    assert (degrees["cfg_parallel_size"], degrees["ulysses_degree"], options.pop("use_hsdp")) == (2, 2, False)
     assert options == {"model": "M", "dtype": "bfloat16", "enforce_eager": True, "cache_backend": "cache_dit"}
 
 

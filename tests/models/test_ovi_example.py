@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from port_kit.cli.generate import build_parser, build_request, engine_options
+from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, build_request, engine_options
 from port_kit.models.ovi import PORT
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "ovi"
@@ -41,8 +41,8 @@ def test_the_tiny_model_makes_a_video_with_audio_from_a_first_frame(tmp_path: Pa
 def test_engine_options_keep_vllm_omnis_names() -> None:
     words = "--model M --cfg-parallel-size 2 --ulysses-degree 2 --use-hsdp --enforce-eager"
     options = engine_options(build_parser(PORT).parse_args(words.split()))
-    parallel = options.pop("parallel_config")
-    assert (parallel.cfg_parallel_size, parallel.ulysses_degree, parallel.use_hsdp) == (2, 2, True)
+    degrees = {name: options.pop(name) for name in PARALLEL_DEGREES}
+    assert (degrees["cfg_parallel_size"], degrees["ulysses_degree"], options.pop("use_hsdp")) == (2, 2, True)
     assert options == {"model": "M", "dtype": "bfloat16", "enforce_eager": True}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,33 @@ def buffers_to(module: nn.Module, device: torch.device) -> None:
 
 
 def load_pipeline(index: PipelineIndex, denoisers: dict[str, nn.Module], dtype: torch.dtype, device: Any) -> Any:
-    """Return the pipeline of diffusers with these denoisers; all other components are loaded by diffusers."""
-    pipeline = index.pipeline_class.from_pretrained(str(index.folder), dtype=dtype, **denoisers)
+    """Return the pipeline of diffusers with these denoisers; all other components are loaded by diffusers.
+
+    Progress is not shown: each rank would draw bars of its own.
+    """
+    with _without_progress():
+        pipeline = index.pipeline_class.from_pretrained(str(index.folder), dtype=dtype, **denoisers)
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name not in denoisers:
             component.to(device).eval().requires_grad_(False)
     return pipeline
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Hide the progress bars of diffusers and transformers."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _keep_float32(module: nn.Module, dtype: torch.dtype) -> None:

@@ -17,6 +17,9 @@ from port_kit.errors import InputError
 #: Attributes, and entries of configurations, with a component's sample rate.
 _RATES = ("sampling_rate", "sample_rate", "output_sampling_rate")
 
+#: Key of the metadata with the work of rank 0; see :attr:`port_kit.autoparallel.host.pipeline.HostPipeline.work`.
+WORK = "port_kit"
+
 
 def extract(output: Any, pipeline: Any) -> dict[str, Any]:
     """Return the media of a pipeline's output as tensors on the CPU.
@@ -71,7 +74,9 @@ def payload(output: dict[str, Any], *, fps: float | None, output_type: str | Non
     if "video" in output:
         video = output["video"].numpy()
         found["video"] = list(video if as_float else _to_bytes(video))
-    metadata: dict[str, Any] = {"video": {"fps": fps}} if "video" in output and fps else {}
+    metadata: dict[str, Any] = {WORK: output[WORK]} if WORK in output else {}
+    if "video" in output and fps:
+        metadata["video"] = {"fps": fps}
     if "audio" in output:
         found["audio"] = output["audio"].numpy()
         metadata["audio"] = {"sample_rate": output["sample_rate"]}

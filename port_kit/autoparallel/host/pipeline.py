@@ -24,6 +24,7 @@ from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, lo
 from port_kit.autoparallel.host.request import call_arguments
 from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InputError
+from port_kit.parallel.engine_checks import layout_of
 from port_kit.pipeline.inputs import to_client_error
 
 if TYPE_CHECKING:
@@ -73,6 +74,20 @@ class HostPipeline(nn.Module):
     def _count(self, *_: Any) -> None:
         self.computed += 1
 
+    @property
+    def work(self) -> dict[str, Any]:
+        """Work of this rank since its start: complete calls, attention calls by exchange, and guidance's branches."""
+        exchanges: dict[str, int] = {}
+        for model in (adapted.sharded for adapted in self.adapted.values() if adapted.sharded is not None):
+            for kind, count in model.exchanges().items():
+                exchanges[kind] = exchanges.get(kind, 0) + count
+        return {
+            "layout": str(layout_of(self.od_config.parallel_config)),
+            "calls": self.computed if self.guidance is None else self.guidance.computed,
+            "branches": [] if self.guidance is None else self.guidance.branches,
+            "exchanges": exchanges,
+        }
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the denoisers, load all other components, and spread guidance.
 
@@ -110,7 +125,7 @@ class HostPipeline(nn.Module):
         else:
             with self.guidance.request():
                 output = self.pipeline(**arguments)
-        return DiffusionOutput(output=media.extract(output, self.pipeline))
+        return DiffusionOutput(output={**media.extract(output, self.pipeline), media.WORK: self.work})
 
 
 class PortKitImagePipeline(HostPipeline):

@@ -23,6 +23,7 @@ class TinyPipeline:
         prompt: empty for pipelines without one.
         negative: negative prompt; None for pipelines without one.
         image: pixels (height, width) of a reference image.
+        frames: frames of a reference video of this size, in place of the image.
     """
 
     parts: Callable[[], dict[str, Any]]
@@ -32,24 +33,40 @@ class TinyPipeline:
     prompt: str = "a red cat on a mat"
     negative: str | None = "blurry, low quality"
     image: tuple[int, int] | None = None
+    frames: int = 0
+
+    @property
+    def inputs(self) -> str:
+        """The kinds of input of the request, for reports."""
+        text = ["text"] if self.prompt else []
+        return " + ".join([*text, *self.media]) or "class"
+
+    @property
+    def media(self) -> dict[str, Any]:
+        """The media of the request by kind."""
+        if self.image is None:
+            return {}
+        if self.frames:
+            return {"video": [gradient_image(*self.image, shift=8 * frame) for frame in range(self.frames)]}
+        return {"image": gradient_image(*self.image)}
 
     def request(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the prompt of a request, and its sampling parameters."""
         prompt: dict[str, Any] = {"prompt": self.prompt}
         if self.negative is not None:
             prompt["negative_prompt"] = self.negative
-        if self.image is not None:
-            prompt["multi_modal_data"] = {"image": gradient_image(*self.image)}
+        if self.media:
+            prompt["multi_modal_data"] = self.media
         return prompt, {"seed": 3, "output_type": "np", "extra_args": dict(self.arguments), **self.sampling}
 
 
-def gradient_image(height: int, width: int) -> Any:
-    """Return an image without symmetries."""
+def gradient_image(height: int, width: int, shift: int = 0) -> Any:
+    """Return an image without symmetries; another one for each shift."""
     import numpy as np
     from PIL import Image
 
     rows, columns = np.mgrid[0:height, 0:width]
-    pixels = np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 7 % 256], axis=-1)
+    pixels = np.stack([rows * 255 // height, columns * 255 // width, ((rows + columns) * 7 + shift) % 256], axis=-1)
     return Image.fromarray(pixels.astype(np.uint8))
 
 
