@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from port_kit.autoparallel.attention_functions import recognize
@@ -24,7 +26,6 @@ from port_kit.autoparallel.subject import ModelScale, Subject
 
 def on_cpu(subject: Subject) -> Subject:
     """Return a subject whose module runs on a CPU."""
-    torch.compiler.set_stance("force_eager")
     warnings.filterwarnings("ignore", message="CUDA is not available")  # of autocast
 
     def build(scale: ModelScale) -> nn.Module:
@@ -57,6 +58,19 @@ class GpuCode(TorchFunctionMode):
     def __init__(self, exact: bool) -> None:
         super().__init__()
         self.exact = exact
+        self._stance: Any = None
+
+    def begin(self) -> None:
+        """Enter the mode, and let ``torch.compile`` do nothing."""
+        self._stance = torch.compiler.set_stance("force_eager")
+        self.__enter__()
+
+    @staticmethod
+    def end() -> None:
+        """Leave the innermost mode."""
+        mode = torch.overrides._pop_mode()
+        assert isinstance(mode, GpuCode)
+        mode._stance.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function with the CPU in place of CUDA."""
@@ -69,6 +83,9 @@ class GpuCode(TorchFunctionMode):
             kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         if func is torch.Tensor.to:
             args = (args[0], *map(self._replaced, args[1:]))
+        if func is scaled_dot_product_attention:
+            with sdpa_kernel(_ON_CPU):  # code may allow kernels of GPUs only
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _replaced(self, value: Any) -> Any:
@@ -78,13 +95,14 @@ class GpuCode(TorchFunctionMode):
         return torch.device("cpu") if is_cuda else value
 
 
+_ON_CPU = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 _ROUNDING = (torch.Tensor.bfloat16, torch.Tensor.half)
 
 
 def _enter(module: nn.Module, _args: Any) -> None:
     first = next(module.parameters(), None)
-    GpuCode(exact=first is not None and first.dtype is torch.float32).__enter__()
+    GpuCode(exact=first is not None and first.dtype is torch.float32).begin()
 
 
 def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-    torch.overrides._pop_mode()
+    GpuCode.end()

@@ -7,14 +7,16 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import nn
 
 from port_kit.autoparallel.block_lists import list_blocks, with_complete_modules
 from port_kit.autoparallel.cache.infer import with_cache_patterns
 from port_kit.autoparallel.infer_tokens import TokenInference, infer_tokens
 from port_kit.autoparallel.plan import Plan, Refusal
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
-from port_kit.autoparallel.tensor.blocks import observe_blocks
+from port_kit.autoparallel.tensor.blocks import call_model, observe_blocks
 from port_kit.autoparallel.tensor.infer import TensorSections, infer_tensor_parallelism
+from port_kit.errors import ParallelError
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ def infer_plan(subject: Subject) -> Plan:
 def _infer(subject: Subject) -> Plan:
     model = subject.build(ModelScale())
     calls = observe_blocks(model, subject.inputs(TokenScale()))
+    _require_numbers(subject, model)
     channels = _channels(subject, type(model))
     try:
         tokens = infer_tokens(subject, channels)
@@ -51,6 +54,22 @@ def _infer(subject: Subject) -> Plan:
         return channels.model_copy(update={"refused": refused, "blocks": blocks})
     sections = {name: getattr(tokens.plan, name) for name in ("streams", "attention", "whole")}
     return channels.model_copy(update={**sections, "blocks": blocks})
+
+
+def _require_numbers(subject: Subject, model: nn.Module) -> None:
+    """Check that a module returns numbers.
+
+    Raises:
+        ParallelError: ``plan_subject``; it returns NaN or infinity.
+    """
+    outputs = subject.output(call_model(model, subject.inputs(TokenScale())))
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise ParallelError(
+            f"{subject.name}: the module returns NaN or infinity",
+            code="plan_subject",
+            hint="initialize all parameters: diffusers_cases.case.uninitialized_is_nan around the constructor, then "
+            "randomize",
+        )
 
 
 def _channels(subject: Subject, kind: type) -> Plan:

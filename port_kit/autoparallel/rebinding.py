@@ -90,8 +90,11 @@ class Rebinder:
         last = methods[-1]
         rest = chain[chain.index(last) + 1 :]
         if "." not in last:
-            function = getattr(module, last).__func__
-            setattr(module, last, MethodType(self._copy(function, rest, chain), module))
+            method = getattr(module, last)
+            replaced = MethodType(self._copy(method.__func__, rest, chain), module)
+            stored = [name for name, value in vars(module).items() if value == method]  # chosen by the constructor
+            for name in (last, *stored):
+                setattr(module, name, replaced)
             return
         attribute, _, name = last.rpartition(".")
         owner = copy.copy(getattr(module, attribute))

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from port_kit.parallel.layout import Layout
 from port_kit.testing.workers import run_ranks, warm_up
 
+WAN, FLUX = "WanTransformer3DModel", "FluxTransformer2DModel"
 
-@pytest.mark.parametrize("layout", ["single", "ulysses2", "tp2"])
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", "FluxTransformer2DModel"])
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (WAN, "ulysses2"),
+        (FLUX, "tp2"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((WAN, "single"), (WAN, "tp2"), (FLUX, "ulysses2"))),
+    ],
+)
 def test_compiled_blocks_equal_the_unmodified_module(name: str, layout: str, tmp_path: Path) -> None:
     warm_up()
     degrees = Layout.parse(layout)

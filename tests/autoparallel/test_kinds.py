@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 from port_kit.autoparallel.attention_functions import AttentionCall, recognize
 from port_kit.autoparallel.attention_packages import STAND_INS, attention_packages
@@ -16,7 +18,7 @@ from port_kit.autoparallel.original_code import bare_packages
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.prove import Prover
 from port_kit.autoparallel.simulate import run_once, run_trial
-from port_kit.autoparallel.subject import OTHER_SCALES, Subject, TokenScale, load_subject
+from port_kit.autoparallel.subject import OTHER_SCALES, ModelScale, Subject, TokenScale, load_subject
 from port_kit.errors import ParallelError
 from port_kit.parallel.layout import Layout
 from tests.autoparallel import kinds_subject
@@ -43,7 +45,7 @@ def test_plans_hold_for_other_configurations(kind: str) -> None:
     assert not run_trial(model, inputs, alone, {}, single, 2).ok
 
 
-@pytest.mark.parametrize("kind", ["Flash2", "Flash3", "Packed", "Xformers", "Sage", "Helper"])
+@pytest.mark.parametrize("kind", ["Flash2", "Flash3", "Packed", "Stored", "Xformers", "Sage", "Helper"])
 def test_calls_of_attention_functions_are_exchanged(kind: str) -> None:
     _, plan = _infer(kind)
     (site,) = plan.attention
@@ -81,7 +83,7 @@ def test_kinds_are_proven(kind: str) -> None:
 def test_code_that_takes_another_path_is_an_error() -> None:
     subject, plan = _infer("Flash2")
     model = subject.build(OTHER_SCALES["deeper"])
-    shard_tokens(model, plan, ThreadExchange(ThreadWorld(1), 0))
+    shard_tokens(model, plan, ThreadExchange(ThreadWorld(2), 0))
     for block in model.get_submodule("blocks").children():
         block.attend = lambda q, _k, _v: q  # type: ignore[assignment]
     with pytest.raises(ParallelError) as caught:
@@ -98,6 +100,19 @@ def test_functions_are_recognized_by_their_parameters() -> None:
     assert known is not None and known.lengths == "k_lens"
     two, three = recognize(kinds_subject.flash_2), recognize(kinds_subject.flash_attn_interface.flash_attn_func)
     assert two is not None and three is not None and three.own_result and not two.own_result
+
+
+def test_modules_without_numbers_are_an_error() -> None:
+    subject = kinds_subject.subject("Flash2")
+
+    def build(scale: ModelScale) -> nn.Module:
+        model = subject.build(scale)
+        model.get_parameter("enter.weight").data.fill_(float("nan"))
+        return model
+
+    with pytest.raises(ParallelError) as caught:
+        infer_plan(replace(subject, build=build))
+    assert caught.value.code == "plan_subject"
 
 
 def test_windows_need_the_function_itself() -> None:

@@ -49,7 +49,7 @@ from port_kit.parallel.layout import Layout
 #: Largest difference of a module with the cache that reuses nothing from the same module without it.
 EXACT = 1e-6
 #: A threshold with which some steps are reused: ranks must decide alike.
-SOME = 0.2
+SOME = 0.4
 
 
 @dataclass

@@ -58,7 +58,7 @@ def run_steps(
         inputs: returns new inputs.
         varied: values differ from step to step.
     """
-    return [call(_scaled(inputs(), 1 + 0.25 * step if varied else 1.0)) for step in range(STEPS)]
+    return [call(_changed(inputs(), 0.5 * step if varied else 0.0)) for step in range(STEPS)]
 
 
 def run_cached_steps(
@@ -156,11 +156,12 @@ def caller(subject: Subject, model: nn.Module) -> Callable[[dict[str, Any]], Out
     return call
 
 
-def _scaled(inputs: dict[str, Any], factor: float) -> dict[str, Any]:
-    """Return the inputs with tensors of tokens scaled."""
+def _changed(inputs: dict[str, Any], amount: float) -> dict[str, Any]:
+    """Return the inputs with tensors of tokens changed, unevenly: norms at the entrance would undo a common factor."""
 
-    def scale(_path: str, leaf: Any) -> Any:
-        tokens = torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.dim() > 2
-        return leaf * factor if tokens else leaf
+    def change(_path: str, leaf: Any) -> Any:
+        if not (torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.dim() > 2):
+            return leaf
+        return leaf * (1 + amount * torch.linspace(1, 0, leaf.shape[-1], dtype=leaf.dtype))
 
-    return inputs if factor == 1 else rebuild(inputs, scale)  # type: ignore[no-any-return]
+    return rebuild(inputs, change) if amount else inputs

@@ -46,7 +46,7 @@ class Case:
 
         torch.manual_seed(0)
         cls, config = getattr(diffusers, name), self.config(Sizes(scale))
-        with warnings.catch_warnings(), _uninitialized_is_nan():
+        with warnings.catch_warnings(), uninitialized_is_nan():
             warnings.simplefilter("ignore")
             model = self.build(cls, config) if self.build else cls(**config)
         randomize(model)
@@ -54,8 +54,8 @@ class Case:
 
 
 @contextmanager
-def _uninitialized_is_nan() -> Iterator[None]:
-    """Fill memory that a constructor leaves uninitialized with NaN."""
+def uninitialized_is_nan() -> Iterator[None]:
+    """Fill memory that a constructor leaves uninitialized with NaN, which :func:`randomize` replaces."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
