@@ -109,7 +109,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 def run(names: list[str], layouts: list[str], path: Path, limit: float) -> None:
     """Measure pipelines in one process until it ends or one of them exceeds the limit; record the error of that one."""
-    log = path.with_suffix(".log")
+    log = path.with_name(f"{names[0]}.log")
     command = [sys.executable, __file__, "--child", "--output", str(path.parent), *names]
     command += [f"--layout={layout}" for layout in layouts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

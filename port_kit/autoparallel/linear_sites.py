@@ -6,14 +6,14 @@ after the site, it receives its tokens of all units. Norms over all channels bet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
-from port_kit.autoparallel.plan import AttentionSite, ChannelRule, Plan, TokenAxis, find
+from port_kit.autoparallel.plan import AttentionSite, ChannelRule, Plan, TokenAxis, find, find_linears
 from port_kit.autoparallel.tensor.apply import UnitSizes
 from port_kit.autoparallel.tensor.divided import divide_attribute
 from port_kit.autoparallel.tensor.layers import ShardedNorm, local_part, norm_eps
@@ -40,7 +40,7 @@ def bind_linears(model: nn.Module, plan: Plan, site: AttentionSite, tokens: Toke
         if site.gathered:
             module.register_forward_pre_hook(_gather_arguments(module, site, tokens), with_kwargs=True, prepend=True)
         for linear in plan.linears:
-            for path, child in _below(model, linear.module, module_path):
+            for path, child in _below(find_linears(model, linear), module_path):
                 axis = axes.get(path.removeprefix(f"{module_path}."))
                 parts = _parts(sizes, path, linear.channels, tokens)
                 if linear.role == "column":
@@ -51,17 +51,16 @@ def bind_linears(model: nn.Module, plan: Plan, site: AttentionSite, tokens: Toke
                     assert axis is not None
                     child.register_forward_pre_hook(_to_tokens(parts, axis, tokens))
         for norm in plan.norms:
-            for path, child in _below(model, norm.module, module_path):
+            for path, child in _below(find(model, norm.module), module_path):
                 _exchange_statistics(child, path, norm.kind, _parts(sizes, path, norm.channels, tokens), tokens)
         for value in plan.divided:
-            for path, child in _below(model, value.module, module_path):
+            for path, child in _below(find(model, value.module), module_path):
                 world = tokens.exchange.world
                 divide_attribute(child, path, value, world, code="parallel_degree", degree="sequence-parallel")
 
 
-def _below(model: nn.Module, pattern: str, module_path: str) -> list[tuple[str, nn.Module]]:
-    found = find(model, pattern).items()
-    return [(path, child) for path, child in found if f"{path}.".startswith(f"{module_path}.")]
+def _below(found: Mapping[str, nn.Module], module_path: str) -> list[tuple[str, nn.Module]]:
+    return [(path, child) for path, child in found.items() if f"{path}.".startswith(f"{module_path}.")]
 
 
 def _parts(

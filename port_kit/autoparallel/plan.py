@@ -340,8 +340,10 @@ class Plan(Section):
         Raises:
             ParallelError: ``plan_pattern``; a pattern matches nothing.
         """
-        sections = (self.attention, self.whole, self.linears, self.norms, self.tables, self.divided)
+        sections = (self.attention, self.whole, self.norms, self.tables, self.divided)
         patterns = [entry.module for section in sections for entry in section]  # type: ignore[attr-defined]
+        for linear in self.linears:
+            find_linears(module, linear)
         patterns += [pattern for blocks in self.blocks for pattern in (blocks.modules, *blocks.complete)]
         for pattern in patterns:
             find(module, pattern)
@@ -353,14 +355,21 @@ def matches(path: str, pattern: str) -> bool:
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
+def present(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """Return the modules that match a pattern, by path, in the order of registration; there may be none."""
+    return {path: child for path, child in module.named_modules(remove_duplicate=False) if matches(path, pattern)}
+
+
 def find(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """Return the modules that match a pattern, by path, in the order of registration.
 
+    There are none if the configuration of the module leaves them out: their owners have None in their place.
+
     Raises:
-        ParallelError: ``plan_pattern``; there is none.
+        ParallelError: ``plan_pattern``; there are none for another reason.
     """
-    found = {path: child for path, child in module.named_modules(remove_duplicate=False) if matches(path, pattern)}
-    if not found:
+    found = present(module, pattern)
+    if not found and not _is_left_out(module, pattern):
         raise ParallelError(
             f"pattern {pattern!r} matches no module of {type(module).__name__}",
             code="plan_pattern",
@@ -368,6 +377,24 @@ def find(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
             pattern=pattern,
         )
     return found
+
+
+def find_linears(module: nn.Module, entry: LinearPlan) -> dict[str, nn.Module]:
+    """Return the linears of an entry; there may be none with the role ``gathered``, which changes no result.
+
+    Raises:
+        ParallelError: ``plan_pattern``; as :func:`find`.
+    """
+    return present(module, entry.module) if entry.role == "gathered" else find(module, entry.module)
+
+
+def _is_left_out(module: nn.Module, pattern: str) -> bool:
+    parts = pattern.split(".")
+    for length in range(len(parts) - 1, -1, -1):
+        owners = present(module, ".".join(parts[:length])) if length else {"": module}
+        if owners:
+            return all(getattr(owner, parts[length], owner) is None for owner in owners.values())
+    return False
 
 
 def generalize(path: str) -> str:

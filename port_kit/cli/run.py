@@ -119,6 +119,7 @@ def _report(line: str) -> None:
 def _generate(
     folder: str, class_name: str, modality: str, additional: dict[str, str], layout: Layout, given: dict[str, Any]
 ) -> None:
+    from port_kit.autoparallel.host.checks import check_ran
     from port_kit.autoparallel.host.files import SUFFIXES, write_files
 
     # an engine in this process prefixes every line on stdout with its name: duplicate the descriptor before
@@ -138,6 +139,7 @@ def _generate(
     )
     try:
         (result,) = omni.generate(prompt, sampling, use_tqdm=False)
+        check_ran(result, layout)
         for path in write_files(output, result, modality):
             print(path, file=stdout, flush=True)
     except ValueError as error:

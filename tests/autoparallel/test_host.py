@@ -248,6 +248,25 @@ def test_media_become_files(tmp_path: Path) -> None:
     assert np.abs(found - samples[0].numpy()).max() <= 1 / 32767
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs", "media"),
+    [
+        ("WanPipeline", "text", []),
+        ("DiTPipeline", "class", []),
+        ("FluxKontextPipeline", "text + image", ["image"]),
+        ("WanVideoToVideoPipeline", "text + video", ["video"]),
+    ],
+)
+def test_tiny_requests_have_the_media_of_the_pipeline(name: str, inputs: str, media: list[str]) -> None:
+    prompt, _ = CASES[name].request()
+    assert CASES[name].inputs == inputs
+    given = prompt.get("multi_modal_data", {})
+    assert list(given) == media
+    if "video" in media:
+        frames = [np.asarray(frame) for frame in given["video"]]
+        assert len({frame.tobytes() for frame in frames}) == 9
+
+
 def test_another_layout_than_asked_for_is_an_error() -> None:
     work = {"layout": "single", "calls": 6.0, "branches": [], "exchanges": {}}
     made = payload({"image": torch.rand(1, 4, 6, 3), WORK: work}, fps=None, output_type="np")

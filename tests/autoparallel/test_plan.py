@@ -14,6 +14,7 @@ from port_kit.autoparallel.plan import (
     Stream,
     TokenAxis,
     find,
+    find_linears,
     generalize,
     matches,
 )
@@ -57,3 +58,30 @@ def test_pattern_without_a_module_is_an_error() -> None:
     with pytest.raises(ParallelError) as caught:
         PLAN.validate_for(_model())
     assert caught.value.code == "plan_pattern"
+
+
+class _Block(nn.Module):
+    """A block whose configuration may leave its attention out."""
+
+    def __init__(self, attn: nn.Module | None) -> None:
+        super().__init__()
+        self.attn = attn
+
+
+@pytest.mark.parametrize("pattern", ["blocks.*.attn", "blocks.*.attn.to_q"])
+def test_a_pattern_may_name_what_the_configuration_leaves_out(pattern: str) -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([_Block(None), _Block(None)])})
+    assert find(model, pattern) == {}
+    model["blocks"].append(_Block(nn.ModuleDict({"to_q": nn.Linear(2, 2)})))
+    assert list(find(model, pattern)) == [pattern.replace("*", "2")]
+
+
+@pytest.mark.parametrize("pattern", ["blocks.*.attention", "blocks.*.attn.to_k", "layers.*.attn", "blocks.*.ff"])
+def test_any_other_pattern_without_a_module_is_an_error(pattern: str) -> None:
+    blocks = [_Block(None), _Block(nn.ModuleDict({"to_q": nn.Linear(2, 2)}))]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+    for found in (find, lambda model, name: find_linears(model, LinearPlan(module=name, role="column"))):
+        with pytest.raises(ParallelError) as caught:
+            found(model, pattern)
+        assert caught.value.code == "plan_pattern"
+    assert find_linears(model, LinearPlan(module=pattern, role="gathered")) == {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.autoparallel.host.index import PipelineIndex
+from port_kit.autoparallel.host.media import WORK
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.ports import plan_file, planned_port
 from port_kit.autoparallel.shipped import check_fresh
@@ -144,6 +145,28 @@ def check_layout(layout: Layout, plan: Plan, *, cached: bool = False) -> None:
         code="plan_layout",
         hint="proven: " + (", ".join(sorted(proofs_of(plan))) or "none"),
     )
+
+
+def check_ran(result: Any, layout: Layout) -> dict[str, Any]:
+    """Check that the engine ran the layout that was asked for; return the work of rank 0.
+
+    Args:
+        result: of ``Omni.generate``.
+        layout: what was asked for.
+
+    Raises:
+        ParallelError: ``parallel_degree``.
+    """
+    work: dict[str, Any] = result.multimodal_output["metadata"][WORK]
+    if work["layout"] != str(layout):
+        raise ParallelError(
+            f"the engine ran {work['layout']}, not {layout}",
+            code="parallel_degree",
+            hint="give Omni the degrees as arguments, such as ulysses_degree=2",
+            expected=str(layout),
+            found=work["layout"],
+        )
+    return work
 
 
 def proofs_of(plan: Plan) -> set[str]:

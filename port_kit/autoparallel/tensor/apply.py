@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from port_kit.autoparallel.plan import ChannelRule, Plan, TablePlan, UnitGroup, find
+from port_kit.autoparallel.plan import ChannelRule, Plan, TablePlan, UnitGroup, find, find_linears
 from port_kit.autoparallel.tensor.divided import divide_attribute
 from port_kit.autoparallel.tensor.layers import ShardedConv, ShardedNorm, local_part, sharded_parameter
 from port_kit.autoparallel.tensor.sizes import evaluate
@@ -173,7 +173,7 @@ def _replace_linears(
 ) -> None:
     rank, ranks = tp_rank_and_size()
     for entry in plan.linears:
-        for path, child in find(module, entry.module).items():
+        for path, child in find_linears(module, entry).items():
             inside = entry.role == "row"
             extent = child.weight.shape[1 if inside else 0]
             if entry.role == "gathered" and extent % ranks:

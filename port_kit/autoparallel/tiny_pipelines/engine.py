@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from port_kit.autoparallel.host.checks import PLAN_KEY
+from port_kit.autoparallel.host.checks import PLAN_KEY, check_ran
 from port_kit.autoparallel.host.index import PipelineIndex
-from port_kit.autoparallel.host.media import WORK
-from port_kit.errors import ParallelError
 from port_kit.parallel.layout import Layout
 from port_kit.runtime.hosts import host_of
 
@@ -103,11 +101,4 @@ def generated(result: Any, layout: Layout) -> Generated:
     audio = result.multimodal_output.get("audio")
     if audio is not None:
         media["audio"] = np.asarray(audio)
-    work = result.multimodal_output["metadata"][WORK]
-    if work["layout"] != str(layout):
-        raise ParallelError(
-            f"the engine ran {work['layout']}, not {layout}",
-            code="parallel_degree",
-            hint="give Omni the degrees as arguments, such as ulysses_degree=2",
-        )
-    return Generated(media, work)
+    return Generated(media, check_ran(result, layout))

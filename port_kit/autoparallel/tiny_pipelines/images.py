@@ -192,7 +192,7 @@ CASES = {
     "FluxPipeline": TinyPipeline(_flux, {**_SIZE, "true_cfg_scale": 4.0, "max_sequence_length": 24}),
     "StableDiffusion3Pipeline": TinyPipeline(_sd3, _T5),
     "ChromaPipeline": TinyPipeline(_chroma, _T5),
-    "BriaPipeline": TinyPipeline(_bria, _T5),
+    "BriaPipeline": TinyPipeline(_bria, {**_T5, "num_inference_steps": 4}),
     "AuraFlowPipeline": TinyPipeline(_aura_flow, _T5),
     "PixArtAlphaPipeline": TinyPipeline(_pixart, _T5, {"use_resolution_binning": False, "clean_caption": False}),
     "PixArtSigmaPipeline": TinyPipeline(_pixart, _T5, {"use_resolution_binning": False, "clean_caption": False}),
