@@ -135,7 +135,7 @@ def run(names: list[str], layouts: list[str], path: Path, limit: float) -> None:
 def table(rows: list[Mapping[str, Any]], layouts: list[str]) -> str:
     """Return the rows as a Markdown table."""
     head = ["pipeline", "input", "output", "branches", *(f"{layout}: difference" for layout in layouts)]
-    head += ["calls of one rank", "calls of rank 0", "exchanges", "seconds"]
+    head += ["calls of one rank", "calls of rank 0, cfg2", "exchanges", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         if "error" in row:
