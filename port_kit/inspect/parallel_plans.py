@@ -15,11 +15,13 @@ _FACTS: dict[PlanOrigin, str] = {
     "none": "has no parallel plan, and no tiny configuration to infer one from: guidance parallelism only",
 }
 _FOLDER = Path(__file__).parents[1] / "autoparallel"
+#: Folder of the shipped plans.
+PLANS = _FOLDER / "plans"
 
 
 def plan_origin(class_name: str) -> PlanOrigin:
     """Return the origin of the plan of a class."""
-    if (_FOLDER / "plans" / f"{class_name}.toml").is_file():
+    if (PLANS / f"{class_name}.toml").is_file():
         return "shipped"
     return "inferred" if class_name in _cases() else "none"
 

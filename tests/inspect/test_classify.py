@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from port_kit.inspect import Finding, Inspection, describe, inspect
+from port_kit.inspect import Finding, Inspection, describe, inspect, parallel_plans
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
 from tests.inspect.types import Folder, Remote
@@ -57,7 +58,6 @@ def test_diffusers_components_are_found_with_sizes_and_dtypes(remote: Remote) ->
     ("transformer", "fact", "command"),
     [
         ("FluxTransformer2DModel", "has a shipped parallel plan", "port-kit new"),
-        ("SanaTransformer2DModel", "port-kit new and port-kit run infer and prove one", "port-kit new"),
         ("UNet2DConditionModel", "guidance parallelism only", "port-kit run"),
     ],
 )
@@ -67,6 +67,16 @@ def test_a_report_says_where_a_plan_comes_from(transformer: str, fact: str, comm
     (found,) = [text for text in facts if text.startswith(f"transformer: {transformer} has ")]
     assert fact in found
     assert report.next.startswith(command)
+
+
+def test_a_plan_that_is_not_shipped_is_inferred(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_plans, "PLANS", tmp_path)
+    report = inspect(str(folder(fake_repositories.diffusers_model(transformer="SanaTransformer2DModel"))))
+    (found,) = [one.fact for one in report.evidence if one.fact.startswith("transformer: SanaTransformer2DModel has ")]
+    assert "no shipped parallel plan; port-kit new and port-kit run infer and prove one" in found
+    assert report.next.startswith("port-kit new")
 
 
 def test_memory_is_of_the_weights_with_the_largest_sharded(remote: Remote) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from port_kit.autoparallel import shipped
 from port_kit.autoparallel.coverage import planned_coverage
 from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.cli import main
@@ -86,8 +87,9 @@ def test_weights_that_diffusers_does_not_load_are_refused(tmp_path: Path) -> Non
         new_hosted(files, tmp_path)
 
 
-def test_findings_are_reported_if_nothing_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_are_reported_if_nothing_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
     monkeypatch.setattr(plans, "DEFAULT_LAYOUTS", ("ulysses2",))
     with raises("scaffold_unsupported", "PriorTransformer", "ulysses2 not proven") as caught:
         plans.plan_of_class("PriorTransformer", lines.append)
