@@ -8,6 +8,7 @@ applied do not.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -48,6 +49,32 @@ def replace_gpu_helpers(model: nn.Module) -> None:
                 namespace[key] = flash_attention
 
 
+class EagerStance:
+    """Stance of torch.compile, which is that of the process, while any thread runs code within a mode."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entered = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        """Let ``torch.compile`` do nothing."""
+        with self._lock:
+            self._entered += 1
+            if self._entered == 1:
+                self._stance = torch.compiler.set_stance("force_eager")
+
+    def leave(self) -> None:
+        """Restore the stance when the last one leaves."""
+        with self._lock:
+            self._entered -= 1
+            if self._entered == 0:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER = EagerStance()
+
+
 class GpuCode(TorchFunctionMode):
     """Mode of torch in which devices of CUDA stand for the CPU.
 
@@ -58,19 +85,17 @@ class GpuCode(TorchFunctionMode):
     def __init__(self, exact: bool) -> None:
         super().__init__()
         self.exact = exact
-        self._stance: Any = None
 
     def begin(self) -> None:
         """Enter the mode, and let ``torch.compile`` do nothing."""
-        self._stance = torch.compiler.set_stance("force_eager")
+        _EAGER.enter()
         self.__enter__()
 
     @staticmethod
     def end() -> None:
         """Leave the innermost mode."""
-        mode = torch.overrides._pop_mode()
-        assert isinstance(mode, GpuCode)
-        mode._stance.__exit__(None, None, None)
+        torch.overrides._pop_mode()
+        _EAGER.leave()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function with the CPU in place of CUDA."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +13,7 @@ from torch import nn
 from port_kit.autoparallel.attention_functions import AttentionCall, recognize
 from port_kit.autoparallel.attention_packages import STAND_INS, attention_packages
 from port_kit.autoparallel.boundaries import shard_tokens
+from port_kit.autoparallel.cpu import EagerStance
 from port_kit.autoparallel.exchange import ThreadExchange, ThreadWorld
 from port_kit.autoparallel.infer import infer_plan
 from port_kit.autoparallel.original_code import bare_packages
@@ -135,3 +137,16 @@ def test_packages_without_stand_in_and_missing_ones_are_errors() -> None:
     with pytest.raises(ParallelError) as caught:
         load_subject("no_such_package.module:function")
     assert "no_such_package" in str(caught.value)
+
+
+def test_the_stance_of_compilation_is_restored_after_overlapping_threads() -> None:
+    stance = EagerStance()
+    before = torch._dynamo.eval_frame._stance.stance
+    stance.enter()
+    other = threading.Thread(target=stance.enter)
+    other.start()
+    other.join()
+    stance.leave()
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    stance.leave()
+    assert torch._dynamo.eval_frame._stance.stance == before
