@@ -13,6 +13,9 @@ BUILD = Path(__file__).parents[1] / "build"
 
 #: Folders and modules of integration tests, relative to this folder.
 INTEGRATION = (
+    "autoparallel/test_compiled.py",
+    "autoparallel/test_hosted.py",
+    "autoparallel/test_kinds.py",
     "cli/test_doctor.py",
     "download/test_crashes.py",
     "download/test_random_faults.py",
