@@ -22,8 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +36,8 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+
+from port_kit.pipeline.precision import default_dtype
 
 if TYPE_CHECKING:
     from port_kit.testing.workers import PrewarmedRanks
@@ -297,17 +299,6 @@ def build(model: Model, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Mod
     with default_dtype(dtype), init_empty_weights(include_buffers=False):
         module: nn.Module = getattr(diffusers, model.class_name)(**config)
     return module.eval().requires_grad_(False)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Give new parameters a dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def provide_flash_attention() -> None:

@@ -98,7 +98,7 @@ def test_a_list_follows_the_one_that_it_alternates_with() -> None:
 
 def test_a_list_whose_results_the_module_uses_one_by_one_is_excluded() -> None:
     vace, main = cached_plan(load_subject("WanVACETransformer3DModel")).blocks
-    assert not vace.cache_pattern and "a step that reuses differs" in vace.cache_reason
+    assert not vace.cache_pattern and "a cached step differs" in vace.cache_reason
     assert main.cache_pattern == "Pattern_2"
 
 

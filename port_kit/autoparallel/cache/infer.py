@@ -2,7 +2,7 @@
 
 A module is run with more image, text and audio tokens, and every block's arguments and results are recorded. A result
 that is the next block's argument is a *state*. Hidden states are those whose tokens grow with the module's output. The
-patterns are then tried: with equal inputs at all steps, a step that reuses returns what a step that computes returns.
+patterns are then tried: with equal inputs at all steps, a cached step returns what a computed step returns.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _without(entry: Blocks, kept: set[str], findings: dict[str, str] | None = No
 
 
 def _try(subject: Subject, proposed: Sequence[Blocks], kept: set[str]) -> str:
-    """Return the finding if a step that reuses differs from one that computes, else an empty text."""
+    """Return the finding if a cached step differs from a computed one, else an empty text."""
     from port_kit.autoparallel.cache.steps import check_reuse
 
     plan = Plan(subject=subject.name, module_class="", blocks=tuple(_without(entry, kept) for entry in proposed))

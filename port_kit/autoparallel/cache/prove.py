@@ -202,7 +202,7 @@ def _faults(result: LayoutResult, layout: Layout, changed: float) -> Iterator[st
         worst = max(result.scales, key=lambda scale: orderly(result.scales[scale]))
         yield f"differs from the unmodified module by {result.difference:.1e} ({worst})"
     if not (result.reconstruction is not None and result.reconstruction <= ROUNDING):
-        yield f"with equal inputs, a step that reuses differs by {result.reconstruction:.1e}"
+        yield f"with equal inputs, a cached step differs by {result.reconstruction:.1e}"
     if not (result.control is not None and result.control >= CONTROL_FACTOR * TOLERANCE):
         yield "the result is the same if everything is reused"
     if layout.sequence > 1 and not set(result.exchanges) - {"local"}:

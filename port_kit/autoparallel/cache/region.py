@@ -2,7 +2,7 @@
 
 Cache-DiT replaces a list by one module that calls all blocks with the arguments of the first. That excludes modules
 that give each block other arguments, or compute between the blocks. Here the module's own loop runs. Each block asks
-its region before it computes: in a step that reuses, blocks after the first ones return their arguments, and the last
+its region before it computes: in a cached step, blocks after the first ones return their arguments, and the last
 of them returns the states that Cache-DiT reconstructs. Contexts, decisions, buffers and statistics are Cache-DiT's.
 """
 

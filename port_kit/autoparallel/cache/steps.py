@@ -131,7 +131,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_reuse(subject: Subject, plan: Plan, scale: ModelScale, tokens: TokenScale) -> str:
-    """Return the finding if a step that reuses differs from one with equal inputs that computes, else an empty text."""
+    """Return the finding if a cached step differs from a computed one with equal inputs, else an empty text."""
     model = subject.build(scale)
     call, inputs = caller(subject, model), lambda: subject.inputs(tokens, scale)
     expected = call(inputs())
@@ -139,10 +139,10 @@ def check_reuse(subject: Subject, plan: Plan, scale: ModelScale, tokens: TokenSc
         with cache_enabled(model, plan, EVERYTHING) as backend:
             steps = run_cached_steps(model, call, inputs, backend, varied=False)
     except (PortKitError, RuntimeError) as error:  # torch's are about shapes
-        return f"a step that reuses fails: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
+        return f"a cached step fails: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
     worst = max(difference(outputs, expected) for outputs in steps.outputs)
     if not worst <= ROUNDING:
-        return f"with equal inputs, a step that reuses differs by {worst:.1e}: blocks change more than their states"
+        return f"with equal inputs, a cached step differs by {worst:.1e}: blocks change more than their states"
     return "" if steps.skipped else "no call of a block is left out"
 
 

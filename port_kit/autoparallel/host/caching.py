@@ -32,7 +32,7 @@ def separate_branches(pipeline: Any, denoisers: Mapping[str, nn.Module]) -> None
     found = [each for each in pipeline.components.values() if hasattr(each, "set_timesteps") and hasattr(each, "step")]
     if not found:
         raise ParallelError(
-            f"{type(pipeline).__name__} has no scheduler, which would tell the guidance branches of a step",
+            f"{type(pipeline).__name__} has no scheduler, whose steps separate the calls of guidance branches",
             code="plan_cache",
             hint="remove cache_backend",
         )

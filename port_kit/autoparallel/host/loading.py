@@ -13,6 +13,7 @@ from torch import nn
 from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.parallel.memory import materialize
+from port_kit.pipeline.precision import default_dtype
 from port_kit.remap import RuleSet, load_local
 
 
@@ -38,13 +39,8 @@ def build_denoiser(index: PipelineIndex, name: str, dtype: torch.dtype) -> nn.Mo
 
     model_class = index.component_class(name)
     config = model_class.load_config(str(index.folder / name))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with init_empty_weights(include_buffers=False):
-            module: nn.Module = model_class.from_config(config)
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(dtype), init_empty_weights(include_buffers=False):
+        module: nn.Module = model_class.from_config(config)
     _keep_float32(module, dtype)
     return module.eval().requires_grad_(False)
 
