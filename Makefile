@@ -1,10 +1,14 @@
-# Set-up, checks, tests and the demonstration. Everything lands in .venv and build/; both may be removed at any time.
+# Set-up, checks, tests and the demonstration. Everything lands in .venv, .venv-* and build/; all may be removed at any time.
 
 PYTHON ?= 3.11
-VENV := .venv
+# Release of vLLM-Omni. A release of the next series has an environment and a lock file of its own.
+OMNI ?= 0.30.0
+NEXT := $(filter-out 0.30.%,$(OMNI))
+VENV := .venv$(addprefix -,$(NEXT))
+CPU := cpu$(if $(NEXT),-next)
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.port-kit-set-up$(LATEST)
-LOCK := requirements/lock.txt
+LOCK := requirements/lock$(addprefix -,$(NEXT)).txt
 DOCS := $(VENV)/.port-kit-docs
 TRITON := build/triton
 EXAMPLE := examples/offline_inference/dreamid_omni
@@ -53,10 +57,11 @@ help:
 	@echo "make test-fast  the tests of the inner loop"
 	@echo "make coverage   run the tests, measure coverage, write build/coverage"
 	@echo "make set-up  install the locked versions into .venv; with LATEST=1 the newest that are allowed"
-	@echo "make lock    write requirements/lock.txt anew"
+	@echo "             with OMNI=0.32.0rc1, any target uses that vLLM-Omni, in .venv-0.32.0rc1"
+	@echo "make lock    write $(LOCK) anew"
 	@echo "make check   set up, lint, check imports and types"
 	@echo "make docs    write the generated pages, build the site in build/site, check its links"
-	@echo "make clean   remove build/ and .venv/"
+	@echo "make clean   remove build/ and all environments"
 
 set-up: $(STAMP)
 
@@ -66,15 +71,15 @@ build/uv/bin/uv:
 
 $(STAMP): setup.cfg pyproject.toml $(wildcard requirements/*) | $(filter build/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	$(INSTALL) -e '.[cpu,omni,dev]'
+	$(INSTALL) -e '.[$(CPU),omni,dev]'
 	$(RUN) requirements/without_cuda.py
 	@rm -f $(VENV)/.port-kit-*
 	@touch $@
 
-# Releases of all dependencies and of all extras, for every supported version of Python.
+# Releases of all dependencies, for every supported version of Python.
 lock: | $(filter build/%,$(UV))
-	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --all-extras --overrides requirements/overrides.txt \
-	  $(WHEELS) --no-annotate --custom-compile-command 'make lock' setup.cfg --output-file $(LOCK)
+	$(UV) pip compile --quiet --universal --upgrade --python-version 3.11 --overrides requirements/overrides.txt \
+	  $(addprefix --extra ,$(CPU) omni dev docs) $(WHEELS) --no-annotate --custom-compile-command 'make lock' setup.cfg --output-file $(LOCK)
 
 # Triton's interpreter runs the kernels' tests on a CPU. It stays out of .venv: vLLM for CPU would look at it and complain.
 $(TRITON): $(STAMP)
@@ -122,4 +127,4 @@ docs: $(DOCS) tree
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build .venv .venv-*

@@ -149,7 +149,7 @@ CODES: dict[str, str] = {
     "component_input": "an input tensor of a component has the wrong shape",
     "attention_backend": "the selected attention backend does not run on the CPU platform",
     "port_unregistrable": "a port's pipeline cannot be registered in vLLM-Omni",
-    "upstream_changed": "vLLM-Omni or torch differs from the preconditions of a patch",
+    "upstream_changed": "vLLM-Omni, vLLM or torch differs from what the kit relies on",
     "vllm_omni_version": "the installed vLLM-Omni is not in the series that the kit was tested with",
     "worker_died": "a test worker died before it returned a result",
     "worker_failed": "a test worker raised an error; its traceback is in the message",

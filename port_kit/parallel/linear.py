@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.platforms import current_platform
 
 from port_kit.parallel.comm.symm_mem import get_peer_buffers
+from port_kit.upstream.linear import keep_plain_weight
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -178,6 +179,5 @@ def _with_defaults(layer: Layer) -> Layer:
     if getattr(layer.quant_method, "uses_meta_device", False):
         initialize_online_processing(layer)
     if current_platform.is_cpu() and isinstance(layer.quant_method, UnquantizedLinearMethod):
-        layer.skip_weight_relayout = True
-        layer.cpu_linear = torch.nn.functional.linear
+        keep_plain_weight(layer)
     return layer

@@ -9,7 +9,7 @@ import torch
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend, SDPAImpl
 
-from port_kit.runtime.upstream_checks import require
+from port_kit.upstream.checks import require
 
 require("sdpa_forward")
 

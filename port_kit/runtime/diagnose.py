@@ -17,6 +17,7 @@ from typing import Any
 
 from port_kit.port import Port, resolve
 from port_kit.registry import list_ports
+from port_kit.upstream.series import REQUIREMENT, SERIES, series_of
 
 #: Reported distributions; of each tuple, the first installed name.
 PACKAGES: tuple[tuple[str, ...], ...] = (
@@ -95,14 +96,11 @@ def _runtime(versions: dict[str, str | None]) -> Check:
     omni = versions["vllm-omni"]
     if omni is None:
         return Check("runtime", False, "vLLM-Omni is not installed; downloads and checks work, models do not", _INSTALL)
-    from port_kit.runtime.patch_registry import SUPPORTED_SERIES
-
-    proven = omni.startswith(f"{SUPPORTED_SERIES}.")
     return Check(
         "runtime",
-        proven,
-        f"vLLM-Omni {omni}, proven on {SUPPORTED_SERIES}.x",
-        f"pip install 'vllm-omni>={SUPPORTED_SERIES},<0.31'",
+        series_of(omni) is not None,
+        f"vLLM-Omni {omni}, proven on {' and '.join(f'{series}.x' for series in SERIES)}",
+        f"pip install '{REQUIREMENT}'",
     )
 
 
@@ -210,8 +208,11 @@ def _reported(report: dict[str, Any]) -> Iterator[Check]:
     for name, found in report["output_types"].items():
         wanted = list_ports()[name].output_type
         yield Check(
-            f"output of {name}", found == wanted, f"{found} (declared: {wanted})", "see patches.md, output_type"
+            f"output of {name}",
+            found == wanted,
+            f"{found} (declared: {wanted})",
+            "see upstream/patches.md, output_type",
         )
-    for name, state in report["patches"].items():
+    for name, state in report["upstream"].items():
         if state != "ok":
-            yield Check(f"patch {name}", False, state, f"see patches.md, {name}")
+            yield Check(f"upstream {name}", False, state, "see CONTRIBUTING.md, A new vLLM-Omni")

@@ -1,6 +1,6 @@
 """Patches of upstream behavior, each applied after its preconditions are checked.
 
-``patches.md`` describes them; :mod:`port_kit.runtime.patch_registry` lists their preconditions.
+``port_kit/upstream/patches.md`` describes them; :mod:`port_kit.upstream.registry` lists their preconditions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from port_kit.runtime.upstream_checks import OWN_KERNELS, require
+from port_kit.upstream.checks import OWN_KERNELS, require
 
 if TYPE_CHECKING:
     import torch

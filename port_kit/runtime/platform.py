@@ -13,7 +13,8 @@ from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 from port_kit.errors import RegistrationError
 from port_kit.runtime.patches import install_worker_fixes
-from port_kit.runtime.upstream_checks import check_version, require
+from port_kit.upstream.checks import require
+from port_kit.upstream.series import check_version
 
 #: Upper bound of the number of ranks.
 MAX_RANKS = 64

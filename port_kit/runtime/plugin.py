@@ -116,7 +116,7 @@ def register_pipelines() -> None:
         RegistrationError: the installed vLLM-Omni is not supported, or a port's declaration is invalid.
     """
     from port_kit.runtime.patches import install_client_error_handling
-    from port_kit.runtime.upstream_checks import check_version
+    from port_kit.upstream.series import check_version
 
     check_version()
     install_client_error_handling()

@@ -20,7 +20,7 @@ def run_self_check() -> dict[str, Any]:
 
     Returns:
         ``platform`` (class path), ``output_types`` (by port, as a stage resolves them), ``registered`` (by port),
-        ``patches`` (by name: ``ok``, or the failed precondition).
+        ``upstream`` (by registry entry: ``ok``, or the failed precondition).
     """
     from vllm_omni.diffusion.model_metadata import get_diffusion_model_metadata
     from vllm_omni.platforms import current_omni_platform
@@ -38,17 +38,17 @@ def run_self_check() -> dict[str, Any]:
         "platform": f"{platform.__module__}.{platform.__qualname__}",
         "output_types": types,
         "registered": {name: port.class_name in registered for name, port in ports.items()},
-        "patches": _patches(),
+        "upstream": _upstream(),
     }
 
 
-def _patches() -> dict[str, str]:
-    """Check the preconditions of all patches."""
-    from port_kit.runtime.patch_registry import PATCHES
-    from port_kit.runtime.upstream_checks import require
+def _upstream() -> dict[str, str]:
+    """Check the preconditions of all registry entries."""
+    from port_kit.upstream.checks import require
+    from port_kit.upstream.registry import REGISTRY
 
     states: dict[str, str] = {}
-    for name in PATCHES:
+    for name in REGISTRY:
         try:
             require(name)
             states[name] = "ok"

@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from port_kit.runtime import patches, upstream_checks
-from port_kit.runtime.patch_registry import PATCHES
+from port_kit import upstream
+from port_kit.runtime import patches
+from port_kit.upstream import checks, series
+from port_kit.upstream.registry import PATCHES, REGISTRY
 from tests.helpers import raises
 
-RUNTIME = Path(patches.__file__).parent
+KIT = Path(upstream.__file__).parents[1]
 PARTS = ("Why", "How", "Upstream", "Guard", "Goes when")
 
 
@@ -35,7 +37,7 @@ def unpatched_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _sections() -> dict[str, str]:
-    text = (RUNTIME / "patches.md").read_text(encoding="utf-8")
+    text = (KIT / "upstream" / "patches.md").read_text(encoding="utf-8")
     pieces = re.split(r"^## (\S+)$", text, flags=re.MULTILINE)[1:]
     return dict(zip(pieces[::2], pieces[1::2], strict=True))
 
@@ -50,13 +52,13 @@ def test_every_section_is_complete(name: str) -> None:
     assert [part for part in PARTS if f"- **{part}**:" not in section] == []
 
 
-def test_every_patch_has_a_guard() -> None:
+def test_every_entry_is_checked_where_it_is_used() -> None:
     guarded = set()
-    for path in RUNTIME.rglob("*.py"):
+    for path in KIT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 guarded |= _guards(node)
-    assert guarded == set(PATCHES)
+    assert guarded == set(REGISTRY)
 
 
 def _guards(call: ast.Call) -> set[str]:
@@ -66,22 +68,22 @@ def _guards(call: ast.Call) -> set[str]:
     return {node.value for node in arguments if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-@pytest.mark.parametrize("name", PATCHES)
+@pytest.mark.parametrize("name", REGISTRY)
 def test_every_guard_accepts_the_installed_version(name: str) -> None:
-    upstream_checks.require(name)
+    checks.require(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "index"), [(name, index) for name, patch in PATCHES.items() for index in range(len(patch.preconditions))]
+    ("name", "index"), [(name, index) for name, entry in REGISTRY.items() for index in range(len(entry.preconditions))]
 )
 def test_every_guard_fires_if_upstream_differs(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch = PATCHES[name]
-    needs = [*patch.preconditions]
-    needs[index] = replace(needs[index], expected=("value of an older release",))
-    monkeypatch.setitem(PATCHES, name, replace(patch, preconditions=tuple(needs)))
+    entry = REGISTRY[name]
+    needs = [*entry.preconditions]
+    needs[index] = replace(needs[index], expected="value of an older release")
+    monkeypatch.setitem(REGISTRY, name, replace(entry, preconditions=tuple(needs)))
     with raises("upstream_changed", "value of an older release") as caught:
-        upstream_checks.require(name)
-    assert caught.value.details == {"patch": name, "target": needs[index].target}
+        checks.require(name)
+    assert caught.value.details == {"entry": name, "target": needs[index].target}
 
 
 def test_a_changed_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,17 +104,16 @@ def test_an_attribute_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("version", "accepted"), [("0.30.0", True), ("0.30.2", True), ("0.3", False), ("0.31.0", False)]
+    ("version", "accepted"),
+    [("0.30.0", True), ("0.30.2", True), ("0.32.0rc1", True), ("0.3", False), ("0.31.0", False), ("0.33.0", False)],
 )
-def test_only_the_supported_series_is_accepted(version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm_omni.version
-
-    monkeypatch.setattr(vllm_omni.version, "__version__", version)
+def test_only_supported_series_are_accepted(version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(series, "version", lambda name: version)
     if accepted:
-        upstream_checks.check_version()
+        assert version.startswith(series.check_version())
         return
     with raises("vllm_omni_version", version):
-        upstream_checks.check_version()
+        series.check_version()
 
 
 def test_declaring_an_output_type_keeps_known_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

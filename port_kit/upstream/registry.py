@@ -1,34 +1,38 @@
 """Registry of the patches of upstream behavior, and of the upstream internals that the kit uses.
 
 ``patches.md`` has one section per entry of :data:`PATCHES`, under the same name.
-:mod:`port_kit.runtime.upstream_checks` compares an entry's preconditions with the installed upstream.
+:mod:`port_kit.upstream.checks` compares an entry's preconditions with the installed upstream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: Release series of vLLM-Omni that the patches are tested with.
-SUPPORTED_SERIES = "0.30"
+from port_kit.upstream.series import SERIES
 
 
 @dataclass(frozen=True)
 class Precondition:
-    """Property of upstream that a patch depends on.
+    """Property of upstream that the kit depends on.
 
     Attributes:
-        kind: kind of property, a key of :data:`port_kit.runtime.upstream_checks.READERS`.
+        kind: kind of property, a key of :data:`port_kit.upstream.checks.READERS`.
         target: ``"module:attribute.path"``, or the name of an operator.
-        expected: accepted values.
+        expected: value in every supported series, or values by series.
     """
 
     kind: str
     target: str
-    expected: tuple[str, ...]
+    expected: str | Mapping[str, str]
+
+    def value(self, series: str) -> str:
+        """Return the expected value in a supported series."""
+        return self.expected if isinstance(self.expected, str) else self.expected[series]
 
 
 @dataclass(frozen=True)
-class Patch:
+class Entry:
     """Registry entry: name, one-line summary and preconditions."""
 
     name: str
@@ -36,51 +40,56 @@ class Patch:
     preconditions: tuple[Precondition, ...]
 
 
-PATCHES: dict[str, Patch] = {
-    patch.name: patch
-    for patch in (
-        Patch(
+def _by_series(*values: str) -> dict[str, str]:
+    return dict(zip(SERIES, values, strict=True))
+
+
+PATCHES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
             "cpu_platform",
             "a platform for CPUs through the platform interface",
             (
-                Precondition(
-                    "parameters", "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_worker_cls", ("",)
-                ),
+                Precondition("parameters", "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_worker_cls", ""),
                 Precondition(
                     "parameters",
                     "vllm_omni.platforms.interface:OmniPlatform.get_diffusion_attn_backend_cls",
-                    ("selected_backend, head_size, allow_trtllm_default",),
+                    "selected_backend, head_size, allow_trtllm_default",
                 ),
             ),
         ),
-        Patch(
+        Entry(
             "sdpa_forward",
             "SDPA called without the dispatch over accelerators",
             (
                 Precondition(
                     "parameters",
                     "vllm_omni.diffusion.attention.backends.sdpa:SDPAImpl._forward_impl",
-                    ("self, query, key, value, attn_metadata, mask_mode",),
+                    _by_series(
+                        "self, query, key, value, attn_metadata, mask_mode",
+                        "self, query, key, value, attn_metadata, mask_mode, use_gqa_custom_op",
+                    ),
                 ),
             ),
         ),
-        Patch(
+        Entry(
             "async_output_loop",
             "outputs packed without a device stream",
             (
                 Precondition(
                     "source",
                     "vllm_omni.diffusion.worker.diffusion_worker:WorkerProc._async_output_loop",
-                    ("a8b089e936400760",),
+                    _by_series("a8b089e936400760", "7975ee53169eaa33"),
                 ),
                 Precondition(
                     "parameters",
                     "vllm_omni.diffusion.ipc:pack_diffusion_output_shm",
-                    ("output, d2h_stream",),
+                    _by_series("output, d2h_stream", "output, d2h_stream, enable_registered_shm"),
                 ),
             ),
         ),
-        Patch(
+        Entry(
             "ring_attention_kernel",
             "a CPU kernel for Ring attention's operator",
             (
@@ -90,7 +99,7 @@ PATCHES: dict[str, Patch] = {
                     (
                         "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp,"
                         " float dropout_p=0., bool is_causal=False, *, float? scale=None) -> (Tensor output,"
-                        " Tensor log_sumexp, Tensor philox_seed, Tensor philox_offset)",
+                        " Tensor log_sumexp, Tensor philox_seed, Tensor philox_offset)"
                     ),
                 ),
                 Precondition(
@@ -98,60 +107,76 @@ PATCHES: dict[str, Patch] = {
                     "aten::_scaled_dot_product_flash_attention_for_cpu",
                     (
                         "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False,"
-                        " *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)",
+                        " *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"
                     ),
                 ),
-                Precondition("cpu_kernel", "aten::_scaled_dot_product_efficient_attention", ("none",)),
+                Precondition("cpu_kernel", "aten::_scaled_dot_product_efficient_attention", "none"),
             ),
         ),
-        Patch(
+        Entry(
             "output_type",
             "a port's modality in vLLM-Omni's model metadata",
             (
-                Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
+                Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", "dict"),
                 Precondition(
                     "annotation",
                     "vllm_omni.diffusion.model_metadata:DiffusionModelMetadata.final_output_type",
-                    ("str | None",),
+                    "str | None",
                 ),
             ),
         ),
-        Patch(
+        Entry(
             "references",
             "a port's reference media in the tables of the video endpoints",
             (
-                Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", ("dict",)),
+                Precondition("type", "vllm_omni.diffusion.model_metadata:_DIFFUSION_MODEL_METADATA", "dict"),
                 Precondition(
                     "annotation",
                     "vllm_omni.diffusion.model_metadata:DiffusionModelMetadata.supports_mixed_reference_inputs",
-                    ("<class 'bool'>",),
+                    "<class 'bool'>",
                 ),
-                Precondition("type", "vllm_omni.model_extras.registry:_EXTRA_SPECS", ("dict",)),
+                Precondition("type", "vllm_omni.model_extras.registry:_EXTRA_SPECS", "dict"),
                 Precondition(
-                    "source",
-                    "vllm_omni.model_extras.registry:should_preserve_reference_image_size",
-                    ("197b1a2774d907d8",),
+                    "source", "vllm_omni.model_extras.registry:should_preserve_reference_image_size", "197b1a2774d907d8"
                 ),
             ),
         ),
-        Patch(
+        Entry(
             "refused_request",
             "an engine that stays open after a client error",
-            (Precondition("source", "vllm_omni.entrypoints.omni:Omni.generate", ("eeae6cd3c0c54eb4",)),),
+            (Precondition("source", "vllm_omni.entrypoints.omni:Omni.generate", "eeae6cd3c0c54eb4"),),
         ),
-        Patch(
+        Entry(
             "malformed_forms",
             "status 400 instead of 500 for malformed video requests",
             (
                 Precondition(
                     "source",
                     "vllm_omni.entrypoints.openai.video.generation.helpers:_parse_form_json",
-                    ("2a181adfe177ce6a",),
+                    "2a181adfe177ce6a",
                 ),
+                Precondition("source", "vllm_omni.entrypoints.openai.image_api_utils:parse_size", "9e3bc57ec589e4de"),
+            ),
+        ),
+    )
+}
+
+#: Private names and behavior that the kit relies on without changing them.
+USES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "cpu_linear",
+            "linears that keep their weight on a CPU",
+            (
                 Precondition(
-                    "source", "vllm_omni.entrypoints.openai.image_api_utils:parse_size", ("9e3bc57ec589e4de",)
+                    "mentions",
+                    "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading",
+                    _by_series("skip_weight_relayout, cpu_linear", "_cpu_skip_gemm_dispatch, cpu_linear"),
                 ),
             ),
         ),
     )
 }
+
+REGISTRY = PATCHES | USES

@@ -1,61 +1,54 @@
-"""Checks that the installed vLLM-Omni has the properties that patches depend on."""
+"""Checks that the installed vLLM-Omni and vLLM have the properties that the kit depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 
 from port_kit.errors import RegistrationError
-from port_kit.runtime.patch_registry import PATCHES, SUPPORTED_SERIES, Precondition
+from port_kit.upstream.registry import PATCHES, REGISTRY, Precondition
+from port_kit.upstream.series import installed_series
 
 #: Operators whose CPU kernel was registered by the kit in this process.
 OWN_KERNELS: set[str] = set()
 
 
-def check_version() -> None:
-    """Check the installed vLLM-Omni's version.
-
-    Raises:
-        RegistrationError: ``vllm_omni_version``; it is not in the supported series.
-    """
-    from vllm_omni.version import __version__
-
-    if __version__ != SUPPORTED_SERIES and not __version__.startswith(f"{SUPPORTED_SERIES}."):
-        raise RegistrationError(
-            f"vLLM-Omni: expected version {SUPPORTED_SERIES}.x, got {__version__}.",
-            code="vllm_omni_version",
-            hint=f"pip install 'vllm-omni>={SUPPORTED_SERIES},<0.31', or install a port-kit for {__version__}",
-            found=__version__,
-        )
-
-
 def require(name: str) -> None:
-    """Check all preconditions of the patch ``name``.
+    """Check all preconditions of a registry entry.
 
     Raises:
-        RegistrationError: ``upstream_changed``; a precondition does not hold.
+        RegistrationError: ``upstream_changed``; a precondition does not hold. ``vllm_omni_version``.
     """
-    for precondition in PATCHES[name].preconditions:
-        found = _read(precondition)
-        if found not in precondition.expected:
+    series = installed_series()
+    for precondition in REGISTRY[name].preconditions:
+        expected = precondition.value(series)
+        if (found := read(precondition, expected)) != expected:
+            remedy = f"adapt or remove the patch; see section {name} of" if name in PATCHES else "adapt the kit and"
             raise RegistrationError(
-                f"Patch {name}: {precondition.kind} of {precondition.target}:"
-                f" expected {' or '.join(map(repr, precondition.expected))}, got {found!r}.",
+                f"{name}: {precondition.kind} of {precondition.target}: expected {expected!r}, got {found!r}.",
                 code="upstream_changed",
-                hint=f"adapt or remove the patch; see section {name} of port_kit/runtime/patches.md",
-                patch=name,
+                hint=f"{remedy} port_kit/upstream",
+                entry=name,
                 target=precondition.target,
             )
 
 
-def _read(precondition: Precondition) -> str:
+def read(precondition: Precondition, expected: str) -> str:
     """Return the value of a property; ``missing (...)`` if the target does not exist."""
+    kind, target = precondition.kind, precondition.target
     try:
-        return READERS[precondition.kind](precondition.target)
+        return _mentions(target, expected) if kind == "mentions" else READERS[kind](target)
     except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError) as error:
         return f"missing ({type(error).__name__}: {error})"
+
+
+def _mentions(target: str, names: str) -> str:
+    """Return those of the comma-separated ``names`` that the source of a function or class contains."""
+    words = set(re.findall(r"\w+", inspect.getsource(_object(target))))  # type: ignore[arg-type]
+    return ", ".join(name for name in names.split(", ") if name in words)
 
 
 def _object(target: str) -> object:

@@ -1,0 +1,22 @@
+"""Linears of vLLM on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from port_kit.upstream.checks import require
+from port_kit.upstream.series import installed_series
+
+#: By series, the attribute of a layer that makes vLLM's CPU path leave the layer's weight as it is.
+_KEEP_WEIGHT = {"0.30": "skip_weight_relayout", "0.32": "_cpu_skip_gemm_dispatch"}
+
+
+def keep_plain_weight(layer: torch.nn.Module) -> None:
+    """Exclude an unquantized linear from vLLM's CPU kernels, which pack its weight and delete the parameter.
+
+    Raises:
+        RegistrationError: ``upstream_changed``.
+    """
+    require("cpu_linear")
+    setattr(layer, _KEEP_WEIGHT[installed_series()], True)
+    layer.cpu_linear = torch.nn.functional.linear
