@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-#: Tests of interfaces that only the newer of the supported series has.
-collect_ignore = [] if find_spec("vllm_omni.diffusion.guidance") else ["test_skip_layers_protocol.py"]
+from tests.helpers import only_in
+
+collect_ignore = only_in("0.32", "test_skip_layers_protocol.py")
 
 
 @pytest.fixture(scope="session")
