@@ -32,9 +32,12 @@ from vllm_omni.diffusion.distributed.parallel_state import (
 )
 
 from port_kit.parallel.comm.symm_mem import is_enabled
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+require("cfg_mixin")
 
 
 def weights_are_streamed(config: OmniDiffusionConfig | None) -> bool:
@@ -80,13 +83,17 @@ class BatchedCFGMixin(CFGParallelMixin):
         branches_kwargs: list[dict[str, Any]],
         cfg_normalize: bool = False,
         output_slice: int | None = None,
+        **options: Any,
     ) -> Any:
-        """Guide with this rank's branches in one call if that has a benefit, else as the base mixin."""
+        """Guide with this rank's branches in one call if that has a benefit, else as the base mixin.
+
+        ``options`` are further ones of the base mixin (``combine_fn``); with them, it runs the branches.
+        """
         count = len(branches_kwargs)
         is_batched = self.batches_branches and do_true_cfg and output_slice is None and count > _cfg_ranks()
-        if not is_batched or not should_batch_branches(self.od_config):
+        if options or not is_batched or not should_batch_branches(self.od_config):
             return super().predict_noise_with_multi_branch_cfg(
-                do_true_cfg, true_cfg_scale, branches_kwargs, cfg_normalize, output_slice
+                do_true_cfg, true_cfg_scale, branches_kwargs, cfg_normalize, output_slice, **options
             )
         predicted = self.predict_branches([branches_kwargs[index] for index in _local_branches(count)])
         return self.combine_multi_branch_cfg_noise(_gather_branches(predicted, count), true_cfg_scale, cfg_normalize)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from port_kit.errors import InputError
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -24,6 +25,7 @@ def check_options(config: OmniDiffusionConfig) -> None:
         InputError: ``engine_option``; the platform or another option excludes an option. ``details["option"]`` is its
             name.
     """
+    require("engine_config")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
