@@ -150,6 +150,7 @@ CODES: dict[str, str] = {
     "attention_backend": "the selected attention backend does not run on the CPU platform",
     "port_unregistrable": "a port's pipeline cannot be registered in vLLM-Omni",
     "upstream_changed": "vLLM-Omni, vLLM or torch differs from what the kit relies on",
+    "upstream_record": "the surface of that series of vLLM-Omni was not recorded",
     "vllm_omni_version": "the installed vLLM-Omni is not in the series that the kit was tested with",
     "worker_died": "a test worker died before it returned a result",
     "worker_failed": "a test worker raised an error; its traceback is in the message",

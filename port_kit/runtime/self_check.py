@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from port_kit.errors import PortKitError, RegistrationError
+from port_kit.errors import PortKitError
 from port_kit.registry import list_ports
 
 
@@ -20,7 +20,7 @@ def run_self_check() -> dict[str, Any]:
 
     Returns:
         ``platform`` (class path), ``output_types`` (by port, as a stage resolves them), ``registered`` (by port),
-        ``upstream`` (by registry entry: ``ok``, or the failed precondition).
+        ``upstream`` (by registry entry: the preconditions that do not hold).
     """
     from vllm_omni.diffusion.model_metadata import get_diffusion_model_metadata
     from vllm_omni.platforms import current_omni_platform
@@ -42,19 +42,12 @@ def run_self_check() -> dict[str, Any]:
     }
 
 
-def _upstream() -> dict[str, str]:
+def _upstream() -> dict[str, list[str]]:
     """Check the preconditions of all registry entries."""
-    from port_kit.upstream.checks import require
+    from port_kit.upstream.checks import differences
     from port_kit.upstream.registry import REGISTRY
 
-    states: dict[str, str] = {}
-    for name in REGISTRY:
-        try:
-            require(name)
-            states[name] = "ok"
-        except RegistrationError as error:
-            states[name] = error.message
-    return states
+    return {name: [str(each) for each in differences(entry)] for name, entry in REGISTRY.items()}
 
 
 def main(report: str) -> None:

@@ -89,7 +89,6 @@ def test_a_cuda_build_beside_a_cpu_build_of_torch_is_found(
         ({"registered": {"dreamid_omni": False}}, "plugins", "dreamid_omni"),
         ({"platform": "vllm_omni.platforms.interface.UnspecifiedOmniPlatform"}, "platform", "Unspecified"),
         ({"output_types": {"dreamid_omni": None}}, "output of dreamid_omni", "None"),
-        ({"upstream": {"sdpa_forward": "was written against another"}}, "upstream sdpa_forward", "another"),
         ({"error": {"code": "x", "message": "broken", "hint": "mend"}}, "plugins", "[x] broken"),
     ],
 )
@@ -98,8 +97,16 @@ def test_a_childs_report_becomes_a_failed_check(change: dict[str, Any], name: st
         "platform": "a.B",
         "registered": {"dreamid_omni": True},
         "output_types": {"dreamid_omni": "video"},
-        "upstream": {"sdpa_forward": "ok"},
+        "upstream": {"sdpa_forward": []},
     }
     assert all(check.ok for check in module._reported(good))
     (failed,) = [check for check in module._reported({**good, **change}) if not check.ok]
     assert failed.name == name and words in failed.detail and failed.hint
+
+
+def test_guards_are_counted_and_failed_ones_listed() -> None:
+    found = module._guards({"holds": [], "fails": ["type of a:b: expected 'dict', got 'list'", "another"]})
+    summary, *failed = found
+    assert not summary.ok and summary.detail.startswith("1 of 2 guards")
+    assert [check.name for check in failed] == ["upstream fails"] * 2
+    assert "expected 'dict', got 'list'" in failed[0].detail

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +40,17 @@ def ulysses(rank: int, ranks: int) -> None:
         assert all(a.equal(b) for a, b in zip(mine[:3], expected[:3], strict=True))
         assert ours.post_attention(mine[0], mine[4]).equal(theirs.post_attention(expected[0], expected[4]))
         assert ours.post_attention(mine[2], mine[4]).equal(given[2])
+
+
+def with_option(rank: int, ranks: int) -> None:
+    """An option of vLLM-Omni's method is passed to it, whether the installed release has it or not."""
+    group = SimpleNamespace(ulysses_group=dist.group.WORLD, ulysses_world_size=ranks, ring_world_size=1)
+    strategy = optimize_strategy(UlyssesParallelAttention(group, 2, 1, False))  # type: ignore[arg-type]
+    given = [torch.zeros(1, 4, 2 * ranks, 8) for _ in range(3)]
+    assert isinstance(strategy.pre_attention(*given, None, defer_joint=False)[4], ExchangedContext)
+    known = "defer_joint" in inspect.signature(UlyssesParallelAttention.pre_attention).parameters
+    with nullcontext() if known else pytest.raises(TypeError, match="defer_joint"):
+        assert not isinstance(strategy.pre_attention(*given, None, defer_joint=True)[4], ExchangedContext)
 
 
 def uneven(rank: int, ranks: int) -> None:
@@ -82,7 +95,9 @@ def in_group(rank: int, work: Callable[[int, int], None], ranks: int, folder: st
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("work", "ranks"), [(ulysses, 2), (ulysses, 3), (uneven, 2), (ring, 2), (ring, 3)])
+@pytest.mark.parametrize(
+    ("work", "ranks"), [(ulysses, 2), (ulysses, 3), (with_option, 2), (uneven, 2), (ring, 2), (ring, 3)]
+)
 def test_the_fused_form_equals_vllm_omnis(work: Callable[[int, int], None], ranks: int, tmp_path: Path) -> None:
     gc.collect()  # a process group in the garbage would be waited for in the children
     run_ranks(in_group, (work, ranks, str(tmp_path)), ranks)
