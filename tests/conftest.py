@@ -16,6 +16,7 @@ INTEGRATION = (
     "autoparallel/test_compiled.py",
     "autoparallel/test_hosted.py",
     "autoparallel/test_kinds.py",
+    "cli/test_component_config.py",
     "cli/test_doctor.py",
     "download/test_crashes.py",
     "download/test_random_faults.py",
