@@ -18,6 +18,7 @@ INTEGRATION = (
     "autoparallel/test_kinds.py",
     "cli/test_component_config.py",
     "cli/test_doctor.py",
+    "cli/test_hub.py",
     "download/test_crashes.py",
     "download/test_random_faults.py",
     "engine",
