@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "network": "a request failed after all retries",
     "proxy": "a proxy is invalid, or rejects the request",
     "server_busy": "the server asks for a longer wait than the policy allows",
+    "hub_folder": "a folder cannot be served as a Hub: it has no repositories, or the TCP port is taken",
     "hub_endpoint": "the endpoint does not answer like a Hub",
     "hub_file_missing": "a repository lacks a file at that revision",
     "hub_foreign_link": "a mirror links to another host for the list of files",

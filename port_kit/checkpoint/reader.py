@@ -139,6 +139,17 @@ def read_remote(text: str, *, wrapper: str = "") -> Manifest:
             :meth:`port_kit.manifest.Manifest.from_checkpoint` raises.
         CheckpointError: see there.
     """
+    with open_remote(text) as (files, path):
+        return CheckpointReader(files, wrapper).read(path)
+
+
+@contextmanager
+def open_remote(text: str) -> Iterator[tuple[HubFiles, str]]:
+    """Open the repository of ``owner/name[@revision][:path]``; yield its files and the path.
+
+    Raises:
+        RemapError: ``manifest_invalid``; the repository cannot be read, also within the context.
+    """
     match = _REMOTE.fullmatch(text)
     assert match is not None
     repo, revision, path = match.groups()
@@ -146,8 +157,7 @@ def read_remote(text: str, *, wrapper: str = "") -> Manifest:
     from huggingface_hub import HfFileSystem
 
     try:
-        files = HubFiles(HfFileSystem(), f"{repo}@{revision}" if revision else repo)
-        return CheckpointReader(files, wrapper).read((path or "").strip("/"))
+        yield HubFiles(HfFileSystem(), f"{repo}@{revision}" if revision else repo), (path or "").strip("/")
     except PortKitError:
         raise
     except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are kinds of the first two

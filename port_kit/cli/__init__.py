@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("port_kit.cli.doctor", "Versions, plugin, token, disk, installed git code."),
     "download": ("port_kit.cli.download", "Fetch, convert and assemble a port's model directory."),
     "generate": ("port_kit.cli.generate", "Run one request on a model directory and write a video or an image."),
+    "hub": ("port_kit.cli.hub", "Serve a folder as a Hub on the loopback interface."),
     "inspect": ("port_kit.cli.inspect", "Classify a repository or folder and show the next step."),
     "layout": ("port_kit.cli.layout", "Draw the ranks of a parallel layout."),
     "list": ("port_kit.cli.list", "List the installed ports."),

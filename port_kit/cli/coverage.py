@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from port_kit.cli.inputs import read_rules, read_sizes, read_source, wrapper_option
+from port_kit.cli.inputs import config_option, read_rules, read_sizes, read_source, read_target, wrapper_option
 from port_kit.cli.output import emit, handles_errors, json_option
 from port_kit.port import Port, resolve
 from port_kit.registry import find_port
@@ -27,6 +28,7 @@ from port_kit.reports import coverage_page, write_page
 @click.option("--port", help="Take target and rules of this port.")
 @click.option("--component", help="The port's component; without it SOURCE is a model directory with one folder each.")
 @click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules.")
+@config_option
 @wrapper_option
 @click.option("--allow-downcast", is_flag=True, help="Allow rounding to a narrower floating-point dtype.")
 @click.option(
@@ -45,6 +47,7 @@ def command(
     port: str | None,
     component: str | None,
     sizes: tuple[str, ...],
+    config: str | None,
     wrapper: str,
     allow_downcast: bool,
     build: bool,
@@ -71,7 +74,8 @@ def command(
     found = find_port(port)
     names = [component] if component else [part.name for part in found.components]
     sources = {name: source if component else str(Path(source) / name) for name in names}
-    reports = {name: _of_component(found, name, sources[name], rules, numbers, allow_downcast, build) for name in names}
+    settings = _Settings(rules, numbers, wrapper, allow_downcast, build, config)
+    reports = {name: _of_component(found, name, sources[name], settings) for name in names}
     _write_page(html, found.name, reports)
     if component:
         report = reports[component]
@@ -88,19 +92,27 @@ def _write_page(path: Path | None, title: str, reports: Mapping[str, Coverage]) 
         write_page(path, coverage_page(title, {name: report.to_json() for name, report in reports.items()}))
 
 
-def _of_component(
-    port: Port, name: str, source: str, rules: str | None, sizes: dict[str, int], allow_downcast: bool, build: bool
-) -> Coverage:
-    from port_kit.runtime.target_cache import component_target
+@dataclass(frozen=True)
+class _Settings:
+    """Options of the comparison with a component of a port."""
 
-    component = port.component(name)
-    known = component_target(port, name, build=build)
-    component_rules: Any = read_rules(rules) if rules is not None else resolve(component.rules)
+    rules: str | None
+    sizes: dict[str, int]
+    wrapper: str
+    allow_downcast: bool
+    build: bool
+    config: str | None
+
+
+def _of_component(port: Port, name: str, source: str, settings: _Settings) -> Coverage:
+    known = read_target(port, name, source=source, config=settings.config, build=settings.build)
+    rules: Any = read_rules(settings.rules) if settings.rules is not None else resolve(port.component(name).rules)
     return coverage(
-        component_rules,
-        read_source(source),
+        rules,
+        read_source(source, wrapper=settings.wrapper),
         known.manifest,
-        sizes,
-        allow_downcast=allow_downcast,
+        settings.sizes,
+        allow_downcast=settings.allow_downcast,
         target_from=known.origin,
+        target_config=known.config,
     )

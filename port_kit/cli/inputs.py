@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from port_kit.errors import RemapError
 from port_kit.escape import escape_control_chars
 from port_kit.manifest import Manifest
+from port_kit.port import Port
 from port_kit.remap.rules import RuleSet
+
+if TYPE_CHECKING:
+    from port_kit.runtime.target_cache import KnownTarget
 
 wrapper_option = click.option(
     "--wrapper",
@@ -17,6 +22,37 @@ wrapper_option = click.option(
     metavar="KEYS",
     help="Keys above the tensors of a torch checkpoint, dotted (generator, app.model); . for the top level.",
 )
+
+config_option = click.option(
+    "--config",
+    metavar="PATH",
+    help="The component's config.json, its folder, or a model directory; full for the port's full size.  "
+    "[default: the file beside the checkpoint, else full]",
+)
+
+
+def read_target(
+    port: Port, name: str, *, source: str | None = None, config: str | None = None, build: bool = False
+) -> KnownTarget:
+    """Return the target of a port's component, in the sizes of a configuration.
+
+    Args:
+        port: the port.
+        name: the component.
+        source: the checkpoint; the configuration beside it applies, unless ``config`` names one.
+        config: value of ``--config``.
+        build: ignore recorded and cached manifests.
+
+    Raises:
+        RemapError: ``component_config`` or ``manifest_invalid`` for a configuration that cannot be used.
+    """
+    from port_kit.runtime.component_config import choose_config
+    from port_kit.runtime.target_cache import component_target
+
+    choice = choose_config(port, name, given=config, source=source)
+    if choice.note:
+        click.echo(escape_control_chars(f"note: {choice.note}"), err=True)
+    return component_target(port, name, build=build, sizes=choice.config)
 
 
 def read_source(text: str, *, wrapper: str = "") -> Manifest:

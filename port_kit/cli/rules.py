@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from port_kit.cli.inputs import read_rules, read_sizes, read_source
+from port_kit.cli.inputs import config_option, read_rules, read_sizes, read_source, read_target
 from port_kit.cli.output import emit, handles_errors, json_option, write_text
 from port_kit.escape import escape_control_chars
 from port_kit.manifest import Manifest
@@ -22,6 +22,7 @@ _OPTIONS = (
     click.option("--target", help="A manifest or checkpoint with the names to be filled."),
     click.option("--port", help="Take target and rules of this port."),
     click.option("--component", help="The port's component."),
+    config_option,
     click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules."),
 )
 
@@ -62,9 +63,8 @@ class Given:
             return read_source(self.options["target"])
         if not self.options["port"]:
             raise click.UsageError("give --target, or --port and --component")
-        from port_kit.runtime.target_cache import component_target
-
-        return component_target(find_port(self.options["port"]), self.options["component"]).manifest
+        port, source = find_port(self.options["port"]), self.options["source"]
+        return read_target(port, self.options["component"], source=source, config=self.options["config"]).manifest
 
     @property
     def has_both_sides(self) -> bool:

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from port_kit.checkpoint.configuration import CONFIG_NAME, changed_values
 from port_kit.download.recipe import Recipe
 from port_kit.inspect.components import CONFIGS, INDEXES, has_weights, index_path, is_denoiser
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.known_classes import diffusers_names, library_version, omni
 from port_kit.inspect.parallel_plans import describe_plan
 from port_kit.inspect.report import Component, Finding, ModelPath
-from port_kit.port import Port, resolve
+from port_kit.port import Port, lookup, resolve
 from port_kit.registry import list_ports
 
+#: Values of a configuration that a finding shows.
+_SHOWN = 3
 _ADAPTER = "DiffusersAdapterPipeline"
 
 
@@ -60,6 +63,7 @@ def classify(documents: Documents, components: list[Component]) -> Classificatio
         evidence.append(Finding(source, f"{class_name} is the multi-stage pipeline {stage} of {_omni()}"))
     served = [Finding(source, by) for by in _served_by(class_name)]
     if served or stage:
+        served += [finding for port in list_ports().values() for finding in _other_sizes(documents, port, class_name)]
         return Classification("supported", class_name, (*evidence, *served), stage, port)
     if class_name:
         evidence.append(Finding(source, f"{class_name} is neither in {_omni()}'s registry nor a port's pipeline"))
@@ -127,6 +131,22 @@ def _served_by(class_name: str) -> Iterator[str]:
     for port in list_ports().values():
         if class_name == port.class_name:
             yield f"{class_name} is the pipeline of the port {port.name}"
+
+
+def _other_sizes(documents: Documents, port: Port, class_name: str) -> Iterator[Finding]:
+    """Yield the components of a port's model directory whose configuration differs from full size."""
+    if port.class_name != class_name:
+        return
+    for component in port.components:
+        path = f"{component.name}/{CONFIG_NAME}"
+        config = documents.object(path)
+        full: Any = lookup(component.config)
+        changed = changed_values(full or {}, config)
+        if changed:
+            shown = [f"{key} {value} (full size: {at_full})" for key, (value, at_full) in changed.items()]
+            yield Finding(
+                path, f"differs from the port's: {', '.join(shown[:_SHOWN])}{' ...' if shown[_SHOWN:] else ''}"
+            )
 
 
 def _ports_that_take(repo_id: str, files: list[str]) -> Iterator[tuple[str, Finding]]:

@@ -22,10 +22,12 @@ class Coverage:
     Attributes:
         plan: the plan, complete or not.
         target_from: origin of the target: ``recorded``, ``built``, ``manifest`` ...
+        target_config: configuration of the target: a file, ``full size``, or empty for a manifest.
     """
 
     plan: Plan
     target_from: str = "manifest"
+    target_config: str = ""
 
     @property
     def ok(self) -> bool:
@@ -76,7 +78,8 @@ class Coverage:
             "rules": {"name": plan.rules.name, "count": len(plan.rules)},
             "converted": plan.converted,
             "source": _side(plan.source) | {"used": len({task.source for task in plan.tasks})},
-            "target": _side(plan.target) | {"from": self.target_from, "written": len(written)},
+            "target": _side(plan.target)
+            | {"from": self.target_from, "config": self.target_config, "written": len(written)},
             "dropped": dict(plan.dropped),
             "kept": dict(plan.kept),
             "problems": self.problems(),
@@ -87,9 +90,10 @@ class Coverage:
     def to_text(self) -> str:
         """Return the report as text."""
         plan = self.plan
+        origin = ", ".join(filter(None, (self.target_from, self.target_config)))
         lines = [
             f"source  {plan.source.origin}: {len(plan.source)} tensors, {plan.source.nbytes:,} bytes",
-            f"target  {plan.target.origin} ({self.target_from}): {len(plan.target)} tensors",
+            f"target  {plan.target.origin} ({origin}): {len(plan.target)} tensors",
             f"rules   {plan.rules.name}: {len(plan.rules)}",
             "",
         ]
@@ -123,9 +127,10 @@ def coverage(
     *,
     allow_downcast: bool = False,
     target_from: str = "manifest",
+    target_config: str = "",
 ) -> Coverage:
     """Check rules against a source and a target; gaps are reported, not raised."""
-    return Coverage(check(rules, source, target, sizes, allow_downcast=allow_downcast), target_from)
+    return Coverage(check(rules, source, target, sizes, allow_downcast=allow_downcast), target_from, target_config)
 
 
 _TEXTS: dict[type[TensorOp], Callable[[Any], str]] = {

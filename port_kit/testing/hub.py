@@ -1,7 +1,8 @@
 """A Hub on the loopback interface, for tests and measurements, with faults on demand.
 
-It implements the requests of huggingface_hub and :mod:`port_kit.download`: revision, paged tree, HEAD and GET of files
-with ranges, LFS headers, gated and private repositories, tokens, redirects to another host. Files are bytes or paths::
+It implements the requests of huggingface_hub and :mod:`port_kit.download`: revision, paged tree, paths, HEAD and GET of
+files with ranges, LFS headers, gated and private repositories, tokens, redirects to another host. Files are bytes or
+paths::
 
     with Hub({"org/model": {"a/model.safetensors": b"...", "vae.pth": Path("vae.pth")}}) as hub:
         hub.inject(Fault("get", path="vae.pth", cut=1000))       # the next GET of it breaks after 1000 bytes
@@ -18,14 +19,14 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Content = bytes | Path
-_LFS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".model")
+from port_kit.testing.hub_tree import Content, StoredFile, list_tree, paths_info, store
+
 _PIECE = 1 << 20
 
 
@@ -86,22 +87,6 @@ class Request:
     sent: int = 0
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """A file of a commit with the hashes that the Hub states."""
-
-    path: str
-    content: Content
-    size: int
-    git_sha1: str
-    sha256: str | None
-
-    @property
-    def etag(self) -> str:
-        """The ETag: the LFS hash, or the git blob hash of small files."""
-        return self.sha256 or self.git_sha1
-
-
 class Hub:
     """The server; a context manager. Repositories start with one commit on ``main``.
 
@@ -116,6 +101,7 @@ class Hub:
         page_size: entries a page of the tree.
         xet: ``{path: Xet hash}`` of files that are announced to lie in Xet storage as well.
         longest_range: so many bytes of a range are sent at most.
+        port: TCP port; 0 selects a free one.
     """
 
     def __init__(
@@ -131,6 +117,7 @@ class Hub:
         page_size: int = 1000,
         xet: Mapping[str, str] | None = None,
         longest_range: int = 1 << 62,
+        port: int = 0,
     ) -> None:
         self.token, self.gated, self.private, self.granted = token, set(gated), set(private), granted
         self.bytes_per_second, self.cdn, self.page_size = bytes_per_second, cdn, page_size
@@ -142,7 +129,7 @@ class Hub:
         self._branches: dict[tuple[str, str], str] = {}
         for repo_id, files in repositories.items():
             self.push(repo_id, files)
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.hub = self
 
     @property
@@ -168,7 +155,7 @@ class Hub:
 
     def push(self, repo_id: str, files: Mapping[str, Content], *, branch: str = "main") -> str:
         """Make a commit with exactly these files, move the branch to it, and return its 40 hex digits."""
-        stored = {path: _store(path, content) for path, content in sorted(files.items())}
+        stored = {path: store(path, content) for path, content in sorted(files.items())}
         tree = "".join(f"{file.path}\0{file.etag}\n" for file in stored.values())
         commit = hashlib.sha1(f"{repo_id}\n{tree}".encode()).hexdigest()
         self._commits[repo_id, commit] = stored
@@ -235,24 +222,6 @@ def _matches(url_path: str, pattern: str) -> bool:
     return fnmatch.fnmatch(url_path.partition("/resolve/")[2].partition("/")[2], pattern)
 
 
-def _store(path: str, content: Content) -> StoredFile:
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    git_sha1, sha256 = hashlib.sha1(f"blob {size}\0".encode()), hashlib.sha256()
-    is_lfs = path.endswith(_LFS_SUFFIXES) or size > 10 << 20
-    for piece in _pieces(content):
-        (sha256 if is_lfs else git_sha1).update(piece)
-    return StoredFile(path, content, size, git_sha1.hexdigest(), sha256.hexdigest() if is_lfs else None)
-
-
-def _pieces(content: Content) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with content.open("rb") as stream:
-        while piece := stream.read(_PIECE):
-            yield piece
-
-
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
@@ -274,6 +243,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
         self._answer()
 
     def _answer(self) -> None:
@@ -303,16 +276,24 @@ class _Handler(BaseHTTPRequestHandler):
             return
         commit, files = found
         if what == "tree":
-            self._send_tree(repo_id, commit, files, page, fault)
+            recursive = query.get("recursive", ["false"])[0] == "true"
+            folder = "/".join(rest[2:])
+            entries = list_tree(files, self._hub.xet, folder, recursive=recursive)
+            if folder and not entries:
+                self._refuse(404, "EntryNotFound", f"{folder} does not exist")
+                return
+            self._send_tree(repo_id, commit, entries, page, fault)
+        elif what == "paths-info" and self.command == "POST":
+            entries = paths_info(files, self._hub.xet, self._form.get("paths", []))
+            self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, fault)
         else:
             siblings = [{"rfilename": path} for path in files]
             body = {"id": repo_id, "sha": commit, "siblings": siblings, "gated": repo_id in self._hub.gated}
             self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"}, fault)
 
     def _send_tree(
-        self, repo_id: str, commit: str, files: dict[str, StoredFile], page: int, fault: Fault | None
+        self, repo_id: str, commit: str, entries: list[dict[str, Any]], page: int, fault: Fault | None
     ) -> None:
-        entries = [_tree_entry(file, self._hub.xet.get(file.path)) for file in files.values()]
         end = page + self._hub.page_size
         headers = {"Content-Type": "application/json"}
         if end < len(entries):
@@ -401,7 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str], fault: Fault | None) -> None:
         self._send_head(status, len(body), headers, fault)
-        if self.command == "GET":
+        if self.command != "HEAD":
             cut = len(body) if fault is None or fault.cut is None else fault.cut
             self.wfile.write(body[:cut])
             self._log.sent += len(body[:cut])
@@ -463,12 +444,3 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
-
-
-def _tree_entry(file: StoredFile, xet_hash: str | None) -> dict[str, object]:
-    entry: dict[str, object] = {"type": "file", "oid": file.git_sha1, "size": file.size, "path": file.path}
-    if file.sha256:
-        entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
-    if xet_hash:
-        entry["xetHash"] = xet_hash
-    return entry
