@@ -29,6 +29,7 @@ INTEGRATION = (
     "runtime/test_serving.py",
     "serving",
     "testing/test_workers.py",
+    "upstream/test_upstream_patches.py",
     "upstream/test_upstream_report.py",
 )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from port_kit.errors import PortKitError
+from port_kit.upstream.series import installed_series
 
 DATA = Path(__file__).parent / "data"
 
@@ -27,6 +28,11 @@ def raises(code: str, *names: str) -> Iterator[pytest.ExceptionInfo[PortKitError
     assert caught.value.code == code, caught.value
     for name in names:
         assert name in caught.value.message, caught.value
+
+
+def only_in(series: str, *modules: str) -> list[str]:
+    """Return pytest's ``collect_ignore`` for modules that test an interface of one series of vLLM-Omni."""
+    return [] if installed_series() == series else list(modules)
 
 
 def run_ranks(function: Callable[..., None], args: tuple[object, ...], ranks: int, start_method: str = "fork") -> None:

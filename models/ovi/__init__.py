@@ -23,6 +23,9 @@ PORT = Port(
         "video_guidance_scale": "float",
         "audio_guidance_scale": "float",
         "slg_layer": "int",
+        "uncond_skip_layers": "str",
+        "slg_start": "float",
+        "slg_stop": "float",
     },
     example_prompt=(
         "A street musician plays a violin under an awning while it rains. She looks up, smiles and says, "

@@ -19,6 +19,7 @@ from port_kit.models.wan.pipeline.request import (
     prompt_fields,
 )
 from port_kit.pipeline.inputs import as_list, check_integer
+from port_kit.pipeline.skip_layers import OPTIONS, SkipLayers, parse_skip_layers
 
 GUIDANCE_BRANCHES = 2  # per step: with the prompt, with the negative prompts
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint sets the area
@@ -102,11 +103,11 @@ class OviRequest(FusionRequest):
     Attributes:
         prompt: in the format of the checkpoint, with ``<S>..<E>`` around speech.
         image: the first frame, not decoded; None to generate from text only.
-        skip_block: block omitted in the branch with the negative prompts; 0 omits none.
+        skip_layers: blocks omitted in the branch with the negative prompts.
     """
 
     image: Any = None
-    skip_block: int = SKIP_BLOCK
+    skip_layers: SkipLayers = SkipLayers((SKIP_BLOCK,))
     scales: GuidanceScales = field(default_factory=GuidanceScales)
 
 
@@ -117,7 +118,7 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: Che
         prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": image}}`` the format of vLLM-Omni.
         sampling: ``OmniDiffusionSamplingParams``. Its ``extra_args`` hold the options of
             :func:`~port_kit.models.wan.pipeline.request.parse_common`, the fields of :class:`GuidanceScales` and
-            ``slg_layer``. Height and width give the aspect ratio.
+            ``slg_layer``, and those of :mod:`~port_kit.pipeline.skip_layers`. Height and width give the aspect ratio.
         lengths: of the clip.
         model: options of the checkpoint.
 
@@ -125,17 +126,20 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: Che
         InputError: a field has an invalid value, or does not exist.
     """
     fields = prompt_fields(prompt)
-    common = parse_common(fields, sampling, lengths, scales=GuidanceScales, options=("slg_layer",), seed=DEFAULT_SEED)
+    names = ("slg_layer", *OPTIONS)
+    common = parse_common(fields, sampling, lengths, scales=GuidanceScales, options=names, seed=DEFAULT_SEED)
     height, width = _ratio(sampling)
     height, width = size_for_area(height, width, model.video_area)
-    skip = (sampling.extra_args or {}).get("slg_layer", model.skip_block)
+    skip_layers = parse_skip_layers(
+        sampling.extra_args or {}, name="slg_layer", default=model.skip_block, layers=model.blocks
+    )
     common["prompt"] = format_prompt(common["prompt"], model.audio_prompt)
     return OviRequest(
         **common,
         height=height,
         width=width,
         image=_image(media_of(fields)),
-        skip_block=check_integer("slg_layer", skip, minimum=0, maximum=model.blocks - 1),
+        skip_layers=skip_layers,
     )
 
 

@@ -67,10 +67,10 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         return {**latents, "video": torch.cat((first, video[:, :, first.shape[2] :]), dim=2)}
 
     def branches(self, state: DenoiseState) -> list[dict[str, Any]]:
-        """Return the two branches of a step: with the prompt; with the negative prompts and one omitted block."""
+        """Return the two branches of a step: with the prompt; with the negative prompts and omitted blocks."""
         given, request = state.conditioning, state.prepared.request
 
-        def arguments(texts: tuple[TextContext, TextContext], skip_block: int | None) -> dict[str, Any]:
+        def arguments(texts: tuple[TextContext, TextContext], skip_layers: tuple[int, ...]) -> dict[str, Any]:
             return {
                 "video": state.latents["video"],
                 "audio": state.latents["audio"],
@@ -78,10 +78,11 @@ class OviPipeline(FusionPipeline, SupportImageInput):
                 "video_text": texts[0],
                 "audio_text": texts[1],
                 "first_frame_clean": given.images.shape[2] > 0,
-                "skip_block": skip_block,
+                "skip_layers": skip_layers,
             }
 
-        return [arguments(given.texts, None), arguments(given.negatives, request.skip_block or None)]
+        omitted = request.skip_layers.at(state.index, len(state.timesteps))
+        return [arguments(given.texts, ()), arguments(given.negatives, omitted)]
 
     def combine_multi_branch_cfg_noise(
         self, predictions: list[Any], true_cfg_scale: Any, cfg_normalize: bool = False

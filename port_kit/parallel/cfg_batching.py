@@ -19,13 +19,11 @@ further branches as ``extra_branches``. If :func:`weights_are_streamed`, its blo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.platforms import current_platform
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.parallel_state import (
-    get_cfg_group,
     get_classifier_free_guidance_rank,
     get_classifier_free_guidance_world_size,
     is_cfg_group_initialized,
@@ -66,7 +64,7 @@ class BatchedCFGMixin(CFGParallelMixin):
     """vLLM-Omni's guidance mixin with batching of a rank's branches.
 
     The transformer's ``forward`` accepts ``extra_branches``, the arguments of further branches. With any, it returns a
-    list. Branches are assigned to ranks as in the base mixin, and gathered before they are combined.
+    list. The base mixin assigns branches to ranks, gathers and combines them.
 
     Attributes:
         batches_branches: False if the transformer does not accept ``extra_branches``; its branches run one by one.
@@ -85,55 +83,42 @@ class BatchedCFGMixin(CFGParallelMixin):
         output_slice: int | None = None,
         **options: Any,
     ) -> Any:
-        """Guide with this rank's branches in one call if that has a benefit, else as the base mixin.
+        """Guide as the base mixin, with this rank's branches in one call if that has a benefit.
 
-        ``options`` are further ones of the base mixin (``combine_fn``); with them, it runs the branches.
+        Args:
+            do_true_cfg: False to run the first branch only.
+            true_cfg_scale: passed to ``combine_multi_branch_cfg_noise``.
+            branches_kwargs: arguments of the transformer per branch, the complete one first.
+            cfg_normalize: passed to ``combine_multi_branch_cfg_noise``.
+            output_slice: length of the predictions to keep, in their second dimension; None for all.
+            options: further arguments of the base mixin: ``combine_fn`` in vLLM-Omni 0.32.
         """
-        count = len(branches_kwargs)
-        is_batched = self.batches_branches and do_true_cfg and output_slice is None and count > _cfg_ranks()
-        if options or not is_batched or not should_batch_branches(self.od_config):
-            return super().predict_noise_with_multi_branch_cfg(
-                do_true_cfg, true_cfg_scale, branches_kwargs, cfg_normalize, output_slice, **options
-            )
-        predicted = self.predict_branches([branches_kwargs[index] for index in _local_branches(count)])
-        return self.combine_multi_branch_cfg_noise(_gather_branches(predicted, count), true_cfg_scale, cfg_normalize)
+        if do_true_cfg and self.batches_branches and should_batch_branches(self.od_config):
+            branches_kwargs = self._run_own_branches(branches_kwargs)
+        return super().predict_noise_with_multi_branch_cfg(
+            do_true_cfg, true_cfg_scale, branches_kwargs, cfg_normalize, output_slice, **options
+        )
 
-    def predict_noise(self, **branch: Any) -> Any:
-        """Run one branch."""
-        return self.transformer(**branch)
+    def predict_noise(self, *, predicted: Any = None, **branch: Any) -> Any:
+        """Run one branch; return ``predicted`` if it ran in one call with others."""
+        return self.transformer(**branch) if predicted is None else predicted
 
-    def predict_branches(self, branches: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Run several branches in one call of the transformer; a single one by itself."""
-        if len(branches) == 1:
-            return [self.transformer(**branches[0])]
-        predicted: list[Any] = self.transformer(**branches[0], extra_branches=branches[1:])
-        return predicted
+    def _run_own_branches(self, branches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Run this rank's branches in one call, if it has several.
 
-
-def _cfg_ranks() -> int:
-    return get_classifier_free_guidance_world_size() if is_cfg_group_initialized() else 1
+        Returns:
+            Arguments of :meth:`predict_noise` per branch.
+        """
+        own = _local_branches(len(branches))
+        if len(own) < 2:
+            return branches
+        first, *others = (branches[index] for index in own)
+        predicted = dict(zip(own, self.transformer(**first, extra_branches=others), strict=True))
+        return [{"predicted": predicted[i]} if i in predicted else branch for i, branch in enumerate(branches)]
 
 
 def _local_branches(count: int) -> range:
     """Return the branches of this rank; vLLM-Omni assigns them round-robin."""
-    size = _cfg_ranks()
-    return range(get_classifier_free_guidance_rank() if size > 1 else 0, count, size)
-
-
-def _gather_branches(predicted: Sequence[Any], count: int) -> list[Any]:
-    """Return the predictions of all branches in order, from those of this rank.
-
-    Args:
-        predicted: per branch of this rank, a tensor or a tuple of tensors.
-        count: branches of all ranks, more than there are ranks.
-    """
-    size = _cfg_ranks()
-    if size == 1:
-        return list(predicted)
-    is_tuple = isinstance(predicted[0], tuple)
-    rows = [prediction if is_tuple else (prediction,) for prediction in predicted]
-    rows += [rows[0]] * (-(-count // size) - len(rows))  # ranks with fewer branches take part in every gather
-    group = get_cfg_group()
-    gathered = [[group.all_gather(part.contiguous(), separate_tensors=True) for part in row] for row in rows]
-    found = [tuple(parts[index % size] for parts in gathered[index // size]) for index in range(count)]
-    return list(found) if is_tuple else [parts[0] for parts in found]
+    if not is_cfg_group_initialized():
+        return range(count)
+    return range(get_classifier_free_guidance_rank(), count, get_classifier_free_guidance_world_size())

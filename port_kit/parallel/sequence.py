@@ -64,14 +64,19 @@ class PaddedAttention(Attention):
     Args:
         gather: operand with far fewer tokens: ``"kv"``, ``"q"`` or None. It is all-gathered under any kind of sequence
             parallelism.
+        disable_kv_quant: keep this attention in its 16-bit dtype under ``diffusion_kv_cache_dtype``. It is True with
+            ``gather="q"``: the kernels that merge partial outputs of ranks have no FP8, and one rank gives their
+            result.
     """
 
     _kv_length: int | None = None
     parallel_strategy: Any
     ring_runner: Any
 
-    def __init__(self, *args: Any, gather: Literal["kv", "q"] | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self, *args: Any, gather: Literal["kv", "q"] | None = None, disable_kv_quant: bool = False, **options: Any
+    ) -> None:
+        super().__init__(*args, disable_kv_quant=disable_kv_quant or gather == "q", **options)
         if gather and self.parallel_strategy.enabled and not self.skip_sequence_parallel:
             strategy = GatherKVStrategy if gather == "kv" else GatherQueryStrategy
             self.parallel_strategy = strategy(get_sp_group())

@@ -6,6 +6,7 @@ factory, before workers start.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from port_kit.errors import InputError
@@ -35,6 +36,19 @@ def check_options(config: OmniDiffusionConfig) -> None:
         if config.quantization_config is not None:
             method = config.quantization_config.get_name()
             raise _unsupported("quantization", f"{method!r} needs an accelerator", "remove quantization")
+        if config.diffusion_kv_cache_dtype not in (None, "auto", "float"):
+            raise _unsupported("diffusion_kv_cache_dtype", "it needs an accelerator", "remove diffusion_kv_cache_dtype")
+    if getattr(config, "hsdp_weight_load_strategy", "full") != "full":
+        reason = "a port reads its shards under HSDP without it, and vLLM-Omni's reader supports three own models only"
+        raise _unsupported("hsdp_weight_load_strategy", reason, "remove hsdp_weight_load_strategy")
+    for field in fields(config.video_output_transport):
+        if getattr(config.video_output_transport, field.name):
+            reason = f"{field.name} affects outputs of video alone; a port converts frames on the device without it"
+            raise _unsupported("video_output_transport", reason, "remove video_output_transport")
+    _check_cache(config)
+
+
+def _check_cache(config: OmniDiffusionConfig) -> None:
     if config.cache_backend in (None, "none"):
         return
     cache = f"requests would share the cache of cache_backend={config.cache_backend!r}"

@@ -32,11 +32,19 @@ class Precondition:
 
 @dataclass(frozen=True)
 class Entry:
-    """Registry entry: name, one-line summary and preconditions."""
+    """Registry entry.
+
+    Attributes:
+        name: key of the entry.
+        summary: one line.
+        preconditions: properties of upstream that the entry depends on.
+        threads: issues and pull requests of upstream about the same fault; empty if none was found.
+    """
 
     name: str
     summary: str
     preconditions: tuple[Precondition, ...]
+    threads: tuple[str, ...] = ()
 
 
 def _by_series(*values: str) -> dict[str, str]:
@@ -57,6 +65,10 @@ PATCHES: dict[str, Entry] = {
                     "selected_backend, head_size, allow_trtllm_default",
                 ),
             ),
+            threads=(
+                "https://github.com/vllm-project/vllm-omni/pull/4665",
+                "https://github.com/vllm-project/vllm-omni/issues/1095",
+            ),
         ),
         Entry(
             "sdpa_forward",
@@ -71,6 +83,7 @@ PATCHES: dict[str, Entry] = {
                     ),
                 ),
             ),
+            threads=("https://github.com/vllm-project/vllm-omni/pull/3239",),
         ),
         Entry(
             "async_output_loop",
@@ -111,6 +124,10 @@ PATCHES: dict[str, Entry] = {
                 ),
                 Precondition("cpu_kernel", "aten::_scaled_dot_product_efficient_attention", "none"),
             ),
+            threads=(
+                "https://github.com/vllm-project/vllm-omni/pull/755",
+                "https://github.com/pytorch/pytorch/pull/104238",
+            ),
         ),
         Entry(
             "output_type",
@@ -123,6 +140,7 @@ PATCHES: dict[str, Entry] = {
                     "str | None",
                 ),
             ),
+            threads=("https://github.com/vllm-project/vllm-omni/issues/6951",),
         ),
         Entry(
             "references",
@@ -139,11 +157,16 @@ PATCHES: dict[str, Entry] = {
                     "source", "vllm_omni.model_extras.registry:should_preserve_reference_image_size", "197b1a2774d907d8"
                 ),
             ),
+            threads=(
+                "https://github.com/vllm-project/vllm-omni/issues/5883",
+                "https://github.com/vllm-project/vllm-omni/pull/6942",
+            ),
         ),
         Entry(
             "refused_request",
             "an engine that stays open after a client error",
             (Precondition("source", "vllm_omni.entrypoints.omni:Omni.generate", "eeae6cd3c0c54eb4"),),
+            threads=("https://github.com/vllm-project/vllm-omni/pull/6334",),
         ),
         Entry(
             "malformed_forms",

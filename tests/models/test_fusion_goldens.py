@@ -159,7 +159,7 @@ def test_a_wrong_config_is_refused(change: dict[str, object], names: tuple[str, 
         ({"video_text": torch.zeros(1, 25, 64)}, "text_length", "25"),
         ({"video_reference_frames": 3}, "reference_length", "3"),
         ({"audio_reference_lengths": (3, 3)}, "reference_length", "(3, 3)"),
-        ({"skip_block": 3}, "block_index", "skip_block"),
+        ({"skip_layers": (1, 3)}, "block_index", "skip_layers has 3"),
     ],
 )
 def test_a_wrong_input_is_refused(

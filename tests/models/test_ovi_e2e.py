@@ -81,7 +81,7 @@ def test_a_first_frame_stays_and_its_image_gives_the_size(pipeline: OviPipeline)
         first = state.conditioning.images
         assert first.shape == (1, 48, 1, 2, 6)
         positive, negative = pipeline.branches(state)
-        assert (positive["first_frame_clean"], positive["skip_block"], negative["skip_block"]) == (True, None, 1)
+        assert (positive["first_frame_clean"], positive["skip_layers"], negative["skip_layers"]) == (True, (), (1,))
         assert torch.equal(positive["video"][:, :, :1], first)
         pipeline.scheduler_step(
             state, (torch.ones_like(state.latents["video"]), torch.ones_like(state.latents["audio"]))
@@ -93,7 +93,19 @@ def test_text_alone_has_no_clean_frame_and_skips_a_block_only_on_request(pipelin
     with torch.inference_mode():
         (state,) = pipeline.begin(prepare(pipeline, request(extra_args={"slg_layer": 0})))
         assert state.latents["video"].shape == (1, 48, 31, 2, 6)
-        assert [(b["first_frame_clean"], b["skip_block"]) for b in pipeline.branches(state)] == [(False, None)] * 2
+        assert [(b["first_frame_clean"], b["skip_layers"]) for b in pipeline.branches(state)] == [(False, ())] * 2
+
+
+def test_official_options_choose_the_skipped_blocks_and_the_steps(pipeline: OviPipeline) -> None:
+    options = {"uncond_skip_layers": [0, 2], "slg_start": 0.5}
+    with torch.inference_mode():
+        (state,) = pipeline.begin(prepare(pipeline, request(extra_args=options, num_inference_steps=2)))
+        flows = tuple(map(torch.ones_like, state.latents.values()))
+        omitted = []
+        while not state.is_done:
+            omitted.append([branch["skip_layers"] for branch in pipeline.branches(state)])
+            pipeline.scheduler_step(state, flows)
+    assert omitted == [[(), ()], [(), (0, 2)]]
 
 
 def test_the_start_up_run_is_short(pipeline: OviPipeline) -> None:

@@ -24,6 +24,7 @@ from port_kit.models.ovi.config import (
 )
 from port_kit.models.ovi.recipe import recipe
 from port_kit.models.wan.pipeline.request import LatentLengths
+from port_kit.pipeline.skip_layers import SkipLayers
 from tests.helpers import raises
 
 LENGTHS = LatentLengths(31, 157)
@@ -39,7 +40,7 @@ def parse(prompt: Any = "a street", *, image: Any = None, **sampling: Any) -> Ov
 def test_a_request_that_says_nothing_gets_the_original_defaults() -> None:
     request = parse()
     assert (request.height, request.width, request.steps, request.shift) == (512, 992, 50, 5.0)
-    assert (request.solver, request.seed, request.skip_block, request.image) == ("unipc", 103, 11, None)
+    assert (request.solver, request.seed, request.skip_layers, request.image) == ("unipc", 103, SkipLayers((11,)), None)
     assert request.scales == GuidanceScales(4.0, 3.0)
     assert request.video_negative_prompt == "jitter, bad hands, blur, distortion"
     assert request.audio_negative_prompt == "robotic, muffled, echo, distorted"
@@ -49,7 +50,7 @@ def test_options_travel_in_extra_args() -> None:
     request = parse(
         extra_args={"audio_guidance_scale": 2, "slg_layer": 0}, guidance_scale=6, guidance_scale_provided=True
     )
-    assert (request.scales, request.skip_block) == (GuidanceScales(6.0, 2.0), 0)
+    assert (request.scales, request.skip_layers) == (GuidanceScales(6.0, 2.0), SkipLayers(()))
 
 
 @pytest.mark.parametrize(

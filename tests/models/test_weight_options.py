@@ -344,6 +344,8 @@ def test_full_size_linears_that_are_quantized_fit_eight_bit_kernels() -> None:
     [
         *(({name: True}, name) for name in OFFLOADS),
         ({"quantization_config": "fp8"}, "quantization"),
+        ({"diffusion_kv_cache_dtype": "fp8"}, "diffusion_kv_cache_dtype"),
+        ({"video_output_transport": {"enable_device_postprocess": True}}, "video_output_transport"),
         ({"cache_backend": "cache_dit", "step_execution": True}, "step_execution"),
         ({"cache_backend": "cache_dit", "max_num_seqs": 2}, "max_num_seqs"),
     ],

@@ -91,7 +91,7 @@ def test_together_is_one_after_the_other() -> None:
             short = {"video": clip[:, :, :2], "audio": audio[:, :4], "timestep": torch.tensor([30])}
             return [
                 {**first, "audio_text": text},
-                {**first, "audio_text": other, "skip_block": 1},
+                {**first, "audio_text": other, "skip_layers": (1,)},
                 {**first, "audio_text": text, "unused": "audio"},
                 {**short, "video_text": other, "audio_text": other, "unused": "video"},
             ]

@@ -18,8 +18,8 @@ PROMPT = (
     "She plays a violin in the rain, looks up and says, <S>One more song.<E> Audio: violin, steady rain, a clear voice."
 )
 OPTIONS: dict[str, type] = {
-    **dict.fromkeys(("video_negative_prompt", "audio_negative_prompt", "solver_name"), str),
-    **dict.fromkeys(("shift", "video_guidance_scale", "audio_guidance_scale"), float),
+    **dict.fromkeys(("video_negative_prompt", "audio_negative_prompt", "solver_name", "uncond_skip_layers"), str),
+    **dict.fromkeys(("shift", "video_guidance_scale", "audio_guidance_scale", "slg_start", "slg_stop"), float),
     "slg_layer": int,
 }
 

@@ -92,15 +92,15 @@ class TransformerGolden:
                 video_reference_frames=sum(self._references("ref_ip_lengths", sample)),
                 audio_reference_lengths=self._references("ref_audio_lengths", sample),
                 first_frame_clean=self.meta.get("first_frame_is_clean", False),
-                skip_block=self._skip_block,
+                skip_layers=self._skip_layers,
             )
         return {f"{name}.{sample}": flow[0] for name, flow in zip(("vid", "audio"), flows, strict=True)}
 
     @property
-    def _skip_block(self) -> int | None:
-        """Index of the omitted block; DreamID-Omni accepts the argument and ignores it."""
+    def _skip_layers(self) -> tuple[int, ...]:
+        """Index of the omitted block, if any; DreamID-Omni accepts the argument and ignores it."""
         layer = self.meta.get("slg_layer") or 0
-        return layer if layer > 0 and self.meta["family"] == "ovi" else None
+        return (layer,) if layer > 0 and self.meta["family"] == "ovi" else ()
 
     def _references(self, key: str, sample: int) -> tuple[int, ...]:
         lengths = self.meta.get(key)

@@ -33,7 +33,7 @@ class BlockInputs(NamedTuple):
     encoder_hidden_states: Tensor
     video: StreamConditioning
     audio: StreamConditioning
-    skip_block: int | None
+    skip_layers: tuple[int, ...]
     unused: Stream | None
 
 
@@ -145,7 +145,7 @@ class FusionBlock(nn.Module):
         encoder_hidden_states: Tensor,
         video: StreamConditioning,
         audio: StreamConditioning,
-        skip_block: int | None = None,
+        skip_layers: tuple[int, ...] = (),
         unused: Stream | None = None,
         extra_branches: Sequence[BlockInputs] = (),
     ) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
@@ -158,16 +158,16 @@ class FusionBlock(nn.Module):
             encoder_hidden_states: audio tokens ``[B, A, E]``.
             video: conditioning of the video stream.
             audio: conditioning of the audio stream.
-            skip_block: layer that returns its input.
+            skip_layers: layers that return their input.
             unused: stream whose output is not needed; the last layer skips its cross-attention and feed-forward.
             extra_branches: inputs of further branches; if there are any, a list with all branches is returned.
         """
-        own = self._run_branch(BlockInputs(hidden_states, encoder_hidden_states, video, audio, skip_block, unused))
+        own = self._run_branch(BlockInputs(hidden_states, encoder_hidden_states, video, audio, skip_layers, unused))
         return [own, *map(self._run_branch, extra_branches)] if extra_branches else own
 
     def _run_branch(self, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
-        video_tokens, audio_tokens, video, audio, skip_block, unused = inputs
-        if skip_block == self.index:
+        video_tokens, audio_tokens, video, audio, skip_layers, unused = inputs
+        if self.index in skip_layers:
             return video_tokens, audio_tokens
         v_attention, v_ffn = self.video.modulations(video)
         a_attention, a_ffn = self.audio.modulations(audio)

@@ -46,7 +46,7 @@ class BranchInputs:
     video_reference_frames: int = 0
     audio_reference_lengths: tuple[int, ...] = ()
     first_frame_clean: bool = False
-    skip_block: int | None = None
+    skip_layers: tuple[int, ...] = ()
     unused: Stream | None = None
 
 
@@ -64,7 +64,7 @@ class ForwardContext:
 
     def block_inputs(self, tokens: Pair) -> BlockInputs:
         """Return the arguments of a block."""
-        return BlockInputs(*tokens, *self.conditioning, self.inputs.skip_block, self.inputs.unused)
+        return BlockInputs(*tokens, *self.conditioning, self.inputs.skip_layers, self.inputs.unused)
 
 
 class WanFusionTransformer(nn.Module):
@@ -76,6 +76,8 @@ class WanFusionTransformer(nn.Module):
         prefix: path of this module in the pipeline, for quantization and diagnostics.
     """
 
+    #: Part of vLLM-Omni's protocol ``SupportsSkipLayerGuidance``, with :meth:`validate_skip_layers`.
+    supports_skip_layer_guidance: ClassVar[bool] = True
     _layerwise_offload_blocks_attrs: ClassVar = ["blocks"]
     _hsdp_shard_conditions: ClassVar = [lambda _name, module: isinstance(module, FusionBlock)]
     _sp_plan: ClassVar = make_sp_plan(
@@ -113,7 +115,7 @@ class WanFusionTransformer(nn.Module):
         video_reference_frames: int = 0,
         audio_reference_lengths: tuple[int, ...] = (),
         first_frame_clean: bool = False,
-        skip_block: int | None = None,
+        skip_layers: tuple[int, ...] = (),
         unused: Stream | None = None,
         extra_branches: Sequence[Mapping[str, Any]] = (),
     ) -> Pair | list[Pair]:
@@ -129,7 +131,7 @@ class WanFusionTransformer(nn.Module):
             video_reference_frames: number of frames at the end that are references.
             audio_reference_lengths: number of tokens of each audio reference.
             first_frame_clean: the first frame is conditioning without noise: its tokens have timestep 0.
-            skip_block: layer to omit (skip-layer guidance).
+            skip_layers: layers to omit (skip-layer guidance).
             unused: stream whose flow is not needed; zeros are returned for it, and the last layer does not compute it.
             extra_branches: arguments of further branches, which run through each block before the next block runs.
 
@@ -138,7 +140,8 @@ class WanFusionTransformer(nn.Module):
             the flows of all branches.
 
         Raises:
-            InputError: the latents do not divide into patches, or references or texts are too long.
+            InputError: the latents do not divide into patches, references or texts are too long, or a layer to omit
+                does not exist.
         """
         own = BranchInputs(
             video,
@@ -149,7 +152,7 @@ class WanFusionTransformer(nn.Module):
             video_reference_frames=video_reference_frames,
             audio_reference_lengths=audio_reference_lengths,
             first_frame_clean=first_frame_clean,
-            skip_block=skip_block,
+            skip_layers=skip_layers,
             unused=unused,
         )
         prepared = [self._prepare(inputs) for inputs in (own, *(BranchInputs(**extra) for extra in extra_branches))]
@@ -164,6 +167,13 @@ class WanFusionTransformer(nn.Module):
         flows = [self._compute_flows(tokens, context) for tokens, context in zip(states, contexts, strict=True)]
         return flows if extra_branches else flows[0]
 
+    def validate_skip_layers(self, skip_layers: tuple[int, ...]) -> None:
+        """Raise InputError if this transformer has no layer of an index; part of vLLM-Omni's protocol."""
+        if wrong := [layer for layer in skip_layers if not 0 <= layer < self.config.num_layers]:
+            raise InputError(
+                f"skip_layers has {wrong[0]}; layers are 0 to {self.config.num_layers - 1}", code="block_index"
+            )
+
     def _run_interleaved(self, states: list[Pair], contexts: Sequence[ForwardContext]) -> None:
         """Run the branches through all blocks, one call per branch and block; replace their tokens in ``states``."""
         if len(contexts) > 1:  # texts that branches share are projected before the streams fork
@@ -174,17 +184,14 @@ class WanFusionTransformer(nn.Module):
         for block in self.blocks:
             for index, context in enumerate(contexts):
                 with streams.stream(index):
-                    options = {"skip_block": context.inputs.skip_block, "unused": context.inputs.unused}
+                    options = {"skip_layers": context.inputs.skip_layers, "unused": context.inputs.unused}
                     states[index] = block(*states[index], *context.conditioning, **options)
         streams.join()
 
     def _prepare(self, inputs: BranchInputs) -> tuple[Pair, ForwardContext]:
         """Embed the inputs of a branch; return the tokens of both streams and the context of the branch."""
-        video, audio, skip_block = inputs.video, inputs.audio, inputs.skip_block
-        if skip_block is not None and not 0 <= skip_block < self.config.num_layers:
-            raise InputError(
-                f"skip_block is {skip_block}; it must be 0 to {self.config.num_layers - 1}", code="block_index"
-            )
+        video, audio = inputs.video, inputs.audio
+        self.validate_skip_layers(inputs.skip_layers)
         grid = self.video.patch_embedding.grid(video)
         v, v_conditioning = self.video.embed(
             video,

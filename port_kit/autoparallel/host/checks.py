@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 #: Options of the engine that no plan proves.
 UNPROVEN = (
+    "diffusion_kv_cache_dtype",
     "enable_cpu_offload",
     "enable_layerwise_offload",
     "enable_distributed_layerwise_offload",
@@ -77,7 +78,7 @@ def check_plan(od_config: Any, subject: str, unproven: Sequence[str] = UNPROVEN)
     check_options(od_config)
     layout, plan = layout_of(od_config.parallel_config), plan_of(od_config)
     for option in unproven:
-        if getattr(od_config, option) not in (None, False, "none"):
+        if getattr(od_config, option) not in (None, False, "none", "auto"):
             raise _unsupported(option)
     cached = has_cache(od_config.cache_backend)
     kinds = kinds_of(layout, cached)
