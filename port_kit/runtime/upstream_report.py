@@ -89,7 +89,7 @@ class Report:
 
 def _changed_parts(before: str, after: str) -> str:
     """Return a line for the removed and one for the added parameters, or both texts if only the order differs."""
-    old, new = before.split(", "), after.split(", ")
+    old, new = before.removesuffix(")").split(", "), after.removesuffix(")").split(", ")
     removed = ", ".join(part for part in old if part not in new)
     added = ", ".join(part for part in new if part not in old)
     if not removed and not added:

@@ -60,7 +60,7 @@ def read_installed(used: UsedNames, release: str) -> Surface:
         try:
             found = _resolve(name)
         except Exception as error:  # an upstream module may raise anything when it is imported
-            missing[name] = f"{type(error).__name__}: {error}"
+            missing[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             continue
         if found is not None:
             names[name] = _describe(found.value)

@@ -104,7 +104,7 @@ def test_signatures_and_bodies_are_told_apart() -> None:
     assert (report.bodies, report.unrecorded) == (["vllm.a.f"], ["vllm.new"])
     assert not report.ok
     text = report.describe()
-    assert "    - bias=True)\n    + bias=False)" in text
+    assert "    - bias=True\n    + bias=False\n" in text
 
 
 def test_a_failing_guard_fails_the_report() -> None:
