@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Region, Shape, full_region, intersection, region_numel, with_span
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -214,6 +215,8 @@ def _local_rows(tensor: Any, shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
 
 def _layout(owner: nn.Module, tensor: Tensor, local: Shape) -> tuple[Shape, tuple[Shard, ...] | None]:
     """Return the complete shape and the shards of a parameter."""
+    if type(owner).__module__.startswith("vllm."):
+        require("parameter_layout")
     full = getattr(tensor, "full_shape", None)
     if full is not None:
         return tuple(full), None

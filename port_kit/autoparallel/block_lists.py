@@ -8,6 +8,7 @@ from torch import nn
 
 from port_kit.autoparallel.plan import Blocks, Plan, find, generalize, generalize_all, matches
 from port_kit.autoparallel.tensor.blocks import BlockCalls, is_linear
+from port_kit.upstream.checks import require
 
 
 def list_blocks(model: nn.Module, calls: BlockCalls) -> tuple[Blocks, ...]:
@@ -45,6 +46,7 @@ def declare_hsdp(model: nn.Module, plan: Plan) -> None:
     Raises:
         ParallelError: ``plan_pattern``; the module lacks what the plan names.
     """
+    require("hsdp_declarations")
     sharded = [blocks for blocks in plan.blocks if blocks.hsdp]
     model._hsdp_shard_conditions = [  # type: ignore[assignment]
         lambda name, _module: any(matches(name, blocks.modules) for blocks in sharded)

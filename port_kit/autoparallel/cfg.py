@@ -27,6 +27,9 @@ from port_kit.autoparallel.derive import derive
 from port_kit.autoparallel.promise import Group, PendingCall, PendingCalls, Promise, plain, promises
 from port_kit.autoparallel.rows import Rows, row_leaves, take_rows
 from port_kit.errors import ParallelError
+from port_kit.upstream.checks import require
+
+require("pytree")
 
 #: Signatures of calls that are remembered per module.
 _REMEMBERED = 256

@@ -23,6 +23,7 @@ from port_kit.autoparallel.attention_functions import recognize
 from port_kit.autoparallel.attention_packages import flash_attention
 from port_kit.autoparallel.observe import block_paths
 from port_kit.autoparallel.subject import ModelScale, Subject
+from port_kit.upstream.checks import require
 
 
 def on_cpu(subject: Subject) -> Subject:
@@ -88,6 +89,7 @@ class GpuCode(TorchFunctionMode):
 
     def begin(self) -> None:
         """Enter the mode, and let ``torch.compile`` do nothing."""
+        require("mode_stack")
         _EAGER.enter()
         self.__enter__()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from port_kit.parallel.layout import Layout
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -35,6 +36,7 @@ def engine_groups(layout: Layout, rank: int, rendezvous: Path, dtype: torch.dtyp
     from vllm_omni.diffusion.forward_context import set_forward_context
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
+    require("process_groups")
     parallel = DiffusionParallelConfig(**layout.parallel_config)
     # an existing folder: other names are looked up on the Hub, which fails offline
     config = OmniDiffusionConfig(model=str(Path(__file__).parent), dtype=dtype, parallel_config=parallel)

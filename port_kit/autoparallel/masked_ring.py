@@ -15,6 +15,9 @@ from torch import Tensor
 from vllm_omni.diffusion.distributed.comm import RingComm
 
 from port_kit.autoparallel.tokens import Tokens
+from port_kit.upstream.checks import require
+
+require("ring_communication")
 
 #: Streams of the queries, and of the keys.
 Streams = tuple[Sequence[str], Sequence[str]]

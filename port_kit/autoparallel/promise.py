@@ -14,6 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from port_kit.upstream.checks import require
+
+require("function_subclass")
+
 #: Functions that read no values. Their tensor results are promises if they share the storage of the argument.
 _VIEWS = frozenset(
     "__get__ __getitem__ bfloat16 chunk contiguous detach diagonal double expand expand_as flatten float half "

@@ -23,6 +23,7 @@ from port_kit.autoparallel.plan import Plan, find
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.autoparallel.tree import Arguments, leaves, rebuild
 from port_kit.parallel.layout import Layout
+from port_kit.upstream.checks import require
 
 #: Inputs of a proof: masked keys, and a batch with other numbers of tokens. Neither is the smallest input.
 INPUTS = (TokenScale(image=1, text=1, audio=1, masked=True), TokenScale(image=2, text=2, audio=1, batch=1))
@@ -123,6 +124,7 @@ def _split_channels(model: nn.Module, plan: Plan) -> None:
 def _shard_blocks(model: nn.Module, plan: Plan, config: Any, dtype: torch.dtype) -> None:
     from vllm_omni.diffusion.distributed.hsdp import HSDPInferenceConfig, apply_hsdp_to_model
 
+    require("hsdp_apply")
     declare_hsdp(model, plan)
     parallel = config.parallel_config
     settings = HSDPInferenceConfig(

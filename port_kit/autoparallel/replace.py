@@ -23,6 +23,9 @@ from port_kit.autoparallel.plan import AttentionSite, Plan, find
 from port_kit.errors import ParallelError
 from port_kit.port import resolve
 from port_kit.targets import Target, read_targets
+from port_kit.upstream.checks import require
+
+require("module_internals")
 
 #: Hooks of a module that stay at its place, such as those that slice arguments for tensor-parallel ranks.
 _HOOKS = (

@@ -30,9 +30,12 @@ from vllm_omni.diffusion.distributed.parallel_state import (
 )
 
 from port_kit.parallel.comm.symm_mem import is_enabled
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+require("cfg_mixin")
 
 
 def weights_are_streamed(config: OmniDiffusionConfig | None) -> bool:

@@ -14,6 +14,7 @@ from port_kit.errors import ParallelError
 from port_kit.parallel.layout import Layout, divisors
 from port_kit.parallel.meta_init import meta_init
 from port_kit.parallel.preflight import GIGABYTE, Preflight, describe_model, preflight
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +29,7 @@ def layout_of(config: DiffusionParallelConfig) -> Layout:
     Raises:
         ParallelError: an unsupported combination of degrees.
     """
+    require("engine_config")
     shards = config.hsdp_shard_size if config.hsdp_shard_size > 0 else config.world_size
     return Layout(
         tp=config.tensor_parallel_size,

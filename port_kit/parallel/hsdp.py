@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from port_kit.parallel.memory import materialize
 from port_kit.regions import Region
 from port_kit.targets import Target, read_targets
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -68,6 +69,7 @@ def shard_before_loading(transformer: nn.Module, config: OmniDiffusionConfig, de
     """
     if not shards_on_load(config):
         return
+    require("hsdp_declarations")
     targets = read_targets(transformer).targets
     ignored = _ignored_parameters(transformer)
     blocks = _blocks(transformer)

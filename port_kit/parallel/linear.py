@@ -26,10 +26,14 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.platforms import current_platform
 
 from port_kit.parallel.comm.symm_mem import get_peer_buffers
+from port_kit.upstream.checks import require
 from port_kit.upstream.linear import keep_plain_weight
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+require("linears")
+require("online_quantization")
 
 Layer = TypeVar("Layer", bound=LinearBase)
 

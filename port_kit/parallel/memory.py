@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from port_kit.upstream.checks import require
+
+require("module_internals")
+
 
 def materialize(module: nn.Module, device: torch.device) -> None:
     """Allocate a module's meta parameters on a device, uninitialized.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from port_kit.upstream.checks import require
+
 
 @dataclass(frozen=True)
 class _FirstRankGroup:
@@ -36,6 +38,7 @@ def meta_init(dtype: torch.dtype, ranks: int = 1) -> Iterator[None]:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
+    require("tensor_parallel_group")
     config = OmniDiffusionConfig(model="meta", dtype=dtype)
     group, default = parallel_state._TP, torch.get_default_dtype()
     with ExitStack() as stack:

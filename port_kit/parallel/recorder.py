@@ -17,6 +17,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from port_kit.parallel.comm.symm_mem import transfer_stats
+from port_kit.upstream.checks import require
+
+require("dispatch_mode")
 
 Noted = TypeVar("Noted")
 
@@ -203,6 +206,8 @@ _recorder: _Recorder | None = None
 
 def install(*, keep_outputs: bool = False) -> None:
     """Start recording in this process. Call once, before the model is built."""
+    require("attention_layer")
+    require("ring_strategy")
     global _recorder
     _recorder = _Recorder(keep_outputs)
     _recorder.start()

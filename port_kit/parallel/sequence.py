@@ -38,6 +38,10 @@ from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_
 
 from port_kit.parallel.comm.asymmetric_attention import GatherKVStrategy, GatherQueryStrategy
 from port_kit.parallel.comm.fused_sequence_parallel import optimize_strategy
+from port_kit.upstream.checks import require
+
+require("attention_layer")
+require("sequence_parallel_plan")
 
 #: Token dimension of all tensors at a boundary.
 TOKENS = 1

@@ -28,6 +28,9 @@ from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.media import to_frames
 from port_kit.pipeline.request_state import DenoiseState, PreparedRequest, Solver, StepResult
 from port_kit.pipeline.step_execution import StepExecution
+from port_kit.upstream.checks import require
+
+require("requests")
 
 
 class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBarMixin):

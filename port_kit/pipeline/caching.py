@@ -15,6 +15,7 @@ from torch import nn
 from vllm_omni.diffusion.distributed.parallel_state import get_classifier_free_guidance_rank
 
 from port_kit.parallel.engine_checks import check_cache
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -34,6 +35,7 @@ def configure_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, b
     if od_config.cache_backend != "cache_dit":
         return
     check_cache(od_config, branches=branches)
+    require("cache_contexts")
     own = len(range(get_classifier_free_guidance_rank(), branches, od_config.parallel_config.cfg_parallel_size))
     declared: Any = transformer._cache_dit_adapter_config
     transformer._cache_dit_adapter_config = replace(declared, has_separate_cfg=False)

@@ -23,6 +23,10 @@ from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.loading import build_components, load_component_weights, load_pretrained, weights_sources
 from port_kit.port import KINDS, Component, Pretrained, resolve
 from port_kit.runtime.lora import read_adapter
+from port_kit.upstream.checks import require
+
+require("pipeline_declarations")
+require("lora_hook")
 
 
 class ComponentPipeline(nn.Module, SupportsComponentDiscovery):

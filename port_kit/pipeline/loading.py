@@ -19,6 +19,9 @@ from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.port import Component, Pretrained, resolve
 from port_kit.registry import port_of_class
 from port_kit.remap import load_components, load_local
+from port_kit.upstream.checks import require
+
+require("weights_stream")
 
 
 def read_json(model: str | Path, name: str) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 
 from port_kit.errors import InputError
 from port_kit.pipeline.inputs import to_client_error
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import DiffusionOutput
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.worker.utils import StepRequestState
 
     from port_kit.pipeline.request_state import DenoiseState, PreparedRequest
+
+require("step_execution")
 
 #: Keys in the engine's ``StepRequestState.extra``: the denoising states of a request, and their predictions.
 STATES, FLOWS = "port_kit_states", "port_kit_flows"

@@ -31,6 +31,7 @@ from port_kit.remap.resolve import CopyTask, Resolver
 from port_kit.remap.rule import Rules, Sizes
 from port_kit.remap.tensor_ops import Call, Cast, Permute, Reshape, TensorOp, source_region
 from port_kit.targets import Target, read_targets
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +151,7 @@ class _Batch:
             for file in self.spans:
                 file.check_size()
             if self.memory:
+                require("copy_of_lists")
                 torch._foreach_copy_(self.memory, self.pieces)
             for file, span in self.spans.items():
                 file.unmap(*span)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from port_kit.regions import Shape
 from port_kit.remap.problems import remap_error
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,5 +142,6 @@ def weight_norm(parts: Parts, args: Args) -> Tensor:
     """
     import torch
 
+    require("weight_norm_kernel")
     v, g = (part if part.dtype == torch.float64 else part.float() for part in (parts["v"], parts["g"]))
     return torch._weight_norm(v, g, args.get("dim", 0))

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from port_kit.errors import InputError
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -25,6 +26,7 @@ def check_options(config: OmniDiffusionConfig) -> None:
         InputError: ``engine_option``; the platform or another option excludes an option. ``details["option"]`` is its
             name.
     """
+    require("engine_config")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -18,6 +18,7 @@ from port_kit.errors import InputError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import RuleSet
 from port_kit.remap.lora import read_entry, remap_lora, restore_names
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
@@ -62,6 +63,7 @@ def read_adapter(
     from vllm.lora.lora_weights import LoRALayerWeights
     from vllm.lora.peft_helper import PEFTHelper
 
+    require("lora_classes")
     file, settings = _find(Path(path))
     packed: Mapping[str, list[str]] = getattr(module, "packed_modules_mapping", {})
     tensors = restore_names(_supported(_read(file), file), modules, other_names)

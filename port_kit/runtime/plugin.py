@@ -116,9 +116,11 @@ def register_pipelines() -> None:
         RegistrationError: the installed vLLM-Omni is not supported, or a port's declaration is invalid.
     """
     from port_kit.runtime.patches import install_client_error_handling
+    from port_kit.upstream.checks import require
     from port_kit.upstream.series import check_version
 
     check_version()
+    require("registration")
     install_client_error_handling()
     register_metadata()
     for problem in list_ports().problems:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from port_kit.errors import ParallelError
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -54,6 +55,7 @@ def single_rank(
     from vllm_omni.diffusion.forward_context import set_forward_context
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
+    require("process_groups")
     device = torch.device(device)
     # an existing folder: other names are looked up on the Hub, which fails offline
     config = OmniDiffusionConfig(model=str(Path(__file__).parent), dtype=dtype)

@@ -1,8 +1,9 @@
 """Target manifests of ports, without building the modules.
 
 Building a module requires importing vLLM. Its names, shapes and shards depend only on its configuration, its code and
-the versions of the packages below it. Each port's folder therefore holds recorded manifests with a fingerprint of
-these three. If the fingerprint differs, the module is built on the meta device and the manifest is cached per user.
+the versions of the packages below it. Each port's folder therefore holds recorded manifests, with a fingerprint of
+configuration and code, and with the sets of versions that they were recorded with. If the fingerprint differs or the
+installed versions are not among them, the module is built on the meta device and the manifest is cached per user.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ def component_target(port: Port, name: str, *, build: bool = False) -> KnownTarg
     component = port.component(name)
     config = component_config(component)
     print_ = fingerprint(component, config)
+    cache = _cache_path(port, name, print_)
     if not build:
-        for origin, path in (("recorded", recording_path(port, name)), ("cached", _cache_path(port, name, print_))):
-            manifest = read_recording(path, print_) if path is not None else None
+        for origin, path in (("recorded", recording_path(port, name)), ("cached", cache)):
+            manifest = _read_recording(path, print_) if path is not None else None
             if manifest is not None:
                 return KnownTarget(manifest, origin, print_)
     manifest = build_manifest(component, config)
-    _write(_cache_path(port, name, print_), recording(manifest, print_))
+    _write(cache, _recording(manifest, print_, {releases()}))
     return KnownTarget(manifest, "built", print_)
 
 
@@ -81,6 +83,8 @@ def build_manifest(component: Component, config: Mapping[str, Any]) -> Manifest:
 def record(port: Port, name: str) -> Path:
     """Build a component and write its manifest to the port's folder.
 
+    A manifest that is already recorded with other releases stays valid for these if the built one equals it.
+
     Raises:
         RemapError: ``manifest_invalid``; the port's folder does not exist.
     """
@@ -89,7 +93,11 @@ def record(port: Port, name: str) -> Path:
     path = recording_path(port, name)
     if path is None:
         raise RemapError(f"port {port.name} has no folder to record in", code="manifest_invalid")
-    _write(path, recording(build_manifest(component, config), fingerprint(component, config)))
+    manifest, valid = build_manifest(component, config), {releases()}
+    if path.is_file():
+        data = _load(path)
+        valid |= set(data["releases"]) if dict(_manifest(data, path)) == dict(manifest) else set()
+    _write(path, _recording(manifest, fingerprint(component, config), valid))
     return path
 
 
@@ -97,14 +105,18 @@ def record(port: Port, name: str) -> Path:
 
 
 def fingerprint(component: Component, config: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the configuration, the code that builds the module, and package versions."""
+    """Return the SHA-256 of the configuration and of the code that builds the module."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
     for name, path in sorted(_modules(component.build.partition(":")[0]).items()):
         digest.update(name.encode())
         digest.update(_code(path))
-    for distribution in DISTRIBUTIONS:
-        digest.update(f"{distribution}={_version(distribution)};".encode())
     return digest.hexdigest()
+
+
+def releases() -> str:
+    """Return the installed versions of :data:`DISTRIBUTIONS`, as recordings list them."""
+    versions = ((name, _version(name)) for name in DISTRIBUTIONS)
+    return ", ".join(f"{name} {version}" for name, version in versions if version)
 
 
 def _version(distribution: str) -> str:
@@ -185,10 +197,11 @@ def _cache_path(port: Port, name: str, print_: str) -> Path:
     root = os.environ.get(CACHE_VARIABLE) or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "port_kit"
     )
-    return Path(root) / "targets" / f"{port.name}-{name}-{print_[:16]}.json"
+    installed = hashlib.sha256(releases().encode()).hexdigest()[:8]
+    return Path(root) / "targets" / f"{port.name}-{name}-{print_[:16]}-{installed}.json"
 
 
-def recording(manifest: Manifest, print_: str) -> dict[str, Any]:
+def _recording(manifest: Manifest, print_: str, valid: set[str]) -> dict[str, Any]:
     """Return the JSON form of a manifest: one entry per layer template, with layer numbers as ranges."""
     groups: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for name, spec in manifest.items():
@@ -205,19 +218,27 @@ def recording(manifest: Manifest, print_: str) -> dict[str, Any]:
         tensors.update({name: json.loads(entry) for name in names})
     return {
         "fingerprint": print_,
+        "releases": sorted(valid),
         "origin": manifest.origin,
         "aliases": dict(manifest.aliases),
         "tensors": tensors,
     }
 
 
-def read_recording(path: Path, print_: str) -> Manifest | None:
-    """Read a recorded manifest; return None if it is missing or its fingerprint differs."""
+def _read_recording(path: Path, print_: str) -> Manifest | None:
+    """Read a recorded manifest; return None if it is missing, or recorded for other code or other releases."""
     if not path.is_file():
         return None
+    data = _load(path)
+    return _manifest(data, path) if data["fingerprint"] == print_ and releases() in data["releases"] else None
+
+
+def _load(path: Path) -> dict[str, Any]:
     data = json.loads(path.read_text(encoding="utf-8"))
-    if data["fingerprint"] != print_:
-        return None
+    return {"releases": [], **data}
+
+
+def _manifest(data: Mapping[str, Any], path: Path) -> Manifest:
     packed = Manifest.from_json(data["tensors"], origin=str(path))
     entries: dict[str, TensorSpec] = {}
     for template, spec in packed.items():

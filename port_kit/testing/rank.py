@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import PortKitError
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -109,6 +110,7 @@ def _run_rank(rank: int, case: Case) -> RankResult:
     from vllm_omni.engine.stage_init_utils import set_death_signal
     from vllm_omni.platforms import current_omni_platform
 
+    require("worker")
     set_death_signal(signal.SIGKILL)  # a test that is killed leaves no ranks behind
     torch.set_num_threads(1)
     if case.setup is not None:

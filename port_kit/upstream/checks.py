@@ -2,68 +2,147 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from port_kit.errors import RegistrationError
-from port_kit.upstream.registry import PATCHES, REGISTRY, Precondition
+from port_kit.upstream.registry import PATCHES, REGISTRY, Entry, Precondition
 from port_kit.upstream.series import installed_series
 
 #: Operators whose CPU kernel was registered by the kit in this process.
 OWN_KERNELS: set[str] = set()
 
+#: Entries that held in this process, by name.
+_held: dict[str, Entry] = {}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Precondition that does not hold, with the expected and the found value."""
+
+    precondition: Precondition
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        kind, target = self.precondition.kind, self.precondition.target
+        return f"{kind} of {target}: expected {self.expected!r}, got {self.found!r}"
+
 
 def require(name: str) -> None:
-    """Check all preconditions of a registry entry.
+    """Check all preconditions of a registry entry. An entry that holds is checked once per process.
 
     Raises:
         RegistrationError: ``upstream_changed``; a precondition does not hold. ``vllm_omni_version``.
     """
-    series = installed_series()
-    for precondition in REGISTRY[name].preconditions:
-        expected = precondition.value(series)
+    entry = REGISTRY[name]
+    if _held.get(name) is entry:
+        return
+    for difference in differences(entry):
+        remedy = f"adapt or remove the patch; see section {name} of" if name in PATCHES else "adapt the kit and"
+        kind, target = difference.precondition.kind, difference.precondition.target
+        raise RegistrationError(
+            f"{name}: {kind} of {target}: expected {difference.expected!r}, got {difference.found!r}.",
+            code="upstream_changed",
+            hint=f"{remedy} port_kit/upstream",
+            entry=name,
+            target=target,
+        )
+    _held[name] = entry
+
+
+def differences(entry: Entry, series: str | None = None) -> Iterator[Difference]:
+    """Yield the preconditions of an entry that do not hold.
+
+    Args:
+        entry: the entry.
+        series: series whose values are expected; None for that of the installed vLLM-Omni, which is read only if a
+            value depends on it.
+    """
+    for precondition in entry.preconditions:
+        expected = precondition.expected
+        if not isinstance(expected, str):
+            expected = expected[series or installed_series()]
         if (found := read(precondition, expected)) != expected:
-            remedy = f"adapt or remove the patch; see section {name} of" if name in PATCHES else "adapt the kit and"
-            raise RegistrationError(
-                f"{name}: {precondition.kind} of {precondition.target}: expected {expected!r}, got {found!r}.",
-                code="upstream_changed",
-                hint=f"{remedy} port_kit/upstream",
-                entry=name,
-                target=precondition.target,
-            )
+            yield Difference(precondition, expected, found)
 
 
 def read(precondition: Precondition, expected: str) -> str:
     """Return the value of a property; ``missing (...)`` if the target does not exist."""
     kind, target = precondition.kind, precondition.target
     try:
-        return _mentions(target, expected) if kind == "mentions" else READERS[kind](target)
-    except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError) as error:
+        if kind in SUBSETS:
+            names = SUBSETS[kind](target)
+            return ", ".join(name for name in expected.split(", ") if name in names)
+        return READERS[kind](target)
+    except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         return f"missing ({type(error).__name__}: {error})"
 
 
-def _mentions(target: str, names: str) -> str:
-    """Return those of the comma-separated ``names`` that the source of a function or class contains."""
-    words = set(re.findall(r"\w+", inspect.getsource(_object(target))))  # type: ignore[arg-type]
-    return ", ".join(name for name in names.split(", ") if name in words)
+def _mentions(target: str) -> Container[str]:
+    """Return the words in the source of a module, class or function."""
+    source = inspect.getsource(_object(target)) if ":" in target else _module_source(target)  # type: ignore[arg-type]
+    return set(re.findall(r"\w+", source))
+
+
+def _module_source(module: str) -> str:
+    """Return the source of a module, which is not imported for it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{module} has no source")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _accepts(target: str) -> Container[str]:
+    """Return the names of a function's parameters."""
+    return _signature(target).parameters
+
+
+def _attributes(target: str) -> Container[str]:
+    """Return the names that a module or class has, and those that methods of a class assign to ``self``."""
+    found = _object(target)
+    names = set(dir(found))
+    for owner in inspect.getmro(found) if isinstance(found, type) else ():
+        names |= inspect.get_annotations(owner).keys() | _assigned(owner)
+    return names
+
+
+@cache
+def _assigned(owner: type) -> frozenset[str]:
+    """Return the attributes that a class's methods assign to ``self``; empty for a class without Python source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    except (OSError, TypeError):
+        return frozenset()
+    stores = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
+    return frozenset(node.attr for node in stores if isinstance(node.value, ast.Name) and node.value.id == "self")
 
 
 def _object(target: str) -> object:
     module, _, path = target.partition(":")
     found: object = importlib.import_module(module)
-    for part in path.split("."):
+    for part in path.split(".") if path else ():
         found = getattr(found, part)
     return found
 
 
-def _parameters(target: str) -> str:
+def _signature(target: str) -> inspect.Signature:
     function = _object(target)
     if not callable(function):
         raise TypeError(f"{target} is not callable")
-    return ", ".join(inspect.signature(function).parameters)
+    return inspect.signature(function)
+
+
+def _parameters(target: str) -> str:
+    return ", ".join(_signature(target).parameters)
 
 
 def _source(target: str) -> str:
@@ -102,6 +181,13 @@ def _cpu_kernel(operator: str) -> str:
     return "registered" if torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU") else "none"
 
 
+#: Kinds whose expected value is a comma-separated list of names, each of which must be among those of the target.
+SUBSETS: dict[str, Callable[[str], Container[str]]] = {
+    "accepts": _accepts,
+    "attributes": _attributes,
+    "mentions": _mentions,
+}
+#: Kinds whose expected value is the complete value.
 READERS: dict[str, Callable[[str], str]] = {
     "annotation": _annotation,
     "cpu_kernel": _cpu_kernel,

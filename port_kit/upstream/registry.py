@@ -1,13 +1,16 @@
 """Registry of the patches of upstream behavior, and of the upstream internals that the kit uses.
 
-``patches.md`` has one section per entry of :data:`PATCHES`, under the same name.
+``patches.md`` has one section per entry of :data:`PATCHES`, under the same name. ``uses.toml`` holds :data:`USES`.
 :mod:`port_kit.upstream.checks` compares an entry's preconditions with the installed upstream.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from port_kit.upstream.series import SERIES
 
@@ -17,18 +20,14 @@ class Precondition:
     """Property of upstream that the kit depends on.
 
     Attributes:
-        kind: kind of property, a key of :data:`port_kit.upstream.checks.READERS`.
-        target: ``"module:attribute.path"``, or the name of an operator.
+        kind: kind of property, a key of ``READERS`` or ``SUBSETS`` in :mod:`port_kit.upstream.checks`.
+        target: ``"module:attribute.path"``, ``"module"``, or the name of an operator.
         expected: value in every supported series, or values by series.
     """
 
     kind: str
     target: str
     expected: str | Mapping[str, str]
-
-    def value(self, series: str) -> str:
-        """Return the expected value in a supported series."""
-        return self.expected if isinstance(self.expected, str) else self.expected[series]
 
 
 @dataclass(frozen=True)
@@ -161,22 +160,20 @@ PATCHES: dict[str, Entry] = {
     )
 }
 
+USES_FILE = Path(__file__).with_name("uses.toml")
+
+
+def read_uses(text: str) -> dict[str, Entry]:
+    """Return the entries of a TOML document: per entry a summary, and per kind a table of targets and values."""
+    return {name: _entry(name, **table) for name, table in tomllib.loads(text).items()}
+
+
+def _entry(name: str, *, summary: str, **kinds: Mapping[str, Any]) -> Entry:
+    preconditions = [Precondition(kind, *item) for kind, table in kinds.items() for item in table.items()]
+    return Entry(name, summary, tuple(preconditions))
+
+
 #: Private names and behavior that the kit relies on without changing them.
-USES: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
-        Entry(
-            "cpu_linear",
-            "linears that keep their weight on a CPU",
-            (
-                Precondition(
-                    "mentions",
-                    "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading",
-                    _by_series("skip_weight_relayout, cpu_linear", "_cpu_skip_gemm_dispatch, cpu_linear"),
-                ),
-            ),
-        ),
-    )
-}
+USES = read_uses(USES_FILE.read_text(encoding="utf-8"))
 
 REGISTRY = PATCHES | USES

@@ -17,8 +17,17 @@ from port_kit.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = ("port_kit", "models", "examples", "benchmarks")
-HEAVY_PACKAGES = ("autoparallel", "models", "runtime", "parallel", "pipeline", "scaffold.hosted_port", "scaffold.plans")
-LIGHT = ("port_kit.runtime.target_cache",)
+HEAVY_PACKAGES = (
+    "autoparallel",
+    "models",
+    "runtime",
+    "upstream",
+    "parallel",
+    "pipeline",
+    "scaffold.hosted_port",
+    "scaffold.plans",
+)
+LIGHT = ("port_kit.runtime.target_cache", "port_kit.upstream.series")
 
 
 def _files(*folders: str) -> list[Path]:

@@ -12,6 +12,7 @@ import pytest
 
 from port_kit.manifest import Manifest
 from port_kit.registry import find_port
+from port_kit.runtime import target_cache
 from port_kit.runtime.target_cache import build_manifest, component_config, component_target, recording_path
 
 DATA = Path(__file__).parent.parent / "data" / "manifests" / "components.json.gz"
@@ -85,3 +86,21 @@ def test_manifest_command_round_trips(tmp_path: Path) -> None:
     out = tmp_path / "vae.json"
     code, envelope = run("manifest", "--port", "dreamid_omni", "--component", "vae", "-o", str(out))
     assert code == 0 and envelope["data"]["tensors"] == len(Manifest.from_json(out))
+
+
+def test_a_recording_is_kept_for_other_releases_if_the_module_is_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = find_port("dreamid_omni")
+    path = tmp_path / "vae.json"
+    monkeypatch.setattr(target_cache, "recording_path", lambda port, name: path)
+    monkeypatch.setattr(target_cache, "releases", lambda: "vllm-omni 0.1")
+    target_cache.record(port, "vae")
+    monkeypatch.setattr(target_cache, "releases", lambda: "vllm-omni 0.2")
+    target_cache.record(port, "vae")
+    data = json.loads(path.read_text())
+    assert data["releases"] == ["vllm-omni 0.1", "vllm-omni 0.2"]
+    del data["tensors"]["encoder.conv_in.bias"]
+    path.write_text(json.dumps(data))
+    target_cache.record(port, "vae")
+    assert json.loads(path.read_text())["releases"] == ["vllm-omni 0.2"]

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from port_kit.errors import ParallelError
 from port_kit.parallel import linear
 from port_kit.parallel.memory import materialize
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
@@ -40,6 +41,8 @@ def parallelize(model: UMT5EncoderModel, device: torch.device) -> None:
     Raises:
         ParallelError: the number of ranks does not divide the heads or the width of the feed-forward.
     """
+    require("vocabulary")
+    require("umt5_layers")
     rank, size = linear.tp_rank_and_size()
     config = model.config
     if config.num_heads % size or config.d_ff % size:

@@ -20,6 +20,9 @@ from vllm_omni.diffusion.distributed.parallel_state import model_parallel_is_ini
 
 from port_kit.errors import InputError, PortKitError
 from port_kit.pipeline.precision import default_dtype
+from port_kit.upstream.checks import require
+
+require("video_vae")
 
 
 class VideoVAE(DistributedAutoencoderKLWan):

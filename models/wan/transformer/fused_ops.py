@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from port_kit.models.wan.transformer.rope import rotate
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
+
+require("fused_gelu")
 
 
 #: One or two tensors whose sum is the value; two if the all-reduce of two ranks is left to the next operation.

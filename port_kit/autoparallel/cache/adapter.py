@@ -16,6 +16,9 @@ from port_kit.autoparallel.cache.region import Member, Region, cache_block
 from port_kit.autoparallel.plan import Blocks, Plan, find
 from port_kit.autoparallel.tree import Arguments
 from port_kit.errors import ParallelError
+from port_kit.upstream.checks import require
+
+require("cache_adapter")
 
 #: Attribute of a module with its :class:`CachedLists`.
 _LISTS = "_port_kit_cached_lists"

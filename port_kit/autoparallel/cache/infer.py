@@ -20,6 +20,9 @@ from port_kit.autoparallel.plan import Blocks, CacheState, Plan, generalize
 from port_kit.autoparallel.streams import RUNS
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.autoparallel.tree import Arguments, leaves
+from port_kit.upstream.checks import require
+
+require("tensor_version")
 
 #: Configuration that is observed and tried: lists need a block between the first and the last one.
 SCALE = ModelScale(depth=3)

@@ -21,6 +21,9 @@ from port_kit.autoparallel.derive import derive
 from port_kit.autoparallel.plan import CacheState
 from port_kit.autoparallel.tree import Arguments, leaves, rebuild
 from port_kit.errors import ParallelError
+from port_kit.upstream.checks import require
+
+require("cache_decisions")
 
 States = tuple["Tensor | None", ...]
 #: Attribute of a block with its :class:`Member`.

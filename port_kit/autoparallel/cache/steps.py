@@ -18,6 +18,7 @@ from port_kit.autoparallel.results import difference
 from port_kit.autoparallel.subject import ModelScale, Subject, TokenScale
 from port_kit.autoparallel.tree import rebuild
 from port_kit.errors import PortKitError
+from port_kit.upstream.checks import require
 
 #: Steps of one request.
 STEPS = 3
@@ -100,6 +101,7 @@ def cache_enabled(
 
     from port_kit.autoparallel.cache.adapter import declare_cache
 
+    require("cache_backend")
     declare_cache(model, plan, boundaries)
     config = DiffusionCacheConfig(
         residual_diff_threshold=threshold, max_warmup_steps=0, max_continuous_cached_steps=-1, Fn_compute_blocks=1

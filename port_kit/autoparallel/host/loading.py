@@ -15,6 +15,7 @@ from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.parallel.memory import materialize
 from port_kit.pipeline.precision import default_dtype
 from port_kit.remap import RuleSet, load_local
+from port_kit.upstream.checks import require
 
 
 def build_component(config: Mapping[str, Any]) -> nn.Module:
@@ -103,6 +104,7 @@ def _without_progress() -> Iterator[None]:
 
 
 def _keep_float32(module: nn.Module, dtype: torch.dtype) -> None:
+    require("kept_in_float32")
     names = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     if dtype not in (torch.float16, torch.bfloat16) or not names:
         return

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from port_kit.autoparallel.observe import block_paths
 from port_kit.autoparallel.tree import rebuild
+from port_kit.upstream.checks import require
+
+require("convolution_base")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -26,10 +26,13 @@ from vllm_omni.diffusion.attention.parallel.ring import _can_use_fa3
 
 from port_kit.parallel.comm.fused_sequence_parallel import flash_attention
 from port_kit.parallel.comm.symm_mem import get_peer_buffers
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
     from vllm_omni.diffusion.distributed.group_coordinator import SequenceParallelGroupCoordinator
+
+require("ring_kernels")
 
 Prepared = tuple[Tensor, Tensor, Tensor, "AttentionMetadata | None", ParallelAttentionContext | None]
 

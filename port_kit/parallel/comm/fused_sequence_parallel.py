@@ -29,9 +29,15 @@ from vllm_omni.diffusion.forward_context import get_ulysses_mode
 
 from port_kit.parallel.comm.merge_attn_states import merge_attn_states
 from port_kit.parallel.comm.symm_mem import PeerBuffers, get_peer_buffers
+from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+
+require("ulysses_strategy")
+require("ring_strategy")
+require("ring_kernels")
+require("ring_communication")
 
 #: A 16-byte dtype for copies: one element holds eight bfloat16 values.
 DTYPE_128BIT = torch.complex128
@@ -46,14 +52,17 @@ class FusedUlysses(UlyssesParallelAttention):
     """Ulysses attention with one packing copy each for queries, keys, values and outputs."""
 
     def pre_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None, **options: bool
     ) -> tuple[Any, ...]:
-        """Scatter heads and gather tokens: ``[B, S, N, H]`` becomes ``[B, P * S, n, H]``."""
+        """Scatter heads and gather tokens: ``[B, S, N, H]`` becomes ``[B, P * S, n, H]``.
+
+        ``options`` are those of vLLM-Omni's method (``defer_joint``); its code runs if one is set.
+        """
         ranks = torch.distributed.get_world_size(self._ulysses_pg)
         uneven = any(x.shape[2] % ranks for x in (query, key, value))
-        options = self._use_sync or self._ulysses_a2a_permute or get_ulysses_mode(default="strict") != "strict"
-        if uneven or options or not _is_unmasked(attn_metadata):
-            return super().pre_attention(query, key, value, attn_metadata)
+        special = self._use_sync or self._ulysses_a2a_permute or get_ulysses_mode(default="strict") != "strict"
+        if uneven or special or any(options.values()) or not _is_unmasked(attn_metadata):
+            return super().pre_attention(query, key, value, attn_metadata, **options)
         peers = get_peer_buffers(self._ulysses_pg, query)
         if peers is not None and query.shape == key.shape == value.shape:
             exchanged = _all_to_all_qkv(peers, (query, key, value))

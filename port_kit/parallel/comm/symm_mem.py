@@ -33,6 +33,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from port_kit.parallel.comm import cuda_stream_ops
+from port_kit.upstream.checks import require
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class SymmetricMemory:
     """
 
     def __init__(self, size: int, group: dist.ProcessGroup) -> None:
+        require("symmetric_memory")
         from torch._C._distributed_c10d import _SymmetricMemory
 
         device = torch.device("cuda", torch.cuda.current_device())

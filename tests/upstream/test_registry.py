@@ -1,4 +1,4 @@
-"""The registry of upstream patches: complete, with checked preconditions, and each patch as documented."""
+"""The registry of patches and uses: complete, with checked preconditions, and each patch as documented."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from port_kit import upstream
 from port_kit.runtime import patches
 from port_kit.upstream import checks, series
 from port_kit.upstream.registry import PATCHES, REGISTRY
+from port_kit.upstream.used_names import source_files
 from tests.helpers import raises
 
-KIT = Path(upstream.__file__).parents[1]
+FOLDER = Path(upstream.__file__).parent
 PARTS = ("Why", "How", "Upstream", "Guard", "Goes when")
 
 
 @pytest.fixture(autouse=True)
 def unpatched_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restore the installed worker: earlier tests of this process may have patched it."""
+    """Restore the installed worker, which earlier tests of this process may have patched, and forget checks."""
     from vllm_omni.diffusion.worker import diffusion_worker
 
     spec = importlib.util.spec_from_file_location(diffusion_worker.__name__, diffusion_worker.__file__)
     assert spec is not None and spec.loader is not None
     pristine = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pristine)
+    monkeypatch.setattr(checks, "_held", {})
     monkeypatch.setattr(diffusion_worker.WorkerProc, "_async_output_loop", pristine.WorkerProc._async_output_loop)
 
 
 def _sections() -> dict[str, str]:
-    text = (KIT / "upstream" / "patches.md").read_text(encoding="utf-8")
+    text = (FOLDER / "patches.md").read_text(encoding="utf-8")
     pieces = re.split(r"^## (\S+)$", text, flags=re.MULTILINE)[1:]
     return dict(zip(pieces[::2], pieces[1::2], strict=True))
 
@@ -54,7 +56,7 @@ def test_every_section_is_complete(name: str) -> None:
 
 def test_every_entry_is_checked_where_it_is_used() -> None:
     guarded = set()
-    for path in KIT.rglob("*.py"):
+    for path in source_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 guarded |= _guards(node)
