@@ -91,6 +91,8 @@ class Port:
         variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them. A value
             without a module is an attribute of the recipe's module.
         references: kinds of reference media that requests may have, ``image`` and ``audio``, for servers.
+        timeline_guides: True if requests may have vLLM-Omni's timeline guides in ``multi_modal_data``; the pipeline
+            checks them.
         post_process: ``"module:function"`` of a factory that replaces
             :func:`~port_kit.pipeline.process_funcs.get_post_process_func`, or empty.
         parity: ``"module:function"`` that lists the port's golden cases, or empty.
@@ -120,6 +122,7 @@ class Port:
     recipe: str = ""
     variants: Mapping[str, str] = field(default_factory=dict)
     references: tuple[str, ...] = ()
+    timeline_guides: bool = False
     post_process: str = ""
     parity: str = ""
     request_options: Mapping[str, str] = field(default_factory=dict)

@@ -18,12 +18,14 @@ from port_kit.models.wan.pipeline.request import (
     parse_common,
     prompt_fields,
 )
-from port_kit.pipeline.inputs import as_list, check_integer
+from port_kit.pipeline.inputs import as_list, check_integer, first_frame_of
 from port_kit.pipeline.skip_layers import OPTIONS, SkipLayers, parse_skip_layers
 
 GUIDANCE_BRANCHES = 2  # per step: with the prompt, with the negative prompts
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint sets the area
 DEFAULT_SEED = 103
+#: Kinds of media that are read or rejected with a reason; a timeline guide may be an image at the first frame.
+MEDIA = ("image", "audio", "timeline_guides")
 SKIP_BLOCK = 11  # omitted in the branch with the negative prompts; slg_layer in the original
 #: Largest relative difference between the aspect ratios of an image and of the height and width of a request.
 RATIO_TOLERANCE = 0.02
@@ -115,7 +117,8 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: Che
     """Check a request without decoding its image; :func:`size_for_image` sets the size if there is an image.
 
     Args:
-        prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": image}}`` the format of vLLM-Omni.
+        prompt: text, or ``{"prompt": text, "multi_modal_data": {"image": image}}``, the format of vLLM-Omni, or with
+            ``"timeline_guides": [{"frame_index": 0, "image": image}]``.
         sampling: ``OmniDiffusionSamplingParams``. Its ``extra_args`` hold the options of
             :func:`~port_kit.models.wan.pipeline.request.parse_common`, the fields of :class:`GuidanceScales` and
             ``slg_layer``, and those of :mod:`~port_kit.pipeline.skip_layers`. Height and width give the aspect ratio.
@@ -138,7 +141,7 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: Che
         **common,
         height=height,
         width=width,
-        image=_image(media_of(fields)),
+        image=_image(media_of(fields, MEDIA), lengths.frames),
         skip_layers=skip_layers,
     )
 
@@ -157,8 +160,9 @@ def _ratio(sampling: Any) -> tuple[int, int]:
     return (sides[0], sides[1]) if sides else (DEFAULT_HEIGHT, DEFAULT_WIDTH)
 
 
-def _image(media: Mapping[str, Any]) -> Any:
-    images, audios = as_list(media.get("image")), as_list(media.get("audio"))
+def _image(media: Mapping[str, Any], frames: int) -> Any:
+    images, audios, guides = (as_list(media.get(kind)) for kind in MEDIA)
+    images += [first_frame_of(guide, frames) for guide in guides]
     if len(images) > 1:
         raise InputError(f"{len(images)} images; at most one, the first frame, is accepted", code="input_count")
     if audios:

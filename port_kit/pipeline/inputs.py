@@ -178,6 +178,34 @@ def as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) and not _is_waveform(value) else [value]
 
 
+def first_frame_of(guide: object, frames: int) -> Any:
+    """Return the image of one of vLLM-Omni's timeline guides for a model that accepts images at the first frame only.
+
+    Args:
+        guide: mapping with ``frame_index`` and one or more of ``image``, ``video`` and ``audio``.
+        frames: of the output; a negative ``frame_index`` counts back from its end.
+
+    Raises:
+        InputError: it is at another frame, or is not an image alone.
+    """
+    fields = guide if isinstance(guide, Mapping) else {}
+    index = check_integer("frame_index", fields.get("frame_index"), minimum=-frames, maximum=frames - 1)
+    if index % frames:
+        raise InputError(
+            f"a timeline guide has frame_index {index}; this model accepts an image at the first frame, 0, only",
+            code="input_value",
+            hint="set frame_index to 0, or leave the guide out",
+        )
+    kinds = [kind for kind in ("image", "video", "audio") if fields.get(kind) is not None]
+    if kinds != ["image"]:
+        raise InputError(
+            f"a timeline guide has {' and '.join(kinds) or 'no media'}; this model accepts an image at the first frame",
+            code="input_value",
+            hint="give the guide an image only",
+        )
+    return fields["image"]
+
+
 def _is_waveform(value: list[Any] | tuple[Any, ...]) -> bool:
     """Return True if this is one ``(samples, rate)`` pair and not two references."""
     if len(value) != 2 or isinstance(value[1], bool) or not isinstance(value[1], (int, float)):

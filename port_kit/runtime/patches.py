@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from port_kit.upstream.checks import OWN_KERNELS, require
+from port_kit.upstream.metadata import timeline_guides
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def declare_output_type(class_name: str, output_type: str) -> None:
     _installed.add("output_type")
 
 
-def declare_references(class_name: str, kinds: Collection[str]) -> None:
+def declare_references(class_name: str, kinds: Collection[str], *, guides: bool = False) -> None:
     """Declare the reference media that ``/v1/videos`` accepts for a pipeline.
 
     Reference images keep their uploaded size. With both kinds, one form may contain image and audio files.
@@ -101,6 +102,7 @@ def declare_references(class_name: str, kinds: Collection[str]) -> None:
     Args:
         class_name: key of the pipeline in vLLM-Omni's registry.
         kinds: any of ``"image"`` and ``"audio"``; a no-op if empty.
+        guides: True to accept timeline guides, too, if the server has them.
 
     Raises:
         RegistrationError: ``upstream_changed``.
@@ -116,7 +118,8 @@ def declare_references(class_name: str, kinds: Collection[str]) -> None:
     known = model_metadata._DIFFUSION_MODEL_METADATA
     entry = known.get(class_name, model_metadata.DiffusionModelMetadata())
     mixed = {"image", "audio"} <= set(kinds)
-    known[class_name] = replace(entry, supports_mixed_reference_inputs=mixed or entry.supports_mixed_reference_inputs)
+    mixed = mixed or entry.supports_mixed_reference_inputs
+    known[class_name] = replace(entry, supports_mixed_reference_inputs=mixed, **timeline_guides(guides))
     if "image" in kinds:
         spec = {"reference_image_size_resolver": _keep_size, **registry._EXTRA_SPECS.get(class_name, {})}
         registry._EXTRA_SPECS[class_name] = spec

@@ -95,7 +95,7 @@ def register_metadata() -> None:
     from port_kit.runtime.patches import declare_references, map_malformed_form_errors
 
     for port in list_ports().values():
-        declare_references(port.class_name, port.references)
+        declare_references(port.class_name, port.references, guides=port.timeline_guides)
     map_malformed_form_errors()
 
 

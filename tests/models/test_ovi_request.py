@@ -135,6 +135,33 @@ def test_each_mistake_is_named(change: dict[str, Any], code: str, name: str) -> 
     assert name in str(caught.value)  # of the message or the hint
 
 
+@pytest.mark.parametrize("index", [0, -LENGTHS.frames])
+def test_a_timeline_guide_at_the_first_frame_is_the_image(index: int) -> None:
+    fields = {"prompt": "p", "multi_modal_data": {"timeline_guides": [{"frame_index": index, "image": "a.png"}]}}
+    assert parse(fields).image == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("guides", "more", "code", "name"),
+    [
+        ([{"frame_index": 120, "image": "a"}], {}, "input_value", "frame_index 120"),
+        ([{"frame_index": -1, "image": "a"}], {}, "input_value", "frame_index -1"),
+        ([{"frame_index": 121, "image": "a"}], {}, "input_value", "frame_index is 121"),
+        ([{"image": "a"}], {}, "input_type", "frame_index"),
+        ([{"frame_index": 0, "video": "a.mp4"}], {}, "input_value", "video"),
+        ([{"frame_index": 0, "image": "a", "audio": "a.wav"}], {}, "input_value", "image and audio"),
+        ([{"frame_index": 0}], {}, "input_value", "no media"),
+        ([{"frame_index": 0, "image": "a"}, {"frame_index": 0, "image": "b"}], {}, "input_count", "2 images"),
+        ([{"frame_index": 0, "image": "a"}], {"image": "b"}, "input_count", "2 images"),
+    ],
+)
+def test_other_timeline_guides_are_refused(
+    guides: list[dict[str, Any]], more: dict[str, Any], code: str, name: str
+) -> None:
+    with raises(code, name):
+        parse({"prompt": "p", "multi_modal_data": {"timeline_guides": guides, **more}})
+
+
 def test_reference_audio_is_refused() -> None:
     fields = {"prompt": "p", "multi_modal_data": {"audio": ["a.wav"]}}
     with raises("input_count", "1 audio"):

@@ -9,7 +9,10 @@ from types import ModuleType
 
 import pytest
 
+from tests.helpers import only_in
 from tests.serving.helpers import ROOT
+
+collect_ignore = only_in("0.32", "test_timeline_guides.py")
 
 
 def _load(path: Path) -> ModuleType:
