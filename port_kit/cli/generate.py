@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import handles_errors
 from port_kit.port import HostedPort, Port
 from port_kit.registry import find_port
@@ -49,6 +50,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default=port.example_prompt or None)
     parser.add_argument("--prompt-file", default=None, help="JSON file that holds the prompt as one string")
     parser.add_argument("--tiny", action="store_true", help=f"settings of the tiny checkpoint: {dict(port.tiny)}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="show the logs of vLLM-Omni's processes")
     for kind in port.references:
         parser.add_argument(*MEDIA_OPTIONS[kind], dest=kind, nargs="+", default=None, help=f"{kind} files")
 
@@ -123,7 +125,7 @@ def build_request(
 def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable[[], Any]] | None = None) -> int:
     """Generate the outputs of one request and print the properties of the files; return the exit code."""
     arguments = build_parser(port).parse_args(options)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    set_engine_logs(arguments.verbose, override=bool(arguments.verbose))
     # An engine in this process prefixes every line on stdout with its name: duplicate the descriptor before.
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
@@ -136,7 +138,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     try:
         started = time.perf_counter()
         # A generator raises the error of a refused request without closing the engine.
-        (result,) = omni.generate(prompt, sampling, py_generator=True)
+        (result,) = omni.generate(prompt, sampling, py_generator=True, use_tqdm=bool(arguments.verbose))
         seconds = time.perf_counter() - started
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -144,8 +146,11 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     finally:
         omni.close()
     paths = _write(port, Path(arguments.output), result)
-    for path in paths:
-        print(f"{describe_file(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    for index, path in enumerate(paths):
+        # outputs of a hosted pipeline share one generator
+        seed = sampling.seed + (0 if isinstance(port, HostedPort) else index)
+        facts = f"{describe_file(path)}, seed {seed}, generated in {seconds:.1f} s"
+        print(facts, file=stdout, flush=True)
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
