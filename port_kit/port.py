@@ -83,7 +83,7 @@ class Port:
             ``weights`` and ``pipeline``, where the entries below are unless they are given.
         title: one line for users.
         class_name: ``_class_name`` in ``model_index.json``, the key under which the pipeline is registered.
-        output_type: the stage's modality: ``video``, with or without audio, or ``image``.
+        output_type: the stage's modality: ``video``, with or without audio, ``image``, or ``audio`` alone.
         components: the weights, in loading order.
         pipeline: ``"module:Class"`` of the pipeline. Default: ``"<package>.pipeline:<class_name>"``.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.

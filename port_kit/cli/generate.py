@@ -1,4 +1,4 @@
-"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4 or PNG."""
+"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4, PNG or WAV."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _write(port: Port, path: Path, result: Any) -> list[Path]:
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @handles_errors("generate")
 def command(port: str, options: tuple[str, ...]) -> None:
-    """Run one request on a port's model directory and write a video as MP4, or an image.
+    """Run one request on a port's model directory and write a video as MP4, an image, or audio as WAV.
 
     OPTIONS depend on the port: port-kit generate PORT --help.
     """
