@@ -35,7 +35,6 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
     Attributes:
         components: weights that the port's rules map, in loading order.
         pretrained: further parts, which their own libraries fill.
-        guidance_branches: calls of the transformer per guided step.
         fps: of the output, in frames per second; 0 for images and for audio alone.
         audio_sample_rate: of the output, in Hz; 0 if the model makes no audio.
         support_audio_output: vLLM-Omni's name for a model that makes audio; derived from the sample rate.
@@ -44,7 +43,6 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
 
     components: ClassVar[tuple[Component, ...]] = ()
     pretrained: ClassVar[tuple[Pretrained, ...]] = ()
-    guidance_branches: ClassVar[int] = 2
     fps: ClassVar[int] = 0
     audio_sample_rate: ClassVar[int] = 0
     support_audio_output: ClassVar[bool] = False
@@ -77,7 +75,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
         for part in self.pretrained:
             self.add_module(part.name, load_pretrained(part, model, self.dtype).to(self.device))
         for name in self._dit_modules:
-            configure_cache(getattr(self, name), od_config, branches=self.guidance_branches)
+            configure_cache(getattr(self, name), od_config)
         self.weights_sources = weights_sources(model, self.components)
         self.eval().requires_grad_(False)
 

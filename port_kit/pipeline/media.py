@@ -5,8 +5,8 @@ Legend: B batch, N outputs, C channels of colour or of audio, F frames, H height
 
 from __future__ import annotations
 
-import logging
 import math
+import warnings
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 
 from port_kit.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 #: Suffix of files with sound alone and with frames; the suffix of an image chooses its format.
 AUDIO_SUFFIX, VIDEO_SUFFIX = ".wav", ".mp4"
@@ -132,7 +130,9 @@ def _bounded(path: Path, samples: np.ndarray) -> np.ndarray:
         raise InputError(f"{path}: {count} of {samples.size} samples are not finite", code="media_write")
     magnitude = np.abs(samples)
     if clipped := int((magnitude > 1.0).sum()):
-        logger.warning("%s: clipped %d of %d samples; peak %.2f", path, clipped, samples.size, magnitude.max())
+        # not through logging: imports of vLLM set the level of the root logger to ERROR
+        message = f"{path}: clipped {clipped} of {samples.size} samples; peak {magnitude.max():.2f}"
+        warnings.warn(message, stacklevel=3)
     return samples.clip(-1.0, 1.0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import wave
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,10 +60,9 @@ def test_samples_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clipping_is_stated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+def test_clipping_is_stated(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"clipped 2 of 3 samples; peak 2\.00"):
         path = write_wav(tmp_path / "a.wav", np.array([0.0, 1.5, -2.0]), sample_rate=RATE)
-    assert "clipped 2 of 3 samples; peak 2.00" in caplog.text
     assert read(path).tolist() == [[0.0, 1.0, -1.0]]
 
 
