@@ -1,4 +1,4 @@
-"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4 or PNG."""
+"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4, PNG or WAV."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLING = ("height", "width", "num_frames", "num_inference_steps", "guidance_sc
 #: Suffix of the output, by :attr:`~port_kit.port.Port.output_type`.
 SUFFIXES = {"video": "mp4", "image": "png", "audio": "wav"}
 PARALLEL_DEGREES = ("tensor_parallel_size", "ulysses_degree", "ring_degree", "cfg_parallel_size")
-HSDP_OPTIONS = ("use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
+PARALLEL_OPTIONS = ("ulysses_mode", "use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
 ENGINE_OPTIONS = (
     "dtype",
     "enforce_eager",
@@ -68,6 +68,9 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     engine.add_argument("--dtype", default="bfloat16")
     for name in PARALLEL_DEGREES:
         engine.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
+    engine.add_argument(
+        "--ulysses-mode", default=None, choices=["strict", "advanced_uaa"], help="advanced_uaa: pad uneven heads"
+    )
     engine.add_argument("--use-hsdp", action="store_true")
     engine.add_argument("--hsdp-shard-size", type=int, default=None)
     engine.add_argument("--hsdp-replicate-size", type=int, default=None)
@@ -82,7 +85,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of ``Omni``."""
     given = vars(arguments)
-    parallel = {name: given[name] for name in (*PARALLEL_DEGREES, *HSDP_OPTIONS) if given[name] is not None}
+    parallel = {name: given[name] for name in (*PARALLEL_DEGREES, *PARALLEL_OPTIONS) if given[name] is not None}
     options = {name: given[name] for name in ENGINE_OPTIONS if given[name]}
     return {"model": arguments.model, **parallel, **options}
 
@@ -177,7 +180,7 @@ def _write(port: Port, path: Path, result: Any) -> list[Path]:
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @handles_errors("generate")
 def command(port: str, options: tuple[str, ...]) -> None:
-    """Run one request on a port's model directory and write a video as MP4, or an image.
+    """Run one request on a port's model directory and write a video as MP4, an image, or audio as WAV.
 
     OPTIONS depend on the port: port-kit generate PORT --help.
     """
