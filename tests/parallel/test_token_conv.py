@@ -46,6 +46,15 @@ def test_the_example_of_the_guide_on_several_ranks(tmp_path: Path) -> None:
         assert report.ok, report.describe()
 
 
+def test_a_length_that_no_rank_boundary_cuts_is_a_finding(tmp_path: Path) -> None:
+    with meta_init(torch.float32):
+        model = example("Convolutions over tokens")["AudioTransformer"](**CONFIG)
+    case = _case(write_checkpoint(tmp_path / "m", "ConvPipeline", model, CONFIG), "ConvPipeline", [{"tokens": 1}])
+    (report,) = verify_parallel(case, ("ulysses2",))
+    assert report.max_abs <= 5e-6
+    assert {f.where for f in report.findings if f.fault == "not_cut"} == {"transformer.shard", "transformer.gather"}
+
+
 def test_grids_are_split_within_frames_and_rows(tmp_path: Path) -> None:
     """The second grid has frames of more tokens than a rank, so edges come from several ranks."""
     with meta_init(torch.float32):
