@@ -18,6 +18,8 @@ from port_kit.parallel.token_conv import TokenConv
 from port_kit.remap import Rule, RuleSet
 from tests.parallel.transformer_pipeline import TransformerOnlyPipeline, write_model
 
+#: Fused projections, and their parts in a checkpoint.
+FUSED = {".qkv.": ("q", "k", "v"), ".text.feed_forward.up.": ("gate", "up")}
 PAGE = Path(__file__).parents[2] / "docs" / "token_streams.md"
 
 
@@ -114,15 +116,17 @@ class GridPipeline(ConvPipeline):
 
 
 def write_checkpoint(folder: Path, pipeline: str, model: nn.Module, config: Mapping[str, Any]) -> Path:
-    """Write a model directory with random weights; projections of fused queries, keys and values are separate."""
+    """Write a model directory with random weights; fused projections of the model are separate in the checkpoint."""
     random = torch.Generator().manual_seed(0)
     tensors = {}
     for name, parameter in model.named_parameters():
-        value = torch.randn(parameter.shape, generator=random) * parameter[0].numel() ** -0.5
-        if ".qkv." in name:
-            parts = zip("qkv", value.chunk(3), strict=True)
-            tensors |= {name.replace(".qkv.", f".{part}."): piece.contiguous() for part, piece in parts}
-        else:
+        value = torch.randn(parameter.shape, generator=random) * 0.5 * parameter[0].numel() ** -0.5
+        names = next((parts for fused, parts in FUSED.items() if fused in name), None)
+        if names is None:
             tensors[name] = value
+            continue
+        for part, piece in zip(names, value.chunk(len(names)), strict=True):
+            stem, leaf = name.rsplit(".", 1)
+            tensors[f"{stem.rpartition('.')[0]}.{part}.{leaf}"] = piece.contiguous()
     save_file(tensors, write_model(folder, pipeline, config) / "model.safetensors")
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from port_kit.parallel import token_conv
 from port_kit.parallel.halo import with_halo
 from port_kit.parallel.meta_init import meta_init
 from port_kit.parallel.preflight import describe_model
@@ -44,6 +46,21 @@ def test_the_example_of_the_guide_on_several_ranks(tmp_path: Path) -> None:
     layouts = ("tp2", "ulysses2", "ring2", "ulysses2xring2", "tp2xulysses2", "hsdp2")
     for report in verify_parallel(case, layouts):
         assert report.ok, report.describe()
+
+
+def test_a_missing_exchange_shows_in_the_outputs(tmp_path: Path) -> None:
+    """The comparison with one rank fails if convolutions read no tokens of other ranks."""
+    with meta_init(torch.float32):
+        model = example("Convolutions over tokens")["AudioTransformer"](**CONFIG)
+    case = _case(write_checkpoint(tmp_path / "m", "ConvPipeline", model, CONFIG), "ConvPipeline", [{"tokens": 13}])
+
+    def setup(ranks: int) -> None:
+        transformer_pipeline.register("ConvPipeline", "tests.parallel.conv_pipeline")
+        if ranks > 1:
+            token_conv.with_halo = lambda x, dim, _halo, counts, rank, _gather: (x.narrow(dim, 0, counts[rank]), 0)
+
+    (report,) = verify_parallel(replace(case, setup=setup), ("ulysses2",))
+    assert [finding.fault for finding in report.findings] == ["outputs_differ"]
 
 
 def test_a_length_that_no_rank_boundary_cuts_is_a_finding(tmp_path: Path) -> None:
