@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,13 +207,13 @@ USES_FILE = Path(__file__).with_name("uses.toml")
 
 
 def read_uses(text: str) -> dict[str, Entry]:
-    """Return the entries of a TOML document: per entry a summary, and per kind a table of targets and values."""
+    """Return the entries of a TOML document: per entry a summary and, per kind, a table of targets and values."""
     return {name: _entry(name, **table) for name, table in tomllib.loads(text).items()}
 
 
-def _entry(name: str, *, summary: str, **kinds: Mapping[str, Any]) -> Entry:
+def _entry(name: str, *, summary: str, series: Sequence[str] = SERIES, **kinds: Mapping[str, Any]) -> Entry:
     preconditions = [Precondition(kind, *item) for kind, table in kinds.items() for item in table.items()]
-    return Entry(name, summary, tuple(preconditions))
+    return Entry(name, summary, tuple(preconditions), series=tuple(series))
 
 
 #: Private names and behavior that the kit relies on without changing them.

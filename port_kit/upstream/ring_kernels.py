@@ -32,6 +32,7 @@ def flash_kernel(device: torch.device) -> Callable[..., Any] | None:
         RegistrationError: ``upstream_changed``.
     """
     require("ring_kernels")
+    require("bundled_ring_kernels")
     ring, kernels = import_module(_RING), import_module(_KERNELS)
     for usable, kernel in CHOICES[installed_series()]:
         if getattr(ring, usable)(device):

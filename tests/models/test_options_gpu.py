@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from port_kit.upstream.series import installed_series
+
 RUN = """
 import json, sys
 import numpy as np
@@ -25,10 +27,15 @@ finally:
 """
 
 
-def frames(model: Path, options: str, file: Path) -> Path:
+def generate(model: Path, options: str, file: Path) -> subprocess.CompletedProcess[str]:
     """Generate in a process of its own, which gives the GPU back."""
     command = [sys.executable, "-c", RUN, str(model), options, str(file)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=600)
+
+
+def frames(model: Path, options: str, file: Path) -> Path:
+    """Generate without an error."""
+    done = generate(model, options, file)
     assert done.returncode == 0, done.stderr[-4000:]
     return file
 
@@ -48,3 +55,17 @@ def test_a_video_with_less_memory_is_close_to_the_plain_one(
     small = np.load(frames(ovi_model, options, tmp_path / "small.npy")).astype(float)
     assert small.shape == plain.shape
     assert np.abs(small - plain).mean() < levels, "mean difference in grey levels"
+
+
+@pytest.mark.gpu
+def test_attention_in_eight_bits_is_close_or_refused(ovi_model: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    done = generate(ovi_model, '{"diffusion_kv_cache_dtype": "fp8"}', tmp_path / "fp8.npy")
+    if installed_series() == "0.30":
+        assert done.returncode != 0 and "kv_cache_dtype" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-4000:]
+    plain = np.load(frames(ovi_model, "{}", tmp_path / "plain.npy")).astype(float)
+    difference = np.abs(np.load(tmp_path / "fp8.npy").astype(float) - plain)
+    assert 0 < difference.mean() < 16.0, "mean difference in grey levels; 0 if the option has no effect"

@@ -64,7 +64,7 @@ def uneven(rank: int, ranks: int) -> None:
 def ring(rank: int, ranks: int) -> None:
     """Keys go round; here the blocks' attention is SDPA's, since FlashAttention runs on GPUs only."""
     install_worker_fixes()  # vLLM-Omni's ring has no kernel for CPUs
-    fused_sequence_parallel._can_use_fa3 = lambda _device: True
+    fused_sequence_parallel.flash_kernel = lambda _device: sdpa
     fused_sequence_parallel.flash_attention = sdpa
     group: Any = SimpleNamespace(ring_group=dist.group.WORLD, ring_world_size=ranks)
     ours, theirs = optimize_strategy(RingParallelAttention(group)), RingParallelAttention(group)

@@ -112,7 +112,7 @@ def ulysses(rank: int, ranks: int, folder: str) -> None:
 def ring(rank: int, ranks: int, folder: str) -> None:
     """Blocks that their owners send are those that are handed on; with and without padding, over and over."""
     post, asked = peer_buffers(folder, num_buffers=3), []
-    fused_sequence_parallel._can_use_fa3 = lambda _device: True
+    fused_sequence_parallel.flash_kernel = lambda _device: sdpa
     fused_sequence_parallel.flash_attention = sdpa
     group: Any = SimpleNamespace(ring_group=dist.group.WORLD, ring_world_size=ranks)
     ours = optimize_strategy(RingParallelAttention(group))

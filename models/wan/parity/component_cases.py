@@ -43,8 +43,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXACT = Bound(max_abs=0.0, why="integers, or constants of the same formula")
 SCHEDULER = Bound(max_abs=1e-6, why="the same arithmetic; diffusers' solvers return the same bits as the original")
 TEXT = Bound(
-    rel_l2=1e-6,
-    why="the same operations; sums of softmax and matmul differ with the processor's vector width, by 5e-6 of 4.0",
+    rel_l2=2e-6,
+    why="the same operations; sums differ with the processor's vector width and transformers' release, by 8e-6 of 4.0",
 )
 CONVOLUTIONS = Bound(max_abs=1e-5, why="float32 convolutions, sums in another order")
 

@@ -22,11 +22,10 @@ from torch import Tensor
 from vllm_omni.diffusion.attention.backends.ring.ring_kernels import pytorch_attn_forward
 from vllm_omni.diffusion.attention.backends.ring.ring_utils import ring_kv_block_valid_length
 from vllm_omni.diffusion.attention.parallel.base import ParallelAttentionContext
-from vllm_omni.diffusion.attention.parallel.ring import _can_use_fa3
 
-from port_kit.parallel.comm.fused_sequence_parallel import flash_attention
 from port_kit.parallel.comm.symm_mem import get_peer_buffers
 from port_kit.upstream.checks import require
+from port_kit.upstream.ring_kernels import flash_attention, flash_kernel
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
@@ -87,7 +86,7 @@ class GatherQueryStrategy:
         if not valid:
             zeros = q_BQNH.new_zeros(q_BQNH.shape, dtype=torch.float32)
             return torch.cat((zeros, zeros.new_full((*q_BQNH.shape[:3], 1), -torch.inf)), -1)
-        flash = q_BQNH.dtype != torch.float32 and _can_use_fa3(q_BQNH.device)
+        flash = q_BQNH.dtype != torch.float32 and flash_kernel(q_BQNH.device) is not None
         attend = flash_attention if flash else _torch_attention
         out, lse_BNQ = attend(q_BQNH, key[:, :valid], value[:, :valid], scale)
         return torch.cat((out.float(), lse_BNQ.transpose(1, 2).unsqueeze(-1)), -1)

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm_omni.diffusion.attention.backends.ring.ring_kernels import flash_attn3_func_forward
 from vllm_omni.diffusion.attention.backends.ring.ring_utils import ring_kv_block_valid_length
 from vllm_omni.diffusion.attention.parallel.base import ParallelAttentionContext
-from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention, _can_use_fa3
+from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttention
 from vllm_omni.diffusion.distributed.comm import RingComm
 from vllm_omni.diffusion.forward_context import get_ulysses_mode
@@ -30,13 +29,13 @@ from vllm_omni.diffusion.forward_context import get_ulysses_mode
 from port_kit.parallel.comm.merge_attn_states import merge_attn_states
 from port_kit.parallel.comm.symm_mem import PeerBuffers, get_peer_buffers
 from port_kit.upstream.checks import require
+from port_kit.upstream.ring_kernels import flash_attention, flash_kernel
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 
 require("ulysses_strategy")
 require("ring_strategy")
-require("ring_kernels")
 require("ring_communication")
 
 #: A 16-byte dtype for copies: one element holds eight bfloat16 values.
@@ -136,7 +135,7 @@ class FusedRing(RingParallelAttention):
     ) -> Tensor:
         """Attend to the keys of all ranks; arguments as in vLLM-Omni's method."""
         flash = self.attn_backend_pref is None or self.attn_backend_pref.lower() == "flash_attn"
-        flash = flash and query.dtype != torch.float32 and _can_use_fa3(query.device)
+        flash = flash and query.dtype != torch.float32 and flash_kernel(query.device) is not None
         if causal or not flash or not _is_unmasked(attn_metadata):
             options = {"softmax_scale": softmax_scale, "causal": causal}
             return super().run_attention(query, key, value, attn_metadata, **options)
@@ -224,23 +223,6 @@ def _is_unmasked(metadata: AttentionMetadata | None) -> bool:
         return True
     given = (metadata.attn_mask, metadata.joint_attn_mask, metadata.joint_query, metadata.joint_key)
     return all(tensor is None for tensor in given) and metadata.extra.keys() <= {"valid_kv_length"}
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return FlashAttention-3's output ``[B, S, N, H]`` and log-sum-exp, float32 ``[B, N, S]``."""
-    out, lse = flash_attn3_func_forward(
-        query,
-        key,
-        value,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=False,
-        window_size=(-1, -1),
-        softcap=0.0,
-        alibi_slopes=None,
-        return_softmax=False,
-    )
-    return out, lse[..., : query.shape[1]]  # some kernels pad it
 
 
 def optimize_strategy(strategy: Any) -> Any:
