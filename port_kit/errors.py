@@ -132,6 +132,7 @@ CODES: dict[str, str] = {
     "reference_failed": "the original code stopped with an error",
     "reference_timeout": "the original code did not finish in time",
     "reference_output": "the output of the original code is not a goldens folder, or its target exists",
+    "parity_module": "a module whose output is compared does not exist, or is not called",
     "parity_shape": "the tensors of a port and of its original implementation have different shapes",
     "input_missing": "a request lacks its prompt, reference images or reference audio",
     "input_count": "the numbers of reference images and reference audios differ, or are too large",

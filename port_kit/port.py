@@ -83,13 +83,15 @@ class Port:
             ``weights`` and ``pipeline``, where the entries below are unless they are given.
         title: one line for users.
         class_name: ``_class_name`` in ``model_index.json``, the key under which the pipeline is registered.
-        output_type: the stage's modality: ``video``, with or without audio, or ``image``.
+        output_type: the stage's modality: ``video``, with or without audio, ``image``, or ``audio`` alone.
         components: the weights, in loading order.
         pipeline: ``"module:Class"`` of the pipeline. Default: ``"<package>.pipeline:<class_name>"``.
         recipe: ``"module:attribute"`` of the :class:`~port_kit.download.Recipe`.
             Default: ``"<package>.recipe:RECIPE"``.
         variants: recipes of further checkpoints for the same pipeline, by name; the default's is one of them. A value
             without a module is an attribute of the recipe's module.
+        guidance_branches: calls of the transformer per guided step: 2 with a prompt and a negative prompt, 1 without
+            guidance. Checks of layouts and of caches read it.
         references: kinds of reference media that requests may have, ``image`` and ``audio``, for servers.
         timeline_guides: True if requests may have vLLM-Omni's timeline guides in ``multi_modal_data``; the pipeline
             checks them.
@@ -121,6 +123,7 @@ class Port:
     pipeline: str = ""
     recipe: str = ""
     variants: Mapping[str, str] = field(default_factory=dict)
+    guidance_branches: int = 2
     references: tuple[str, ...] = ()
     timeline_guides: bool = False
     post_process: str = ""

@@ -11,6 +11,7 @@ PORT = Port(
     title="DreamID-Omni: reference images, reference audios and a prompt to a 5 s video with audio",
     class_name="DreamIDOmniPipeline",
     output_type="video",
+    guidance_branches=4,  # complete, without text, without images, without audio
     references=("image", "audio"),
     components=COMPONENTS,
     parity="port_kit.models.wan.parity.pipeline_cases:dreamid_cases",

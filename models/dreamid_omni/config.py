@@ -20,7 +20,6 @@ from port_kit.pipeline.inputs import as_list, check_size
 
 VIDEO_LATENT_LENGTH = 31  # latent frames: 1 + 30 * 4 = 121 frames
 AUDIO_LATENT_LENGTH = 157  # audio latents: 314 mel frames of 256 samples = 80,384 samples
-GUIDANCE_BRANCHES = 4  # per step: complete, without text, without images, without audio
 #: Number of latents of a reference audio: 1 s = 16,000 samples = 62 mel frames = 31 latents.
 AUDIO_REFERENCE_LENGTH = 31
 #: The audio tower supports at most 1024 tokens, references included.

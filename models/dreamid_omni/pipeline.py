@@ -38,7 +38,6 @@ class DreamIDOmniPipeline(FusionPipeline, SupportImageInput, SupportAudioInput):
     """
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
-    guidance_branches: ClassVar[int] = config.GUIDANCE_BRANCHES
     support_image_input: ClassVar[bool] = True
     support_audio_input: ClassVar[bool] = True
 

@@ -21,7 +21,6 @@ from port_kit.models.wan.pipeline.request import (
 from port_kit.pipeline.inputs import as_list, check_integer, first_frame_of
 from port_kit.pipeline.skip_layers import OPTIONS, SkipLayers, parse_skip_layers
 
-GUIDANCE_BRANCHES = 2  # per step: with the prompt, with the negative prompts
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint sets the area
 DEFAULT_SEED = 103
 #: Kinds of media that are read or rejected with a reason; a timeline guide may be an image at the first frame.

@@ -33,7 +33,6 @@ class OviPipeline(FusionPipeline, SupportImageInput):
     """
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
-    guidance_branches: ClassVar[int] = config.GUIDANCE_BRANCHES
     support_image_input: ClassVar[bool] = True
 
     def read_directory(self, model: str) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from port_kit.autoparallel.boundaries import ShardedModel
+from port_kit.autoparallel.host.checks import check_layout, kinds_of
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.ports import plan_file
+from port_kit.errors import ParallelError
 from port_kit.parallel.cached_layout import split_cache
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.memory import local_bytes
@@ -139,6 +141,24 @@ def proven_layouts(port: Port) -> list[str]:
     """Return the layouts that the plan of a port proves, without those with Cache-DiT."""
     proofs = Plan.load(plan_file(port)).proofs
     return list(dict.fromkeys(proof.layout for proof in proofs if not split_cache(proof.layout)[0]))
+
+
+def check_proven(port: Port, layouts: Iterable[str]) -> None:
+    """Check that the plan of a port proves layouts, and that guidance has enough branches for them.
+
+    Raises:
+        ParallelError: ``plan_layout``, ``parallel_degree``.
+    """
+    plan = Plan.load(plan_file(port))
+    for layout in map(Layout.parse, layouts):
+        if layout.cfg > port.guidance_branches:
+            raise ParallelError(
+                f"cfg {layout.cfg} has more ranks than the {port.guidance_branches} branches",
+                code="parallel_degree",
+                hint=f"use at most cfg{port.guidance_branches}, or set guidance_branches of PORT",
+            )
+        if kinds_of(layout, cached=False):
+            check_layout(layout, plan)
 
 
 def _work(pipeline: Any) -> Work:

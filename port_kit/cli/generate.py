@@ -1,4 +1,4 @@
-"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4 or PNG."""
+"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4, PNG or WAV."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import handles_errors
 from port_kit.port import HostedPort, Port
 from port_kit.registry import find_port
@@ -24,7 +25,7 @@ SAMPLING = ("height", "width", "num_frames", "num_inference_steps", "guidance_sc
 #: Suffix of the output, by :attr:`~port_kit.port.Port.output_type`.
 SUFFIXES = {"video": "mp4", "image": "png", "audio": "wav"}
 PARALLEL_DEGREES = ("tensor_parallel_size", "ulysses_degree", "ring_degree", "cfg_parallel_size")
-HSDP_OPTIONS = ("use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
+PARALLEL_OPTIONS = ("ulysses_mode", "use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
 ENGINE_OPTIONS = (
     "dtype",
     "enforce_eager",
@@ -49,6 +50,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default=port.example_prompt or None)
     parser.add_argument("--prompt-file", default=None, help="JSON file that holds the prompt as one string")
     parser.add_argument("--tiny", action="store_true", help=f"settings of the tiny checkpoint: {dict(port.tiny)}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="show the logs of vLLM-Omni's processes")
     for kind in port.references:
         parser.add_argument(*MEDIA_OPTIONS[kind], dest=kind, nargs="+", default=None, help=f"{kind} files")
 
@@ -66,6 +68,9 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     engine.add_argument("--dtype", default="bfloat16")
     for name in PARALLEL_DEGREES:
         engine.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
+    engine.add_argument(
+        "--ulysses-mode", default=None, choices=["strict", "advanced_uaa"], help="advanced_uaa: pad uneven heads"
+    )
     engine.add_argument("--use-hsdp", action="store_true")
     engine.add_argument("--hsdp-shard-size", type=int, default=None)
     engine.add_argument("--hsdp-replicate-size", type=int, default=None)
@@ -80,7 +85,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of ``Omni``."""
     given = vars(arguments)
-    parallel = {name: given[name] for name in (*PARALLEL_DEGREES, *HSDP_OPTIONS) if given[name] is not None}
+    parallel = {name: given[name] for name in (*PARALLEL_DEGREES, *PARALLEL_OPTIONS) if given[name] is not None}
     options = {name: given[name] for name in ENGINE_OPTIONS if given[name]}
     return {"model": arguments.model, **parallel, **options}
 
@@ -123,7 +128,7 @@ def build_request(
 def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable[[], Any]] | None = None) -> int:
     """Generate the outputs of one request and print the properties of the files; return the exit code."""
     arguments = build_parser(port).parse_args(options)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    set_engine_logs(arguments.verbose, override=bool(arguments.verbose))
     # An engine in this process prefixes every line on stdout with its name: duplicate the descriptor before.
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     from vllm_omni import Omni
@@ -136,7 +141,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     try:
         started = time.perf_counter()
         # A generator raises the error of a refused request without closing the engine.
-        (result,) = omni.generate(prompt, sampling, py_generator=True)
+        (result,) = omni.generate(prompt, sampling, py_generator=True, use_tqdm=bool(arguments.verbose))
         seconds = time.perf_counter() - started
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -144,8 +149,11 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     finally:
         omni.close()
     paths = _write(port, Path(arguments.output), result)
-    for path in paths:
-        print(f"{describe_file(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    for index, path in enumerate(paths):
+        # outputs of a hosted pipeline share one generator
+        seed = sampling.seed + (0 if isinstance(port, HostedPort) else index)
+        facts = f"{describe_file(path)}, seed {seed}, generated in {seconds:.1f} s"
+        print(facts, file=stdout, flush=True)
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
@@ -172,7 +180,7 @@ def _write(port: Port, path: Path, result: Any) -> list[Path]:
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @handles_errors("generate")
 def command(port: str, options: tuple[str, ...]) -> None:
-    """Run one request on a port's model directory and write a video as MP4, or an image.
+    """Run one request on a port's model directory and write a video as MP4, an image, or audio as WAV.
 
     OPTIONS depend on the port: port-kit generate PORT --help.
     """

@@ -9,17 +9,20 @@ from pathlib import Path
 import click
 
 from port_kit.cli.output import emit, handles_errors, json_option
+from port_kit.scaffold.modality import MODALITIES, Modality
 from port_kit.scaffold.request import PATHS
 
 
 @click.command(
     "new",
     epilog="Examples:  port-kit new ltx_video --from Lightricks/LTX-Video  |  "
+    "port-kit new my_model --path custom --output audio  |  "
     "port-kit new my_model --code https://github.com/org/model --from org/my-model",
 )
 @click.argument("name")
 @click.option("--path", "kind", type=click.Choice(PATHS), help="Where the model's code comes from.  [--from's own]")
 @click.option("--from", "source", default="", metavar="REPO_OR_DIR", help="Fill in what inspect finds there.")
+@click.option("--output", type=click.Choice(MODALITIES), help="What the model generates.  [video]")
 @click.option("--code", default="", metavar="GIT_URL", help="The model's code, for --path external.")
 @click.option("--endpoint", help="Address of the Hub; default: HF_ENDPOINT, then the public Hub.")
 @click.option("--output-dir", type=click.Path(path_type=Path), help="The folder to be made.  [default: ./NAME]")
@@ -29,6 +32,7 @@ def command(
     name: str,
     kind: str | None,
     source: str,
+    output: Modality | None,
     code: str,
     endpoint: str | None,
     output_dir: Path | None,
@@ -51,7 +55,9 @@ def command(
     path = choose_path(kind, source, code, endpoint)
     if code and path != "external":
         raise click.UsageError(f"--code is for --path external, not for --path {path}")
-    port = NewPort(name, path, output_dir or Path(name), source, code, endpoint)
+    if output and path == "diffusers":
+        raise click.UsageError("--output is for models of own code; a pipeline of diffusers has an output of its own")
+    port = NewPort(name, path, output_dir or Path(name), source, code, endpoint, output or "video")
     files = [str(file.relative_to(port.target)) for file in new_port(port, partial(click.echo, err=True))]
     data = {"name": name, "path": path, "folder": str(port.target), "files": files}
     text = f"{port.target}: {len(files)} files\nnext: cd {shlex.quote(str(port.target))} && pytest"

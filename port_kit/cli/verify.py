@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -108,9 +108,11 @@ def parity(
     emit("verify parity", data, as_json=as_json, text=text, ok=ok)
 
 
-def _planned_layouts(port: Port) -> list[str]:
-    from port_kit.autoparallel.verify import proven_layouts
+def _planned_layouts(port: Port, wanted: Iterable[str]) -> list[str]:
+    """Return the layouts that the plan of a port proves; refuse another that is asked for."""
+    from port_kit.autoparallel.verify import check_proven, proven_layouts
 
+    check_proven(port, wanted)
     return proven_layouts(port)
 
 
@@ -154,7 +156,7 @@ def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: st
     A layout that the model or the machine does not support is an error. Such layouts of the default matrix are skipped
     and reported.
     """
-    from port_kit.parallel.layout_selection import choose_layouts, find_device, read_model_shape
+    from port_kit.parallel.layout_selection import choose_layouts, find_device
     from port_kit.parallel.verify import DEFAULT_LAYOUTS, TOLERANCE, port_test_case, verify_parallel
 
     found = find_port(port)
@@ -162,9 +164,8 @@ def parallel(port: str, layouts: tuple[str, ...], model: Path | None, prompt: st
     reports: list[Any] = []
     with TemporaryDirectory(prefix="port-kit-") as scratch:
         subject = machine.prepare(port_test_case(found, Path(scratch), model, prompt))
-        defaults = _planned_layouts(found) if found.plan else DEFAULT_LAYOUTS
-        shape = None if found.plan else read_model_shape(found, subject.model)
-        chosen, left_out = choose_layouts(layouts, defaults, shape, machine)
+        defaults = _planned_layouts(found, layouts) if found.plan else DEFAULT_LAYOUTS
+        chosen, left_out = choose_layouts(layouts, defaults, subject.shape, machine)
         for layout, reason in left_out.items():
             click.echo(f"left out {layout}: {reason}", err=as_json)
         compared = _compare if found.plan else partial(verify_parallel, tolerance=machine.tolerance)

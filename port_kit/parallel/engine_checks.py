@@ -38,6 +38,7 @@ def layout_of(config: DiffusionParallelConfig) -> Layout:
         ring=config.ring_degree,
         allgather=config.allgather_degree,
         cfg=config.cfg_parallel_size,
+        uaa=config.ulysses_degree > 1 and config.ulysses_mode == "advanced_uaa",
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from port_kit.errors import ParallelError
@@ -21,7 +21,11 @@ CONFIG_NAMES = {
     "cfg": "cfg_parallel_size",
     "hsdp": "hsdp_shard_size",
 }
-_DEGREE = re.compile(r"([a-z]+)(\d+)")
+#: Kinds in the order of the text of a layout.
+_ORDER = ("tp", "hsdp", "ulysses", "ring", "allgather", "cfg")
+#: Suffix of a Ulysses degree whose ranks pad heads that they cannot share evenly.
+UAA = "-uaa"
+_DEGREE = re.compile(rf"([a-z]+)(\d+)({UAA})?")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Layout:
         ring: ranks that split a sequence and circulate keys and values.
         allgather: ranks that split a sequence and all-gather keys and values.
         cfg: ranks that split the guidance branches.
+        uaa: True if Ulysses pads heads that its ranks cannot share evenly (``ulysses_mode="advanced_uaa"``).
     """
 
     tp: int = 1
@@ -43,12 +48,15 @@ class Layout:
     ring: int = 1
     allgather: int = 1
     cfg: int = 1
+    uaa: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            degree = getattr(self, field.name)
+        for kind in CONFIG_NAMES:
+            degree = getattr(self, kind)
             if not isinstance(degree, int) or degree < 1:
-                raise _invalid(f"{field.name}: expected an integer of at least 1, got {degree!r}")
+                raise _invalid(f"{kind}: expected an integer of at least 1, got {degree!r}")
+        if self.uaa and self.ulysses == 1:
+            raise _invalid(f"{UAA} is a mode of ulysses, which is off", f"write it as in ulysses2{UAA}")
         if self.allgather > 1 and self.ulysses * self.ring > 1:
             raise _invalid("allgather cannot be combined with ulysses or ring", "use only one of them")
         if self.hsdp > 1 and self.tp > 1:
@@ -82,33 +90,41 @@ class Layout:
         config: dict[str, Any] = {CONFIG_NAMES[kind]: degree for kind, degree in self.degrees.items()}
         if self.hsdp > 1:
             config |= {"use_hsdp": True, "hsdp_replicate_size": self.world // self.hsdp}
+        if self.uaa:
+            config["ulysses_mode"] = "advanced_uaa"
         return config
 
     @property
     def degrees(self) -> Mapping[str, int]:
         """Degrees greater than 1, by kind."""
-        return {field.name: degree for field in fields(self) if (degree := getattr(self, field.name)) > 1}
+        return {kind: degree for kind in _ORDER if (degree := getattr(self, kind)) > 1}
 
     def __str__(self) -> str:
-        return "x".join(f"{kind}{degree}" for kind, degree in self.degrees.items()) or "single"
+        parts = (
+            f"{kind}{degree}{UAA if self.uaa and kind == 'ulysses' else ''}" for kind, degree in self.degrees.items()
+        )
+        return "x".join(parts) or "single"
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """Parse a layout such as ``tp2xulysses2``.
+        """Parse a layout such as ``tp2xulysses2`` or ``ulysses2-uaa``.
 
         Raises:
             ParallelError: an unknown or repeated kind, or a combination that vLLM-Omni does not support.
         """
         degrees: dict[str, int] = {}
+        uaa = False
         for part in text.split("x") if text != "single" else ():
             match = _DEGREE.fullmatch(part.strip())
-            if not match or match[1] not in CONFIG_NAMES or match[1] in degrees:
+            known = match and match[1] in CONFIG_NAMES and match[1] not in degrees
+            if not match or not known or (match[3] and match[1] != "ulysses"):
                 raise _invalid(
                     f"{part!r} in {text!r} is not a degree, or its kind is repeated",
                     f"write the layout as in tp2xulysses2; kinds: {', '.join(CONFIG_NAMES)}",
                 )
             degrees[match[1]] = int(match[2])
-        return cls(**degrees)
+            uaa |= bool(match[3])
+        return cls(**degrees, uaa=uaa)
 
 
 def divisors(number: int) -> list[int]:

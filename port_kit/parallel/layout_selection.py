@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,15 +73,30 @@ def find_device(wanted: str, tolerance: float) -> Device:
 
 
 def read_model_shape(port: Port, model: Path) -> ModelShape | None:
-    """Return a port's model shape; None if the port does not declare its transformer or its branches."""
-    names = {component.name: component for component in port.components}
-    branches = getattr(resolve(port.pipeline), "guidance_branches", None)
-    config = model / "transformer" / "config.json"
-    if "transformer" not in names or branches is None or not config.is_file():
+    """Return a port's model shape; None, with a warning, if its heads and widths are unknown.
+
+    They are unknown if the port has no transformer of its own, or the model directory no configuration of it. The plan
+    of a port with one takes the place of its shape.
+    """
+    if port.plan:
         return None
-    build: Any = resolve(names["transformer"].build)
+    transformer = next((component for component in port.components if component.kind == "transformer"), None)
+    if transformer is None:
+        _warn(f"port {port.name} has no component of kind transformer")
+        return None
+    config = model / transformer.name / "config.json"
+    if not config.is_file():
+        _warn(f"{config} does not exist")
+        return None
+    build: Any = resolve(transformer.build)
     with meta_init(torch.float32):
-        return describe_model(build(json.loads(config.read_text(encoding="utf-8"))), branches=branches)
+        module = build(json.loads(config.read_text(encoding="utf-8")))
+        return describe_model(module, branches=port.guidance_branches)
+
+
+def _warn(reason: str) -> None:
+    # not through logging: imports of vLLM set the level of the root logger to ERROR
+    warnings.warn(f"layouts are not checked before they run: {reason}", stacklevel=3)
 
 
 def choose_layouts(

@@ -26,7 +26,7 @@ FAULTS: Mapping[str, str] = {
     "branches_not_divided": "call the branches through CFGParallelMixin",
     "wrong_branch": "run branch i on rank i % n of the guidance group",
     "outputs_differ": "check the first module that differs",
-    "failed": "read the rank's traceback",
+    "failed": "the traceback of the rank follows",
 }
 #: Largest ratio of a rank's parameter bytes under HSDP to an even share.
 HSDP_SLACK = 1.1
@@ -42,11 +42,13 @@ class Finding:
         fault: a key of :data:`FAULTS`.
         where: module path or rank.
         message: found and expected values.
+        traceback: of the rank, if it failed.
     """
 
     fault: str
     where: str
     message: str
+    traceback: str = ""
 
     @property
     def hint(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import ParallelError
-from port_kit.parallel.layout import Layout, divisors
+from port_kit.parallel.layout import UAA, Layout, divisors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,7 +129,7 @@ def preflight(layout: Layout, shape: ModelShape, *, ranks: int | None = None) ->
             problems=problems,
             possible={kind: list(degrees) for kind, degrees in possible.items()},
             weight_bytes={
-                f"{kind}{degree}": weight_bytes(Layout(**{kind: degree}), shape)
+                f"{kind}{degree}": weight_bytes(Layout.parse(f"{kind}{degree}"), shape)
                 for kind, degrees in possible.items()
                 for degree in degrees
             },
@@ -141,7 +141,7 @@ def preflight(layout: Layout, shape: ModelShape, *, ranks: int | None = None) ->
 
 def _suggest(kind: str, degrees: list[int], shape: ModelShape) -> str:
     """Format the supported degrees of a kind, with weight bytes per rank if it splits weights."""
-    held = [weight_bytes(Layout(**{kind: degree}), shape) for degree in degrees]
+    held = [weight_bytes(Layout.parse(f"{kind}{degree}"), shape) for degree in degrees]
     if held[0] >= shape.weight_bytes:
         return f"{kind} {_listed(degrees)}"
     sizes = ", ".join(f"{size / GIGABYTE:.3g}" for size in held)
@@ -176,9 +176,12 @@ def _problems(layout: Layout, shape: ModelShape) -> Iterator[str]:
             f"tp {layout.tp} does not divide {shape.heads} heads and widths of {shape.widths}: "
             f"use {_listed(_tensor_degrees(shape))}"
         )
-    elif (shape.heads // layout.tp) % layout.ulysses:
-        here = shape.heads // layout.tp
-        yield f"ulysses {layout.ulysses} does not divide the {here} heads per rank: use {_listed(divisors(here))}"
+    elif (shape.heads // layout.tp) % layout.ulysses and not layout.uaa:
+        here, padded = shape.heads // layout.tp, f"ulysses{layout.ulysses}{UAA}"
+        yield (
+            f"ulysses {layout.ulysses} does not divide the {here} heads per rank ({padded} pads them): "
+            f"use {_listed(divisors(here))}"
+        )
     if layout.sequence > 1 and not shape.sharded:
         kinds = [kind for kind in SEQUENCE_KINDS if kind in layout.degrees]
         yield f"{' and '.join(kinds)} cannot split the sequence: the transformer declares no _sp_plan"

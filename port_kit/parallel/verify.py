@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from torch import Tensor
 from port_kit.errors import ParallelError
 from port_kit.parallel import recorder
 from port_kit.parallel.layout import Layout
+from port_kit.parallel.layout_selection import read_model_shape
 from port_kit.parallel.parallel_checks import Finding, branch_alone, compare, first_divergence
+from port_kit.parallel.preflight import ModelShape, preflight
 from port_kit.port import Port, lookup
 from port_kit.testing.tiny_port import download_tiny
 from port_kit.testing.workers import RankResult, Request, run_workers
@@ -49,6 +51,7 @@ class ParallelTestCase:
         setup: called with the number of ranks on each rank before its worker is built.
         output_tolerance: largest absolute difference of pipeline outputs, which decoders amplify. Integer frames may
             also differ by one.
+        shape: of the transformer; None if unknown. Impossible layouts are then not refused before they run.
     """
 
     model: Path
@@ -56,6 +59,7 @@ class ParallelTestCase:
     config: Mapping[str, Any] = field(default_factory=dict)
     setup: Callable[[int], None] | None = None
     output_tolerance: float = TOLERANCE
+    shape: ModelShape | None = None
 
     def run(self, layout: Layout, *, keep_outputs: bool = False) -> list[RankResult]:
         """Run on the layout's ranks. ``RankResult.probe`` holds a :class:`~port_kit.parallel.recorder.Trace`."""
@@ -102,9 +106,11 @@ class LayoutReport:
         return not self.findings
 
     def describe(self) -> str:
-        """Return one line, and one more per finding."""
+        """Return one line, and per finding one more and the traceback of its rank."""
         lines = [f"{'ok  ' if self.ok else 'FAIL'} {self.layout:<22} {self._figures()}"]
-        lines += [f"     {f.fault} at {f.where}: {f.message} (hint: {f.hint})" for f in self.findings]
+        for finding in self.findings:
+            lines.append(f"     {finding.fault} at {finding.where}: {finding.message} (hint: {finding.hint})")
+            lines += [f"       {line}" for line in finding.traceback.splitlines()]
         return "\n".join(lines)
 
     def _figures(self) -> str:
@@ -120,7 +126,7 @@ class LayoutReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-serializable values."""
-        findings = [{"fault": f.fault, "where": f.where, "message": f.message, "hint": f.hint} for f in self.findings]
+        findings = [{**asdict(finding), "hint": finding.hint} for finding in self.findings]
         return {
             "layout": self.layout,
             "world": self.world,
@@ -148,15 +154,18 @@ def port_test_case(port: Port, scratch: Path, model: Path | None = None, prompt:
         ParallelError: ``parallel_subject``; the port has no tiny model and ``model`` is None.
     """
     if model is not None:
-        return ParallelTestCase(model, [Request(prompt, {"num_inference_steps": 2, "seed": 0})])
+        requests = [Request(prompt, {"num_inference_steps": 2, "seed": 0})]
+        return ParallelTestCase(model, requests, shape=read_model_shape(port, model))
     if lookup(port.tiny_model) is None:
         raise ParallelError(
             f"Port {port.name} has no tiny model for verify parallel.",
             code="parallel_subject",
             hint=f"pass a small model directory with --model, or add TINY to {port.package}.config",
         )
-    report = download_tiny(port, scratch / port.name)
-    return ParallelTestCase(Path(report.directory), [_tiny_request(port)], output_tolerance=port.output_tolerance)
+    folder = Path(download_tiny(port, scratch / port.name).directory)
+    return ParallelTestCase(
+        folder, [_tiny_request(port)], output_tolerance=port.output_tolerance, shape=read_model_shape(port, folder)
+    )
 
 
 def _tiny_request(port: Port) -> Request:
@@ -187,9 +196,13 @@ def verify_parallel(
     """Run one rank, then each layout; yield one report per layout.
 
     Raises:
-        ParallelError: a layout is invalid, or the run on one rank fails.
+        ParallelError: a layout is invalid, or impossible for the model, before anything runs; or the run on one rank
+            fails.
     """
     parsed = [Layout.parse(text) for text in layouts]
+    if test_case.shape is not None:
+        for layout in parsed:
+            preflight(layout, test_case.shape)
     single = test_case.run(Layout())[0]
     for layout in parsed:
         yield verify_layout(test_case, layout, single, tolerance=tolerance)
@@ -251,7 +264,8 @@ def _failure(error: ParallelError) -> Finding:
     """Return the finding for a failed run; distinguish HSDP conditions that match no module."""
     if "No modules were sharded" in error.message or "_hsdp_shard_conditions" in error.message:
         return Finding("weights_not_sharded", "transformer", "no module matches _hsdp_shard_conditions")
-    return Finding("failed", f"rank {error.details.get('rank', '?')}", error.message.partition("\n")[0])
+    where = f"rank {error.details.get('rank', '?')}"
+    return Finding("failed", where, error.message.partition("\n")[0], str(error.details.get("traceback", "")))
 
 
 def _tokens(one: recorder.Trace) -> int:

@@ -98,9 +98,9 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
 
     @abstractmethod
     def decode(self, state: DenoiseState) -> dict[str, Tensor]:
-        """Return the output: ``video`` (1, 3, frames, H, W), ``image`` (1, 3, H, W), in [-1, 1], ``audio`` (samples,).
+        """Return the output: ``video`` (1, 3, frames, H, W) or ``image`` (1, 3, H, W), in [-1, 1], and ``audio``.
 
-        The model decides which of them there are.
+        The model decides which of them there are. ``audio`` is (samples,) or (channels, samples), in [-1, 1].
         """
 
     def reapply_conditioning(self, latents: dict[str, Tensor], conditioning: Any) -> dict[str, Tensor]:
@@ -118,8 +118,9 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
 
         Returns:
             Per request an ``output`` with ``video`` uint8 (frames, H, W, 3), ``image`` uint8 (H, W, 3) and ``audio``
-            float32 (samples,), as the model has them, each with a first axis if the request asks for several outputs.
-            A list if there are several requests.
+            float32 (samples,) or (channels, samples), as the model has them, each with a first axis if the request asks
+            for several outputs. ``audio`` alone is always (outputs, channels, samples). A list if there are several
+            requests.
         """
         outputs: dict[int, DiffusionOutput] = {}
         admitted: dict[int, PreparedRequest] = {}
@@ -181,6 +182,8 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
     def postprocess(self, states: Sequence[DenoiseState]) -> DiffusionOutput:
         """Decode the outputs of one request, one after the other."""
         decoded = [self._finalize(self.decode(state)) for state in states]
+        if decoded[0].keys() == {"audio"}:
+            return DiffusionOutput(output={"audio": torch.stack([torch.atleast_2d(one["audio"]) for one in decoded])})
         if len(decoded) == 1:
             return DiffusionOutput(output=decoded[0])
         return DiffusionOutput(output={name: torch.stack([one[name] for one in decoded]) for name in decoded[0]})

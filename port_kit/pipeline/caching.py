@@ -15,25 +15,30 @@ from torch import nn
 from vllm_omni.diffusion.distributed.parallel_state import get_classifier_free_guidance_rank
 
 from port_kit.parallel.engine_checks import check_cache
+from port_kit.pipeline.loading import read_json
+from port_kit.registry import port_of_class
 from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
-def configure_cache(transformer: nn.Module, od_config: OmniDiffusionConfig, *, branches: int) -> None:
+def configure_cache(transformer: nn.Module, od_config: OmniDiffusionConfig) -> None:
     """Prepare a transformer for Cache-DiT, if it is on: one context per branch that this rank runs in a step.
+
+    Branch ``i`` of the port's guidance branches runs on rank ``i`` modulo the number of ranks.
 
     Args:
         transformer: gets its own adapter configuration; that of the class is not changed.
-        od_config: the engine's configuration.
-        branches: guidance branches per step; branch ``i`` runs on rank ``i`` modulo the number of ranks.
+        od_config: the engine's configuration; its model directory names the port.
 
     Raises:
         ParallelError: ranks would run unequal numbers of branches.
+        PortNotFoundError: no port serves the model's class.
     """
     if od_config.cache_backend != "cache_dit":
         return
+    branches = port_of_class(read_json(str(od_config.model), "model_index.json")["_class_name"]).guidance_branches
     check_cache(od_config, branches=branches)
     require("cache_contexts")
     own = len(range(get_classifier_free_guidance_rank(), branches, od_config.parallel_config.cfg_parallel_size))

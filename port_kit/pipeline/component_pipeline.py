@@ -35,17 +35,17 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
     Attributes:
         components: weights that the port's rules map, in loading order.
         pretrained: further parts, which their own libraries fill.
-        guidance_branches: calls of the transformer per guided step.
-        fps: of the output, in frames per second; 0 for images.
+        fps: of the output, in frames per second; 0 for images and for audio alone.
         audio_sample_rate: of the output, in Hz; 0 if the model makes no audio.
+        support_audio_output: vLLM-Omni's name for a model that makes audio; derived from the sample rate.
         lora_names: pairs of (pattern of a checkpoint's module name, name in LoRA files) of further naming schemes.
     """
 
     components: ClassVar[tuple[Component, ...]] = ()
     pretrained: ClassVar[tuple[Pretrained, ...]] = ()
-    guidance_branches: ClassVar[int] = 2
     fps: ClassVar[int] = 0
     audio_sample_rate: ClassVar[int] = 0
+    support_audio_output: ClassVar[bool] = False
     lora_names: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     _dit_modules: ClassVar[list[str]]
@@ -56,8 +56,9 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
     color_format: ClassVar[str] = "RGB"
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Derive the lists of modules that vLLM-Omni reads from :attr:`components` and :attr:`pretrained`."""
+        """Derive what vLLM-Omni reads: lists of modules, and whether there is audio."""
         super().__init_subclass__(**options)
+        cls.support_audio_output = bool(cls.audio_sample_rate)
         parts: tuple[Component | Pretrained, ...] = (*cls.components, *cls.pretrained)
         names = {kind: [part.name for part in parts if part.kind == kind] for kind in KINDS}
         cls._dit_modules, cls._encoder_modules, cls._vae_modules = names.values()
@@ -74,7 +75,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
         for part in self.pretrained:
             self.add_module(part.name, load_pretrained(part, model, self.dtype).to(self.device))
         for name in self._dit_modules:
-            configure_cache(getattr(self, name), od_config, branches=self.guidance_branches)
+            configure_cache(getattr(self, name), od_config)
         self.weights_sources = weights_sources(model, self.components)
         self.eval().requires_grad_(False)
 

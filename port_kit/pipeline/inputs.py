@@ -88,6 +88,20 @@ def check_size(height: object, width: object, *, multiple: int, maximum: int) ->
     return sides["height"], sides["width"]
 
 
+def request_seed(sampling: Any, default: int, *, maximum: int) -> int:
+    """Return the seed of a request, that of its generator, or the default.
+
+    ``/v1/audio/generate`` gives a generator in place of a seed.
+
+    Raises:
+        InputError: the seed is not an integer in 0..``maximum``.
+    """
+    seed = sampling.seed
+    if seed is None and sampling.generator is not None:
+        seed = sampling.generator.initial_seed()
+    return check_integer("seed", default if seed is None else seed, minimum=0, maximum=maximum)
+
+
 def check_names(given: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a name that is nearly, but not exactly, one of ``known``: a misspelt option would be ignored silently.
 

@@ -1,11 +1,12 @@
-"""Output of a pipeline: frames and samples, vLLM-Omni's output contract, and MP4 files.
+"""Output of a pipeline: frames and samples, vLLM-Omni's output contract, and MP4, WAV and image files.
 
-Legend: B batch, C colour channels, F frames, H height, W width, S audio samples.
+Legend: B batch, N outputs, C channels of colour or of audio, F frames, H height, W width, S audio samples.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ import torch
 from PIL import Image
 
 from port_kit.errors import InputError
+
+#: Suffix of files with sound alone and with frames; the suffix of an image chooses its format.
+AUDIO_SUFFIX, VIDEO_SUFFIX = ".wav", ".mp4"
 
 
 def to_frames(video: torch.Tensor) -> torch.Tensor:
@@ -37,8 +41,8 @@ def to_omni_payload(output: Mapping[str, torch.Tensor], *, fps: int, sample_rate
     """Put the worker's output into the form that vLLM-Omni's formatter and its servers read.
 
     Args:
-        output: any of ``video`` uint8 (F, H, W, 3), ``audio`` float (S,) and ``image`` uint8 (H, W, 3), or several of
-            each along a first axis.
+        output: any of ``video`` uint8 (F, H, W, 3), ``audio`` float (S,) or (C, S), and ``image`` uint8 (H, W, 3), or
+            several of each along a first axis; ``audio`` alone is (N, C, S).
         fps: frames a second.
         sample_rate: Hz.
     """
@@ -70,7 +74,7 @@ def write_mp4(
     Args:
         path: the file; its folder is made.
         frames: uint8 (F, H, W, 3).
-        samples: float (S,) in [-1, 1]; None for a video without audio.
+        samples: float (S,) or (C, S) in [-1, 1]; None for a video without audio.
         fps: frames a second.
         sample_rate: Hz, of the samples.
     """
@@ -83,31 +87,98 @@ def write_mp4(
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"fps": fps}
     if samples is not None:
-        audio = np.clip(np.asarray(samples, dtype=np.float32).reshape(-1), -1.0, 1.0)
-        options |= {"audio_waveform": audio, "audio_sample_rate": sample_rate}
+        options |= {"audio_waveform": _bounded(path, samples), "audio_sample_rate": sample_rate}
     path.write_bytes(mux_video_audio_bytes(np.ascontiguousarray(frames), **options))
     return path
+
+
+def write_wav(path: Path | str, samples: np.ndarray, *, sample_rate: int) -> Path:
+    """Write 16-bit PCM. Samples beyond [-1, 1] are clipped, with a warning that counts them.
+
+    Args:
+        path: the file; its folder is made.
+        samples: float (S,), or (C, S) with one or two channels.
+        sample_rate: Hz.
+
+    Raises:
+        InputError: ``media_write``; another shape, no sample rate, or a sample that is not finite.
+    """
+    path, samples = Path(path), np.asarray(samples, dtype=np.float32)
+    if samples.ndim not in (1, 2) or not samples.size or (samples.ndim == 2 and samples.shape[0] > 2):
+        raise InputError(f"{path}: samples are {samples.shape}; (S,), (1, S) or (2, S) is required", code="media_write")
+    if sample_rate <= 0:
+        raise InputError(
+            f"{path}: the sample rate is {sample_rate} Hz",
+            code="media_write",
+            hint="set audio_sample_rate of the pipeline class, in Hz",
+        )
+    bounded = _bounded(path, samples)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1 if samples.ndim == 1 else samples.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes((bounded * 32767).round().astype("<i2").T.tobytes())
+    return path
+
+
+def _bounded(path: Path, samples: np.ndarray) -> np.ndarray:
+    """Return float32 samples in [-1, 1]; refuse samples that are not finite, and warn of clipped ones."""
+    samples = np.asarray(samples, dtype=np.float32)
+    if not np.isfinite(samples).all():
+        count = int((~np.isfinite(samples)).sum())
+        raise InputError(f"{path}: {count} of {samples.size} samples are not finite", code="media_write")
+    magnitude = np.abs(samples)
+    if clipped := int((magnitude > 1.0).sum()):
+        # not through logging: imports of vLLM set the level of the root logger to ERROR
+        message = f"{path}: clipped {clipped} of {samples.size} samples; peak {magnitude.max():.2f}"
+        warnings.warn(message, stacklevel=3)
+    return samples.clip(-1.0, 1.0)
 
 
 def write_result(path: Path | str, result: Any) -> list[Path]:
     """Write every output of one of ``Omni``'s results: to ``path``, or with ``_1``, ``_2``, ... before its suffix.
 
+    Videos are MP4, with or without audio; audio alone is WAV; the suffix of an image chooses its format.
+
     Args:
-        path: the file, or the pattern of several; the suffix of an image chooses its format.
-        result: of a request to a port that gives videos, with or without audio, or images.
+        path: the file, or the pattern of several.
+        result: of a request to a port.
+
+    Raises:
+        InputError: ``media_write``; the suffix is that of another modality, or the output cannot be written.
     """
-    path, count = Path(path), len(result.images)
-    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(1, count + 1)]
-    extra = result.multimodal_output or {}
-    if "fps" not in extra:
-        return [_write_image(target, image) for target, image in zip(paths, result.images, strict=True)]
-    audios: Sequence[Any] = [None] * count
+    path, extra = Path(path), result.multimodal_output or {}
+    if "fps" in extra:
+        return _write_videos(_targets(path, len(result.images), VIDEO_SUFFIX), result.images, extra)
     if "audio" in extra:
-        audios = [np.asarray(extra["audio"])] if count == 1 else np.asarray(extra["audio"])
+        outputs, rate = np.atleast_2d(np.asarray(extra["audio"])), int(extra.get("audio_sample_rate") or 0)
+        targets = _targets(path, len(outputs), AUDIO_SUFFIX)
+        return [write_wav(target, one, sample_rate=rate) for target, one in zip(targets, outputs, strict=True)]
+    targets = _targets(path, len(result.images), "")
+    return [_write_image(target, image) for target, image in zip(targets, result.images, strict=True)]
+
+
+def _targets(path: Path, count: int, suffix: str) -> list[Path]:
+    """Return the files of several outputs; refuse the suffix of another modality."""
+    if path.suffix != suffix if suffix else path.suffix in (AUDIO_SUFFIX, VIDEO_SUFFIX):
+        wanted = suffix or ".png"
+        raise InputError(
+            f"{path}: the output needs the suffix {wanted}",
+            code="media_write",
+            hint=f"use {path.with_suffix(wanted)}",
+        )
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(1, count + 1)]
+
+
+def _write_videos(targets: Sequence[Path], videos: Sequence[Any], extra: Mapping[str, Any]) -> list[Path]:
+    audios: Sequence[Any] = [None] * len(targets)
+    if "audio" in extra:
+        audios = [np.asarray(extra["audio"])] if len(targets) == 1 else np.asarray(extra["audio"])
     rate, fps = int(extra.get("audio_sample_rate", 0)), float(extra["fps"])
     return [
         write_mp4(target, np.asarray(video), audio, fps=fps, sample_rate=rate)
-        for target, video, audio in zip(paths, result.images, audios, strict=True)
+        for target, video, audio in zip(targets, videos, audios, strict=True)
     ]
 
 
@@ -119,11 +190,12 @@ def _write_image(path: Path, image: Image.Image) -> Path:
 
 def describe_file(path: Path | str) -> str:
     """Return one line for people: the size of an image, the length of an audio, or what decoding a video gives."""
-    if Path(path).suffix == ".mp4":
+    if Path(path).suffix == VIDEO_SUFFIX:
         return measure_mp4(path).line(path)
-    if Path(path).suffix == ".wav":
+    if Path(path).suffix == AUDIO_SUFFIX:
         with wave.open(str(path)) as file:
-            return f"{path}: {file.getnframes() / file.getframerate():.2f} s at {file.getframerate()} Hz"
+            channels = {1: "mono", 2: "stereo"}.get(file.getnchannels(), f"{file.getnchannels()} channels")
+            return f"{path}: {file.getnframes() / file.getframerate():.2f} s at {file.getframerate()} Hz, {channels}"
     with Image.open(path) as image:
         return f"{path}: {image.width}x{image.height}"
 

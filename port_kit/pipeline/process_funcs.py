@@ -80,7 +80,7 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[Any], Any
         return own
     check_options(od_config)
     pipeline: Any = resolve(port.pipeline)
-    check_engine(od_config, lambda: _build_transformer(port, od_config), branches=pipeline.guidance_branches)
+    check_engine(od_config, lambda: _build_transformer(port, od_config), branches=port.guidance_branches)
 
     def post_process(output: dict[str, Tensor]) -> dict[str, Any]:
         return to_omni_payload(output, fps=pipeline.fps, sample_rate=pipeline.audio_sample_rate)

@@ -14,6 +14,8 @@ from port_kit.pipeline.request_state import PreparedRequest
 
 #: Sides of the output of a dummy run, in multiples of ``size_multiple``.
 DUMMY_CELLS = 16
+#: Longest audio of a dummy run, in seconds.
+DUMMY_SECONDS = 1.0
 
 
 class PromptPipeline(PortPipeline):
@@ -37,13 +39,16 @@ class PromptPipeline(PortPipeline):
             cls.dummy_run_num_frames = 1 if cls.options.frames == 1 else 1 + cls.options.frame_step
 
     def prepare(self, prompt: Any, sampling: Any, *, is_dummy_run: bool = False) -> PreparedRequest:
-        """Check a request; a dummy run has at most :data:`DUMMY_CELLS` multiples of the size per side.
+        """Check a request; a dummy run is at most :data:`DUMMY_CELLS` multiples of the size, or :data:`DUMMY_SECONDS`.
 
         Raises:
             InputError: the request cannot be served.
         """
+        if is_dummy_run and self.options.seconds:  # vLLM-Omni gives every dummy request a size
+            sampling = replace(sampling, height=None, width=None)
         request = parse_prompt_request(prompt, sampling, self.options)
         if is_dummy_run:
+            request = replace(request, seconds=min(request.seconds, DUMMY_SECONDS))
             limit = DUMMY_CELLS * self.options.size_multiple
             request = replace(request, height=min(request.height, limit), width=min(request.width, limit))
         return PreparedRequest(request)

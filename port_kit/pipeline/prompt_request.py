@@ -1,4 +1,4 @@
-"""Plain prompt requests: a prompt and a negative prompt, a size, a number of steps, a guidance scale and a seed.
+"""Plain prompt requests: a prompt and a negative prompt, a size or a length, steps, a guidance scale and a seed.
 
 A port states its defaults and limits as :class:`PromptOptions`. :func:`parse_prompt_request` checks a request.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from port_kit.errors import InputError
+from port_kit.errors import InputError, PortKitError
 from port_kit.pipeline.inputs import (
     check_adapter,
     check_codec_options,
@@ -17,6 +17,8 @@ from port_kit.pipeline.inputs import (
     check_real,
     check_size,
     check_text,
+    check_unused,
+    request_seed,
 )
 
 #: Maximum number of outputs per request, the same as in vLLM-Omni's server.
@@ -24,20 +26,27 @@ MAX_OUTPUTS = 10
 #: Maximum seed, so that the seeds of all outputs of a request are valid for a generator.
 MAX_SEED = 2**63 - 1 - MAX_OUTPUTS
 
+#: Options in ``extra_args`` that set the length of audio, in seconds, as ``/v1/audio/generate`` sends them.
+AUDIO_LENGTH, AUDIO_START, AUDIO_END = LENGTH_OPTIONS = ("audio_length", "audio_start_in_s", "audio_end_in_s")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     """Defaults and limits of a port's requests.
 
+    Images and videos have a size, ``height`` and ``width``; audio alone has a length, ``seconds``.
+
     Attributes:
         steps: denoising steps.
         min_steps: least number of steps that the schedule can make.
         guidance_scale: of the prompt, against the negative prompt.
-        height, width: pixels.
+        height, width: pixels; 0 for audio alone.
         size_multiple: both sides are multiples of it, in pixels.
         max_side: pixels.
         frames: 1 for images.
         frame_step: a video has one frame and a multiple of this many.
+        seconds: length of audio alone; 0 for images and videos.
+        max_seconds: longest audio that a request may ask for.
         negative_prompt: of a request without one.
         seed: of a request without one.
         max_outputs: outputs per request.
@@ -45,16 +54,26 @@ class PromptOptions:
 
     steps: int
     guidance_scale: float
-    height: int
-    width: int
-    size_multiple: int
+    height: int = 0
+    width: int = 0
+    size_multiple: int = 1
     min_steps: int = 1
     max_side: int = 4096
     frames: int = 1
     frame_step: int = 1
+    seconds: float = 0.0
+    max_seconds: float = 60.0
     negative_prompt: str = ""
     seed: int = 0
     max_outputs: int = MAX_OUTPUTS
+
+    def __post_init__(self) -> None:
+        if bool(self.height and self.width) == bool(self.seconds):
+            raise PortKitError(
+                f"PromptOptions has height {self.height}, width {self.width} and seconds {self.seconds}",
+                code="port_invalid",
+                hint="give height and width for images and videos, or seconds for audio alone",
+            )
 
 
 @dataclass(frozen=True)
@@ -71,8 +90,9 @@ class PromptRequest:
     Attributes:
         prompt: never blank.
         negative_prompt: may be empty.
-        height, width: pixels.
+        height, width: pixels; 0 for audio alone.
         frames: 1 for images.
+        seconds: length of audio alone; 0 for images and videos.
         steps: denoising steps.
         scales: the guidance scale.
         seed: of the first output; it increases by 1 per output.
@@ -88,6 +108,7 @@ class PromptRequest:
     scales: GuidanceScale
     seed: int
     outputs: int = 1
+    seconds: float = 0.0
 
 
 def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> PromptRequest:
@@ -108,10 +129,10 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
     height, width = _size(sampling, options)
     steps = options.steps if sampling.num_inference_steps is None else sampling.num_inference_steps
     scale = sampling.guidance_scale if sampling.guidance_scale_provided else options.guidance_scale
-    seed = options.seed if sampling.seed is None else sampling.seed
+    extra = sampling.extra_args or {}
     outputs = sampling.num_outputs_per_prompt
     check_adapter(getattr(sampling, "lora_request", None))
-    check_codec_options((sampling.extra_args or {}).get("video_codec_options"))
+    check_codec_options(extra.get("video_codec_options"))
     return PromptRequest(
         prompt=check_text("prompt", fields.get("prompt"), required=True),
         negative_prompt=options.negative_prompt if negative is None else check_text("negative_prompt", negative),
@@ -120,12 +141,17 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
         frames=_frames(sampling.num_frames, options),
         steps=check_integer("num_inference_steps", steps, minimum=options.min_steps, maximum=1000),
         scales=GuidanceScale(check_real("guidance_scale", scale)),
-        seed=check_integer("seed", seed, minimum=0, maximum=MAX_SEED),
+        seed=request_seed(sampling, options.seed, maximum=MAX_SEED),
         outputs=check_integer("num_outputs_per_prompt", outputs, minimum=1, maximum=options.max_outputs),
+        seconds=_seconds(extra, options),
     )
 
 
 def _size(sampling: Any, options: PromptOptions) -> tuple[int, int]:
+    if options.seconds:
+        given = {"height": sampling.height, "width": sampling.width}
+        check_unused(given, dict.fromkeys(given, "this model makes audio, which has no size"))
+        return 0, 0
     return check_size(
         options.height if sampling.height is None else sampling.height,
         options.width if sampling.width is None else sampling.width,
@@ -134,13 +160,35 @@ def _size(sampling: Any, options: PromptOptions) -> tuple[int, int]:
     )
 
 
+def _seconds(extra: Mapping[str, Any], options: PromptOptions) -> float:
+    """Return the length of audio alone in seconds: that of the request, or the default."""
+    if not options.seconds:
+        check_unused(extra, dict.fromkeys(LENGTH_OPTIONS, "this model makes no audio of its own length"))
+        return 0.0
+    start, length = extra.get(AUDIO_START) or 0.0, extra.get(AUDIO_LENGTH)
+    if start:
+        check_unused(extra, {AUDIO_START: "the audio of this model starts at 0"})
+    if length is None:
+        length = options.seconds if extra.get(AUDIO_END) is None else extra[AUDIO_END]
+    seconds = check_real(AUDIO_LENGTH, length, positive=True)
+    if seconds > options.max_seconds:
+        raise InputError(
+            f"{AUDIO_LENGTH} is {seconds:g} s; at most {options.max_seconds:g} s are made",
+            code="input_value",
+            hint=f"use {AUDIO_LENGTH}={options.max_seconds:g} or less",
+            option=AUDIO_LENGTH,
+        )
+    return seconds
+
+
 def _frames(given: object, options: PromptOptions) -> int:
     """Return the number of frames; vLLM-Omni sets 1 if a request has none."""
     if given in (None, 1):
         return options.frames
     frames = check_integer("num_frames", given, minimum=1)
     if options.frames == 1:
-        raise InputError(f"num_frames is {frames}; this model generates images", code="input_value", hint="omit it")
+        kind = "audio" if options.seconds else "images"
+        raise InputError(f"num_frames is {frames}; this model generates {kind}", code="input_value", hint="omit it")
     if (frames - 1) % options.frame_step:
         low = frames - (frames - 1) % options.frame_step
         raise InputError(

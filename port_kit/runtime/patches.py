@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from port_kit.upstream.checks import OWN_KERNELS, require
+from port_kit.upstream.checks import OWN_KERNELS, is_needed, require
 from port_kit.upstream.metadata import timeline_guides
 
 if TYPE_CHECKING:
@@ -148,3 +148,23 @@ def map_malformed_form_errors() -> None:
     helpers._parse_form_json = as_client_error(helpers._parse_form_json, RecursionError, "JSON is nested too deeply")  # type: ignore[attr-defined]
     videos.parse_size = as_client_error(videos.parse_size, ValueError)
     _installed.add("malformed_forms")
+
+
+def label_audio_results() -> None:
+    """Give audio results the key that ``/v1/audio/generate`` reads the sample rate from. Applies once per process.
+
+    A no-op for a series that reads the key of its own formatter.
+
+    Raises:
+        RegistrationError: ``upstream_changed``.
+    """
+    if "audio_sample_rate" in _installed or not is_needed("audio_sample_rate"):
+        return
+    require("audio_sample_rate")
+    from vllm_omni.diffusion import output_formatter
+
+    from port_kit.runtime.audio_rate import with_short_key
+
+    formatted = with_short_key(output_formatter._format_audio_multimodal_output)
+    output_formatter._format_audio_multimodal_output = formatted  # type: ignore[assignment]
+    _installed.add("audio_sample_rate")

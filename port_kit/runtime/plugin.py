@@ -115,13 +115,14 @@ def register_pipelines() -> None:
     Raises:
         RegistrationError: the installed vLLM-Omni is not supported, or a port's declaration is invalid.
     """
-    from port_kit.runtime.patches import install_client_error_handling
+    from port_kit.runtime.patches import install_client_error_handling, label_audio_results
     from port_kit.upstream.checks import require
     from port_kit.upstream.series import check_version
 
     check_version()
     require("registration")
     install_client_error_handling()
+    label_audio_results()
     register_metadata()
     for problem in list_ports().problems:
         # vLLM-Omni then reports a model of such a port as unknown

@@ -14,6 +14,7 @@ from port_kit.autoparallel.tiny_pipelines import CASES, TinyPipeline
 from port_kit.errors import ScaffoldError
 from port_kit.inspect.known_classes import diffusers_names, library_version
 from port_kit.scaffold.common import common_values, media_values
+from port_kit.scaffold.modality import FORMS
 from port_kit.scaffold.pipeline_files import file_rules
 from port_kit.scaffold.plans import plan_of_class, tested_layouts
 from port_kit.scaffold.render import literal, render
@@ -114,6 +115,7 @@ def _port_values(index: PipelineIndex, case: TinyPipeline | None) -> dict[str, s
         "suffix": SUFFIXES[output].removeprefix("."),
         "denoisers": "" if denoisers == ("transformer",) else f"    denoisers={literal(denoisers)},\n",
         "references": '    references=("image",),\n' if takes_image else "",
+        "example_prompt": FORMS[output].example_prompt,
         "request_options": f"    request_options={literal(options, 4)},\n" if options else "",
         "tiny": f"    tiny={literal(_tiny_request(case), 4)},\n" if case else "",
     }

@@ -11,6 +11,7 @@ from typing import Any
 from port_kit.remap.suggest import suggest
 from port_kit.scaffold.checkpoint import main_component, read_checkpoint, require_readable
 from port_kit.scaffold.common import common_values, media_values
+from port_kit.scaffold.modality import FORMS, modality_values
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.skeleton import skeleton_target
@@ -35,10 +36,10 @@ _LIBRARY = ("__init__", "parity", "transformer")
 _TESTS = {"common": ("conftest", "test_download", "test_generate"), "own": ("test_coverage", "test_parity")}
 #: Files of git code with a plan, and what they replace.
 _EXTERNAL = ("model/decoder", "model/original", "model/transformer", "weights")
-_TINY_REQUEST: Mapping[str, Mapping[str, Any]] = {
-    "custom": {"height": 20, "width": 36, "num_frames": 3, "num_inference_steps": 2, "guidance_scale": 3.0},
-    "hybrid": {"height": 96, "width": 160, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 3.0},
-}
+#: Request of the tiny model of a hybrid, in the sizes of its VAE.
+_HYBRID_REQUEST = {"height": 96, "width": 160, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 3.0}
+#: Pixels and frames of a latent: of the skeleton's decoder, and of diffusers' VAE.
+_LATENT, _HYBRID_LATENT = {"size_multiple": 4, "frame_step": 1}, {"size_multiple": 32, "frame_step": 8}
 _REFERENCES = {
     "custom": "the original code, ported",
     "external": "the original code, a git dependency; its transformer is split over ranks by a plan",
@@ -97,18 +98,15 @@ def _names(port: NewPort) -> dict[str, str]:
         "path": port.path,
         "reference": _REFERENCES[port.path],
         "reference_word": "original code",
-        "tiny_request": literal(_TINY_REQUEST["hybrid" if port.path == "hybrid" else "custom"], 4),
+        **modality_values(port.output, **(_HYBRID_LATENT if port.path == "hybrid" else _LATENT)),
+        "tiny_request": literal(_HYBRID_REQUEST if port.path == "hybrid" else FORMS[port.output].tiny, 4),
         "diffusers_version": DIFFUSERS_VERSION,
         "original_path": '\nsys.path.append(str(ROOT / "original"))' if external else "",
-        "output": "video",
         # the engine's processes need the code that stays outside of the port
         "environment": ', "PYTHONPATH": str(ROOT / "original")' if external else "",
-        "output_word": "a_video",
-        "output_text": "a video",
-        "suffix": "mp4",
-        "expected_size": "160x96" if port.path == "hybrid" else "36x20",
+        "expected_size": "160x96" if port.path == "hybrid" else FORMS[port.output].expected,
         "checks": "On a tiny model with seeded weights, on a CPU: download, coverage of every tensor, parity with the\n"
-        f"reference, {checks}, a video through the engine.",
+        f"reference, {checks}, {FORMS[port.output].text} through the engine.",
         "file_rows": _file_rows(port),
         "layouts": literal(("tp2", "ulysses2", "cfg2")),
         "proven": literal(("tp2", "ulysses2")),
@@ -132,7 +130,7 @@ def _file_rows(port: NewPort) -> str:
             f"{port.name}/plan.toml": "the parallel plan that was inferred from the tiny one, with its proofs",
         }
     if port.path != "hybrid":
-        rows[f"{port.name}/model/decoder.py"] = "latents to pixels"
+        rows[f"{port.name}/model/decoder.py"] = f"latents to {'samples' if port.output == 'audio' else 'pixels'}"
     rows[f"original/{port.name}_original/"] = "a stand-in for the original code"
     return "\n".join(f"| `{path}` | {text} |" for path, text in rows.items())
 
@@ -188,8 +186,6 @@ def _hybrid_values(name: str) -> dict[str, str]:
         f'(Pretrained("vae", "{vae}", kind="vae"),)\n',
         "pretrained_attribute": "    pretrained: ClassVar[tuple[Pretrained, ...]] = PRETRAINED\n",
         "decode_call": 'self.vae.decode(state.latents["video"].to(self.dtype), return_dict=False)[0].clamp(-1, 1)',
-        "size_multiple": "32",
-        "frame_step": "8",
         "tiny_imports": "TinyComponent, TinyPart, TinyPretrained",
         "tiny_decoder": f'"vae": TinyPretrained("{vae}", TINY_VAE)',
         "decoder_function": "",
@@ -198,21 +194,20 @@ def _hybrid_values(name: str) -> dict[str, str]:
 
 
 def _component_values(port: NewPort) -> dict[str, str]:
+    modality = modality_values(port.output, **_LATENT)
     return {
         "port_imports": "Component, resolve" if port.path == "bypass" else "Component",
         "components": _TWO_COMPONENTS.replace("$name", port.name),
         "weights_port_imports": "Component",
         "decoder_rules": _DECODER_RULES.replace("$name", port.name),
-        "decoder_config": _DECODER_CONFIG,
+        "decoder_config": _DECODER_CONFIG.replace("$outline", modality["decoder_outline"]),
         "pretrained": "",
         "pretrained_attribute": "",
-        "decode_call": 'self.decoder(state.latents["video"].to(self.dtype))',
-        "size_multiple": "4",
-        "frame_step": "1",
+        "decode_call": modality["decode_call"],
         "tiny_imports": "TinyComponent, TinyPart",
         "tiny_decoder": '"decoder": TinyComponent(DECODER_OUTLINE, sizes={})',
         "decoder_function": _DECODER_FUNCTION,
-        "reference_decode": "decoder()(latents)",
+        "reference_decode": modality["reference_decode"],
     }
 
 
@@ -232,7 +227,7 @@ DECODER = RuleSet(
 _DECODER_CONFIG = """\
 #: ``decoder/config.json`` at full size, and the names of its checkpoint.
 DECODER_CONFIG: Mapping[str, Any] = {"channels": 8}
-DECODER_OUTLINE: Mapping[str, Any] = {"proj.weight": [[48, 8, 3, 3], "float32"], "proj.bias": [[48], "float32"]}"""
+DECODER_OUTLINE: Mapping[str, Any] = $outline"""
 _DECODER_FUNCTION = '''\
 def decoder() -> Any:
     """Return the original's decoder with the values of the tiny model."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from port_kit.errors import ScaffoldError
+from port_kit.scaffold.modality import Modality
 from port_kit.scaffold.render import camel
 
 #: Where the model's code comes from. diffusers: its pipeline runs unchanged; custom: ported into the port; external:
@@ -35,6 +36,7 @@ class NewPort:
         source: a Hub repository or a folder that the model lies in, or empty.
         code: address of the git repository with the model's code, for the path ``external``, or empty.
         endpoint: of the Hub; default ``HF_ENDPOINT``.
+        output: modality of the output; a pipeline of diffusers has its own.
     """
 
     name: str
@@ -43,8 +45,15 @@ class NewPort:
     source: str = ""
     code: str = ""
     endpoint: str | None = None
+    output: Modality = "video"
 
     def __post_init__(self) -> None:
+        if self.path == "hybrid" and self.output != "video":
+            raise ScaffoldError(
+                f"the decoder of a hybrid is a video VAE; {self.output} is asked for",
+                code="scaffold_unsupported",
+                hint=f"port-kit new {self.name} --path custom --output {self.output}",
+            )
         if not _NAME.fullmatch(self.name) or keyword.iskeyword(self.name) or len(self.name) > _LONGEST:
             wanted = f"lower-case words joined by _ are, up to {_LONGEST} characters"
             raise _refused(f"{self.name!r} is no name of a port: {wanted}", "rename the port")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from port_kit.errors import RegistrationError
 from port_kit.upstream.registry import PATCHES, REGISTRY, Entry, Precondition
-from port_kit.upstream.series import installed_series
+from port_kit.upstream.series import SERIES, installed_series
 
 #: Operators whose CPU kernel was registered by the kit in this process.
 OWN_KERNELS: set[str] = set()
@@ -40,11 +40,13 @@ class Difference:
 def require(name: str) -> None:
     """Check all preconditions of a registry entry. An entry that holds is checked once per process.
 
+    A no-op for a patch that the installed series does not need.
+
     Raises:
         RegistrationError: ``upstream_changed``; a precondition does not hold. ``vllm_omni_version``.
     """
     entry = REGISTRY[name]
-    if _held.get(name) is entry:
+    if _held.get(name) is entry or not is_needed(name):
         return
     for difference in differences(entry):
         remedy = f"adapt or remove the patch; see section {name} of" if name in PATCHES else "adapt the kit and"
@@ -59,14 +61,26 @@ def require(name: str) -> None:
     _held[name] = entry
 
 
+def is_needed(name: str) -> bool:
+    """Return True if the installed series needs an entry: upstream has the fault that it repairs, or the used name.
+
+    Raises:
+        RegistrationError: ``vllm_omni_version``.
+    """
+    series = REGISTRY[name].series
+    return series == SERIES or installed_series() in series
+
+
 def differences(entry: Entry, series: str | None = None) -> Iterator[Difference]:
-    """Yield the preconditions of an entry that do not hold.
+    """Yield the preconditions of an entry that do not hold; none of a patch that the series does not need.
 
     Args:
         entry: the entry.
         series: series whose values are expected; None for that of the installed vLLM-Omni, which is read only if a
             value depends on it.
     """
+    if entry.series != SERIES and (series or installed_series()) not in entry.series:
+        return
     for precondition in entry.preconditions:
         expected = precondition.expected
         if not isinstance(expected, str):

@@ -39,12 +39,14 @@ class Entry:
         summary: one line.
         preconditions: properties of upstream that the entry depends on.
         threads: issues and pull requests of upstream about the same fault; empty if none was found.
+        series: series that need the patch; in the others, upstream has no such fault and nothing is checked or changed.
     """
 
     name: str
     summary: str
     preconditions: tuple[Precondition, ...]
     threads: tuple[str, ...] = ()
+    series: tuple[str, ...] = SERIES
 
 
 def _by_series(*values: str) -> dict[str, str]:
@@ -179,6 +181,24 @@ PATCHES: dict[str, Entry] = {
                 ),
                 Precondition("source", "vllm_omni.entrypoints.openai.image_api_utils:parse_size", "9e3bc57ec589e4de"),
             ),
+        ),
+        Entry(
+            "audio_sample_rate",
+            "the sample rate of audio files of /v1/audio/generate",
+            (
+                Precondition(
+                    "source",
+                    "vllm_omni.diffusion.output_formatter:_format_audio_multimodal_output",
+                    "a97670b16b603605",
+                ),
+                Precondition(
+                    "mentions",
+                    "vllm_omni.entrypoints.openai.serving_audio_generate"
+                    ":OmniOpenAIServingAudioGenerate.create_audio_generate",
+                    "audio_output, sr",
+                ),
+            ),
+            series=("0.30",),
         ),
     )
 }

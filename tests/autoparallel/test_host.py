@@ -112,6 +112,26 @@ def test_what_the_pipeline_does_not_take_is_refused(sampling: dict[str, Any], wa
     assert code_of(call_arguments, *arguments) == "input_value"
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "expected"),
+    [
+        ("StableAudioPipeline", {"audio_start_in_s": 0.0, "audio_end_in_s": 2.0}),
+        ("AudioLDM2Pipeline", {"audio_length_in_s": 2.0}),
+    ],
+)
+@pytest.mark.parametrize("length", [{}, {"audio_length": 2.0}])
+def test_the_length_of_audio_has_the_name_of_the_pipeline(
+    length: dict[str, float], pipeline: str, expected: dict[str, float]
+) -> None:
+    """With and without the length that vLLM-Omni 0.32 adds to start and end."""
+    import diffusers
+
+    parameters = PipelineIndex(Path(), getattr(diffusers, pipeline), {}).parameters
+    request = request_of("a", extra_args={"audio_start_in_s": 0.0, "audio_end_in_s": 2.0, **length})
+    found = call_arguments(*request, parameters, torch.device("cpu"))
+    assert {name: value for name, value in found.items() if name.startswith("audio")} == expected
+
+
 def test_an_image_of_a_request_is_opened(tmp_path: Path) -> None:
     import diffusers
 

@@ -12,10 +12,12 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from port_kit.errors import InputError
 from port_kit.pipeline.prompt_pipeline import FlowEuler
 from port_kit.pipeline.prompt_request import GuidanceScale, PromptOptions, PromptRequest, parse_prompt_request
+from tests.helpers import raises
 
 OPTIONS = PromptOptions(
     steps=8, min_steps=2, guidance_scale=3.0, height=64, width=96, size_multiple=16, frames=17, frame_step=8, seed=5
 )
+AUDIO = PromptOptions(steps=8, guidance_scale=3.0, seconds=4.0, max_seconds=10.0)
 IMAGES = PromptOptions(steps=8, guidance_scale=3.0, height=64, width=96, size_multiple=16, max_outputs=1)
 
 
@@ -75,6 +77,52 @@ def test_a_model_of_single_images_refuses_more(sampling: dict[str, Any]) -> None
     with pytest.raises(InputError) as caught:
         parse(options=IMAGES, **sampling)
     assert caught.value.code == "input_value"
+
+
+@pytest.mark.parametrize(
+    ("extra", "seconds"),
+    [
+        ({}, 4.0),
+        ({"audio_length": 2}, 2.0),
+        ({"audio_start_in_s": 0.0, "audio_end_in_s": 2.5}, 2.5),
+        ({"audio_length": 2.5, "audio_start_in_s": 0.0, "audio_end_in_s": 2.5}, 2.5),
+    ],
+)
+def test_the_length_of_audio_is_that_of_the_request(extra: dict[str, Any], seconds: float) -> None:
+    found = parse(options=AUDIO, extra_args=extra)
+    assert (found.seconds, found.height, found.width, found.frames) == (seconds, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "name"),
+    [
+        ({"extra_args": {"audio_length": 11}}, "audio_length"),
+        ({"extra_args": {"audio_length": -1.0}}, "audio_length"),
+        ({"extra_args": {"audio_start_in_s": 1.0, "audio_end_in_s": 3.0}}, "audio_start_in_s"),
+        ({"height": 64}, "height"),
+        ({"num_frames": 9}, "num_frames"),
+    ],
+)
+def test_what_audio_does_not_have_is_refused(sampling: dict[str, Any], name: str) -> None:
+    with raises("input_value", name):
+        parse(options=AUDIO, **sampling)
+
+
+def test_a_length_of_audio_is_refused_where_there_is_none() -> None:
+    with raises("input_value", "audio_length"):
+        parse(extra_args={"audio_length": 2.0})
+
+
+def test_the_seed_may_come_as_a_generator() -> None:
+    assert parse(generator=torch.Generator().manual_seed(9)).seed == 9
+    with raises("input_value", "seed"):
+        parse(generator=torch.Generator().manual_seed(-1))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"height": 64}, {"height": 64, "width": 64, "seconds": 1.0}])
+def test_a_port_has_a_size_or_a_length(sizes: dict[str, Any]) -> None:
+    with raises("port_invalid", "seconds"):
+        PromptOptions(steps=8, guidance_scale=3.0, **sizes)
 
 
 def test_euler_steps_follow_a_straight_flow_from_noise_to_data() -> None:

@@ -153,6 +153,24 @@ def test_the_command_reports_missing_and_written_files(tmp_path: Path) -> None:
     assert sorted(data["files"]) == sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
 
 
+@pytest.mark.parametrize(("output", "suffix"), [("audio", "wav"), ("image", "png"), ("video", "mp4")])
+def test_the_files_fit_the_output(output: str, suffix: str, tmp_path: Path) -> None:
+    target = tmp_path / "port"
+    options = ["--path", "custom", "--output", output, "--output-dir", str(target)]
+    assert CliRunner().invoke(main, ["new", "some_net", *options]).exit_code == 0
+    assert f'output_type="{output}"' in (target / "some_net" / "__init__.py").read_text()
+    assert f"-o out.{suffix}" in (target / "generate_some_net.py").read_text()
+    assert f'"out.{suffix}"' in (target / "tests" / "test_generate.py").read_text()
+
+
+def test_an_output_that_the_path_cannot_have_is_refused(tmp_path: Path) -> None:
+    with raises("scaffold_unsupported", "audio") as caught:
+        NewPort("some_net", "hybrid", tmp_path, output="audio")
+    assert caught.value.hint == "port-kit new some_net --path custom --output audio"
+    given = ["--path", "diffusers", "--output", "audio"]
+    assert CliRunner().invoke(main, ["new", "some_net", *given]).exit_code == 2
+
+
 def test_a_custom_model_provides_files_names_and_proposals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     width = 8
     shapes = {f"layers.{i}.attn.{p}.weight": (width, width) for i in range(3) for p in ("to_q", "to_k", "to_v", "proj")}
@@ -286,3 +304,12 @@ def test_git_code_implies_its_path(tmp_path: Path) -> None:
     assert 'url="https://github.com/org/model"' in files["some_port/recipe.py"]
     assert 'plan="plan.toml"' in files["some_port/__init__.py"]
     assert "tests/test_cache.py" not in files and "tests/test_ranks.py" in files
+
+
+@pytest.mark.slow
+def test_git_code_in_a_folder_below_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of git code is written by other processes; its path is relative, as those of the other files."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["new", "some_port", "--path", "external", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "some_port/plan.toml" in json.loads(result.stdout)["data"]["files"]

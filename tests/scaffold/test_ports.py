@@ -107,6 +107,13 @@ def test_names_do_not_break_lines(name: str, path: str, tmp_path: Path) -> None:
     lint(tmp_path / "port")
 
 
+@pytest.mark.parametrize("path", ["custom", "external", "bypass"])
+@pytest.mark.parametrize("output", ["audio", "image"])
+def test_other_outputs_are_linted_and_formatted(output: str, path: str, tmp_path: Path) -> None:
+    write_files(tmp_path / "port", own_files(NewPort("zz", path, tmp_path / "port", output=output)))  # type: ignore[arg-type]
+    lint(tmp_path / "port")
+
+
 def test_generated_ports_are_linted_and_formatted(ports: Path) -> None:
     lint(*(ports / name for name in ("ltx_video", "my_model", *(f"of_{path}" for path in OWN))))
 
@@ -140,6 +147,15 @@ def test_the_guide_with_every_check(ltx_hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", OWN)
 def test_a_skeleton_passes_all_of_its_tests(path: str, tmp_path: Path) -> None:
     new_port(NewPort("some_port", path, tmp_path / "port"), report=lambda _line: None)  # type: ignore[arg-type]
+    run_pytest(["port/tests"], cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["custom", "external"])
+@pytest.mark.parametrize("output", ["audio", "image"])
+def test_a_skeleton_of_another_output_passes_all_of_its_tests(output: str, path: str, tmp_path: Path) -> None:
+    port = NewPort("some_port", path, tmp_path / "port", output=output)  # type: ignore[arg-type]
+    new_port(port, report=lambda _line: None)
     run_pytest(["port/tests"], cwd=tmp_path)
 
 

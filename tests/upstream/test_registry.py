@@ -83,6 +83,9 @@ def test_every_guard_fires_if_upstream_differs(name: str, index: int, monkeypatc
     needs = [*entry.preconditions]
     needs[index] = replace(needs[index], expected="value of an older release")
     monkeypatch.setitem(REGISTRY, name, replace(entry, preconditions=tuple(needs)))
+    if not checks.is_needed(name):
+        checks.require(name)
+        return
     with raises("upstream_changed", "value of an older release") as caught:
         checks.require(name)
     assert caught.value.details == {"entry": name, "target": needs[index].target}
@@ -95,6 +98,21 @@ def test_a_changed_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorkerProc, "_async_output_loop", lambda self: None)
     with raises("upstream_changed", "async_output_loop"):
         patches.install_worker_fixes()
+
+
+def test_a_patch_of_one_series_is_neither_checked_nor_applied_in_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_omni.diffusion import output_formatter
+
+    monkeypatch.setattr(patches, "_installed", set())
+    plain = output_formatter._format_audio_multimodal_output
+    monkeypatch.setattr(output_formatter, "_format_audio_multimodal_output", plain)
+    entry = REGISTRY["audio_sample_rate"]
+    wrong = replace(entry.preconditions[0], expected="value of another release")
+    others = tuple(known for known in series.SERIES if known != series.installed_series())
+    monkeypatch.setitem(REGISTRY, "audio_sample_rate", replace(entry, preconditions=(wrong,), series=others))
+    patches.label_audio_results()
+    assert output_formatter._format_audio_multimodal_output is plain
+    assert list(checks.differences(REGISTRY["audio_sample_rate"])) == []
 
 
 def test_an_attribute_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,6 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
         lengths: lengths of the output in latents.
     """
 
-    support_audio_output: ClassVar[bool] = True
     batches_branches: ClassVar[bool] = True
     fps: ClassVar[int] = FPS
     audio_sample_rate: ClassVar[int] = AUDIO_SAMPLE_RATE

@@ -15,6 +15,7 @@ from port_kit.pipeline.inputs import (
     check_real,
     check_text,
     check_unused,
+    request_seed,
 )
 
 VIDEO_TIME_STRIDE = 4  # frames per latent frame, after the first
@@ -190,7 +191,7 @@ def parse_common(
         "steps": check_integer("num_inference_steps", steps, minimum=1, maximum=1000),
         "solver": _solver(given.get("solver_name", DEFAULT_SOLVER)),
         "shift": check_real("shift", given.get("shift", given.get("flow_shift", DEFAULT_SHIFT)), positive=True),
-        "seed": seed if sampling.seed is None else check_integer("seed", sampling.seed, minimum=0, maximum=MAX_SEED),
+        "seed": request_seed(sampling, seed, maximum=MAX_SEED),
         "outputs": _outputs(sampling, given),
         "scales": _scales(scales, sampling, given),
         "video_noise": given.get("video_noise"),

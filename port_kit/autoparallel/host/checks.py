@@ -15,7 +15,7 @@ from port_kit.autoparallel.shipped import check_fresh
 from port_kit.errors import InputError, ParallelError
 from port_kit.parallel.cached_layout import CACHE, split_cache, with_cache
 from port_kit.parallel.engine_checks import layout_of
-from port_kit.parallel.layout import Layout
+from port_kit.parallel.layout import UAA, Layout
 from port_kit.runtime.engine_options import check_options
 
 logger = logging.getLogger(__name__)
@@ -176,8 +176,9 @@ def proofs_of(plan: Plan) -> set[str]:
 
 
 def kinds_of(layout: Layout, cached: bool) -> set[str]:
-    """Return the kinds that a plan must prove: guidance needs no plan."""
-    return {kind for kind in layout.degrees if kind != "cfg"} | ({CACHE} if cached else set())
+    """Return the kinds that a plan must prove: guidance needs no plan; padded heads are a kind of their own."""
+    kinds = {kind for kind in layout.degrees if kind != "cfg"} | ({CACHE} if cached else set())
+    return kinds | ({f"ulysses{UAA}"} if layout.uaa else set())
 
 
 def _unsupported(option: str, reason: str = "") -> InputError:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import wave
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from port_kit.errors import InputError
+from port_kit.pipeline.media import write_wav
 
 #: Suffix of the files by modality.
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
@@ -65,18 +66,4 @@ def _videos(result: Any) -> list[Callable[[Path], object]]:
 def _audios(result: Any) -> list[Callable[[Path], object]]:
     extra = result.multimodal_output
     rate = int(extra["audio_sample_rate"])
-
-    def writer(samples: np.ndarray) -> Callable[[Path], object]:
-        return lambda path: _write_wav(path, samples, rate)
-
-    return [writer(np.asarray(samples)) for samples in extra["audio"]]
-
-
-def _write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
-    """Write audio (channels, samples), float in [-1, 1], as 16-bit PCM."""
-    samples = samples.reshape(-1, samples.shape[-1])
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(samples.shape[0])
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((samples.clip(-1, 1) * 32767).round().astype("<i2").T.tobytes())
+    return [partial(write_wav, samples=samples, sample_rate=rate) for samples in extra["audio"]]

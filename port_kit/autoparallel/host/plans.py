@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from port_kit.autoparallel.host.checks import PLAN_KEY, check_class, check_layout
@@ -52,7 +53,7 @@ def find_plan(
             return shipped
     except ParallelError as error:
         report(f"the shipped plan is not used: {error.message}")
-    kinds = Layout(**{kind: degree for kind, degree in layout.degrees.items() if kind != "cfg"})
+    kinds = replace(layout, cfg=1)
     path = local_plan(class_name, with_cache(kinds) if cached else str(kinds), report=report)
     check_class(index, Plan.load(path))
     check_layout(layout, Plan.load(path), cached=cached)

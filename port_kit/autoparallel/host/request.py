@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from port_kit.errors import InputError
+from port_kit.pipeline.prompt_request import AUDIO_END, AUDIO_LENGTH, AUDIO_START
 
 #: Sampling parameters with the same name in diffusers; None is not given.
 _SAMPLING = (
@@ -33,6 +34,8 @@ MEDIA = {
     "video": ("video",),
     "audio": ("audio", "initial_audio_waveforms", "src_audio"),
 }
+#: Parameters for the length of audio in seconds, of which a pipeline has one at most; a request says ``audio_length``.
+LENGTHS = ("audio_end_in_s", "audio_length_in_s", "audio_duration")
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -53,7 +56,8 @@ def call_arguments(prompt: Any, sampling: Any, parameters: Mapping[str, Any], de
         raise InputError(
             "hosted pipelines apply no LoRA of a request", code="input_value", hint="leave lora_request out"
         )
-    given = dict([*_texts(prompt), *_media(prompt, parameters), *_sampling(sampling), *sampling.extra_args.items()])
+    extra = _with_length(sampling.extra_args, parameters)
+    given = dict([*_texts(prompt), *_media(prompt, parameters), *_sampling(sampling), *extra.items()])
     unknown = sorted(set(given) - set(parameters))
     if unknown:
         raise InputError(
@@ -107,6 +111,27 @@ def _sampling(sampling: Any) -> Iterator[tuple[str, Any]]:
     for name, default in _DEFAULTS.items():
         if (value := getattr(sampling, name)) != default:
             yield name, value
+
+
+def _with_length(extra: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with ``audio_length`` under the name that the pipeline has for it.
+
+    ``/v1/audio/generate`` sends the start and the end of the audio, and with vLLM-Omni 0.32 its length, too.
+    """
+    given = dict(extra)
+    name = next((name for name in LENGTHS if name in parameters), None)
+    if name is None or AUDIO_LENGTH in parameters:
+        return given
+    if name == AUDIO_END:
+        length = given.pop(AUDIO_LENGTH, None)
+        if length is not None:
+            given.setdefault(AUDIO_END, (given.get(AUDIO_START) or 0.0) + length)
+        return given
+    if given.get(AUDIO_START) == 0.0:
+        del given[AUDIO_START]
+    end = given.pop(AUDIO_END, None)
+    length = given.pop(AUDIO_LENGTH, end)
+    return given if length is None else {**given, name: length}
 
 
 def _count(outputs: int, parameters: Mapping[str, Any]) -> dict[str, int]:

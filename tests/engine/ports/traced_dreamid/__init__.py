@@ -9,5 +9,6 @@ PORT = Port(
     title="DreamID-Omni with a report of every rank",
     class_name="TracedDreamIDPipeline",
     output_type="video",
+    guidance_branches=4,
     components=COMPONENTS,
 )

@@ -1,0 +1,65 @@
+"""The audio endpoint of the real server, on a generated port: length, sample rate, guidance and seed."""
+
+from __future__ import annotations
+
+import io
+import os
+import wave
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from port_kit.registry import find_port, list_ports
+from port_kit.scaffold import NewPort, new_port
+from port_kit.testing.server import ApiServer
+from port_kit.testing.tiny_port import download_tiny
+
+LIMIT = 300.0
+REQUEST = {"input": "rain", "num_inference_steps": 1, "audio_length": 0.5, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A server of a new port whose output is audio at 16 kHz."""
+    folder = tmp_path_factory.mktemp("audio")
+    new_port(NewPort("tin_roof", "custom", folder / "port", output="audio"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PORT_KIT_PATH", str(folder / "port"))
+        list_ports.cache_clear()
+        model = download_tiny(find_port("tin_roof"), folder / "model").directory
+        environment = {"OMP_NUM_THREADS": "1", "PORT_KIT_PATH": os.environ["PORT_KIT_PATH"]}
+        options = ("--dtype", "float32", "--enforce-eager")
+        with ApiServer(model, *options, folder=folder, environment=environment) as server:
+            yield httpx.Client(base_url=server.url, timeout=LIMIT)
+    list_ports.cache_clear()
+
+
+def generate(http: httpx.Client, **fields: Any) -> tuple[int, np.ndarray]:
+    """Return the sample rate in Hz and the samples (S,)."""
+    answer = http.post("/v1/audio/generate", json={**REQUEST, **fields})
+    assert answer.status_code == 200, answer.text
+    with wave.open(io.BytesIO(answer.content)) as file:
+        assert file.getnchannels() == 1
+        return file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
+
+
+def test_the_file_has_the_rate_of_the_model_and_the_length_of_the_request(http: httpx.Client) -> None:
+    rate, samples = generate(http)
+    assert (rate, len(samples)) == (16_000, 8_000)
+    assert len(generate(http, audio_length=1.0)[1]) == 16_000
+
+
+@pytest.mark.parametrize("fields", [{"guidance_scale": 1.0}, {"seed": 4}, {"negative_prompt": "wind"}])
+def test_options_of_the_endpoint_have_an_effect(fields: dict[str, Any], http: httpx.Client) -> None:
+    plain, again, other = (generate(http, **each)[1] for each in ({}, {}, fields))
+    assert np.array_equal(plain, again)
+    assert not np.array_equal(plain, other)
+
+
+def test_an_invalid_length_is_the_fault_of_the_client(http: httpx.Client) -> None:
+    answer = http.post("/v1/audio/generate", json={**REQUEST, "audio_length": 31.0})
+    assert answer.status_code == 400
+    assert "at most 30 s" in answer.text
