@@ -99,7 +99,7 @@ def _sequence(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
 
 
 def _streams(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
-    """Report each tensor of a boundary of which one rank had all tokens in every call."""
+    """Report each tensor of a boundary or convolution of which one rank had all tokens in every call."""
     for path, calls in trace.boundaries.items():
         same = {call.branch: call.tokens for call in single.boundaries.get(path, ())}
         whole: dict[int, tuple[int, int]] = {}

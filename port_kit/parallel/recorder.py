@@ -52,10 +52,11 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class BoundaryCall:
-    """One call of a sequence-parallel boundary on this rank.
+    """One call of a sequence-parallel boundary, or of a convolution over sharded tokens, on this rank.
 
     Attributes:
-        tokens: tokens of each tensor in the sharded region, with padding.
+        tokens: tokens of each tensor in the sharded region, with padding; for a convolution, the tokens of the rank
+            with the most.
         branch: index of the transformer call, from 0.
     """
 
@@ -70,7 +71,8 @@ class Trace:
     Attributes:
         rank_coords: this rank's rank in each group: ``tp``, ``sequence``, ``cfg``.
         attention: calls by layer path.
-        boundaries: calls by path of the :class:`~port_kit.parallel.sequence.SPBoundary`.
+        boundaries: calls by path of the :class:`~port_kit.parallel.sequence.SPBoundary` or
+            :class:`~port_kit.parallel.token_conv.TokenConv`.
         collectives: ``{operator: (calls, bytes)}``; ``symm_mem`` counts transfers of that module.
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
         calls: number of branches that the transformers ran.
@@ -137,7 +139,8 @@ class _Recorder(TorchDispatchMode):
         """Record calls of attentions and boundaries, transformer inputs and outputs, and requested module outputs."""
         from vllm_omni.diffusion.attention.layer import Attention
 
-        from port_kit.parallel.sequence import TOKENS, SPBoundary
+        from port_kit.parallel.sequence import TOKENS, SPBoundary, sequence_parallel_size
+        from port_kit.parallel.token_conv import TokenConv
 
         if isinstance(module, Attention):
             key, query, keys = self.open.pop()
@@ -147,6 +150,10 @@ class _Recorder(TorchDispatchMode):
             # one of the two sides is sharded: the input of a boundary that gathers, the output of one that shards
             tokens = tuple(min(x.shape[TOKENS], y.shape[TOKENS]) for x, y in zip(args, output, strict=True))
             self.new_boundary_calls.append((id(module), BoundaryCall(tokens, 0)))
+        if isinstance(module, TokenConv) and (module.is_sharded or sequence_parallel_size() == 1):
+            given = args[1] if len(args) > 1 else kwargs["lengths"]
+            most = max(module.counts((given,) if isinstance(given, int) else given, kwargs.get("segment", 0)))
+            self.new_boundary_calls.append((id(module), BoundaryCall((most,), 0)))
         self.keep_output(module, output)
         if is_transformer(module):
             self.note_branches(

@@ -15,7 +15,7 @@ The feed-forward of a block, with a kernel of 3 tokens::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -115,7 +115,8 @@ class TokenConv(nn.Module):
             ParallelError: ``parallel_tokens``; ``x`` has other tokens than this rank's part.
         """
         lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-        counts, rank, gather = self._split(lengths, segment)
+        counts = self.counts(lengths, segment)
+        rank, gather = (get_sequence_parallel_rank(), _gather_edges) if self.is_sharded else (0, _only)
         self._check_tokens(x, counts, rank, lengths, segment, grid)
         reach = self.reach[0] * grid[0] * grid[1] + self.reach[1] * grid[1] + self.reach[2]
         given, before = with_halo(x, TOKENS, reach, counts, rank, gather)
@@ -123,13 +124,14 @@ class TokenConv(nn.Module):
         y = self._convolve(given, before, start, counts[rank], grid)
         return pad(self._combine(y), TOKENS, x.shape[TOKENS]).contiguous()
 
-    def _split(
-        self, lengths: tuple[int, ...], segment: int
-    ) -> tuple[tuple[int, ...], int, Callable[[Tensor], Sequence[Tensor]]]:
-        """Return the tokens of each rank, this rank, and the exchange of edges."""
-        if self.skip_sequence_parallel or not tokens_are_sharded():
-            return (lengths[segment],), 0, lambda edges: [edges]
-        return segment_counts(lengths)[segment], get_sequence_parallel_rank(), _gather_edges
+    @property
+    def is_sharded(self) -> bool:
+        """True if each rank holds a part of the tokens at this point of the forward pass."""
+        return tokens_are_sharded() and not self.skip_sequence_parallel
+
+    def counts(self, lengths: Sequence[int], segment: int = 0) -> tuple[int, ...]:
+        """Return the tokens of each rank without padding; one number if each rank holds all of them."""
+        return segment_counts(lengths)[segment] if self.is_sharded else (lengths[segment],)
 
     def _convolve(self, given: Tensor, before: int, start: int, count: int, grid: tuple[int, int]) -> Tensor:
         """Return ``[B, count, O]`` for tokens ``start`` and following; ``given`` has ``before`` tokens before them."""
@@ -221,6 +223,10 @@ def _gather_edges(edges: Tensor) -> Sequence[Tensor]:
     parts = [torch.empty_like(edges) for _ in range(group.world_size)]
     torch.distributed.all_gather(parts, edges.contiguous(), group=group.device_group)
     return parts
+
+
+def _only(edges: Tensor) -> Sequence[Tensor]:
+    return [edges]
 
 
 def _zero_pad(x: Tensor, before: int, size: int) -> Tensor:
