@@ -120,6 +120,18 @@ def discover() -> Ports:
     return found
 
 
+def add_port_folders() -> None:
+    """Put the folders of ``PORT_KIT_PATH`` at the end of ``sys.path``, for ``module:attribute`` on a command line."""
+    for text in filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep)):
+        _add_to_path(Path(text).expanduser())
+
+
+def _add_to_path(folder: Path) -> None:
+    entry = str(folder.resolve())
+    if entry not in sys.path:
+        sys.path.append(entry)
+
+
 def _installed() -> Iterator[tuple[str, str, Callable[[], object]]]:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         yield entry.name, f"{entry.value} of {_distribution(entry)}", entry.load
@@ -163,9 +175,7 @@ def _declared_in(package: Path) -> object:
 
 def _import_package(package: Path) -> ModuleType:
     """Import the package in this folder under its own name; the folder above it goes onto ``sys.path``."""
-    parent = str(package.parent.resolve())
-    if parent not in sys.path:
-        sys.path.append(parent)
+    _add_to_path(package.parent)
     module = importlib.import_module(package.name)
     if module.__file__ is None or Path(module.__file__).resolve().parent != package.resolve():
         raise PortKitError(

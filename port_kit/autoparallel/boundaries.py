@@ -14,8 +14,9 @@ from port_kit.autoparallel.linear_sites import bind_linears
 from port_kit.autoparallel.plan import AttentionSite, Blocks, Plan, TokenAxis, WholeModule, find
 from port_kit.autoparallel.rebinding import Rebinder
 from port_kit.autoparallel.sites import Kernel, SiteRouter
-from port_kit.autoparallel.tokens import Tokens, pad
+from port_kit.autoparallel.tokens import Tokens
 from port_kit.autoparallel.tree import Arguments
+from port_kit.parallel.halo import pad
 
 
 @dataclass

@@ -16,6 +16,7 @@ from port_kit.autoparallel.exchange import Exchange
 from port_kit.autoparallel.plan import TokenAxis
 from port_kit.autoparallel.tree import rebuild
 from port_kit.errors import ParallelError
+from port_kit.parallel.halo import pad, with_halo
 
 #: A part of a dimension that is complete on every rank.
 WHOLE = "*"
@@ -168,29 +169,9 @@ class Tokens:
             stream: stream that is sharded.
             halo: rows to add on both sides.
             grid: dimensions of the grid; 1 if the rows are tokens.
-
-        Raises:
-            ParallelError: ``parallel_degree``; a neighbor has fewer rows than are needed.
         """
-        exchange = self.exchange
-        if self.local(stream, grid) < halo:
-            raise ParallelError(
-                f"{stream}: a convolution reads {halo} rows of a neighbor, but {exchange.world} ranks have "
-                f"{self.local(stream, grid)} rows each",
-                code="parallel_degree",
-                hint="use fewer ranks, or a larger input",
-            )
-        counts = [self.valid(stream, rank, grid) for rank in range(exchange.world)]
-        own = x.narrow(dim, 0, counts[exchange.rank]) if counts[exchange.rank] else x
-        first, last = (
-            own.narrow(dim, 0, min(halo, own.shape[dim])),
-            own.narrow(dim, max(own.shape[dim] - halo, 0), min(halo, own.shape[dim])),
-        )
-        edges = exchange.all_gather(torch.stack([pad(first, dim, halo), pad(last, dim, halo)]))
-        before = _edge(edges, 1, dim, counts, exchange.rank - 1, halo)
-        after = _edge(edges, 0, dim, counts, exchange.rank + 1, halo)
-        parts = [part for part in (before, own, after) if part is not None]
-        return _concat(parts, dim), 0 if before is None else before.shape[dim]
+        counts = [self.valid(stream, rank, grid) for rank in range(self.exchange.world)]
+        return with_halo(x, dim, halo, counts, self.exchange.rank, self.exchange.all_gather)
 
     def _require(self, x: Tensor, dim: int, size: int, streams: Sequence[str]) -> None:
         if x.shape[dim] != size:
@@ -200,22 +181,6 @@ class Tokens:
                 hint="infer the plan from inputs of this kind: port-kit plan infer CLASS -o FILE",
                 shape=list(x.shape),
             )
-
-
-def pad(x: Tensor, dim: int, size: int) -> Tensor:
-    """Append zeros along a dimension."""
-    if x.shape[dim] == size:
-        return x
-    shape = list(x.shape)
-    shape[dim] = size - x.shape[dim]
-    return torch.cat([x, x.new_zeros(shape)], dim)
-
-
-def _edge(edges: list[Tensor], side: int, dim: int, counts: list[int], rank: int, halo: int) -> Tensor | None:
-    """Return the rows that a neighbor has at one side, or None if there is no neighbor."""
-    if not 0 <= rank < len(counts) or not counts[rank]:
-        return None
-    return edges[rank][side].narrow(dim, 0, min(halo, counts[rank]))
 
 
 def _concat(parts: Sequence[Tensor], dim: int) -> Tensor:

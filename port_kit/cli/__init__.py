@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
-import os
 
 import click
+
+from port_kit.cli.engine_logs import set_engine_logs
+from port_kit.registry import add_port_folders
 
 #: command -> (module with a click command of that name, one line for the overview)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -68,6 +70,5 @@ def main(verbose: int, quiet: bool) -> None:
     """Bring diffusion models with scattered checkpoints and custom code to vLLM-Omni, out of tree."""
     level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    # By default vLLM logs to stdout, which is reserved for data.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", logging.getLevelName(level))
+    set_engine_logs(verbose)
+    add_port_folders()

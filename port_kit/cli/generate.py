@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import error_text, handles_errors
 from port_kit.port import HostedPort, Port
 from port_kit.registry import find_port
@@ -49,6 +50,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default=port.example_prompt or None)
     parser.add_argument("--prompt-file", default=None, help="JSON file that holds the prompt as one string")
     parser.add_argument("--tiny", action="store_true", help=f"settings of the tiny checkpoint: {dict(port.tiny)}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="show the logs of vLLM-Omni's processes")
     for kind in port.references:
         parser.add_argument(*MEDIA_OPTIONS[kind], dest=kind, nargs="+", default=None, help=f"{kind} files")
 
@@ -126,7 +128,7 @@ def build_request(
 def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable[[], Any]] | None = None) -> int:
     """Generate the outputs of one request and print the properties of the files; return the exit code."""
     arguments = build_parser(port).parse_args(options)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    set_engine_logs(arguments.verbose, override=bool(arguments.verbose))
     # An engine in this process prefixes every line with its name: duplicate the descriptors before.
     stdout, stderr = (os.fdopen(os.dup(stream.fileno()), "w") for stream in (sys.stdout, sys.stderr))
     from port_kit.pipeline.media import describe_file
@@ -134,7 +136,8 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     from port_kit.runtime.refusals import refusal_of
 
     try:
-        result, seconds = _generate(arguments, *build_request(port, arguments, default_media))
+        prompt, sampling = build_request(port, arguments, default_media)
+        result, seconds = _generate(arguments, prompt, sampling)
     except Exception as error:
         refusal = refusal_of(error)
         if refusal is None and not isinstance(error, ValueError):
@@ -142,8 +145,11 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
         print(error if refusal is None else error_text(refusal), file=stderr, flush=True)
         return 1
     paths = _write(port, Path(arguments.output), result)
-    for path in paths:
-        print(f"{describe_file(path)}, generated in {seconds:.1f} s", file=stdout, flush=True)
+    for index, path in enumerate(paths):
+        # outputs of a hosted pipeline share one generator
+        seed = sampling.seed + (0 if isinstance(port, HostedPort) else index)
+        facts = f"{describe_file(path)}, seed {seed}, generated in {seconds:.1f} s"
+        print(facts, file=stdout, flush=True)
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
@@ -160,7 +166,7 @@ def _generate(arguments: argparse.Namespace, prompt: Any, sampling: Any) -> tupl
     try:
         started = time.perf_counter()
         # A generator raises the error of a refused request without closing the engine.
-        (result,) = omni.generate(prompt, sampling, py_generator=True)
+        (result,) = omni.generate(prompt, sampling, py_generator=True, use_tqdm=bool(arguments.verbose))
         return result, time.perf_counter() - started
     finally:
         omni.close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import handles_errors
 from port_kit.errors import InputError
 from port_kit.parallel.layout import CONFIG_NAMES, Layout
@@ -23,7 +25,7 @@ _REQUEST = {
     "guidance_scale": (float, "Scale of guidance."),
     "true_cfg_scale": (float, "Scale of guidance of pipelines whose guidance_scale is an input of the model."),
     "fps": (float, "Frames per second of the file."),
-    "seed": (int, "Default: random."),
+    "seed": (int, "Default: drawn at random, and printed."),
     "num_outputs": (int, "Outputs of the request."),
 }
 #: Descriptions of the degrees of parallelism.
@@ -69,15 +71,18 @@ def _layout_options(function: Any) -> Any:
 @click.option("--plan", type=click.Path(path_type=Path), help="Plan file. Default: the shipped one, or infer one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="Dtype of all components.")
 @click.option("--enforce-eager", is_flag=True, help="Do not compile.")
+@click.option("-v", "--verbose", count=True, help="Show the logs of vLLM-Omni's processes.")
 @click.option("--serve", is_flag=True, help="Start vLLM-Omni's server; further options are passed to vllm serve.")
 @handles_errors("run")
-def command(model: str, serve_options: tuple[str, ...], serve: bool, **given: Any) -> None:
+def command(model: str, serve_options: tuple[str, ...], serve: bool, verbose: int, **given: Any) -> None:
     """Generate with MODEL, a pipeline of diffusers: a directory, or a repository on the Hub.
 
     The transformer is adapted by a parallel plan. Options of the engine have vLLM-Omni's names.
     """
     if serve_options and not serve:
         raise click.UsageError(f"no such option or argument: {serve_options[0]}")
+    if verbose or serve:
+        set_engine_logs(verbose or 1, override=True)
     cache_options(given)
     layout = Layout(**{kind: given[name] for kind, name in CONFIG_NAMES.items() if name in given})
     folder, class_name, modality, additional = _prepare(model, layout, given)
@@ -130,6 +135,7 @@ def _generate(
     output = given["output"] or Path("output").with_suffix(SUFFIXES[modality])
     prompt, sampling = _request(given)
     hide_tracebacks_of_refusals()
+    _report(f"seed {sampling.seed}" + (" (drawn at random)" if given["seed"] is None else ""))
     omni = Omni(
         model=folder,
         model_class_name=class_name,
@@ -163,7 +169,8 @@ def _request(given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         from PIL import Image
 
         prompt["multi_modal_data"] = {"image": Image.open(given["image"]).convert("RGB")}
-    sampling = {name: given[name] for name in _REQUEST if given[name] is not None}
+    sampling = {"seed": secrets.randbelow(1 << 31)}
+    sampling |= {name: given[name] for name in _REQUEST if given[name] is not None}
     outputs = sampling.pop("num_outputs", 1)
     extra = dict(map(_argument, given["arguments"]))
     return prompt, OmniDiffusionSamplingParams(num_outputs_per_prompt=outputs, extra_args=extra, **sampling)

@@ -25,7 +25,8 @@ from port_kit.interop.generalize import Route, generalize
 from port_kit.interop.transformers_lists import converted_routes
 from port_kit.manifest import Manifest
 from port_kit.port import resolve
-from port_kit.remap.patterns import parse_pattern, parse_template, sre
+from port_kit.remap.matching_time import parse_pattern, sre
+from port_kit.remap.patterns import parse_template
 from port_kit.remap.rules import Op, Rule, RuleSet
 
 _HINT = "give a WeightsMapper, a list of WeightRenaming and WeightConverter, or a dictionary of name patterns"

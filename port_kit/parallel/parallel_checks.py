@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 #: Fault codes, each with a hint.
 FAULTS: Mapping[str, str] = {
     "not_sharded": "use the exact module paths of the boundaries in _sp_plan; an unknown path is only a warning",
+    "not_cut": "shard this stream at its boundary in _sp_plan, or make the port's tiny request longer",
     "padding_attended": "pass the unpadded length to the attention (PaddedAttention, kv_length=padded_length(n))",
     "replicated_keys_exchanged": "pass skip_sequence_parallel=True to this attention: its keys are replicated",
     "weights_not_split": "use vLLM's parallel linears with full widths",
@@ -67,6 +68,7 @@ def compare(layout: Layout, single: Trace, ranks: Sequence[Trace]) -> list[Findi
 def _rank_findings(layout: Layout, single: Trace, trace: Trace, rank: str) -> Iterator[Finding]:
     if layout.sequence > 1:
         yield from _sequence(layout, single, trace)
+        yield from _streams(layout, single, trace)
     if layout.tp > 1:
         yield from _tensor(layout, single, trace)
     if layout.hsdp > 1:
@@ -94,6 +96,29 @@ def _sequence(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
             "transformer",
             f"{layout}: expected attention over a part of the sequence, got all tokens on each rank",
         )
+
+
+def _streams(layout: Layout, single: Trace, trace: Trace) -> Iterator[Finding]:
+    """Report each tensor of a boundary of which one rank had all tokens in every call."""
+    for path, calls in trace.boundaries.items():
+        same = {call.branch: call.tokens for call in single.boundaries.get(path, ())}
+        whole: dict[int, tuple[int, int]] = {}
+        cut = set()
+        for call in calls:
+            alone = same.get(branch_alone(layout, single, trace, call.branch), ())
+            for index, (local, length) in enumerate(zip(call.tokens, alone, strict=False)):
+                if local < length:
+                    cut.add(index)
+                elif length:
+                    whole[index] = max(whole.get(index, (0, 0)), (length, local))
+        for index in sorted(whole.keys() - cut):
+            length, local = whole[index]
+            yield Finding(
+                "not_cut",
+                path if len(calls[0].tokens) == 1 else f"{path}, tensor {index}",
+                f"expected a rank boundary within the tokens of this stream, got {local} on each rank of {layout} for "
+                f"{length} in all; equal results prove nothing",
+            )
 
 
 def branch_alone(layout: Layout, single: Trace, trace: Trace, branch: int) -> int:

@@ -205,11 +205,19 @@ def _listed(degrees: list[int]) -> str:
 
 
 def _split_widths(transformer: nn.Module) -> Iterator[int]:
-    """Yield the widths that tensor parallelism splits: outputs of column linears, inputs of row linears."""
+    """Yield the widths that tensor parallelism splits: outputs of column linears, inputs of row linears.
+
+    For convolutions over tokens, these are channels or groups.
+    """
     from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 
+    from port_kit.parallel.token_conv import TokenConv
+
     for module in transformer.modules():
-        if isinstance(module, RowParallelLinear):
+        if isinstance(module, TokenConv):
+            if module.split_channels is not None:
+                yield module.split_channels
+        elif isinstance(module, RowParallelLinear):
             yield module.input_size
         elif isinstance(module, MergedColumnParallelLinear):
             yield from module.output_sizes
@@ -218,13 +226,16 @@ def _split_widths(transformer: nn.Module) -> Iterator[int]:
 
 
 def _split_parameters(transformer: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters that tensor parallelism splits: those of column linears, and weights of row linears."""
+    """Yield the parameters that tensor parallelism splits: those of column layers, and weights of row layers."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
+    from port_kit.parallel.token_conv import TokenConv
+
     for module in transformer.modules():
-        if isinstance(module, ColumnParallelLinear):
+        conv = isinstance(module, TokenConv)
+        if isinstance(module, ColumnParallelLinear) or (conv and module.role in ("column", "grouped")):
             yield from module.parameters(recurse=False)
-        elif isinstance(module, RowParallelLinear):
+        elif isinstance(module, RowParallelLinear) or (conv and module.role == "row"):
             yield module.weight
 
 

@@ -23,7 +23,7 @@ require("dispatch_mode")
 
 Noted = TypeVar("Noted")
 
-#: Maximum number of recorded calls per attention layer.
+#: Maximum number of recorded calls per attention layer and per boundary.
 KEPT_CALLS = 4096
 #: Maximum number of branches whose inputs and flows are recorded.
 KEPT_BRANCHES = 64
@@ -51,12 +51,26 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class BoundaryCall:
+    """One call of a sequence-parallel boundary on this rank.
+
+    Attributes:
+        tokens: tokens of each tensor in the sharded region, with padding.
+        branch: index of the transformer call, from 0.
+    """
+
+    tokens: tuple[int, ...]
+    branch: int
+
+
+@dataclass(frozen=True)
 class Trace:
     """Record of one rank's work.
 
     Attributes:
         rank_coords: this rank's rank in each group: ``tp``, ``sequence``, ``cfg``.
         attention: calls by layer path.
+        boundaries: calls by path of the :class:`~port_kit.parallel.sequence.SPBoundary`.
         collectives: ``{operator: (calls, bytes)}``; ``symm_mem`` counts transfers of that module.
         parameters: ``{path: (local shape, local bytes)}`` of the transformers.
         calls: number of branches that the transformers ran.
@@ -68,6 +82,7 @@ class Trace:
 
     rank_coords: Mapping[str, int]
     attention: Mapping[str, list[AttentionCall]]
+    boundaries: Mapping[str, list[BoundaryCall]]
     collectives: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, tuple[tuple[int, ...], int]]
     calls: int
@@ -88,6 +103,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.keep_outputs = keep_outputs
         self.calls: dict[int, list[AttentionCall]] = defaultdict(list)
+        self.boundary_calls: dict[int, list[BoundaryCall]] = defaultdict(list)
         self.open: list[tuple[int, int, int]] = []  # id, query and key tokens of running attentions
         self.seen: int | None = None
         self.collectives: Counter[str] = Counter()
@@ -96,7 +112,8 @@ class _Recorder(TorchDispatchMode):
         self.branches: list[tuple[float, ...]] = []
         self.flows: list[tuple[Tensor, ...]] = []
         self.outputs: list[tuple[int, int, Tensor]] = []
-        self.new_calls: list[tuple[int, AttentionCall]] = []  # both since the last transformer call
+        self.new_calls: list[tuple[int, AttentionCall]] = []  # all three since the last transformer call
+        self.new_boundary_calls: list[tuple[int, BoundaryCall]] = []
         self.new_outputs: list[tuple[int, Tensor]] = []
 
     def start(self) -> None:
@@ -117,13 +134,19 @@ class _Recorder(TorchDispatchMode):
             self.seen = None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Record attention calls, transformer inputs and outputs, and module outputs if requested."""
+        """Record calls of attentions and boundaries, transformer inputs and outputs, and requested module outputs."""
         from vllm_omni.diffusion.attention.layer import Attention
+
+        from port_kit.parallel.sequence import TOKENS, SPBoundary
 
         if isinstance(module, Attention):
             key, query, keys = self.open.pop()
             exchanged = module._get_active_parallel_strategy() is not module._no_parallel_strategy
             self.new_calls.append((key, AttentionCall(query, keys, self.seen or keys, exchanged, 0)))
+        if isinstance(module, SPBoundary):
+            # one of the two sides is sharded: the input of a boundary that gathers, the output of one that shards
+            tokens = tuple(min(x.shape[TOKENS], y.shape[TOKENS]) for x, y in zip(args, output, strict=True))
+            self.new_boundary_calls.append((id(module), BoundaryCall(tokens, 0)))
         self.keep_output(module, output)
         if is_transformer(module):
             self.note_branches(
@@ -149,9 +172,13 @@ class _Recorder(TorchDispatchMode):
         for key, place, call in _divided(self.new_calls, branches):
             if len(self.calls[key]) < KEPT_CALLS:
                 self.calls[key].append(replace(call, branch=self.transformer_calls + place))
+        for key, place, boundary_call in _divided(self.new_boundary_calls, branches):
+            if len(self.boundary_calls[key]) < KEPT_CALLS:
+                self.boundary_calls[key].append(replace(boundary_call, branch=self.transformer_calls + place))
         for key, place, value in _divided(self.new_outputs, branches):
             self.outputs.append((key, self.transformer_calls + place, value))
         self.new_calls.clear()
+        self.new_boundary_calls.clear()
         self.new_outputs.clear()
 
     def keep_output(self, module: nn.Module, output: Any) -> None:
@@ -226,6 +253,7 @@ def collect(pipeline: nn.Module) -> Trace:
     return Trace(
         rank_coords=_rank_coords(),
         attention={paths[key]: calls for key, calls in _recorder.calls.items() if key in paths},
+        boundaries={paths[key]: calls for key, calls in _recorder.boundary_calls.items() if key in paths},
         collectives=_collectives(_recorder),
         parameters=_parameters(pipeline),
         calls=_recorder.transformer_calls,

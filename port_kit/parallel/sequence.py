@@ -27,6 +27,7 @@ A transformer with two streams::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -145,6 +146,15 @@ def sequence_parallel_size() -> int:
     return int(config.parallel_config.sequence_parallel_size or 1)
 
 
+def tokens_are_sharded() -> bool:
+    """Return True between the boundaries that shard and gather; False on one rank and outside of an engine.
+
+    ``ForwardContext.sp_active`` is also True outside of the boundaries: vLLM-Omni sets ``sp_plan_hooks_applied`` in the
+    context of loading, and each request has a new context.
+    """
+    return is_forward_context_available() and get_forward_context()._sp_shard_depth > 0
+
+
 def pad_tokens(x: Tensor) -> Tensor:
     """Zero-pad dimension 1 to a multiple of :func:`sequence_parallel_size`."""
     missing = -x.shape[TOKENS] % sequence_parallel_size()
@@ -156,6 +166,24 @@ def pad_tokens(x: Tensor) -> Tensor:
 def padded_length(length: int) -> int | None:
     """Return ``length`` if :func:`pad_tokens` pads it, else None: the ``kv_length`` of attention."""
     return length if length % sequence_parallel_size() else None
+
+
+def segment_counts(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the tokens of each consecutive segment of a sequence on each rank, without padding.
+
+    Args:
+        lengths: tokens per segment, in order, before padding; the sequence is padded once, at its end.
+
+    Returns:
+        Per segment: its tokens on each rank; they sum to its length.
+    """
+    size = sequence_parallel_size()
+    share = -(-sum(lengths) // size)
+    edges = list(accumulate(lengths, initial=0))
+    return [
+        tuple(max(0, min(stop, (rank + 1) * share) - max(start, rank * share)) for rank in range(size))
+        for start, stop in pairwise(edges)
+    ]
 
 
 def local_segment_lengths(lengths: Sequence[int], local: int) -> tuple[int, ...]:

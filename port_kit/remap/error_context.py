@@ -17,8 +17,9 @@ from typing import Any
 
 from port_kit.errors import RemapError
 from port_kit.manifest import Manifest
+from port_kit.remap.matching_time import REPEATS, parse_pattern, sre
 from port_kit.remap.names import template_of
-from port_kit.remap.patterns import REPEATS, compile_pattern, parse_pattern, parse_template, sre
+from port_kit.remap.patterns import compile_pattern, parse_template
 from port_kit.remap.problems import SHOWN, Names, Problem, closest_match
 from port_kit.remap.resolve import expand
 from port_kit.remap.resolve_ops import Scope

@@ -9,28 +9,17 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
-from re import _parser as parser  # type: ignore[attr-defined]
-from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.remap.matching_time import UnboundedError, check_matching_time, parse_pattern
 from port_kit.remap.names import NUMBER, fill, template_of
 
 MAX_PATTERN_LENGTH = 600
-#: Longest tensor name that is matched; together with MAX_OVERLAPPING it bounds the matching time.
+#: Longest tensor name that is matched; together with the length of chains it bounds the matching time.
 MAX_NAME_LENGTH = 256
-#: Unbounded repeats in a row that can match the same characters.
-MAX_OVERLAPPING = 3
-#: Largest counted repeat, ``{m,n}``.
-MAX_COUNTED = 8
-#: Return the syntax tree of a regular expression.
-parse_pattern: Callable[[str], Any] = parser.parse
-REPEATS = (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT)
-_ALPHABET = frozenset(map(chr, range(32, 127)))
-_SINGLE = (sre.LITERAL, sre.IN, sre.ANY, sre.NOT_LITERAL)
 
 
 @lru_cache(maxsize=8192)
@@ -48,78 +37,11 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         raise _bad(pattern, f"is not a regular expression: {error}") from error
     if compiled.flags != re.compile("").flags:
         raise _bad(pattern, "sets flags")
-    chain: list[frozenset[str]] = []  # unbounded repeats that can still exchange characters with the next one
-    for characters, unbounded in _atoms(tree, pattern):
-        if not unbounded and not all(characters <= link for link in chain):
-            chain = []
-        if unbounded:
-            chain = [*(link for link in chain if link & characters), characters]
-        if len(chain) > MAX_OVERLAPPING:  # matching takes (length of the name) ** (length of the chain)
-            raise _bad(pattern, f"has more than {MAX_OVERLAPPING} repeats that can match the same characters")
+    try:
+        check_matching_time(tree)
+    except UnboundedError as error:
+        raise _bad(pattern, str(error)) from error
     return compiled
-
-
-def _atoms(tree: Any, pattern: str, repeated: bool = False) -> Iterator[tuple[frozenset[str], bool]]:
-    """Yield the characters that each step of a parsed pattern can match, and whether the step repeats without bound."""
-    for code, value in tree:
-        if code in _SINGLE:
-            yield _characters(code, value), False
-        elif code in REPEATS:
-            yield from _repeat(value, pattern, repeated)
-        elif code is sre.SUBPATTERN:
-            yield from _atoms(value[3], pattern, repeated)
-        elif code is sre.BRANCH:
-            for branch in value[1]:
-                yield from _atoms(branch, pattern, repeated)
-        elif code in (sre.ASSERT, sre.ASSERT_NOT):
-            yield from _atoms(value[1], pattern, True)
-        elif code is not sre.AT:
-            raise _bad(pattern, f"uses {str(code).lower()}, which has no bounded matching time")
-
-
-def _repeat(value: Any, pattern: str, repeated: bool) -> Iterator[tuple[frozenset[str], bool]]:
-    low, high, body = value
-    if high is not sre.MAXREPEAT:
-        if high > MAX_COUNTED:
-            raise _bad(pattern, f"repeats something up to {high} times")
-        yield from _atoms(body, pattern, repeated or high > 1)
-        return
-    if repeated:
-        raise _bad(pattern, "has a repeat inside a repeat or an assertion")
-    if len(body) != 1 or body[0][0] not in _SINGLE:
-        raise _bad(pattern, "repeats more than one character without bound")
-    characters = _characters(*body[0])
-    if low > 1:
-        yield characters, False
-    yield characters, True
-
-
-def _characters(code: Any, value: Any) -> frozenset[str]:
-    """Return the printable characters that a single step can match."""
-    if code is sre.ANY:
-        return _ALPHABET
-    if code is not sre.IN:
-        value = [(sre.NEGATE, None)] * (code is sre.NOT_LITERAL) + [(sre.LITERAL, value)]
-    matched: set[str] = set()
-    for kind, item in value:
-        if kind is sre.LITERAL:
-            matched.add(chr(item))
-        elif kind is sre.RANGE:
-            matched.update(map(chr, range(item[0], min(item[1], 0xFFFF) + 1)))
-        elif kind is sre.CATEGORY:
-            matched |= _CATEGORIES.get(item, _ALPHABET)
-    return frozenset(_ALPHABET - matched if value[0][0] is sre.NEGATE else matched)
-
-
-_WORD = frozenset(character for character in _ALPHABET if character.isalnum() or character == "_")
-_CATEGORIES = {
-    sre.CATEGORY_DIGIT: frozenset("0123456789"),
-    sre.CATEGORY_NOT_DIGIT: _ALPHABET - frozenset("0123456789"),
-    sre.CATEGORY_WORD: _WORD,
-    sre.CATEGORY_NOT_WORD: _ALPHABET - _WORD,
-    sre.CATEGORY_SPACE: frozenset(" "),
-    sre.CATEGORY_NOT_SPACE: _ALPHABET - {" "},
-}
 
 
 def _bad(pattern: str, why: str) -> RemapError:

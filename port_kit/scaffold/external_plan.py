@@ -18,7 +18,7 @@ _SHOWN = 2000
 
 
 def write_plan(port: NewPort, report: Callable[[str], None]) -> Path:
-    """Infer and prove the plan of the transformer in a port's folder; return its path.
+    """Infer and prove the plan of the transformer in a port's folder; return its path below ``port.target``.
 
     Args:
         port: was written.
@@ -43,4 +43,4 @@ def write_plan(port: NewPort, report: Callable[[str], None]) -> Path:
                 code="scaffold_unsupported",
                 hint=f"PYTHONPATH={root}:{root}/original port-kit plan {' '.join(arguments)}",
             )
-    return path
+    return port.target / path.relative_to(root)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from port_kit.autoparallel.host.checks import PLAN_KEY
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
-from port_kit.cli.run import command, serve_command
+from port_kit.cli.run import _request, command, serve_command
 from port_kit.parallel.layout import Layout
 
 
@@ -51,6 +51,15 @@ def test_settings_without_a_cache_are_refused(options: list[str], tmp_path: Path
     assert "input_value" in result.output
 
 
+def test_a_seed_that_is_not_given_is_drawn() -> None:
+    given = {name: None for name in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")}
+    given |= {"true_cfg_scale": None, "fps": None, "seed": None, "num_outputs": None, "negative_prompt": None}
+    given |= {"prompt": "", "image": None, "arguments": ()}
+    seeds = {_request(given)[1].seed for _ in range(4)}
+    assert len(seeds) > 1 and all(0 <= seed < 2**31 for seed in seeds)
+    assert _request({**given, "seed": 7})[1].seed == 7
+
+
 @pytest.mark.slow
 @pytest.mark.integration
 def test_an_image_is_written(tmp_path: Path) -> None:
@@ -66,5 +75,6 @@ def test_an_image_is_written(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == f"{tmp_path / 'cat.png'}\n"
+    assert "seed 1\n" in done.stderr
     pixels = np.asarray(Image.open(tmp_path / "cat.png"))
     assert pixels.shape == (32, 32, 3) and pixels.std() > 5

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +346,16 @@ def test_usage_errors_are_2(workspace: Workspace, words: tuple[str, ...], monkey
     (workspace.folder / "x.toml").write_text(RULES)
     done = workspace.run(*words)
     assert done.exit_code == 2 and "Usage:" in done.stderr and not done.stdout
+
+
+def test_rules_of_a_module_in_a_port_folder(tmp_path: Path) -> None:
+    """``module:ATTRIBUTE`` is found in the folders of ``PORT_KIT_PATH``, also of ``rules import``."""
+    (tmp_path / "ports" / "lagoon").mkdir(parents=True)
+    (tmp_path / "ports" / "lagoon" / "__init__.py").write_text("")
+    (tmp_path / "ports" / "lagoon" / "weights.py").write_text(
+        "from port_kit.remap import Rule, RuleSet\nRULES = RuleSet('lagoon', (Rule('a', 'b'),))\n"
+    )
+    command = [sys.executable, "-m", "port_kit", "rules", "check", "--rules", "lagoon.weights:RULES", "--json"]
+    environment = {**os.environ, "PORT_KIT_PATH": str(tmp_path / "ports")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["data"]["name"] == "lagoon", done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def script(name: str, *options: str) -> str:
     command = [sys.executable, str(EXAMPLE / name), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert not re.search(r"\b(DEBUG|INFO|WARNING)\b", done.stderr), "logs without --verbose"
     return done.stdout
 
 
@@ -36,6 +38,7 @@ def test_the_tiny_model_makes_a_video_with_audio_from_a_first_frame(tmp_path: Pa
     options = ["--tiny", "--enforce-eager", "--num-inference-steps", "2", "--image", str(tmp_path / "first.png")]
     told = script("generate_ovi.py", "--model", str(model), *options, "--output", str(tmp_path / "out.mp4"))
     assert "out.mp4: 121 frames 128x64 at 24 fps (h264, 5.04 s), audio at 16000 Hz" in told
+    assert f", seed {PORT.seed}, " in told
 
 
 def test_engine_options_keep_vllm_omnis_names() -> None:

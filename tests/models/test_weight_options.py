@@ -264,8 +264,10 @@ def test_adapters_that_the_manager_cannot_apply_are_refused_by_name(
 class PlainFp8(OnlineLinearBase):
     """Per-tensor FP8 weights without kernels: vLLM's quantization of a layer in plain torch."""
 
+    requantization_source: Any = None  #: vLLM 0.32's attribute: no conversion from another quantization
+
     def __init__(self) -> None:
-        self.at_once: list[bool] = []
+        """Leave out the base's, which reads the configuration of a language model."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the weight by its rounded form and its scale."""

@@ -95,6 +95,7 @@ def condition_on_too_little() -> None:
         (missing_plan, "ulysses2", "not_sharded", "blocks.0.audio.self_attn.attn"),
         (misspelt_plan, "ulysses2", "not_sharded", "blocks.0.video.self_attn.attn"),
         (half_a_plan, "ulysses2", "not_sharded", "blocks.0.audio.self_attn.attn"),
+        (half_a_plan, "ring2", "not_cut", "audio.shard, tensor 1"),
         (unmasked_pad, "ulysses2", "padding_attended", "blocks.0.video.self_attn.attn"),
         (unmasked_pad, "allgather2", "padding_attended", "blocks.0.video.self_attn.attn"),
         (unmasked_pad, "ring2", "padding_attended", "blocks.0.audio.self_attn.attn"),

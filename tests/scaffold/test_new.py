@@ -304,3 +304,12 @@ def test_git_code_implies_its_path(tmp_path: Path) -> None:
     assert 'url="https://github.com/org/model"' in files["some_port/recipe.py"]
     assert 'plan="plan.toml"' in files["some_port/__init__.py"]
     assert "tests/test_cache.py" not in files and "tests/test_ranks.py" in files
+
+
+@pytest.mark.slow
+def test_git_code_in_a_folder_below_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of git code is written by other processes; its path is relative, as those of the other files."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["new", "some_port", "--path", "external", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "some_port/plan.toml" in json.loads(result.stdout)["data"]["files"]

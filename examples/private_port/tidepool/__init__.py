@@ -13,6 +13,7 @@ PORT = Port(
     class_name="TidepoolPipeline",
     output_type="video",
     components=COMPONENTS,
+    parity="tidepool.parity:cases",
     example_prompt="a crab walks over wet sand",
     tiny={"num_inference_steps": 2},
 )

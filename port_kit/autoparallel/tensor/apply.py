@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from port_kit.autoparallel.plan import ChannelRule, Plan, TablePlan, UnitGroup, find, find_linears
 from port_kit.autoparallel.tensor.divided import divide_attribute
-from port_kit.autoparallel.tensor.layers import ShardedConv, ShardedNorm, local_part, sharded_parameter
+from port_kit.autoparallel.tensor.layers import ShardedConv, ShardedNorm, local_part
 from port_kit.autoparallel.tensor.sizes import evaluate
 from port_kit.autoparallel.tree import Arguments, rebuild
 from port_kit.errors import ParallelError
 from port_kit.parallel import linear
 from port_kit.parallel.linear import tp_rank_and_size
+from port_kit.parallel.sharded_parameter import sharded_parameter
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig

@@ -1,4 +1,4 @@
-"""Layers that vLLM lacks: convolutions and norms over channels that are split, and sharded parameters."""
+"""Layers that vLLM lacks: convolutions and norms over channels that are split."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from port_kit.autoparallel.tensor.blocks import is_channels_last
 from port_kit.autoparallel.tensor.norms import norm_eps
 from port_kit.parallel.linear import sum_over_ranks
 from port_kit.parallel.norm import rms_norm, square_sums
+from port_kit.parallel.sharded_parameter import sharded_parameter
 
 
 def local_part(x: Tensor, dim: int, parts: Sequence[int], rank: int, ranks: int) -> Tensor:
@@ -24,24 +25,6 @@ def local_part(x: Tensor, dim: int, parts: Sequence[int], rank: int, ranks: int)
         pieces.append(x.narrow(dim, at + rank * (size // ranks), size // ranks))
         at += size
     return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
-
-
-def sharded_parameter(whole: Tensor, dim: int, rank: int, ranks: int) -> nn.Parameter:
-    """Return an uninitialized parameter for a rank's part of a dimension; its ``weight_loader`` accepts the whole.
-
-    The whole is loaded in rank order: parts are permuted by the rules of the plan.
-    """
-    shape = list(whole.shape)
-    size = shape[dim] // ranks
-    shape[dim] = size
-    parameter = nn.Parameter(whole.new_empty(shape), requires_grad=False)
-    parameter.full_shape = tuple(whole.shape)  # type: ignore[attr-defined]
-
-    def load(own: nn.Parameter, loaded: Tensor) -> None:
-        own.data.copy_(loaded.narrow(dim, rank * size, size))
-
-    parameter.weight_loader = load  # type: ignore[attr-defined]
-    return parameter
 
 
 class ShardedConv(nn.Module):
