@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from port_kit.cli.engine_logs import set_engine_logs
-from port_kit.cli.output import handles_errors
+from port_kit.cli.output import error_text, handles_errors
 from port_kit.port import HostedPort, Port
 from port_kit.registry import find_port
 
@@ -129,25 +129,21 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     """Generate the outputs of one request and print the properties of the files; return the exit code."""
     arguments = build_parser(port).parse_args(options)
     set_engine_logs(arguments.verbose, override=bool(arguments.verbose))
-    # An engine in this process prefixes every line on stdout with its name: duplicate the descriptor before.
-    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    from vllm_omni import Omni
-
+    # An engine in this process prefixes every line with its name: duplicate the descriptors before.
+    stdout, stderr = (os.fdopen(os.dup(stream.fileno()), "w") for stream in (sys.stdout, sys.stderr))
     from port_kit.pipeline.media import describe_file
     from port_kit.reports import draw_contact_sheet
+    from port_kit.runtime.refusals import refusal_of
 
-    prompt, sampling = build_request(port, arguments, default_media)
-    omni = Omni(**engine_options(arguments))
     try:
-        started = time.perf_counter()
-        # A generator raises the error of a refused request without closing the engine.
-        (result,) = omni.generate(prompt, sampling, py_generator=True, use_tqdm=bool(arguments.verbose))
-        seconds = time.perf_counter() - started
-    except ValueError as error:
-        print(error, file=sys.stderr)
+        prompt, sampling = build_request(port, arguments, default_media)
+        result, seconds = _generate(arguments, prompt, sampling)
+    except Exception as error:
+        refusal = refusal_of(error)
+        if refusal is None and not isinstance(error, ValueError):
+            raise
+        print(error if refusal is None else error_text(refusal), file=stderr, flush=True)
         return 1
-    finally:
-        omni.close()
     paths = _write(port, Path(arguments.output), result)
     for index, path in enumerate(paths):
         # outputs of a hosted pipeline share one generator
@@ -157,6 +153,23 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
+
+
+def _generate(arguments: argparse.Namespace, prompt: Any, sampling: Any) -> tuple[Any, float]:
+    """Run one request; return its result and its seconds, without the start of the engine."""
+    from vllm_omni import Omni
+
+    from port_kit.runtime.refusals import hide_tracebacks_of_refusals
+
+    hide_tracebacks_of_refusals()
+    omni = Omni(**engine_options(arguments))
+    try:
+        started = time.perf_counter()
+        # A generator raises the error of a refused request without closing the engine.
+        (result,) = omni.generate(prompt, sampling, py_generator=True, use_tqdm=bool(arguments.verbose))
+        return result, time.perf_counter() - started
+    finally:
+        omni.close()
 
 
 def _write(port: Port, path: Path, result: Any) -> list[Path]:

@@ -14,6 +14,7 @@ import click
 from port_kit.errors import PortKitError
 from port_kit.escape import escape_control_chars
 from port_kit.files import os_errors_as
+from port_kit.runtime.refusals import refusal_of
 
 SCHEMA = "port-kit/1"
 #: Layout characters that text output keeps.
@@ -51,15 +52,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn :class:`PortKitError` into a message with its hint (or the JSON envelope) and exit code 1."""
+    """Turn :class:`PortKitError`, or what it caused, into its message and hint (or the envelope) and exit code 1."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
-            except PortKitError as error:
-                _print_error(command, error, as_json=bool(kwargs.get("as_json")))
+            except Exception as error:
+                refusal = refusal_of(error)
+                if refusal is None:
+                    raise
+                _print_error(command, refusal, as_json=bool(kwargs.get("as_json")))
                 raise SystemExit(1) from error
             except KeyboardInterrupt as error:
                 message, hint = "interrupted", "run the same command again to go on"
@@ -80,9 +84,14 @@ def _print_error(command: str, error: PortKitError, *, as_json: bool) -> None:
             json.dumps({"schema": SCHEMA, "ok": False, "command": command, "error": body}, indent=1, default=str)
         )
         return
-    hint = f"\n\nhint: {error.hint}" if error.hint else ""
-    click.echo(escape_control_chars(f"error [{error.code}]: {error.message}{hint}", keep=_LAYOUT), err=True)
+    click.echo(error_text(error), err=True)
     sys.stderr.flush()
+
+
+def error_text(error: PortKitError) -> str:
+    """Return an error with its code and its hint, for people."""
+    hint = f"\n\nhint: {error.hint}" if error.hint else ""
+    return escape_control_chars(f"error [{error.code}]: {error.message}{hint}", keep=_LAYOUT)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON envelope on stdout.")

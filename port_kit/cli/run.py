@@ -126,6 +126,7 @@ def _generate(
 ) -> None:
     from port_kit.autoparallel.host.checks import check_ran
     from port_kit.autoparallel.host.files import SUFFIXES, write_files
+    from port_kit.runtime.refusals import hide_tracebacks_of_refusals, refusal_of
 
     # an engine in this process prefixes every line on stdout with its name: duplicate the descriptor before
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -133,6 +134,7 @@ def _generate(
 
     output = given["output"] or Path("output").with_suffix(SUFFIXES[modality])
     prompt, sampling = _request(given)
+    hide_tracebacks_of_refusals()
     _report(f"seed {sampling.seed}" + (" (drawn at random)" if given["seed"] is None else ""))
     omni = Omni(
         model=folder,
@@ -149,6 +151,8 @@ def _generate(
         for path in write_files(output, result, modality):
             print(path, file=stdout, flush=True)
     except ValueError as error:
+        if refusal_of(error) is not None:
+            raise
         print(error, file=sys.stderr)
         raise SystemExit(1) from error
     finally:
