@@ -140,8 +140,8 @@ def failing_guards(series: str) -> dict[str, list[str]]:
     return {name: each for name, each in found.items() if each}
 
 
-def installed_surface(used: UsedNames) -> tuple[str, Surface]:
-    """Return the series and the surface of the installed vLLM-Omni, supported or not.
+def installed_surface(used: UsedNames) -> Surface:
+    """Return the surface of the installed vLLM-Omni, supported or not.
 
     Plugins stay off in this process (``VLLM_PLUGINS``): the kit's own refuse an unsupported version.
     """
@@ -149,7 +149,7 @@ def installed_surface(used: UsedNames) -> tuple[str, Surface]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     release = version("vllm-omni")
     with redirect_stdout(sys.stderr):  # vLLM logs to stdout, which is reserved for data
-        return ".".join(release.split(".")[:2]), read_installed(used, release)
+        return read_installed(used, release)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,15 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="record the surface of the installed series")
     parser.add_argument("--against", metavar="SERIES", help=f"recorded series: {', '.join(recorded_series())}")
     options = parser.parse_args(arguments)
-    used = used_names()
-    series, installed = installed_surface(used)
+    series = ".".join(version("vllm-omni").split(".")[:2])
+    expected = series if series in SERIES else SERIES[-1]
+    used = used_names(expected)
+    installed = installed_surface(used)
     if options.record:
         print(write_record(installed, series))
         return 0
     own = series if record_path(series).is_file() else recorded_series()[-1]
-    report = compare(
-        used, installed, read_record(options.against or own), failing_guards(series if series in SERIES else SERIES[-1])
-    )
+    report = compare(used, installed, read_record(options.against or own), failing_guards(expected))
     print(json.dumps(_as_json(report), indent=1) if options.json else report.describe())
     return 0 if report.ok else 1
 

@@ -45,8 +45,12 @@ class UsedNames:
         return sorted(found.union(inherited))
 
 
-def used_names() -> UsedNames:
-    """Return the names in the source of ``port_kit`` and ``models``, and the targets of the registry."""
+def used_names(series: str | None = None) -> UsedNames:
+    """Return the names in the source of ``port_kit`` and ``models``, and the targets of the registry.
+
+    Args:
+        series: leave out entries of the registry that this series does not need; None for all entries.
+    """
     names: dict[str, set[str]] = defaultdict(set)
     members: dict[str, frozenset[str]] = {}
     for path, label in source_files().items():
@@ -57,6 +61,8 @@ def used_names() -> UsedNames:
         if found:
             members[label] = frozenset(_members(tree))
     for entry in REGISTRY.values():
+        if series is not None and series not in entry.series:
+            continue
         for precondition in entry.preconditions:
             if "::" not in precondition.target:
                 names[precondition.target.replace(":", ".")].add(f"registry entry {entry.name}")

@@ -13,6 +13,7 @@ from port_kit.parallel.layout import Layout
 from port_kit.parallel.layout_selection import read_model_shape
 from port_kit.parallel.verify import ParallelTestCase, port_test_case, verify_parallel
 from port_kit.registry import find_port, list_ports
+from port_kit.runtime.plugin import register_pipelines
 from port_kit.scaffold import NewPort, new_port
 from tests.helpers import raises
 
@@ -31,6 +32,7 @@ def seven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelTestCase
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PORT_KIT_PATH", str(folder / "port"))
         list_ports.cache_clear()
+        register_pipelines()  # earlier tests of this process may have loaded the plugins without this port
         yield port_test_case(find_port("seven_heads"), folder)
     list_ports.cache_clear()
 

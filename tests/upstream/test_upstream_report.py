@@ -57,7 +57,7 @@ def test_the_recorded_surface_is_that_of_the_installed_series() -> None:
 
 @pytest.mark.parametrize("series", SERIES)
 def test_every_supported_series_has_a_record_of_names_that_are_used(series: str) -> None:
-    used = used_names()
+    used = used_names(series)
     assert surface.read_record(series).release.startswith(f"{series}.")
     assert [name for name in surface.read_record(series).names if not used.users(name)] == []
 
