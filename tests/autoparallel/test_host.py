@@ -213,12 +213,15 @@ def test_branches_of_a_step_have_their_own_contexts() -> None:
     denoiser._context_manager, denoiser._context_names = manager, ["blocks"]  # type: ignore[assignment]
     separate_branches(SimpleNamespace(components={"scheduler": scheduler}), {"transformer": denoiser})
 
+    contexts = []  # kept alive, so that no two have the same identity
+
     def run(branches: int) -> list[int]:
         """Return the identities of the contexts of one step."""
         found = []
         for _ in range(branches):
             denoiser(torch.ones(1))
-            found.append(id(manager.get_context("blocks")))
+            contexts.append(manager.get_context("blocks"))
+            found.append(id(contexts[-1]))
         assert scheduler.step(1) == 2
         return found
 

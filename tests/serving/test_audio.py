@@ -25,11 +25,11 @@ REQUEST = {"input": "rain", "num_inference_steps": 1, "audio_length": 0.5, "seed
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A server of a new port whose output is audio at 16 kHz."""
     folder = tmp_path_factory.mktemp("audio")
-    new_port(NewPort("tin_roof", "custom", folder / "port", output="audio"))
+    new_port(NewPort("rain_roof", "custom", folder / "port", output="audio"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PORT_KIT_PATH", str(folder / "port"))
         list_ports.cache_clear()
-        model = download_tiny(find_port("tin_roof"), folder / "model").directory
+        model = download_tiny(find_port("rain_roof"), folder / "model").directory
         environment = {"OMP_NUM_THREADS": "1", "PORT_KIT_PATH": os.environ["PORT_KIT_PATH"]}
         options = ("--dtype", "float32", "--enforce-eager")
         with ApiServer(model, *options, folder=folder, environment=environment) as server:
