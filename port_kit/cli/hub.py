@@ -24,7 +24,7 @@ _REPOSITORY = r"[\w.-]+/[\w.-]+"
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--repository", metavar="ORG/NAME", help="FOLDER itself is this repository.")
-@click.option("--port", default=0, type=click.IntRange(0, 65535), help="TCP port.  [default: a free one]")
+@click.option("--port", default=0, show_default="a free one", type=click.IntRange(0, 65535), help="TCP port.")
 @json_option
 @handles_errors("hub")
 def command(folder: Path, repository: str | None, port: int, as_json: bool) -> None:
