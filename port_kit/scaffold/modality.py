@@ -1,4 +1,4 @@
-"""What the templates of own code say of the output: video, image or audio.
+"""Parts of the templates of own code that depend on the output: video, image or audio.
 
 Legend of the generated code: B batch, C latent channels, F latent frames, h and w latent rows and columns, L latent
 positions of audio, H and W pixels.
