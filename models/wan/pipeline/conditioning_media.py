@@ -5,9 +5,8 @@ Shapes: C color channels, H height, W width, S audio samples.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import av
 import numpy as np
@@ -16,58 +15,31 @@ from PIL import Image
 from torch.nn import functional as F
 
 from port_kit.errors import InputError
+from port_kit.pipeline.inputs import check_real
+from port_kit.references import check_image, check_samples, open_audio, unreadable
 
 SAMPLE_RATE = 16_000  # Hz, of the audio VAE
 #: Part of a reference audio that is used, in seconds. It skips the first second, as the original does.
 REFERENCE_AUDIO_START, REFERENCE_AUDIO_END = 1.0, 2.0
 _WHITE = (255, 255, 255)
-_MAX_PIXELS = 100_000_000  # larger images are rejected as decompression bombs
-_MAX_AUDIO_SECONDS = 60  # the rest is not decoded
+DECODED_SECONDS = 60  # of a reference audio; the rest is not looked at
 
 
 def load_image(source: object, *, name: str = "image") -> Image.Image:
     """Return a reference image in RGB.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or a uint8 array (H, W, 3).
+        source: as for :func:`~port_kit.references.check_image`.
         name: name in error messages.
 
     Raises:
-        InputError: the image is unreadable, corrupt or of an unsupported type.
+        InputError: the image is unreadable, corrupt, too large or of an unsupported type.
     """
-    if isinstance(source, np.ndarray):
-        source = _image_of_array(source, name)
-    if isinstance(source, (str, Path, bytes)):
-        source = _decode_image(source, name)
-    if not isinstance(source, Image.Image):
-        raise InputError(
-            f"{name} is {type(source).__name__}; expected a path, bytes, a PIL image or a uint8 array (H, W, 3)",
-            code="input_type",
-        )
+    image = check_image(source, name=name)
     try:
-        return source.convert("RGB")  # a lazily opened file is decoded here
+        return image.convert("RGB")  # a lazily opened file is decoded here
     except (OSError, ValueError, SyntaxError) as error:
-        raise _unreadable(name, error) from error
-
-
-def _image_of_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
-        raise InputError(f"{name} is an array {array.dtype} {array.shape}; expected uint8 (H, W, 3)", code="input_type")
-    return Image.fromarray(array)
-
-
-def _decode_image(source: str | Path | bytes, name: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(name, error) from error
-    if image.width * image.height > _MAX_PIXELS:
-        raise InputError(
-            f"{name} has {image.width}x{image.height} pixels; at most {_MAX_PIXELS} are accepted",
-            code="input_size",
-            hint="scale it down; references are fitted to the size of the video",
-        )
-    return image
+        raise unreadable(name, error) from error
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
@@ -92,25 +64,32 @@ def resize_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
     Returns:
         float32 (C=3, H, W), nominally in [-1, 1]; interpolation may overshoot.
     """
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0).permute(2, 0, 1) * 2.0 - 1.0
-    if pixels.shape[1:] == (height, width):
-        return pixels.contiguous()
-    return F.interpolate(pixels[None], size=(height, width), mode="bicubic", align_corners=False)[0]
+    # One channel at a time: the picture may be far larger than the result.
+    return torch.cat([_resize_channel(channel, height, width) for channel in image.split()])
+
+
+def _resize_channel(channel: Image.Image, height: int, width: int) -> torch.Tensor:
+    """Return float32 (1, ``height``, ``width``), nominally in [-1, 1]."""
+    pixels = torch.from_numpy(np.asarray(channel, dtype=np.float32) / 255.0).mul_(2.0).sub_(1.0)
+    if pixels.shape == (height, width):
+        return pixels[None]
+    return F.interpolate(pixels[None, None], size=(height, width), mode="bicubic", align_corners=False)[0]
 
 
 def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
     """Return a reference audio as mono float32 samples (S,) at 16 kHz in [-1, 1].
 
     Args:
-        source: a path or the bytes of an audio or video file, ``(samples, rate)``, or samples at 16 kHz;
+        source: a file as for :func:`~port_kit.references.check_audio`, ``(samples, rate)``, or samples at 16 kHz;
             samples are (S,) or (channels, S).
         name: name in error messages.
 
     Raises:
         InputError: the audio is unreadable, has no audio track, is not finite, or has an unsupported type.
     """
-    if isinstance(source, (str, Path, bytes)):
-        return _decode_audio(source, name)
+    if isinstance(source, (str, Path, bytes)) or hasattr(source, "read"):
+        with open_audio(source, name=name) as (container, _):
+            return _resample_track(container)
     samples, rate = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, SAMPLE_RATE)
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().float().cpu().numpy()
@@ -119,7 +98,10 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
             f"{name} is {type(source).__name__}; expected a path, bytes, (samples, rate) or samples at 16 kHz",
             code="input_type",
         )
-    return _mono_16k(_float_samples(samples, name), _check_rate(rate, name))
+    rate = int(check_real(f"the sample rate of {name}", rate, positive=True))
+    samples = np.atleast_2d(samples)
+    check_samples(samples.shape[1] / max(rate, 1), rate, samples.shape[0], name=name)
+    return _mono_16k(_float_samples(samples[:, : rate * DECODED_SECONDS], name), rate)
 
 
 def _is_waveform(samples: object) -> TypeGuard[np.ndarray]:
@@ -128,16 +110,10 @@ def _is_waveform(samples: object) -> TypeGuard[np.ndarray]:
     )
 
 
-def _check_rate(rate: object, name: str) -> int:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 1000 <= rate <= 768_000:
-        raise InputError(f"{name} has the sample rate {rate!r}; expected 1000 to 768000 Hz", code="input_value")
-    return int(rate)
-
-
 def _float_samples(samples: np.ndarray, name: str) -> np.ndarray:
     """Return (channels, S) float32; integers are scaled by the range of their type."""
     scale = 1.0 / -float(np.iinfo(samples.dtype).min or -1) if np.issubdtype(samples.dtype, np.signedinteger) else 1.0
-    samples = np.atleast_2d(samples).astype(np.float32) * np.float32(scale)
+    samples = samples.astype(np.float32) * np.float32(scale)
     if not np.isfinite(samples).all():
         raise InputError(f"{name} has samples that are not finite", code="input_value")
     return samples
@@ -153,29 +129,15 @@ def _mono_16k(samples: np.ndarray, rate: int) -> np.ndarray:
     return _join([*resampler.resample(frame), *resampler.resample(None)])
 
 
-def _decode_audio(source: str | Path | bytes, name: str) -> np.ndarray:
-    """Decode the first audio track of any file that FFmpeg reads."""
-    opened: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    try:
-        with av.open(opened) as container:
-            if not container.streams.audio:
-                raise InputError(f"{name} has no audio track", code="input_unreadable", hint="give an audio file")
-            return _resample_track(container)
-    except InputError:
-        raise
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise _unreadable(name, error) from error
-
-
 def _resample_track(container: av.container.InputContainer) -> np.ndarray:
-    """Decode at most ``_MAX_AUDIO_SECONDS`` of the first audio track."""
+    """Decode at most ``DECODED_SECONDS`` of the first audio track."""
     resampler = _resampler()
     frames: list[av.AudioFrame] = []
     seconds = 0.0
     for frame in container.decode(container.streams.audio[0]):
         frames += resampler.resample(frame)
         seconds += frame.samples / frame.sample_rate
-        if seconds >= _MAX_AUDIO_SECONDS:
+        if seconds >= DECODED_SECONDS:
             break
     return _join([*frames, *resampler.resample(None)])
 
@@ -203,11 +165,3 @@ def crop_reference_audio(samples: np.ndarray, *, name: str = "audio") -> torch.T
             hint=f"seconds {REFERENCE_AUDIO_START:g} to {REFERENCE_AUDIO_END:g} are used; give a longer clip",
         )
     return torch.from_numpy(np.ascontiguousarray(samples[start:end]))
-
-
-def _unreadable(name: str, error: Exception) -> InputError:
-    return InputError(
-        f"{name} cannot be read: {str(error) or type(error).__name__}",
-        code="input_unreadable",
-        hint="check that the file exists and opens in a viewer or player",
-    )

@@ -1,0 +1,254 @@
+"""Checks of reference images and reference audio before anything is decoded.
+
+The checks read headers. They are the same for a path, for the bytes of a file and for decoded values, so that offline
+requests, servers and pipelines accept the same references. The content decides about a format, never a file name. Only
+formats that cannot refer to other files are tried.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from port_kit.errors import InputError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from PIL import Image
+
+#: Formats of images, as Pillow names them; MPO is a JPEG with previews.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+_DECODED_FORMATS = (None, "MPO", *IMAGE_FORMATS)
+#: Pixels of an image: the size of the pictures of current cameras and phones.
+MAX_PIXELS = 2**25
+#: Bytes of an encoded image and of an encoded audio.
+MAX_IMAGE_BYTES, MAX_AUDIO_BYTES = 2**27, 2**28
+#: Seconds of an audio. Ports use the beginning.
+MAX_AUDIO_SECONDS = 600.0
+MAX_AUDIO_CHANNELS = 8
+MIN_AUDIO_RATE, MAX_AUDIO_RATE = 1_000, 768_000  # Hz
+#: FFmpeg's demuxer per container.
+AUDIO_CONTAINERS = {"wav": "wav", "mp3": "mp3", "flac": "flac", "ogg": "ogg", "mp4": "mov"}
+_CODECS = ("pcm_", "adpcm_", "mp3", "flac", "vorbis", "opus", "aac", "alac")
+
+Source = str | Path | bytes | BinaryIO
+
+
+@dataclass(frozen=True)
+class AudioFacts:
+    """Header of an audio.
+
+    Attributes:
+        container: one of :data:`AUDIO_CONTAINERS`.
+        seconds: length by the header; decoding may show another one.
+        rate: Hz.
+        channels: number of channels.
+    """
+
+    container: str
+    seconds: float
+    rate: int
+    channels: int
+
+
+def check_image(source: object, *, name: str) -> Image.Image:
+    """Return a reference image, not decoded.
+
+    Args:
+        source: a path, the bytes of a file, a binary file, a PIL image, or a uint8 array (H, W, 3).
+        name: name in error messages.
+
+    Raises:
+        InputError: the type or the format is not supported, or the image is unreadable or too large.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(source, np.ndarray):
+        source = _image_of_array(source, name)
+    if isinstance(source, Image.Image):
+        if source.format not in _DECODED_FORMATS:
+            raise _unsupported(name, source.format, IMAGE_FORMATS)
+        check_pixels(source.width, source.height, name=name)
+        return source
+    file = _opened(source, "a path, bytes, a PIL image or a uint8 array (H, W, 3)", MAX_IMAGE_BYTES, name)
+    if (size := _webp_size(file.read(30))) is not None:  # Pillow allocates the whole picture before it reports its size
+        check_pixels(*size, name=name)
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(name, str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise _unsupported(name, None, IMAGE_FORMATS) from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise unreadable(name, error) from error
+    check_pixels(image.width, image.height, name=name)
+    return image
+
+
+def check_pixels(width: int, height: int, *, name: str) -> None:
+    """Raise InputError if an image has no pixels or more than :data:`MAX_PIXELS`."""
+    if width * height > MAX_PIXELS:
+        raise _too_large(name, f"it has {width}x{height} pixels; at most {MAX_PIXELS} are accepted")
+    if not width * height:
+        raise InputError(f"{name} has {width}x{height} pixels", code="input_type")
+
+
+def _image_of_array(array: Any, name: str) -> Image.Image:
+    from PIL import Image
+
+    if array.dtype != "uint8" or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        raise InputError(f"{name} is an array {array.dtype} {array.shape}; expected uint8 (H, W, 3)", code="input_type")
+    check_pixels(array.shape[1], array.shape[0], name=name)
+    return Image.fromarray(array)
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Return the width and height of a WebP file by its first 30 bytes; None for other formats."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def check_audio(source: object, *, name: str) -> AudioFacts:
+    """Return the header of a reference audio; nothing is decoded.
+
+    Args:
+        source: a path, the bytes of a file, or a binary file, of an audio or of an MP4 video with an audio track.
+        name: name in error messages.
+
+    Raises:
+        InputError: the type or the format is not supported, or the audio is unreadable or beyond the bounds.
+    """
+    with open_audio(source, name=name) as (_, facts):
+        return facts
+
+
+@contextmanager
+def open_audio(source: object, *, name: str) -> Iterator[tuple[InputContainer, AudioFacts]]:
+    """Open a reference audio with the demuxer of its container, and check its header.
+
+    FFmpeg reads the given file only, through Python: it knows no path, and tries no other demuxer.
+
+    Raises:
+        InputError: as :func:`check_audio`; also errors of FFmpeg and of the file inside the block.
+    """
+    import av
+
+    file = _opened(source, "a path, bytes, (samples, rate) or samples at 16 kHz", MAX_AUDIO_BYTES, name)
+    container = _container(file.read(12))
+    if container is None:
+        raise _unsupported(name, None, tuple(AUDIO_CONTAINERS))
+    file.seek(0)
+    try:
+        with av.open(file, format=AUDIO_CONTAINERS[container]) as opened:
+            yield opened, _facts(opened, container, name)
+    except InputError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise unreadable(name, error) from error
+
+
+def check_samples(seconds: float, rate: float, channels: int, *, name: str) -> None:
+    """Raise InputError if an audio is beyond the bounds of this module."""
+    if not MIN_AUDIO_RATE <= rate <= MAX_AUDIO_RATE:
+        raise InputError(
+            f"{name} has the sample rate {rate!r}; expected {MIN_AUDIO_RATE} to {MAX_AUDIO_RATE} Hz", code="input_value"
+        )
+    if not 1 <= channels <= MAX_AUDIO_CHANNELS:
+        raise InputError(
+            f"{name} has {channels} channels; 1 to {MAX_AUDIO_CHANNELS} are accepted",
+            code="input_size",
+            hint="mix it down to stereo or mono",
+        )
+    if seconds > MAX_AUDIO_SECONDS:
+        raise InputError(
+            f"{name} lasts {seconds:.0f} s; at most {MAX_AUDIO_SECONDS:.0f} s are accepted",
+            code="input_size",
+            hint="cut it",
+        )
+
+
+def _container(head: bytes) -> str | None:
+    """Return the container of a file by its first 12 bytes; None if it is none of :data:`AUDIO_CONTAINERS`."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return "wav"
+    if head[4:8] == b"ftyp":
+        return "mp4"
+    if head[:4] in (b"fLaC", b"OggS"):
+        return "flac" if head[:4] == b"fLaC" else "ogg"
+    # The layer of an MPEG audio frame is never 0; ADTS, which starts with the same bits, has 0 there.
+    frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06
+    return "mp3" if head[:3] == b"ID3" or frame else None
+
+
+def _facts(opened: InputContainer, container: str, name: str) -> AudioFacts:
+    if not opened.streams.audio:
+        raise InputError(f"{name} has no audio track", code="input_unreadable", hint="give an audio file")
+    stream = opened.streams.audio[0]
+    codec = stream.codec_context
+    if codec is None or not codec.name.startswith(_CODECS):
+        raise InputError(
+            f"{name} has audio of the codec {codec.name if codec else 'unknown'}, which is not supported",
+            code="input_unreadable",
+            hint="convert it to WAV",
+        )
+    if stream.duration is not None and stream.time_base is not None:
+        seconds = float(stream.duration * stream.time_base)
+    else:
+        seconds = (opened.duration or 0) / 1_000_000
+    check_samples(seconds, codec.sample_rate, codec.channels, name=name)
+    return AudioFacts(container, seconds, codec.sample_rate, codec.channels)
+
+
+def _opened(source: object, expected: str, limit: int, name: str) -> BinaryIO:
+    """Return a file at its start; the size of its content is at most ``limit`` bytes."""
+    if isinstance(source, str | Path):
+        try:
+            if not Path(source).is_file():  # a pipe would block
+                raise unreadable(name, f"{str(source)!r} is not a file")
+            source = Path(source).open("rb")
+        except (OSError, ValueError) as error:
+            raise unreadable(name, error) from error
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    if not (hasattr(file, "read") and hasattr(file, "seek")):
+        raise InputError(f"{name} is {type(source).__name__}; expected {expected}", code="input_type")
+    size = file.seek(0, io.SEEK_END)
+    if size > limit:
+        raise _too_large(name, f"it has {size} bytes; at most {limit} are accepted")
+    file.seek(0)
+    opened: BinaryIO = file
+    return opened
+
+
+def unreadable(name: str, error: object) -> InputError:
+    """Return the error of a reference that cannot be read."""
+    return InputError(
+        f"{name} cannot be read: {str(error) or type(error).__name__}",
+        code="input_unreadable",
+        hint="check that the file exists and opens in a viewer or player",
+    )
+
+
+def _unsupported(name: str, found: str | None, expected: tuple[str, ...]) -> InputError:
+    kind = f"is {found}" if found else "has an unknown format"
+    return InputError(
+        f"{name} {kind}; expected one of {', '.join(expected).upper()}",
+        code="input_unreadable",
+        hint="convert it to one of these formats",
+    )
+
+
+def _too_large(name: str, problem: str) -> InputError:
+    return InputError(f"{name} is too large: {problem}", code="input_size", hint="scale it down")
