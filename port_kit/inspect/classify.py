@@ -168,7 +168,9 @@ def _recipe(port: Port) -> Recipe:
 
 def _classes(components: list[Component]) -> Iterator[Finding]:
     for part in components:
-        if not part.class_name:
+        if part.recognized is not None:
+            yield Finding(_place(part), f"{part.name}: its tensors are those of {part.recognized.text}")
+        elif not part.class_name:
             yield Finding(_place(part), f"{part.name}: nothing names its class")
         else:
             yield Finding(part.source, f"{part.name}: {part.class_name} {_origin(part)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from port_kit.inspect.checkpoint_files import WeightSet, choose, group
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.known_classes import library_has
+from port_kit.inspect.recognition import recognize
 from port_kit.inspect.report import Component, WeightFile
 
 INDEXES = ("model_index.json", "modular_model_index.json")
@@ -120,7 +121,7 @@ def _loose_components(documents: Documents, sets: list[WeightSet]) -> Iterator[C
 
 def _component(name: str, named: Named | None, taken: list[WeightSet], spare: list[WeightSet]) -> Component:
     named = named or Named("", "", "")
-    return Component(
+    part = Component(
         name=name,
         library=named.library,
         class_name=named.class_name,
@@ -129,3 +130,4 @@ def _component(name: str, named: Named | None, taken: list[WeightSet], spare: li
         weights=tuple(file for item in taken for file in item.files),
         spare=tuple(file for item in spare for file in item.files),
     )
+    return part if part.known or not part.tensors else replace(part, recognized=recognize(part.manifest))

@@ -81,6 +81,42 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
+class Recognized:
+    """A known component that a checkpoint holds, by names and shapes.
+
+    Attributes:
+        name: usual folder of it in a model directory.
+        kind: one of :data:`port_kit.port.KINDS`.
+        origin: of the module, in words: ``the vae of the port ovi``.
+        prefix: leading name parts of all tensors, such as ``module.``; empty if there are none.
+        port: the port that has the component, or empty.
+        build, rules, config: references of that port's component.
+        pretrained: ``"module:Class"`` of a class that its own library fills, or empty.
+        values: content of its ``config.json``, read from the shapes; for :attr:`pretrained`.
+        misfits: tensors whose shape differs from the full size of the port's component.
+    """
+
+    name: str
+    kind: str
+    origin: str
+    prefix: str = ""
+    port: str = ""
+    build: str = ""
+    rules: str = ""
+    config: str = ""
+    pretrained: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    misfits: int = 0
+
+    @property
+    def text(self) -> str:
+        """The finding, after ``its tensors are those of``."""
+        under = f", under {self.prefix!r}" if self.prefix else ""
+        sizes = f", in other sizes ({self.misfits} tensors differ)" if self.misfits else ""
+        return f"{self.origin}{under}{sizes}"
+
+
+@dataclass(frozen=True)
 class Component:
     """One part of the model.
 
@@ -92,6 +128,7 @@ class Component:
         source: the file that names the class; empty if none does.
         weights: the files that a loader takes.
         spare: further weight files of it that are not counted (other variants and formats of the same tensors).
+        recognized: the known component that its tensors are, by names and shapes; None if they are of none.
     """
 
     name: str
@@ -101,6 +138,7 @@ class Component:
     source: str = ""
     weights: tuple[WeightFile, ...] = ()
     spare: tuple[WeightFile, ...] = ()
+    recognized: Recognized | None = None
 
     @property
     def size(self) -> int:
@@ -148,6 +186,7 @@ class Component:
             "dtypes": list(self.dtypes),
             "weights": [file.to_dict() for file in self.weights],
             "spare": [file.path for file in self.spare],
+            "recognized": None if self.recognized is None else dataclasses.asdict(self.recognized),
         }
 
 

@@ -83,6 +83,12 @@ def component_target(
     return KnownTarget(manifest, "built", print_, shown)
 
 
+def recorded_manifest(port: Port, name: str) -> Manifest | None:
+    """Return the manifest in a port's folder, of whatever code and releases; None if there is none."""
+    path = recording_path(port, name)
+    return _manifest(_load(path), path) if path is not None and path.is_file() else None
+
+
 def build_manifest(component: Component, config: Mapping[str, Any]) -> Manifest:
     """Build the component on the meta device and return its manifest. Imports torch and vLLM."""
     with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout, which is reserved for data
