@@ -240,7 +240,8 @@ def export_command(
     CHECKPOINT has the target's names; it is written with the original names, bit for bit. The manifest of the other
     side is --source (with --forward: --target, or a port's component).
 
-    With --as and without CHECKPOINT, the rules are written as a WeightsMapper or as a list of WeightRenaming.
+    With --as and without CHECKPOINT, the rules are written as a WeightsMapper or as a list of
+    GroupWeightRename.
     """
     given = Given(options)
     if form is not None:

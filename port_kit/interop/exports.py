@@ -18,6 +18,8 @@ from port_kit.remap.rules import Rule, RuleSet
 MARKER = "@renamed@"
 #: Characters with a meaning in transformers' targets.
 _SPECIAL = re.compile(r"[\\()^$]")
+#: Parts of a source that transformers rewrites, and names that its own groups have.
+_REREAD = re.compile(r"\*\.|\?P<g\d")
 
 
 def export_mapping(rules: RuleSet, form: str, *, partial: bool = False) -> tuple[str, Refusals]:
@@ -73,12 +75,13 @@ def _vllm(pairs: Sequence[tuple[str, str]], marker: str) -> list[str]:
 
 
 def _transformers(pairs: Sequence[tuple[str, str]], marker: str) -> list[str]:
+    # WeightRenaming of transformers 5.19 reads no group but \1, and fails if that one took no part in the match
     return [
-        "from transformers.core_model_loading import WeightRenaming",
+        "from transformers.core_model_loading import GroupWeightRename",
         "",
         "MAPPING = [",
-        *(f"    WeightRenaming({_raw(source)}, {_raw(target)})," for source, target in pairs),
-        *([f'    WeightRenaming("^{marker}", ""),'] if marker else []),
+        *(f"    GroupWeightRename([{_raw(source)}], [{_raw(target)}])," for source, target in pairs),
+        *([f'    GroupWeightRename(["^{marker}"], [""]),'] if marker else []),
         "]",
     ]
 
@@ -94,8 +97,8 @@ def _reason(rule: Rule, form: str, count: int) -> str:
     if any(not isinstance(part, str) and part[0] == "size" for part in parts):
         return "its target is computed"
     if form == "transformers":
-        if ".*." in rule.source or re.search(r"\?P<g\d", rule.source):
-            return "transformers gives .*. and groups named g0 another meaning"
+        if _REREAD.search(rule.source):
+            return "transformers gives *. and groups named g0 another meaning"
         texts = [part if isinstance(part, str) else "" for part in parts]
         if any(_SPECIAL.search(text) for text in texts) or any(text[:1].isdigit() for text in texts[1:]):
             return "its target has a character that transformers does not take literally"

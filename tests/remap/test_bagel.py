@@ -108,7 +108,7 @@ def build(model: str, *, keep_place: bool = False) -> torch.nn.Module:
     from vllm_omni.diffusion.models.bagel.pipeline_bagel import BagelPipeline
 
     config = get_forward_context().omni_diffusion_config
-    config.model, config.enable_layerwise_offload = model, keep_place
+    config.model, config.parallel_config.use_hsdp = model, keep_place
     return BagelPipeline(od_config=config)
 
 
