@@ -65,7 +65,7 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         from port_kit.models.wan.transformer.model import build_transformer
-        from port_kit.pipeline.loading import read_json
+        from port_kit.pipeline.model_index import read_json
 
         super().__init__()
         self.od_config = od_config

@@ -22,6 +22,12 @@ from port_kit.errors import OptionalDependencyError, PortKitError
 
 #: Kinds of components: denoising transformers, encoders of conditioning, and VAEs with their vocoders.
 KINDS = ("transformer", "encoder", "vae")
+#: ``extra_args`` that the request loop reads for each modality: they come from the endpoints of vLLM-Omni's server.
+SERVER_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "video": ("video_codec_options",),
+    "image": (),
+    "audio": ("audio_length", "audio_start_in_s", "audio_end_in_s"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Port:
             :func:`~port_kit.pipeline.process_funcs.get_post_process_func`, or empty.
         parity: ``"module:function"`` that lists the port's golden cases, or empty.
         request_options: ``extra_args`` that requests may set, each with its type: ``str``, ``int`` or ``float``.
+        more_options: further ``extra_args`` that requests may set, without an option on the command line.
         example_prompt: prompt of ``port-kit generate`` without ``--prompt``.
         seed: of ``port-kit generate`` without ``--seed``.
         tiny: sampling parameters for the tiny model.
@@ -129,6 +136,7 @@ class Port:
     post_process: str = ""
     parity: str = ""
     request_options: Mapping[str, str] = field(default_factory=dict)
+    more_options: tuple[str, ...] = ()
     example_prompt: str = ""
     seed: int = 0
     tiny: Mapping[str, Any] = field(default_factory=dict)
@@ -151,6 +159,11 @@ class Port:
         module = self.recipe.partition(":")[0]
         variants = {name: entry if ":" in entry else f"{module}:{entry}" for name, entry in self.variants.items()}
         object.__setattr__(self, "variants", variants)
+
+    @property
+    def option_names(self) -> tuple[str, ...] | None:
+        """All ``extra_args`` that requests may set, by servers too; None if only the pipeline knows them."""
+        return tuple(dict.fromkeys((*self.request_options, *self.more_options, *SERVER_OPTIONS[self.output_type])))
 
     @property
     def original(self) -> str:
@@ -205,6 +218,11 @@ class HostedPort(Port):
         }
         _fill_in(self, usual, self.package, f"port {self.name}")
         super().__post_init__()
+
+    @property
+    def option_names(self) -> None:
+        """None: the options are the parameters of the pipeline of diffusers."""
+        return None
 
 
 def _fill_in(declared: object, usual: Mapping[str, object], package: str, title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from port_kit.models.dreamid_omni.weights import COMPONENTS
+from port_kit.models.wan.pipeline.request import MORE_OPTIONS
 from port_kit.port import Port
 
 PORT = Port(
@@ -25,6 +26,7 @@ PORT = Port(
         "audio_cfg_scale": "float",
         "audio_ref_cfg_scale": "float",
     },
+    more_options=MORE_OPTIONS,
     example_prompt=(
         "<img1>: In the frame, a woman is identified as <sub1>. <img2>: In the frame, a man is identified as <sub2>. "
         "<sub1> and <sub2> sit at a table by a window. <sub1> smiles and says, <S>Hello there, my old friend.<E> "

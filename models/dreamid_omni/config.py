@@ -8,6 +8,7 @@ from typing import Any
 
 from port_kit.errors import InputError
 from port_kit.models.wan.pipeline.request import (
+    MAX_AREA,
     MAX_SIDE,
     SIZE_MULTIPLE,
     FusionRequest,
@@ -72,13 +73,14 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths) -> DreamID
         InputError: a field has an invalid value, or does not exist.
     """
     fields = prompt_fields(prompt)
-    common = parse_common(fields, sampling, lengths, scales=GuidanceScales, options=(), seed=DEFAULT_SEED)
+    common = parse_common(fields, sampling, lengths, scales=GuidanceScales, seed=DEFAULT_SEED)
     images, audios = _references(media_of(fields))
     height, width = check_size(
         DEFAULT_HEIGHT if sampling.height is None else sampling.height,
         DEFAULT_WIDTH if sampling.width is None else sampling.width,
         multiple=SIZE_MULTIPLE,
         maximum=MAX_SIDE,
+        area=MAX_AREA,
     )
     request = DreamIDOmniRequest(**common, height=height, width=width, images=images, audios=audios)
     request.check_noise(lengths)

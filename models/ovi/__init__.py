@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from port_kit.models.ovi.weights import COMPONENTS
+from port_kit.models.wan.pipeline.request import MORE_OPTIONS
 from port_kit.port import Port
 
 PORT = Port(
@@ -28,6 +29,7 @@ PORT = Port(
         "slg_start": "float",
         "slg_stop": "float",
     },
+    more_options=(*MORE_OPTIONS, "slg_start_percent", "slg_end_percent"),
     example_prompt=(
         "A street musician plays a violin under an awning while it rains. She looks up, smiles and says, "
         "<S>One more song before the train comes.<E> Audio: violin, steady rain, a clear female voice."

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from port_kit.errors import InputError, PortKitError
+from port_kit.errors import InputError
 from port_kit.models.wan.pipeline.request import (
+    MAX_AREA,
     MAX_SIDE,
     SIZE_MULTIPLE,
     FusionRequest,
@@ -19,7 +20,8 @@ from port_kit.models.wan.pipeline.request import (
     prompt_fields,
 )
 from port_kit.pipeline.inputs import as_list, check_integer, first_frame_of
-from port_kit.pipeline.skip_layers import OPTIONS, SkipLayers, parse_skip_layers
+from port_kit.pipeline.model_index import ModelIndex
+from port_kit.pipeline.skip_layers import SkipLayers, parse_skip_layers
 
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint sets the area
 DEFAULT_SEED = 103
@@ -77,16 +79,14 @@ class CheckpointOptions:
     blocks: int
 
     @classmethod
-    def from_index(cls, index: Mapping[str, Any], blocks: int) -> CheckpointOptions:
-        """Read ``model_index.json``; raise PortKitError (``model_incomplete``) if it lacks a key."""
-        missing = [name for name in ("video_area", "audio_prompt", "skip_block") if name not in index]
-        if missing:
-            raise PortKitError(
-                f"model_index.json lacks {', '.join(missing)}",
-                code="model_incomplete",
-                hint="assemble the directory again: port-kit download ovi --output-dir DIR",
-            )
-        return cls(index["video_area"], index["audio_prompt"], index["skip_block"], blocks)
+    def from_index(cls, index: ModelIndex, blocks: int) -> CheckpointOptions:
+        """Read ``model_index.json``; raise PortKitError (``model_incomplete``) for a wrong value."""
+        return cls(
+            index.integer("video_area", SIZE_MULTIPLE * SIZE_MULTIPLE, MAX_AREA),
+            index.text("audio_prompt", (TAGS, LABEL)),
+            index.integer("skip_block", 0, blocks - 1),
+            blocks,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def parse_request(prompt: Any, sampling: Any, lengths: LatentLengths, model: Che
         InputError: a field has an invalid value, or does not exist.
     """
     fields = prompt_fields(prompt)
-    names = ("slg_layer", *OPTIONS)
-    common = parse_common(fields, sampling, lengths, scales=GuidanceScales, options=names, seed=DEFAULT_SEED)
+    common = parse_common(fields, sampling, lengths, scales=GuidanceScales, seed=DEFAULT_SEED)
     height, width = _ratio(sampling)
     height, width = size_for_area(height, width, model.video_area)
     skip_layers = parse_skip_layers(

@@ -5,7 +5,7 @@ Shapes: C latent channels, F latent frames, h and w latent cells (16 pixels), L 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,8 @@ from port_kit.models.wan.pipeline.fusion_pipeline import EncodedConditioning, Fu
 from port_kit.models.wan.pipeline.request import LatentLengths
 from port_kit.models.wan.transformer.config import FusionConfig
 from port_kit.models.wan.transformer.modality_io import TextContext
-from port_kit.pipeline.loading import read_json
+from port_kit.pipeline import skip_layers
+from port_kit.pipeline.model_index import read_json
 from port_kit.pipeline.request_state import DenoiseState
 from port_kit.port import Component
 
@@ -34,6 +35,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
     support_image_input: ClassVar[bool] = True
+    not_read: ClassVar[Mapping[str, str]] = {**FusionPipeline.not_read, **skip_layers.NOT_READ}
 
     def read_directory(self, model: str) -> None:
         """Read the options of the checkpoint, too."""
@@ -69,7 +71,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         """Return the two branches of a step: with the prompt; with the negative prompts and omitted blocks."""
         given, request = state.conditioning, state.prepared.request
 
-        def arguments(texts: tuple[TextContext, TextContext], skip_layers: tuple[int, ...]) -> dict[str, Any]:
+        def arguments(texts: tuple[TextContext, TextContext], omitted: tuple[int, ...]) -> dict[str, Any]:
             return {
                 "video": state.latents["video"],
                 "audio": state.latents["audio"],
@@ -77,7 +79,7 @@ class OviPipeline(FusionPipeline, SupportImageInput):
                 "video_text": texts[0],
                 "audio_text": texts[1],
                 "first_frame_clean": given.images.shape[2] > 0,
-                "skip_layers": skip_layers,
+                "skip_layers": omitted,
             }
 
         omitted = request.skip_layers.at(state.index, len(state.timesteps))

@@ -22,8 +22,10 @@ from port_kit.autoparallel.host.loading import load_denoiser
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.ports import plan_file
 from port_kit.pipeline.component_pipeline import ComponentPipeline
-from port_kit.pipeline.loading import build_components, load_component_weights, read_json
+from port_kit.pipeline.finite import check_weights
+from port_kit.pipeline.loading import build_components, load_component_weights
 from port_kit.pipeline.media import to_omni_payload
+from port_kit.pipeline.model_index import port_of_model
 from port_kit.port import resolve
 from port_kit.registry import port_of_class
 
@@ -46,7 +48,7 @@ class PlannedComponents(ComponentPipeline):
         """Build the components; adapt the transformers, whose parameters stay on the meta device."""
         from accelerate import init_empty_weights
 
-        port = port_of_class(read_json(model, "model_index.json")["_class_name"])
+        port = port_of_model(model)
         plan, self.adapted, self.computed = Plan.load(plan_file(port)), {}, 0.0
         transformers = [component for component in self.components if component.kind == "transformer"]
         built = build_components(model, [component for component in self.components if component not in transformers])
@@ -70,6 +72,7 @@ class PlannedComponents(ComponentPipeline):
             folder = Path(self.od_config.model) / name
             load_denoiser(module, folder, adapted.rules, self.od_config, self.device)
             loaded |= {f"{name}.{key}" for key in module.state_dict()}
+        check_weights(self, self.od_config.model)
         return loaded
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -20,14 +20,18 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
-from port_kit.errors import InputError
+from port_kit.errors import InputError, PortKitError
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
+from port_kit.pipeline.admission import admit, magnitudes
 from port_kit.pipeline.batching import collate, group_states
 from port_kit.pipeline.component_pipeline import ComponentPipeline
+from port_kit.pipeline.finite import check_output
 from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.media import to_frames
+from port_kit.pipeline.model_index import port_of_model
 from port_kit.pipeline.request_state import DenoiseState, PreparedRequest, Solver, StepResult
 from port_kit.pipeline.step_execution import StepExecution
+from port_kit.port import Port
 from port_kit.upstream.checks import require
 
 require("requests")
@@ -41,15 +45,22 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
 
     Attributes:
         max_batch_size: limit of the sum of :meth:`batch_size` over the states of one call.
+        prompt_fields: names of the prompt that the pipeline reads beside those of all ports.
+        not_read: reasons why the pipeline does not read options of other models.
+        port: the port of the model directory.
         on_step: called with the result of every denoising step, None by default.
     """
 
     max_batch_size: ClassVar[int] = 2**63
     batches_branches: ClassVar[bool] = False
     supports_request_batch: ClassVar[bool] = True
+    prompt_fields: ClassVar[tuple[str, ...]] = ()
+    not_read: ClassVar[Mapping[str, str]] = {}
+    port: Port
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
+        self.port = port_of_model(od_config.model)
         self.on_step: Callable[[StepResult], None] | None = None
 
     @classmethod
@@ -57,6 +68,8 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         """Return a pipeline without modules, which can only :meth:`prepare` requests."""
         pipeline = cls.__new__(cls)
         nn.Module.__init__(pipeline)
+        pipeline.port = port_of_model(model)
+        pipeline.port = port_of_model(model)
         pipeline.read_directory(model)
         return pipeline
 
@@ -78,7 +91,19 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         """
         if isinstance(layout, PreparedRequest):
             return layout
-        return self.prepare(prompt, sampling, is_dummy_run=is_dummy_run)
+        return self.admit(prompt, sampling, is_dummy_run=is_dummy_run)
+
+    def admit(self, prompt: Any, sampling: Any, *, is_dummy_run: bool = False) -> PreparedRequest:
+        """Check the names that a request sets, and prepare it.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+        if is_dummy_run:
+            return self.prepare(prompt, sampling, is_dummy_run=True)
+        names, reasons = self.prompt_fields, self.not_read
+        admit(prompt, sampling, self.port, fps=self.fps, prompt_fields=names, reasons=reasons)
+        return replace(self.prepare(prompt, sampling), magnitudes=magnitudes(sampling, self.port))
 
     @abstractmethod
     def encode(self, prepared: PreparedRequest) -> Any:
@@ -180,15 +205,24 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
             self.on_step(StepResult(state.index - 1, dict(zip(state.latents, guided, strict=True)), state.latents))
 
     def postprocess(self, states: Sequence[DenoiseState]) -> DiffusionOutput:
-        """Decode the outputs of one request, one after the other."""
-        decoded = [self._finalize(self.decode(state)) for state in states]
+        """Decode the outputs of one request, one after the other; values that are not finite give an error."""
+        try:
+            decoded = [self._decode(state) for state in states]
+        except InputError as error:
+            return DiffusionOutput.from_exception(to_client_error(error))
+        except PortKitError as error:
+            return DiffusionOutput.from_exception(error)
         if decoded[0].keys() == {"audio"}:
             return DiffusionOutput(output={"audio": torch.stack([torch.atleast_2d(one["audio"]) for one in decoded])})
         if len(decoded) == 1:
             return DiffusionOutput(output=decoded[0])
         return DiffusionOutput(output={name: torch.stack([one[name] for one in decoded]) for name in decoded[0]})
 
-    def _finalize(self, decoded: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _decode(self, state: DenoiseState) -> dict[str, Tensor]:
+        decoded = self.decode(state)
+        # Decoders may turn values beyond all bounds into plausible ones.
+        for name, value in (*state.latents.items(), *decoded.items()):
+            check_output(name, value, state.prepared.magnitudes)
         return {name: _FINALIZE.get(name, Tensor.float)(value) for name, value in decoded.items()}
 
 

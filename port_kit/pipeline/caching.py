@@ -15,8 +15,7 @@ from torch import nn
 from vllm_omni.diffusion.distributed.parallel_state import get_classifier_free_guidance_rank
 
 from port_kit.parallel.engine_checks import check_cache
-from port_kit.pipeline.loading import read_json
-from port_kit.registry import port_of_class
+from port_kit.pipeline.model_index import port_of_model
 from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def configure_cache(transformer: nn.Module, od_config: OmniDiffusionConfig) -> N
     """
     if od_config.cache_backend != "cache_dit":
         return
-    branches = port_of_class(read_json(str(od_config.model), "model_index.json")["_class_name"]).guidance_branches
+    branches = port_of_model(str(od_config.model)).guidance_branches
     check_cache(od_config, branches=branches)
     require("cache_contexts")
     own = len(range(get_classifier_free_guidance_rank(), branches, od_config.parallel_config.cfg_parallel_size))

@@ -19,10 +19,12 @@ from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
 from port_kit.errors import InputError, RemapError
 from port_kit.manifest import Manifest
 from port_kit.pipeline.caching import configure_cache
+from port_kit.pipeline.finite import check_weights
 from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.loading import build_components, load_component_weights, load_pretrained, weights_sources
 from port_kit.port import KINDS, Component, Pretrained, resolve
 from port_kit.runtime.lora import read_adapter
+from port_kit.runtime.patches import size_lora_buffers_by_adapter
 from port_kit.upstream.checks import require
 
 require("pipeline_declarations")
@@ -65,6 +67,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__()
+        size_lora_buffers_by_adapter()
         self.od_config = od_config
         self.dtype = od_config.dtype
         self.device = get_local_device()
@@ -88,7 +91,34 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill all components; see :func:`~port_kit.pipeline.loading.load_component_weights`."""
-        return load_component_weights(self, self.components, weights, self.od_config.model)
+        loaded = load_component_weights(self, self.components, weights, self.od_config.model)
+        check_weights(self, self.od_config.model)
+        return loaded
+
+    @classmethod
+    def lora_component(cls) -> Component:
+        """Return the component that LoRAs adapt."""
+        return next(component for component in cls.components if component.name in cls._dit_modules)
+
+    @classmethod
+    def read_adapter(cls, path: str | Path, module: nn.Module, model: str | Path, **options: Any) -> Any:
+        """Read a LoRA for a transformer; see :func:`~port_kit.runtime.lora.read_adapter`.
+
+        Args:
+            path: of the adapter.
+            module: the transformer; its weights are not read.
+            model: the model directory.
+            options: of the reader.
+
+        Raises:
+            InputError: ``lora_file``; the file is invalid or does not match the model.
+            RemapError: no rule matches a module, or a rule's operations do not apply to an adapter.
+        """
+        part = cls.lora_component()
+        names = Manifest.from_checkpoint(Path(model) / part.name)
+        rules: Any = resolve(part.rules)
+        modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        return read_adapter(path, module, rules, modules=modules, other_names=cls.lora_names, **options)
 
     def _load_diffusion_lora_adapter(self, *, lora_request: Any, lora_path: str, dtype: torch.dtype) -> Any:
         """Read a LoRA with the transformer's original names or :attr:`lora_names`, for vLLM-Omni's LoRA manager.
@@ -96,17 +126,10 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
         Raises:
             OmniClientError: the file does not fit this model.
         """
-        part = next(component for component in self.components if component.name in self._dit_modules)
-        names = Manifest.from_checkpoint(Path(self.od_config.model) / part.name)
+        part = self.lora_component()
         try:
-            return read_adapter(
-                lora_path,
-                getattr(self, part.name),
-                resolve(part.rules),  # type: ignore[arg-type]
-                adapter=lora_request.lora_int_id,
-                dtype=dtype,
-                modules=[name.removesuffix(".weight") for name in names if name.endswith(".weight")],
-                other_names=self.lora_names,
+            return self.read_adapter(
+                lora_path, getattr(self, part.name), self.od_config.model, adapter=lora_request.lora_int_id, dtype=dtype
             )
         except (InputError, RemapError) as error:
             raise to_client_error(error) from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from port_kit.errors import InputError, PortKitError
@@ -57,23 +56,39 @@ def check_integer(name: str, value: object, *, minimum: int, maximum: int | None
         raise InputError(f"{name} is {value!r}; a whole number is required", code="input_type") from error
     if number < minimum or (maximum is not None and number > maximum):
         wanted = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
-        raise InputError(f"{name} is {number}; {wanted} is required", code="input_value", hint=f"correct {name}")
+        shown = number if abs(number) < 10**20 else "a larger number"
+        raise InputError(f"{name} is {shown}; {wanted} is required", code="input_value", hint=f"correct {name}")
     return number
 
 
-def check_real(name: str, value: object, *, positive: bool = False) -> float:
-    """Return ``value`` as a finite float, greater than zero if ``positive``; raises InputError otherwise."""
+def check_real(
+    name: str, value: object, *, minimum: float = -math.inf, maximum: float = math.inf, positive: bool = False
+) -> float:
+    """Return ``value`` as a finite float within ``minimum``..``maximum``; raises InputError otherwise.
+
+    Args:
+        name: what the value is called in the message.
+        value: the value; booleans are refused.
+        minimum, maximum: the range.
+        positive: zero is refused, too.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{name} is {value!r}; a number is required", code="input_type")
-    if not math.isfinite(value):
-        raise InputError(f"{name} is {value}; a finite number is required", code="input_value", hint=f"correct {name}")
-    if positive and value <= 0:
-        raise InputError(f"{name} is {value}; more than zero is required", code="input_value", hint=f"correct {name}")
+    if not minimum <= value <= maximum or not abs(value) <= sys.float_info.max or (positive and value <= 0):
+        lowest = "more than zero" if positive and minimum <= 0 else f"{minimum:g} or more"
+        limits = [lowest] if positive or minimum > -math.inf else []
+        limits += [f"at most {maximum:g}"] if maximum < math.inf else []
+        wanted = " and ".join(limits) if limits else "a finite number"
+        shown = value if isinstance(value, float) or abs(value) < 10**20 else "a larger number"
+        raise InputError(f"{name} is {shown}; {wanted} is required", code="input_value", hint=f"correct {name}")
     return float(value)
 
 
-def check_size(height: object, width: object, *, multiple: int, maximum: int) -> tuple[int, int]:
-    """Return ``(height, width)`` in pixels, each a positive multiple of ``multiple`` up to ``maximum``."""
+def check_size(height: object, width: object, *, multiple: int, maximum: int, area: int) -> tuple[int, int]:
+    """Return ``(height, width)`` in pixels, each a positive multiple of ``multiple`` up to ``maximum``.
+
+    Their product is at most ``area``; raises InputError otherwise.
+    """
     sides = {}
     for name, value in (("height", height), ("width", width)):
         side = check_integer(name, value, minimum=multiple, maximum=maximum)
@@ -85,6 +100,12 @@ def check_size(height: object, width: object, *, multiple: int, maximum: int) ->
                 hint=f"use {low} or {low + multiple}",
             )
         sides[name] = side
+    if sides["height"] * sides["width"] > area:
+        raise InputError(
+            f"height and width are {sides['height']} and {sides['width']}; at most {area} pixels are generated",
+            code="input_size",
+            hint="give a smaller height or width",
+        )
     return sides["height"], sides["width"]
 
 
@@ -100,20 +121,6 @@ def request_seed(sampling: Any, default: int, *, maximum: int) -> int:
     if seed is None and sampling.generator is not None:
         seed = sampling.generator.initial_seed()
     return check_integer("seed", default if seed is None else seed, minimum=0, maximum=maximum)
-
-
-def check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name that is nearly, but not exactly, one of ``known``: a misspelt option would be ignored silently.
-
-    Names that resemble none are left alone: servers add options of their own.
-    """
-    known = list(known)
-    for name in given:
-        near = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if near:
-            raise InputError(
-                f"unknown option {name!r}", code="input_value", hint=f"did you mean {near[0]!r}?", option=name
-            )
 
 
 def check_unused(given: Mapping[str, object], unused: Mapping[str, str]) -> None:
@@ -150,18 +157,6 @@ def check_codec_options(options: object) -> None:
                 code="input_value",
                 hint="leave it out: the default is quick and visually lossless",
             )
-
-
-def check_adapter(adapter: object) -> None:
-    """Refuse a LoRA (vLLM's ``LoRARequest`` or None) at an absolute path that does not exist; raises InputError.
-
-    A relative path may be the name of a repository, which vLLM looks up when it loads the adapter.
-    """
-    path = Path(str(getattr(adapter, "lora_path", None) or "."))
-    if path.is_absolute() and not path.exists():
-        raise InputError(
-            f"the LoRA {path} does not exist", code="source_missing", hint="give the path of a folder on the server"
-        )
 
 
 def check_cached_outputs(outputs: int, cache_backend: str | None) -> None:

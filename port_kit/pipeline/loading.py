@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,13 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
-from port_kit.errors import PortKitError
 from port_kit.parallel.hsdp import shard_before_loading
+from port_kit.pipeline.model_index import incomplete, port_of_model, read_json
 from port_kit.port import Component, Pretrained, resolve
-from port_kit.registry import port_of_class
 from port_kit.remap import load_components, load_local
 from port_kit.upstream.checks import require
 
 require("weights_stream")
-
-
-def read_json(model: str | Path, name: str) -> Mapping[str, Any]:
-    """Return a JSON file of the model directory.
-
-    Raises:
-        PortKitError: ``model_incomplete``, if it is not there or no JSON object.
-    """
-    path = Path(model) / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _incomplete(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise _incomplete(f"{path} holds {type(content).__name__}, not an object")
-    return content
 
 
 def build_components(model: str | Path, components: Sequence[Component]) -> dict[str, nn.Module]:
@@ -60,7 +42,7 @@ def load_pretrained(part: Pretrained, model: str | Path, dtype: torch.dtype) -> 
     module, info = source.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
-        raise _incomplete(f"{folder} does not fill {source.__name__}: {wrong}")
+        raise incomplete(f"{folder} does not fill {source.__name__}: {wrong}")
     filled: nn.Module = module.eval()
     return filled
 
@@ -70,8 +52,7 @@ def load_pipeline(model: str | Path) -> Any:
 
     It needs process groups: :func:`port_kit.runtime.single_process.single_rank`.
     """
-    name = read_json(model, "model_index.json")["_class_name"]
-    pipeline_class: Any = resolve(port_of_class(name).pipeline)
+    pipeline_class: Any = resolve(port_of_model(model).pipeline)
     od_config = OmniDiffusionConfig(model=str(model), dtype=torch.get_default_dtype())
     pipeline = pipeline_class(od_config=od_config)
     DiffusersPipelineLoader(LoadConfig(), od_config).load_weights(pipeline)
@@ -131,9 +112,3 @@ def load_component_weights(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of the tensors that were copied through buffers
     return loaded
-
-
-def _incomplete(problem: str) -> PortKitError:
-    return PortKitError(
-        problem, code="model_incomplete", hint="assemble the directory again: port-kit download PORT --output-dir DIR"
-    )

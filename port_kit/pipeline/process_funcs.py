@@ -8,13 +8,17 @@ engine's process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.errors import InputError, PortNotFoundError
+from port_kit.errors import InputError, PortNotFoundError, RemapError
 from port_kit.parallel.engine_checks import check_engine
+from port_kit.parallel.meta_init import meta_init
+from port_kit.pipeline.adapter import AdapterAdmission
 from port_kit.pipeline.inputs import check_cached_outputs, to_client_error
-from port_kit.pipeline.loading import read_json
 from port_kit.pipeline.media import to_omni_payload
+from port_kit.pipeline.model_index import read_json
 from port_kit.pipeline.request_state import without_media
 from port_kit.port import Port, resolve
 from port_kit.registry import port_of_class
@@ -41,19 +45,22 @@ def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess | None:
     """Return the function that prepares a request on arrival, before it is queued.
 
     The prepared request, with its decoded media, travels to the workers in place of the encoded media. None for a
-    pipeline that prepares its requests itself.
+    pipeline that prepares its requests itself, and is not the kit's.
     """
-    pipeline: Any = resolve(port_of_class(od_config.model_class_name).pipeline)
+    port = port_of_class(od_config.model_class_name)
+    pipeline: Any = resolve(port.pipeline)
+    adapters = AdapterAdmission(_adapter_reader(port, pipeline, od_config))
     if not hasattr(pipeline, "for_preprocessing"):
-        return None
+        return None if not hasattr(pipeline, "read_adapter") else partial(_admit_adapter, adapters)
     reader = pipeline.for_preprocessing(od_config.model)
 
     def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
         try:
-            prepared = reader.prepare(request.prompt, request.sampling_params, is_dummy_run=request.is_dummy_run())
+            prepared = reader.admit(request.prompt, request.sampling_params, is_dummy_run=request.is_dummy_run())
             check_cached_outputs(prepared.request.outputs, od_config.cache_backend)
         except InputError as error:
             raise to_client_error(error) from error
+        _admit_adapter(adapters, request)
         request.prepared_layout = prepared
         request.prompt = without_media(request.prompt)
         # Step execution needs the number of steps before the pipeline is called.
@@ -61,6 +68,27 @@ def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess | None:
         return request
 
     return pre_process
+
+
+def _admit_adapter(adapters: AdapterAdmission, request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+    try:
+        adapters.admit(request.sampling_params)
+    except (InputError, RemapError) as error:
+        raise to_client_error(error) from error
+    return request
+
+
+def _adapter_reader(port: Port, pipeline: Any, od_config: OmniDiffusionConfig) -> Callable[[Path], object]:
+    """Return a function that reads a LoRA for the model, whose transformer is built without weights on first use."""
+    modules: list[nn.Module] = []
+
+    def read(path: Path) -> object:
+        if not modules:
+            with meta_init(od_config.dtype):
+                modules.append(_build_transformer(port, od_config))
+        return pipeline.read_adapter(path, modules[0], od_config.model, adapter=1, dtype=od_config.dtype)
+
+    return read
 
 
 def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[Any], Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from port_kit.errors import InputError, PortKitError
 from port_kit.pipeline.inputs import (
-    check_adapter,
     check_codec_options,
     check_integer,
     check_real,
@@ -20,14 +19,18 @@ from port_kit.pipeline.inputs import (
     check_unused,
     request_seed,
 )
+from port_kit.port import SERVER_OPTIONS
 
 #: Maximum number of outputs per request, the same as in vLLM-Omni's server.
 MAX_OUTPUTS = 10
 #: Maximum seed, so that the seeds of all outputs of a request are valid for a generator.
 MAX_SEED = 2**63 - 1 - MAX_OUTPUTS
 
+#: Largest guidance scale, in either direction, and number of steps; published settings are a tenth of them.
+MAX_SCALE, MAX_STEPS = 100.0, 1000
+
 #: Options in ``extra_args`` that set the length of audio, in seconds, as ``/v1/audio/generate`` sends them.
-AUDIO_LENGTH, AUDIO_START, AUDIO_END = LENGTH_OPTIONS = ("audio_length", "audio_start_in_s", "audio_end_in_s")
+AUDIO_LENGTH, AUDIO_START, AUDIO_END = LENGTH_OPTIONS = SERVER_OPTIONS["audio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,10 @@ class PromptOptions:
         height, width: pixels; 0 for audio alone.
         size_multiple: both sides are multiples of it, in pixels.
         max_side: pixels.
+        max_area: pixels, of ``height`` times ``width``; default: four times that of the default size.
         frames: 1 for images.
         frame_step: a video has one frame and a multiple of this many.
+        max_frames: default: four times ``frames``.
         seconds: length of audio alone; 0 for images and videos.
         max_seconds: longest audio that a request may ask for.
         negative_prompt: of a request without one.
@@ -59,8 +64,10 @@ class PromptOptions:
     size_multiple: int = 1
     min_steps: int = 1
     max_side: int = 4096
+    max_area: int = 0
     frames: int = 1
     frame_step: int = 1
+    max_frames: int = 0
     seconds: float = 0.0
     max_seconds: float = 60.0
     negative_prompt: str = ""
@@ -74,6 +81,8 @@ class PromptOptions:
                 code="port_invalid",
                 hint="give height and width for images and videos, or seconds for audio alone",
             )
+        object.__setattr__(self, "max_area", self.max_area or 4 * self.height * self.width)
+        object.__setattr__(self, "max_frames", self.max_frames or 4 * self.frames)
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,6 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
     scale = sampling.guidance_scale if sampling.guidance_scale_provided else options.guidance_scale
     extra = sampling.extra_args or {}
     outputs = sampling.num_outputs_per_prompt
-    check_adapter(getattr(sampling, "lora_request", None))
     check_codec_options(extra.get("video_codec_options"))
     return PromptRequest(
         prompt=check_text("prompt", fields.get("prompt"), required=True),
@@ -139,8 +147,8 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
         height=height,
         width=width,
         frames=_frames(sampling.num_frames, options),
-        steps=check_integer("num_inference_steps", steps, minimum=options.min_steps, maximum=1000),
-        scales=GuidanceScale(check_real("guidance_scale", scale)),
+        steps=check_integer("num_inference_steps", steps, minimum=options.min_steps, maximum=MAX_STEPS),
+        scales=GuidanceScale(check_real("guidance_scale", scale, minimum=-MAX_SCALE, maximum=MAX_SCALE)),
         seed=request_seed(sampling, options.seed, maximum=MAX_SEED),
         outputs=check_integer("num_outputs_per_prompt", outputs, minimum=1, maximum=options.max_outputs),
         seconds=_seconds(extra, options),
@@ -157,13 +165,13 @@ def _size(sampling: Any, options: PromptOptions) -> tuple[int, int]:
         options.width if sampling.width is None else sampling.width,
         multiple=options.size_multiple,
         maximum=options.max_side,
+        area=options.max_area,
     )
 
 
 def _seconds(extra: Mapping[str, Any], options: PromptOptions) -> float:
     """Return the length of audio alone in seconds: that of the request, or the default."""
     if not options.seconds:
-        check_unused(extra, dict.fromkeys(LENGTH_OPTIONS, "this model makes no audio of its own length"))
         return 0.0
     start, length = extra.get(AUDIO_START) or 0.0, extra.get(AUDIO_LENGTH)
     if start:
@@ -186,7 +194,9 @@ def _frames(given: object, options: PromptOptions) -> int:
     if given in (None, 1):
         return options.frames
     frames = check_integer("num_frames", given, minimum=1)
-    if options.frames == 1:
+    if options.frames > 1:
+        check_integer("num_frames", given, minimum=1, maximum=options.max_frames)
+    else:
         kind = "audio" if options.seconds else "images"
         raise InputError(f"num_frames is {frames}; this model generates {kind}", code="input_value", hint="omit it")
     if (frames - 1) % options.frame_step:

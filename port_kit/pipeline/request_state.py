@@ -33,6 +33,7 @@ class PreparedRequest:
         tokens: token ids per text.
         images: float32 (3, H, W) each, in [-1, 1].
         audios: float32 (samples,) each.
+        magnitudes: names of settings that may make an output overflow.
     """
 
     request: Any
@@ -40,6 +41,7 @@ class PreparedRequest:
     tokens: Sequence[list[int]] = ()
     images: Sequence[Tensor] = ()
     audios: Sequence[Tensor] = ()
+    magnitudes: Sequence[str] = ()
 
     def split_outputs(self) -> list[Self]:
         """Return one request per output; output i has the seed of this request plus i."""

@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from port_kit.errors import InputError
-from port_kit.pipeline.inputs import check_integer, check_real, check_unused
+from port_kit.pipeline.inputs import check_integer, check_real
 
 #: Options of the window and their alternative names in vLLM-Omni.
 _START, _STOP = ("slg_start", "slg_start_percent"), ("slg_stop", "slg_end_percent")
 #: Options of the other form of skip-layer guidance.
-_UNUSED = dict.fromkeys(
+NOT_READ = dict.fromkeys(
     ("slg_layers", "slg_skip_layers", "slg_scale", "slg_rescaling_scale"),
     "this model omits layers only in the branch with the negative prompts, which uncond_skip_layers selects",
 )
-#: Options in ``extra_args`` that :func:`parse_skip_layers` reads or rejects, besides a port's own name.
-OPTIONS = ("uncond_skip_layers", *_START, *_STOP, *_UNUSED)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ def parse_skip_layers(options: Mapping[str, Any], *, name: str, default: int, la
     Raises:
         InputError: an option has an invalid value, or two options contradict each other.
     """
-    check_unused(options, _UNUSED)
     own = check_integer(name, options.get(name, default), minimum=0, maximum=layers - 1)
     found: tuple[int, ...] = (own,) if own else ()
     if options.get("uncond_skip_layers") is not None:

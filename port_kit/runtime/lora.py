@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
+#: Largest rank that the manager allocates, and largest alpha; that of published adapters is at most twice their rank.
+MAX_RANK, MAX_ALPHA = 512, 1e4
 #: Tensor kinds that the manager's layers apply.
 _APPLIED = ("A", "B", "alpha")
 #: Unsupported settings of PEFT's ``adapter_config.json`` that would change the result.
@@ -75,13 +77,16 @@ def read_adapter(
             raise _bad(file, f"{name} is no linear of this model")
         a, b = found["A"], found["B"]
         rank = a.shape[0]
-        alpha = float(found["alpha"]) if "alpha" in found else settings.get("lora_alpha", rank)
+        given = found["alpha"] if "alpha" in found else settings.get("lora_alpha", rank)
+        alpha = _number(given, f"alpha of {name}", file)
         scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         full = f"{component}.{name}"
         loras[full] = LoRALayerWeights(full, rank, rank, a.to(dtype), b.to(dtype).clone(), scaling)
     if not loras:
         raise _bad(file, "it holds no adapter")
     rank = max(lora.rank for lora in loras.values())
+    if not 1 <= rank <= MAX_RANK:
+        raise _bad(file, f"its rank is {rank}; 1 to {MAX_RANK} are supported")
     return LoRAModel(adapter, rank, loras), PEFTHelper(r=rank, lora_alpha=rank, target_modules=list(loras))
 
 
@@ -127,6 +132,28 @@ def _base(module: nn.Module, linears: Mapping[str, TensorSpec]) -> Manifest:
     return Manifest(entries, origin=found.origin, aliases=aliases)
 
 
+def _number(value: object, name: str, file: Path) -> float:
+    """Return a scale of an adapter, which may be a tensor with one element."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _bad(file, f"{name} is not a number") from error
+    if not abs(number) <= MAX_ALPHA:
+        raise _bad(file, f"{name} is {number}; at most {MAX_ALPHA:g} is supported")
+    return number
+
+
+def adapter_files(path: Path) -> list[Path]:
+    """Return the files of an adapter: its weights, and PEFT's settings if there are any.
+
+    Raises:
+        InputError: ``lora_file``; there is not exactly one file of weights.
+    """
+    file, _ = _find(path)
+    config = path / "adapter_config.json"
+    return [file, config] if path.is_dir() and config.is_file() else [file]
+
+
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file and PEFT's settings, empty if there are none."""
     if path.is_file():
@@ -140,8 +167,10 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
         return files[0], {}
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise _bad(config, f"it cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise _bad(config, f"it holds {type(settings).__name__}, not an object")
     refused = [name for name in _UNSUPPORTED if settings.get(name)]
     if refused:
         raise _bad(config, f"{refused[0]} is set, which is not supported")
@@ -153,9 +182,13 @@ def _read(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
         raise _bad(file, f"it cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if not bool(tensor.float().isfinite().all()):
+            raise _bad(file, f"{name} has values that are not finite")
+    return tensors
 
 
 def _supported(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

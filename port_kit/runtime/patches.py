@@ -61,6 +61,24 @@ def _install_ring_kernel() -> None:
     _installed.add("ring_attention_kernel")
 
 
+def size_lora_buffers_by_adapter() -> None:
+    """Give the buffers of the LoRA manager the rank of the active adapter. Applies once per process.
+
+    Raises:
+        RegistrationError: ``upstream_changed``.
+    """
+    if "lora_rank" in _installed:
+        return
+    require("lora_rank")
+    from vllm_omni.diffusion.lora.manager import DiffusionLoRAManager
+
+    from port_kit.runtime.lora_rank import with_rank_of_adapter
+
+    bind = with_rank_of_adapter(DiffusionLoRAManager._bind_adapter_weights)
+    DiffusionLoRAManager._bind_adapter_weights = bind  # type: ignore[method-assign]
+    _installed.add("lora_rank")
+
+
 def install_client_error_handling() -> None:
     """Keep the engine open after client errors. Applies once per process, if ``Omni`` is imported.
 

@@ -166,9 +166,37 @@ PATCHES: dict[str, Entry] = {
         ),
         Entry(
             "refused_request",
-            "an engine that stays open after a client error",
-            (Precondition("source", "vllm_omni.entrypoints.omni:Omni.generate", "eeae6cd3c0c54eb4"),),
+            "an engine that stays open after a client error, and lists with refused requests",
+            (
+                Precondition("source", "vllm_omni.entrypoints.omni:Omni.generate", "eeae6cd3c0c54eb4"),
+                Precondition("source", "vllm_omni.entrypoints.omni:Omni._run_generation", "cc74eb057df53246"),
+                Precondition(
+                    "source", "vllm_omni.entrypoints.omni_base:OmniBase._check_engine_output_error", "b2f2703a901cd81e"
+                ),
+                Precondition("source", "vllm_omni.entrypoints.omni_base:OmniBase._shutdown_base", "b18ece29237c39d4"),
+            ),
             threads=("https://github.com/vllm-project/vllm-omni/pull/6334",),
+        ),
+        Entry(
+            "lora_rank",
+            "results with a LoRA that do not depend on earlier requests",
+            (
+                Precondition(
+                    "source",
+                    "vllm_omni.diffusion.lora.manager:DiffusionLoRAManager._ensure_max_lora_rank",
+                    _by_series("1596255ed8567a94", "262190dc1e6b16cc"),
+                ),
+                Precondition(
+                    "source",
+                    "vllm_omni.diffusion.lora.manager:DiffusionLoRAManager._activate_adapter",
+                    _by_series("868cd46516abd187", "a84cfafc9f9774e0"),
+                ),
+                Precondition(
+                    "parameters",
+                    "vllm_omni.diffusion.lora.manager:DiffusionLoRAManager._bind_adapter_weights",
+                    "self, lora_model, scale",
+                ),
+            ),
         ),
         Entry(
             "malformed_forms",

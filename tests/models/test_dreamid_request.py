@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-from port_kit.models.dreamid_omni import config
+from port_kit.models.dreamid_omni import PORT, config
 from port_kit.models.dreamid_omni.config import DreamIDOmniRequest, GuidanceScales, parse_request
+from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
 from port_kit.models.wan.pipeline.request import LatentLengths
+from port_kit.pipeline.admission import admit
 from tests.helpers import raises
 
 LENGTHS = LatentLengths(31, 157)
@@ -20,7 +22,9 @@ def parse(
 ) -> DreamIDOmniRequest:
     """Parse a valid request with changes."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image, "audio": audio}}
-    return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS)
+    given = OmniDiffusionSamplingParams(**sampling)
+    admit(fields, given, PORT, fps=24, reasons=DreamIDOmniPipeline.not_read)
+    return parse_request(fields, given, LENGTHS)
 
 
 def test_a_request_that_says_nothing_gets_the_original_defaults() -> None:
@@ -79,6 +83,8 @@ def test_one_reference_need_not_be_a_list_and_a_waveform_with_its_rate_is_one() 
         ({"width": -64}, "input_value", "width is -64"),
         ({"height": 1 << 20}, "input_value", "4096"),
         ({"height": 64.0}, "input_type", "height is 64.0"),
+        ({"height": 4096, "width": 4096}, "input_size", "at most 1843200 pixels"),
+        ({"num_inference_steps": 1001}, "input_value", "num_inference_steps is 1001"),
         ({"num_inference_steps": 0}, "input_value", "num_inference_steps is 0"),
         ({"num_inference_steps": -3}, "input_value", "num_inference_steps is -3"),
         ({"num_inference_steps": "many"}, "input_type", "'many'"),
@@ -93,6 +99,9 @@ def test_one_reference_need_not_be_a_list_and_a_waveform_with_its_rate_is_one() 
         ({"extra_args": {"video_cfg_scale": float("inf")}}, "input_value", "video_cfg_scale is inf"),
         ({"extra_args": {"audio_ref_cfg_scale": "2"}}, "input_type", "audio_ref_cfg_scale"),
         ({"extra_args": {"video_cfg_scal": 2.0}}, "input_value", "video_cfg_scale"),
+        *[({"extra_args": {"shift": shift}}, "input_value", "0.01 or more") for shift in (1e-320, 1e308, 10**400)],
+        *[({"extra_args": {"video_cfg_scale": scale}}, "input_value", "100") for scale in (1e30, -1e308, 101)],
+        ({"extra_args": {"shift": 3.0, "flow_shift": 4.0}}, "input_value", "they set the same"),
         ({"extra_args": {"solver_name": "heun"}}, "input_value", "unipc, dpm++, euler"),
         ({"extra_args": {"video_negative_prompt": 3}}, "input_type", "video_negative_prompt is int"),
         ({"extra_args": {"audio_negative_prompt": "x" * 9000}}, "input_too_long", "audio_negative_prompt"),
@@ -106,8 +115,12 @@ def test_each_mistake_is_named(change: dict[str, Any], code: str, name: str) -> 
     assert name in str(caught.value)  # of the message or the hint
 
 
-def test_options_of_the_servers_own_are_left_alone() -> None:
-    parse(extra_args={"cfg_text_scale": 1.0, "cfg_img_scale": 1.0, "duration": 5.0, "aspect_ratio": "16:9"})
+def test_the_nominal_duration_is_taken_as_servers_send_it() -> None:
+    parse(extra_args={"duration": 5.0, "generate_sound": True}, num_frames=120)
+    with raises("input_value", "duration is 4.0"):
+        parse(extra_args={"duration": 4.0})
+    with raises("input_value", "num_frames is 120"):
+        parse(num_frames=120)
 
 
 @pytest.mark.parametrize("prompt", ["plain text", {"prompt": "p"}, {"prompt": "p", "multi_modal_data": None}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.cli.download import load_recipe
 from port_kit.errors import DownloadError
+from port_kit.models.ovi import PORT
 from port_kit.models.ovi.config import (
     LABEL,
     TAGS,
@@ -22,8 +24,11 @@ from port_kit.models.ovi.config import (
     size_for_area,
     size_for_image,
 )
+from port_kit.models.ovi.pipeline import OviPipeline
 from port_kit.models.ovi.recipe import recipe
 from port_kit.models.wan.pipeline.request import LatentLengths
+from port_kit.pipeline.admission import admit
+from port_kit.pipeline.model_index import ModelIndex
 from port_kit.pipeline.skip_layers import SkipLayers
 from tests.helpers import raises
 
@@ -34,7 +39,9 @@ MODEL = CheckpointOptions(video_area=720 * 720, audio_prompt=TAGS, skip_block=11
 def parse(prompt: Any = "a street", *, image: Any = None, **sampling: Any) -> OviRequest:
     """Parse a valid request with changes."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image}} if image is not None else prompt
-    return parse_request(fields, OmniDiffusionSamplingParams(**sampling), LENGTHS, MODEL)
+    given = OmniDiffusionSamplingParams(**sampling)
+    admit(fields, given, PORT, fps=24, reasons=OviPipeline.not_read)
+    return parse_request(fields, given, LENGTHS, MODEL)
 
 
 def test_a_request_that_says_nothing_gets_the_original_defaults() -> None:
@@ -123,6 +130,8 @@ def test_the_audio_description_gets_the_checkpoints_format(prompt: str, tagged: 
         ({"num_outputs_per_prompt": 0}, "input_value", "num_outputs_per_prompt is 0"),
         ({"extra_args": {"slg_layer": 30}}, "input_value", "slg_layer"),
         ({"extra_args": {"slg_layer": -1}}, "input_value", "slg_layer is -1"),
+        ({"extra_args": {"slg_scale": 2.5}}, "input_value", "uncond_skip_layers selects"),
+        ({"extra_args": {"slg_skip_layers": [7]}}, "input_value", "slg_skip_layers is [7]"),
         ({"extra_args": {"slg_layr": 3}}, "input_value", "slg_layer"),
         ({"extra_args": {"video_guidance_scale": float("nan")}}, "input_value", "video_guidance_scale"),
         ({"extra_args": {"audio_guidance_scale": "3"}}, "input_type", "audio_guidance_scale"),
@@ -173,16 +182,27 @@ def test_a_variant_is_a_file_an_area_a_length_and_a_form_of_prompts(name: str) -
     given, made = VARIANTS[name], recipe(name)
     assert made.repositories[0].files[0].pattern == given.file
     assert made.repositories[0].files[0].target(given.file) == "transformer/model.safetensors"
-    model = CheckpointOptions.from_index(made.model_index, blocks=30)
+    model = CheckpointOptions.from_index(ModelIndex(Path("model_index.json"), made.model_index), blocks=30)
     assert (model.video_area, model.audio_prompt, model.skip_block) == (given.video_area, given.audio_prompt, 11)
     seconds = 10 if name.endswith("10s") else 5
     assert given.lengths.frames == 1 + 24 * seconds
     assert f"{round(given.video_area**0.5)}x" in name
 
 
-def test_a_model_directory_without_the_keys_is_refused() -> None:
-    with raises("model_incomplete", "audio_prompt", "skip_block"):
-        CheckpointOptions.from_index({"video_area": 1}, blocks=2)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("video_area", value) for value in (None, -5, 0, True, "big", 5e5, float("nan"), 1 << 40, [1])],
+        *[("audio_prompt", value) for value in (None, "", "tag", 3, ["tags"])],
+        *[("skip_block", value) for value in (None, -1, 30, "11", 1.0)],
+    ],
+)
+def test_a_wrong_value_of_the_index_is_named_with_its_file(key: str, value: object) -> None:
+    values = {"video_area": 720 * 720, "audio_prompt": TAGS, "skip_block": 11, key: value}
+    if value is None:
+        del values[key]
+    with raises("model_incomplete", "some/model_index.json", key):
+        CheckpointOptions.from_index(ModelIndex(Path("some/model_index.json"), values), blocks=30)
 
 
 def test_a_variant_is_chosen_by_name() -> None:

@@ -38,7 +38,6 @@ def parse(**options: Any) -> SkipLayers:
         ({"uncond_skip_layers": [7], "slg_layer": 7}, SkipLayers((7,))),
         ({"slg_start": 0.1, "slg_stop": 0.6}, SkipLayers((11,), 0.1, 0.6)),
         ({"slg_start_percent": 0.1, "slg_end_percent": 1}, SkipLayers((11,), 0.1, 1.0)),
-        ({"slg_scale": 0.0, "slg_layers": None}, SkipLayers((11,))),
     ],
 )
 def test_options_of_vllm_omni_are_accepted(options: dict[str, Any], expected: SkipLayers) -> None:
@@ -55,8 +54,6 @@ def test_options_of_vllm_omni_are_accepted(options: dict[str, Any], expected: Sk
         ({"slg_start": 0.7, "slg_stop": 0.2}, "input_value", ["slg_start is 0.7"]),
         ({"slg_stop": 1.5}, "input_value", ["slg_stop is 1.5"]),
         ({"slg_start": 0.5, "slg_start_percent": 0.4}, "input_value", ["slg_start is 0.5", "0.4"]),
-        ({"slg_scale": 2.5}, "input_value", ["slg_scale is 2.5", "uncond_skip_layers"]),
-        ({"slg_skip_layers": [7]}, "input_value", ["slg_skip_layers is [7]", "uncond_skip_layers"]),
     ],
 )
 def test_no_option_is_ignored(options: dict[str, Any], code: str, words: list[str]) -> None:

@@ -28,7 +28,8 @@ from port_kit.models.wan.transformer.block import FusionBlock
 from port_kit.models.wan.transformer.config import FusionConfig
 from port_kit.models.wan.transformer.model import WanFusionTransformer
 from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
-from port_kit.pipeline.loading import load_pipeline, read_json
+from port_kit.pipeline.loading import load_pipeline
+from port_kit.pipeline.model_index import read_json
 from port_kit.remap import load_weights
 from port_kit.runtime.engine_options import OFFLOADS, check_options
 from port_kit.runtime.single_process import single_rank

@@ -24,7 +24,7 @@ from port_kit.models.wan.transformer.model import build_transformer
 from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
 from port_kit.parallel.hsdp import shard_before_loading
-from port_kit.pipeline.loading import read_json
+from port_kit.pipeline.model_index import read_json
 from port_kit.remap import RuleSet, load_weights
 
 Pair = tuple[Tensor, Tensor]

@@ -108,11 +108,6 @@ def test_what_audio_does_not_have_is_refused(sampling: dict[str, Any], name: str
         parse(options=AUDIO, **sampling)
 
 
-def test_a_length_of_audio_is_refused_where_there_is_none() -> None:
-    with raises("input_value", "audio_length"):
-        parse(extra_args={"audio_length": 2.0})
-
-
 def test_the_seed_may_come_as_a_generator() -> None:
     assert parse(generator=torch.Generator().manual_seed(9)).seed == 9
     with raises("input_value", "seed"):

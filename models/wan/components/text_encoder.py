@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,9 @@ from transformers.initialization import no_init_weights
 from port_kit.errors import OptionalDependencyError
 from port_kit.models.wan.components.text_encoder_parallel import parallelize
 from port_kit.parallel.linear import tp_rank_and_size
+from port_kit.pipeline.model_index import incomplete
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
 #: Maximum number of tokens of a prompt, ``</s>`` included.
@@ -68,10 +68,19 @@ def build_text_encoder(config: Mapping[str, Any]) -> TextEncoder:
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``google/umt5-xxl`` from a local folder, without network access."""
+    """Load the tokenizer of ``google/umt5-xxl`` from a local folder, without network access.
+
+    Raises:
+        PortKitError: ``model_incomplete``; the folder does not exist, or has no valid tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        if not Path(folder).is_dir():  # the library would take it for the name of a repository
+            raise FileNotFoundError("no such folder")
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library states no type
+        raise incomplete(f"cannot read the tokenizer {folder}: {error}") from error
 
 
 def clean_prompt(text: str) -> str:

@@ -7,7 +7,7 @@ tokens, D text width, n reference images.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,9 @@ from port_kit.models.wan.pipeline.request import (
     AUDIO_SAMPLE_RATE,
     DEFAULT_STEPS,
     FPS,
+    MAX_LATENTS,
     MAX_TEXT_TOKENS,
+    NOT_READ,
     VIDEO_LATENT_CHANNELS,
     VIDEO_SPATIAL_STRIDE,
     FusionRequest,
@@ -32,7 +34,7 @@ from port_kit.models.wan.pipeline.scheduler import Scheduler, build_scheduler
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.weights.lora_names import WAN_NAMES
 from port_kit.pipeline.base import PortPipeline
-from port_kit.pipeline.loading import read_json
+from port_kit.pipeline.model_index import ModelIndex
 from port_kit.pipeline.request_state import DenoiseState, PreparedRequest, draw_noise
 
 
@@ -62,7 +64,7 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
     :meth:`reapply_conditioning` if it writes into the latents between steps.
 
     Attributes:
-        index: content of ``model_index.json``.
+        index: values of ``model_index.json``.
         lengths: lengths of the output in latents.
     """
 
@@ -71,6 +73,8 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
     audio_sample_rate: ClassVar[int] = AUDIO_SAMPLE_RATE
     default_num_inference_steps: ClassVar[int] = DEFAULT_STEPS
     lora_names: ClassVar[tuple[tuple[str, str], ...]] = WAN_NAMES
+    prompt_fields: ClassVar[tuple[str, ...]] = ("video_negative_prompt", "audio_negative_prompt")
+    not_read: ClassVar[Mapping[str, str]] = NOT_READ
     #: Latent cells and audio latents per call, 4 cells per token. A state of the default size (89,280 and 157) fills a
     #: device by itself: batching such states would cost memory and gain no time.
     max_batch_size: ClassVar[int] = 131_072
@@ -80,8 +84,9 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
 
     def read_directory(self, model: str) -> None:
         """Read ``model_index.json`` and the tokenizer."""
-        self.index = read_json(model, "model_index.json")
-        self.lengths = LatentLengths(self.index["video_latent_length"], self.index["audio_latent_length"])
+        self.index = ModelIndex.read(model)
+        lengths = (self.index.integer(f"{kind}_latent_length", 1, MAX_LATENTS) for kind in ("video", "audio"))
+        self.lengths = LatentLengths(*lengths)
         self.tokenizer = load_tokenizer(f"{model}/tokenizer")
 
     @abstractmethod

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from port_kit.errors import InputError
 from port_kit.pipeline.inputs import (
-    check_adapter,
     check_codec_options,
     check_integer,
-    check_names,
     check_real,
     check_text,
-    check_unused,
     request_seed,
 )
 
@@ -27,6 +25,7 @@ MAX_SIDE = 4096  # pixels
 FPS = 24  # frames per second
 AUDIO_SAMPLE_RATE = 16_000  # Hz
 MAX_TEXT_TOKENS = 512
+MAX_LATENTS = 1024  # positions of either stream; published models have up to 314
 
 #: Maximum number of videos per request, the same as in vLLM-Omni's server.
 MAX_OUTPUTS = 10
@@ -40,27 +39,23 @@ SOLVERS = ("unipc", "dpm++", "euler")
 DEFAULT_VIDEO_NEGATIVE_PROMPT = "jitter, bad hands, blur, distortion"
 DEFAULT_AUDIO_NEGATIVE_PROMPT = "robotic, muffled, echo, distorted"
 
-#: Options in ``extra_args`` that all ports accept, besides those of vLLM-Omni.
-COMMON_OPTIONS = (
-    "video_negative_prompt",
-    "audio_negative_prompt",
-    "solver_name",
-    "shift",
-    "flow_shift",
-    "video_noise",
-    "audio_noise",
-)
+#: Options in ``extra_args`` that all ports accept, besides those on the command line.
+MORE_OPTIONS = ("flow_shift", "video_noise", "audio_noise", "duration", "generate_sound")
 
-#: Fields of vLLM-Omni's video API that have no effect on these models, with the reason.
-_UNUSED = {
-    "short_edge": "height and width alone decide the size",
+#: Options of vLLM-Omni's servers that have no effect on these models, with the reason.
+NOT_READ = {
+    "duration": "all clips of this model have the same length",
     "sound_duration": "the audio is as long as the video",
-    "start_time_seconds": "this model reads no reference video",
-    "enable_frame_interpolation": "this model interpolates no frames",
-    "quality": "num_inference_steps alone decides the quality",
-    "boundary_ratio": "this model has one transformer",
     "true_cfg_scale": "the options that end with cfg_scale guide this model",
 }
+
+# Ranges of magnitudes. With the tiny models, the outputs of all ends of these ranges are finite, in float32 and
+# bfloat16; published settings are 1.5 to 7 for scales, 3 to 8 for the shift, and 20 to 50 steps.
+MAX_SCALE = 100.0
+MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
+MAX_STEPS = 1000  # those of the training schedule
+#: Pixels per frame: twice the largest size that was published, 960x960 and 704x1280.
+MAX_AREA = 2 * 960 * 960
 
 
 @dataclass(frozen=True)
@@ -159,38 +154,36 @@ def media_of(fields: Mapping[str, Any], kinds: Collection[str] = ("image", "audi
 
 
 def parse_common(
-    fields: Mapping[str, Any], sampling: Any, lengths: LatentLengths, *, scales: Any, options: Iterable[str], seed: int
+    fields: Mapping[str, Any], sampling: Any, lengths: LatentLengths, *, scales: Any, seed: int
 ) -> dict[str, Any]:
     """Check the fields that all ports have.
 
     Args:
         fields: the prompt; its ``video_negative_prompt`` (or ``negative_prompt``) and ``audio_negative_prompt`` are
             used if ``extra_args`` has none.
-        sampling: ``OmniDiffusionSamplingParams``; its ``extra_args`` hold :data:`COMMON_OPTIONS`.
+        sampling: ``OmniDiffusionSamplingParams``.
         lengths: of the clip; if a request sets the number of frames, it must match.
         scales: the port's dataclass of guidance scales; its fields are options too.
-        options: names of further options of the port.
         seed: default of the port.
 
     Returns:
         Fields of :class:`FusionRequest` except height and width.
 
     Raises:
-        InputError: a field has an invalid value, or does not exist.
+        InputError: a field has an invalid value, or contradicts another one.
     """
     given: Mapping[str, Any] = sampling.extra_args or {}
-    check_names(given, (*COMMON_OPTIONS, *scales.__dataclass_fields__, *options))
-    _check_unused(sampling, given)
-    check_adapter(getattr(sampling, "lora_request", None))
-    _check_counts(sampling, lengths.frames)
+    check_codec_options(given.get("video_codec_options"))
+    _check_sound(given.get("generate_sound"))
+    _check_counts(sampling, given, lengths.frames)
     steps = DEFAULT_STEPS if sampling.num_inference_steps is None else sampling.num_inference_steps
     return {
         "prompt": check_text("prompt", fields.get("prompt"), required=True),
         "video_negative_prompt": _negative("video", given, fields, DEFAULT_VIDEO_NEGATIVE_PROMPT),
         "audio_negative_prompt": _negative("audio", given, fields, DEFAULT_AUDIO_NEGATIVE_PROMPT),
-        "steps": check_integer("num_inference_steps", steps, minimum=1, maximum=1000),
+        "steps": check_integer("num_inference_steps", steps, minimum=1, maximum=MAX_STEPS),
         "solver": _solver(given.get("solver_name", DEFAULT_SOLVER)),
-        "shift": check_real("shift", given.get("shift", given.get("flow_shift", DEFAULT_SHIFT)), positive=True),
+        "shift": _shift(given),
         "seed": request_seed(sampling, seed, maximum=MAX_SEED),
         "outputs": _outputs(sampling, given),
         "scales": _scales(scales, sampling, given),
@@ -199,28 +192,55 @@ def parse_common(
     }
 
 
-def _check_unused(sampling: Any, options: Mapping[str, Any]) -> None:
-    fields = {name: getattr(sampling, name, None) for name in _UNUSED if name not in options}
-    check_unused({**options, **fields}, _UNUSED)
-    check_codec_options(options.get("video_codec_options"))
-    if options.get("generate_sound") is False:
+def _check_sound(given: object) -> None:
+    if given not in (None, True) or isinstance(given, int) is not isinstance(given, bool):
         raise InputError(
-            "generate_sound is false; this model always generates audio",
+            f"generate_sound is {given!r}; this model always generates audio",
             code="input_value",
             hint="omit generate_sound, and remove the audio track afterwards",
         )
 
 
-def _check_counts(sampling: Any, frames: int) -> None:
-    """Check numbers of frames and frame rates; vLLM-Omni sets num_frames=1 if a request has none."""
-    if sampling.num_frames not in (None, 1, frames):
+def _check_counts(sampling: Any, options: Mapping[str, Any], frames: int) -> None:
+    """Check the length and the frame rate.
+
+    vLLM-Omni sets num_frames to 1 if a request has none, and to ``duration`` times the frame rate if it has one.
+    """
+    counts = [None, 1, frames]
+    seconds = (frames - 1) / FPS
+    if (duration := options.get("duration")) is not None:
+        if check_real("duration", duration) != seconds:
+            raise InputError(
+                f"duration is {duration}; this model generates {seconds:g} s",
+                code="input_value",
+                hint="omit duration (seconds, in requests to a server)",
+            )
+        counts.append(frames - 1)
+    if sampling.num_frames not in counts or isinstance(sampling.num_frames, bool):
         raise InputError(
             f"num_frames is {sampling.num_frames}; this model generates {frames} frames",
             code="input_value",
-            hint="omit num_frames (and seconds, in requests to a server)",
+            hint=f"omit num_frames (in requests to a server, seconds may be {seconds:g})",
         )
-    if sampling.fps not in (None, FPS):
-        raise InputError(f"fps is {sampling.fps}; this model generates {FPS} frames per second", code="input_value")
+
+
+def _shift(options: Mapping[str, Any]) -> float:
+    """Read the shift of the sigma schedule, under its own name or under that of vLLM-Omni."""
+    given = {name: options[name] for name in ("shift", "flow_shift") if name in options}
+    return check_real("shift", _only(given, DEFAULT_SHIFT), minimum=MIN_SHIFT, maximum=MAX_SHIFT)
+
+
+def _only(given: Mapping[str, Any], default: Any) -> Any:
+    """Return the value of names that set the same; refuse two values."""
+    (first, value), *others = given.items() or [("", default)]
+    for name, other in others:
+        if other != value:
+            raise InputError(
+                f"{first} is {value!r} and {name} is {other!r}; they set the same",
+                code="input_value",
+                hint=f"leave {name} out",
+            )
+    return value
 
 
 def _outputs(sampling: Any, options: Mapping[str, Any]) -> int:
@@ -238,8 +258,11 @@ def _outputs(sampling: Any, options: Mapping[str, Any]) -> int:
 def _negative(modality: str, options: Mapping[str, Any], fields: Mapping[str, Any], default: str) -> str:
     """Read a negative prompt from ``extra_args``, else from the fields of the prompt; an empty text is valid."""
     name = f"{modality}_negative_prompt"
-    given = options.get(name, fields.get(name, fields.get("negative_prompt") if modality == "video" else None))
-    return default if given is None else check_text(name, given)
+    given = {f"{name} of extra_args": options.get(name), f"{name} of the prompt": fields.get(name)}
+    if modality == "video":
+        given["negative_prompt"] = fields.get("negative_prompt")
+    found = _only({key: value for key, value in given.items() if value is not None}, None)
+    return default if found is None else check_text(name, found)
 
 
 def _solver(name: object) -> str:
@@ -254,6 +277,8 @@ def _scales(kind: Any, sampling: Any, options: Mapping[str, Any]) -> Any:
     """Read the port's scales; vLLM-Omni's ``guidance_scale``, if set, is the first, the video's."""
     names = tuple(kind.__dataclass_fields__)
     given = {name: options[name] for name in names if options.get(name) is not None}
-    if sampling.guidance_scale_provided and names[0] not in given:
-        given[names[0]] = sampling.guidance_scale
-    return kind(**{name: check_real(name, value) for name, value in given.items()})
+    if sampling.guidance_scale_provided:
+        first = {name: given[name] for name in names[:1] if name in given}
+        given[names[0]] = _only({**first, "guidance_scale": sampling.guidance_scale}, None)
+    check = partial(check_real, minimum=-MAX_SCALE, maximum=MAX_SCALE)
+    return kind(**{name: check(name, value) for name, value in given.items()})

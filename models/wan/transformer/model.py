@@ -22,6 +22,7 @@ from port_kit.models.wan.transformer.block import BlockInputs, FusionBlock
 from port_kit.models.wan.transformer.config import FusionConfig, Stream
 from port_kit.models.wan.transformer.modality_io import ModalityAdapter, StreamConditioning, TextContext
 from port_kit.models.wan.transformer.tower import WanTower, stacked_parameters
+from port_kit.parallel.cancellation import check_cancellation_between_blocks
 from port_kit.parallel.cfg_batching import weights_are_streamed
 from port_kit.parallel.comm.stream_interleave import InterleavedStreams
 from port_kit.parallel.hsdp import meta_blocks
@@ -160,6 +161,7 @@ class WanFusionTransformer(nn.Module):
         del prepared  # it would keep each branch's first tokens alive while blocks run
         if extra_branches and weights_are_streamed(self.engine):
             for block in self.blocks:
+                check_cancellation_between_blocks()
                 first, *rest = (context.block_inputs(tokens) for context, tokens in zip(contexts, states, strict=True))
                 states = block(*first, extra_branches=rest)
         else:
@@ -182,6 +184,7 @@ class WanFusionTransformer(nn.Module):
                     block.project_texts(context.block_inputs(tokens))
         streams = InterleavedStreams(states[0][0].device, branches=len(contexts))
         for block in self.blocks:
+            check_cancellation_between_blocks()
             for index, context in enumerate(contexts):
                 with streams.stream(index):
                     options = {"skip_layers": context.inputs.skip_layers, "unused": context.inputs.unused}

@@ -12,7 +12,7 @@ from typing import Any
 from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InspectError
 from port_kit.inspect.components import is_denoiser
-from port_kit.pipeline.loading import read_json
+from port_kit.pipeline.model_index import read_json
 
 #: Fields of a pipeline's output class, and the modality that they stand for.
 _MODALITIES = {"frames": "video", "images": "image", "audios": "audio"}

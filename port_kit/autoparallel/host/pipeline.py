@@ -24,7 +24,9 @@ from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, lo
 from port_kit.autoparallel.host.request import call_arguments
 from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InputError
+from port_kit.parallel.cancellation import check_cancellation_between_blocks
 from port_kit.parallel.engine_checks import layout_of
+from port_kit.pipeline.finite import check_weights
 from port_kit.pipeline.inputs import to_client_error
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class HostPipeline(nn.Module):
 
     supports_request_batch: ClassVar[bool] = False
     supports_step_execution: ClassVar[bool] = False
+    supports_request_cancellation: ClassVar[bool] = True
     #: A dummy request cannot know the inputs of any pipeline.
     dummy_run_num_frames: ClassVar[int] = 0
 
@@ -72,6 +75,7 @@ class HostPipeline(nn.Module):
             self.add_module(name, module)
 
     def _count(self, *_: Any) -> None:
+        check_cancellation_between_blocks()
         self.computed += 1
 
     @property
@@ -105,6 +109,7 @@ class HostPipeline(nn.Module):
                 self.add_module(name, component)
                 decodes = "vae" in name or name == "vocoder"
                 (self._vae_modules if decodes else self._encoder_modules).append(name)
+        check_weights(self, self.index.folder)
         if has_cache(config.cache_backend):
             separate_branches(self.pipeline, denoisers)
         if config.parallel_config.cfg_parallel_size > 1:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from port_kit.errors import InputError
+from port_kit.pipeline.admission import READ, check_sampling, unknown_name
+from port_kit.pipeline.inputs import check_integer, check_real
 from port_kit.pipeline.prompt_request import AUDIO_END, AUDIO_LENGTH, AUDIO_START
+from port_kit.references import check_image, unreadable
 
 #: Sampling parameters with the same name in diffusers; None is not given.
 _SAMPLING = (
@@ -36,7 +38,21 @@ MEDIA = {
 }
 #: Parameters for the length of audio in seconds, of which a pipeline has one at most; a request says ``audio_length``.
 LENGTHS = ("audio_end_in_s", "audio_length_in_s", "audio_duration")
+# Bounds of all pipelines: the largest published images are 4096x4096, the largest videos 3840x2160 with 129 frames.
+MAX_SIDE, MAX_FRAMES, MAX_PIXELS = 8192, 1024, 2**30
+MAX_STEPS = 1000
+#: Largest number of any other parameter, such as a guidance scale or a length in seconds, in either direction.
+MAX_NUMBER = 1e4
+#: Sampling parameters that become arguments of the call.
+_READ = READ - {"lora_request", "lora_scale"} | {*_SAMPLING, *_FLAGGED, *_DEFAULTS, "output_type", "generator_device"}
+_REASONS = {
+    "lora_request": "hosted pipelines apply no LoRA of a request",
+    "lora_scale": "hosted pipelines apply no LoRA of a request",
+}
+#: Parameters of calls that ``extra_args`` must not set.
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+_FIXED = ("prompt", "negative_prompt", "generator", "output_type", "return_dict", "latents")
+_RESERVED = frozenset((*_FIXED, *_COUNTS)).union(*MEDIA.values())
 
 
 def call_arguments(prompt: Any, sampling: Any, parameters: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -52,12 +68,16 @@ def call_arguments(prompt: Any, sampling: Any, parameters: Mapping[str, Any], de
         InputError: ``input_value``; the pipeline has no parameter for a value that the request gives, or the request
             has a LoRA.
     """
-    if sampling.lora_request is not None:
+    extra = _with_length(_own_options(sampling.extra_args, parameters), parameters)
+    check_sampling(sampling, _READ, _REASONS)
+    fields = dict(_sampling(sampling))
+    if twice := [name for name, value in fields.items() if name in extra and extra[name] != value]:
         raise InputError(
-            "hosted pipelines apply no LoRA of a request", code="input_value", hint="leave lora_request out"
+            f"{twice[0]} is {fields[twice[0]]!r}, and {extra[twice[0]]!r} in extra_args",
+            code="input_value",
+            hint=f"leave one {twice[0]} out",
         )
-    extra = _with_length(sampling.extra_args, parameters)
-    given = dict([*_texts(prompt), *_media(prompt, parameters), *_sampling(sampling), *extra.items()])
+    given = dict([*_texts(prompt), *_media(prompt, parameters), *fields.items(), *extra.items()])
     unknown = sorted(set(given) - set(parameters))
     if unknown:
         raise InputError(
@@ -72,7 +92,44 @@ def call_arguments(prompt: Any, sampling: Any, parameters: Mapping[str, Any], de
         given["output_type"] = "latent" if sampling.output_type == "latent" else "np"
     if "generator" in parameters:
         given["generator"] = _generator(sampling, device)
+    check_magnitudes(given)
     return given
+
+
+def _own_options(options: Mapping[str, Any], parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``extra_args``; refuse parameters of the call that requests give otherwise, or that only code can set."""
+    known = [name for name in parameters if not _is_reserved(name)]
+    for name, value in options.items():
+        if _is_reserved(name):
+            raise unknown_name("extra_args", name, value, known, {})
+    return options
+
+
+def _is_reserved(name: str) -> bool:
+    return name in _RESERVED or name.startswith("callback")
+
+
+def check_magnitudes(arguments: Mapping[str, Any]) -> None:
+    """Check the sizes and numbers of the arguments of a call.
+
+    Raises:
+        InputError: ``input_value``, ``input_type``, ``input_size``; one of them is out of range.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, float) or name in _FLAGGED or name.endswith("_scale"):
+            check_real(name, value, minimum=-MAX_NUMBER, maximum=MAX_NUMBER)
+    for name, maximum in {"height": MAX_SIDE, "width": MAX_SIDE, "num_frames": MAX_FRAMES}.items():
+        if name in arguments:
+            check_integer(name, arguments[name], minimum=1, maximum=maximum)
+    if "num_inference_steps" in arguments:
+        check_integer("num_inference_steps", arguments["num_inference_steps"], minimum=1, maximum=MAX_STEPS)
+    pixels = arguments.get("height", 1) * arguments.get("width", 1) * arguments.get("num_frames", 1)
+    if pixels > MAX_PIXELS:
+        raise InputError(
+            f"height, width and num_frames give {pixels} pixels; at most {MAX_PIXELS} are generated",
+            code="input_size",
+            hint="give a smaller size, or fewer frames",
+        )
 
 
 def _texts(prompt: Any) -> Iterator[tuple[str, Any]]:
@@ -92,13 +149,15 @@ def _media(prompt: Any, parameters: Mapping[str, Any]) -> Iterator[tuple[str, An
 
 
 def _open(kind: str, value: Any) -> Any:
-    """Return an image for the path of its file, and anything else as it is."""
-    if kind != "image" or not isinstance(value, str | Path):
+    """Return a checked image, and anything else as it is; an image may be the path of its file."""
+    if kind != "image" or isinstance(value, torch.Tensor):
         return value
+    if not isinstance(value, str | Path | bytes):
+        return check_image(value, name="image")
     try:
-        return Image.open(value).convert("RGB")
-    except OSError as error:
-        raise InputError(f"{value}: {error}", code="input_unreadable", hint="give an image file") from error
+        return check_image(value, name="image").convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise unreadable("image", error) from error
 
 
 def _sampling(sampling: Any) -> Iterator[tuple[str, Any]]:
@@ -150,6 +209,6 @@ def _generator(sampling: Any, device: torch.device) -> torch.Generator:
 
     vLLM-Omni gives every request a seed before it sends it to the ranks.
     """
-    if isinstance(sampling.generator, torch.Generator):
+    if sampling.generator is not None:
         return sampling.generator
     return torch.Generator(device=sampling.generator_device or device).manual_seed(sampling.seed)
