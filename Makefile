@@ -45,7 +45,8 @@ endif
 
 # One thread per process: two pytest workers share the cores, and forked ranks multiply them.
 export OMP_NUM_THREADS ?= 1
-# Without bytecode, each of many processes compiles torch and vLLM anew, which takes seconds.
+# Without bytecode, each process compiles some 8000 modules of torch and vLLM-Omni, more than half of a start. The
+# self-check of set-up writes it, also for processes outside of make that may not.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -73,6 +74,7 @@ $(STAMP): setup.cfg pyproject.toml $(wildcard requirements/*) | $(filter build/%
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	$(INSTALL) -e '.[$(CPU),omni,dev]'
 	$(RUN) requirements/without_cuda.py
+	$(RUN) -c 'from port_kit.runtime.self_check import run_self_check; run_self_check()' >$(VENV)/self-check.log
 	@rm -f $(VENV)/.port-kit-*
 	@touch $@
 

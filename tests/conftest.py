@@ -19,6 +19,7 @@ INTEGRATION = (
     "cli/test_component_config.py",
     "cli/test_doctor.py",
     "cli/test_hub.py",
+    "cli/test_start.py",
     "download/test_crashes.py",
     "download/test_random_faults.py",
     "engine",

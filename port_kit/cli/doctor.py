@@ -15,7 +15,7 @@ from port_kit.runtime.diagnose import Check, diagnose
 @json_option
 @handles_errors("doctor")
 def command(engine: bool, as_json: bool) -> None:
-    """Look at versions, plugins, platform, output types, patches, torchvision, token, disk and installed git code.
+    """Look at versions, plugins, platform, output types, patches, torchvision, bytecode, token, disk and git code.
 
     Exit with 1 if a check fails. The value of a token is never printed.
     """

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
 
 #: Timeout of the self-check, in seconds.
 SELF_CHECK_TIMEOUT = 300.0
+
+#: Packages with most of the modules that an engine imports.
+_LARGE = ("torch", "transformers", "diffusers", "vllm", "vllm_omni")
 
 _INSTALL = "pip install 'port-kit[omni]', on a machine without a GPU 'port-kit[omni,cpu]'"
 _LOW_DISK = 10 << 30
@@ -69,6 +72,7 @@ def diagnose(*, engine: bool = True) -> tuple[dict[str, str | None], list[Check]
         _runtime(versions),
         _companion("torchvision"),
         _companion("torchaudio"),
+        _bytecode(),
         *_ports(),
         _token(),
         _disk(),
@@ -128,6 +132,20 @@ def _torch_is_cpu_build() -> bool:
         name, _, value = line.partition("=")
         values[name.partition(":")[0].strip()] = value.strip()
     return values.get("cuda", "None") == "None" and values.get("hip", "None") == "None"
+
+
+def _bytecode() -> Check:
+    """Look for packages that each process compiles anew; they start more slowly, and work."""
+    specs = filter(None, map(find_spec, _LARGE))
+    origins = [Path(spec.origin) for spec in specs if spec.origin]
+    missing = [path.parent for path in origins if not Path(cache_from_source(str(path))).exists()]
+    if not missing or not sys.dont_write_bytecode:
+        return Check("bytecode", True, "written at the first start" if missing else "present")
+    folders = " ".join(map(str, missing))
+    found = (
+        f"none of {', '.join(path.name for path in missing)}, and Python may not write it: each process compiles them"
+    )
+    return Check("bytecode", True, f"{found}. Once: {sys.executable} -m compileall -q {folders}")
 
 
 def _ports() -> Iterator[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_token_is_seen_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_without_the_engine_no_child_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", None)
     _, checks = diagnose(engine=False)
-    assert {"python", "runtime", "torchvision", "torchaudio", "ports", "token", "disk"} <= {
+    assert {"python", "runtime", "torchvision", "torchaudio", "bytecode", "ports", "token", "disk"} <= {
         check.name for check in checks
     }
 
@@ -81,6 +82,25 @@ def test_a_cuda_build_beside_a_cpu_build_of_torch_is_found(
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(module, "_torch_is_cpu_build", lambda: torch_is_cpu)
     assert module._companion(name).ok == ok
+
+
+@pytest.mark.parametrize(
+    ("writes", "has", "words"), [(True, False, "first start"), (False, True, "present"), (False, False, "compileall")]
+)
+def test_packages_that_each_process_compiles_are_named(
+    writes: bool, has: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "bulky" / "__init__.py"
+    source.parent.mkdir()
+    source.write_text("")
+    if has:
+        py_compile.compile(str(source))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(module, "_LARGE", ("bulky", "not_installed_here"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", not writes)
+    check = module._bytecode()
+    assert check.ok and words in check.detail
+    assert (str(source.parent) in check.detail) == (not writes and not has)
 
 
 @pytest.mark.parametrize(

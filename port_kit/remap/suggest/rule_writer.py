@@ -7,15 +7,23 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from port_kit.remap.rules import Op, Rule
-from port_kit.remap.suggest.alignment import relation
+from port_kit.remap.suggest.alignment import drop_unit_dims, relation
 from port_kit.remap.suggest.index_expressions import index_expressions
 from port_kit.remap.suggest.match import Match
-from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup
+from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
 from port_kit.remap.suggest.virtual_groups import role_of
 
 #: (target instance, source instance)
 Pairs = tuple[tuple[Index, Index], ...]
 
+#: Ops by relation of shapes; None for members of a stack that differ from it in rows, and are turned.
+_CHANGES: dict[str | None, tuple[Op, ...]] = {
+    "copy": (),
+    "reshape": (Op("reshape"),),
+    "flatten": (Op("reshape"),),
+    "transpose": (Op("transpose"),),
+    None: (Op("transpose"),),
+}
 _SWAP = Op.of("reorder", dim=0, parts=2, order=(1, 0))
 
 
@@ -83,11 +91,7 @@ def drop_rules(unused: Iterable[str], used: Collection[str], reason: str) -> lis
 def _drafts(item: Match, role: str) -> Iterator[RuleDraft]:
     pairs = tuple(item.alignment.pairs.items())
     if item.target.kind == "concat":
-        index, origin = pairs[0]
-        given, first = item.source.shapes[role][origin], item.target.leaves[0].shapes[role][index]
-        dim = item.target.joined_along(given)
-        later = () if dim or (first[0], *given[1:]) == first else (Op("reshape"),)
-        yield RuleDraft(item.source, item.target.members, role, pairs, (Op.of("split", dim=dim), *later))
+        yield RuleDraft(item.source, item.target.members, role, pairs, _split_ops(item, role, pairs))
     elif item.target.kind == "stack":
         yield from _unstacked(item, role, pairs)
     elif item.source.kind == "concat":
@@ -115,12 +119,37 @@ def _plain_op(item: Match, role: str) -> tuple[Op, ...]:
     return (Op("transpose"),) if kinds <= {"transpose"} else (Op("reshape"),)
 
 
+def _split_ops(item: Match, role: str, pairs: Pairs) -> tuple[Op, ...]:
+    """Return the split of a fused tensor, and the reshape of its parts if they have other axes behind the rows."""
+    index, origin = pairs[0]
+    given = item.source.shapes[role][origin]
+    parts = [member.shapes[role][index] for member in item.target.members]
+    dim = item.target.joined_along(given)
+    if dim or all(part[1:] == given[1:] for part in parts):
+        return (Op.of("split", dim=dim),)
+    rows = [part[0] for part in parts]
+    sizes = {"sizes": rows} if len(set(rows)) > 1 else {}  # without them, parts that are reshaped later are equal
+    return Op.of("split", dim=0, **sizes), Op("reshape")
+
+
 def _joined(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     parts = part_names(item.source.members)
-    dim = item.source.joined_along(item.target.shapes[role][pairs[0][0]])
-    op = Op.of("concat", dim=dim, parts=parts)
+    index, origin = pairs[0]
+    whole = item.target.shapes[role][index]
+    dim = item.source.joined_along(whole)
+    concat = Op.of("concat", dim=dim, parts=parts)
     for part, member in zip(parts, item.source.members, strict=True):
-        yield RuleDraft(member, (item.target,), role, pairs, (op,), shard=part)
+        fits = dim or member.shapes[role][origin][1:] == whole[1:]
+        reshape = () if fits else (_reshape_rows(whole),)
+        yield RuleDraft(member, (item.target,), role, pairs, (*reshape, concat), shard=part)
+
+
+def _reshape_rows(whole: Shape) -> Op:
+    """Return the reshape of some rows of a tensor to its other axes; of a matrix, for any number of columns."""
+    columns = whole[1:]
+    if len(drop_unit_dims(columns)) == 1:
+        columns = tuple(-1 if extent > 1 else 1 for extent in columns)
+    return Op.of("reshape", shape=("in0", *columns))
 
 
 def part_names(members: Sequence[ModuleGroup]) -> tuple[str, ...]:
@@ -139,17 +168,16 @@ def _stacked(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     )
     index = pairs[0][0]
     inner = item.target.shapes[role][index][1:]
-    upright = relation(member.shapes[role][spread[0][1]], inner) in ("copy", "reshape")
-    transpose = () if upright else (Op("transpose"),)
+    change = _CHANGES[relation(member.shapes[role][spread[0][1]], inner)]
     start = 0
     for leaf in member.leaves:
         shape = leaf.shapes[role][spread[0][1]]
         if member.members:
             rows = f"[{{axis}}, {start}:{start + shape[0]}]"
-            yield RuleDraft(leaf, (item.target,), role, spread, transpose, into=rows, axis=axis)
+            yield RuleDraft(leaf, (item.target,), role, spread, change, into=rows, axis=axis)
         else:
             yield RuleDraft(
-                leaf, (item.target,), role, spread, (*transpose, Op.of("stack", dim=0)), shard="{axis}", axis=axis
+                leaf, (item.target,), role, spread, (*change, Op.of("stack", dim=0)), shard="{axis}", axis=axis
             )
         start += shape[0]
 
@@ -169,14 +197,16 @@ def _weight_norm(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
 def _unstacked(item: Match, role: str, pairs: Pairs) -> Iterator[RuleDraft]:
     (member,) = item.target.members
     axis = item.target.axis
+    inner = item.source.shapes[role][pairs[0][1]][1:]
     for value in range(item.target.shapes[role][pairs[0][0]][0]):
         placed = tuple(((*index[:axis], value, *index[axis:]), origin) for index, origin in pairs)
+        change = _CHANGES[relation(inner, member.shapes[role][placed[0][0]])]
         start = 0
         for leaf in member.leaves:
             rows = leaf.shapes[role][placed[0][0]][0]
             cut = f"[{value}, {start}:{start + rows}]" if member.members else f"[{value}]"
             start += rows
-            yield RuleDraft(item.source, (leaf,), role, placed, take=cut)
+            yield RuleDraft(item.source, (leaf,), role, placed, change, take=cut)
 
 
 # -- drafts to rules ---------------------------------------------------------------------------------------------------

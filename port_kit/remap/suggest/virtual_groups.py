@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from os.path import commonprefix
 
-from port_kit.remap.suggest.alignment import drop_unit_dims, shape_class
+from port_kit.remap.suggest.alignment import shape_class
 from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup, Shape
 from port_kit.remap.suggest.vocabulary import natural_key
 
@@ -19,7 +20,7 @@ _NEAR = 2  # components from the innermost one within which a role is looked for
 
 
 def virtual_groups(parts: Sequence[ModuleGroup], wholes: Iterable[ModuleGroup]) -> list[ModuleGroup]:
-    """Groups of ``parts`` whose shape some group of the other side has.
+    """Groups of ``parts`` whose shape some group of the other side has, or whose rows it has in another shape.
 
     Args:
         parts: plain groups of the side that has the parts.
@@ -28,11 +29,11 @@ def virtual_groups(parts: Sequence[ModuleGroup], wholes: Iterable[ModuleGroup]) 
     Returns:
         concat and stack groups, each of which fits at least one of ``wholes``.
     """
-    wanted = {shape_class(group) for group in wholes}
+    wholes = list(wholes)
+    wanted, rows = {shape_class(group) for group in wholes}, {_row_class(group) for group in wholes}
     concats = [*_concats(parts), *_numbered(parts)]
-    found = [group for group in concats if shape_class(group) in wanted]
+    found = [group for group in (*concats, *_with_extras(parts, concats)) if _row_class(group) in rows]
     found += [group for group in _concats(parts, axis=1) if shape_class(group) in wanted]
-    found += [group for group in _with_extras(parts, concats) if shape_class(group) in wanted]
     stacks = (_stack(group, axis) for group in [*parts, *concats] for axis in range(len(group.instances[0])))
     return found + [stack for stack in stacks if stack is not None and _stack_wanted(stack, wanted)]
 
@@ -51,6 +52,13 @@ def _weight_norm(group: ModuleGroup) -> ModuleGroup:
     shapes = {role: row for role, row in group.shapes.items() if role not in ("weight_g", "weight_v")}
     shapes["weight"] = group.shapes["weight_v"]
     return ModuleGroup(group.parts, {}, shapes, group.order, "weight_norm", (group,), tokens=group.tokens)
+
+
+def _row_class(group: ModuleGroup) -> tuple[int, tuple[tuple[str, Shape], ...]]:
+    """Return what joining along the rows keeps, whatever shape each row has: rows and elements, by role."""
+    first = group.instances[0]
+    shapes = ((role, group.shapes[role][first]) for role in group.roles)
+    return len(group.instances), tuple((role, (*shape[:1], math.prod(shape[1:]))) for role, shape in shapes)
 
 
 def _stack_wanted(stack: ModuleGroup, wanted: set[tuple[int, tuple[tuple[str, Shape], ...]]]) -> bool:
@@ -135,8 +143,9 @@ def _block_of(group: ModuleGroup) -> tuple[str, ...]:
 
 
 def _same_columns(groups: Sequence[ModuleGroup]) -> bool:
+    """Return True if the rows of all tensors have as many elements: one fused tensor can hold them."""
     return all(
-        drop_unit_dims(group.shapes[role][index][1:]) == drop_unit_dims(groups[0].shapes[role][index][1:])
+        math.prod(group.shapes[role][index][1:]) == math.prod(groups[0].shapes[role][index][1:])
         and group.shapes[role][index] != ()
         for group in groups
         for role in group.roles
