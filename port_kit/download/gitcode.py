@@ -167,7 +167,7 @@ def fetch_code(code: GitCode, commit: str) -> Path:
         sweep_code(code.name)
         aside = folder.parent / f".{commit}.{owner()}~{secrets.token_hex(4)}.tmp"
         try:
-            _check_out(code, commit, aside / "repo")
+            check_out(code, commit, aside / "repo")
             _link_packages(code, aside)
             os.rename(aside, folder)
         except OSError:
@@ -201,7 +201,12 @@ def _is_harmless(line: str) -> bool:
     return ignored or line.endswith((".pyc", ".egg-info/")) or "__pycache__/" in line
 
 
-def _check_out(code: GitCode, commit: str, target: Path) -> None:
+def check_out(code: GitCode, commit: str, target: Path) -> None:
+    """Fetch one commit into a new folder; no hook and no filter of it is run.
+
+    Raises:
+        DownloadError: ``code_broken``.
+    """
     target.mkdir(parents=True)
     what, url = f"fetching commit {commit}", plain_url(code.url)
     _told(code, what, "init", "--quiet", folder=target)

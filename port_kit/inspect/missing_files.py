@@ -11,7 +11,8 @@ from port_kit.inspect.components import has_weights, index_path, named_by_index
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.report import Component, Finding, WeightFile
 
-_TOKENIZER_FILES = {
+#: Names of files that make a tokenizer.
+TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -75,7 +76,7 @@ def _component_needs(documents: Documents, components: list[Component]) -> Itera
 def _tokenizer(documents: Documents, components: list[Component]) -> Iterator[Finding]:
     names = {path.rpartition("/")[2] for path in documents.listing.files}
     encoders = [part.name for part in components if part.weights and _TEXT_ENCODER.search(part.name)]
-    if encoders and not names & _TOKENIZER_FILES:
+    if encoders and not names & TOKENIZER_FILES:
         yield Finding("tokenizer/", f"is not there; the text encoder {encoders[0]} needs one")
 
 

@@ -49,7 +49,7 @@ class _Known:
 
 def recognize(checkpoint: Manifest) -> Recognized | None:
     """Return the known component whose tensors a checkpoint holds, or None."""
-    for prefix in _prefixes(checkpoint):
+    for prefix in common_prefixes(checkpoint):
         bare = Manifest({name.removeprefix(prefix): spec for name, spec in checkpoint.items()})
         found = _of_a_port(bare, prefix) or (None if prefix else recognize_clip(bare))  # transformers reads no prefixes
         if found is not None:
@@ -57,8 +57,8 @@ def recognize(checkpoint: Manifest) -> Recognized | None:
     return None
 
 
-def _prefixes(checkpoint: Manifest) -> Iterator[str]:
-    """Yield the empty prefix, then the leading name parts that all tensors share."""
+def common_prefixes(checkpoint: Manifest) -> Iterator[str]:
+    """Yield the empty prefix, then the leading name parts that all tensors share: ``module.``, ``module.net.``."""
     yield ""
     first, *others = [name.split(".") for name in checkpoint] or [[]]
     for count in range(1, min(len(first), _MOST_PREFIXES + 1)):

@@ -129,9 +129,8 @@ def _recipe_values(port: NewPort, source: Source, index: PipelineIndex) -> dict[
     own = {**source.index, "_class_name": port.pipeline_class}
     own.setdefault("_diffusers_version", library_version("diffusers").partition(" ")[2])
     folders = [name for name in index.components if any(path.startswith(f"{name}/") for path in source.listed)]
-    configs = (
-        f"{name.upper()}_CONFIG: Mapping[str, Any] = {literal(source.configs[name])}" for name in index.denoisers
-    )
+    denoisers = {name: literal(source.configs[f"{name}/config.json"]) for name in index.denoisers}
+    configs = (f"{name.upper()}_CONFIG: Mapping[str, Any] = {values}" for name, values in denoisers.items())
     return {
         "files": file_rules(source, folders),
         "model_index": literal(own, 4),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from port_kit.checkpoint.configuration import CONFIG_NAME
 from port_kit.errors import ScaffoldError
 from port_kit.inspect import Inspection, inspect
 from port_kit.inspect.documents import Documents
@@ -23,7 +24,7 @@ class Source:
         revision: 40 hex digits, or None.
         licence: one line, or empty.
         index: content of ``model_index.json``, or empty.
-        configs: content of ``config.json`` by component, of those that the index names.
+        configs: contents of the files called ``config.json`` by their paths.
         listed: the repository's files; empty where it was not listed.
     """
 
@@ -72,8 +73,7 @@ def _documents(
     with open_listing(target, commit, endpoint, None) as listing:
         documents = Documents(listing)
         index = documents.object("model_index.json")
-        parts = [name for name, value in index.items() if isinstance(value, list)]
-        configs = {name: documents.object(f"{name}/config.json") for name in parts}
+        configs = {path: documents.object(path) for path in listing.files if path.rpartition("/")[2] == CONFIG_NAME}
         return index, configs, tuple(listing.files)
 
 
