@@ -27,10 +27,17 @@ def hide_tracebacks_of_refusals() -> None:
 
     Call it in a command, after vLLM-Omni is imported, and print the error itself. It lasts because the orchestrator
     thread reports an error after the main thread has received it. Idempotent.
+
+    Raises:
+        RegistrationError: ``upstream_changed``.
     """
-    for name in _LOGGERS:
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_is_no_refusal)
+    from port_kit.upstream.engine_logging import install_handlers  # here: every command imports this module
+
+    install_handlers()
+    handlers = [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
+    # Python prints the records of loggers without handlers through the one of last resort
+    for handler in [*handlers, *filter(None, [logging.lastResort])]:
+        handler.addFilter(_is_no_refusal)
     if threading.excepthook is not _report_others:
         threading.excepthook = _report_others
 
