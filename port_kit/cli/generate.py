@@ -15,6 +15,7 @@ import click
 
 from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import error_text, handles_errors
+from port_kit.parallel.layout import ULYSSES_MODES
 from port_kit.port import HostedPort, Port
 from port_kit.registry import find_port
 
@@ -68,9 +69,7 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     engine.add_argument("--dtype", default="bfloat16")
     for name in PARALLEL_DEGREES:
         engine.add_argument(f"--{name.replace('_', '-')}", type=int, default=1)
-    engine.add_argument(
-        "--ulysses-mode", default=None, choices=["strict", "advanced_uaa"], help="advanced_uaa: pad uneven heads"
-    )
+    engine.add_argument("--ulysses-mode", default=None, choices=ULYSSES_MODES, help="advanced_uaa: pad uneven heads")
     engine.add_argument("--use-hsdp", action="store_true")
     engine.add_argument("--hsdp-shard-size", type=int, default=None)
     engine.add_argument("--hsdp-replicate-size", type=int, default=None)

@@ -14,7 +14,7 @@ import click
 from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import handles_errors
 from port_kit.errors import InputError
-from port_kit.parallel.layout import CONFIG_NAMES, Layout
+from port_kit.parallel.layout import CONFIG_NAMES, ULYSSES_MODES, Layout
 
 #: Request options, by their type; None keeps the pipeline's default.
 _REQUEST = {
@@ -65,6 +65,7 @@ def _layout_options(function: Any) -> Any:
 @click.option("--argument", "arguments", multiple=True, metavar="NAME=JSON", help="Further argument of the pipeline.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: output.png, .mp4 or .wav.")
 @_layout_options
+@click.option("--ulysses-mode", type=click.Choice(ULYSSES_MODES), help="advanced_uaa: pad uneven heads.  [strict]")
 @click.option("--hsdp-shard-size", type=int, default=1, show_default=True, help="Shard blocks over these ranks (HSDP).")
 @click.option("--cache-backend", type=click.Choice(["cache_dit"]), help="Reuse results of blocks from step to step.")
 @click.option("--cache-config", metavar="JSON", help="vLLM-Omni's settings of the cache, as in vllm serve.")
@@ -84,7 +85,8 @@ def command(model: str, serve_options: tuple[str, ...], serve: bool, verbose: in
     if verbose or serve:
         set_engine_logs(verbose or 1, override=True)
     cache_options(given)
-    layout = Layout(**{kind: given[name] for kind, name in CONFIG_NAMES.items() if name in given})
+    degrees = {kind: given[name] for kind, name in CONFIG_NAMES.items() if name in given}
+    layout = Layout(**degrees, uaa=given["ulysses_mode"] == ULYSSES_MODES[1])
     folder, class_name, modality, additional = _prepare(model, layout, given)
     if serve:
         arguments = serve_command(folder, class_name, additional, layout, given)

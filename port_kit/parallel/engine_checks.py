@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from port_kit.errors import ParallelError
-from port_kit.parallel.layout import Layout, divisors
+from port_kit.parallel.layout import ULYSSES_MODES, Layout, divisors
 from port_kit.parallel.meta_init import meta_init
 from port_kit.parallel.preflight import GIGABYTE, Preflight, describe_model, preflight
 from port_kit.upstream.checks import require
@@ -38,7 +38,7 @@ def layout_of(config: DiffusionParallelConfig) -> Layout:
         ring=config.ring_degree,
         allgather=config.allgather_degree,
         cfg=config.cfg_parallel_size,
-        uaa=config.ulysses_degree > 1 and config.ulysses_mode == "advanced_uaa",
+        uaa=config.ulysses_degree > 1 and config.ulysses_mode == ULYSSES_MODES[1],
     )
 
 

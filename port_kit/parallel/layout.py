@@ -23,6 +23,8 @@ CONFIG_NAMES = {
 }
 #: Kinds in the order of the text of a layout.
 _ORDER = ("tp", "hsdp", "ulysses", "ring", "allgather", "cfg")
+#: Values of ``ulysses_mode`` of ``DiffusionParallelConfig``; the second one pads uneven heads.
+ULYSSES_MODES = ("strict", "advanced_uaa")
 #: Suffix of a Ulysses degree whose ranks pad heads that they cannot share evenly.
 UAA = "-uaa"
 _DEGREE = re.compile(rf"([a-z]+)(\d+)({UAA})?")
@@ -91,7 +93,7 @@ class Layout:
         if self.hsdp > 1:
             config |= {"use_hsdp": True, "hsdp_replicate_size": self.world // self.hsdp}
         if self.uaa:
-            config["ulysses_mode"] = "advanced_uaa"
+            config["ulysses_mode"] = ULYSSES_MODES[1]
         return config
 
     @property

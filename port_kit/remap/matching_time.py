@@ -1,13 +1,17 @@
 """Bounds of the time that a source pattern takes to match a name.
 
-Each path through a parsed pattern, one alternative of each branch, has a chain: the unbounded repeats in a row that can
-exchange characters. Matching takes (length of the name) ** (length of the longest chain), so longer chains are
-refused. Alternatives of a branch are paths of their own if they exclude each other; a proof needs two different
-characters at one place, or a negative lookahead of the other alternative's beginning. Others also count as a row.
+Each path through a parsed pattern, one alternative of each branch and one number of each counted repeat, has a chain:
+the unbounded repeats in a row that can exchange characters. Matching takes at most (number of paths that one name can
+follow) * (length of the name) ** (length of the longest chain), so more paths and longer chains are refused.
+
+Alternatives that exclude each other count as one path; a proof needs two different characters at one place, or a
+negative lookahead of the other alternative's beginning. An optional part and what follows it are alternatives, too.
+In chains, other alternatives also count as a row.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from re import _constants as sre  # type: ignore[attr-defined]  # the parsed form has no public module
@@ -16,10 +20,15 @@ from typing import Any
 
 #: Unbounded repeats in a row that can match the same characters.
 MAX_OVERLAPPING = 3
+#: Paths that one name can follow.
+MAX_PATHS = 16
 #: Largest counted repeat, ``{m,n}``.
 MAX_COUNTED = 8
 REPEATS = (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT)
-_ALPHABET = frozenset(map(chr, range(32, 127)))
+#: All characters but printable ASCII, and the end of the name.
+_OTHER, _END = "other", "end"
+_PRINTABLE = frozenset(map(chr, range(32, 127)))
+_ALPHABET = _PRINTABLE | {_OTHER}
 _SINGLE = (sre.LITERAL, sre.IN, sre.ANY, sre.NOT_LITERAL)
 
 Characters = frozenset[str]
@@ -43,6 +52,40 @@ def check_matching_time(tree: Any) -> None:
         UnboundedError: the reason.
     """
     _walk(tree, {()}, repeated=False)
+    if _paths(tree, [(sre.AT, sre.AT_END_STRING)]) > MAX_PATHS:
+        raise UnboundedError(f"has more than {MAX_PATHS} paths that one name can follow")
+
+
+def _paths(tree: Any, rest: list[Any]) -> int:
+    """Return an upper bound of the paths through a sequence that one text can follow; ``rest`` comes behind it."""
+    paths = 1
+    for at, (code, value) in enumerate(tree):
+        behind = [*tree[at + 1 :], *rest]
+        if code is sre.SUBPATTERN:
+            paths *= _paths(value[3], behind)
+        elif code is sre.BRANCH:
+            paths *= _paths_of_branch([[*branch] for branch in value[1]], behind)
+        elif code in REPEATS and value[1] is not sre.MAXREPEAT:
+            paths *= _paths_of_repeat(value, behind)
+        elif code in (sre.ASSERT, sre.ASSERT_NOT):
+            paths *= _paths(value[1], [])
+        if paths > MAX_PATHS:
+            break
+    return paths
+
+
+def _paths_of_branch(branches: list[list[Any]], rest: list[Any]) -> int:
+    counts = [_paths(branch, rest) for branch in branches]
+    exclusive = all(are_exclusive([*one, *rest], [*other, *rest]) for one, other in combinations(branches, 2))
+    return max(counts) if exclusive else sum(counts)
+
+
+def _paths_of_repeat(value: Any, rest: list[Any]) -> int:
+    low, high, body = value
+    once = _paths(body, rest if high == 1 else [])  # behind a repeated body comes the body or the rest: prove nothing
+    if low == high or are_exclusive([*body, *rest], rest):
+        return once**high
+    return sum(once**count for count in range(low, high + 1))
 
 
 def _walk(tree: Any, chains: set[Chain], *, repeated: bool) -> set[Chain]:
@@ -108,7 +151,8 @@ def are_exclusive(one: Any, other: Any) -> bool:
 def _is_excluded(beginning: list[Characters], other: Any) -> bool:
     """Return True if a negative lookahead at the start of the other alternative matches each such beginning."""
     for text in _leading_lookaheads(other):
-        if text and len(text) <= len(beginning) and all(a <= b for a, b in zip(beginning, text, strict=False)):
+        exact = not any(_OTHER in place for place in text)
+        if text and exact and len(text) <= len(beginning) and all(map(frozenset.issubset, beginning, text)):
             return True
     return False
 
@@ -125,43 +169,52 @@ def _leading_lookaheads(tree: Any) -> Iterator[list[Characters]]:
             yield [characters_of(*step) for step in body]
 
 
-def _beginning(tree: Any) -> list[Characters]:
+def _beginning(tree: Iterable[Any]) -> list[Characters]:
     """Return the characters of the first places of every match, as far as each has its place."""
     return list(_places(tree))
 
 
-def _places(tree: Any) -> Iterator[Characters | Any]:
-    for code, value in tree:
-        if code in _SINGLE:
-            yield characters_of(code, value)
-        elif code is sre.SUBPATTERN and _is_fixed(value[3]):
-            yield from _places(value[3])
-        elif code is sre.SUBPATTERN:
-            yield from _places(value[3])
-            return
-        elif code in (sre.ASSERT, sre.ASSERT_NOT):
+def _places(tree: Iterable[Any]) -> Iterator[Characters]:
+    steps, optional = deque(tree), frozenset[str]()  # first characters of parts that a match may leave out
+    while steps:
+        code, value = steps.popleft()
+        if code is sre.SUBPATTERN:
+            steps.extendleft(reversed(value[3]))
             continue
-        else:
-            yield from _first_places(code, value)
+        if code in (sre.ASSERT, sre.ASSERT_NOT):
+            continue
+        places = _places_of_step(code, value)
+        if not places:
             return
+        if _is_optional(code, value):
+            optional |= places[0]
+        elif optional:
+            yield optional | places[0]
+            return
+        else:
+            yield from places
+            if code not in _SINGLE:
+                return
 
 
-def _first_places(code: Any, value: Any) -> Iterator[Characters]:
-    """Yield the places of a repeat or a branch that every match of it has."""
-    if code in REPEATS and value[0] >= 1:
-        yield from _places(value[2])
-    elif code is sre.BRANCH:
-        for places in zip(*map(_beginning, value[1]), strict=False):
-            yield frozenset().union(*places)
+def _places_of_step(code: Any, value: Any) -> list[Characters]:
+    """Return the places that every match of one step has, if it is not left out."""
+    if code in _SINGLE:
+        return [characters_of(code, value)]
+    if code in REPEATS:
+        return _beginning(value[2])
+    if code is sre.BRANCH:
+        beginnings = [_beginning(branch) for branch in value[1] if len(branch)]
+        return [frozenset().union(*places) for places in zip(*beginnings, strict=False)]
+    return [frozenset({_END})] if value is sre.AT_END_STRING else []
 
 
-def _is_fixed(tree: Iterable[Any]) -> bool:
-    """Return True if all matches have the same length, one place for each step."""
-    return all(code in _SINGLE or (code is sre.SUBPATTERN and _is_fixed(value[3])) for code, value in tree)
+def _is_optional(code: Any, value: Any) -> bool:
+    return code in REPEATS and not value[0] or code is sre.BRANCH and not all(map(len, value[1]))
 
 
 def characters_of(code: Any, value: Any) -> Characters:
-    """Return the printable characters that a single step can match."""
+    """Return the characters that a single step can match."""
     if code is sre.ANY:
         return _ALPHABET
     if code is not sre.IN:
@@ -169,20 +222,27 @@ def characters_of(code: Any, value: Any) -> Characters:
     matched: set[str] = set()
     for kind, item in value:
         if kind is sre.LITERAL:
-            matched.add(chr(item))
+            matched |= _characters(item, item)
         elif kind is sre.RANGE:
-            matched.update(map(chr, range(item[0], min(item[1], 0xFFFF) + 1)))
+            matched |= _characters(*item)
         elif kind is sre.CATEGORY:
             matched |= _CATEGORIES.get(item, _ALPHABET)
-    return frozenset(_ALPHABET - matched if value[0][0] is sre.NEGATE else matched)
+    # a set that has some of the other characters and its complement both have OTHER
+    return frozenset((_ALPHABET - matched) | {_OTHER} if value[0][0] is sre.NEGATE else matched)
 
 
-_WORD = frozenset(character for character in _ALPHABET if character.isalnum() or character == "_")
+def _characters(first: int, last: int) -> set[str]:
+    found = {character for character in _PRINTABLE if first <= ord(character) <= last}
+    return found if len(found) == last - first + 1 else found | {_OTHER}
+
+
+_DIGITS = frozenset("0123456789")
+_WORD = frozenset(character for character in _PRINTABLE if character.isalnum() or character == "_")
 _CATEGORIES = {
-    sre.CATEGORY_DIGIT: frozenset("0123456789"),
-    sre.CATEGORY_NOT_DIGIT: _ALPHABET - frozenset("0123456789"),
-    sre.CATEGORY_WORD: _WORD,
+    sre.CATEGORY_DIGIT: _DIGITS | {_OTHER},
+    sre.CATEGORY_NOT_DIGIT: _ALPHABET - _DIGITS,
+    sre.CATEGORY_WORD: _WORD | {_OTHER},
     sre.CATEGORY_NOT_WORD: _ALPHABET - _WORD,
-    sre.CATEGORY_SPACE: frozenset(" "),
+    sre.CATEGORY_SPACE: frozenset({" ", _OTHER}),
     sre.CATEGORY_NOT_SPACE: _ALPHABET - {" "},
 }

@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from port_kit.autoparallel.host.checks import PLAN_KEY
+from port_kit.autoparallel.shipped import shipped_plan
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.cli.run import _request, command, serve_command
-from port_kit.parallel.layout import Layout
+from port_kit.parallel.layout import ULYSSES_MODES, Layout
 
 
 def test_an_unknown_option_is_a_usage_error(tmp_path: Path) -> None:
@@ -40,6 +41,36 @@ def test_the_server_gets_the_layout_and_the_plan() -> None:
     assert json.loads(options["--additional-config"]) == {PLAN_KEY: "p.toml"}
     assert (options["--cache-backend"], json.loads(options["--cache-config"])) == ("cache_dit", {"a": 1})
     assert "--enforce-eager" in found
+
+
+@pytest.mark.parametrize("mode", [None, *ULYSSES_MODES])
+def test_the_plan_must_prove_the_mode_of_ulysses(
+    mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_pipeline("FluxPipeline", CASES["FluxPipeline"], tmp_path / "model")
+    served: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, arguments: served.append(arguments))
+    options = ["--ulysses-degree", "2", *(["--ulysses-mode", mode] if mode else [])]
+    plan = shipped_plan("FluxTransformer2DModel")
+    result = CliRunner().invoke(command, [str(folder), "--serve", *options, "--plan", str(plan)])
+    if mode == "advanced_uaa":
+        assert result.exit_code == 1 and not served
+        assert "plan_layout" in result.output and "ulysses2-uaa" in result.output
+    else:
+        assert "--ulysses-degree" in served[0] and "--ulysses-mode" not in served[0]
+
+
+def test_the_server_gets_the_mode_of_ulysses() -> None:
+    given = {"dtype": "float32", "enforce_eager": False, "cache_backend": None, "cache_config": None}
+    found = serve_command("dir", "PortKitImagePipeline", {}, Layout(ulysses=2, uaa=True), given)
+    options = dict(zip(found, found[1:], strict=False))
+    assert (options["--ulysses-degree"], options["--ulysses-mode"]) == ("2", "advanced_uaa")
+
+
+def test_a_mode_without_ulysses_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, [str(tmp_path), "--ulysses-mode", "advanced_uaa"])
+    assert result.exit_code == 1
+    assert "parallel_degree" in result.output and "ulysses" in result.output
 
 
 @pytest.mark.parametrize(
