@@ -126,11 +126,7 @@ def test_a_field_of_the_prompt_that_is_not_read_is_refused(pipeline: FusionPipel
 SCALES = ("video_guidance_scale", "audio_guidance_scale")
 ENDS = [
     *[{name: scale} for name in SCALES for scale in (-MAX_SCALE, 0.0, MAX_SCALE)],
-    *[
-        {"shift": shift, "solver_name": solver}
-        for shift in (MIN_SHIFT, MAX_SHIFT)
-        for solver in ("unipc", "dpm++", "euler")
-    ],
+    *[{"shift": shift, "solver_name": solver} for shift in (MIN_SHIFT, MAX_SHIFT) for solver in SOLVERS],
 ]
 
 
