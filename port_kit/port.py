@@ -103,7 +103,8 @@ class Port:
             checks them.
         post_process: ``"module:function"`` of a factory that replaces
             :func:`~port_kit.pipeline.process_funcs.get_post_process_func`, or empty.
-        parity: ``"module:function"`` that lists the port's golden cases, or empty.
+        parity: ``"module:function"`` that lists the port's golden cases; empty for those of a recorded
+            :attr:`original`.
         request_options: ``extra_args`` that requests may set, each with its type: ``str``, ``int`` or ``float``.
         more_options: further ``extra_args`` that requests may set, without an option on the command line.
         example_prompt: prompt of ``port-kit generate`` without ``--prompt``.

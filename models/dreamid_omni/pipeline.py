@@ -16,16 +16,12 @@ from vllm_omni.diffusion.models.interface import SupportAudioInput, SupportImage
 
 from port_kit.models.dreamid_omni import config
 from port_kit.models.dreamid_omni.weights import COMPONENTS
-from port_kit.models.wan.pipeline.conditioning_media import (
-    crop_reference_audio,
-    fit_image,
-    load_image,
-    load_reference_audio,
-)
+from port_kit.models.wan.pipeline.conditioning_media import crop_reference_audio, load_reference_audio
 from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
 from port_kit.models.wan.pipeline.prompts import strip_tags
 from port_kit.models.wan.pipeline.request import LatentLengths
 from port_kit.models.wan.transformer.modality_io import TextContext
+from port_kit.pipeline.images import fit_image, load_image
 from port_kit.pipeline.request_state import DenoiseState
 from port_kit.port import Component
 

@@ -15,12 +15,12 @@ from vllm_omni.diffusion.models.interface import SupportImageInput
 
 from port_kit.models.ovi import config
 from port_kit.models.ovi.weights import COMPONENTS
-from port_kit.models.wan.pipeline.conditioning_media import load_image, resize_image
 from port_kit.models.wan.pipeline.fusion_pipeline import EncodedConditioning, FusionPipeline
 from port_kit.models.wan.pipeline.request import LatentLengths
 from port_kit.models.wan.transformer.config import FusionConfig
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.pipeline import skip_layers
+from port_kit.pipeline.images import load_image, resize_image
 from port_kit.pipeline.model_index import read_json
 from port_kit.pipeline.request_state import DenoiseState
 from port_kit.port import Component

@@ -43,6 +43,11 @@ def command() -> None:
     "--reference-python", type=click.Path(path_type=Path), help="Interpreter of the original's own environment."
 )
 @click.option(
+    "--reference-code",
+    type=click.Path(path_type=Path),
+    help="Folder with the original code, such as a clone.  [default: the git code of MODEL]",
+)
+@click.option(
     "--precision",
     "precisions",
     multiple=True,
@@ -64,6 +69,7 @@ def parity(
     model: Path | None,
     output_dir: Path | None,
     reference_python: Path | None,
+    reference_code: Path | None,
     precisions: tuple[str, ...],
     device: str,
     timeout: float,
@@ -74,14 +80,15 @@ def parity(
     """Run every golden case in a folder and compare the results with the recorded outputs.
 
     With --reference the goldens are recorded first: the original implementation, which `port-kit download PORT
-    --with-reference` installs, runs on the model directory in a process of its own. The goldens are kept and reused.
+    --with-reference` installs or --reference-code names, runs on the model directory in a process of its own. The
+    goldens are kept and reused.
     """
     if reference == (goldens is not None):
         raise click.UsageError("give --goldens DIR, or --reference")
     found = find_port(port)
     data: dict[str, Any] = {"port": port}
     if goldens is None:
-        settings = Settings(reference_python, precisions or ("fp32",), device, timeout)
+        settings = Settings(reference_python, precisions or ("fp32",), device, timeout, code=reference_code)
         recording = record(
             found,
             model or Path(port),

@@ -164,11 +164,11 @@ def port_test_case(port: Port, scratch: Path, model: Path | None = None, prompt:
         )
     folder = Path(download_tiny(port, scratch / port.name).directory)
     return ParallelTestCase(
-        folder, [_tiny_request(port)], output_tolerance=port.output_tolerance, shape=read_model_shape(port, folder)
+        folder, [tiny_request(port)], output_tolerance=port.output_tolerance, shape=read_model_shape(port, folder)
     )
 
 
-def _tiny_request(port: Port) -> Request:
+def tiny_request(port: Port) -> Request:
     """Return a request with one of each kind of reference medium that the port accepts."""
     sampling = {"seed": 11, **port.tiny, **port.parallel}
     if "guidance_scale" in sampling:

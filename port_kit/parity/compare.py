@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import ParityError
-from port_kit.port import Port, resolve
+from port_kit.port import Port, lookup, resolve
 
 if TYPE_CHECKING:
     import torch
+
+
+#: Lists the cases of a port that declares its original, but no cases of its own.
+RECORDED = "port_kit.pipeline.parity_cases:recorded_cases"
 
 
 @dataclass(frozen=True)
@@ -123,20 +127,20 @@ def run_parity(port: Port, goldens: Path, *, only: str = "*") -> Iterator[CaseRe
     """Run a port's golden cases, one report each.
 
     Args:
-        port: must name a ``parity`` function.
+        port: names a ``parity`` function, or has an ``ORIGINAL``, whose records are compared then.
         goldens: folder in the layout of ``docs/goldens.md``.
         only: shell pattern over case names.
 
     Raises:
         ParityError: the port has no cases, the folder is no goldens folder, or no case matches.
     """
-    if not port.parity:
+    if not port.parity and lookup(port.original) is None:
         raise ParityError(f"port {port.name} declares no golden cases", code="parity_no_cases")
     if not goldens.is_dir():
         raise ParityError(
             f"{goldens} is not a folder", code="goldens_invalid", hint="give the folder that holds SET.json"
         )
-    list_cases: Any = resolve(port.parity)
+    list_cases: Any = resolve(port.parity or RECORDED)
     names = []
     for case in list_cases(goldens):
         names.append(case.name)

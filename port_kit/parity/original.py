@@ -16,9 +16,11 @@ class OriginalImplementation:
     """The original implementation of a port, and the script that runs it.
 
     Attributes:
-        git_code: name of the :class:`~port_kit.download.GitCode` of the port's recipe.
+        git_code: name of the :class:`~port_kit.download.GitCode` of the port's recipe; empty if the code is only
+            given as a folder.
         script: ``package.module`` of the script. It is run by path, as ``python -I SCRIPT REQUEST.json``, in the
             original's environment: it may import the original's requirements and must not import port_kit.
+            The default records components and their modules: :mod:`port_kit.parity.run_modules`.
         options: added to the request.
 
     The request holds ``path`` (folders that make the original importable), ``folder`` (its checkout), ``model``,
@@ -27,8 +29,8 @@ class OriginalImplementation:
     is kept in a log. With several precisions it is run once for each, into the same folder.
     """
 
-    git_code: str
-    script: str
+    git_code: str = ""
+    script: str = "port_kit.parity.run_modules"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def script_file(self) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 
 from port_kit.download.gitcode import check_code, code_folder, plain_url
 from port_kit.download.lock import LOCK_NAME, read_lock
-from port_kit.download.recipe import GitCode, Recipe
+from port_kit.download.recipe import Recipe
 from port_kit.errors import ParityError
 from port_kit.parity.original import OriginalImplementation
 from port_kit.port import Port, lookup, resolve
@@ -43,6 +43,7 @@ class Settings:
         device: ``cpu``, ``cuda`` or ``auto``.
         timeout: seconds for each precision.
         seed: of the inputs.
+        code: folder with the original code, instead of the git code that a download fetched; it may have changes.
     """
 
     python: Path | None = None
@@ -50,6 +51,7 @@ class Settings:
     device: str = "auto"
     timeout: float = 4 * 3600.0
     seed: int = 0
+    code: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def record(
         DownloadError: ``code_broken`` if the checkout is not its commit any more.
     """
     settings, output = settings or Settings(), output.absolute()
-    original, code, commit = _find_code(port, model)
-    provenance = _provenance(original, code, commit, model, settings)
+    original, code = _find_code(port, model, settings.code)
+    provenance = _provenance(original, code, model, settings)
     known = _known(output)
     if known is not None and known.get("made_from") == provenance["made_from"]:
         note(f"{output} was made by this code from this model already")
@@ -108,8 +110,8 @@ def record(
     aside.mkdir(parents=True)
     started = time.monotonic()
     for precision in settings.precisions:
-        note(f"running {code.name} at {commit[:12]} in {precision}; what it prints goes to {aside / LOG}")
-        _run(port, original, _request(code, commit, original, model, aside, precision, settings), aside, settings)
+        note(f"running {code.name} at {code.commit[:12]} in {precision}; what it prints goes to {aside / LOG}")
+        _run(port, original, _request(code, original, model, aside, precision, settings), aside, settings)
     _check(aside, settings.precisions)
     (aside / PROVENANCE).write_text(json.dumps(provenance, indent=1), encoding="utf-8")
     if output.exists():
@@ -118,8 +120,27 @@ def record(
     return Recording(output, provenance, reused=False, seconds=time.monotonic() - started)
 
 
-def _find_code(port: Port, model: Path) -> tuple[OriginalImplementation, GitCode, str]:
-    """Return the reference, its git code and the commit; the checkout is there and is that commit."""
+@dataclass(frozen=True)
+class _Code:
+    """The original code on this machine.
+
+    Attributes:
+        name: in messages.
+        url: its origin.
+        commit: of git code; otherwise a hash of the folder's modules.
+        path: folder that makes it importable.
+        folder: its checkout.
+    """
+
+    name: str
+    url: str
+    commit: str
+    path: Path
+    folder: Path
+
+
+def _find_code(port: Port, model: Path, given: Path | None) -> tuple[OriginalImplementation, _Code]:
+    """Return the declaration of the original, and its code: of a folder, or the git code of the model's lock."""
     if lookup(port.original) is None:
         raise ParityError(
             f"port {port.name} declares no original implementation",
@@ -133,30 +154,49 @@ def _find_code(port: Port, model: Path) -> tuple[OriginalImplementation, GitCode
             code="reference_missing",
             hint=f"make it, together with the original code: {install}",
         )
-    original, recipe = resolve(port.original), resolve(port.recipe)
-    assert isinstance(original, OriginalImplementation) and isinstance(recipe, Recipe)
+    original = resolve(port.original)
+    assert isinstance(original, OriginalImplementation)
+    return original, _git_code(port, original, model, install) if given is None else _code_in(given.absolute())
+
+
+def _code_in(folder: Path) -> _Code:
+    """Return the code of a folder, such as a clone."""
+    modules = sorted(folder.rglob("*.py"))
+    if not modules:
+        raise ParityError(
+            f"{folder} has no Python module: the original code is not there",
+            code="reference_missing",
+            hint=f"clone its repository: git clone URL {folder}",
+        )
+    content = b"".join(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() for path in modules)
+    return _Code(folder.name, str(folder), _sha256(content), folder, folder)
+
+
+def _git_code(port: Port, original: OriginalImplementation, model: Path, install: str) -> _Code:
+    """Return the git code that a download fetched; it is the commit of the lock."""
+    recipe = resolve(port.recipe)
+    assert isinstance(recipe, Recipe)
     code = next((code for code in recipe.code if code.name == original.git_code), None)
     lock = read_lock(model)
     commit = lock.code.get(original.git_code, {}).get("commit") if lock is not None else None
     if code is None or commit is None or not code_folder(code.name, commit).is_dir():
         raise ParityError(
-            f"the original code of {port.name} ({original.git_code}) has not been fetched",
+            f"the original code of {port.name} ({original.git_code or 'no git code is named'}) has not been fetched",
             code="reference_missing",
-            hint=f"fetch it: {install}",
+            hint=f"fetch it: {install}; or name a folder that has it: --reference-code DIR",
         )
     check_code(code, commit)
-    return original, code, commit
+    folder = code_folder(code.name, commit)
+    return _Code(code.name, plain_url(code.url), commit, folder / "path", folder / "repo" / code.path)
 
 
-def _provenance(
-    original: OriginalImplementation, code: GitCode, commit: str, model: Path, settings: Settings
-) -> dict[str, Any]:
+def _provenance(original: OriginalImplementation, code: _Code, model: Path, settings: Settings) -> dict[str, Any]:
     """Return the inputs of a goldens folder; ``made_from`` decides whether one may be used again."""
     lock = (model / LOCK_NAME).read_bytes()
     return {
         "made_from": {
-            "code": plain_url(code.url),
-            "commit": commit,
+            "code": code.url,
+            "commit": code.commit,
             "script": _sha256(original.script_file().read_bytes()),
             "model": _sha256(lock),
             "options": dict(original.options),
@@ -179,19 +219,12 @@ def _known(output: Path) -> dict[str, Any] | None:
 
 
 def _request(
-    code: GitCode,
-    commit: str,
-    original: OriginalImplementation,
-    model: Path,
-    output: Path,
-    precision: str,
-    settings: Settings,
+    code: _Code, original: OriginalImplementation, model: Path, output: Path, precision: str, settings: Settings
 ) -> dict[str, Any]:
-    folder = code_folder(code.name, commit)
     return {
         **original.options,
-        "path": [str(folder / "path")],
-        "folder": str(folder / "repo" / code.path),
+        "path": [str(code.path)],
+        "folder": str(code.folder),
         "model": str(model.absolute()),
         "output": str(output),
         "precision": precision,

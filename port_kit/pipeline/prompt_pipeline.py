@@ -1,4 +1,4 @@
-"""Pipeline of a port with plain prompt requests, whose transformer predicts a flow."""
+"""Pipeline of a port with prompt requests, whose transformer predicts a flow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from port_kit.pipeline.base import PortPipeline
+from port_kit.pipeline.images import resize_image
 from port_kit.pipeline.prompt_request import GuidanceScale, PromptOptions, parse_prompt_request
 from port_kit.pipeline.request_state import PreparedRequest
 
@@ -30,28 +31,38 @@ class PromptPipeline(PortPipeline):
     options: ClassVar[PromptOptions]
     default_num_inference_steps: ClassVar[int]
     dummy_run_num_frames: ClassVar[int]
+    support_image_input: ClassVar[bool] = False
 
     def __init_subclass__(cls, **others: Any) -> None:
         """Derive what vLLM-Omni reads of the class from :attr:`options`."""
         super().__init_subclass__(**others)
         if "options" in vars(cls):
+            cls.support_image_input = cls.options.images > 0
             cls.default_num_inference_steps = cls.options.steps
             cls.dummy_run_num_frames = 1 if cls.options.frames == 1 else 1 + cls.options.frame_step
 
     def prepare(self, prompt: Any, sampling: Any, *, is_dummy_run: bool = False) -> PreparedRequest:
-        """Check a request; a dummy run is at most :data:`DUMMY_CELLS` multiples of the size, or :data:`DUMMY_SECONDS`.
+        """Check a request, and resize its reference images to the size of the output.
+
+        A dummy run is at most :data:`DUMMY_CELLS` multiples of the size, or :data:`DUMMY_SECONDS`.
 
         Raises:
             InputError: the request cannot be served.
         """
         if is_dummy_run and self.options.seconds:  # vLLM-Omni gives every dummy request a size
             sampling = replace(sampling, height=None, width=None)
+        if is_dummy_run and self.options.images > 1:  # vLLM-Omni gives every dummy request one image
+            prompt = {
+                **prompt,
+                "multi_modal_data": {"image": [prompt["multi_modal_data"]["image"]] * self.options.images},
+            }
         request = parse_prompt_request(prompt, sampling, self.options)
         if is_dummy_run:
             request = replace(request, seconds=min(request.seconds, DUMMY_SECONDS))
             limit = DUMMY_CELLS * self.options.size_multiple
             request = replace(request, height=min(request.height, limit), width=min(request.width, limit))
-        return PreparedRequest(request)
+        images = tuple(resize_image(image, request.height, request.width) for image in request.images)
+        return PreparedRequest(replace(request, images=()), images=images)
 
     def build_solver(self, request: Any) -> FlowEuler:
         """Return Euler steps from time 1 to time 0."""

@@ -1,16 +1,21 @@
-"""Plain prompt requests: a prompt and a negative prompt, a size or a length, steps, a guidance scale and a seed.
+"""Prompt requests: prompts, reference images, a size or a length, steps, a guidance scale and a seed.
 
 A port states its defaults and limits as :class:`PromptOptions`. :func:`parse_prompt_request` checks a request.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from port_kit.errors import InputError, PortKitError
+from port_kit.pipeline.images import load_image
 from port_kit.pipeline.inputs import (
+    as_list,
     check_codec_options,
     check_integer,
     check_real,
@@ -55,6 +60,7 @@ class PromptOptions:
         negative_prompt: of a request without one.
         seed: of a request without one.
         max_outputs: outputs per request.
+        images: reference images that every request has. Without a size, the output has that of the first one.
     """
 
     steps: int
@@ -73,6 +79,7 @@ class PromptOptions:
     negative_prompt: str = ""
     seed: int = 0
     max_outputs: int = MAX_OUTPUTS
+    images: int = 0
 
     def __post_init__(self) -> None:
         if bool(self.height and self.width) == bool(self.seconds):
@@ -106,6 +113,7 @@ class PromptRequest:
         scales: the guidance scale.
         seed: of the first output; it increases by 1 per output.
         outputs: number of outputs.
+        images: reference images in RGB, in their own sizes.
     """
 
     prompt: str
@@ -118,6 +126,7 @@ class PromptRequest:
     seed: int
     outputs: int = 1
     seconds: float = 0.0
+    images: tuple[Image.Image, ...] = ()
 
 
 def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> PromptRequest:
@@ -129,13 +138,12 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
         options: of the port.
 
     Raises:
-        InputError: a field has an invalid value, or the request has reference media.
+        InputError: a field has an invalid value, or the reference media are not those of the options.
     """
     fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-    if fields.get("multi_modal_data"):
-        raise InputError("the request has reference media; this model accepts none", code="input_count")
+    images = _images(fields.get("multi_modal_data") or {}, options)
     negative = fields.get("negative_prompt")
-    height, width = _size(sampling, options)
+    height, width = _size(sampling, options, images)
     steps = options.steps if sampling.num_inference_steps is None else sampling.num_inference_steps
     scale = sampling.guidance_scale if sampling.guidance_scale_provided else options.guidance_scale
     extra = sampling.extra_args or {}
@@ -152,10 +160,32 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
         seed=request_seed(sampling, options.seed, maximum=MAX_SEED),
         outputs=check_integer("num_outputs_per_prompt", outputs, minimum=1, maximum=options.max_outputs),
         seconds=_seconds(extra, options),
+        images=images,
     )
 
 
-def _size(sampling: Any, options: PromptOptions) -> tuple[int, int]:
+def _images(media: Mapping[str, Any], options: PromptOptions) -> tuple[Image.Image, ...]:
+    """Return the decoded reference images of a request."""
+    counts = {kind: len(as_list(given)) for kind, given in media.items()}
+    images = as_list(media.get("image"))
+    if len(images) != options.images or sum(counts.values()) != options.images:
+        found = " and ".join(f"{count} of {kind}" for kind, count in counts.items()) or "none"
+        raise InputError(
+            f"reference media of the request: {found}; this model takes {options.images or 'no'} reference images",
+            code="input_count",
+            hint=f"give {options.images} as image in multi_modal_data" if options.images else "leave them out",
+        )
+    return tuple(load_image(image, name=f"image {index}") for index, image in enumerate(images, 1))
+
+
+def _size(sampling: Any, options: PromptOptions, images: tuple[Image.Image, ...]) -> tuple[int, int]:
+    """Return height and width: of the request; else of its first image, rounded down; else the defaults."""
+    if images and sampling.height is None and sampling.width is None:
+        width, height = images[0].size
+        area = math.sqrt(options.max_area / (height * width))
+        shrink, multiple = min(1.0, options.max_side / max(height, width), area), options.size_multiple
+        rounded = [max(1, int(side * shrink) // multiple) * multiple for side in (height, width)]
+        return rounded[0], rounded[1]
     if options.seconds:
         given = {"height": sampling.height, "width": sampling.width}
         check_unused(given, dict.fromkeys(given, "this model makes audio, which has no size"))

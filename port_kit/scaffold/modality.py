@@ -119,7 +119,6 @@ def modality_values(output: str, *, size_multiple: int, frame_step: int) -> dict
         "decoder_outline": f'{{"proj.weight": [{list(form.decoder_shape)}, "float32"], '
         f'"proj.bias": [[{form.decoder_shape[0]}], "float32"]}}',
         "decode_call": f'self.decoder(state.latents["{output}"].to(self.dtype))' + _FIRST[output],
-        "reference_decode": "decoder()(latents)" + _FIRST[output],
         "subject_grid": _SUBJECT[output],
         "difference": _DIFFERENCE[output],
         "request_options": '    request_options={"audio_length": "float"},\n' if output == "audio" else "",

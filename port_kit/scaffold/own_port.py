@@ -31,7 +31,7 @@ _TINY_VAE: Mapping[str, Any] = {
 }
 #: Files of the port, and of its model library.
 _PORT = ("__init__", "config", "pipeline", "recipe", "weights")
-_LIBRARY = ("__init__", "parity", "transformer")
+_LIBRARY = ("__init__", "transformer")
 #: Tests of every port of these paths, by the folder of their templates.
 _TESTS = {"common": ("conftest", "test_download", "test_generate"), "own": ("test_coverage", "test_parity")}
 #: Files of git code with a plan, and what they replace.
@@ -77,7 +77,6 @@ def _templates(port: NewPort) -> dict[str, str]:
         "CARD.md": "common/CARD.md",
         f"download_{name}.py": "common/download.py",
         f"generate_{name}.py": "common/generate.py",
-        "record_goldens.py": "own/record_goldens.py",
         f"original/{name}_original/__init__.py": "own/original_init.py",
         f"original/{name}_original/model.py": "own/original_model.py",
     }
@@ -98,6 +97,8 @@ def _names(port: NewPort) -> dict[str, str]:
         "path": port.path,
         "reference": _REFERENCES[port.path],
         "reference_word": "original code",
+        "down": "mlp" if external else "down",
+        "git_code": f'\n    git_code="{port.name}_original",' if external else "",
         **modality_values(port.output, **(_HYBRID_LATENT if port.path == "hybrid" else _LATENT)),
         "tiny_request": literal(_HYBRID_REQUEST if port.path == "hybrid" else FORMS[port.output].tiny, 4),
         "diffusers_version": DIFFUSERS_VERSION,
@@ -188,8 +189,7 @@ def _hybrid_values(name: str) -> dict[str, str]:
         "decode_call": 'self.vae.decode(state.latents["video"].to(self.dtype), return_dict=False)[0].clamp(-1, 1)',
         "tiny_imports": "TinyComponent, TinyPart, TinyPretrained",
         "tiny_decoder": f'"vae": TinyPretrained("{vae}", TINY_VAE)',
-        "decoder_function": "",
-        "reference_decode": 'config.TINY["vae"].build().eval().decode(latents, return_dict=False)[0].clamp(-1, 1)',
+        "original_decoder": "",
     }
 
 
@@ -206,8 +206,8 @@ def _component_values(port: NewPort) -> dict[str, str]:
         "decode_call": modality["decode_call"],
         "tiny_imports": "TinyComponent, TinyPart",
         "tiny_decoder": '"decoder": TinyComponent(DECODER_OUTLINE, sizes={})',
-        "decoder_function": _DECODER_FUNCTION,
-        "reference_decode": modality["reference_decode"],
+        "original_decoder": f'\n            "decoder": {{"build": "{port.name}_original.model:Decoder", '
+        '"inputs": {"latents": LATENTS}},',
     }
 
 
@@ -228,16 +228,6 @@ _DECODER_CONFIG = """\
 #: ``decoder/config.json`` at full size, and the names of its checkpoint.
 DECODER_CONFIG: Mapping[str, Any] = {"channels": 8}
 DECODER_OUTLINE: Mapping[str, Any] = $outline"""
-_DECODER_FUNCTION = '''\
-def decoder() -> Any:
-    """Return the original's decoder with the values of the tiny model."""
-    tiny: Any = config.TINY["decoder"]
-    model = original().Decoder(**config.DECODER_CONFIG)
-    model.load_state_dict(tiny.tensors())
-    return model.eval().requires_grad_(False)
-
-
-'''
 
 
 def _loading_values(port: NewPort) -> dict[str, str]:

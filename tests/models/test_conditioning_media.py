@@ -15,13 +15,9 @@ import torch
 from PIL import Image
 
 from port_kit.models.wan.components.text_encoder import load_tokenizer
-from port_kit.models.wan.pipeline.conditioning_media import (
-    crop_reference_audio,
-    fit_image,
-    load_image,
-    load_reference_audio,
-)
+from port_kit.models.wan.pipeline.conditioning_media import crop_reference_audio, load_reference_audio
 from port_kit.models.wan.pipeline.prompts import strip_tags, tokenize
+from port_kit.pipeline.images import fit_image, load_image
 from port_kit.pipeline.media import (
     describe_file,
     measure_mp4,

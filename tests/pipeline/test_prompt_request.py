@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.errors import InputError
@@ -129,3 +130,42 @@ def test_euler_steps_follow_a_straight_flow_from_noise_to_data() -> None:
         (latents,) = solver.step((noise - data).bfloat16(), time, latents)
     assert latents.dtype == torch.float32
     assert np.allclose(latents.numpy(), data.numpy())
+
+
+EDITS = PromptOptions(steps=8, guidance_scale=3.0, height=64, width=96, size_multiple=16, max_side=128, images=1)
+
+
+def edit(*images: Any, **sampling: Any) -> PromptRequest:
+    """Parse a request with reference images."""
+    return parse({"prompt": "a crab", "multi_modal_data": {"image": list(images)}}, EDITS, **sampling)
+
+
+@pytest.mark.parametrize(
+    ("size", "sampling", "expected"),
+    [
+        ((50, 70), {}, (64, 48)),
+        ((300, 150), {}, (64, 128)),
+        ((3, 3), {}, (16, 16)),
+        ((50, 70), {"height": 32, "width": 16}, (32, 16)),
+    ],
+)
+def test_the_output_has_the_size_of_the_first_image(
+    size: tuple[int, int], sampling: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    found = edit(Image.new("RGBA", size), **sampling)
+    assert (found.height, found.width) == expected
+    (image,) = found.images
+    assert (image.mode, image.size) == ("RGB", size)
+
+
+def test_reference_images_are_counted() -> None:
+    with raises("input_count", "takes 1"):
+        parse("a crab", EDITS)
+    with raises("input_count", "2 of image"):
+        edit(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)))
+    with raises("input_count", "1 of audio"):
+        parse({"prompt": "a", "multi_modal_data": {"audio": [np.zeros(9, np.float32)]}}, EDITS)
+    with raises("input_count", "takes no"):
+        parse({"prompt": "a", "multi_modal_data": {"image": [Image.new("RGB", (8, 8))]}}, IMAGES)
+    with raises("input_type", "image 1"):
+        edit(np.zeros((4, 4), np.uint8))
