@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
@@ -38,9 +39,8 @@ def fingerprint(module_class: str) -> str:
     Raises:
         ParallelError: ``plan_subject``; its module has no source file.
     """
-    module = module_class.rpartition(".")[0]
     files: dict[str, bytes] = {}
-    _collect(module, module.partition(".")[0], files)
+    _collect(module_class.rpartition(".")[0], files, {})
     if not files:
         raise ParallelError(
             f"{module_class}: its module has no source file", code="plan_subject", hint="name a class of a package"
@@ -51,26 +51,49 @@ def fingerprint(module_class: str) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def _collect(module: str, package: str, files: dict[str, bytes]) -> None:
-    """Add the source of a module and of the modules of its package that it imports by name."""
-    path = _source(module)
+def _collect(module: str, files: dict[str, bytes], paths: dict[str, Path | None]) -> None:
+    """Add the source of a module and of the modules of its package that it imports by name.
+
+    Args:
+        module: a name; an attribute of a package is left out.
+        files: sources by module.
+        paths: results of :func:`_source` by name.
+    """
+    path = _look_up(module, paths)
     if module in files or path is None:
         return
-    source = path.read_bytes()
-    files[module] = source
+    files[module] = source = path.read_bytes()
     if path.name == "__init__.py":  # its imports serve others
         return
+    for base, attributes in _imports(module, source):
+        _collect(base, files, paths)
+        found = _look_up(base, paths)
+        if found is None or found.name == "__init__.py":  # to look for modules in another file would import it
+            for attribute in attributes:
+                _collect(f"{base}.{attribute}", files, paths)
+
+
+@lru_cache(maxsize=1024)  # plans of one library share most modules
+def _imports(module: str, source: bytes) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the modules of its own package from which a source imports, with the imported names."""
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             relative = "." * node.level + (node.module or "")
             base = resolve_name(relative, module.rpartition(".")[0]) if node.level else relative
-            if base.partition(".")[0] == package:
-                _collect(base, package, files)
-                for alias in node.names:
-                    _collect(f"{base}.{alias.name}", package, files)
+            if base.partition(".")[0] == module.partition(".")[0]:
+                found.append((base, tuple(alias.name for alias in node.names)))
+    return tuple(found)
+
+
+def _look_up(module: str, paths: dict[str, Path | None]) -> Path | None:
+    if module not in paths:
+        paths[module] = _source(module)
+    return paths[module]
 
 
 def _source(module: str) -> Path | None:
+    """Return the file of a module; None for other names. The packages above it are imported."""
     try:
         spec = find_spec(module)
     except (ImportError, ValueError):  # an attribute of a module, not a module
