@@ -27,6 +27,7 @@ from port_kit.escape import escape_control_chars
 #: All codes, with their line on the troubleshooting page.
 CODES: dict[str, str] = {
     "port_not_found": "no shipped, installed or PORT_KIT_PATH port has this name",
+    "port_unfinished": "a part of a new port has not been written yet",
     "port_invalid": "a port's declaration cannot be read or is incomplete",
     "port_broken": "a port's package cannot be imported",
     "port_clash": "two ports share a name, a pipeline class or a package name",

@@ -21,9 +21,18 @@ from port_kit.scaffold.request import PATHS
 )
 @click.argument("name")
 @click.option("--path", "kind", type=click.Choice(PATHS), help="Where the model's code comes from.  [--from's own]")
-@click.option("--from", "source", default="", metavar="REPO_OR_DIR", help="Fill in what inspect finds there.")
+@click.option(
+    "--from", "sources", multiple=True, metavar="REPO_OR_DIR", help="Fill in what inspect finds there; repeatable."
+)
+@click.option(
+    "--repository",
+    "repositories",
+    multiple=True,
+    metavar="OWNER/NAME",
+    help="Repository with the files of a folder of --from; one per folder.",
+)
 @click.option("--output", type=click.Choice(MODALITIES), help="What the model generates.  [video]")
-@click.option("--code", default="", metavar="GIT_URL", help="The model's code, for --path external.")
+@click.option("--code", default="", metavar="GIT_URL", help="The model's code.  [--from's own]")
 @click.option("--endpoint", help="Address of the Hub; default: HF_ENDPOINT, then the public Hub.")
 @click.option("--output-dir", type=click.Path(path_type=Path), help="The folder to be made.  [default: ./NAME]")
 @json_option
@@ -31,7 +40,8 @@ from port_kit.scaffold.request import PATHS
 def command(
     name: str,
     kind: str | None,
-    source: str,
+    sources: tuple[str, ...],
+    repositories: tuple[str, ...],
     output: Modality | None,
     code: str,
     endpoint: str | None,
@@ -50,14 +60,18 @@ def command(
     from port_kit.scaffold import NewPort, new_port
     from port_kit.scaffold.source import choose_path
 
-    if kind is None and not source and not code:
+    if kind is None and not sources and not code:
         raise click.UsageError("give --path, --code or --from")
+    source, *more = sources or ("",)
     path = choose_path(kind, source, code, endpoint)
-    if code and path != "external":
-        raise click.UsageError(f"--code is for --path external, not for --path {path}")
+    if code and path != "external" and not (sources and path in ("custom", "bypass", "hybrid")):
+        raise click.UsageError(f"--code is for --path external and for --from, not for --path {path}")
+    if more and path == "diffusers":
+        raise click.UsageError("a pipeline of diffusers lies in one repository: give --from once")
     if output and path == "diffusers":
         raise click.UsageError("--output is for models of own code; a pipeline of diffusers has an output of its own")
-    port = NewPort(name, path, output_dir or Path(name), source, code, endpoint, output or "video")
+    target = output_dir or Path(name)
+    port = NewPort(name, path, target, source, code, endpoint, output or "video", tuple(more), repositories)
     files = [str(file.relative_to(port.target)) for file in new_port(port, partial(click.echo, err=True))]
     data = {"name": name, "path": path, "folder": str(port.target), "files": files}
     text = f"{port.target}: {len(files)} files\nnext: cd {shlex.quote(str(port.target))} && pytest"

@@ -14,7 +14,22 @@ from port_kit.port import resolve
 from port_kit.scaffold.render import write_files
 from port_kit.scaffold.request import PATHS, NewPort, PortPath
 
-__all__ = ["NewPort", "PATHS", "PortPath", "new_port"]
+__all__ = ["NewPort", "PATHS", "PortPath", "new_port", "port_files"]
+
+
+def port_files(port: NewPort, report: Callable[[str], None] = print) -> dict[str, str]:
+    """Return the files of a port of own code by their paths: of an inspected model, or of the skeleton.
+
+    Raises:
+        ScaffoldError: the model cannot be adapted.
+    """
+    if port.sources:
+        from port_kit.scaffold.found_port import found_files
+
+        return found_files(port, report)
+    from port_kit.scaffold.own_port import own_files
+
+    return own_files(port)
 
 
 def new_port(port: NewPort, report: Callable[[str], None] = print) -> list[Path]:
@@ -32,10 +47,8 @@ def new_port(port: NewPort, report: Callable[[str], None] = print) -> list[Path]
     if port.path == "diffusers":
         hosted: Any = resolve("port_kit.scaffold.hosted_port:hosted_files")
         return write_files(port.target, hosted(port, report))
-    from port_kit.scaffold.own_port import own_files
-
-    written = write_files(port.target, own_files(port))
-    if port.path == "external":
+    written = write_files(port.target, port_files(port, report))
+    if port.path == "external" and not port.sources:
         from port_kit.scaffold.external_plan import write_plan
 
         written.append(write_plan(port, report))

@@ -140,11 +140,21 @@ def _assigned(node: ast.ClassDef) -> Iterator[str]:
 
 def _class_of(part: Part, classes: Mapping[str, frozenset[str]]) -> str:
     """Return the one class that has all top-level names of a part's tensors; empty if there is none, or several."""
-    manifest = part.component.manifest if part.component else Manifest({})
+    prefix = own_prefix(part)
+    names = {name.removeprefix(prefix).partition(".")[0] for name in _manifest(part)}
+    fitting = {place: len(found) for place, found in classes.items() if names <= found}
+    closest = [place for place, count in fitting.items() if count == min(fitting.values())]
+    return closest[0] if len(names) >= _FEWEST and len(closest) == 1 else ""
+
+
+def own_prefix(part: Part) -> str:
+    """Return the leading name parts of all tensors, below which several names begin: ``module.`` or nothing."""
+    manifest, prefix = _manifest(part), ""
     for prefix in common_prefixes(manifest):
-        names = {name.removeprefix(prefix).partition(".")[0] for name in manifest}
-        fitting = {place: len(found) for place, found in classes.items() if names <= found}
-        closest = [place for place, count in fitting.items() if count == min(fitting.values())]
-        if len(names) >= _FEWEST:
-            return closest[0] if len(closest) == 1 else ""
-    return ""
+        if len({name.removeprefix(prefix).partition(".")[0] for name in manifest}) >= _FEWEST:
+            return prefix
+    return prefix
+
+
+def _manifest(part: Part) -> Manifest:
+    return part.component.manifest if part.component else Manifest({})

@@ -49,7 +49,7 @@ def hosted_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]
         InspectError: what ``--from`` names is no model, or has no transformer.
         DownloadError: it cannot be reached.
     """
-    source = read_source(port.source, f"your-org/{port.name}", endpoint=port.endpoint)
+    source = read_source(port.source, next(iter(port.repositories), f"your-org/{port.name}"), endpoint=port.endpoint)
     index = _index(port, source)
     plan = plan_of_class(index.components[index.denoisers[0]], report)
     case = CASES.get(index.pipeline_class.__name__) if "prompt" in index.parameters else None

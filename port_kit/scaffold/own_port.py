@@ -59,7 +59,7 @@ def own_files(port: NewPort) -> dict[str, str]:
     source = read_source(port.source, f"your-org/{port.name}", endpoint=port.endpoint)
     require_readable(port, source)
     values = {**common_values(port, source), **_names(port), **media_values(takes_image=False)}
-    values |= {**_decoder_values(port), **_loading_values(port), **_recipe_values(port, source)}
+    values |= {**_decoder_values(port), **loading_values(port), **_recipe_values(port, source)}
     values |= {"notes": _notes(port, source)}
     files = {path: render(template, values) for path, template in sorted(_templates(port).items())}
     return {**files, **_from_checkpoint(port, source)}
@@ -230,7 +230,7 @@ DECODER_CONFIG: Mapping[str, Any] = {"channels": 8}
 DECODER_OUTLINE: Mapping[str, Any] = $outline"""
 
 
-def _loading_values(port: NewPort) -> dict[str, str]:
+def loading_values(port: NewPort) -> dict[str, str]:
     """The standard loader, which the base class has, or the way around it."""
     bypass = port.path == "bypass"
     return {

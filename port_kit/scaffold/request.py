@@ -34,7 +34,9 @@ class NewPort:
         path: see :data:`PortPath`.
         target: the folder to be made.
         source: a Hub repository or a folder that the model lies in, or empty.
-        code: address of the git repository with the model's code, for the path ``external``, or empty.
+        more_sources: further ones with parts of the model.
+        repositories: of the sources that are folders, in their order: Hub repositories with the same files.
+        code: address of the git repository with the model's code, or empty.
         endpoint: of the Hub; default ``HF_ENDPOINT``.
         output: modality of the output; a pipeline of diffusers has its own.
     """
@@ -46,6 +48,8 @@ class NewPort:
     code: str = ""
     endpoint: str | None = None
     output: Modality = "video"
+    more_sources: tuple[str, ...] = ()
+    repositories: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.path == "hybrid" and self.output != "video":
@@ -68,6 +72,11 @@ class NewPort:
                 f"vLLM-Omni takes a model folder whose name contains {word!r} for its own {word}",
                 "leave that word out: download_*.py names the folder after the port",
             )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All repositories and folders of the model."""
+        return (self.source, *self.more_sources) if self.source else ()
 
     @property
     def prefix(self) -> str:

@@ -334,6 +334,21 @@ def _write_part(
     part.write(path.parent, seed)
 
 
+def tiny_part(reference: str, name: str, prefix: str = "") -> TinyPart:
+    """Return a tiny part that another port shares.
+
+    Args:
+        reference: ``"module:attribute"`` of a mapping from folders to parts.
+        name: the folder.
+        prefix: in front of the names in the checkpoint.
+    """
+    parts: Any = resolve(reference)
+    part: TinyPart = parts[name]
+    if not isinstance(part, TinyComponent) or not prefix:
+        return part
+    return replace(part, outline={f"{prefix}{pattern}": entry for pattern, entry in part.outline.items()})
+
+
 def read_outline(path: Path) -> dict[str, Any]:
     """Read an outline or a manifest from JSON."""
     return json.loads(path.read_text(encoding="utf-8"))

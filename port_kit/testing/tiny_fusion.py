@@ -40,6 +40,27 @@ def outline(name: str) -> dict[str, Any]:
     return read_outline(OUTLINES / f"{name}.json")
 
 
+#: The tiny form of the components that other ports may have, too.
+SHARED: Mapping[str, TinyComponent] = {
+    "text_encoder": TinyComponent(
+        outline("umt5_xxl_encoder"),
+        sizes={4096: TEXT_WIDTH, 10240: TEXT_FFN, 256384: VOCABULARY, 64: TEXT_HEADS},
+        layers={"blocks": TEXT_LAYERS},
+        config={
+            "vocab_size": VOCABULARY,
+            "d_model": TEXT_WIDTH,
+            "d_kv": TEXT_WIDTH // TEXT_HEADS,
+            "d_ff": TEXT_FFN,
+            "num_layers": TEXT_LAYERS,
+            "num_heads": TEXT_HEADS,
+        },
+    ),
+    "vae": TinyComponent(outline("wan2_2_vae"), sizes={160: 6, 256: 8}, config={"base_dim": 6, "decoder_base_dim": 8}),
+    "audio_vae": TinyComponent(outline("mmaudio_vae_16k"), sizes={384: 12}, config={"hidden_dim": 12}),
+    "vocoder": TinyComponent(outline("bigvgan_16k"), sizes={24: 1}, config={"upsample_initial_channel": 64}),
+}
+
+
 def components(recipe: Recipe) -> dict[str, TinyComponent]:
     """Return the tiny form of each component of a fusion port, as changes to the recipe's configurations."""
     return {
@@ -49,24 +70,7 @@ def components(recipe: Recipe) -> dict[str, TinyComponent]:
             layers={"blocks": LAYERS},
             config=_towers(recipe.configs["transformer"]),
         ),
-        "text_encoder": TinyComponent(
-            outline("umt5_xxl_encoder"),
-            sizes={4096: TEXT_WIDTH, 10240: TEXT_FFN, 256384: VOCABULARY, 64: TEXT_HEADS},
-            layers={"blocks": TEXT_LAYERS},
-            config={
-                "vocab_size": VOCABULARY,
-                "d_model": TEXT_WIDTH,
-                "d_kv": TEXT_WIDTH // TEXT_HEADS,
-                "d_ff": TEXT_FFN,
-                "num_layers": TEXT_LAYERS,
-                "num_heads": TEXT_HEADS,
-            },
-        ),
-        "vae": TinyComponent(
-            outline("wan2_2_vae"), sizes={160: 6, 256: 8}, config={"base_dim": 6, "decoder_base_dim": 8}
-        ),
-        "audio_vae": TinyComponent(outline("mmaudio_vae_16k"), sizes={384: 12}, config={"hidden_dim": 12}),
-        "vocoder": TinyComponent(outline("bigvgan_16k"), sizes={24: 1}, config={"upsample_initial_channel": 64}),
+        **SHARED,
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,11 @@ from port_kit.cli import main
 from port_kit.download import FileRule, Recipe
 from port_kit.inspect import inspect
 from port_kit.port import HostedPort
-from port_kit.remap import RuleSet
 from port_kit.scaffold import NewPort, new_port, plans
 from port_kit.scaffold.own_port import own_files
 from port_kit.scaffold.pipeline_files import file_patterns
 from port_kit.scaffold.render import TEMPLATES, literal
 from port_kit.scaffold.source import Source
-from port_kit.testing.hub import Hub
 from tests.helpers import raises
 from tests.inspect import fake_repositories
 
@@ -171,56 +168,40 @@ def test_an_output_that_the_path_cannot_have_is_refused(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["new", "some_net", *given]).exit_code == 2
 
 
-def test_a_custom_model_provides_files_names_and_proposals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    width = 8
-    shapes = {f"layers.{i}.attn.{p}.weight": (width, width) for i in range(3) for p in ("to_q", "to_k", "to_v", "proj")}
-    shapes |= {f"layers.{i}.mlp.fc{n}.weight": s for i in range(3) for n, s in ((1, (32, width)), (2, (width, 32)))}
-    files = {
-        "weights/net.safetensors": fake_repositories.safetensors(shapes),
-        "README.md": fake_repositories.card("license: apache-2.0"),
-    }
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
-    with Hub({ID: files}) as hub:
-        options = ["--from", ID, "--endpoint", hub.endpoint, "--output-dir", str(tmp_path / "port")]
-        done = CliRunner().invoke(main, ["new", "some_net", *options])
-    assert done.exit_code == 0, done.output
-    recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
-    (repository,) = recipe.repositories
-    assert (repository.repo_id, repository.licence) == (ID, "apache-2.0") and repository.revision
-    assert [rule.pattern for rule in repository.files] == ["weights/net.safetensors", "decoder.pth"]
-    kept = json.loads((tmp_path / "port" / "some_net" / "checkpoint.json").read_text())
-    assert {name: tuple(shape) for name, (shape, _) in kept.items()} == shapes
-    proposed = tmp_path / "port" / "suggested_rules.toml"
-    assert tomllib.loads(proposed.read_text())
-    assert len(RuleSet.from_toml(proposed.read_text())) > 0
+def new_found(files: fake_repositories.Files, folder: Path) -> Path:
+    """Write a port of a custom model in a folder; return its package."""
+    source = str(fake_repositories.write(files, folder / "model"))
+    new_port(NewPort("some_net", "custom", folder / "port", source=source, repositories=(ID,)))
+    return folder / "port" / "some_net"
 
 
 def _recipe(path: Path) -> Recipe:
     """Execute a generated recipe without its package."""
     source = path.read_text().replace("from some_net import config", "")
-    source = source.replace("config.TRANSFORMER_CONFIG", "{}").replace("config.DECODER_CONFIG", "{}")
-    space: dict[str, object] = {}
+    space: dict[str, object] = {"config": _NoConfig()}
     exec(compile(source, str(path), "exec"), space)
     recipe = space["RECIPE"]
     assert isinstance(recipe, Recipe)
     return recipe
 
 
+class _NoConfig:
+    """The configurations of a port, all empty."""
+
+    def __getattr__(self, name: str) -> dict[str, object]:
+        return {}
+
+
 def test_file_names_of_a_repository_stay_text(tmp_path: Path) -> None:
     files = {'x"+str(1)+".safetensors': fake_repositories.safetensors({"blocks.0.weight": (4, 4)})}
-    folder = fake_repositories.write(files, tmp_path / "model")
-    new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
-    recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
+    recipe = _recipe(new_found(files, tmp_path) / "recipe.py")
     assert recipe.repositories[0].files[0].pattern == next(iter(files))
 
 
 def test_shards_are_named_by_their_pattern_and_pickles_are_converted(tmp_path: Path) -> None:
     def rule_of(files: fake_repositories.Files) -> FileRule:
         place = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder = fake_repositories.write(files, place / "model")
-        new_port(NewPort("some_net", "custom", place / "port", source=str(folder)))
-        return _recipe(place / "port" / "some_net" / "recipe.py").repositories[0].files[0]
+        return _recipe(new_found(files, place) / "recipe.py").repositories[0].files[0]
 
     shards = [f"net-0000{part}-of-00002" for part in (1, 2)]
     pickles = {f"{name}.bin": fake_repositories.torch_file(fake_repositories.torch_tensors(name)) for name in shards}
@@ -245,27 +226,25 @@ def test_shards_are_named_by_their_pattern_and_pickles_are_converted(tmp_path: P
     ],
 )
 def test_weights_that_no_download_can_use_are_refused(file: str, content: bytes, kind: str, tmp_path: Path) -> None:
-    folder = fake_repositories.write({file: content}, tmp_path / "model")
     with raises("scaffold_unsupported", file, kind):
-        new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
+        new_found({file: content}, tmp_path)
     assert not (tmp_path / "port").exists()
 
 
-def test_missing_files_are_not_promised(tmp_path: Path) -> None:
-    folder = fake_repositories.write({"config.json": b'{"model_type": "unheard"}'}, tmp_path / "model")
-    new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
-    assert not (tmp_path / "port" / "some_net" / "checkpoint.json").exists()
-    assert "checkpoint.json" not in (tmp_path / "port" / "README.md").read_text()
-
-
 def test_names_that_no_text_can_hold_are_written_as_escapes(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
     name = os.fsdecode(b"\xff\x7f.safetensors")
-    (folder / name).write_bytes(fake_repositories.safetensors({"a.weight": (4, 4)}))
-    new_port(NewPort("some_net", "custom", tmp_path / "port", source=str(folder)))
-    recipe = _recipe(tmp_path / "port" / "some_net" / "recipe.py")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(fake_repositories.safetensors({"a.weight": (4, 4)}))
+    recipe = _recipe(new_found({}, tmp_path) / "recipe.py")
     assert recipe.repositories[0].files[0].pattern == name
+
+
+def test_a_folder_needs_the_repository_that_has_its_files(tmp_path: Path) -> None:
+    files = {"net.safetensors": fake_repositories.safetensors({"a": (4, 4)})}
+    source = str(fake_repositories.write(files, tmp_path / "model"))
+    with raises("scaffold_unsupported", source, "expected the repository") as caught:
+        new_port(NewPort("some_net", "custom", tmp_path / "port", source=source))
+    assert caught.value.hint == f"port-kit new some_net --from {source} --repository OWNER/NAME"
 
 
 def test_a_served_model_needs_no_port(tmp_path: Path) -> None:
@@ -298,7 +277,7 @@ def test_variants_beside_the_weights_are_left_out(tmp_path: Path) -> None:
 def test_git_code_implies_its_path(tmp_path: Path) -> None:
     run = CliRunner().invoke
     options = ["--code", "https://github.com/org/model", "--output-dir", str(tmp_path / "port")]
-    assert run(main, ["new", "some_port", "--path", "custom", *options]).exit_code == 2
+    assert run(main, ["new", "some_port", "--path", "bypass", *options]).exit_code == 2
     port = NewPort("some_port", "external", tmp_path / "port", code="https://github.com/org/model")
     files = own_files(port)
     assert 'url="https://github.com/org/model"' in files["some_port/recipe.py"]

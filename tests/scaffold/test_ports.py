@@ -14,9 +14,9 @@ import pytest
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.parallel.cached_layout import split_cache
-from port_kit.scaffold import NewPort, new_port
-from port_kit.scaffold.own_port import own_files
+from port_kit.scaffold import NewPort, new_port, port_files
 from port_kit.scaffold.render import write_files
+from port_kit.testing import GitRemote
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
 from tests.scaffold.helpers import LTX, ROOT, environment, run_pytest
@@ -73,19 +73,25 @@ def ports(ltx_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # With one pytest for all, a folder must not be called like the package in it.
     shutil.copytree(folder / "ltx_video", folder / "of_diffusers")
     for path in OWN:
-        write_own(f"{path}_one", path, folder / f"of_{path}", folder / "sources" / path)
+        write_own(f"{path}_one", path, folder / f"of_{path}")
     return folder
 
 
-def write_own(name: str, path: str, target: Path, source: Path) -> None:
-    """Write a port of own code from its source, without the plan of git code."""
-    files = sources()[path]
-    where = str(fake_repositories.write(files, source)) if files else ""
-    write_files(target, own_files(NewPort(name, path, target, source=where)))  # type: ignore[arg-type]
+def write_own(name: str, path: str, target: Path) -> None:
+    """Write a port of the skeleton, without the plan of git code."""
+    write_files(target, port_files(NewPort(name, path, target)))  # type: ignore[arg-type]
+
+
+def write_found(name: str, path: str, target: Path, source: Path) -> None:
+    """Write a port of a model in a folder."""
+    where = str(fake_repositories.write(sources()[path], source))
+    code = GitRemote(source.with_name("code"), {"net/__init__.py": ""}).url if path == "external" else ""
+    port = NewPort(name, path, target, source=where, code=code, repositories=("some-lab/some-net",))  # type: ignore[arg-type]
+    write_files(target, port_files(port))
 
 
 def sources() -> dict[str, fake_repositories.Files]:
-    """Sources of the ports with custom code: shards of pickles, keys above tensors, a hybrid, none."""
+    """Sources of the ports with custom code: shards of pickles, keys above tensors, a hybrid."""
     shards = {
         f"weights/net-0000{part}-of-00002.bin": fake_repositories.torch_file(
             fake_repositories.torch_tensors(f"blocks.{part}.weight")
@@ -97,20 +103,21 @@ def sources() -> dict[str, fake_repositories.Files]:
             {"state": {"ema": fake_repositories.torch_tensors("blocks.0.weight")}}
         )
     }
-    return {"custom": shards, "external": wrapped, "hybrid": fake_repositories.hybrid_model(), "bypass": {}}
+    return {"custom": shards, "external": wrapped, "hybrid": fake_repositories.hybrid_model(), "bypass": wrapped}
 
 
 @pytest.mark.parametrize("path", OWN)
 @pytest.mark.parametrize("name", ["a" * 30, "zz"])
 def test_names_do_not_break_lines(name: str, path: str, tmp_path: Path) -> None:
-    write_own(name, path, tmp_path / "port", tmp_path / "source")
-    lint(tmp_path / "port")
+    write_own(name, path, tmp_path / "port")
+    write_found(name, path, tmp_path / "found", tmp_path / "source")
+    lint(tmp_path / "port", tmp_path / "found")
 
 
 @pytest.mark.parametrize("path", ["custom", "external", "bypass"])
 @pytest.mark.parametrize("output", ["audio", "image"])
 def test_other_outputs_are_linted_and_formatted(output: str, path: str, tmp_path: Path) -> None:
-    write_files(tmp_path / "port", own_files(NewPort("zz", path, tmp_path / "port", output=output)))  # type: ignore[arg-type]
+    write_files(tmp_path / "port", port_files(NewPort("zz", path, tmp_path / "port", output=output)))  # type: ignore[arg-type]
     lint(tmp_path / "port")
 
 
