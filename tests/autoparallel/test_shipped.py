@@ -48,6 +48,11 @@ def test_a_fingerprint_covers_what_the_module_imports(package: Path, file: str, 
     assert (_fingerprint() != before) is changes
 
 
+def test_a_fingerprint_imports_no_module_of_the_package(package: Path) -> None:
+    _fingerprint()
+    assert not {"stale_package.model", "stale_package.helper"} & sys.modules.keys()
+
+
 def test_a_stale_plan_is_refused() -> None:
     plan = Plan(subject="WanTransformer3DModel", module_class=CLASS, fingerprint="0" * 16)
     with pytest.raises(ParallelError) as caught:
