@@ -45,11 +45,15 @@ LIGHT = (
 ENGINE = ("doctor",)
 
 _SCRIPT = """
-import json, os, resource, signal, sys, threading
+import json, os, resource, signal, sys, threading, time
 from port_kit.cli import main
 report, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+def end_server():
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
 if sys.argv[1] == "hub":
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Thread(target=end_server, daemon=True).start()
 try:
     main(prog_name="port-kit")
 except SystemExit as end:

@@ -18,6 +18,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+from port_kit.autoparallel import planned
 from port_kit.autoparallel.host.caching import separate_branches
 from port_kit.autoparallel.host.checks import PLAN_KEY, check_host
 from port_kit.autoparallel.host.files import write_files
@@ -30,6 +31,7 @@ from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.autoparallel.tiny_pipelines.engine import Generated, generated
 from port_kit.errors import PortKitError
 from port_kit.parallel.layout import Layout
+from port_kit.registry import find_port, list_ports
 
 PLAN = Plan(
     subject="WanTransformer3DModel",
@@ -174,6 +176,43 @@ def test_only_proven_layouts_are_accepted(wan: Path, tmp_path: Path) -> None:
     check_host(config_of(wan, path, tensor_parallel_size=2, ulysses_degree=2))
     assert code_of(check_host, config_of(wan, path, ulysses_degree=2)) == "plan_layout"
     assert code_of(check_host, config_of(wan, path, tensor_parallel_size=2, ring_degree=2)) == "plan_layout"
+
+
+def test_a_planned_port_refuses_layouts_that_its_plan_does_not_prove(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The engine calls the check of a port with a pipeline of its own before workers start."""
+    (tmp_path / "planned_port_of_tests").mkdir()
+    files = {
+        "__init__": "from port_kit.port import Port\n"
+        "PORT = Port(name='planned_port_of_tests', title='t', class_name='PlannedPortOfTestsPipeline',"
+        " output_type='video', package=__name__, plan='plan.toml', components=())\n",
+        "pipeline": "from port_kit.autoparallel.planned import PlannedComponents\n"
+        "class PlannedPortOfTestsPipeline(PlannedComponents): fps, audio_sample_rate = 24, None\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "planned_port_of_tests" / f"{name}.py").write_text(text)
+    path = tmp_path / "planned_port_of_tests" / "plan.toml"
+    monkeypatch.setenv("PORT_KIT_PATH", str(tmp_path))
+    list_ports.cache_clear()
+    request.addfinalizer(list_ports.cache_clear)
+    port = find_port("planned_port_of_tests")
+
+    def start(**degrees: int) -> None:
+        config = config_of(wan, **degrees)
+        config.model_class_name = port.class_name
+        planned.get_post_process_func(config)
+
+    with pytest.raises(PortKitError) as caught:
+        start(tensor_parallel_size=2)
+    assert caught.value.code == "port_invalid" and str(path) in caught.value.message
+    path.write_text(PLAN.to_toml())
+    start(tensor_parallel_size=2)
+    start(cfg_parallel_size=2)
+    with pytest.raises(PortKitError) as caught:
+        start(tensor_parallel_size=2, ring_degree=2)
+    assert caught.value.code == "plan_layout" and "tp2xring2" in caught.value.message
+    assert "proven: tp2, tp2xulysses2" in caught.value.hint
 
 
 def test_cache_dit_needs_a_proof_with_the_layout(wan: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from port_kit.cli import main
 from port_kit.registry import find_port
@@ -50,6 +52,23 @@ def test_coverage_of_a_tiny_component(run: Run, tiny: Path) -> None:
     for source in (tiny / "vocoder", tiny / "vocoder" / "model.safetensors"):
         code, envelope, _ = run("coverage", "--source", source, *VOCODER)
         assert code == 0 and envelope["data"]["target"]["config"] == str(tiny / "vocoder" / "config.json")
+
+
+def test_coverage_of_one_of_several_models_in_a_torch_checkpoint(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """The other model lacks a tensor, so the keys decide about the result."""
+    whole = load_file(tiny / "vocoder" / "model.safetensors")
+    path = tmp_path / "vocoder" / "model.pt"
+    path.parent.mkdir()
+    shutil.copy(tiny / "vocoder" / "config.json", path.parent)
+    lost = next(iter(whole))
+    rest = {name: tensor for name, tensor in whole.items() if name != lost}
+    torch.save({"generator": {"ema": whole, "raw": rest}}, path)
+    code, envelope, _ = run("coverage", "--source", path, *VOCODER, "--wrapper", "generator.ema")
+    assert code == 0 and envelope["data"]["target"]["config"] == str(path.parent / "config.json")
+    code, envelope, _ = run("coverage", "--source", path, *VOCODER, "--wrapper", "generator.raw")
+    assert code == 1 and envelope["data"]["ok"] is False
+    code, envelope, _ = run("coverage", "--source", path, *VOCODER)
+    assert code == 1 and envelope["error"]["code"] == "pickle_wrapper"
 
 
 def test_coverage_of_a_tiny_model_directory(run: Run, tiny: Path) -> None:
