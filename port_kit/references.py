@@ -216,11 +216,12 @@ def _opened(source: object, expected: str, limit: int, name: str) -> BinaryIO:
     """Return a file at its start; the size of its content is at most ``limit`` bytes."""
     if isinstance(source, str | Path):
         try:
-            if not Path(source).is_file():  # a pipe would block
-                raise unreadable(name, f"{str(source)!r} is not a file")
-            source = Path(source).open("rb")
+            is_file = Path(source).is_file()  # a pipe would block
+            source = Path(source).open("rb") if is_file else source
         except (OSError, ValueError) as error:
             raise unreadable(name, error) from error
+        if not is_file:
+            raise unreadable(name, f"{str(source)!r} is not a file")
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     if not (hasattr(file, "read") and hasattr(file, "seek")):
         raise InputError(f"{name} is {type(source).__name__}; expected {expected}", code="input_type")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
-from vllm_omni.errors import OmniClientError
+from vllm_omni.engine.messages import ErrorMessage, OutputMessage
+from vllm_omni.errors import OmniClientError, is_client_error_status
 
 from port_kit.errors import PortKitError
 
@@ -45,9 +47,8 @@ def keep_engine_on_client_error(generate: Callable[..., Any]) -> Callable[..., A
         outputs = generate(self, prompts, sampling_params_list, py_generator=True, use_tqdm=use_tqdm)
         if py_generator:
             return outputs
-        several = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 1
         refused: dict[int, OmniClientError] = {}
-        with _collected_errors(self, refused) if several else nullcontext():
+        with _collected_errors(self, refused):
             try:
                 finished = list(outputs)
             except OmniClientError:
@@ -55,6 +56,8 @@ def keep_engine_on_client_error(generate: Callable[..., Any]) -> Callable[..., A
             except BaseException:
                 self.close()
                 raise
+        if refused and not finished and len(refused) == 1:
+            raise refused[0]
         if refused:
             raise RefusedRequests(refused, {_index(output.request_id): output for output in finished})
         return finished
@@ -69,8 +72,21 @@ def _index(request_id: str) -> int:
 
 @contextmanager
 def _collected_errors(omni: Any, refused: dict[int, OmniClientError]) -> Iterator[None]:
-    """Collect client errors of requests by index while the others run on."""
-    check, process = omni._check_engine_output_error, omni._process_single_result
+    """Collect client errors of requests by index while the others run on; drop those of earlier calls."""
+    read, check, process = omni.engine.try_get_output, omni._check_engine_output_error, omni._process_single_result
+
+    def read_errors_as_outputs(*arguments: Any, **keywords: Any) -> Any:
+        message = read(*arguments, **keywords)
+        if not isinstance(message, ErrorMessage) or message.fatal or not is_client_error_status(message.status_code):
+            return message
+        if message.request_id not in omni.request_states:
+            return None
+        error = SimpleNamespace(
+            error=message.error, error_status_code=message.status_code, error_type=message.error_type, finished=True
+        )
+        return OutputMessage(
+            request_id=message.request_id, stage_id=message.stage_id or 0, engine_outputs=error, finished=True
+        )
 
     def collect(result: Any, request_id: str, stage_id: int) -> None:
         try:
@@ -86,11 +102,12 @@ def _collected_errors(omni: Any, refused: dict[int, OmniClientError]) -> Iterato
             return None
         return process(*arguments, result=result, **keywords)
 
+    omni.engine.try_get_output = read_errors_as_outputs
     omni._check_engine_output_error, omni._process_single_result = collect, process_others
     try:
         yield
     finally:
-        del omni._check_engine_output_error, omni._process_single_result
+        del omni.engine.try_get_output, omni._check_engine_output_error, omni._process_single_result
 
 
 def as_client_error(parse: Callable[..., Any], kind: type[Exception], message: str = "") -> Callable[..., Any]:
