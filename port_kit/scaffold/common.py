@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import port_kit
 from port_kit.inspect.known_classes import library_version
-from port_kit.scaffold.checkpoint import main_component
 from port_kit.scaffold.render import literal
 from port_kit.scaffold.request import NewPort
 from port_kit.scaffold.source import Source
 
 
-def common_values(port: NewPort, source: Source) -> dict[str, str]:
-    """Return the names of a port, and facts of its source."""
+def common_values(port: NewPort, source: Source, parameters: int = 0) -> dict[str, str]:
+    """Return the names of a port, and facts of its source.
+
+    Args:
+        port: the request.
+        source: of the transformer.
+        parameters: of the transformer; 0 if they were not counted.
+    """
     licence = source.licence or "see the repository's card"
-    found = main_component(source)
     packages = [port.name] if port.path == "diffusers" else [port.name, f"{port.name}.model"]
     return {
         "name": port.name,
@@ -29,7 +33,7 @@ def common_values(port: NewPort, source: Source) -> dict[str, str]:
         "licence": literal(licence),
         "licence_text": licence,
         "weights_from": f"`{source.repository}`" + (f" at `{source.revision}`" if source.revision else ""),
-        "transformer_size": f"{found.parameters / 1e9:.2f} B parameters" if found else "not measured",
+        "transformer_size": f"{parameters / 1e9:.2f} B parameters" if parameters else "not measured",
     }
 
 

@@ -23,7 +23,7 @@ from port_kit.scaffold.source import Source, read_source
 
 #: Templates of the package, of the files beside it, and of the tests: ``{file: template}``.
 _PACKAGE = {
-    "__init__": "found/__init__",
+    "__init__": "own/__init__",
     "config": "found/config",
     "pipeline": "own/pipeline",
     "recipe": "found/recipe",
@@ -61,7 +61,7 @@ def found_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]:
     url = named_code(port, sources)
     code = find_code(port, url, parts) if url else None
     found = Found(port, parts, code)
-    values = {**_common(port, parts[0].source, found), **loading_values(port), **found_values(found)}
+    values = {**_common(found), **loading_values(port), **found_values(found)}
     values |= {"left_out": _left_out(left_out(sources)), "part_rows": _part_rows(found)}
     files = {path: render(template, values) for path, template in sorted(_templates(found).items())}
     return {**files, **_part_files(found, values)}
@@ -82,8 +82,9 @@ def _read(port: NewPort) -> Iterator[Source]:
         yield replace(source, repository=repository)
 
 
-def _common(port: NewPort, source: Source, found: Found) -> dict[str, str]:
-    """Return the fields that do not depend on the parts."""
+def _common(found: Found) -> dict[str, str]:
+    """Return the fields that follow from the request, the transformer and the code."""
+    port, main = found.port, found.parts[0]
     form, sizes = FORMS[port.output], output_sizes(found.parts)
     tiny = dict(form.tiny)
     if "height" in tiny:
@@ -93,7 +94,7 @@ def _common(port: NewPort, source: Source, found: Found) -> dict[str, str]:
     planned = port.path == "external"
     original = "".join(f' / "{part}"' for part in _code_folder(found.code).split("/")) if found.code else ""
     return {
-        **common_values(port, source),
+        **common_values(port, main.source, main.component.parameters if main.component else 0),
         **modality_values(port.output, **sizes),
         **media_values(takes_image=False),
         "path": port.path,

@@ -12,6 +12,7 @@ from port_kit.autoparallel.host.request import MEDIA
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.tiny_pipelines import CASES, TinyPipeline
 from port_kit.errors import ScaffoldError
+from port_kit.inspect import Component
 from port_kit.inspect.known_classes import diffusers_names, library_version
 from port_kit.scaffold.common import common_values, media_values
 from port_kit.scaffold.modality import FORMS
@@ -54,7 +55,7 @@ def hosted_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]
     plan = plan_of_class(index.components[index.denoisers[0]], report)
     case = CASES.get(index.pipeline_class.__name__) if "prompt" in index.parameters else None
     values = {
-        **common_values(port, source),
+        **common_values(port, source, sum(part.parameters for part in _transformers(source, index))),
         **_port_values(index, case),
         **_recipe_values(port, source, index),
         **_test_values(plan, case, index, source),
@@ -91,6 +92,12 @@ def _index(port: NewPort, source: Source) -> PipelineIndex:
             hint=f"take --path {'hybrid' if source.inspection.path == 'hybrid' else 'custom'}",
         )
     return PipelineIndex.from_index(Path(port.source), source.index)
+
+
+def _transformers(source: Source, index: PipelineIndex) -> list[Component]:
+    """Return the first of the components that guidance calls."""
+    found = source.inspection.component(index.denoisers[0]) if source.inspection else None
+    return [found] if found else []
 
 
 def _port_values(index: PipelineIndex, case: TinyPipeline | None) -> dict[str, str]:

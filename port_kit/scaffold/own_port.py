@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from port_kit.remap.suggest import suggest
-from port_kit.scaffold.checkpoint import main_component, read_checkpoint, require_readable
+from port_kit.download import FileRule
 from port_kit.scaffold.common import common_values, media_values
+from port_kit.scaffold.file_rules import rule_text
 from port_kit.scaffold.modality import FORMS, modality_values
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
-from port_kit.scaffold.skeleton import skeleton_target
-from port_kit.scaffold.source import Source, read_source
+from port_kit.scaffold.source import Source
 
 #: diffusers' release whose names a model directory of these paths says it was made by; nothing of it is used.
 DIFFUSERS_VERSION = "0.40.0"
@@ -49,20 +47,12 @@ _REFERENCES = {
 
 
 def own_files(port: NewPort) -> dict[str, str]:
-    """Return a port's files by their paths.
-
-    Raises:
-        InspectError: what ``--from`` names is no model.
-        DownloadError: it cannot be reached.
-        ScaffoldError: its transformer is in files that nothing here reads.
-    """
-    source = read_source(port.source, f"your-org/{port.name}", endpoint=port.endpoint)
-    require_readable(port, source)
+    """Return the files of a port of the skeleton by their paths."""
+    source = Source(f"your-org/{port.name}")
     values = {**common_values(port, source), **_names(port), **media_values(takes_image=False)}
-    values |= {**_decoder_values(port), **loading_values(port), **_recipe_values(port, source)}
+    values |= {**_decoder_values(port), **loading_values(port), **_recipe_values(port)}
     values |= {"notes": _notes(port, source)}
-    files = {path: render(template, values) for path, template in sorted(_templates(port).items())}
-    return {**files, **_from_checkpoint(port, source)}
+    return {path: render(template, values) for path, template in sorted(_templates(port).items())}
 
 
 def _templates(port: NewPort) -> dict[str, str]:
@@ -145,16 +135,7 @@ def _notes(port: NewPort, source: Source) -> str:
         _EXTERNAL_NOTE if port.path == "external" else _PORTED_NOTE,
         "* `weights.py`, `config.py`: the checkpoint's names and sizes.",
     ]
-    found = main_component(source)
-    if not source.inspection:
-        lines.append(f"* `recipe.py`: the repository `{source.repository}` and its files.")
-    else:
-        lines.append(f"* `recipe.py`: the files of `{source.repository}` beside the transformer's.")
-    if found and found.manifest:
-        lines.append(
-            f"* `{port.name}/checkpoint.json` lists the tensors of the real transformer, `suggested_rules.toml` what\n"
-            "  `port-kit rules suggest` proposes for them and the skeleton; run it again once the transformer is yours."
-        )
+    lines.append(f"* `recipe.py`: the repository `{source.repository}` and its files.")
     if port.path == "external":
         lines.append("* `recipe.py`: the address, the packages and the commit of the git code.")
     return "\n".join(lines)
@@ -283,7 +264,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 """
 
 
-def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
+def _recipe_values(port: NewPort) -> dict[str, str]:
     files: list[str] = []
     configs = {"transformer": "config.TRANSFORMER_CONFIG"}
     if port.path == "hybrid":
@@ -293,8 +274,7 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
         configs["decoder"] = "config.DECODER_CONFIG"
     code = ""
     if port.path == "external":
-        named = next(iter(source.inspection.card.code), "") if source.inspection else ""
-        url = port.code or named or f"https://github.com/your-org/{port.name}"
+        url = port.code or f"https://github.com/your-org/{port.name}"
         code = (
             "\n    code=(\n        GitCode(\n"
             f'            name="{port.name}_original",\n'
@@ -302,24 +282,10 @@ def _recipe_values(port: NewPort, source: Source) -> dict[str, str]:
             f'            packages=("{port.name}_original",),\n'
             "        ),\n    ),"
         )
-    checkpoint = read_checkpoint(source)
+    checkpoint = rule_text(FileRule("model.safetensors", folder="transformer", name="model.safetensors"))
     return {
-        "files": "\n".join([checkpoint.rule, *(f"                {rule}," for rule in files)]),
+        "files": "\n".join([checkpoint, *(f"                {rule}," for rule in files)]),
         "recipe_imports": ("FileRule, GitCode, " if code else "FileRule, ") + "Recipe, Repository",
         "recipe_configs": "{" + ", ".join(f'"{name}": {value}' for name, value in configs.items()) + "}",
         "recipe_code": code,
-    }
-
-
-def _from_checkpoint(port: NewPort, source: Source) -> dict[str, str]:
-    """Keep the real transformer's tensors, and what can be proposed for them, beside the skeleton."""
-    found = main_component(source)
-    manifest: Any = found.manifest if found else {}
-    if not manifest:
-        return {}
-    suggestion = suggest(manifest, skeleton_target(manifest))
-    listed: Mapping[str, Any] = manifest.to_json()
-    return {
-        f"{port.name}/checkpoint.json": json.dumps(listed, indent=1) + "\n",
-        "suggested_rules.toml": suggestion.to_toml(),
     }

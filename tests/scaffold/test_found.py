@@ -60,7 +60,7 @@ def test_nothing_is_invented(port: Path) -> None:
         assert len(RuleSet.from_file(port / NAME / f"{part}.toml")) == 0
     assert not (port / "original").exists()
     text = "\n".join(path.read_text() for path in port.rglob("*") if path.is_file())
-    assert "your-org" not in text and "demo.mp4" not in text and ".log" not in text
+    assert "your-org" not in text and "demo.mp4" not in text and "of-00002.log" not in text
 
 
 def test_its_tests_name_what_is_left_to_do(port: Path) -> None:
