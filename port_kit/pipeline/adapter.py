@@ -19,8 +19,7 @@ from port_kit.runtime.lora import adapter_files
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-#: Largest scale, in either direction. Published adapters are used with 0.5 to 1.5; with the tiny models, outputs of all
-#: scales up to this one are finite.
+#: Largest scale, in either direction. Published adapters are used with 0.5 to 1.5.
 MAX_SCALE = 100.0
 #: Adapters whose content is remembered.
 _REMEMBERED = 256

@@ -60,7 +60,6 @@ def test_a_closed_engine_says_so(report: dict[str, Any]) -> None:
     ("what", "names"),
     [
         ("tokenizer", ("tokenizer",)),
-        ("json", ("model_index.json",)),
         ("area", ("model_index.json", "video_area", "-5")),
     ],
 )

@@ -49,8 +49,8 @@ NOT_READ = {
     "true_cfg_scale": "the options that end with cfg_scale guide this model",
 }
 
-# Ranges of magnitudes. With the tiny models, the outputs of all ends of these ranges are finite, in float32 and
-# bfloat16; published settings are 1.5 to 7 for scales, 3 to 8 for the shift, and 20 to 50 steps.
+# Ranges of magnitudes. The outputs of the tiny Ovi are finite at both ends of each, in float32; published settings
+# are 1.5 to 7 for scales, 3 to 8 for the shift, and 20 to 50 steps.
 MAX_SCALE = 100.0
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
 MAX_STEPS = 1000  # those of the training schedule
