@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "remove": ("port_kit.cli.remove", "Remove a downloaded model directory."),
     "run": ("port_kit.cli.run", "Run a pipeline of diffusers without a port, parallel by a plan."),
     "rules": ("port_kit.cli.rules", "Check, explain, suggest, plan, invert and export rule sets."),
+    "serve": ("port_kit.cli.serve", "Serve a model directory to several clients, with limits."),
     "show": ("port_kit.cli.show", "One port: components, licences, repositories, card."),
     "uninstall": ("port_kit.cli.uninstall", "Remove a port's git code from this environment."),
     "verify": ("port_kit.cli.verify", "Compare a port with its original, or N ranks with one."),

@@ -58,6 +58,11 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
     not_read: ClassVar[Mapping[str, str]] = {}
     port: Port
 
+    @property
+    def fixed_frames(self) -> int | None:
+        """Number of frames of every video of the model; None if requests choose it. Servers check requests with it."""
+        return None
+
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
         self.port = port_of_model(od_config.model)

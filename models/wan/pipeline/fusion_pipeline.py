@@ -89,6 +89,11 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
         self.lengths = LatentLengths(*lengths)
         self.tokenizer = load_tokenizer(f"{model}/tokenizer")
 
+    @property
+    def fixed_frames(self) -> int:
+        """Number of frames of every video."""
+        return self.lengths.frames
+
     @abstractmethod
     def preprocess(
         self, prompt: Any, sampling: Any, lengths: LatentLengths

@@ -1,0 +1,4 @@
+"""The server that strangers can be let near: vLLM-Omni's, behind a gateway.
+
+``port-kit serve MODEL`` starts it. :class:`~port_kit.serving.gateway.Gateway` is the middleware.
+"""

@@ -1,0 +1,170 @@
+"""Bodies of requests: read within bounds, and written again for vLLM-Omni's server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import httpx
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
+
+from port_kit.serving.asgi import Message, Receive, Refusal, Scope, header
+from port_kit.serving.limits import Limits, option
+
+#: Fields and files of a form, and bytes of one field; the fields of a request are few, and short texts.
+MAX_FIELDS, MAX_FILES, MAX_FIELD_BYTES = 64, 32, 48 * 2**20
+
+
+@dataclass
+class Upload:
+    """A file of a form.
+
+    Attributes:
+        field: name of the form's field.
+        name: file name that the client gave; for messages only.
+        file: content, at its start.
+    """
+
+    field: str
+    name: str
+    file: BinaryIO
+
+
+@dataclass
+class Form:
+    """A form that was read completely.
+
+    Attributes:
+        fields: values by name.
+        uploads: files in their order.
+    """
+
+    fields: dict[str, str] = field(default_factory=dict)
+    uploads: list[Upload] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Delete the files."""
+        for upload in self.uploads:
+            upload.file.close()
+
+    def encode(self) -> tuple[bytes, bytes]:
+        """Return the form as a multipart body, with its content type."""
+        files = [(upload.field, (upload.name, upload.file)) for upload in self.uploads]
+        # a form without files would be URL-encoded; all forms are multipart here
+        parts: list[Any] = [(name, (None, value)) for name, value in self.fields.items()]
+        request = httpx.Request("POST", "http://server", files=parts + files)
+        return request.read(), request.headers["content-type"].encode()
+
+
+async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
+    """Read a form, and stop as soon as it exceeds a limit.
+
+    Raises:
+        Refusal: the body is too large, too slow, or no form.
+    """
+    kind = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
+    headers = Headers(raw=scope["headers"])
+    parser: MultiPartParser | FormParser
+    stream: Any = read_body(scope, receive, limits)
+    if kind == "multipart/form-data":
+        parser = MultiPartParser(
+            headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+        )
+    elif kind == "application/x-www-form-urlencoded":
+        parser = FormParser(headers, stream, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
+    else:
+        raise Refusal(400, f"content-type is {kind or 'missing'!r}; multipart/form-data is required")
+    try:
+        items = (await parser.parse()).multi_items()
+    except MultiPartException as error:
+        raise Refusal(400, f"the form cannot be read: {error.message}") from error
+    return _collect(items)
+
+
+def _collect(items: list[tuple[str, Any]]) -> Form:
+    form = Form()
+    for name, value in items:
+        if isinstance(value, UploadFile):
+            form.uploads.append(Upload(name, value.filename or "", value.file))
+        else:
+            form.fields[name] = value  # of a repeated field, the last value counts
+    return form
+
+
+async def read_json(scope: Scope, receive: Receive, limits: Limits) -> dict[str, Any]:
+    """Read a body of JSON.
+
+    Raises:
+        Refusal: the body is too large, too slow, or no JSON object.
+    """
+    body = b"".join([chunk async for chunk in read_body(scope, receive, limits)])
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Refusal(400, f"the body is {type(found).__name__}; a JSON object is required")
+    return found
+
+
+async def read_body(scope: Scope, receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
+    """Yield a body's parts; refuse it when it exceeds its limits of size and time.
+
+    Raises:
+        Refusal: with status 400 or 408.
+    """
+    declared = header(scope, "content-length") or "0"
+    read = int(declared) if declared.isdigit() else 0
+    deadline = asyncio.get_running_loop().time() + limits.upload_seconds
+    _check_size(read, limits)
+    read, more = 0, True
+    while more:
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError as error:
+            raise Refusal(
+                408,
+                f"the body did not arrive within {limits.upload_seconds:g} s ({option('upload_seconds')})",
+            ) from error
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        chunk = message.get("body", b"")
+        read, more = read + len(chunk), message.get("more_body", False)
+        _check_size(read, limits)
+        yield chunk
+
+
+class Disconnected(Exception):
+    """The client left before its request was complete."""
+
+
+def _check_size(size: int, limits: Limits) -> None:
+    if size > limits.max_body:
+        raise Refusal(
+            400,
+            f"the body has more than {limits.max_upload_mb:g} MB ({option('max_upload_mb')} of the server); "
+            "send smaller references",
+        )
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a ``receive`` that delivers a body at once, and then what the client sends (that it disconnects)."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def run() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return run
+
+
+def with_body(scope: Scope, body: bytes, content_type: bytes) -> Scope:
+    """Return the scope of a request with another body."""
+    dropped = (b"content-length", b"content-type", b"transfer-encoding")
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
+    headers += [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    return {**scope, "headers": headers}

@@ -1,0 +1,200 @@
+"""Middleware in front of vLLM-Omni's server that checks every request before the server sees it::
+
+    port-kit serve MODEL [options]
+
+It serves the endpoints of the model's output only, reads bodies within bounds, checks forms and references, limits the
+queue, cancels the work of clients that left, keeps the jobs of clients apart, and gives all errors one form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl
+
+from port_kit.errors import InputError
+from port_kit.serving.answers import Answer, StalledError
+from port_kit.serving.asgi import App, Message, Receive, Refusal, Scope, Send, header, refuse
+from port_kit.serving.forms import Disconnected, read_body, read_form, replay, with_body
+from port_kit.serving.jobs import JOB, Job, Jobs, client_of, digest
+from port_kit.serving.lifecycle import Lifecycle
+from port_kit.serving.limits import Limits
+from port_kit.serving.served import Served, served_by
+from port_kit.serving.video_form import check_video_form
+
+logger = logging.getLogger(__name__)
+
+#: Endpoints of every server, and those that make an output, by the model's output type.
+OPEN, LISTED = ("/health", "/version", "/metrics"), ("/v1/models",)
+CREATE = {
+    "video": ("/v1/videos", "/v1/videos/sync"),
+    "audio": ("/v1/audio/generate",),
+    "image": ("/v1/images/generations", "/v1/images/edits"),
+}
+VIDEOS = "/v1/videos"
+
+
+class Gateway:
+    """ASGI middleware, the outermost of the server.
+
+    Args:
+        app: wrapped application, passed by vLLM.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._limits = Limits.from_environment(os.environ)
+        self._lifecycle = Lifecycle(self._limits)
+        self._jobs = Jobs()
+        self._keys: list[bytes] = []
+        self._served: Served | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "lifespan":
+            self._start(scope["app"].state)
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    def _start(self, state: Any) -> None:
+        from vllm_omni.entrypoints.openai import api_server
+        from vllm_omni.entrypoints.openai.video.generation import helpers
+
+        from port_kit.serving.storage import use_own_storage
+
+        keys = getattr(state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+        self._keys = [digest(key) for key in keys if key]
+        # The served storage was started by the server; this one replaces it.
+        storage = use_own_storage([api_server, helpers], self._limits.keep_seconds)
+        self._sweeping = asyncio.ensure_future(storage.start())
+        self._lifecycle.start(state)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = Answer(send, self._limits.idle_seconds)
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            with self._lifecycle.tracked(task):
+                await self._route(scope, receive, answer)
+        except Refusal as refusal:
+            await refuse(send, refusal)
+        except InputError as error:
+            await refuse(send, Refusal(400, str(error)))
+        except (Disconnected, StalledError):
+            logger.info("the client of %s left", scope["path"])
+        except asyncio.CancelledError:
+            if self._lifecycle.ending is None or answer.has_started:
+                raise
+            await refuse(send, Refusal(503, self._lifecycle.ending))
+
+    async def _route(self, scope: Scope, receive: Receive, answer: Answer) -> None:
+        method, path = scope["method"], scope["path"]
+        if method == "OPTIONS" or path in OPEN:
+            await self._app(scope, receive, answer)
+            return
+        served = await self._describe_model(scope["app"].state)
+        created = CREATE.get(served.output_type, ())
+        match = JOB.fullmatch(path) if served.output_type == "video" else None
+        if path not in (*LISTED, *created) and match is None:
+            known = ", ".join((*OPEN, *LISTED, *created))
+            raise Refusal(404, f"this server has no endpoint {path[:80]!r}; it has {known}")
+        client = client_of(header(scope, "authorization"), self._keys)
+        if method == "POST" and path in created:
+            await self._create(scope, receive, answer, served, client)
+        elif path == VIDEOS and method == "GET":
+            await self._list(scope, receive, answer, client)
+        elif match is not None and path not in created:
+            self._jobs.check_owner(match["job"], client)
+            answer.rewrite = self._describe
+            await self._app(scope, receive, answer)
+            if method == "DELETE" and answer.status == 200:
+                self._jobs.known.pop(match["job"], None)
+        else:
+            await self._app(scope, receive, answer)
+
+    async def _describe_model(self, state: Any) -> Served:
+        if self._served is None:
+            config = state.engine_client.get_diffusion_od_config()
+            self._served = await asyncio.to_thread(served_by, config)
+        return self._served
+
+    # -- outputs ----------------------------------------------------------------------------------------------------
+
+    async def _create(self, scope: Scope, receive: Receive, answer: Answer, served: Served, client: bytes) -> None:
+        with self._lifecycle.admitted(await _unfinished_jobs()):
+            if served.output_type == "video":
+                form = await read_form(scope, receive, self._limits)
+                try:
+                    settings = await check_video_form(form, served, self._limits)
+                    body, kind = await asyncio.to_thread(form.encode)
+                finally:
+                    form.close()
+            else:
+                settings = {}
+                body = b"".join([chunk async for chunk in read_body(scope, receive, self._limits)])
+                kind = (header(scope, "content-type") or "").encode("latin-1")
+            self._lifecycle.check()
+            if scope["path"] == VIDEOS:
+                answer.rewrite = partial(self._register, client, settings)
+            scope = with_body(scope, body, kind)
+            if scope["path"] == VIDEOS:  # a job outlives its connection
+                await self._app(scope, replay(body, receive), answer)
+            else:
+                await self._run_while_connected(scope, body, receive, answer)
+
+    async def _run_while_connected(self, scope: Scope, body: bytes, receive: Receive, answer: Answer) -> None:
+        """Cancel the work if the client leaves; the pipeline then stops before its next step."""
+        left: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+        async def wait() -> Message:
+            return await asyncio.shield(left)
+
+        work = asyncio.ensure_future(self._app(scope, replay(body, wait), answer))
+        watch = asyncio.ensure_future(_until_disconnect(receive))
+        try:
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                logger.info("the client of %s left; its request is cancelled", scope["path"])
+                work.cancel()
+                await asyncio.wait((work,))
+            if not work.cancelled():
+                work.result()
+        finally:
+            for task in (work, watch, left):
+                task.cancel()
+
+    # -- jobs -------------------------------------------------------------------------------------------------------
+
+    def _register(self, client: bytes, settings: dict[str, Any], status: int, record: Any) -> Any:
+        self._jobs.known[record["id"]] = Job(client, settings)
+        return self._jobs.describe(record)
+
+    def _describe(self, status: int, record: Any) -> Any:
+        return self._jobs.describe(record) if isinstance(record, dict) else record
+
+    async def _list(self, scope: Scope, receive: Receive, answer: Answer, client: bytes) -> None:
+        if not self._keys:
+            raise Refusal(
+                403, "this server does not list jobs, because it has no API keys to tell clients apart; keep their ids"
+            )
+        query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+        answer.rewrite = lambda status, listed: self._jobs.listing(listed, client, query)
+        await self._app({**scope, "query_string": b""}, receive, answer)
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unfinished_jobs() -> int:
+    """Return the number of jobs that wait or run."""
+    from vllm_omni.entrypoints.openai.stores import VIDEO_STORE
+
+    return sum(job.status in ("queued", "in_progress") for job in await VIDEO_STORE.list_values())

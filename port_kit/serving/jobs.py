@@ -1,0 +1,100 @@
+"""Jobs of several clients: each sees its own only.
+
+A client is known by its API key. Without API keys, whoever knows the id of a job, a random one, may use it, and jobs
+are not listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from port_kit.serving.asgi import Refusal
+
+#: Path of one job, and of its video.
+JOB = re.compile(r"/v1/videos/(?P<job>[^/]+)(/content)?")
+
+
+def digest(key: str) -> bytes:
+    """Return what is stored of an API key."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def client_of(authorization: str | None, keys: Sequence[bytes]) -> bytes:
+    """Return the client of a request: the digest of its API key, empty if the server has no keys.
+
+    Args:
+        authorization: header of the request.
+        keys: digests of the server's keys.
+
+    Raises:
+        Refusal: status 401.
+    """
+    if not keys:
+        return b""
+    scheme, _, key = (authorization or "").partition(" ")
+    given = digest(key)
+    # all keys are compared, so that the time tells nothing
+    matches = [secrets.compare_digest(given, known) for known in keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise Refusal(401, "the request has no valid API key; send it as 'Authorization: Bearer KEY'")
+    return given
+
+
+@dataclass
+class Job:
+    """A job's owner, and the settings that its record shows."""
+
+    owner: bytes
+    settings: Mapping[str, Any]
+
+
+@dataclass
+class Jobs:
+    """All jobs of the server by id."""
+
+    known: dict[str, Job] = field(default_factory=dict)
+
+    def check_owner(self, job: str, client: bytes) -> None:
+        """Refuse a job of another client as if it did not exist."""
+        found = self.known.get(job)
+        if found is not None and found.owner != client:
+            raise Refusal(404, "Video not found")
+
+    def describe(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return a job's record with the settings that made the video, and its true length."""
+        found = self.known.get(str(record.get("id")))
+        frames, fps = record.get("num_frames"), record.get("fps")
+        length = {"seconds": f"{frames / fps:.2f}"} if frames and fps else {}
+        return {**record, **(found.settings if found else {}), **length}
+
+    def listing(self, listed: dict[str, Any], client: bytes, query: Mapping[str, str]) -> dict[str, Any]:
+        """Return a page of a client's jobs.
+
+        Args:
+            listed: vLLM-Omni's list of all jobs, the newest first.
+            client: who asks.
+            query: ``limit``, ``after`` and ``order``, as vLLM-Omni has them.
+
+        Raises:
+            Refusal: a value of the query is not valid.
+        """
+        limit, order = query.get("limit", "100"), query.get("order", "desc")
+        if not (limit.isascii() and limit.isdigit() and int(limit) <= 100) or order not in ("asc", "desc"):
+            raise Refusal(400, f"limit is {limit!r} and order is {order!r}; 0 to 100, and asc or desc are required")
+        own = [self.describe(job) for job in listed["data"] if self._is_of(job["id"], client)]
+        own = own[::-1] if order == "asc" else own
+        ids = [job["id"] for job in own]
+        if "after" in query:
+            own = own[ids.index(query["after"]) + 1 :] if query["after"] in ids else []
+        page = own[: int(limit)]
+        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+        return {**listed, "data": page, "has_more": len(page) < len(own), "first_id": first, "last_id": last}
+
+    def _is_of(self, job: str, client: bytes) -> bool:
+        found = self.known.get(job)
+        return found is not None and found.owner == client

@@ -1,0 +1,275 @@
+"""The form of ``/v1/videos``: checked by name and value, its references by content, and passed on in one form."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import difflib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from port_kit.references import check_audio, check_image
+from port_kit.serving.asgi import Refusal
+from port_kit.serving.fetch import Fetcher
+from port_kit.serving.forms import Form, Upload
+from port_kit.serving.limits import Limits
+from port_kit.serving.loras import resolve_lora
+from port_kit.serving.served import Served
+
+INTEGERS = ("width", "height", "num_frames", "num_inference_steps", "num_outputs_per_prompt", "seed")
+NUMBERS = ("fps", "guidance_scale")
+TEXTS = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "user",
+    "size",
+    "seconds",
+    "lora",
+    "extra_params",
+)
+#: Fields of vLLM-Omni's form that are options of some models; others take them for nothing.
+MODEL_OPTIONS = ("flow_shift", "true_cfg_scale", "generate_sound")
+REFERENCE_FIELDS = ("input_reference", "input_references", "image_reference", "audio_reference")
+GUIDE_FIELDS = ("timeline_guides", "guide_files")
+FILE_FIELDS = ("input_reference", "input_references", "guide_files")
+
+#: Largest reference in bytes, by kind, as in vLLM-Omni's server.
+MAX_BYTES = {"image": 30 * 2**20, "audio": 15 * 2**20}
+_DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+=-]+)*;base64,", re.ASCII)
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
+
+
+async def check_video_form(form: Form, served: Served, limits: Limits) -> dict[str, Any]:
+    """Check a form and bring it to the one form in which vLLM-Omni's server receives it.
+
+    References become files: images before audios, each in the order of the request.
+
+    Returns:
+        The settings that the record of a job shows.
+
+    Raises:
+        Refusal: a name or a value is not valid; InputError: a reference is not.
+    """
+    _check_names(form, served)
+    numbers = _check_values(form)
+    _set_size(form, numbers)
+    _set_length(form, numbers, served)
+    _check_options(form, served)
+    if "lora" in form.fields:
+        form.fields["lora"] = resolve_lora(form.fields["lora"], limits)
+    await _set_references(form, served, limits)
+    given: dict[str, Any] = {name: numbers[name] for name in ("seed", "num_inference_steps") if name in numbers}
+    return {**dict(served.settings), **given}
+
+
+# -- names ----------------------------------------------------------------------------------------------------------
+
+
+def _check_names(form: Form, served: Served) -> None:
+    port = served.port
+    options = served.options or ()
+    fields = [*INTEGERS, *NUMBERS, *TEXTS, *(name for name in MODEL_OPTIONS if port is None or name in options)]
+    if port is None or port.references:
+        fields += REFERENCE_FIELDS
+    if port is None or port.timeline_guides:
+        fields += GUIDE_FIELDS
+    for name in [*form.fields, *(upload.field for upload in form.uploads)]:
+        if name not in fields:
+            raise Refusal(
+                400, f"[input_value] the form has the unknown field {name[:80]!r}{_near(name, fields, options)}"
+            )
+    for upload in form.uploads:
+        if upload.field not in FILE_FIELDS:
+            raise Refusal(400, f"[input_type] {upload.field} is a file; a value is required")
+    for name, value in form.fields.items():
+        if name in FILE_FIELDS:
+            raise Refusal(400, f"[input_type] {name} is a value; a file is required")
+        if not value:
+            raise Refusal(400, f"[input_value] {name} is empty\nhint: leave {name} out for the default")
+    if not form.fields.get("prompt", "").strip():
+        raise Refusal(400, "[input_missing] prompt is missing or blank\nhint: describe the scene in prompt")
+
+
+def _near(name: str, fields: Iterable[str], options: Iterable[str]) -> str:
+    if name in options:
+        return f'\nhint: give it in extra_params, a JSON object: extra_params={{"{name}": ...}}'
+    near = difflib.get_close_matches(name, [*fields, *options], n=1)
+    return f"\nhint: did you mean {near[0]!r}?" if near else f"\nhint: known are {', '.join(fields)}"
+
+
+def _check_options(form: Form, served: Served) -> None:
+    """Check the names of ``extra_params``; their values are checked by the port."""
+    given = _json(form, "extra_params", dict)
+    if given is None or served.options is None:
+        return
+    for name in given:
+        if name not in served.options:
+            near = difflib.get_close_matches(name, served.options, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(served.options)}"
+            if name in (*INTEGERS, *NUMBERS, *TEXTS):
+                hint = f"{name} is a field of the form"
+            raise Refusal(400, f"[input_value] extra_params has the unknown option {name[:80]!r}\nhint: {hint}")
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+def _check_values(form: Form) -> dict[str, Any]:
+    """Return the numbers of the form."""
+    numbers: dict[str, Any] = {}
+    for names, kind, wanted in ((INTEGERS, int, "a whole number"), (NUMBERS, float, "a finite number")):
+        for name in names:
+            if name in form.fields:
+                numbers[name] = _number(name, form.fields[name], kind, wanted)
+    if numbers.get("num_outputs_per_prompt", 1) != 1:
+        raise Refusal(
+            400,
+            f"[input_value] num_outputs_per_prompt is {numbers['num_outputs_per_prompt']}; a request gives 1 video"
+            "\nhint: send one request for each video, with seeds of your choice",
+        )
+    return numbers
+
+
+def _number(name: str, text: str, kind: Callable[[str], Any], wanted: str) -> Any:
+    try:
+        number = kind(text) if len(text) < 32 and text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise Refusal(400, f"[input_type] {name} is {text[:80]!r}; {wanted} is required")
+    return number
+
+
+def _set_size(form: Form, numbers: dict[str, Any]) -> None:
+    size = form.fields.pop("size", None)
+    given = [name for name in ("width", "height") if name in numbers]
+    if size is not None:
+        match = _SIZE.fullmatch(size)
+        if match is None or given or "0" in match.groups():
+            raise Refusal(400, f"[input_size] size is {size[:80]!r}; WIDTHxHEIGHT without width and height is required")
+        form.fields["width"], form.fields["height"] = match.groups()
+    elif len(given) == 1:
+        raise Refusal(400, f"[input_missing] only {given[0]} is given\nhint: give width and height, or neither")
+
+
+def _set_length(form: Form, numbers: dict[str, Any], served: Served) -> None:
+    """Check the length of the video, and give it as a number of frames to a model that makes several lengths."""
+    seconds = form.fields.pop("seconds", None)
+    if seconds is not None and "num_frames" in numbers:
+        raise Refusal(400, "[input_value] seconds and num_frames are given; one of them is required")
+    if served.fps and numbers.get("fps", served.fps) != served.fps:
+        raise Refusal(
+            400, f"[input_value] fps is {numbers['fps']:g}; this model makes {served.fps:g} frames per second"
+        )
+    wanted = None if seconds is None else _number("seconds", seconds, float, "a number of seconds")
+    if served.frames is None:
+        if wanted is not None and served.fps:
+            form.fields["num_frames"] = str(max(1, round(wanted * served.fps)))
+        return
+    length = served.frames / served.fps
+    if wanted is not None and abs(wanted - length) > 0.5:
+        raise Refusal(400, f"[input_value] seconds is {seconds}; this model makes videos of {length:.2f} s")
+    if numbers.get("num_frames", served.frames) != served.frames:
+        raise Refusal(
+            400, f"[input_value] num_frames is {numbers['num_frames']}; this model makes {served.frames} frames"
+        )
+
+
+def _json(form: Form, name: str, kind: type | tuple[type, ...]) -> Any:
+    text = form.fields.get(name)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"[input_type] {name} is no valid JSON: {str(error)[:200]}") from error
+    if not isinstance(value, kind):
+        raise Refusal(400, f"[input_type] {name} is {type(value).__name__} in JSON; an object is required")
+    return value
+
+
+# -- references -----------------------------------------------------------------------------------------------------
+
+
+async def _set_references(form: Form, served: Served, limits: Limits) -> None:
+    """Replace all references of the form by checked files."""
+    urls = {kind: _urls(form, kind) for kind in ("image", "audio")}
+    files = [upload for upload in form.uploads if upload.field != "guide_files"]
+    count = len(files) + sum(len(found) for found in urls.values())
+    if count > served.max_references and served.port is not None:
+        raise Refusal(400, f"[input_count] {count} references; this model takes at most {served.max_references}")
+    kinds = ("image", "audio") if served.port is None else served.port.references
+    found: dict[str, list[Upload]] = {"image": [], "audio": []}
+    for number, upload in enumerate(files, 1):
+        content = upload.file.read()
+        await asyncio.to_thread(_add, found, content, f"reference {number}", kinds)
+        upload.file.close()
+    fetcher = Fetcher(limits, limits.max_body)
+    for kind, listed in urls.items():
+        for number, url in enumerate(listed, 1):
+            content = _decode(url) if url[:5].lower() == "data:" else await fetcher.fetch(url)
+            await asyncio.to_thread(_add, found, content, f"{kind}_reference {number}", (kind,))
+    guides = [upload for upload in form.uploads if upload.field == "guide_files"]
+    for number, upload in enumerate(guides):
+        check_image(upload.file.read(), name=f"guide_files[{number}]")
+        upload.file.seek(0)
+    field = "input_references" if served.max_references > 1 else "input_reference"
+    form.uploads = guides + [upload for kind in ("image", "audio") for upload in found[kind]]
+    for upload in form.uploads[len(guides) :]:
+        upload.field = field
+
+
+def _urls(form: Form, kind: str) -> list[str]:
+    """Take the URLs of ``image_reference`` or ``audio_reference`` out of the form."""
+    name, key = f"{kind}_reference", f"{kind}_url"
+    given = _json(form, name, (dict, list))
+    form.fields.pop(name, None)
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    for entry in listed:
+        if not isinstance(entry, dict) or list(entry) != [key] or not isinstance(entry[key], str):
+            raise Refusal(400, f'[input_type] {name} has an entry that is not {{"{key}": URL}}')
+    return [entry[key] for entry in listed]
+
+
+def _decode(url: str) -> bytes:
+    match = _DATA_URL.match(url)
+    try:
+        if match is None:
+            raise ValueError
+        return base64.b64decode(url[match.end() :], validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise Refusal(400, "[input_unreadable] a data URL is not 'data:TYPE;base64,...'") from error
+
+
+def _add(found: dict[str, list[Upload]], content: bytes, name: str, wanted: Sequence[str]) -> None:
+    """Check a reference by its content, and add it as a file that vLLM-Omni's server recognizes by its name."""
+    kind, suffix = _kind_of(content)
+    if kind not in wanted:
+        raise Refusal(400, f"[input_value] {name} is no {' or '.join(wanted)} file that this model reads")
+    if len(content) > MAX_BYTES[kind]:
+        raise Refusal(
+            400, f"[input_size] {name} has {len(content)} bytes; at most {MAX_BYTES[kind]} are taken of {kind}"
+        )
+    check: Callable[..., Any] = check_image if kind == "image" else check_audio
+    check(content, name=name)
+    found[kind].append(Upload("", f"{kind}_{len(found[kind]) + 1}{suffix}", io.BytesIO(content)))
+
+
+def _kind_of(content: bytes) -> tuple[str, str]:
+    """Return the kind of a file, and the suffix for vLLM-Omni's server.
+
+    The suffix of audio only says that it is audio: the port reads the container from the content.
+    """
+    images = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif"}
+    for magic, suffix in images.items():
+        if content.startswith(magic):
+            return "image", suffix
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "image", ".webp"
+    return "audio", ".wav"
