@@ -15,6 +15,7 @@ from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import handles_errors
 from port_kit.errors import InputError
 from port_kit.parallel.layout import CONFIG_NAMES, ULYSSES_MODES, Layout
+from port_kit.serving import GATEWAY
 
 #: Request options, by their type; None keeps the pipeline's default.
 _REQUEST = {
@@ -218,7 +219,7 @@ def serve_command(
     """Return the command of vLLM-Omni's server, without further options of the user."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--omni"]
     command += ["--model-class-name", class_name, "--dtype", given["dtype"]]
-    command += ["--middleware", "port_kit.runtime.serving.CancelOnDisconnect"]
+    command += ["--middleware", GATEWAY]
     for name, value in layout.parallel_config.items():
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     for name, value in cache_options(given).items():

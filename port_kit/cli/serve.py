@@ -14,9 +14,9 @@ import click
 
 from port_kit.cli.output import handles_errors
 from port_kit.errors import ConfigError, OptionalDependencyError
+from port_kit.serving import GATEWAY
 from port_kit.serving.limits import Limits, option
 
-GATEWAY = "port_kit.serving.gateway.Gateway"
 #: Folder of finished videos in the current directory; the server makes it.
 STORAGE = "port_kit_videos"
 

@@ -2,3 +2,6 @@
 
 ``port-kit serve MODEL`` starts it. :class:`~port_kit.serving.gateway.Gateway` is the middleware.
 """
+
+#: Option of ``vllm serve --middleware``.
+GATEWAY = "port_kit.serving.gateway.Gateway"

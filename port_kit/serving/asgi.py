@@ -54,8 +54,9 @@ async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] 
 
 
 async def refuse(send: Send, refusal: Refusal) -> None:
-    """Send a refusal."""
-    await respond(send, refusal.status, error_body(refusal.status, refusal.message), refusal.headers)
+    """Send a refusal, and close the connection: what remains of the request is not read."""
+    headers = {"connection": "close", **refusal.headers}
+    await respond(send, refusal.status, error_body(refusal.status, refusal.message), headers)
 
 
 def header(scope: Scope, name: str) -> str | None:

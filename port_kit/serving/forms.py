@@ -17,6 +17,8 @@ from port_kit.serving.limits import Limits, option
 
 #: Fields and files of a form, and bytes of one field; the fields of a request are few, and short texts.
 MAX_FIELDS, MAX_FILES, MAX_FIELD_BYTES = 64, 32, 48 * 2**20
+#: Fields of the form of ``/v1/images/edits`` that list images by URL.
+URL_FIELDS = ("url", "url[]")
 
 
 @dataclass
@@ -39,11 +41,13 @@ class Form:
     """A form that was read completely.
 
     Attributes:
-        fields: values by name.
+        fields: values by name; of a repeated field, the last value counts.
+        urls: values of the fields :data:`URL_FIELDS`, in their order.
         uploads: files in their order.
     """
 
     fields: dict[str, str] = field(default_factory=dict)
+    urls: list[str] = field(default_factory=list)
     uploads: list[Upload] = field(default_factory=list)
 
     def close(self) -> None:
@@ -90,8 +94,10 @@ def _collect(items: list[tuple[str, Any]]) -> Form:
     for name, value in items:
         if isinstance(value, UploadFile):
             form.uploads.append(Upload(name, value.filename or "", value.file))
+        elif name in URL_FIELDS:
+            form.urls.append(value)
         else:
-            form.fields[name] = value  # of a repeated field, the last value counts
+            form.fields[name] = value
     return form
 
 

@@ -9,6 +9,7 @@ queue, cancels the work of clients that left, keeps the jobs of clients apart, a
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from functools import partial
@@ -18,7 +19,8 @@ from urllib.parse import parse_qsl
 from port_kit.errors import InputError
 from port_kit.serving.answers import Answer, StalledError
 from port_kit.serving.asgi import App, Message, Receive, Refusal, Scope, Send, header, refuse
-from port_kit.serving.forms import Disconnected, read_body, read_form, replay, with_body
+from port_kit.serving.forms import Disconnected, read_form, read_json, replay, with_body
+from port_kit.serving.image_form import JSON_ENDPOINTS, body_names, check_image_form, check_json
 from port_kit.serving.jobs import JOB, Job, Jobs, client_of, digest
 from port_kit.serving.lifecycle import Lifecycle
 from port_kit.serving.limits import Limits
@@ -67,7 +69,10 @@ class Gateway:
         from vllm_omni.entrypoints.openai.video.generation import helpers
 
         from port_kit.serving.storage import use_own_storage
+        from port_kit.upstream.checks import require
 
+        for entry in ("gateway", "video_storage", "engine_shutdown"):
+            require(entry)
         keys = getattr(state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
         self._keys = [digest(key) for key in keys if key]
         # The served storage was started by the server; this one replaces it.
@@ -128,17 +133,7 @@ class Gateway:
 
     async def _create(self, scope: Scope, receive: Receive, answer: Answer, served: Served, client: bytes) -> None:
         with self._lifecycle.admitted(await _unfinished_jobs()):
-            if served.output_type == "video":
-                form = await read_form(scope, receive, self._limits)
-                try:
-                    settings = await check_video_form(form, served, self._limits)
-                    body, kind = await asyncio.to_thread(form.encode)
-                finally:
-                    form.close()
-            else:
-                settings = {}
-                body = b"".join([chunk async for chunk in read_body(scope, receive, self._limits)])
-                kind = (header(scope, "content-type") or "").encode("latin-1")
+            settings, body, kind = await self._checked(scope, receive, served)
             self._lifecycle.check()
             if scope["path"] == VIDEOS:
                 answer.rewrite = partial(self._register, client, settings)
@@ -147,6 +142,24 @@ class Gateway:
                 await self._app(scope, replay(body, receive), answer)
             else:
                 await self._run_while_connected(scope, body, receive, answer)
+
+    async def _checked(self, scope: Scope, receive: Receive, served: Served) -> tuple[dict[str, Any], bytes, bytes]:
+        """Read and check the body of a request for an output; return a job's settings, the body and its type."""
+        names = body_names(scope["app"], scope["path"])
+        settings: dict[str, Any] = {}
+        if scope["path"] in JSON_ENDPOINTS:
+            given = await read_json(scope, receive, self._limits)
+            check_json(given, names)
+            return settings, json.dumps(given).encode(), b"application/json"
+        form = await read_form(scope, receive, self._limits)
+        try:
+            if served.output_type == "video":
+                settings = await check_video_form(form, served, self._limits)
+            else:
+                await check_image_form(form, names, self._limits)
+            return settings, *await asyncio.to_thread(form.encode)
+        finally:
+            form.close()
 
     async def _run_while_connected(self, scope: Scope, body: bytes, receive: Receive, answer: Answer) -> None:
         """Cancel the work if the client leaves; the pipeline then stops before its next step."""

@@ -120,7 +120,7 @@ class Lifecycle:
             if self.ending is None:
                 self.ending = "the server is being stopped"
                 deadline = time.monotonic() + self._limits.drain_seconds
-                logger.warning("stopping; %d requests get up to %g s", len(self._tasks), self._limits.drain_seconds)
+                logger.info("stopping; %d requests get up to %g s", len(self._tasks), self._limits.drain_seconds)
                 while self._tasks and self._is_healthy and time.monotonic() < deadline:
                     time.sleep(0.05)
             return shutdown(*arguments, **keywords)

@@ -8,6 +8,10 @@ from typing import Any
 from port_kit.errors import PortNotFoundError
 from port_kit.port import Port, resolve
 from port_kit.registry import port_of_class
+from port_kit.runtime.hosts import HOSTS
+
+#: References of a request, images and audios together, as in vLLM-Omni's server.
+MAX_REFERENCES = 12
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,13 @@ class Served:
     @property
     def options(self) -> tuple[str, ...] | None:
         """Names that ``extra_params`` may have; None if they are not known."""
-        return getattr(self.port, "option_names", None)
+        return None if self.port is None else self.port.option_names
 
     @property
     def max_references(self) -> int:
         """Number of references that vLLM-Omni's server passes on: several kinds as a list, else one image."""
         kinds = () if self.port is None else self.port.references
         return MAX_REFERENCES if len(kinds) > 1 else len(kinds)
-
-
-#: References of a request, images and audios together, as in vLLM-Omni's server.
-MAX_REFERENCES = 12
 
 
 def served_by(config: Any) -> Served:
@@ -53,7 +53,7 @@ def served_by(config: Any) -> Served:
     try:
         port = port_of_class(config.model_class_name)
     except PortNotFoundError:
-        return Served(None, "")
+        return Served(None, HOSTS.get(config.model_class_name, ""))
     pipeline: Any = resolve(port.pipeline)
     steps = getattr(pipeline, "default_num_inference_steps", None)
     settings = (("seed", port.seed), ("num_inference_steps", steps))

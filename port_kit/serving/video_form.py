@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import difflib
 import io
 import json
@@ -19,6 +17,7 @@ from port_kit.serving.fetch import Fetcher
 from port_kit.serving.forms import Form, Upload
 from port_kit.serving.limits import Limits
 from port_kit.serving.loras import resolve_lora
+from port_kit.serving.references import content_of
 from port_kit.serving.served import Served
 
 INTEGERS = ("width", "height", "num_frames", "num_inference_steps", "num_outputs_per_prompt", "seed")
@@ -41,7 +40,6 @@ FILE_FIELDS = ("input_reference", "input_references", "guide_files")
 
 #: Largest reference in bytes, by kind, as in vLLM-Omni's server.
 MAX_BYTES = {"image": 30 * 2**20, "audio": 15 * 2**20}
-_DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+=-]+)*;base64,", re.ASCII)
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
 
@@ -213,7 +211,7 @@ async def _set_references(form: Form, served: Served, limits: Limits) -> None:
     fetcher = Fetcher(limits, limits.max_body)
     for kind, listed in urls.items():
         for number, url in enumerate(listed, 1):
-            content = _decode(url) if url[:5].lower() == "data:" else await fetcher.fetch(url)
+            content = await content_of(url, fetcher)
             await asyncio.to_thread(_add, found, content, f"{kind}_reference {number}", (kind,))
     guides = [upload for upload in form.uploads if upload.field == "guide_files"]
     for number, upload in enumerate(guides):
@@ -235,16 +233,6 @@ def _urls(form: Form, kind: str) -> list[str]:
         if not isinstance(entry, dict) or list(entry) != [key] or not isinstance(entry[key], str):
             raise Refusal(400, f'[input_type] {name} has an entry that is not {{"{key}": URL}}')
     return [entry[key] for entry in listed]
-
-
-def _decode(url: str) -> bytes:
-    match = _DATA_URL.match(url)
-    try:
-        if match is None:
-            raise ValueError
-        return base64.b64decode(url[match.end() :], validate=True)
-    except (ValueError, binascii.Error) as error:
-        raise Refusal(400, "[input_unreadable] a data URL is not 'data:TYPE;base64,...'") from error
 
 
 def _add(found: dict[str, list[Upload]], content: bytes, name: str, wanted: Sequence[str]) -> None:

@@ -23,10 +23,7 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-#: Cancels sync requests of clients that hung up; see :mod:`port_kit.runtime.serving`.
-MIDDLEWARE = "port_kit.runtime.serving.CancelOnDisconnect"
-
-LAUNCHER = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+LAUNCHER = (sys.executable, "-m", "port_kit", "serve")
 
 _PR_SET_PDEATHSIG = 1
 _GRACE = 5.0
@@ -37,11 +34,11 @@ class ApiServer:
 
     Args:
         model: a model directory.
-        arguments: options for ``vllm serve``, beside the address and ``--omni``.
+        arguments: options for ``port-kit serve``, beside the address and the storage.
         folder: folder of its log (``server.log``) and its finished videos (``storage/``).
         environment: variables on top of this process's.
-        script: a shell script that starts it, with the model and the options as arguments; None is ``vllm serve``
-            with :data:`MIDDLEWARE`.
+        script: a shell script that starts it in ``folder``, with the model and the options as arguments; None is
+            ``port-kit serve``.
         start_timeout: seconds until it must answer; importing vLLM alone takes many on a busy machine.
 
     Attributes:
@@ -65,12 +62,11 @@ class ApiServer:
         self._command = [
             *(LAUNCHER if script is None else ("sh", os.fspath(script))),
             *(os.fspath(model), "--host", "127.0.0.1", "--port", str(self.port)),
-            *(("--omni", "--middleware", MIDDLEWARE) if script is None else ()),
+            *(("--storage", str(self.storage)) if script is None else ()),
             *arguments,
         ]
         self._environment = {
             **os.environ,
-            "VLLM_OMNI_SERVER_STORAGE__PATH": str(self.storage),
             **(environment or {}),
         }
         self._start_timeout = start_timeout
@@ -86,6 +82,7 @@ class ApiServer:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
+                cwd=self.log.parent,
                 env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -228,6 +228,30 @@ PATCHES: dict[str, Entry] = {
             ),
             series=("0.30",),
         ),
+        Entry(
+            "video_storage",
+            "storage that deletes its own files only, in servers of port-kit serve",
+            (
+                Precondition("source", "vllm_omni.entrypoints.openai.storage:LocalStorageTTLManager._sweep_once", "?"),
+                Precondition(
+                    "mentions",
+                    "vllm_omni.entrypoints.openai.video.generation.helpers:_run_video_generation_job",
+                    "STORAGE_MANAGER, save",
+                ),
+                Precondition(
+                    "mentions", "vllm_omni.entrypoints.openai.api_server:download_video", "STORAGE_MANAGER, open, path"
+                ),
+                Precondition("mentions", "vllm_omni.entrypoints.openai.api_server:delete_video", "STORAGE_MANAGER"),
+            ),
+        ),
+        Entry(
+            "engine_shutdown",
+            "time for running requests before the engine stops, in servers of port-kit serve",
+            (
+                Precondition("mentions", "vllm.entrypoints.launchers.launcher:serve_http", "engine_client, shutdown"),
+                Precondition("mentions", "vllm_omni.entrypoints.utils:PureDiffusionLauncherAdapter", "_wrapped"),
+            ),
+        ),
     )
 }
 

@@ -1,0 +1,157 @@
+"""A server with API keys, a folder of LoRA files, an allowed host and a small disk, for requests meant to break it."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import shlex
+import struct
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from port_kit.models.ovi import PORT
+from port_kit.testing.server import ApiServer
+from port_kit.testing.tiny_port import download_tiny
+
+ALICE, BOB = "alice-key", "bob-key"
+GOOD = {"prompt": "rain", "num_inference_steps": "1", "seed": "1"}
+LIMIT = 300.0
+#: Options of the server in these tests.
+UPLOAD_SECONDS, DRAIN_SECONDS, MAX_UPLOAD_MB, MAX_QUEUE, DISK_KB = 3, 4, 2, 6, 512
+
+
+def png(width: int, height: int) -> bytes:
+    """Return a black PNG, of any size in a few kB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row, packer = b"\0" * ((width + 7) // 8 + 1), zlib.compressobj(9)
+    packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def small_png() -> bytes:
+    """Return a picture that Ovi takes as its first frame."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 80, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclass
+class Outside:
+    """A web server that references could be fetched from.
+
+    Attributes:
+        port: on the loopback interface.
+        asked: paths of all requests.
+    """
+
+    port: int = 0
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Address of the server."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def outside() -> Iterator[Outside]:
+    """Run a web server with a picture, redirects, a huge file, an answer that never ends, and 404."""
+    found = Outside()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            found.asked.append(self.path)
+            headers: dict[str, str] = {}
+            status, body = 200, small_png()
+            if self.path.startswith("/to/"):
+                status, body, headers = 302, b"", {"Location": self.path.removeprefix("/to/")}
+            elif self.path == "/gzip":
+                body, headers = zlib.compress(b"\0" * 2**20), {"Content-Encoding": "gzip"}
+            elif self.path == "/huge":
+                body = b"\0" * (10 * 2**20)
+            elif self.path == "/none":
+                status, body = 404, b"none"
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            try:
+                self.wfile.write(body)
+            except OSError:
+                pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        found.port = server.server_port
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield found
+        server.shutdown()
+
+
+@dataclass
+class Target:
+    """The server, and a client for each API key.
+
+    Attributes:
+        disk: its folder of finished videos, on a disk of :data:`DISK_KB` of its own.
+        loras: its folder of LoRA files.
+    """
+
+    server: ApiServer
+    alice: httpx.Client
+    bob: httpx.Client
+    disk: Path
+    loras: Path
+    web: Outside
+
+    def sync(self, fields: dict[str, Any] | None = None, files: Any = None) -> httpx.Response:
+        """Send a request for a video as the first client."""
+        return self.alice.post("/v1/videos/sync", data={**GOOD, **(fields or {})}, files=files)
+
+    def submit(self, fields: dict[str, Any] | None = None) -> str:
+        """Start a job of the first client, and return its id."""
+        response = self.alice.post("/v1/videos", data={**GOOD, **(fields or {})})
+        assert response.status_code == 200, response.text
+        return str(response.json()["id"])
+
+
+@contextmanager
+def target(folder: Path) -> Iterator[Target]:
+    """Start the server, with a disk of its own in a mount namespace of its own."""
+    model = download_tiny(PORT, folder / "model").directory
+    disk, loras = folder / "disk", folder / "loras"
+    disk.mkdir()
+    loras.mkdir()
+    with outside() as web:
+        options = ["--storage", str(disk), "--api-key", ALICE, "--api-key", BOB, "--lora-root", str(loras)]
+        options += ["--reference-host", f"127.0.0.1:{web.port}", "--reference-host", "localhost"]
+        options += ["--upload-seconds", str(UPLOAD_SECONDS), "--drain-seconds", str(DRAIN_SECONDS)]
+        options += ["--max-upload-mb", str(MAX_UPLOAD_MB), "--max-queue", str(MAX_QUEUE), "--fetch-seconds", "5"]
+        script = folder / "serve.sh"
+        start = f"mount -t tmpfs -o size={DISK_KB}k tmpfs {shlex.quote(str(disk))}"
+        start += f' && exec {shlex.quote(sys.executable)} -m port_kit serve "$@"'
+        script.write_text(f'exec unshare -rm sh -c {shlex.quote(start)} sh "$@"\n', encoding="utf-8")
+        arguments = [*options, "--dtype", "float32", "--enforce-eager"]
+        variables = {"OMP_NUM_THREADS": "1"}
+        with ApiServer(model, *arguments, folder=folder, environment=variables, script=script) as server:
+            clients = [
+                httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=LIMIT)
+                for key in (ALICE, BOB)
+            ]
+            seen = Path(f"/proc/{server.pid}/root") / disk.relative_to("/")
+            yield Target(server, *clients, seen, loras, web)

@@ -1,0 +1,281 @@
+"""Requests that a server must survive: wrong names and values, huge bodies, foreign files, a full disk, a signal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.helpers import wait_until
+from tests.serving import hostile
+from tests.serving.hostile import ALICE, DRAIN_SECONDS, GOOD, LIMIT, MAX_QUEUE, UPLOAD_SECONDS, Target, png, small_png
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    with hostile.target(tmp_path_factory.mktemp("hostile")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def first(target: Target) -> bytes:
+    """The video of the good request."""
+    response = target.sync()
+    assert response.status_code == 200, response.text
+    return response.content
+
+
+def refused(response: httpx.Response, *parts: str, status: int = 400) -> str:
+    """Return the message of an error; all errors have one form."""
+    assert response.status_code == status, response.text[:500]
+    body = response.json()
+    assert list(body) == ["error"] and list(body["error"]) == ["message", "type", "param", "code"], body
+    assert body["error"]["code"] == status
+    message = str(body["error"]["message"])
+    assert all(part in message for part in parts), message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ({"shfit": 3}, ("'shfit'", "'shift'")),
+        ({"Shift": 3}, ("'Shift'", "'shift'")),
+        ({"solver": "euler"}, ("'solver'", "'solver_name'")),
+        ({"sampler": "euler"}, ("'sampler'",)),
+        ({"video_cfg_scale": 3}, ("'video_cfg_scale'", "'video_guidance_scale'")),
+        ({"seed": 5}, ("'seed'", "field of the form")),
+        ({"height": 640, "width": 640}, ("'height'", "field of the form")),
+        ({"duration": 9}, ("'duration'",)),
+        ({"image": "/etc/passwd"}, ("'image'",)),
+        ({"generate_sound": 0}, ("'generate_sound'",)),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_name(
+    target: Target, option: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    refused(target.sync({"extra_params": json.dumps(option)}), "[input_value]", *parts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"aspect_ratio": "9:16"}, ("'aspect_ratio'",)),
+        ({"guidance_scale_2": "5"}, ("'guidance_scale_2'", "'guidance_scale'")),
+        ({"frame_interpolation_exp": "3"}, ("'frame_interpolation_exp'",)),
+        ({"strength": "0.3"}, ("'strength'",)),
+        ({"shift": "3"}, ("'shift'", "extra_params")),
+        ({"num_frames": "1"}, ("num_frames is 1", "121")),
+        ({"width": "640"}, ("only width",)),
+        ({"size": "640x640", "width": "640"}, ("size",)),
+        ({"size": "0x0"}, ("'0x0'",)),
+        ({"negative_prompt": ""}, ("negative_prompt is empty",)),
+        ({"prompt": "  "}, ("[input_missing] prompt",)),
+        ({"seconds": "9"}, ("seconds is 9", "5.04 s")),
+        ({"fps": "25"}, ("fps is 25", "24")),
+        ({"num_outputs_per_prompt": "10"}, ("num_outputs_per_prompt is 10",)),
+        ({"seed": "1e3"}, ("[input_type] seed is '1e3'",)),
+        ({"seed": "9" * 40}, ("[input_type] seed",)),
+        ({"guidance_scale": "inf"}, ("[input_type] guidance_scale",)),
+        ({"extra_params": "[1]"}, ("[input_type] extra_params",)),
+        ({"extra_params": "[" * 100_000}, ("extra_params is no valid JSON",)),
+    ],
+)
+def test_a_wrong_field_is_refused(target: Target, fields: dict[str, str], parts: tuple[str, ...]) -> None:
+    refused(target.sync(fields), *parts)
+
+
+def test_the_length_of_the_model_may_be_given(target: Target, first: bytes) -> None:
+    for fields in ({"seconds": "5"}, {"num_frames": "121", "fps": "24"}):
+        response = target.sync(fields)
+        assert (response.status_code, response.content == first) == (200, True), response.text[:300]
+
+
+def test_an_image_is_the_same_by_any_way(target: Target, first: bytes) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(small_png()).decode()}"
+    upload = ("picture", small_png(), "application/octet-stream")
+    answers = [
+        target.sync(files={"input_reference": upload}),
+        target.sync(files={"input_references": upload}),
+        target.sync({"image_reference": json.dumps({"image_url": url})}),
+        target.sync({"image_reference": json.dumps([{"image_url": f"{target.web.url}/a.png"}])}),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4, [answer.text[:200] for answer in answers]
+    assert len({answer.content for answer in answers}) == 1 and answers[0].content != first
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        ([png(13_300, 13_300)], ("[input_size]", "13300x13300")),
+        ([b"GIF89a" + b"\0" * 40], ("reference 1",)),
+        ([b"ffconcat version 1.0\nfile /etc/passwd\n"], ("reference 1",)),
+        ([b"#EXTM3U\nhttp://127.0.0.1/\n"], ("reference 1",)),
+        ([small_png(), small_png()], ("[input_count] 2 references", "at most 1")),
+        ([small_png()[:40]], ("reference 1",)),
+    ],
+    ids=["huge", "gif", "ffconcat", "playlist", "two", "cut"],
+)
+def test_a_reference_is_refused_for_its_content(target: Target, files: list[bytes], parts: tuple[str, ...]) -> None:
+    before = target.server.memory()
+    refused(target.sync(files=[("input_references", ("a.png", content)) for content in files]), *parts)
+    assert target.server.memory() < before + 50e6
+
+
+def reference(target: Target, *urls: str) -> httpx.Response:
+    return target.sync({"image_reference": json.dumps([{"image_url": url} for url in urls])})
+
+
+def test_references_come_from_allowed_hosts_only(target: Target) -> None:
+    web, asked = target.web, len(target.web.asked)
+    for url in ("http://10.0.0.1/a.png", "http://127.0.0.1:1/", "file:///etc/passwd", "http://\0", "gopher://x/"):
+        refused(reference(target, url), "references may be fetched from")
+    for url in (f"http://localhost:{web.port}/a.png", f"http://x@127.0.0.1:{web.port}/", "http://2130706433/"):
+        refused(reference(target, url), "references may be fetched from")
+    refused(reference(target, *[f"{web.url}/a.png"] * 200), "[input_count] 200 references")
+    assert len(web.asked) == asked
+
+
+def test_an_allowed_name_must_have_a_public_address(target: Target) -> None:
+    message = refused(reference(target, "http://localhost/a.png"))
+    assert message == "a reference could not be fetched from localhost"
+
+
+def test_answers_of_other_servers_tell_nothing(target: Target) -> None:
+    web = target.web
+    paths = ["/none", "/gzip", "/huge", "/to//none", f"/to/{web.url}/to/{web.url}/none"]
+    messages = {refused(reference(target, f"{web.url}{path}")) for path in paths}
+    assert messages == {"a reference could not be fetched from 127.0.0.1"}
+    refused(reference(target, f"{web.url}/to/http://10.0.0.1/"), "references may be fetched from")
+    assert reference(target, f"{web.url}/to/{web.url}/a.png").status_code == 200
+
+
+def test_a_body_is_bounded_while_it_arrives(target: Target) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="whatever"; filename="a"\r\n\r\n'
+        while True:
+            yield b"\0" * 2**16
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    # a client may see that the connection is closed before it reads the answer
+    try:
+        refused(target.alice.post("/v1/videos/sync", content=endless(), headers=headers), "--max-upload-mb")
+    except (httpx.WriteError, httpx.RemoteProtocolError):
+        pass
+    declared = {**headers, "Content-Length": str(10**9)}
+    with socket.create_connection(("127.0.0.1", target.server.port), 10) as client:
+        client.settimeout(LIMIT)
+        lines = [f"{name}: {value}" for name, value in {**declared, "Authorization": f"Bearer {ALICE}"}.items()]
+        client.sendall(("POST /v1/videos/sync HTTP/1.1\r\nHost: x\r\n" + "\r\n".join(lines) + "\r\n\r\n").encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_a_slow_upload_ends(target: Target) -> None:
+    with socket.create_connection(("127.0.0.1", target.server.port), 10) as client:
+        client.settimeout(LIMIT)
+        head = "POST /v1/videos/sync HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        client.sendall(f"{head}Authorization: Bearer {ALICE}\r\nContent-Length: 1000\r\n\r\n--b".encode())
+        started = time.monotonic()
+        assert client.recv(100).startswith(b"HTTP/1.1 408")
+        assert UPLOAD_SECONDS - 1 < time.monotonic() - started < UPLOAD_SECONDS + 20
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/none", "/proc/self/environ", "owner/name", "../model", "a\0b"])
+def test_loras_outside_their_folder_do_not_exist(target: Target, path: str) -> None:
+    message = refused(target.sync({"lora": json.dumps({"name": "x", "path": path})}))
+    assert message == f"lora: this server has no LoRA {path!r}"
+
+
+@pytest.mark.parametrize("scale", ["NaN", "Infinity", "1e308", "[1]", '"1"', "true"])
+def test_the_scale_of_a_lora_is_bounded(target: Target, scale: str) -> None:
+    (target.loras / "any.safetensors").write_bytes(b"")
+    refused(target.sync({"lora": f'{{"name": "any", "scale": {scale}}}'}), "scale of lora")
+
+
+def test_keys_of_a_lora_are_exact(target: Target) -> None:
+    refused(target.sync({"lora": '{"name": "any", "int_id": 77}'}), "'int_id'")
+
+
+def test_clients_see_their_own_jobs_only(target: Target, first: bytes) -> None:
+    job = target.submit({"prompt": "a secret script", "seed": "7"})
+    wait_until(lambda: target.alice.get(f"/v1/videos/{job}").json()["status"] == "completed", LIMIT, pause=0.2)
+    assert [entry["id"] for entry in target.alice.get("/v1/videos?limit=5").json()["data"]] == [job]
+    assert target.bob.get("/v1/videos").json()["data"] == []
+    for method, path in (("GET", job), ("GET", f"{job}/content"), ("DELETE", job)):
+        refused(target.bob.request(method, f"/v1/videos/{path}"), "not found", status=404)
+    record = target.alice.get(f"/v1/videos/{job}").json()
+    assert (record["seconds"], record["seed"], record["num_inference_steps"]) == ("5.04", 7, 1)
+    assert target.alice.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert target.alice.get("/v1/videos").json()["data"] == []
+
+
+def test_without_a_key_nothing_is_served(target: Target) -> None:
+    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos/sync"), ("GET", "/v1/models")):
+        refused(httpx.request(method, target.server.url + path), "API key", status=401)
+        wrong = {"Authorization": "Bearer wrong"}
+        refused(httpx.request(method, target.server.url + path, headers=wrong), "API key", status=401)
+    assert httpx.get(f"{target.server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/responses", "/tokenize", "/invocations", "/scale_elastic_ep", "/v1/omni/sleep"]
+)
+def test_other_endpoints_do_not_exist(target: Target, path: str) -> None:
+    refused(target.alice.post(path, json={"prompt": "x", "model": "x"}), "no endpoint", status=404)
+
+
+def test_a_full_queue_is_answered_with_a_time(target: Target) -> None:
+    jobs = [target.submit({"num_inference_steps": "200"}) for _ in range(MAX_QUEUE)]
+    response = target.sync()
+    refused(response, f"{MAX_QUEUE} requests", "--max-queue", status=429)
+    assert 1 <= int(response.headers["retry-after"]) <= 600
+    for job in jobs:
+        assert target.alice.delete(f"/v1/videos/{job}").status_code == 200
+    assert target.sync().status_code == 200
+
+
+def test_a_video_survives_a_full_disk(target: Target, first: bytes) -> None:
+    ballast = target.disk / "ballast"
+    with ballast.open("wb") as file, pytest.raises(OSError, match="space"):
+        while True:
+            file.write(b"\0" * 2**12)
+            file.flush()
+    job = target.submit()
+    wait_until(lambda: target.alice.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
+    wait_until(lambda: target.alice.get(f"/v1/videos/{job}").json()["status"] != "in_progress", LIMIT, pause=0.1)
+    assert target.alice.get(f"/v1/videos/{job}/content").content == first
+    assert [path.name for path in target.disk.iterdir()] == ["ballast"]
+    assert target.alice.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert target.alice.get(f"/v1/videos/{job}/content").status_code == 404
+    ballast.unlink()
+
+
+def test_no_traceback_reached_the_log(target: Target) -> None:
+    log = target.server.log.read_text(encoding="utf-8", errors="replace")
+    assert "Traceback" not in log, re.findall(r"Traceback.*?\n.*?\n\S.*", log, re.DOTALL)[:1]
+    assert "secret script" not in log
+
+
+def test_a_signal_ends_the_server_within_the_stated_time(target: Target) -> None:
+    answers: list[httpx.Response] = []
+    long = {**GOOD, "num_inference_steps": "1000"}
+    work = threading.Thread(target=lambda: answers.append(target.sync(long)))
+    work.start()
+    time.sleep(2)
+    started = time.monotonic()
+    os.kill(target.server.pid, signal.SIGTERM)
+    wait_until(lambda: target.bob.post("/v1/videos/sync", data=GOOD).status_code == 503, DRAIN_SECONDS)
+    work.join(DRAIN_SECONDS + 60)
+    refused(answers[0], "being stopped", status=503)
+    wait_until(lambda: not target.server.is_alive(), 60, pause=0.1)
+    assert DRAIN_SECONDS - 1 < time.monotonic() - started
