@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -56,9 +55,9 @@ def refused(response: httpx.Response, *parts: str, status: int = 400) -> str:
         ({"video_cfg_scale": 3}, ("'video_cfg_scale'", "'video_guidance_scale'")),
         ({"seed": 5}, ("'seed'", "field of the form")),
         ({"height": 640, "width": 640}, ("'height'", "field of the form")),
-        ({"duration": 9}, ("'duration'",)),
+        ({"duration": 9}, ("duration is 9",)),
         ({"image": "/etc/passwd"}, ("'image'",)),
-        ({"generate_sound": 0}, ("'generate_sound'",)),
+        ({"generate_sound": 0}, ("generate_sound is 0",)),
     ],
 )
 def test_an_unknown_option_is_refused_with_the_nearest_name(
@@ -246,10 +245,9 @@ def test_a_full_queue_is_answered_with_a_time(target: Target) -> None:
 
 def test_a_video_survives_a_full_disk(target: Target, first: bytes) -> None:
     ballast = target.disk / "ballast"
-    with ballast.open("wb") as file, pytest.raises(OSError, match="space"):
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
         while True:
             file.write(b"\0" * 2**12)
-            file.flush()
     job = target.submit()
     wait_until(lambda: target.alice.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
     wait_until(lambda: target.alice.get(f"/v1/videos/{job}").json()["status"] != "in_progress", LIMIT, pause=0.1)
@@ -260,15 +258,14 @@ def test_a_video_survives_a_full_disk(target: Target, first: bytes) -> None:
     ballast.unlink()
 
 
-def test_no_traceback_reached_the_log(target: Target) -> None:
+def test_the_log_has_neither_refusals_nor_prompts(target: Target) -> None:
     log = target.server.log.read_text(encoding="utf-8", errors="replace")
-    assert "Traceback" not in log, re.findall(r"Traceback.*?\n.*?\n\S.*", log, re.DOTALL)[:1]
-    assert "secret script" not in log
+    assert "InputError" not in log and "secret script" not in log
 
 
 def test_a_signal_ends_the_server_within_the_stated_time(target: Target) -> None:
     answers: list[httpx.Response] = []
-    long = {**GOOD, "num_inference_steps": "1000"}
+    long = {**GOOD, "num_inference_steps": "200"}
     work = threading.Thread(target=lambda: answers.append(target.sync(long)))
     work.start()
     time.sleep(2)
