@@ -1,8 +1,8 @@
-"""Many clients at once against one server: good requests, bad ones, clients that hang up; then the same request again.
+"""Many clients at once against one server: good requests, hostile ones, clients that leave; then one request again.
 
 The server is started on a tiny model. Printed are, as JSON: requests by what was asked and what came back, latencies of
-the good ones and of refusals, the server's resident memory before and after each round, what is left in its job store
-and its storage, and whether one request gives the same bytes before and after.
+the good ones, of refusals and of ``/health``, the server's resident memory before and after each round, what is left in
+its job store and its storage, and whether one request gives the same bytes before and after.
 
     python benchmarks/serving_storm.py --requests 50 --rounds 3
 """
@@ -37,6 +37,7 @@ from port_kit.testing.tiny_port import download_tiny
 #: What one request asks for. Clients that hang up ask for so many steps that they cannot be done before.
 GOOD = {"prompt": "two people talk", "width": "96", "height": "64", "num_inference_steps": "1", "seed": "3"}
 LONG = {**GOOD, "num_inference_steps": "200"}
+KEY = "storm"
 LIMIT = 600.0  # seconds that any request may take
 
 
@@ -116,6 +117,17 @@ class Storm:
         return f"{deleted.status_code}, then {after.status_code}"
 
 
+#: A script that makes FFmpeg read another file.
+PLAYLIST = b"ffconcat version 1.0\nfile /etc/passwd\n"
+
+
+def _huge() -> bytes:
+    """Return a picture of 177 million pixels in a few kB."""
+    buffer = io.BytesIO()
+    Image.new("1", (13_300, 13_300)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 Files = list[tuple[str, tuple[str, bytes, str]]]
 BAD: dict[str, Callable[[Files], tuple[dict[str, str], Files]]] = {
     "no references": lambda files: (GOOD, []),
@@ -123,6 +135,14 @@ BAD: dict[str, Callable[[Files], tuple[dict[str, str], Files]]] = {
     "no steps": lambda files: ({**GOOD, "num_inference_steps": "0"}, files),
     "broken picture": lambda files: (GOOD, [(files[0][0], ("a.png", files[0][1][1][:80], "image/png")), *files[1:]]),
     "broken voice": lambda files: (GOOD, [*files[:-1], (files[-1][0], ("b.wav", b"RIFF junk", "audio/wav"))]),
+    "unknown option": lambda files: ({**GOOD, "extra_params": '{"shfit": 3}'}, files),
+    "unknown field": lambda files: ({**GOOD, "nonsense": "1"}, files),
+    "huge picture": lambda files: (GOOD, [(files[0][0], ("a.png", _huge(), "image/png")), *files[1:]]),
+    "playlist": lambda files: (GOOD, [*files[:-1], (files[-1][0], ("b.wav", PLAYLIST, "audio/wav"))]),
+    "internal address": lambda files: ({**GOOD, "image_reference": '{"image_url": "http://127.0.0.1/"}'}, files[1:]),
+    "foreign LoRA": lambda files: ({**GOOD, "lora": '{"name": "x", "path": "/etc/passwd"}'}, files),
+    "large upload": lambda files: (GOOD, [*files, ("whatever", ("a.bin", bytes(70 * 10**6), "video/mp4"))]),
+    "overflow": lambda files: ({**GOOD, "extra_params": '{"video_cfg_scale": 1e308}'}, files),
     "deep JSON": lambda files: ({**GOOD, "extra_params": "[" * 100_000}, files),
 }
 
@@ -160,17 +180,21 @@ async def run(url: str, requests: int, rounds: int, seed: int, memory: Callable[
     random.seed(seed)
     # No connection is used twice: the server closes idle ones, also just when the next request is on its way.
     limits = httpx.Limits(max_connections=requests + 8, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=LIMIT, limits=limits) as http:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(base_url=url, timeout=LIMIT, limits=limits, headers=headers) as http:
         files = references()
         before = await http.post("/v1/videos/sync", data=GOOD, files=files)
         before.raise_for_status()
         storm = Storm(http, files, before.content)
         resident = [memory()]
+        health: list[float] = []
+        watch = asyncio.create_task(_watch_health(url, health))
         started = time.perf_counter()
         for number in range(rounds):
             await asyncio.gather(*(storm.one(kind) for kind in plan(requests, seed + number)))
             resident.append(memory())
         seconds = time.perf_counter() - started
+        watch.cancel()
         after = await http.post("/v1/videos/sync", data=GOOD, files=files)
         left = (await http.get("/v1/videos")).json()["data"]
     return {
@@ -181,10 +205,21 @@ async def run(url: str, requests: int, rounds: int, seed: int, memory: Callable[
         "statuses": dict(sorted(Counter(answer.outcome for answer in storm.answers).items())),
         "latency_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in ("sync", "job")]),
         "refusal_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in BAD]),
+        "health_s": _latencies(health or [0.0]),
         "resident_mb": [round(value / 1e6, 1) for value in resident],
         "jobs_left": len(left),
         "same_bytes_after": after.status_code == 200 and after.content == before.content,
     }
+
+
+async def _watch_health(url: str, seconds: list[float]) -> None:
+    """Ask for the server's health twice a second, over connections of its own."""
+    async with httpx.AsyncClient(base_url=url, timeout=LIMIT) as http:
+        while True:
+            started = time.perf_counter()
+            (await http.get("/health")).raise_for_status()
+            seconds.append(time.perf_counter() - started)
+            await asyncio.sleep(0.5)
 
 
 def _outcomes(answers: list[Answer]) -> dict[str, dict[str, int]]:
@@ -216,7 +251,16 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="port-kit-storm-")))
         model = arguments.model or download_tiny(PORT, folder / "model").directory
-        server = stack.enter_context(ApiServer(model, "--dtype", "float32", "--enforce-eager", folder=folder))
+        options = (
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--api-key",
+            KEY,
+            "--max-queue",
+            f"{arguments.requests + 8}",
+        )
+        server = stack.enter_context(ApiServer(model, *options, folder=folder))
         report = asyncio.run(run(server.url, arguments.requests, arguments.rounds, arguments.seed, server.memory))
         report["files_left"] = len(list(server.storage.iterdir()))
         report["alive"] = server.is_alive()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import mimetypes
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -44,12 +45,15 @@ class VideoClient:
     Args:
         url: of the server, without ``/v1``.
         timeout: seconds that a sync request may take; the server's own limit is VLLM_OMNI_VIDEO_SYNC_TIMEOUT.
+        key: API key, for a server that has some.
     """
 
-    def __init__(self, url: str, timeout: float = 600.0) -> None:
+    def __init__(self, url: str, timeout: float = 600.0, key: str = "") -> None:
         # No connection is used twice: the server closes idle ones, also just when the next request is on its way.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(base_url=url, limits=limits, timeout=httpx.Timeout(timeout, connect=10.0))
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeouts = httpx.Timeout(timeout, connect=10.0)
+        self._http = httpx.Client(base_url=url, limits=limits, timeout=timeouts, headers=headers)
 
     def generate(self, fields: Mapping[str, Any], files: Iterable[Upload] = ()) -> bytes:
         """Return the MP4 of one request; the connection stays open while it is made, and closing it cancels it.
@@ -97,7 +101,7 @@ class VideoClient:
         return _checked(self._http.get(f"/v1/videos/{job}/content")).content
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Return all jobs that the server knows, the newest first."""
+        """Return all jobs of this client's API key, the newest first."""
         return _checked(self._http.get("/v1/videos")).json()["data"]
 
     def delete(self, job: str) -> None:
@@ -134,6 +138,7 @@ def request_parser(documentation: str, options: Mapping[str, type], output: str)
     """
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="http://127.0.0.1:8000")
+    parser.add_argument("--api-key", default=os.environ.get("API_KEY", ""), help="default: the variable API_KEY")
     parser.add_argument("-o", "--output", default=output)
     parser.add_argument("--sync", action="store_true", help="one request that stays open, instead of a job")
     request = parser.add_argument_group("request (defaults are the model's)")
@@ -155,7 +160,7 @@ def form_of(arguments: argparse.Namespace, options: Iterable[str]) -> dict[str, 
 
 def ask(arguments: argparse.Namespace, fields: Mapping[str, Any], files: Iterable[Upload]) -> int:
     """Ask for one video and write it; return 1 where the server refused, with its reason on stderr."""
-    client = VideoClient(arguments.server)
+    client = VideoClient(arguments.server, key=arguments.api_key)
     try:
         video = (client.generate if arguments.sync else client.run)(fields, files)
     except RefusedError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -12,6 +14,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+#: Time in which a refused client may finish its body.
+_LINGER_SECONDS = 5.0
 #: ``type`` of an error by status, as in the APIs of OpenAI and vLLM.
 _TYPES = {
     400: "BadRequestError",
@@ -45,18 +49,40 @@ def error_body(status: int, message: str) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
 
 
-async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-    """Send a complete JSON answer."""
-    lines = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
-    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in lines.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
+class Incoming:
+    """Wraps ``receive`` of one request.
+
+    Attributes:
+        is_complete: True once the body has arrived, or the client has left.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.is_complete = False
+
+    async def __call__(self) -> Message:
+        """Return the next message of the client."""
+        message = await self._receive()
+        self.is_complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
 
 
-async def refuse(send: Send, refusal: Refusal) -> None:
-    """Send a refusal, and close the connection: what remains of the request is not read."""
-    headers = {"connection": "close", **refusal.headers}
-    await respond(send, refusal.status, error_body(refusal.status, refusal.message), headers)
+async def refuse(receive: Incoming, send: Send, refusal: Refusal) -> None:
+    """Send a refusal, and close the connection.
+
+    A client that is still sending its body gets a while to notice the answer; its data are thrown away. A connection
+    that is closed at once would be reset, and the answer lost.
+    """
+    body = error_body(refusal.status, refusal.message)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    lines = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (headers | refusal.headers).items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": lines})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while not receive.is_complete:
+                await receive()
+    await send({"type": "http.response.body", "body": b""})
 
 
 def header(scope: Scope, name: str) -> str | None:

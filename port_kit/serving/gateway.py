@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from port_kit.errors import InputError
+from port_kit.runtime.refusals import hide_tracebacks_of_refusals
 from port_kit.serving.answers import Answer, StalledError
-from port_kit.serving.asgi import App, Message, Receive, Refusal, Scope, Send, header, refuse
+from port_kit.serving.asgi import App, Incoming, Message, Receive, Refusal, Scope, Send, header, refuse
 from port_kit.serving.forms import Disconnected, read_form, read_json, replay, with_body
 from port_kit.serving.image_form import JSON_ENDPOINTS, body_names, check_image_form, check_json
 from port_kit.serving.jobs import JOB, Job, Jobs, client_of, digest
@@ -57,12 +58,21 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
-            self._start(scope["app"].state)
-            await self._app(scope, receive, send)
+            await self._live(scope, receive, send)
         elif scope["type"] == "http":
-            await self._answer(scope, receive, send)
+            await self._answer(scope, Incoming(receive), send)
         else:
             await send({"type": "websocket.close", "code": 1008})
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Start with the server; end it if the gateway cannot start: uvicorn would serve without it."""
+        try:
+            self._start(scope["app"].state)
+        except Exception as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": f"the gateway cannot start: {error}"})
+            return
+        await self._app(scope, receive, send)
 
     def _start(self, state: Any) -> None:
         from vllm_omni.entrypoints.openai import api_server
@@ -79,8 +89,9 @@ class Gateway:
         storage = use_own_storage([api_server, helpers], self._limits.keep_seconds)
         self._sweeping = asyncio.ensure_future(storage.start())
         self._lifecycle.start(state)
+        hide_tracebacks_of_refusals()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Incoming, send: Send) -> None:
         answer = Answer(send, self._limits.idle_seconds)
         task = asyncio.current_task()
         assert task is not None
@@ -88,15 +99,15 @@ class Gateway:
             with self._lifecycle.tracked(task):
                 await self._route(scope, receive, answer)
         except Refusal as refusal:
-            await refuse(send, refusal)
+            await refuse(receive, send, refusal)
         except InputError as error:
-            await refuse(send, Refusal(400, str(error)))
+            await refuse(receive, send, Refusal(400, str(error)))
         except (Disconnected, StalledError):
             logger.info("the client of %s left", scope["path"])
         except asyncio.CancelledError:
             if self._lifecycle.ending is None or answer.has_started:
                 raise
-            await refuse(send, Refusal(503, self._lifecycle.ending))
+            await refuse(receive, send, Refusal(503, self._lifecycle.ending))
 
     async def _route(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         method, path = scope["method"], scope["path"]

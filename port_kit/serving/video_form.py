@@ -204,15 +204,15 @@ async def _set_references(form: Form, served: Served, limits: Limits) -> None:
         raise Refusal(400, f"[input_count] {count} references; this model takes at most {served.max_references}")
     kinds = ("image", "audio") if served.port is None else served.port.references
     found: dict[str, list[Upload]] = {"image": [], "audio": []}
-    for number, upload in enumerate(files, 1):
+    for upload in files:
         content = upload.file.read()
-        await asyncio.to_thread(_add, found, content, f"reference {number}", kinds)
+        await asyncio.to_thread(_add, found, content, kinds)
         upload.file.close()
     fetcher = Fetcher(limits, limits.max_body)
     for kind, listed in urls.items():
-        for number, url in enumerate(listed, 1):
+        for url in listed:
             content = await content_of(url, fetcher)
-            await asyncio.to_thread(_add, found, content, f"{kind}_reference {number}", (kind,))
+            await asyncio.to_thread(_add, found, content, (kind,))
     guides = [upload for upload in form.uploads if upload.field == "guide_files"]
     for number, upload in enumerate(guides):
         check_image(upload.file.read(), name=f"guide_files[{number}]")
@@ -235,9 +235,10 @@ def _urls(form: Form, kind: str) -> list[str]:
     return [entry[key] for entry in listed]
 
 
-def _add(found: dict[str, list[Upload]], content: bytes, name: str, wanted: Sequence[str]) -> None:
+def _add(found: dict[str, list[Upload]], content: bytes, wanted: Sequence[str]) -> None:
     """Check a reference by its content, and add it as a file that vLLM-Omni's server recognizes by its name."""
     kind, suffix = _kind_of(content)
+    name = f"reference {kind} {len(found[kind]) + 1}"
     if kind not in wanted:
         raise Refusal(400, f"[input_value] {name} is no {' or '.join(wanted)} file that this model reads")
     if len(content) > MAX_BYTES[kind]:

@@ -232,7 +232,11 @@ PATCHES: dict[str, Entry] = {
             "video_storage",
             "storage that deletes its own files only, in servers of port-kit serve",
             (
-                Precondition("source", "vllm_omni.entrypoints.openai.storage:LocalStorageTTLManager._sweep_once", "?"),
+                Precondition(
+                    "source",
+                    "vllm_omni.entrypoints.openai.storage:LocalStorageTTLManager._sweep_once",
+                    "03b27f1235f1ddae",
+                ),
                 Precondition(
                     "mentions",
                     "vllm_omni.entrypoints.openai.video.generation.helpers:_run_video_generation_job",

@@ -18,15 +18,16 @@ EXAMPLES = ROOT / "examples" / "online_serving"
 
 
 @contextmanager
-def serving(recipe: Recipe, folder: Path, **environment: str) -> Iterator[ApiServer]:
+def serving(recipe: Recipe, folder: Path, *options: str, **environment: str) -> Iterator[ApiServer]:
     """Serve the tiny model of a recipe; the server's process group is killed in the end."""
     model = download_tiny(find_port(recipe.name), folder / "model").directory
     variables = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
-    with ApiServer(model, "--dtype", "float32", "--enforce-eager", folder=folder, environment=variables) as running:
+    arguments = ("--dtype", "float32", "--enforce-eager", *options)
+    with ApiServer(model, *arguments, folder=folder, environment=variables) as running:
         yield running
 
 
-def run_client(command: list[str], server: ApiServer) -> subprocess.CompletedProcess[str]:
+def run_client(command: list[str], server: ApiServer, key: str = "") -> subprocess.CompletedProcess[str]:
     """Run one of the examples' clients against a server, whose address a shell script reads from SERVER."""
-    environment = {**os.environ, "SERVER": server.url, "NO_PROXY": "127.0.0.1"}
+    environment = {**os.environ, "SERVER": server.url, "NO_PROXY": "127.0.0.1", "API_KEY": key}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -26,7 +26,7 @@ ALICE, BOB = "alice-key", "bob-key"
 GOOD = {"prompt": "rain", "num_inference_steps": "1", "seed": "1"}
 LIMIT = 300.0
 #: Options of the server in these tests.
-UPLOAD_SECONDS, DRAIN_SECONDS, MAX_UPLOAD_MB, MAX_QUEUE, DISK_KB = 3, 4, 2, 6, 512
+UPLOAD_SECONDS, DRAIN_SECONDS, MAX_UPLOAD_MB, MAX_QUEUE, DISK_KB = 3, 4, 2, 6, 4096
 
 
 def png(width: int, height: int) -> bytes:
