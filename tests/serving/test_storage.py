@@ -50,10 +50,11 @@ def test_a_full_disk_keeps_the_last_videos_in_memory(tmp_path: Path) -> None:
 
 
 def _fill_disk(folder: Path) -> None:
-    uid, libc = os.getuid(), ctypes.CDLL(None, use_errno=True)
+    uid, gid, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
     asyncio.run(_save_more_than_fits(folder))
 
