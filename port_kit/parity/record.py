@@ -183,7 +183,7 @@ def _git_code(port: Port, original: OriginalImplementation, model: Path, install
         raise ParityError(
             f"the original code of {port.name} ({original.git_code or 'no git code is named'}) has not been fetched",
             code="reference_missing",
-            hint=f"fetch it: {install}; or name a folder that has it: --reference-code DIR",
+            hint=f"fetch it: {install}",
         )
     check_code(code, commit)
     folder = code_folder(code.name, commit)

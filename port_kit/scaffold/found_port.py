@@ -133,8 +133,10 @@ def _templates(found: Found) -> dict[str, str]:
     templates = {f"{name}/{part}.py": f"{template}.py" for part, template in _PACKAGE.items()}
     tests = {**_TESTS, **(_PLANNED if planned else _PORTED)}
     templates |= {f"tests/{part}.py": f"{template}.py" for part, template in tests.items()}
-    if found.code is not None and found.code.classes:
+    if any(map(found.is_original, found.parts)):
         templates[f"{name}/model/original.py"] = "found/original.py"
+    if found.is_compared:
+        templates["tests/test_parity.py"] = "own/test_parity.py"
     if not planned:
         templates[f"{name}/model/transformer.py"] = "own/transformer.py"
     return templates | {

@@ -44,6 +44,11 @@ class Found:
         """Return True if the port takes the module of the git code."""
         return bool(self.class_of(part)) and self.port.path == "external"
 
+    @property
+    def is_compared(self) -> bool:
+        """True if there is git code that ported modules can be compared with."""
+        return self.code is not None and self.port.path != "external"
+
     def module_template(self, part: Part) -> str:
         """Return the template of a part's module; empty for a transformer that is ported."""
         if part.kind == "transformer":
@@ -104,6 +109,8 @@ def _recipe_values(found: Found) -> dict[str, str]:
         "recipe_imports": ("FileRule, GitCode, " if found.code else "FileRule, ") + "Recipe, Repository",
         "recipe_configs": f"{{\n{entries}    }}",
         "recipe_code": _code_text(found.code),
+        "parity_import": "from port_kit.parity import OriginalImplementation\n" if found.is_compared else "",
+        "original": _original_text(found) if found.is_compared else "",
         "config_imports": _imports(known),
         "model_index": literal(index, 4),
     }
@@ -156,6 +163,27 @@ def _code_text(code: FoundCode | None) -> str:
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _original_text(found: Found) -> str:
+    """Return the declaration of the run of the original code, without inputs and modules, which nothing tells."""
+    cases = []
+    for part in (part for part in found.parts if part.is_own):
+        case = {"build": found.class_of(part), "inputs": {}, **({"modules": {}} if part.kind == "transformer" else {})}
+        cases.append(f"            {literal(part.name)}: {literal(case, 12)},\n")
+    return _ORIGINAL.format(code=literal(f"{found.port.name}_original"), cases="".join(cases))
+
+
+_ORIGINAL = """
+#: Run of the original code that ``port-kit verify parity`` compares with; see ``port_kit.parity.run_modules``.
+ORIGINAL = OriginalImplementation(
+    git_code={code},
+    options={{
+        "components": {{
+{cases}        }},
+    }},
+)
+"""
 
 
 def _weights_values(found: Found) -> dict[str, str]:

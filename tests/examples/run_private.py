@@ -27,7 +27,8 @@ def run(name: str, scratch: Path) -> dict[str, Any]:
     model = download_tiny(port, scratch / name).directory
     omni = Omni(model=str(model), dtype="float32", enforce_eager=True, distributed_executor_backend="mp")
     try:
-        (result,) = omni.generate("a crab", OmniDiffusionSamplingParams(num_inference_steps=2, seed=3))
+        sampling = OmniDiffusionSamplingParams(height=24, width=40, num_frames=3, num_inference_steps=2, seed=3)
+        (result,) = omni.generate("a crab", sampling)
         processes = len(psutil.Process().children(recursive=True))
     finally:
         omni.close()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "private_port"
+EXAMPLE = ROOT / "examples" / "worked_ports" / "video"
 KIT = ("port_kit", "models", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -46,7 +46,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packages = Path(subprocess.check_output([found, "-c", ask], text=True, timeout=300).strip())
     # A path line adds the folder but does not run the .pth files in it: the editable install stays out.
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    sources = [_copy(work / "kit", ROOT, KIT), _copy(work / "example", EXAMPLE, ("tidepool", "pyproject.toml"))]
+    sources = [_copy(work / "kit", ROOT, KIT), _copy(work / "example", EXAMPLE, ("driftwood", "pyproject.toml"))]
     install = [*uv, "pip", "install", "--python", str(found), "--no-deps", "--no-build-isolation"]
     subprocess.run([*install, *map(str, sources)], check=True, env=_environment(), timeout=300)
     return found
@@ -56,9 +56,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the port under another name, not installed."""
     target = tmp_path_factory.mktemp("folder")
-    for path in (EXAMPLE / "tidepool").rglob("*.py"):
-        text = path.read_text(encoding="utf-8").replace("tidepool", "rockpool").replace("Tidepool", "Rockpool")
-        copy = target / "rockpool" / path.relative_to(EXAMPLE / "tidepool")
+    for path in (file for file in (EXAMPLE / "driftwood").rglob("*.*") if file.suffix in (".py", ".json", ".toml")):
+        text = path.read_text(encoding="utf-8").replace("driftwood", "rockpool").replace("Driftwood", "Rockpool")
+        copy = target / "rockpool" / path.relative_to(EXAMPLE / "driftwood")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(text, encoding="utf-8")
     return target
@@ -88,7 +88,7 @@ def run(python: Path, folder: Path, tmp_path: Path) -> Run:
         report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
         assert report["kit"].startswith(str(python.parents[1]))
         assert report["processes"] >= 1
-        assert report["shape"] == [9, 48, 64, 3]
+        assert report["shape"] == [3, 24, 40, 3]
         assert report["deviation"] > 1.0
         return report
 
@@ -96,7 +96,7 @@ def run(python: Path, folder: Path, tmp_path: Path) -> Run:
 
 
 def test_an_installed_port_runs_in_a_worker_process(run: Run, python: Path) -> None:
-    assert run("tidepool")["origin"].startswith(str(python.parents[1]))
+    assert run("driftwood")["origin"].startswith(str(python.parents[1]))
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_port_in_a_folder_runs_in_a_worker_process_and_computes_the_same(run: 
     """The engine's tests run another port from a folder, on two workers, in the default suite."""
     report = run("rockpool")
     assert report["origin"] == str(folder / "rockpool" / "pipeline.py")
-    assert report["sum"] == run("tidepool")["sum"]
+    assert report["sum"] == run("driftwood")["sum"]
 
 
 def test_the_command_line_lists_both(python: Path, folder: Path) -> None:
@@ -113,4 +113,4 @@ def test_the_command_line_lists_both(python: Path, folder: Path) -> None:
         command, env=_environment(PORT_KIT_PATH=str(folder)), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert {"tidepool", "rockpool", "dreamid_omni"} <= set(json.loads(done.stdout)["data"])
+    assert {"driftwood", "rockpool", "dreamid_omni"} <= set(json.loads(done.stdout)["data"])

@@ -1,4 +1,4 @@
-"""The commands of docs/port_a_model.md, and the tests of every generated port."""
+"""The commands of docs/port_a_pipeline.md, and the tests of every generated port."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
 from tests.scaffold.helpers import LTX, ROOT, environment, run_pytest
 
-GUIDE = ROOT / "docs" / "port_a_model.md"
+GUIDE = ROOT / "docs" / "port_a_pipeline.md"
 OWN = ("custom", "external", "bypass", "hybrid")
 _BLOCK = re.compile(r"^```bash *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -62,7 +62,6 @@ def check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     recipe = (folder / "ltx_video" / "ltx_video" / "recipe.py").read_text(encoding="utf-8")
     assert re.search(r'revision="[0-9a-f]{40}"', recipe) and 'licence="tiny-licence' in recipe
     assert (folder / "model" / "model_index.json").exists()
-    assert (folder / "my_model" / "original" / "my_model_original" / "model.py").exists()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +121,7 @@ def test_other_outputs_are_linted_and_formatted(output: str, path: str, tmp_path
 
 
 def test_generated_ports_are_linted_and_formatted(ports: Path) -> None:
-    lint(*(ports / name for name in ("ltx_video", "my_model", *(f"of_{path}" for path in OWN))))
+    lint(*(ports / name for name in ("ltx_video", *(f"of_{path}" for path in OWN))))
 
 
 def lint(*folders: Path) -> None:

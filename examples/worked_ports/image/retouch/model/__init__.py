@@ -1,0 +1,1 @@
+"""Model library of retouch: the network, and its comparison with the original code."""
