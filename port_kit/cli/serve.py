@@ -44,7 +44,8 @@ def _number_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     "serve",
     context_settings={"ignore_unknown_options": True},
-    epilog="Example:  port-kit serve DIR --port 8091 --max-queue 16 --lora-root loras --tensor-parallel-size 2",
+    epilog="Examples:  port-kit serve DIR --port 8091 --max-queue 16  |  "
+    "port-kit serve DIR --api-key KEY --lora-root loras --tensor-parallel-size 2",
 )
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
