@@ -80,11 +80,11 @@ def command(
             raise OptionalDependencyError(
                 f"serving needs {name}, which is not installed", hint="pip install 'port-kit[omni]'"
             )
+    variables = Limits(lora_roots=tuple(_folder(root) for root in lora_roots), **limits).to_environment()
     _check_free(host, port)
-    folders = tuple(_folder(root) for root in lora_roots)
     folder = Path(storage).resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    environment = {**os.environ, **Limits(lora_roots=folders, **limits).to_environment()}
+    environment = {**os.environ, **variables}
     environment["VLLM_OMNI_SERVER_STORAGE__PATH"] = str(folder)
     # with this variable, vLLM-Omni's own storage would delete files that it did not write
     environment.pop("VLLM_OMNI_SERVER_STORAGE__FILE_TTL", None)

@@ -10,7 +10,8 @@ from typing import Any
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
 
-KEYS = ("name", "path", "scale")
+#: ``int_id`` is what clients of vLLM-Omni send; files are told apart by their content.
+KEYS = ("name", "path", "scale", "int_id")
 #: Largest magnitude of a scale; trainers publish scales up to 2.
 MAX_SCALE = 10.0
 

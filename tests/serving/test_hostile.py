@@ -202,7 +202,7 @@ def test_the_scale_of_a_lora_is_bounded(target: Target, scale: str) -> None:
 
 
 def test_keys_of_a_lora_are_exact(target: Target) -> None:
-    refused(target.sync({"lora": '{"name": "any", "int_id": 77}'}), "'int_id'")
+    refused(target.sync({"lora": '{"name": "any", "lora_path": "/etc/passwd"}'}), "'lora_path'")
 
 
 def test_clients_see_their_own_jobs_only(target: Target, first: bytes) -> None:
