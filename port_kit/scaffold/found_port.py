@@ -41,6 +41,9 @@ _PLANNED = {"test_plan": "common/test_plan", "test_ranks": "common/test_ranks"}
 _PORTED = {"test_cache": "own/test_cache", "test_parallel": "own/test_parallel"}
 _SUGGEST = "port-kit rules suggest --port {0} --component {1} --source {0}/{1}.json -o {0}/{1}.toml"
 
+#: Code of errors in generated files that wait for their author.
+_UNFINISHED = "port_unfinished"
+
 
 def found_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]:
     """Return the files of a port of an inspected model by their paths.
@@ -182,7 +185,7 @@ def _module_values(found: Found, part: Part) -> dict[str, str]:
         "original_import": "",
         "build_body": "    raise PortKitError(\n"
         f'        "the {part.name} has no module yet; its tensors are listed in {part.name}.json",\n'
-        '        code="port_unfinished",\n'
+        f'        code="{_UNFINISHED}",\n'
         f'        hint="return the module from build_{part.name} in {name}/model/{part.name}.py",\n    )',
     }
 

@@ -187,11 +187,15 @@ def _component_values(port: NewPort) -> dict[str, str]:
         "decode_call": modality["decode_call"],
         "tiny_imports": "TinyComponent, TinyPart",
         "tiny_decoder": '"decoder": TinyComponent(DECODER_OUTLINE, sizes={})',
-        "original_decoder": f'\n            "decoder": {{"build": "{port.name}_original.model:Decoder", '
-        '"inputs": {"latents": LATENTS}},',
+        "original_decoder": _ORIGINAL_DECODER.replace("$name", port.name),
     }
 
 
+_ORIGINAL_DECODER = """
+            "decoder": {
+                "build": "$name_original.model:Decoder",
+                "inputs": {"latents": LATENTS},
+            },"""
 _TWO_COMPONENTS = """\
 (
     Component("transformer", package="$name"),

@@ -81,8 +81,9 @@ class Gateway:
         from port_kit.serving.storage import use_own_storage
         from port_kit.upstream.checks import require
 
-        for entry in ("gateway", "video_storage", "engine_shutdown"):
-            require(entry)
+        require("gateway")
+        require("video_storage")
+        require("engine_shutdown")
         keys = getattr(state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
         self._keys = [digest(key) for key in keys if key]
         # The served storage was started by the server; this one replaces it.

@@ -34,9 +34,10 @@ TEXTS = (
 )
 #: Fields of vLLM-Omni's form that are options of some models; others take them for nothing.
 MODEL_OPTIONS = ("flow_shift", "true_cfg_scale", "generate_sound")
-REFERENCE_FIELDS = ("input_reference", "input_references", "image_reference", "audio_reference")
 GUIDE_FIELDS = ("timeline_guides", "guide_files")
 FILE_FIELDS = ("input_reference", "input_references", "guide_files")
+#: Kinds of references.
+KINDS = ("image", "audio")
 
 #: Largest reference in bytes, by kind, as in vLLM-Omni's server.
 MAX_BYTES = {"image": 30 * 2**20, "audio": 15 * 2**20}
@@ -74,7 +75,8 @@ def _check_names(form: Form, served: Served) -> None:
     options = served.options or ()
     fields = [*INTEGERS, *NUMBERS, *TEXTS, *(name for name in MODEL_OPTIONS if port is None or name in options)]
     if port is None or port.references:
-        fields += REFERENCE_FIELDS
+        fields += FILE_FIELDS[:2]
+        fields += [f"{kind}_reference" for kind in (KINDS if port is None else port.references)]
     if port is None or port.timeline_guides:
         fields += GUIDE_FIELDS
     for name in [*form.fields, *(upload.field for upload in form.uploads)]:
@@ -197,12 +199,12 @@ def _json(form: Form, name: str, kind: type | tuple[type, ...]) -> Any:
 
 async def _set_references(form: Form, served: Served, limits: Limits) -> None:
     """Replace all references of the form by checked files."""
-    urls = {kind: _urls(form, kind) for kind in ("image", "audio")}
+    urls = {kind: _urls(form, kind) for kind in KINDS}
     files = [upload for upload in form.uploads if upload.field != "guide_files"]
     count = len(files) + sum(len(found) for found in urls.values())
     if count > served.max_references and served.port is not None:
         raise Refusal(400, f"[input_count] {count} references; this model takes at most {served.max_references}")
-    kinds = ("image", "audio") if served.port is None else served.port.references
+    kinds = KINDS if served.port is None else served.port.references
     found: dict[str, list[Upload]] = {"image": [], "audio": []}
     for upload in files:
         content = upload.file.read()
@@ -218,7 +220,7 @@ async def _set_references(form: Form, served: Served, limits: Limits) -> None:
         check_image(upload.file.read(), name=f"guide_files[{number}]")
         upload.file.seek(0)
     field = "input_references" if served.max_references > 1 else "input_reference"
-    form.uploads = guides + [upload for kind in ("image", "audio") for upload in found[kind]]
+    form.uploads = guides + [upload for kind in KINDS for upload in found[kind]]
     for upload in form.uploads[len(guides) :]:
         upload.field = field
 

@@ -14,6 +14,7 @@ from port_kit.parallel.verify import ParallelTestCase, verify_parallel
 from port_kit.pipeline.loading import load_pipeline
 from port_kit.port import Port
 from port_kit.registry import find_port, list_ports
+from port_kit.runtime.plugin import register_pipelines
 from port_kit.runtime.single_process import single_rank
 from port_kit.testing import download_tiny
 from port_kit.testing.workers import Request
@@ -32,6 +33,7 @@ def port() -> Iterator[Port]:
         patch.setenv("PORT_KIT_PATH", str(PORTS / "audio"))
         patch.syspath_prepend(str(PORTS / "audio"))
         list_ports.cache_clear()
+        register_pipelines()  # again: this process may have registered ports before
         yield find_port("murmur")
     list_ports.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "murmur"]:
@@ -44,16 +46,18 @@ def model(port: Port, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(download_tiny(port, tmp_path_factory.mktemp("murmur") / "murmur").directory)
 
 
-def flows(model: Path, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Call the transformer on one rank in a dtype, once per length."""
-    found = []
-    with single_rank(dtype), torch.inference_mode():
+def flows(model: Path) -> dict[torch.dtype, list[torch.Tensor]]:
+    """Call the transformer on one rank in float32 and in float64, once per length."""
+    found: dict[torch.dtype, list[torch.Tensor]] = {torch.float32: [], torch.float64: []}
+    with single_rank(torch.float32), torch.inference_mode():
         transformer = load_pipeline(model).transformer
-        for length in LENGTHS:
-            random = torch.Generator().manual_seed(length)
-            latents = torch.randn(1, 12, length, generator=random).to(dtype)
-            text = torch.randint(0, 256, (1, 64), generator=random)
-            found.append(transformer(latents, torch.tensor([0.3], dtype=dtype), text).double())
+        for dtype, outputs in found.items():
+            transformer.to(dtype)
+            for length in LENGTHS:
+                random = torch.Generator().manual_seed(length)
+                latents = torch.randn(1, 12, length, generator=random).to(dtype)
+                text = torch.randint(0, 256, (1, 64), generator=random)
+                outputs.append(transformer(latents, torch.tensor([0.3], dtype=dtype), text).double())
     return found
 
 
@@ -67,7 +71,7 @@ def case(model: Path, lengths: tuple[int, ...]) -> ParallelTestCase:
 
 def test_ranks_are_as_exact_as_one(port: Port, model: Path) -> None:
     """The tolerance is the error of one rank, which a float64 run of the same module shows."""
-    single, exact = flows(model, torch.float32), flows(model, torch.float64)
+    single, exact = flows(model).values()
     error = max(float((a - b).abs().max()) for a, b in zip(single, exact, strict=True))
     assert 0 < error < 1e-4
     layouts = ("tp2", "ulysses2", "ring2", "hsdp2", "ulysses2xring2", "tp2xulysses2")

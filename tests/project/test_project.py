@@ -27,8 +27,9 @@ HEAVY_PACKAGES = (
     "pipeline",
     "scaffold.hosted_port",
     "scaffold.plans",
+    "serving",
 )
-LIGHT = ("port_kit.runtime.target_cache", "port_kit.upstream.series")
+LIGHT = ("port_kit.runtime.target_cache", "port_kit.serving.limits", "port_kit.upstream.series")
 
 
 def _files(*folders: str) -> list[Path]:
