@@ -258,3 +258,5 @@ class ScaffoldError(PortKitError):
 
 class InputError(PortKitError, ValueError):
     """A request cannot be served, because of its references, sizes, counts, prompts or parameters."""
+
+    default_code = "input_value"

@@ -49,7 +49,7 @@ class PromptPipeline(PortPipeline):
         Raises:
             InputError: the request cannot be served.
         """
-        if is_dummy_run and self.options.seconds:  # vLLM-Omni gives every dummy request a size
+        if is_dummy_run:  # vLLM-Omni gives every dummy request a size, which the model may not support
             sampling = replace(sampling, height=None, width=None)
         if is_dummy_run and self.options.images > 1:  # vLLM-Omni gives every dummy request one image
             prompt = {

@@ -11,7 +11,7 @@ from PIL import Image
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 from port_kit.errors import InputError
-from port_kit.pipeline.prompt_pipeline import FlowEuler
+from port_kit.pipeline.prompt_pipeline import FlowEuler, PromptPipeline
 from port_kit.pipeline.prompt_request import GuidanceScale, PromptOptions, PromptRequest, parse_prompt_request
 from tests.helpers import raises
 
@@ -169,3 +169,18 @@ def test_reference_images_are_counted() -> None:
         parse({"prompt": "a", "multi_modal_data": {"image": [Image.new("RGB", (8, 8))]}}, IMAGES)
     with raises("input_type", "image 1"):
         edit(np.zeros((4, 4), np.uint8))
+
+
+def test_a_dummy_run_has_a_size_that_the_model_supports() -> None:
+    """vLLM-Omni asks for 512x512, whatever the model makes."""
+    small = PromptOptions(steps=2, guidance_scale=3.0, height=96, width=128, size_multiple=8, max_side=128)
+
+    class Small(PromptPipeline):
+        options = small
+
+    pipeline = Small.__new__(Small)
+    sampling = OmniDiffusionSamplingParams(height=512, width=512, num_inference_steps=1)
+    request = pipeline.prepare("dummy run", sampling, is_dummy_run=True).request
+    assert (request.height, request.width) == (96, 128)
+    with pytest.raises(InputError, match="height is 512"):
+        pipeline.prepare("a picture", sampling)
