@@ -13,7 +13,7 @@ from typing import Any, Self, get_type_hints
 from port_kit.errors import ConfigError
 
 PREFIX = "PORT_KIT_SERVE_"
-#: Between the entries of a list in a variable; neither a host nor, sensibly, a folder has it in its name.
+#: Separates the entries of a list in a variable; names of hosts and folders do not contain it.
 SEPARATOR = "\n"
 
 

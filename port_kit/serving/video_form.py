@@ -32,7 +32,7 @@ TEXTS = (
     "lora",
     "extra_params",
 )
-#: Fields of vLLM-Omni's form that are options of some models; others take them for nothing.
+#: Fields of vLLM-Omni's form that are options of some models; other models ignore them.
 MODEL_OPTIONS = ("flow_shift", "true_cfg_scale", "generate_sound")
 GUIDE_FIELDS = ("timeline_guides", "guide_files")
 FILE_FIELDS = ("input_reference", "input_references", "guide_files")
