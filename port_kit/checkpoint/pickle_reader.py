@@ -20,7 +20,14 @@ from typing import Any, BinaryIO, NamedTuple
 from port_kit.checkpoint.byte_sources import ByteSource, CachedSource, FileSource, StreamSource
 from port_kit.checkpoint.containers import describe_zip, looks_like_safetensors, looks_like_torch, refuse_foreign
 from port_kit.checkpoint.pickle_values import StorageRef, TensorEntry, TensorRef, corrupt, unsupported, values_below
-from port_kit.checkpoint.state_dicts import Place, count_elsewhere, flatten, refuse_unselected, unwrap
+from port_kit.checkpoint.state_dicts import (
+    Place,
+    count_elsewhere,
+    flatten,
+    refuse_unselected,
+    require_droppable,
+    unwrap,
+)
 from port_kit.checkpoint.unpickler import LONGEST_PICKLE, read_pickle
 from port_kit.dtypes import ITEM_SIZES
 from port_kit.errors import CheckpointError
@@ -66,6 +73,41 @@ class Tables:
     elsewhere: tuple[Place, ...] = ()
 
 
+@dataclass(frozen=True)
+class ParsedPickle:
+    """A checkpoint whose pickle was read, and of which no tensors are selected yet.
+
+    Attributes:
+        root: value of the pickle, with records in place of tensors.
+        storages: by the key that tensors name.
+        container: ``zip`` or ``legacy``.
+        name: of the file, for messages.
+        size: of the file, bytes.
+    """
+
+    root: Any
+    storages: Mapping[str, Storage]
+    container: str
+    name: str
+    size: int
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The paths of all tensors, those with the most names first."""
+        return count_elsewhere(self.root)
+
+    def tables(self, wrapper: str = "", drop: Sequence[str] = ()) -> Tables:
+        """Select the tensors under a wrapper; see :func:`read_tables`. Values outside of it are not judged."""
+        path = unwrap(self.root, wrapper, self.name)
+        elsewhere = count_elsewhere(self.root, path[-1])
+        if not any(isinstance(key, str) and isinstance(value, TensorRef) for key, value in path[-1].items()):
+            refuse_unselected(elsewhere, self.name)
+        require_droppable(path, wrapper, drop, self.name)
+        tensors, others = flatten(path[-1], drop, self.name)
+        entries = _entries(tensors, self.storages, self.name)
+        return Tables(entries, self.storages, others, self.container, self.size, elsewhere)
+
+
 def read_tables(
     source: str | Path | BinaryIO | ByteSource,
     wrapper: str = "",
@@ -79,7 +121,7 @@ def read_tables(
         source: a path, an open binary file, or anything with ``name``, ``size`` and ``read_at``.
         wrapper: the keys above the tensors, dotted (``generator``, ``app.model``); empty, or ``.``, for a bare state
             dict.
-        drop: names beside or among the tensors that are left out on purpose; they are not built.
+        drop: names among the selected tensors, or beside the wrapper, that are left out on purpose; they are not built.
         exact_offsets: read each storage's local header. Without it the offsets follow from torch's alignment
             rule, which saves a request a tensor on a remote file; check them with :func:`check_offsets`.
 
@@ -88,6 +130,11 @@ def read_tables(
             more than tensors in the kept part, ``pickle_unsupported`` and ``pickle_corrupt``, ``pickle_wrapper`` if all
             tensors lie under other keys, ``pickle_drop`` for a name that is not there.
     """
+    return parse_pickle(source, exact_offsets=exact_offsets).tables(wrapper, drop)
+
+
+def parse_pickle(source: str | Path | BinaryIO | ByteSource, *, exact_offsets: bool = True) -> ParsedPickle:
+    """Read the pickle of a file; see :func:`read_tables`."""
     with _open(source) as opened:
         _check_first_bytes(opened)
         stream = CachedSource(opened)
@@ -95,12 +142,7 @@ def read_tables(
             container, root, storages = "zip", *_read_zip(stream, opened, exact_offsets)
         else:
             container, root, storages = "legacy", *_read_legacy(stream, opened, exact_offsets)
-        selected = unwrap(root, wrapper, opened.name)
-        tensors, others = flatten(selected, drop, opened.name)
-        elsewhere = count_elsewhere(root, selected)
-        if not tensors:
-            refuse_unselected(elsewhere, opened.name)
-        return Tables(_entries(tensors, storages, opened.name), storages, others, container, opened.size, elsewhere)
+        return ParsedPickle(root, storages, container, opened.name, opened.size)
 
 
 def check_offsets(source: ByteSource, storages: Mapping[str, Storage]) -> list[str]:

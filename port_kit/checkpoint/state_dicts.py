@@ -16,35 +16,51 @@ _SHOWN_PLACES = 8
 _BY_NAME = "load it with torch and save a dict of tensors by name"
 
 
-def unwrap(root: Any, wrapper: str, name: str) -> dict[Any, Any]:
-    """Return the dict under the keys of a wrapper."""
-    for key in filter(None, wrapper.split(".")):
-        if not isinstance(root, dict) or key not in root:
-            known = ", ".join(map(str, list(root)[:8])) if isinstance(root, dict) else f"a {_kind(root)}"
+def unwrap(root: Any, wrapper: str, name: str) -> list[dict[Any, Any]]:
+    """Return the dicts from the root of a pickle to the one under the keys of a wrapper, which is the last."""
+    path = [root]
+    for key in split_wrapper(wrapper):
+        above = path[-1]
+        if not isinstance(above, dict) or key not in above:
+            known = ", ".join(map(str, list(above)[:8])) if isinstance(above, dict) else f"a {_kind(above)}"
             raise CheckpointError(
                 f"{name} has no key {key!r} of the wrapper {wrapper!r}; there is: {known}",
                 code="pickle_wrapper",
                 hint="name the keys above the tensors, dotted",
             )
-        root = root[key]
-    if isinstance(root, Opaque):
-        refuse_opaque(root, name)
-    if not isinstance(root, dict):
-        raise unsupported(f"{name} holds a {_kind(root)}, not tensors by name", _BY_NAME)
-    return root
+        path.append(above[key])
+    if isinstance(path[-1], Opaque):
+        refuse_opaque(path[-1], name)
+    if not isinstance(path[-1], dict):
+        raise unsupported(f"{name} holds a {_kind(path[-1])}, not tensors by name", _BY_NAME)
+    return path
+
+
+def split_wrapper(wrapper: str) -> list[str]:
+    """Return the keys of a wrapper; none for an empty one and for ``.``."""
+    return list(filter(None, wrapper.split(".")))
+
+
+def require_droppable(path: Sequence[dict[Any, Any]], wrapper: str, drop: Sequence[str], name: str) -> None:
+    """Refuse names to drop that are neither among the selected values nor beside the keys of the wrapper.
+
+    Raises:
+        CheckpointError: ``pickle_drop``.
+    """
+    known = set(path[-1]).union(*(set(above) - {key} for above, key in zip(path, split_wrapper(wrapper), strict=False)))
+    absent = [key for key in drop if key not in known]
+    if absent:
+        texts = sorted(key for key in known if isinstance(key, str))
+        near = [close for key in absent for close in difflib.get_close_matches(key, texts, 1)]
+        raise CheckpointError(
+            f"{name} has no {', '.join(map(repr, absent))} to leave out; there is: {', '.join(texts[:8])}",
+            code="pickle_drop",
+            hint=f"did you mean {', '.join(near)}?" if near else "remove it from the names to drop",
+        )
 
 
 def flatten(selected: dict[Any, Any], drop: Sequence[str], name: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """Split a state dict into its tensors and the kinds of other values, without those to drop."""
-    absent = [key for key in drop if key not in selected]
-    if absent:
-        texts = [key for key in selected if isinstance(key, str)]
-        near = [close for key in absent for close in difflib.get_close_matches(key, texts, 1)]
-        raise CheckpointError(
-            f"{name} has no {', '.join(map(repr, absent))} that could be left out",
-            code="pickle_drop",
-            hint=f"did you mean {', '.join(near)}?" if near else "correct the names to drop",
-        )
     tensors: dict[str, TensorRef] = {}
     others: dict[str, str] = {}
     for key, value in selected.items():
@@ -74,11 +90,13 @@ class Place(NamedTuple):
         path: the keys above them, dotted; empty for the top level.
         named: how many have names there, so that ``path`` can be the wrapper.
         unnamed: how many lie in lists or under keys that are not text, there or below.
+        nbytes: of those with names.
     """
 
     path: str
     named: int
     unnamed: int
+    nbytes: int
 
     def __str__(self) -> str:
         counts = [f"{self.named} by name"] if self.named else []
@@ -89,21 +107,21 @@ class Place(NamedTuple):
 class _Counted:
     """A dict or list of a pickle that is reached by text keys alone, and its tensors."""
 
-    __slots__ = ("above", "content", "key", "named", "unnamed")
+    __slots__ = ("above", "content", "key", "named", "nbytes", "unnamed")
 
     def __init__(self, content: Any, above: _Counted | None = None, key: str = "") -> None:
         self.content, self.above, self.key = content, above, key
-        self.named = self.unnamed = 0
+        self.named = self.unnamed = self.nbytes = 0
 
     def place(self) -> Place:
         keys, item = [], self
         while item.above is not None:
             keys.append(item.key)
             item = item.above
-        return Place(".".join(reversed(keys)), self.named, self.unnamed)
+        return Place(".".join(reversed(keys)), self.named, self.unnamed, self.nbytes)
 
 
-def count_elsewhere(root: Any, selected: dict[Any, Any]) -> tuple[Place, ...]:
+def count_elsewhere(root: Any, selected: dict[Any, Any] | None = None) -> tuple[Place, ...]:
     """Return the paths of tensors that are not in ``selected``, those with the most names first.
 
     Containers that text keys lead to are visited before the others, and each is counted once.
@@ -113,7 +131,7 @@ def count_elsewhere(root: Any, selected: dict[Any, Any]) -> tuple[Place, ...]:
     for place in counted:  # grows
         known = seen.setdefault(id(place.content), place)
         if known is not place:  # a second name
-            place.named = known.named
+            place.named, place.nbytes = known.named, known.nbytes
             continue
         if not isinstance(place.content, dict):
             others.append((place.content, place))
@@ -122,7 +140,8 @@ def count_elsewhere(root: Any, selected: dict[Any, Any]) -> tuple[Place, ...]:
             if not isinstance(key, str):
                 others.append(((value,), place))
             elif isinstance(value, TensorRef):
-                place.named += place.content is not selected
+                if place.content is not selected:
+                    place.named, place.nbytes = place.named + 1, place.nbytes + value.entry.nbytes
             elif isinstance(value, (dict, list, tuple)):
                 counted.append(_Counted(value, place, key))
     while others:

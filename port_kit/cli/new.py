@@ -31,6 +31,9 @@ from port_kit.scaffold.request import PATHS
     metavar="OWNER/NAME",
     help="Repository with the files of a folder of --from; one per folder.",
 )
+@click.option(
+    "--wrapper", default="", metavar="KEYS", help="Tensors to take from a pickle with several sets of them (ema)."
+)
 @click.option("--output", type=click.Choice(MODALITIES), help="What the model generates.  [video]")
 @click.option("--code", default="", metavar="GIT_URL", help="The model's code.  [--from's own]")
 @click.option("--endpoint", help="Address of the Hub; default: HF_ENDPOINT, then the public Hub.")
@@ -42,6 +45,7 @@ def command(
     kind: str | None,
     sources: tuple[str, ...],
     repositories: tuple[str, ...],
+    wrapper: str,
     output: Modality | None,
     code: str,
     endpoint: str | None,
@@ -71,7 +75,7 @@ def command(
     if output and path == "diffusers":
         raise click.UsageError("--output is for models of own code; a pipeline of diffusers has an output of its own")
     target = output_dir or Path(name)
-    port = NewPort(name, path, target, source, code, endpoint, output or "video", tuple(more), repositories)
+    port = NewPort(name, path, target, source, code, endpoint, output or "video", tuple(more), repositories, wrapper)
     files = [str(file.relative_to(port.target)) for file in new_port(port, partial(click.echo, err=True))]
     data = {"name": name, "path": path, "folder": str(port.target), "files": files}
     text = f"{port.target}: {len(files)} files\nnext: cd {shlex.quote(str(port.target))} && pytest"

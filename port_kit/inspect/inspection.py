@@ -25,7 +25,12 @@ _RANKS = (1, 2, 4, 8)
 
 
 def inspect(
-    target: str, *, revision: str | None = None, endpoint: str | None = None, token: str | bool | None = None
+    target: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: str | bool | None = None,
+    wrapper: str = "",
 ) -> Inspection:
     """Classify a repository or folder for vLLM-Omni by its listing, small text files and headers.
 
@@ -36,6 +41,7 @@ def inspect(
         revision: branch, tag or commit of a repository; default ``main``.
         endpoint: default ``HF_ENDPOINT``, then the public Hub.
         token: None takes the one that huggingface_hub finds, False sends none.
+        wrapper: keys above the tensors that are taken from pickles with several sets of tensors.
 
     Raises:
         InspectError: it is neither, or holds no model.
@@ -46,7 +52,7 @@ def inspect(
         _require_model(listing)
         documents = Documents(listing)
         _each(listing, documents.object, [path for path in listing.files if _is_config(path)])
-        files = _read_all(listing)
+        files = _read_all(listing, wrapper)
         components = find_components(documents, files)
         classification = classify(documents, components)
         return Inspection(
@@ -81,9 +87,9 @@ def _is_config(path: str) -> bool:
     return path.rpartition("/")[2] in (*INDEXES, *CONFIGS)
 
 
-def _read_all(listing: FileListing) -> dict[str, WeightFile]:
+def _read_all(listing: FileListing, wrapper: str) -> dict[str, WeightFile]:
     paths = [path for path in listing.files if is_weights(path)]
-    return dict(zip(paths, _each(listing, lambda path: read_weights(listing, path), paths), strict=True))
+    return dict(zip(paths, _each(listing, lambda path: read_weights(listing, path, wrapper), paths), strict=True))
 
 
 def _each(listing: FileListing, read: Callable[[str], _T], paths: list[str]) -> list[_T]:
@@ -124,5 +130,8 @@ def _next_step(
         return f"vllm serve {quoted} --omni"
     if classification.port:
         return f"port-kit download {classification.port}"
+    weights = [file for part in components for file in part.weights]
+    if weights and all(file.obstacle for file in weights):
+        return f"replace {weights[0].path} ({weights[0].obstacle}), then: port-kit inspect {quoted}"
     transformer = next((part.class_name for part in components if is_denoiser(part.name)), "")
     return next_command(target, classification.path, transformer)

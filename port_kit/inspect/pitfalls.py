@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from port_kit.inspect.checkpoint_files import WeightSet, duplicate_tensors, group
@@ -24,7 +24,13 @@ def find_pitfalls(
         *_model_type(documents, classification),
         *_other_class(documents, components),
     ]
-    return [*found, *_loaded_twice(documents, files), *_own_code(documents), *_further_models(documents)]
+    return [
+        *found,
+        *several_sets(files.values()),
+        *_loaded_twice(documents, files),
+        *_own_code(documents),
+        *_further_models(documents),
+    ]
 
 
 def _folder_name(documents: Documents, classification: Classification) -> Iterator[Finding]:
@@ -84,6 +90,17 @@ def _loaded_twice(documents: Documents, files: dict[str, WeightFile]) -> Iterato
             yield Finding(_in(folder, indexes[0]), f"lies beside {indexes[1]}: vLLM-Omni refuses two indexes")
         if not indexes:
             yield from duplicate_tensors(sets)
+
+
+def several_sets(files: Iterable[WeightFile]) -> Iterator[Finding]:
+    """Yield the pickles with several sets of tensors, with the one that is taken and the options for the others."""
+    for file in files:
+        if file.alternatives:
+            others = " or ".join(f"--wrapper {wrapper}" for wrapper in file.alternatives)
+            yield Finding(
+                file.path,
+                f"has several sets of tensors: {file.wrapper} is taken; port-kit new {others} takes another",
+            )
 
 
 def _own_code(documents: Documents) -> Iterator[Finding]:

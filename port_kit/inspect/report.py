@@ -22,6 +22,10 @@ TITLES: dict[str, str] = {
 }
 
 
+#: Formats that a download converts, or that need no conversion.
+_CONVERTIBLE = ("safetensors", "torch")
+
+
 @dataclass(frozen=True)
 class Finding:
     """A fact and its origin: a file or another place (``folder name``)."""
@@ -39,9 +43,11 @@ class WeightFile:
         size: bytes.
         format: ``safetensors``, ``torch zip``, ``torch legacy``, ``gguf`` ..., or the suffix if it cannot be read.
         entries: ``{tensor name: (shape, dtype)}``; empty if it cannot be read.
-        wrapper: of a pickle, the keys above the tensors, dotted.
+        wrapper: of a pickle, the keys above the tensors, dotted; ``.`` for the top level, if there are further tensors.
         problem: why it cannot be read, or could not be loaded; empty if it can.
         details: further values of its header (GGUF architecture, values beside the tensors).
+        alternatives: of a pickle, wrappers of further tensors with at least half as many bytes, such as an average of
+            the weights.
     """
 
     path: str
@@ -51,6 +57,16 @@ class WeightFile:
     wrapper: str = ""
     problem: str = ""
     details: Mapping[str, str] = field(default_factory=dict)
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def obstacle(self) -> str:
+        """Reason, after its name, that a download cannot turn it into safetensors; empty if there is none."""
+        if self.problem:
+            return self.problem
+        if not self.format.startswith(_CONVERTIBLE):
+            return f"is {self.format}, which nothing here converts"
+        return "" if self.entries else "has no tensors"
 
     @property
     def parameters(self) -> int:
@@ -77,6 +93,7 @@ class WeightFile:
             "wrapper": self.wrapper,
             "problem": self.problem,
             "details": dict(self.details),
+            "alternatives": list(self.alternatives),
         }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from port_kit.checkpoint.byte_sources import ByteSource
 from port_kit.checkpoint.containers import LEFTOVERS, MAX_HEADER, PICKLE_SUFFIXES
-from port_kit.checkpoint.pickle_reader import read_tables
+from port_kit.checkpoint.pickle_reader import parse_pickle
 from port_kit.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import CheckpointError
 from port_kit.inspect.file_listing import FileListing
@@ -44,8 +44,15 @@ def split_suffix(path: str) -> tuple[str, str]:
     return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (path, "")
 
 
-def read_weights(listing: FileListing, path: str) -> WeightFile:
-    """Read a file's header. An unreadable file is not an error here but a ``problem`` of the file."""
+def read_weights(listing: FileListing, path: str, wrapper: str = "") -> WeightFile:
+    """Read a file's header. An unreadable file is not an error here but a ``problem`` of the file.
+
+    Args:
+        listing: has the file.
+        path: of the file.
+        wrapper: keys above the tensors of pickles that have several sets of them; those with the most bytes if a pickle
+            has no such keys.
+    """
     size, expected = listing.files[path], FORMATS[split_suffix(path)[1]]
     if listing.gate:
         return WeightFile(path, size, expected, problem="not read: the repository is gated")
@@ -56,7 +63,7 @@ def read_weights(listing: FileListing, path: str) -> WeightFile:
         if reader is None:
             return WeightFile(path, size, expected, problem=f"tensors of {expected} files are not read")
         try:
-            return reader(source, path)
+            return reader(source, path, wrapper)
         except CheckpointError as error:
             return WeightFile(path, size, expected, problem=_told(error, source, path))
 
@@ -81,7 +88,7 @@ def _told(error: CheckpointError, source: ByteSource, path: str) -> str:
     return f"{message.replace(source.name, path.rpartition('/')[2])} [{error.code}]"
 
 
-def _read_safetensors(source: ByteSource, path: str) -> WeightFile:
+def _read_safetensors(source: ByteSource, path: str, _wrapper: str) -> WeightFile:
     start = source.read_at(0, _FIRST_READ)
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, source.size - 8) or start[8:9] != b"{":
@@ -137,29 +144,31 @@ def _entry(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
     return (shape, entry["dtype"].lower()) if dtype is None else (torch_shape(dtype, shape), dtype.name)
 
 
-def _read_torch(source: ByteSource, path: str) -> WeightFile:
-    """Read a pickle's tables; if the tensors are under other keys, those of the largest such dict."""
-    wrapper = ""
-    try:
-        tables = read_tables(source, exact_offsets=False)
-    except CheckpointError as error:
-        wrappers = error.details.get("wrappers")
-        if error.code != "pickle_wrapper" or not isinstance(wrappers, list):
-            raise
-        found = {key: read_tables(source, key, exact_offsets=False) for key in wrappers}
-        wrapper = max(found, key=lambda key: sum(entry.nbytes for entry in found[key].tensors.values()))
-        tables = found[wrapper]
+def _read_torch(source: ByteSource, path: str, wrapper: str) -> WeightFile:
+    """Read the tables under the wrapper if there is one, else those with the most bytes."""
+    parsed = parse_pickle(source, exact_offsets=False)
+    places = {place.path or ".": place.nbytes for place in parsed.places if place.named}
+    chosen = wrapper if wrapper in places else max(places, key=lambda key: places[key], default="")
+    tables = parsed.tables(chosen)
     entries = {name: (tuple(entry.shape), entry.dtype) for name, entry in tables.tensors.items()}
-    return WeightFile(path, source.size, f"torch {tables.container}", entries, wrapper, details=dict(tables.others))
+    return WeightFile(
+        path,
+        source.size,
+        f"torch {tables.container}",
+        entries,
+        wrapper="" if list(places) == ["."] else chosen,
+        details=dict(tables.others),
+        alternatives=tuple(key for key in places if key != chosen and 2 * places[key] >= places[chosen]),
+    )
 
 
-def _read_gguf(source: ByteSource, path: str) -> WeightFile:
+def _read_gguf(source: ByteSource, path: str, _wrapper: str) -> WeightFile:
     header = read_gguf(source)
     kept = {key: value for key, value in header.metadata.items() if key.startswith("general.") and len(value) <= 80}
     return WeightFile(path, source.size, "gguf", header.entries, details=kept)
 
 
-_READERS: dict[str, Callable[[ByteSource, str], WeightFile]] = {
+_READERS: dict[str, Callable[[ByteSource, str, str], WeightFile]] = {
     "safetensors": _read_safetensors,
     "torch": _read_torch,
     "gguf": _read_gguf,

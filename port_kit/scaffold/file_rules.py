@@ -15,8 +15,6 @@ from port_kit.inspect.weights import is_weights
 from port_kit.scaffold.render import WIDTH, literal
 from port_kit.scaffold.source import Source
 
-#: Formats that a download converts, or that need no conversion.
-_READABLE = ("safetensors", "torch")
 _SHARD = re.compile(r"-\d{5}(-of-\d{5})")
 #: Of a rule in a recipe.
 _INDENT = " " * 16
@@ -40,30 +38,18 @@ def weight_rules(source: Source, part: Component, folder: str, *, name: str = "m
     return [rule for item in sets for rule in _rules_of_set(source, item, folder, name if len(sets) == 1 else "")]
 
 
-def is_readable(file: WeightFile) -> bool:
-    """Return True if a download can turn a file into safetensors, and there are tensors in it."""
-    return not file.problem and file.format.startswith(_READABLE) and bool(file.entries)
-
-
 def require_readable(source: Source, file: WeightFile) -> None:
     """Refuse a file that no recipe can use.
 
     Raises:
         ScaffoldError: ``scaffold_unsupported``.
     """
-    if not is_readable(file):
+    if file.obstacle:
         raise ScaffoldError(
-            f"{file.path} of {source.repository} {why_unreadable(file)}",
+            f"{file.path} of {source.repository} {file.obstacle}",
             code="scaffold_unsupported",
             hint="name a repository or folder that has the weights as safetensors or pickles",
         )
-
-
-def why_unreadable(file: WeightFile) -> str:
-    """Return the reason that a recipe cannot use a file, after its name."""
-    if file.problem:
-        return file.problem
-    return "has no tensors" if file.format.startswith(_READABLE) else f"is {file.format}, which nothing here converts"
 
 
 def _rules_of_set(source: Source, item: WeightSet, folder: str, name: str) -> Iterator[FileRule]:

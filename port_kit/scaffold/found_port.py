@@ -9,7 +9,8 @@ from typing import Any
 
 from port_kit.errors import ScaffoldError
 from port_kit.escape import escape_control_chars
-from port_kit.inspect.report import Finding
+from port_kit.inspect.pitfalls import several_sets
+from port_kit.inspect.report import Finding, WeightFile
 from port_kit.scaffold.common import common_values, media_values
 from port_kit.scaffold.found_sizes import output_sizes
 from port_kit.scaffold.found_values import Found, found_values
@@ -61,6 +62,10 @@ def found_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]:
     parts = find_parts(sources)
     for finding in left_out(sources):
         report(f"left out: {finding.file} {finding.fact}")
+    weights = [file for part in parts if part.component for file in part.component.weights]
+    _require_wrapper(port, weights)
+    for finding in several_sets(weights):
+        report(f"{finding.file} {finding.fact}")
     url = named_code(port, sources)
     code = find_code(port, url, parts) if url else None
     found = Found(port, parts, code)
@@ -74,7 +79,7 @@ def _read(port: NewPort) -> Iterator[Source]:
     """Read the sources; folders take the repositories that were given, in their order."""
     given = iter(port.repositories)
     for target in port.sources:
-        source = read_source(target, "", endpoint=port.endpoint)
+        source = read_source(target, "", endpoint=port.endpoint, wrapper=port.wrapper)
         repository = source.repository or next(given, "")
         if not repository:
             raise ScaffoldError(
@@ -83,6 +88,22 @@ def _read(port: NewPort) -> Iterator[Source]:
                 hint=f"port-kit new {port.name} --from {target} --repository OWNER/NAME",
             )
         yield replace(source, repository=repository)
+
+
+def _require_wrapper(port: NewPort, weights: Sequence[WeightFile]) -> None:
+    """Refuse a wrapper that selects nothing.
+
+    Raises:
+        ScaffoldError: ``scaffold_unsupported``.
+    """
+    if port.wrapper and not any(file.wrapper == port.wrapper for file in weights):
+        known = sorted({wrapper for file in weights for wrapper in (file.wrapper, *file.alternatives) if wrapper})
+        raise ScaffoldError(
+            f"no pickle of {' and '.join(port.sources)} has tensors under {port.wrapper!r}; there is: "
+            f"{', '.join(known) or 'no wrapper'}",
+            code="scaffold_unsupported",
+            hint=f"port-kit inspect {port.source} lists the sets of tensors",
+        )
 
 
 def _common(found: Found) -> dict[str, str]:

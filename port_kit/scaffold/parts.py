@@ -13,15 +13,7 @@ from port_kit.inspect import Component, Finding
 from port_kit.inspect.components import has_weights, is_denoiser
 from port_kit.inspect.missing_files import TOKENIZER_FILES
 from port_kit.inspect.report import Recognized
-from port_kit.scaffold.file_rules import (
-    is_readable,
-    is_standard_name,
-    require_readable,
-    small_file_rules,
-    small_files,
-    weight_rules,
-    why_unreadable,
-)
+from port_kit.scaffold.file_rules import is_standard_name, require_readable, small_file_rules, small_files, weight_rules
 from port_kit.scaffold.source import Source
 
 #: Words in names of files and folders that tell what turns latents into an output.
@@ -30,6 +22,8 @@ _DECODERS = re.compile(r"vae|decoder|autoencoder|codec|vocoder|vocos|gan", re.IG
 _FOLDERS = {"Tokenizer": "tokenizer", "Scheduler": "scheduler", "FeatureExtractor": "feature_extractor"}
 #: Further files of tokenizers, which alone make none.
 _BESIDE_TOKENIZER = {"added_tokens.json", "merges.txt", "special_tokens_map.json"}
+#: Reason that a usable file is left out.
+_OF_UNUSABLE = "belongs to a checkpoint with files that no recipe can use"
 #: Name of a single file of weights that a library looks for; ``model.safetensors`` for others.
 _SINGLE_FILES = {"diffusers": "diffusion_pytorch_model.safetensors"}
 
@@ -78,8 +72,9 @@ def find_parts(sources: Sequence[Source]) -> list[Part]:
     for source, file in ((source, file) for source, part in found for file in part.weights):
         if file.format == "lfs pointer":
             require_readable(source, file)
-    unreadable = [(source, file) for source, part in found for file in part.weights if not is_readable(file)]
-    weighted = [(source, part) for source, part in found if part.weights and all(map(is_readable, part.weights))]
+    unreadable = [(source, file) for source, part in found for file in part.weights if file.obstacle]
+    without = {id(part) for _, part in found if not part.weights or any(file.obstacle for file in part.weights)}
+    weighted = [(source, part) for source, part in found if id(part) not in without]
     if not weighted and unreadable:
         require_readable(*unreadable[0])
     if not weighted:
@@ -98,8 +93,8 @@ def find_parts(sources: Sequence[Source]) -> list[Part]:
 def left_out(sources: Sequence[Source]) -> list[Finding]:
     """Return the files that look like weights and that no recipe can use, with the reason."""
     found = [part for source in sources if source.inspection for part in source.inspection.components]
-    unused = [part for part in found if part.weights and not all(map(is_readable, part.weights))]
-    return [Finding(file.path, why_unreadable(file)) for part in unused for file in part.weights]
+    unused = [part for part in found if any(file.obstacle for file in part.weights)]
+    return [Finding(file.path, file.obstacle or _OF_UNUSABLE) for part in unused for file in part.weights]
 
 
 def _main(weighted: list[tuple[Source, Component]]) -> Component:

@@ -36,6 +36,7 @@ class NewPort:
         source: a Hub repository or a folder that the model lies in, or empty.
         more_sources: further ones with parts of the model.
         repositories: of the sources that are folders, in their order: Hub repositories with the same files.
+        wrapper: keys above the tensors that are taken from pickles with several sets of tensors.
         code: address of the git repository with the model's code, or empty.
         endpoint: of the Hub; default ``HF_ENDPOINT``.
         output: modality of the output; a pipeline of diffusers has its own.
@@ -50,6 +51,7 @@ class NewPort:
     output: Modality = "video"
     more_sources: tuple[str, ...] = ()
     repositories: tuple[str, ...] = ()
+    wrapper: str = ""
 
     def __post_init__(self) -> None:
         if self.path == "hybrid" and self.output != "video":

@@ -37,13 +37,14 @@ class Source:
     listed: tuple[str, ...] = ()
 
 
-def read_source(target: str, default: str, *, endpoint: str | None = None) -> Source:
+def read_source(target: str, default: str, *, endpoint: str | None = None, wrapper: str = "") -> Source:
     """Inspect a repository or folder; without one, only the default repository's name is known.
 
     Args:
         target: ``organisation/name``, a folder, or empty.
         default: the repository where ``target`` is empty, or is a folder.
         endpoint: of the Hub; default ``HF_ENDPOINT``.
+        wrapper: see :func:`port_kit.inspect.inspect`.
 
     Raises:
         InspectError: it is neither, or holds no model.
@@ -52,7 +53,7 @@ def read_source(target: str, default: str, *, endpoint: str | None = None) -> So
     """
     if not target:
         return Source(default)
-    found = inspect(target, endpoint=endpoint)
+    found = inspect(target, endpoint=endpoint, wrapper=wrapper)
     if found.path == "unknown":
         raise ScaffoldError(f"{target} cannot be read: {found.gate}", code="scaffold_unsupported", hint=found.next)
     index, configs, listed = _documents(target, found.commit, endpoint)

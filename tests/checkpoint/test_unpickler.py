@@ -149,6 +149,21 @@ def test_a_name_to_drop_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "a.safetensors").exists()
 
 
+def test_names_to_drop_may_lie_beside_the_wrapper(tmp_path: Path) -> None:
+    """The wrapper selects first: what lies beside it is neither judged nor needs to be dropped, but may be."""
+    path = tmp_path / "a.pth"
+    torch.save({"model": WEIGHTS, "ema": WEIGHTS, "args": argparse.Namespace(lr=1)}, path)
+    with pytest.raises(CheckpointError) as caught:
+        convert(path)
+    assert caught.value.code == "pickle_wrapper" and "--wrapper model" in caught.value.hint
+    for drop in ([], ["args"], ["ema", "args"]):
+        assert_equal(convert(path, wrapper="model", drop=drop), WEIGHTS)
+    for absent in ("model", "lr"):  # the wrapper's own key, and a name that is nowhere
+        with pytest.raises(CheckpointError) as caught:
+            convert(path, wrapper="model", drop=[absent])
+        assert caught.value.code == "pickle_drop" and "args" in caught.value.message
+
+
 def test_up_to_date_is_the_same_content_by_the_same_options(tmp_path: Path) -> None:
     source, target = tmp_path / "a.pth", tmp_path / "a.safetensors"
     torch.save({"m": {"body": torch.ones(4), "head": torch.ones(2)}, "n": {"body": torch.zeros(4)}}, source)

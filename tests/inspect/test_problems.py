@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -171,6 +172,31 @@ def test_unsafe_cut_and_foreign_pickles_are_named_and_not_run(folder: Folder) ->
     assert "HTML page" in missing["page.ckpt"][0]
     assert "port-kit convert" in missing["good.pth"][0]
     assert not any(str(folder({})) in fact for found in missing.values() for fact in found)
+
+
+def test_sets_of_tensors_in_a_pickle_are_named(folder: Folder) -> None:
+    weights, small = fake_repositories.torch_tensors("a", "b", "c"), fake_repositories.torch_tensors("step")
+    beside = {"opt": {"state": {0: weights}}, "args": argparse.Namespace(lr=1), **small}
+    report = inspect(
+        str(folder({"net.pt": fake_repositories.torch_file({**beside, "model": weights, "ema": weights})}))
+    )
+    (part,) = report.components
+    assert (part.weights[0].wrapper, part.weights[0].alternatives, part.tensors) == ("model", ("ema",), 3)
+    (fact,) = facts(report, "pitfalls")["net.pt"]
+    assert "model is taken" in fact and "port-kit new --wrapper ema" in fact
+    assert report.next.startswith("port-kit new some_model --from")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("evil.pth", fake_repositories.torch_file({"a": _Evil()})),
+        ("net-q4.gguf", fake_repositories.gguf("flux", {"a.weight": ((8, 4), 12)})),
+    ],
+)
+def test_the_next_step_is_not_a_command_that_fails(file: str, content: bytes, folder: Folder) -> None:
+    report = inspect(str(folder({file: content})))
+    assert report.next.startswith(f"replace {file} (")
 
 
 def test_cut_and_foreign_safetensors(folder: Folder) -> None:

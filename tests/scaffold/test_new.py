@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -190,6 +191,29 @@ class _NoConfig:
 
     def __getattr__(self, name: str) -> dict[str, object]:
         return {}
+
+
+@pytest.mark.parametrize(("wrapper", "taken"), [((), "model"), (("--wrapper", "ema"), "ema")])
+def test_a_set_of_tensors_is_taken_from_the_state_of_a_trainer(
+    wrapper: tuple[str, ...], taken: str, tmp_path: Path
+) -> None:
+    """Objects beside the sets are not judged; the choice is named, and can be changed."""
+    weights = fake_repositories.torch_tensors("blocks.0.weight")
+    state = {"model": weights, "ema": weights, "opt": {"state": {}}, "args": argparse.Namespace(lr=1)}
+    source = fake_repositories.write({"net.pt": fake_repositories.torch_file(state)}, tmp_path / "model")
+    given = ["some_net", "--path", "custom", "--from", str(source), "--repository", ID, *wrapper]
+    done = CliRunner().invoke(main, ["new", *given, "--output-dir", str(tmp_path / "port")])
+    assert done.exit_code == 0, done.output
+    assert f"{taken} is taken" in done.stderr and "port-kit new --wrapper" in done.stderr
+    (rule,) = _recipe(tmp_path / "port" / "some_net" / "recipe.py").repositories[0].files
+    assert rule.wrapper == taken and json.loads((tmp_path / "port" / "some_net" / "transformer.json").read_text())
+
+
+def test_a_wrapper_that_no_pickle_has_is_refused(tmp_path: Path) -> None:
+    files = {"net.pt": fake_repositories.torch_file({"model": fake_repositories.torch_tensors("a", "b")})}
+    source = str(fake_repositories.write(files, tmp_path / "model"))
+    with raises("scaffold_unsupported", "'ema'", "there is: model"):
+        new_port(NewPort("a_net", "custom", tmp_path / "port", source=source, repositories=(ID,), wrapper="ema"))
 
 
 def test_file_names_of_a_repository_stay_text(tmp_path: Path) -> None:
