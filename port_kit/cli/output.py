@@ -40,6 +40,17 @@ def emit(command: str, data: Mapping[str, Any], *, as_json: bool, text: str | No
         raise SystemExit(1)
 
 
+def toml_path(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Check the path of an option whose file is TOML.
+
+    Raises:
+        click.BadParameter: another suffix, by which other commands would read the file.
+    """
+    if path is not None and path.suffix != ".toml":
+        raise click.BadParameter(f"{path} is written as TOML: expected the suffix .toml, found {path.suffix or 'none'}")
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that an option names; its folder is made.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from port_kit.cli.output import emit, handles_errors, json_option, write_text
+from port_kit.cli.output import emit, handles_errors, json_option, toml_path, write_text
 
 
 @click.group("plan")
@@ -20,7 +20,9 @@ def command() -> None:
     "port-kit plan infer my_package.subjects:make_transformer -o plan.toml",
 )
 @click.argument("subject")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to this file.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), callback=toml_path, help="Write the plan to this file, as TOML."
+)
 @json_option
 @handles_errors("plan infer")
 def infer(subject: str, output: Path | None, as_json: bool) -> None:

@@ -9,28 +9,40 @@ from typing import Any
 import click
 
 from port_kit.cli.inputs import config_option, read_rules, read_sizes, read_source, read_target
-from port_kit.cli.output import emit, handles_errors, json_option, write_text
+from port_kit.cli.output import emit, handles_errors, json_option, toml_path, write_text
 from port_kit.escape import escape_control_chars
 from port_kit.manifest import Manifest
 from port_kit.port import resolve
 from port_kit.registry import find_port
 from port_kit.remap.rules import RuleSet
 
-_OPTIONS = (
-    click.option("--rules", help="A .toml or .json file of rules, or module:ATTRIBUTE."),
-    click.option("--source", help="A manifest, a checkpoint, or a Hub repository OWNER/NAME[@REV][:PATH]."),
-    click.option("--target", help="A manifest or checkpoint with the names to be filled."),
-    click.option("--port", help="Take target and rules of this port."),
-    click.option("--component", help="The port's component."),
-    config_option,
-    click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules."),
+_OPTIONS = {
+    "rules": click.option("--rules", help="A .toml or .json file of rules, or module:ATTRIBUTE."),
+    "source": click.option("--source", help="A manifest, a checkpoint, or a Hub repository OWNER/NAME[@REV][:PATH]."),
+    "target": click.option("--target", help="A manifest or checkpoint with the names to be filled."),
+    "port": click.option("--port", help="Take target and rules of this port."),
+    "component": click.option("--component", help="The port's component."),
+    "config": config_option,
+    "sizes": click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="A named size of the rules."),
+}
+
+_toml_option = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), callback=toml_path, help="Write the rules here, as TOML."
 )
 
 
-def _rule_options(function: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds options to a command."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        for name in reversed(names):
+            function = _OPTIONS[name](function)
+        return function
+
+    return add
+
+
+_rule_options = _options(*_OPTIONS)
 
 
 class Given:
@@ -38,7 +50,7 @@ class Given:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
-        self.sizes = read_sizes(options["sizes"])
+        self.sizes = read_sizes(options.get("sizes", ()))
         if bool(options["port"]) != bool(options["component"]):
             raise click.UsageError("--port and --component go together")
 
@@ -153,18 +165,18 @@ def plan_command(as_json: bool, **options: Any) -> None:
 @command.command(
     "suggest",
     epilog="Examples:  port-kit rules suggest --source S.json --target T.json -o rules.toml  |  "
-    "port-kit rules suggest --source owner/name --target T.json --json",
+    "port-kit rules suggest --source S.json --port my_port --component transformer --config full -o rules.toml",
 )
-@click.option("--source", required=True, help="A manifest, a checkpoint, or a Hub repository OWNER/NAME[@REV][:PATH].")
-@click.option("--target", required=True, help="A manifest or checkpoint with the names to be filled.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the rules here, as TOML.")
+@_options("source", "target", "port", "component", "config")
+@_toml_option
 @json_option
 @handles_errors("rules suggest")
-def suggest_command(source: str, target: str, output: Path | None, as_json: bool) -> None:
+def suggest_command(output: Path | None, as_json: bool, **options: Any) -> None:
     """Propose a rule set from two manifests alone, each rule with its confidence."""
     from port_kit.remap.suggest import suggest
 
-    suggestion = suggest(read_source(source), read_source(target))
+    given = Given(options)
+    suggestion = suggest(given.source(), given.target())
     if output is not None:
         write_text(output, suggestion.to_toml())
     emit("rules suggest", suggestion.to_json(), as_json=as_json, text=suggestion.to_text())
@@ -176,7 +188,7 @@ def suggest_command(source: str, target: str, output: Path | None, as_json: bool
     "port-kit rules invert --port dreamid_omni --component transformer --source transformer/ -o back.toml",
 )
 @_rule_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the rules here, as TOML.")
+@_toml_option
 @json_option
 @handles_errors("rules invert")
 def invert_command(output: Path | None, as_json: bool, **options: Any) -> None:
@@ -196,7 +208,7 @@ def invert_command(output: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("mapping")
 @click.option("--source", help="The checkpoint to be mapped: a manifest, a checkpoint, or a Hub repository.")
 @click.option("--name", default="imported", show_default=True, help="The name of the rule set.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the rules here, as TOML.")
+@_toml_option
 @json_option
 @handles_errors("rules import")
 def import_command(mapping: str, source: str | None, name: str, output: Path | None, as_json: bool) -> None:

@@ -195,6 +195,18 @@ def check_code(code: GitCode, commit: str) -> None:
         )
 
 
+def describe_clone(folder: Path) -> str:
+    """Return the commit of a folder in a clone, and whether its files changed; empty if git tracks none of them."""
+    try:
+        if not _run(_LONGEST, ("ls-files", "--", "."), folder, environment()):
+            return ""
+        head = _run(_LONGEST, ("rev-parse", "HEAD"), folder, environment()).strip()
+        changes = _run(_LONGEST, ("status", "--porcelain", "--", "."), folder, environment())
+    except (_GitFailed, DownloadError):
+        return ""
+    return f"commit {head[:12]}{' with changes' if changes else ''}"
+
+
 def _is_harmless(line: str) -> bool:
     """Return True for bytecode, and for ignored files that Python does not import."""
     ignored = line.startswith("!! ") and not line.rstrip('"').endswith((".py", ".so", "/"))

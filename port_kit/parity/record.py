@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from port_kit.download.gitcode import check_code, code_folder, plain_url
+from port_kit.download.gitcode import check_code, code_folder, describe_clone, plain_url
 from port_kit.download.lock import LOCK_NAME, read_lock
 from port_kit.download.recipe import Recipe
 from port_kit.errors import ParityError
@@ -110,7 +110,7 @@ def record(
     aside.mkdir(parents=True)
     started = time.monotonic()
     for precision in settings.precisions:
-        note(f"running {code.name} at {code.commit[:12]} in {precision}; what it prints goes to {aside / LOG}")
+        note(f"running {code.name}, {code.version}, in {precision}; what it prints goes to {aside / LOG}")
         _run(port, original, _request(code, original, model, aside, precision, settings), aside, settings)
     _check(aside, settings.precisions)
     (aside / PROVENANCE).write_text(json.dumps(provenance, indent=1), encoding="utf-8")
@@ -127,14 +127,16 @@ class _Code:
     Attributes:
         name: in messages.
         url: its origin.
-        commit: of git code; otherwise a hash of the folder's modules.
+        content: the commit of git code; otherwise a digest of the folder's modules.
+        version: the commit in words; of a folder that is no clone, the digest.
         path: folder that makes it importable.
         folder: its checkout.
     """
 
     name: str
     url: str
-    commit: str
+    content: str
+    version: str
     path: Path
     folder: Path
 
@@ -169,7 +171,9 @@ def _code_in(folder: Path) -> _Code:
             hint=f"clone its repository: git clone URL {folder}",
         )
     content = b"".join(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() for path in modules)
-    return _Code(folder.name, str(folder), _sha256(content), folder, folder)
+    digest = _sha256(content)
+    version = describe_clone(folder) or f"digest {digest[:12]} of its modules"
+    return _Code(folder.name, str(folder), digest, version, folder, folder)
 
 
 def _git_code(port: Port, original: OriginalImplementation, model: Path, install: str) -> _Code:
@@ -187,7 +191,8 @@ def _git_code(port: Port, original: OriginalImplementation, model: Path, install
         )
     check_code(code, commit)
     folder = code_folder(code.name, commit)
-    return _Code(code.name, plain_url(code.url), commit, folder / "path", folder / "repo" / code.path)
+    version, checkout = f"commit {commit[:12]}", folder / "repo" / code.path
+    return _Code(code.name, plain_url(code.url), commit, version, folder / "path", checkout)
 
 
 def _provenance(original: OriginalImplementation, code: _Code, model: Path, settings: Settings) -> dict[str, Any]:
@@ -196,7 +201,7 @@ def _provenance(original: OriginalImplementation, code: _Code, model: Path, sett
     return {
         "made_from": {
             "code": code.url,
-            "commit": code.commit,
+            "content": code.content,
             "script": _sha256(original.script_file().read_bytes()),
             "model": _sha256(lock),
             "options": dict(original.options),
@@ -204,6 +209,7 @@ def _provenance(original: OriginalImplementation, code: _Code, model: Path, sett
             "device": settings.device,
             "seed": settings.seed,
         },
+        "code_version": code.version,
         "model": str(model.absolute()),
         "python": str(settings.python or sys.executable),
     }

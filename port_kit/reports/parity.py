@@ -68,7 +68,7 @@ def component_of(case: str) -> str:
 def _provenance(reference: Mapping[str, Any]) -> Html:
     made = reference["made_from"]
     rows: list[tuple[str, html.Cell]] = [
-        ("original code", html.code(f"{made['code']} at {made['commit']}")),
+        ("original code", html.code(f"{made['code']}, {reference['code_version']}")),
         ("model", html.code(reference["model"])),
         ("interpreter", html.code(reference["python"])),
         ("recorded", "earlier, and used again" if reference["reused"] else f"now, in {reference['seconds']} s"),

@@ -165,6 +165,14 @@ def test_suggest_writes_rules_that_plan_accepts(workspace: Workspace) -> None:
     assert "target tensors explained" in text
 
 
+def test_suggest_takes_the_target_of_a_port(workspace: Workspace) -> None:
+    """As the rules files of a new port say."""
+    source = workspace.folder / "vae.json"
+    workspace.run("manifest", "--port", "ovi", "--component", "vae", "-o", source)
+    words = ("rules", "suggest", "--source", source, "--port", "ovi", "--component", "vae")
+    assert workspace.json(*words)["data"]["missing"] == {}
+
+
 def test_invert_leads_back(workspace: Workspace) -> None:
     back = workspace.folder / "back.toml"
     data = workspace.json("rules", "invert", *workspace.sides(), "-o", back)["data"]
@@ -327,6 +335,7 @@ def test_export_for_a_library_names_omitted_rules(workspace: Workspace) -> None:
         ("rules", "plan", "--rules", "x.toml"),
         ("rules", "check", "--port", "dreamid_omni"),
         ("rules", "suggest", "--source", "S.json"),
+        ("rules", "suggest", "--source", "S.json", "--target", "S.json", "-o", "x.json"),
         ("rules", "export", "."),
         ("rules", "export", "--rules", "x.toml", "-o", "y"),
         ("rules", "export", ".", "--as", "vllm", "--rules", "x.toml"),

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from port_kit.download import FileRule, Recipe, Repository
-from port_kit.download.gitcode import check_code, code_folder, environment, fetch_code, resolve_commit
+from port_kit.download.gitcode import (
+    check_code,
+    code_folder,
+    describe_clone,
+    environment,
+    fetch_code,
+    resolve_commit,
+)
 from port_kit.errors import DownloadError
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Hub
@@ -281,3 +288,14 @@ def test_a_changed_checkout_is_detected(remote: GitRemote, change: str) -> None:
     with pytest.raises(DownloadError) as caught:
         fetch_code(source, pinned(remote))
     assert caught.value.code == "code_broken" and "port-kit uninstall" in caught.value.hint
+
+
+def test_a_folder_of_code_is_described_by_its_commit(tmp_path: Path) -> None:
+    remote = GitRemote(tmp_path / "clone", {"src/net.py": "x = 1\n", "other.py": ""})
+    commit = f"commit {remote.head[:12]}"
+    assert [describe_clone(remote.folder), describe_clone(remote.folder / "src")] == [commit, commit]
+    (remote.folder / "other.py").write_text("x = 2\n")
+    assert describe_clone(remote.folder) == f"{commit} with changes"
+    assert describe_clone(remote.folder / "src") == commit
+    (remote.folder / "untracked").mkdir()
+    assert [describe_clone(folder) for folder in (remote.folder / "untracked", tmp_path)] == ["", ""]

@@ -98,7 +98,8 @@ def test_recordings_state_their_origin(
     recorded: tuple[int, dict[str, Any], Path], remote: GitRemote, model: Path
 ) -> None:
     provenance = json.loads((recorded[2] / "goldens" / "reference.json").read_text())
-    assert provenance["made_from"]["commit"] == remote.head
+    assert provenance["made_from"]["content"] == remote.head
+    assert provenance["code_version"] == f"commit {remote.head[:12]}"
     assert provenance["model"] == str(model)
     assert recorded[1]["data"]["reference"]["reused"] is False
     assert "recorded fusion/dreamid_two_refs fp32" in (recorded[2] / "goldens" / "reference.log").read_text()

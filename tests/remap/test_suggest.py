@@ -121,6 +121,20 @@ def test_renamed_query_and_key_may_be_permuted() -> None:
     assert "rotary" in " ".join(found["layers.0.q_proj.weight"].doubts)
 
 
+def test_a_name_on_both_sides_outweighs_the_order() -> None:
+    """The norms of an attention and of its layer, registered in any order."""
+    names = ("attention.q_norm", "attention.k_norm", "attention_norm")
+
+    def side(norms: tuple[str, ...]) -> Manifest:
+        return shapes(**{f"layers.{n}.{norm}.weight": [8] for n in range(2) for norm in norms})
+
+    source = side(names)
+    for order in itertools.permutations(names):
+        target = side(order)
+        found = proposed(suggest(source, target), source, target)
+        assert {name: entry["from"] for name, entry in found.items()} == {name: [name] for name in target}
+
+
 def test_equal_unrelated_tensors_are_left_out_and_reported() -> None:
     source = shapes(foo__weight=[4, 4], bar__weight=[4, 4], txt_in__weight=[8, 4])
     target = shapes(quux__weight=[4, 4], zork__weight=[4, 4], context_embedder__weight=[8, 4])

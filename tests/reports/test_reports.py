@@ -109,7 +109,8 @@ def test_the_share_of_a_bound(max_abs: float, share: float) -> None:
 def test_names_are_escaped() -> None:
     data = parity_data(case(EVIL, difference(EVIL, 1.0, ok=False)))
     data["reference"] = {
-        "made_from": {"code": EVIL, "commit": EVIL},
+        "made_from": {"code": EVIL, "content": EVIL},
+        "code_version": EVIL,
         "model": EVIL,
         "python": EVIL,
         "reused": False,

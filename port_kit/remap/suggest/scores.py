@@ -22,6 +22,8 @@ from port_kit.remap.suggest.module_groups import INDEX_SLOT, Index, ModuleGroup,
 from port_kit.remap.suggest.vocabulary import natural_key, position, secondary_rank, weight_of
 
 NAME_WEIGHT, SIZE_WEIGHT, NEIGHBOR_WEIGHT, ORDER_WEIGHT = 1.0, 0.5, 0.7, 0.35
+#: Evidence of equal names within a layer: more than an order of peers weighs.
+SAME_PATH_WEIGHT = 0.4
 _MAX_ANCESTORS = 4
 _FILE_ORDER, _SORTED_ORDER = 0.8, 0.4  # reliability of an order of names that differ in words
 _NEAR = 2  # components from the innermost one that tell the position of a module in its layer
@@ -108,6 +110,21 @@ def name_score(source: ModuleGroup, target: ModuleGroup, *, numbers: bool = True
     total = sum(left.values()) + sum(right.values())
     shared = sum(min(weight, right[word]) for word, weight in left.items() if word in right)
     return 2 * shared / total if total else 0.0
+
+
+def has_same_path(source: ModuleGroup, target: ModuleGroup) -> bool:
+    """Return True if two modules have equal names down from the layer, or from the root, of two components or more.
+
+    Names that end in a number are positions, which other code may count from another module.
+    """
+    path = _inner_path(source.parts)
+    return len(path) > 1 and not path[-1].isdigit() and path == _inner_path(target.parts)
+
+
+@lru_cache(maxsize=1 << 14)
+def _inner_path(parts: Path) -> Path:
+    last = max((depth for depth, part in enumerate(parts) if INDEX_SLOT in part), default=-1)
+    return parts[last + 1 :]
 
 
 def size_score(source: ModuleGroup, target: ModuleGroup, left: ManifestView, right: ManifestView) -> float:

@@ -22,10 +22,12 @@ from port_kit.remap.suggest.scores import (
     NAME_WEIGHT,
     NEIGHBOR_WEIGHT,
     ORDER_WEIGHT,
+    SAME_PATH_WEIGHT,
     SIZE_WEIGHT,
     Link,
     ManifestView,
     NeighborScores,
+    has_same_path,
     name_score,
     size_score,
 )
@@ -120,6 +122,7 @@ class Search:
         names = NAME_WEIGHT * name_score(source, target)
         sizes = SIZE_WEIGHT * size_score(source.leaves[0], target.leaves[0], self.left, self.right)
         needless = _NEEDLESS_TRANSPOSE if self._transposes_needlessly(source, target) else 0.0
+        names += SAME_PATH_WEIGHT * has_same_path(source, target)
         return 0.05 + names + sizes - self.candidates[source, target].penalty - needless
 
     def _transposes_needlessly(self, source: ModuleGroup, target: ModuleGroup) -> bool:
