@@ -14,12 +14,14 @@ Two different ports with the same name or pipeline class are both unavailable.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from port_kit.errors import OptionalDependencyError, PortKitError
 
+_Module = TypeVar("_Module")
 #: Kinds of components: denoising transformers, encoders of conditioning, and VAEs with their vocoders.
 KINDS = ("transformer", "encoder", "vae")
 #: ``extra_args`` that the request loop reads for each modality: they come from the endpoints of vLLM-Omni's server.
@@ -268,3 +270,31 @@ def resolve(reference: str) -> object:
             hint="install the runtime: pip install 'port-kit[omni]' (on a machine without a GPU: 'port-kit[omni,cpu]')",
         ) from error
     return getattr(module, attribute)
+
+
+def build_module(kind: type[_Module], config: Mapping[str, Any], **given: Any) -> _Module:
+    """Build a module from its configuration.
+
+    Args:
+        kind: class of the module.
+        config: further keyword arguments of it, such as a ``config.json``.
+        given: keyword arguments that are not in the configuration.
+
+    Raises:
+        PortKitError: ``component_config``; the keys of the configuration are not the parameters of the class.
+    """
+    parameters = inspect.signature(kind).parameters
+    named = {
+        name: item for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
+    }
+    missing = [name for name, item in named.items() if item.default is item.empty and name not in {*config, *given}]
+    takes_any = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+    unknown = [key for key in config if key not in named and not takes_any]
+    if missing or unknown:
+        raise PortKitError(
+            f"the configuration of {kind.__name__} does not have its parameters; missing: "
+            f"{', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}",
+            code="component_config",
+            hint=f"correct the configuration in config.py, or the parameters of {kind.__name__}",
+        )
+    return kind(**config, **given)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from port_kit.errors import PortKitError
-from port_kit.port import Component, Port, lookup
+from port_kit.port import Component, Port, build_module, lookup
 from port_kit.registry import find_port
 
 SHIPPED = ("ovi", "dreamid_omni")
@@ -63,3 +63,16 @@ def test_a_shipped_port_is_five_files(name: str) -> None:
     files = {path.name for path in (Path(root) / name).glob("*.py")}
     assert files == {"__init__.py", "config.py", "recipe.py", "weights.py", "pipeline.py"}
     assert find_port(name).package == f"port_kit.models.{name}"
+
+
+class Denoiser:
+    def __init__(self, *, channels: int, heads: int, layers: int = 2, prefix: str = "") -> None:
+        self.sizes = (channels, heads, layers, prefix)
+
+
+def test_a_configuration_has_the_parameters_of_its_class() -> None:
+    built = build_module(Denoiser, {"channels": 4, "heads": 2}, prefix="transformer")
+    assert built.sizes == (4, 2, 2, "transformer")
+    with pytest.raises(PortKitError, match="Denoiser .* missing: channels, heads; unknown: dim") as caught:
+        build_module(Denoiser, {"dim": 64}, prefix="transformer")
+    assert caught.value.code == "component_config" and "config.py" in caught.value.hint

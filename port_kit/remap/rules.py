@@ -138,9 +138,10 @@ class RuleSet(Rules):
         return cls.from_dict(_read_text(text), folder=folder)
 
     @classmethod
-    def from_file(cls, path: str | Path, *, depth: int = 0) -> RuleSet:
-        """Read a ``.toml`` or ``.json`` file of rules."""
-        return cls.from_dict(_read_text(Path(path)), folder=Path(path).parent, depth=depth)
+    def from_file(cls, path: str | Path, *, allow_downcast: bool = False, depth: int = 0) -> RuleSet:
+        """Read a ``.toml`` or ``.json`` file of rules; ``allow_downcast`` permits what the file does not."""
+        rules = cls.from_dict(_read_text(Path(path)), folder=Path(path).parent, depth=depth)
+        return replace(rules, allow_downcast=rules.allow_downcast or allow_downcast)
 
     def compile(
         self, source: Manifest, target: Manifest, sizes: Sizes | None = None, *, allow_downcast: bool = False

@@ -41,7 +41,7 @@ def media_values(*, takes_image: bool) -> dict[str, str]:
     """Return the reference image of the test of the engine, or nothing."""
     return {
         "media_import": "\nfrom PIL import Image" if takes_image else "",
-        "media_options": ' + ["--image", str(picture(tmp_path))]' if takes_image else "",
+        "media_options": ', "--image", str(picture(tmp_path))' if takes_image else "",
         "media_helper": _PICTURE if takes_image else "",
     }
 

@@ -13,7 +13,7 @@ from port_kit.inspect.pitfalls import several_sets
 from port_kit.inspect.report import Finding, WeightFile
 from port_kit.scaffold.common import common_values, media_values
 from port_kit.scaffold.found_sizes import output_sizes
-from port_kit.scaffold.found_values import Found, found_values
+from port_kit.scaffold.found_values import Found, channels_expression, found_values
 from port_kit.scaffold.git_code import FoundCode, find_code, named_code
 from port_kit.scaffold.modality import FORMS, modality_values
 from port_kit.scaffold.own_port import loading_values
@@ -68,6 +68,8 @@ def found_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]:
         report(f"{finding.file} {finding.fact}")
     url = named_code(port, sources)
     code = find_code(port, url, parts) if url else None
+    if code is not None:
+        parts = [replace(part, parameters=code.signatures.get(part.name, {})) for part in parts]
     found = Found(port, parts, code)
     values = {**_common(found), **loading_values(port), **found_values(found)}
     values |= {"left_out": _left_out(left_out(sources)), "part_rows": _part_rows(found)}
@@ -119,14 +121,14 @@ def _common(found: Found) -> dict[str, str]:
     original = "".join(f' / "{part}"' for part in _code_folder(found.code).split("/")) if found.code else ""
     return {
         **common_values(port, main.source, main.component.parameters if main.component else 0),
-        **modality_values(port.output, **sizes),
+        **modality_values(port.output, **sizes, channels=channels_expression(main)),
         **media_values(takes_image=False),
         "path": port.path,
         "reference": f"`{found.code.code.url}` at `{found.code.code.commit}`" if found.code else "the original code",
         "reference_word": "original code",
         "tiny_request": literal(tiny, 4),
         "original_path": f"\nsys.path.append(str(ROOT{original}))" if original else "",
-        "environment": f', "PYTHONPATH": str(ROOT{original})' if original else "",
+        "environment": f', environment={{"PYTHONPATH": str(ROOT{original})}}' if original else "",
         "expected_size": f"{tiny['width']}x{tiny['height']}" if "width" in tiny else form.expected,
         "checks": "Coverage of every published tensor; on a tiny model with seeded weights, on a CPU: download, ranks\n"
         f"against one, {form.text} through the engine.",

@@ -11,7 +11,7 @@ from port_kit.inspect.known_classes import library_version
 from port_kit.port import lookup
 from port_kit.registry import list_ports
 from port_kit.scaffold.file_rules import rule_text
-from port_kit.scaffold.found_sizes import config_of, tiny_sizes
+from port_kit.scaffold.found_sizes import channels_key, config_of, open_keys, tiny_sizes
 from port_kit.scaffold.git_code import FoundCode, own_prefix
 from port_kit.scaffold.parts import Part
 from port_kit.scaffold.render import WIDTH, literal
@@ -193,11 +193,11 @@ def _weights_values(found: Found) -> dict[str, str]:
     renamed = [part for part in weighted if found.is_original(part) and own_prefix(part)]
     rules = [_rules_of_file(part) for part in found.ruled] + [_prefixed_rules(part) for part in prefixed]
     rules += [_renaming_rules(part) for part in renamed]
-    imports = ["from dataclasses import replace", "from pathlib import Path", ""] if found.ruled else []
-    imports += [f"from port_kit.port import Component{', Pretrained' if pretrained else ''}"]
+    imports = [f"from port_kit.port import Component{', Pretrained' if pretrained else ''}"]
     if found.ruled or renamed:
         imports += [f"from port_kit.remap import {'Rule, RuleSet' if renamed else 'RuleSet'}"]
     imports += ["from port_kit.remap.rules import import_rules"] if prefixed else []
+    imports += ["", f"from {found.port.name} import config"] if found.ruled else []
     return {
         "weights_imports_text": "\n".join(imports) + "\n",
         "rule_sets": (_READ_RULES if found.ruled else "") + "".join(rules),
@@ -210,17 +210,13 @@ def _weights_values(found: Found) -> dict[str, str]:
     }
 
 
-_READ_RULES = '''
-def _rules(name: str) -> RuleSet:
-    """Read rules that ``port-kit rules suggest`` wrote; a float32 checkpoint may be run in bfloat16."""
-    return replace(RuleSet.from_file(Path(__file__).with_name(name)), allow_downcast=True)
-
-
-'''
+_READ_RULES = """
+#: Written by ``port-kit rules suggest``; a float32 checkpoint may be run in bfloat16.
+"""
 
 
 def _rules_of_file(part: Part) -> str:
-    return f'{part.name.upper()} = _rules("{part.name}.toml")\n'
+    return f'{part.name.upper()} = RuleSet.from_file(config.HERE / "{part.name}.toml", allow_downcast=True)\n'
 
 
 def _prefixed_rules(part: Part) -> str:
@@ -273,20 +269,45 @@ def _config_values(found: Found) -> dict[str, str]:
         helpers, text = _tiny_text(part)
         imports |= helpers
         entries.append(f'    "{part.name}": {text},')
+    is_known = bool(channels_key(found.parts[0]))
     return {
         "configs": "\n".join(texts),
+        "channels_function": "" if is_known else _CHANNELS.format(name=found.port.name),
+        "error_import": "" if is_known else "from port_kit.errors import PortKitError\n",
         "tiny_imports": ", ".join(sorted(imports, key=lambda name: (name[0].islower(), name))),
         "tiny_parts": "\n".join(entries),
     }
+
+
+_CHANNELS = '''
+
+def latent_channels() -> int:
+    """Return the channels of the latents."""
+    raise PortKitError(
+        "the channels of the latents of {name} are not known",
+        code="port_unfinished",
+        hint="return them from latent_channels in {name}/config.py",
+    )
+'''
+
+
+def channels_expression(main: Part) -> str:
+    """Return the expression of the pipeline for the channels of the latents."""
+    key = channels_key(main)
+    return f"config.TRANSFORMER_CONFIG[{literal(key)}]" if key else "config.latent_channels()"
 
 
 def _config_text(part: Part) -> str:
     known = part.recognized
     values = lookup(known.config) if known is not None else config_of(part)
     said = "as its repository has it" if part.config else "as far as the shapes of its tensors tell"
+    if part.parameters and not part.config:
+        said = "with the defaults of its class, but layers and width of its tensors"
     if known is not None:
         said = f"of {known.origin}; the shapes of {known.misfits} tensors say that sizes differ: correct them"
     line = f"#: ``{part.name}/config.json``, {said}."
+    if known is None and open_keys(part):
+        line += f"\n#: Still to be filled in: {', '.join(open_keys(part))}."
     return f"{line}\n{_constant(part)}: Mapping[str, Any] = {literal(values)}"
 
 
@@ -301,7 +322,8 @@ def _tiny_text(part: Part) -> tuple[set[str], str]:
     if known is not None and shared:
         prefix = f", {literal(known.prefix)}" if known.prefix else ""
         return {"tiny_part"}, f"tiny_part({literal(shared)}, {literal(known.name)}{prefix})"
-    sizes = {"sizes": {}, **(tiny_sizes(part) if known is None else {})}
+    tiny = tiny_sizes(part) if known is None else {}
+    sizes = {"sizes": {}, **{key: value for key, value in tiny.items() if value}}
     given = [f'read_outline(HERE / "{part.name}.json")', *(f"{key}={_inline(value)}" for key, value in sizes.items())]
     line = f"TinyComponent({', '.join(given)})"
     if len(f'    "{part.name}": {line},') > WIDTH:

@@ -6,10 +6,12 @@ The code is fetched and parsed, never executed.
 from __future__ import annotations
 
 import ast
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from port_kit.download import GitCode
 from port_kit.download.gitcode import check_out, resolve_commit
@@ -39,10 +41,20 @@ class FoundCode:
     Attributes:
         code: as a recipe has it, pinned to a commit.
         classes: ``{part: "module:Class"}`` of the parts whose tensors only that class has.
+        signatures: ``{part: {parameter: default}}`` of their constructors, ``...`` for parameters without a default.
     """
 
     code: GitCode
     classes: Mapping[str, str] = field(default_factory=dict)
+    signatures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class _Class:
+    """A class of the code: attributes that it and its bases assign, and the parameters of its constructor."""
+
+    attributes: set[str]
+    parameters: dict[str, Any] | None = None
 
 
 def named_code(port: NewPort, sources: list[Source]) -> str:
@@ -85,11 +97,12 @@ def find_code(port: NewPort, url: str, parts: list[Part]) -> FoundCode:
                 code="scaffold_unsupported",
                 hint=f"name the repository of the model's code: port-kit new {port.name} --code GIT_URL",
             )
-        classes = _class_attributes(root / path, packages)
+        classes = _find_classes(root / path, packages)
     found = {part.name: _class_of(part, classes) for part in parts if part.is_own}
     named = {name: place for name, place in found.items() if place}
     used = dict.fromkeys(place.partition(":")[0].partition(".")[0] for place in named.values())
-    return FoundCode(GitCode(asked.name, url, tuple(used or packages), commit=commit, path=path), named)
+    signatures = {name: classes[place].parameters or {} for name, place in named.items()}
+    return FoundCode(GitCode(asked.name, url, tuple(used or packages), commit=commit, path=path), named, signatures)
 
 
 def _packages(root: Path) -> list[str]:
@@ -99,20 +112,47 @@ def _packages(root: Path) -> list[str]:
     return sorted({name for name in (*folders, *modules) if name.isidentifier() and name not in _ASIDE})
 
 
-def _class_attributes(root: Path, packages: list[str]) -> dict[str, frozenset[str]]:
-    """Return ``{"module:Class": attributes that it and its bases assign}``; files that are no Python are left out."""
-    own: dict[str, set[str]] = {}
+def _find_classes(root: Path, packages: list[str]) -> dict[str, _Class]:
+    """Return ``{"module:Class": class}``; files that are no Python are left out."""
+    own: dict[str, _Class] = {}
     bases: dict[str, list[str]] = {}
     by_name: dict[str, str] = {}
     for module, tree in _modules(root, packages):
         for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             place = f"{module}:{node.name}"
-            own[place], by_name[node.name] = set(_assigned(node)), place
+            own[place], by_name[node.name] = _Class(set(_assigned(node)), _parameters(node)), place
             bases[place] = [base.id for base in node.bases if isinstance(base, ast.Name)]
     for place, names in bases.items():
-        for base in names:
-            own[place] |= own.get(by_name.get(base, ""), set())
-    return {place: frozenset(names) for place, names in own.items()}
+        for base in (own[by_name[name]] for name in names if name in by_name):
+            own[place].attributes |= base.attributes
+            own[place].parameters = base.parameters if own[place].parameters is None else own[place].parameters
+    return own
+
+
+def _parameters(node: ast.ClassDef) -> dict[str, Any] | None:
+    """Return the parameters of a constructor with their defaults, ``...`` for those without; None if it has none.
+
+    Parameters whose default is an object of code are left out.
+    """
+    found = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+    if not found:
+        return None
+    given = found[0].args
+    names = [*given.posonlyargs, *given.args]
+    padded = [None] * (len(names) - len(given.defaults)) + list(given.defaults)
+    pairs = [*zip(names[1:], padded[1:], strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    return {
+        name.arg: ... if default is None else ast.literal_eval(default) for name, default in pairs if _is_plain(default)
+    }
+
+
+def _is_plain(default: ast.expr | None) -> bool:
+    """Return True without a default, and for a default that a ``config.json`` can hold."""
+    try:
+        json.dumps(None if default is None else ast.literal_eval(default))
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _modules(root: Path, packages: list[str]) -> Iterator[tuple[str, ast.Module]]:
@@ -138,11 +178,11 @@ def _assigned(node: ast.ClassDef) -> Iterator[str]:
                 yield first.value
 
 
-def _class_of(part: Part, classes: Mapping[str, frozenset[str]]) -> str:
+def _class_of(part: Part, classes: Mapping[str, _Class]) -> str:
     """Return the one class that has all top-level names of a part's tensors; empty if there is none, or several."""
     prefix = own_prefix(part)
     names = {name.removeprefix(prefix).partition(".")[0] for name in _manifest(part)}
-    fitting = {place: len(found) for place, found in classes.items() if names <= found}
+    fitting = {place: len(found.attributes) for place, found in classes.items() if names <= found.attributes}
     closest = [place for place, count in fitting.items() if count == min(fitting.values())]
     return closest[0] if len(names) >= _FEWEST and len(closest) == 1 else ""
 

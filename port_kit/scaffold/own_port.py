@@ -37,7 +37,8 @@ _EXTERNAL = ("model/decoder", "model/original", "model/transformer", "weights")
 #: Request of the tiny model of a hybrid, in the sizes of its VAE.
 _HYBRID_REQUEST = {"height": 96, "width": 160, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 3.0}
 #: Pixels and frames of a latent: of the skeleton's decoder, and of diffusers' VAE.
-_LATENT, _HYBRID_LATENT = {"size_multiple": 4, "frame_step": 1}, {"size_multiple": 32, "frame_step": 8}
+_LATENT: Mapping[str, Any] = {"size_multiple": 4, "frame_step": 1}
+_HYBRID_LATENT: Mapping[str, Any] = {"size_multiple": 32, "frame_step": 8}
 _REFERENCES = {
     "custom": "the original code, ported",
     "external": "the original code, a git dependency; its transformer is split over ranks by a plan",
@@ -94,7 +95,7 @@ def _names(port: NewPort) -> dict[str, str]:
         "diffusers_version": DIFFUSERS_VERSION,
         "original_path": '\nsys.path.append(str(ROOT / "original"))' if external else "",
         # the engine's processes need the code that stays outside of the port
-        "environment": ', "PYTHONPATH": str(ROOT / "original")' if external else "",
+        "environment": ', environment={"PYTHONPATH": str(ROOT / "original")}' if external else "",
         "expected_size": "160x96" if port.path == "hybrid" else FORMS[port.output].expected,
         "checks": "On a tiny model with seeded weights, on a CPU: download, coverage of every tensor, parity with the\n"
         f"reference, {checks}, {FORMS[port.output].text} through the engine.",

@@ -40,6 +40,7 @@ class Part:
         component: what was inspected; None for files without weights.
         pretrained: ``"module:Class"`` of a library that builds and fills it, or empty.
         config: content of its ``config.json`` if the recipe writes it, or the source has it.
+        parameters: of the constructor of its class in the git code, with their defaults, ``...`` for those without.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Part:
     component: Component | None = None
     pretrained: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def recognized(self) -> Recognized | None:

@@ -55,7 +55,7 @@ class ApiServer:
         script: Path | None = None,
         start_timeout: float = 400.0,
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.storage = folder / "storage"
         self.log = folder / "server.log"
@@ -152,7 +152,8 @@ class ApiServer:
         raise RuntimeError(f"the server did not answer within {self._start_timeout:g} s:\n{self.tail()}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that no process uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from port_kit.cli import main
 from port_kit.errors import ConfigError
 from port_kit.serving.limits import Limits
+from port_kit.testing.server import free_port
 
 
 def refused(folder: Path, *options: str) -> str:
@@ -18,12 +19,6 @@ def refused(folder: Path, *options: str) -> str:
     assert done.exit_code != 0
     assert not (folder / "videos").exists()
     return done.output
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_a_used_port_is_refused(tmp_path: Path) -> None:
@@ -35,13 +30,13 @@ def test_a_used_port_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_must_exist(tmp_path: Path) -> None:
-    assert "is no folder" in refused(tmp_path, "--port", free_port(), "--lora-root", str(tmp_path / "none"))
+    assert "is no folder" in refused(tmp_path, "--port", str(free_port()), "--lora-root", str(tmp_path / "none"))
     assert "does not exist" in refused(tmp_path / "none")
 
 
 @pytest.mark.parametrize("option", ["--max-queue", "--max-upload-mb", "--drain-seconds"])
 def test_limits_are_positive(tmp_path: Path, option: str) -> None:
-    output = refused(tmp_path, "--port", free_port(), option, "0")
+    output = refused(tmp_path, "--port", str(free_port()), option, "0")
     assert f"{option} is 0" in output and "more than 0 is required" in output
 
 

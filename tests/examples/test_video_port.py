@@ -12,6 +12,7 @@ import av
 import pytest
 
 from benchmarks.worked_ports import LEAST_KEPT, count_all
+from port_kit.testing.server import free_port
 from tests.examples.worked_ports import run_own_tests
 from tests.scaffold.helpers import ROOT, environment
 
@@ -24,11 +25,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("guide")
     (found / "examples").symlink_to(ROOT / "examples")
     blocks = re.findall(r"^```bash\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    script = "set -e\ntrap 'kill %1 2>/dev/null || true' EXIT\n" + "".join(blocks)
+    script = "set -e\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + "".join(blocks)
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=found,
-        env=environment(HF_HOME=str(found / "cache")),
+        env=environment(HF_HOME=str(found / "cache"), PORT=str(free_port())),
         capture_output=True,
         text=True,
         timeout=1500,
@@ -46,8 +47,9 @@ def test_the_guide_says_what_happens(folder: Path) -> None:
     assert "3 of 3 cases within their bounds" in output
     assert "4 of 4 layouts match one rank and divide the work" in output
     assert "first.mp4: 3 frames 40x24 at 16 fps" in output
-    with av.open(str(folder / "first.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == 3
+    for name in ("first.mp4", "cat.mp4"):
+        with av.open(str(folder / name)) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 3
 
 
 def test_a_changed_weight_is_found_in_its_block(folder: Path) -> None:

@@ -21,15 +21,16 @@ from tests.parallel.transformer_pipeline import TransformerOnlyPipeline, write_m
 #: Fused projections, and their parts in a checkpoint.
 FUSED = {".qkv.": ("q", "k", "v"), ".text.feed_forward.up.": ("gate", "up")}
 PAGE = Path(__file__).parents[2] / "docs" / "token_streams.md"
+REFERENCE = PAGE.with_name("port_reference.md")
 
 
-def example(title: str) -> dict[str, Any]:
-    """Run the Python code below a title of the guide; return its names."""
-    section = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+def example(title: str, page: Path = PAGE) -> dict[str, Any]:
+    """Run the Python code below a title of a page, by default the guide; return its names."""
+    section = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     (text,) = (part for part in section if part.startswith(f"{title}\n"))
     names: dict[str, Any] = {"__name__": f"{__name__}.{title}"}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(compile(code, str(PAGE), "exec", dont_inherit=True), names)
+        exec(compile(code, str(page), "exec", dont_inherit=True), names)
     return names
 
 
@@ -120,7 +121,7 @@ def write_checkpoint(folder: Path, pipeline: str, model: nn.Module, config: Mapp
     random = torch.Generator().manual_seed(0)
     tensors = {}
     for name, parameter in model.named_parameters():
-        value = torch.randn(parameter.shape, generator=random) * 0.5 * parameter[0].numel() ** -0.5
+        value = torch.randn(parameter.shape, generator=random) * parameter[0].numel() ** -0.5
         names = next((parts for fused, parts in FUSED.items() if fused in name), None)
         if names is None:
             tensors[name] = value

@@ -5,24 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from port_kit.parallel import token_conv
 from port_kit.parallel.halo import with_halo
+from port_kit.parallel.linear import tp_rank_and_size
 from port_kit.parallel.meta_init import meta_init
 from port_kit.parallel.preflight import describe_model
 from port_kit.parallel.token_conv import TokenConv
 from port_kit.parallel.verify import ParallelTestCase, verify_parallel
 from port_kit.runtime.single_process import single_rank
-from port_kit.testing.workers import Request
+from port_kit.testing.workers import Request, run_workers
 from tests.helpers import raises
 from tests.parallel import transformer_pipeline
-from tests.parallel.conv_pipeline import GridTransformer, example, write_checkpoint
+from tests.parallel.conv_pipeline import REFERENCE, GridTransformer, example, write_checkpoint
 
 CONFIG = {"channels": 16, "dim": 16, "heads": 4, "layers": 2}
 
@@ -46,6 +48,25 @@ def test_the_example_of_the_guide_on_several_ranks(tmp_path: Path) -> None:
     layouts = ("tp2", "ulysses2", "ring2", "ulysses2xring2", "tp2xulysses2", "hsdp2")
     for report in verify_parallel(case, layouts):
         assert report.ok, report.describe()
+
+
+def test_the_layer_norm_of_the_reference_on_two_ranks(tmp_path: Path) -> None:
+    """The code of ``docs/port_reference.md`` is a layer norm over the width of both ranks."""
+    with meta_init(torch.float32):
+        model = example("Convolutions over tokens")["AudioTransformer"](**CONFIG)
+    folder = write_checkpoint(tmp_path / "m", "ConvPipeline", model, CONFIG)
+    norm = example("Norms over a sharded axis", REFERENCE)["full_width_layer_norm"]
+    x, weight, bias = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)) + 2
+
+    def probe(_pipeline: nn.Module) -> Tensor:
+        own = [part.chunk(2, -1)[tp_rank_and_size()[0]] for part in (x, weight[0], bias[0])]
+        return norm(*own, 1e-5)
+
+    case = _case(folder, "ConvPipeline", [{"tokens": 2}])
+    config = {"parallel_config": {"tensor_parallel_size": 2}}
+    results = run_workers(folder, case.requests, config=config, setup=partial(case.setup, 2), probe=probe)
+    whole = torch.cat([result.probe for result in results], -1)
+    torch.testing.assert_close(whole, F.layer_norm(x, (8,), weight[0], bias[0], 1e-5))
 
 
 def test_a_missing_exchange_shows_in_the_outputs(tmp_path: Path) -> None:

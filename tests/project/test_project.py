@@ -25,6 +25,7 @@ HEAVY_PACKAGES = (
     "upstream",
     "parallel",
     "pipeline",
+    "port_tests",
     "scaffold.hosted_port",
     "scaffold.plans",
     "serving",

@@ -33,7 +33,7 @@ class Base(nn.Module):
 
 
 class Net(Base):
-    def __init__(self, depth=12):
+    def __init__(self, depth=4, *, activation=torch.relu):
         super().__init__()
         self.time = nn.Linear(64, 64)
         self.layers = nn.ModuleList()

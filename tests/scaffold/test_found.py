@@ -54,6 +54,14 @@ def test_the_recipe_has_every_file_and_the_code(port: Path) -> None:
     assert recipe.configs["audio_vae"]["hidden_dim"] == 384
 
 
+def test_the_configuration_is_that_of_the_class(port: Path) -> None:
+    """Its keys are the constructor's parameters, its layers those of the tensors; the latents are left open."""
+    text = (port / NAME / "config.py").read_text()
+    assert '"depth": 12,' in text and '"dim"' not in text and '"layers"' not in text
+    assert "def latent_channels() -> int:" in text
+    assert "config.latent_channels()" in (port / NAME / "pipeline.py").read_text()
+
+
 def test_nothing_is_invented(port: Path) -> None:
     assert json.loads((port / NAME / "transformer.json").read_text()).keys() == {f"module.{name}" for name in SHAPES}
     for part in ("transformer", "umt5"):
@@ -69,5 +77,6 @@ def test_its_tests_name_what_is_left_to_do(port: Path) -> None:
     done = subprocess.run(command, cwd=port, env=environment(), capture_output=True, text=True, timeout=600)
     assert "2 failed, 1 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
     for part in ("transformer", "umt5"):
-        files = f"--source {NAME}/{part}.json -o {NAME}/{part}.toml"
+        listed = port / NAME / f"{part}.json"
+        files = f"--source {listed} -o {listed.with_suffix('.toml')}"
         assert f"port-kit rules suggest --port {NAME} --component {part} {files}" in done.stdout

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from port_kit.download import FileRule
 from port_kit.scaffold import NewPort
+from port_kit.scaffold.found_sizes import channels_key, config_of, open_keys, tiny_sizes
 from port_kit.scaffold.git_code import find_code, named_code
 from port_kit.scaffold.parts import Part, find_parts, left_out
 from port_kit.scaffold.source import Source, read_source
@@ -177,3 +179,19 @@ def test_an_address_is_given_or_the_only_one_of_the_card(tmp_path: Path) -> None
         named("custom", f"{one} {two}")
     with raises("scaffold_unsupported", "found none"):
         named("external", "")
+
+
+def test_layers_are_the_list_with_the_most_elements(tmp_path: Path) -> None:
+    """A short model whose stem has more slots than the model has layers."""
+    shapes = {f"layers.{n}.attention.wq.weight": (64, 64) for n in range(4)} | {"stem.5.weight": (8, 8)}
+    shapes |= {"head.weight": (16, 64)}
+    (part,) = of_files({"net.safetensors": fake_repositories.safetensors(shapes)}, tmp_path)
+    assert config_of(part) == {"dim": 64, "layers": 4}
+    assert open_keys(part) == ["channels", "heads", "hidden"] and channels_key(part) == "channels"
+    signature = {"in_channels": 3, "dim": 512, "n_layers": 5, "n_heads": 16, "layers": 9, "stem": ..., "scale": None}
+    known = replace(part, parameters=signature)
+    assert config_of(known) == {"in_channels": 3, "dim": 64, "n_layers": 4, "n_heads": 16, "layers": 4, "scale": None}
+    assert open_keys(known) == ["stem"] and channels_key(known) == "in_channels"
+    short = replace(known, parameters={"channels": 4, "n_layers": 4})  # as many channels as layers
+    assert tiny_sizes(short)["config"] == {"n_layers": 2}
+    assert config_of(replace(known, config={"width": 1})) == {"width": 1}

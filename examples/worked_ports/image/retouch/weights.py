@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 from port_kit.port import Component
 from port_kit.remap import RuleSet
 
+from retouch import config
 
-def _rules(name: str) -> RuleSet:
-    """Read rules that ``port-kit rules suggest`` wrote; a float32 checkpoint may be run in bfloat16."""
-    return replace(RuleSet.from_file(Path(__file__).with_name(name)), allow_downcast=True)
-
-
-TRANSFORMER = _rules("transformer.toml")
-CODEC = _rules("codec.toml")
+#: Written by ``port-kit rules suggest``; a float32 checkpoint may be run in bfloat16.
+TRANSFORMER = RuleSet.from_file(config.HERE / "transformer.toml", allow_downcast=True)
+CODEC = RuleSet.from_file(config.HERE / "codec.toml", allow_downcast=True)
 
 #: In loading order. The name is also the folder in the model directory and the attribute of the pipeline.
 COMPONENTS: tuple[Component, ...] = (

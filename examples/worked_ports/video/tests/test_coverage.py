@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from port_kit.manifest import Manifest
-from port_kit.port import resolve
-from port_kit.remap import RuleSet
-from port_kit.runtime.component_config import component_config
-from port_kit.runtime.target_cache import build_manifest
-from port_kit.testing.rules import assert_covers, assert_mutations_caught, assert_round_trip
+from port_kit.port_tests import assert_rules_cover
 
 from driftwood import PORT, config
-
-FILES = "--source driftwood/{0}.json -o driftwood/{0}.toml"
-SUGGEST = "port-kit rules suggest --port driftwood --component {0} " + FILES
 
 
 @pytest.mark.parametrize("name", ("transformer", "projector"))
 def test_the_rules_cover_the_published_checkpoint(name: str) -> None:
-    component = PORT.component(name)
-    rules = resolve(component.rules)
-    assert isinstance(rules, RuleSet)
-    assert len(rules), f"{name}.toml has no rules yet; write model/{name}.py, then: {SUGGEST.format(name)}"
-    target = build_manifest(component, component_config(component))
-    plan = assert_covers(rules, Manifest.from_json(config.HERE / f"{name}.json"), target)
-    assert_round_trip(plan)
-    assert_mutations_caught(plan)
+    assert_rules_cover(PORT, name, config.HERE / f"{name}.json")

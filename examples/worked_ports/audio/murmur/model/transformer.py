@@ -20,6 +20,7 @@ from port_kit.parallel.hsdp import meta_blocks
 from port_kit.parallel.layers import attention, engine_quantization, sinusoids
 from port_kit.parallel.sequence import SPBoundary, local_segment_lengths, make_sp_plan, pad_tokens, padded_length
 from port_kit.parallel.token_conv import TokenConv
+from port_kit.port import build_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
@@ -234,4 +235,4 @@ def build_transformer(config: Mapping[str, Any]) -> MurmurTransformer:
 
     Inside an engine it is quantized as the engine's configuration says.
     """
-    return MurmurTransformer(**config, quant_config=engine_quantization(), prefix="transformer")
+    return build_module(MurmurTransformer, config, quant_config=engine_quantization(), prefix="transformer")

@@ -16,6 +16,7 @@ from cache_dit import ForwardPattern
 from port_kit.parallel import linear
 from port_kit.parallel.layers import CrossAttention, SelfAttention, engine_quantization, sinusoids
 from port_kit.parallel.sequence import SPBoundary, make_sp_plan, pad_tokens, padded_length
+from port_kit.port import build_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
@@ -114,4 +115,4 @@ def build_transformer(config: Mapping[str, Any]) -> RetouchTransformer:
 
     Inside an engine it is quantized as the engine's configuration says.
     """
-    return RetouchTransformer(**config, quant_config=engine_quantization(), prefix="transformer")
+    return build_module(RetouchTransformer, config, quant_config=engine_quantization(), prefix="transformer")
