@@ -57,7 +57,7 @@ def test_the_recipe_has_every_file_and_the_code(port: Path) -> None:
 def test_the_configuration_is_that_of_the_class(port: Path) -> None:
     """Its keys are the constructor's parameters, its layers those of the tensors; the latents are left open."""
     text = (port / NAME / "config.py").read_text()
-    assert '"depth": 12,' in text and '"dim"' not in text and '"layers"' not in text
+    assert 'TRANSFORMER_CONFIG: Mapping[str, Any] = {\n    "depth": 12,\n}\n' in text
     assert "def latent_channels() -> int:" in text
     assert "config.latent_channels()" in (port / NAME / "pipeline.py").read_text()
 
