@@ -160,8 +160,8 @@ class WanFusionTransformer(nn.Module):
         states, contexts = [tokens for tokens, _ in prepared], [context for _, context in prepared]
         del prepared  # it would keep each branch's first tokens alive while blocks run
         if extra_branches and weights_are_streamed(self.engine):
-            for block in self.blocks:
-                check_cancellation_between_blocks()
+            for index, block in enumerate(self.blocks):
+                check_cancellation_between_blocks(index, len(self.blocks), self.engine)
                 first, *rest = (context.block_inputs(tokens) for context, tokens in zip(contexts, states, strict=True))
                 states = block(*first, extra_branches=rest)
         else:
@@ -183,8 +183,8 @@ class WanFusionTransformer(nn.Module):
                 for context, tokens in zip(contexts, states, strict=True):
                     block.project_texts(context.block_inputs(tokens))
         streams = InterleavedStreams(states[0][0].device, branches=len(contexts))
-        for block in self.blocks:
-            check_cancellation_between_blocks()
+        for number, block in enumerate(self.blocks):
+            check_cancellation_between_blocks(number, len(self.blocks), self.engine)
             for index, context in enumerate(contexts):
                 with streams.stream(index):
                     options = {"skip_layers": context.inputs.skip_layers, "unused": context.inputs.unused}
