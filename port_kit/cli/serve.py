@@ -14,6 +14,7 @@ import click
 
 from port_kit.cli.output import handles_errors
 from port_kit.errors import ConfigError, OptionalDependencyError
+from port_kit.pipeline.model_index import ModelIndex
 from port_kit.serving import GATEWAY, SERVER
 from port_kit.serving.limits import Limits, option
 
@@ -81,6 +82,7 @@ def command(
                 f"serving needs {name}, which is not installed", hint="pip install 'port-kit[omni]'"
             )
     variables = Limits(lora_roots=tuple(_folder(root) for root in lora_roots), **limits).to_environment()
+    ModelIndex.read(model).text("_class_name")
     _check_free(host, port)
     folder = Path(storage).resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

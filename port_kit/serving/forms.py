@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import httpx
@@ -19,6 +19,8 @@ from port_kit.serving.strict_json import parse_json
 MAX_FIELDS, MAX_FILES, MAX_FIELD_BYTES = 64, 32, 48 * 2**20
 #: Characters of a field without references, and of the name of a field or a file.
 MAX_TEXT, MAX_NAME = 2**16, 256
+#: Size of a URL-encoded form, whose decoding is slow.
+URL_ENCODED_MB = 1.0
 #: Fields that hold references.
 _LONG = ("image_reference", "audio_reference")
 #: Fields of the form of ``/v1/images/edits`` that list images by URL.
@@ -77,12 +79,13 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
     kind = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
     headers = Headers(raw=scope["headers"])
     parser: MultiPartParser | FormParser
-    stream: Any = read_body(scope, receive, limits)
     if kind == "multipart/form-data":
+        stream: Any = read_body(scope, receive, limits)
         parser = MultiPartParser(
             headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
         )
     elif kind == "application/x-www-form-urlencoded":
+        stream = read_body(scope, receive, replace(limits, max_upload_mb=min(limits.max_upload_mb, URL_ENCODED_MB)))
         parser = FormParser(headers, stream, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     else:
         raise Refusal(400, f"content-type is {kind or 'missing'!r}; multipart/form-data is required")
@@ -169,8 +172,8 @@ def _check_size(size: int, limits: Limits) -> None:
     if size > limits.max_body:
         raise Refusal(
             400,
-            f"the body has more than {limits.max_upload_mb:g} MB ({option('max_upload_mb')} of the server); "
-            "send smaller references",
+            f"the body has more than {limits.max_upload_mb:g} MB ({option('max_upload_mb')} of the server; "
+            f"{URL_ENCODED_MB:g} for a URL-encoded form); send smaller references, as multipart/form-data",
         )
 
 

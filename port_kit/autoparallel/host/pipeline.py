@@ -31,7 +31,10 @@ from port_kit.pipeline.inputs import to_client_error
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+
+    PreProcess = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 
 
 class HostPipeline(nn.Module):
@@ -73,6 +76,22 @@ class HostPipeline(nn.Module):
             self.adapted[name] = adapt(module, plan, od_config, name, port.replace if port else None)
             module.register_forward_pre_hook(self._count)
             self.add_module(name, module)
+
+    @classmethod
+    def arrival_check(cls, od_config: OmniDiffusionConfig) -> PreProcess:
+        """Return the function that checks a request in the engine's process, before it is queued."""
+        parameters = PipelineIndex.read(od_config.model).parameters
+
+        def check(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+            if request.is_dummy_run():
+                return request
+            try:
+                call_arguments(request.prompt, request.sampling_params, parameters, device=None)
+            except InputError as error:
+                raise to_client_error(error) from error
+            return request
+
+        return check
 
     def _count(self, *_: Any) -> None:
         if self.guidance is None:  # otherwise ranks run different calls; they check in SpreadGuidance.call
@@ -146,6 +165,11 @@ class PortKitAudioPipeline(HostPipeline):
     """Host of pipelines that return audio."""
 
     support_audio_output: ClassVar[bool] = True
+
+
+def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess:
+    """Return the function that checks a request on arrival, for the hosts of ``port-kit run``."""
+    return HostPipeline.arrival_check(od_config)
 
 
 def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[str, Any]]:
