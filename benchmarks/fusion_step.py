@@ -188,6 +188,8 @@ def measure(
     flop = sizes.gemm_flop + sizes.attention_flop
     expected = [flow.float() for flow in model(**branch)]
     others: dict[str, Any] = {}
+    if clock.device.type == "cuda":
+        others = with_graphs(model, branch, branches, expected, clock)
     for name in also:
         with variant(name):
             others[f"{name}_ms"] = clock.median_ms(lambda: model(**branch))
@@ -207,6 +209,27 @@ def measure(
         "launch_ms": launching(lambda: model(**branch), clock.device),
         **others,
     }
+
+
+def with_graphs(model: Any, branch: Any, branches: list[Any], expected: list[Tensor], clock: Clock) -> dict[str, Any]:
+    """Return the figures of the same calls as CUDA graphs, and whether the flows are equal bit for bit."""
+    reserved = torch.cuda.memory_reserved()
+    model.use_cuda_graphs(clock.device)
+    try:
+        for _ in range(2):
+            flows = model(**branch)
+        equal = all(flow.float().equal(other) for flow, other in zip(flows, expected, strict=True))
+        figures = {
+            "graphs_equal": equal,
+            "graphs_branch_ms": clock.median_ms(lambda: model(**branch)),
+            "graphs_four_branch_step_ms": clock.median_ms(lambda: [model(**each) for each in branches], warm_up=3),
+            "graphs_launch_ms": launching(lambda: model(**branch), clock.device),
+            "graphs_memory_mib": (torch.cuda.memory_reserved() - reserved) / 2**20,
+        }
+    finally:
+        model.graphs = None
+        torch.cuda.empty_cache()
+    return figures
 
 
 def difference(flows: tuple[Tensor, ...], expected: list[Tensor]) -> float:

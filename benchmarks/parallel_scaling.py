@@ -51,7 +51,7 @@ LAYOUTS: Mapping[int, tuple[str, ...]] = {
 }
 #: Relative error (L2) of flows that two orders of summation leave.
 TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-5}
-WARM_UP = 2
+WARM_UP = 3  # the second round captures CUDA graphs
 
 
 class ScalingPipeline(nn.Module, BatchedCFGMixin):
@@ -74,6 +74,13 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
         self.transformer = build_transformer(self.config)
         self.eval().requires_grad_(False)
 
+    def setup_compile(self) -> None:
+        """Use CUDA graphs, as the pipelines of the model do."""
+        from port_kit.parallel.cuda_graphs import graphs_are_possible
+
+        if graphs_are_possible(self.od_config):
+            self.transformer.use_cuda_graphs(self.device)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the transformer with random weights through the loader of checkpoints."""
         from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
@@ -82,7 +89,8 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
 
         shapes = whole_shapes(self.config, self.od_config.dtype)
         shard_before_loading(self.transformer, self.od_config, self.device)
-        load_weights(self.transformer, random_weights(shapes, self.device, self.od_config.dtype), TRANSFORMER)
+        weights = random_weights(shapes, self.device, self.od_config.dtype)
+        load_weights(self.transformer, weights, TRANSFORMER, converted=True)
 
     def combine_multi_branch_cfg_noise(
         self, predictions: list[Any], true_cfg_scale: Any, cfg_normalize: bool = False
@@ -215,7 +223,7 @@ def measure(
     config = {
         "parallel_config": parsed.parallel_config,
         "dtype": options.dtype,
-        "enforce_eager": True,
+        "enforce_eager": options.eager,
     }
     request = Request(
         "measure",
@@ -290,6 +298,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, help="default: the GPUs of the machine, with --tiny 2")
     parser.add_argument("--size", default="704x1024", metavar="HEIGHTxWIDTH", help="pixels; with --tiny 64x64")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="a small model in float32 on CPU processes")
     parser.add_argument(
         "--kernels", type=int, default=0, help="list so many of rank 0's kernels: name, ms in a step, launches"

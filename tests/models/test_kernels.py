@@ -56,11 +56,13 @@ def pairs(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, tupl
         "add two, norm": ((y, z), gate, [modulated]),
         "add two without gate, two norms": ((y, z), None, [learned, modulated]),
         "both kinds of norm": ((y,), gate, [modulated, learned]),
+        "one timestep for all samples": ((y,), gate[:, :1], [ScaleShift(scale[:, :1], shift[:, :1])]),
     }
     for name, (partial_sums, weight, scale_shifts) in forms.items():
         vectors = [fused_ops._vectors(scale_shift, x) for scale_shift in scale_shifts]
         residual = Residual(partial_sums, weight) if partial_sums else None
-        ours = kernels.add_norms(x, partial_sums, weight, vectors, segments[0], 1e-6)
+        per_sample = None if weight is None else fused_ops._per_sample(weight, x)
+        ours = kernels.add_norms(x, partial_sums, per_sample, vectors, segments[0], 1e-6)
         yield name, ours, fused_ops.add_norms_torch(x, residual, scale_shifts, segments, 1e-6)
 
     q, w = draw(batch, tokens, 3 * width)[..., width : 2 * width], draw(width)

@@ -1,4 +1,4 @@
-"""Options for one small GPU, on a GPU: eight-bit weights and blocks that are streamed from the host's memory."""
+"""Options on a GPU: eight-bit weights, blocks that are streamed from the host's memory, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import numpy as np
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-omni = Omni(model=sys.argv[1], enforce_eager=True, **json.loads(sys.argv[2]))
+omni = Omni(model=sys.argv[1], **{"enforce_eager": True, **json.loads(sys.argv[2])})
 try:
-    sampling = OmniDiffusionSamplingParams(num_inference_steps=2, seed=3)
+    sampling = OmniDiffusionSamplingParams(num_inference_steps=4, seed=3)
     (result,) = omni.generate({"prompt": "rain"}, sampling, py_generator=True)
     np.save(sys.argv[3], np.asarray(result.images[0]))
 finally:
@@ -55,6 +55,16 @@ def test_a_video_with_less_memory_is_close_to_the_plain_one(
     small = np.load(frames(ovi_model, options, tmp_path / "small.npy")).astype(float)
     assert small.shape == plain.shape
     assert np.abs(small - plain).mean() < levels, "mean difference in grey levels"
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_no_frame(ovi_model: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    done = generate(ovi_model, '{"enforce_eager": false}', tmp_path / "graphs.npy")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "captured CUDA graph" in done.stdout + done.stderr
+    assert np.array_equal(np.load(tmp_path / "graphs.npy"), np.load(frames(ovi_model, "{}", tmp_path / "plain.npy")))
 
 
 @pytest.mark.gpu

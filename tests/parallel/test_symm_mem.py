@@ -227,16 +227,95 @@ def test_missing_parts_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not said
 
 
-def test_an_error_of_the_driver_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, ...]] = []
+class FakeDriver:
+    """The part of ``cuda.bindings.driver`` that is used, which notes its calls; no GPU is needed."""
 
-    def refuse(*arguments: int) -> tuple[int]:
-        asked.append(arguments)
-        return (801,)
+    CUstreamBatchMemOpType = SimpleNamespace(
+        CU_STREAM_MEM_OP_WRITE_VALUE_32="write", CU_STREAM_MEM_OP_WAIT_VALUE_32="wait"
+    )
 
-    monkeypatch.setattr(cuda_stream_ops, "_driver", lambda: SimpleNamespace(cuStreamWaitValue32=refuse))
+    def __init__(self, result: int) -> None:
+        self.result, self.calls = result, []
+
+    @staticmethod
+    def CUstreamBatchMemOpParams() -> SimpleNamespace:
+        return SimpleNamespace(writeValue=SimpleNamespace(), waitValue=SimpleNamespace())
+
+    def cuStreamBatchMemOp(self, stream: int, count: int, operations: list[Any], flags: int) -> tuple[int]:
+        parts = [one.writeValue if one.operation == "write" else one.waitValue for one in operations]
+        self.calls.append((stream, count, [(part.operation, part.address, part.value) for part in parts], flags))
+        return (self.result,)
+
+
+@pytest.fixture
+def words() -> tuple[list[Tensor], list[Tensor]]:
+    """Signals of two peers."""
+    return [torch.zeros(1, dtype=torch.int32) for _ in "ab"], [torch.zeros(1, dtype=torch.int32) for _ in "ab"]
+
+
+def test_signals_are_set_awaited_and_cleared(
+    words: tuple[list[Tensor], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver(0)
+    monkeypatch.setattr(cuda_stream_ops, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
-    place = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="cuStreamWaitValue32.*801.*PORT_KIT_DISABLE_SYMM_MEM=1"):
-        cuda_stream_ops.stream_wait_value(place, 2**32 + 3)
-    assert asked == [(7, place.data_ptr(), 3, 0)]
+    signals = cuda_stream_ops.PeerSignals(*words)
+    signals.exchange()
+    signals.exchange()
+    theirs, own = ([word.data_ptr() for word in side] for side in words)
+    expected = [("write", place, 1) for place in theirs] + [("wait", place, 1) for place in own]
+    expected += [("write", place, 0) for place in own]
+    assert driver.calls == [(7, 6, expected, 0)] * 2, "a graph replays the same call"
+
+
+def test_an_error_of_the_driver_is_reported(
+    words: tuple[list[Tensor], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_stream_ops, "_driver", lambda: FakeDriver(801))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    with pytest.raises(RuntimeError, match="cuStreamBatchMemOp.*801.*PORT_KIT_DISABLE_SYMM_MEM=1"):
+        cuda_stream_ops.PeerSignals(*words).exchange()
+
+
+class NoMemory:
+    """Memory of one rank alone, which notes its barriers in ``order``."""
+
+    def __init__(self, order: list[NoMemory]) -> None:
+        self.order = order
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return new memory."""
+        return torch.empty(shape, dtype=dtype)
+
+    def barrier(self) -> None:
+        """Note it."""
+        self.order.append(self)
+
+
+@pytest.mark.parametrize("num_buffers", [2, 3])
+@pytest.mark.parametrize("exchanges", range(7))
+def test_each_round_begins_with_the_first_buffer(num_buffers: int, exchanges: int) -> None:
+    """No memory is used by two exchanges in a row, rounds included: a signal would be lost."""
+    order: list[NoMemory] = []
+    buffers = PeerBuffers(0, 1, lambda _size: NoMemory(order), num_buffers)
+    for _ in range(3):
+        for _ in range(exchanges):
+            buffers.gather(torch.zeros(3), 0)
+        buffers.complete_round()
+        assert len(order) % num_buffers == 0
+    assert len(set(map(id, order))) == (num_buffers if exchanges else 0)
+    assert all(memory is order[place % num_buffers] for place, memory in enumerate(order))
+
+
+def test_a_failed_capture_leaves_the_next_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[NoMemory] = []
+    buffers = PeerBuffers(0, 1, lambda _size: NoMemory(order))
+    monkeypatch.setattr(symm_mem, "_created", [buffers])
+    buffers.gather(torch.zeros(1), 0)
+    with pytest.raises(KeyError), symm_mem.restored_on_error():
+        buffers.gather(torch.zeros(1), 0)
+        raise KeyError
+    buffers.gather(torch.zeros(1), 0)
+    first, failed, second = order
+    assert failed is second is not first
+    assert symm_mem.allocated_memory() == [first, second]

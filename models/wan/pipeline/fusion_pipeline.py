@@ -33,6 +33,7 @@ from port_kit.models.wan.pipeline.request import (
 from port_kit.models.wan.pipeline.scheduler import Scheduler, build_scheduler
 from port_kit.models.wan.transformer.modality_io import TextContext
 from port_kit.models.wan.weights.lora_names import WAN_NAMES
+from port_kit.parallel.cuda_graphs import graphs_are_possible
 from port_kit.pipeline.base import PortPipeline
 from port_kit.pipeline.model_index import ModelIndex
 from port_kit.pipeline.request_state import DenoiseState, PreparedRequest, draw_noise
@@ -88,6 +89,11 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
         lengths = (self.index.integer(f"{kind}_latent_length", 1, MAX_LATENTS) for kind in ("video", "audio"))
         self.lengths = LatentLengths(*lengths)
         self.tokenizer = load_tokenizer(f"{model}/tokenizer")
+
+    def setup_compile(self) -> None:
+        """Use CUDA graphs where they are possible; vLLM-Omni calls this unless ``enforce_eager`` is set."""
+        if graphs_are_possible(self.od_config):
+            self.transformer.use_cuda_graphs(self.device)
 
     @property
     def fixed_frames(self) -> int:

@@ -99,6 +99,7 @@ def add_norms(
 
     partial_sums, gate = residual or ((), None)
     y = [part.contiguous() for part in partial_sums]
+    gate = None if gate is None else _per_sample(gate, x)
     vectors = [_vectors(scale_shift, x) for scale_shift in scale_shifts]
     return kernels.add_norms(x.contiguous(), y, gate, vectors, timestep_segments[0], eps)
 
@@ -202,5 +203,10 @@ def _rows(x_BSD: Tensor) -> Tensor:
 
 def _vectors(scale_shift: ScaleShift, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale and shift as ``[G, B, D]``; a vector for all tokens becomes a view with stride 0."""
-    scale, shift = (v.expand(2, x_BSD.shape[0], -1) if v.dim() == 1 else v for v in scale_shift)
+    scale, shift = (v.expand(2, x_BSD.shape[0], -1) if v.dim() == 1 else _per_sample(v, x_BSD) for v in scale_shift)
     return scale, shift
+
+
+def _per_sample(vector_GBD: Tensor, x_BSD: Tensor) -> Tensor:
+    """Return vectors of one timestep for all samples as a view with stride 0."""
+    return vector_GBD.expand(-1, x_BSD.shape[0], -1)

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import InputError
 from port_kit.models.wan.transformer.block import BlockInputs, FusionBlock
+from port_kit.models.wan.transformer.block_graphs import BlockGraphs
 from port_kit.models.wan.transformer.config import FusionConfig, Stream
 from port_kit.models.wan.transformer.modality_io import ModalityAdapter, StreamConditioning, TextContext
 from port_kit.models.wan.transformer.tower import WanTower, stacked_parameters
@@ -99,6 +100,7 @@ class WanFusionTransformer(nn.Module):
         self.engine = get_current_diffusion_config_or_none()
         self.video = ModalityAdapter(config.video, quant_config, maybe_prefix(prefix, "video"))
         self.audio = ModalityAdapter(config.audio, quant_config, maybe_prefix(prefix, "audio"))
+        self.graphs: BlockGraphs | None = None
         with meta_blocks():
             self.blocks = nn.ModuleList(
                 FusionBlock(config, i, quant_config, maybe_prefix(prefix, f"blocks.{i}"))
@@ -164,10 +166,16 @@ class WanFusionTransformer(nn.Module):
                 check_cancellation_between_blocks(index, len(self.blocks), self.engine)
                 first, *rest = (context.block_inputs(tokens) for context, tokens in zip(contexts, states, strict=True))
                 states = block(*first, extra_branches=rest)
+        elif self.graphs is not None and self.graphs.is_usable():
+            self.graphs.run(states, contexts, self._run_interleaved)
         else:
             self._run_interleaved(states, contexts)
         flows = [self._compute_flows(tokens, context) for tokens, context in zip(states, contexts, strict=True)]
         return flows if extra_branches else flows[0]
+
+    def use_cuda_graphs(self, device: torch.device) -> None:
+        """From now on, capture all blocks as CUDA graphs and replay them."""
+        self.graphs = BlockGraphs(self.blocks, device)
 
     def validate_skip_layers(self, skip_layers: tuple[int, ...]) -> None:
         """Raise InputError if this transformer has no layer of an index; part of vLLM-Omni's protocol."""
@@ -184,7 +192,8 @@ class WanFusionTransformer(nn.Module):
                     block.project_texts(context.block_inputs(tokens))
         streams = InterleavedStreams(states[0][0].device, branches=len(contexts))
         for number, block in enumerate(self.blocks):
-            check_cancellation_between_blocks(number, len(self.blocks), self.engine)
+            if not torch.cuda.is_current_stream_capturing():
+                check_cancellation_between_blocks(number, len(self.blocks), self.engine)
             for index, context in enumerate(contexts):
                 with streams.stream(index):
                     options = {"skip_layers": context.inputs.skip_layers, "unused": context.inputs.unused}

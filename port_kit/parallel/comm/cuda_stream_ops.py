@@ -1,11 +1,13 @@
-"""CUDA stream memory operations: write a 32-bit value, or wait for one, in stream order.
+"""Signals between GPUs in stream order, by CUDA stream memory operations.
 
 They use ``cuda-bindings``, a requirement of PyTorch's CUDA builds. Unlike a spinning kernel, they do not occupy an SM.
+CUDA graphs can capture them.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,9 +17,6 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-#: Values are compared modulo 2**32.
-MASK_32BIT = 0xFFFFFFFF
 
 
 @cache
@@ -29,32 +28,50 @@ def is_installed() -> bool:
     return found
 
 
-def stream_write_value(address: Tensor, value: int) -> None:
-    """Write a value after all work launched on the current stream.
+class PeerSignals:
+    """Signals to and from peers, as one call of the driver: set those of the peers, wait for the own ones, clear them.
+
+    A signal is a 32-bit word that is 1 from :meth:`exchange` of the sender to that of the receiver, and else 0. The
+    call has the same arguments each time, as the replay of a graph requires.
 
     Args:
-        address: tensor whose first four bytes are written; may be on a peer GPU.
-        value: taken modulo 2**32.
+        outgoing: per peer, the tensor of one int32 on its GPU that this rank sets.
+        incoming: per peer, the tensor of one int32 on this GPU that the peer sets.
     """
-    _call("cuStreamWriteValue32", address, value)
+
+    def __init__(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        driver = _driver()
+        kinds = driver.CUstreamBatchMemOpType
+        write, wait = kinds.CU_STREAM_MEM_OP_WRITE_VALUE_32, kinds.CU_STREAM_MEM_OP_WAIT_VALUE_32
+        self._operations = [
+            *(_operation(write, word, 1) for word in outgoing),
+            *(_operation(wait, word, 1) for word in incoming),
+            *(_operation(write, word, 0) for word in incoming),
+        ]
+
+    def exchange(self) -> None:
+        """Signal all peers after the work launched on the current stream, then make the stream wait for their signals.
+
+        Raises:
+            RuntimeError: the driver refused the call.
+        """
+        stream = torch.cuda.current_stream().cuda_stream
+        (result,) = _driver().cuStreamBatchMemOp(stream, len(self._operations), self._operations, 0)
+        if int(result):
+            raise RuntimeError(f"cuStreamBatchMemOp failed: {result!r}. Set PORT_KIT_DISABLE_SYMM_MEM=1 to use NCCL.")
 
 
-def stream_wait_value(address: Tensor, value: int) -> None:
-    """Make the current stream wait until a value is reached.
-
-    Args:
-        address: tensor on this GPU whose first four bytes are compared.
-        value: minimum, modulo 2**32.
-    """
-    _call("cuStreamWaitValue32", address, value)
-
-
-def _call(name: str, address: Tensor, value: int) -> None:
-    stream = torch.cuda.current_stream().cuda_stream
-    default = 0  # write: with a memory barrier; wait: cyclic greater-or-equal
-    result: tuple[Any, ...] = getattr(_driver(), name)(stream, address.data_ptr(), value & MASK_32BIT, default)
-    if int(result[0]):
-        raise RuntimeError(f"{name} failed: {result[0]!r}. Set PORT_KIT_DISABLE_SYMM_MEM=1 to use NCCL instead.")
+def _operation(kind: Any, word: Tensor, value: int) -> Any:
+    driver = _driver()
+    operation = driver.CUstreamBatchMemOpParams()
+    writes = kind == driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+    operation.operation = kind
+    part = operation.writeValue if writes else operation.waitValue
+    part.operation = kind
+    part.address = word.data_ptr()
+    part.value = value
+    part.flags = 0  # write: after a memory barrier; wait: until the word is at least the value
+    return operation
 
 
 @cache

@@ -15,6 +15,9 @@ caller then uses NCCL. Each stream has its own buffers::
 
 A buffer must be read on the same stream before the next :meth:`PeerBuffers.barrier` on that stream, or before the one
 after it with ``num_buffers=3``. Otherwise another rank may overwrite it.
+
+A CUDA graph always uses the buffers that it was captured with. It therefore begins and ends between two rounds of all
+buffers (:func:`complete_rounds`) and keeps their memory (:func:`allocated_memory`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from math import prod
 from typing import Any, Protocol
@@ -61,7 +65,7 @@ class PeerMemory(Protocol):
 class SymmetricMemory:
     """:class:`PeerMemory` in PyTorch symmetric memory.
 
-    Ranks synchronize with ``cuStreamWriteValue32`` and ``cuStreamWaitValue32`` on a signal pad behind each buffer.
+    Ranks synchronize by a signal pad behind each buffer (:class:`~port_kit.parallel.comm.cuda_stream_ops.PeerSignals`).
     PyTorch's barrier is a kernel that occupies an SM while it waits.
 
     Args:
@@ -74,7 +78,7 @@ class SymmetricMemory:
         from torch._C._distributed_c10d import _SymmetricMemory
 
         device = torch.device("cuda", torch.cuda.current_device())
-        self.rank, self.peer_ranks = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
+        own, peers = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
         pad_offset = -(-size // SIGNAL_STRIDE) * SIGNAL_STRIDE
         with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
             # PyTorch's pool may return different blocks on different ranks, so it is not used
@@ -83,8 +87,10 @@ class SymmetricMemory:
             self.own[pad_offset:].zero_()
             self.handle = _SymmetricMemory.rendezvous(self.own, group.group_name)
         pad = (group.size(), SIGNAL_STRIDE // 4), torch.int32, pad_offset // 4
-        self.signal_pads = [self.handle.get_buffer(rank, *pad) for rank in range(group.size())]
-        self.signal_value = 0
+        pads = [self.handle.get_buffer(rank, *pad) for rank in range(group.size())]
+        self.signals = cuda_stream_ops.PeerSignals(
+            outgoing=[pads[peer][own] for peer in peers], incoming=[pads[own][peer] for peer in peers]
+        )
         # PyTorch 2.13 initializes the memory and its address table on a stream that no other stream waits for. All
         # ranks must finish that before any rank writes; otherwise they hang or fault sporadically.
         torch.cuda.synchronize(device)
@@ -97,11 +103,7 @@ class SymmetricMemory:
 
     def barrier(self) -> None:
         """See :class:`PeerMemory`."""
-        self.signal_value += 1
-        for rank in self.peer_ranks:
-            cuda_stream_ops.stream_write_value(self.signal_pads[rank][self.rank], self.signal_value)
-        for rank in self.peer_ranks:
-            cuda_stream_ops.stream_wait_value(self.signal_pads[self.rank][rank], self.signal_value)
+        self.signals.exchange()
 
 
 class PeerBuffers:
@@ -113,7 +115,7 @@ class PeerBuffers:
         rank: rank in the group.
         size: number of ranks.
         allocate: allocates the given number of bytes on each rank; a collective call.
-        num_buffers: buffers per rank, used round-robin.
+        num_buffers: buffers per rank, used round-robin; at least 2, except in tests.
     """
 
     def __init__(self, rank: int, size: int, allocate: Callable[[int], PeerMemory], num_buffers: int = 2) -> None:
@@ -143,6 +145,13 @@ class PeerBuffers:
         assert memory is not None  # next_buffers() was called before
         memory.barrier()
         transfer_stats["calls"] += 1
+
+    def complete_round(self) -> None:
+        """Make empty exchanges until the next buffer is the first one."""
+        while (self._index + 1) % len(self._memories):
+            known = self._memories[self._index + 1] is not None
+            self.next_buffers((1 if known else self._sizes[self._index],), torch.uint8)
+            self.barrier()
 
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         size = prod(shape) * dtype.itemsize
@@ -191,14 +200,46 @@ def get_peer_buffers(group: dist.ProcessGroup, x: Tensor, num_buffers: int = 2) 
     return _peer_buffers(group, torch.cuda.current_stream(x.device).cuda_stream, num_buffers)
 
 
+def complete_rounds() -> None:
+    """Let the next exchange on each stream use its first buffer. The current stream must have joined all others.
+
+    All ranks must make this call together, as with exchanges.
+    """
+    for buffers in _created:
+        buffers.complete_round()
+
+
+def allocated_memory() -> list[PeerMemory]:
+    """Return the memory behind all buffers. Who holds it may use its addresses after the buffers have grown."""
+    return [memory for buffers in _created for memory in buffers._memories if memory is not None]
+
+
+@contextmanager
+def restored_on_error() -> Iterator[None]:
+    """After an exception, continue with the buffers that were next before: no exchange of the body was executed."""
+    before = [(buffers, buffers._index) for buffers in _created]
+    try:
+        yield
+    except BaseException:
+        for buffers, index in before:
+            buffers._index = index
+        raise
+
+
 def is_enabled() -> bool:
     """Return True if symmetric memory is not disabled and ``cuda-bindings`` is installed."""
     return os.environ.get(DISABLE_VARIABLE) != "1" and cuda_stream_ops.is_installed()
 
 
+#: All buffers of this process, in the order of their creation, which is equal on the ranks of a group.
+_created: list[PeerBuffers] = []
+
+
 @cache
 def _peer_buffers(group: dist.ProcessGroup, _stream: int, num_buffers: int) -> PeerBuffers:
-    return PeerBuffers(group.rank(), group.size(), lambda size: SymmetricMemory(size, group), num_buffers)
+    buffers = PeerBuffers(group.rank(), group.size(), lambda size: SymmetricMemory(size, group), num_buffers)
+    _created.append(buffers)
+    return buffers
 
 
 @cache
