@@ -192,8 +192,7 @@ class WanFusionTransformer(nn.Module):
                     block.project_texts(context.block_inputs(tokens))
         streams = InterleavedStreams(states[0][0].device, branches=len(contexts))
         for number, block in enumerate(self.blocks):
-            if not torch.cuda.is_current_stream_capturing():
-                check_cancellation_between_blocks(number, len(self.blocks), self.engine)
+            check_cancellation_between_blocks(number, len(self.blocks), self.engine)
             for index, context in enumerate(contexts):
                 with streams.stream(index):
                     options = {"skip_layers": context.inputs.skip_layers, "unused": context.inputs.unused}
