@@ -19,7 +19,7 @@ VOTES = 4
 def check_cancellation_between_blocks(block: int, blocks: int, config: OmniDiffusionConfig | None) -> None:
     """End the call of the transformer if its requests were cancelled.
 
-    A no-op without an engine, and while a CUDA graph is captured.
+    A no-op without an engine.
 
     One rank checks before every block. Several ranks vote before some blocks, the same on every rank, and all end their
     calls at the same block: a rank that ended alone would leave the others waiting in a collective. Ranks that may run
@@ -33,8 +33,6 @@ def check_cancellation_between_blocks(block: int, blocks: int, config: OmniDiffu
     Raises:
         DiffusionRequestAbortedError: of vLLM-Omni; all requests of the call were cancelled.
     """
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        return
     is_alone = not distributed.is_initialized() or distributed.get_world_size() == 1
     if is_alone or (block % -(-blocks // VOTES) == 0 and _run_equal_calls(config)):
         check_request_cancellation()
