@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 #: Formats of images, as Pillow names them; MPO is a JPEG with previews.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 _DECODED_FORMATS = (None, "MPO", *IMAGE_FORMATS)
+#: Suffixes of image files by their first bytes; formats that are not read have one for messages.
+_SUFFIXES = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+#: Brands of MP4 files that hold images.
+_IMAGE_BRANDS = {
+    b"avif": ".avif",
+    b"avis": ".avif",
+    b"heic": ".heic",
+    b"heix": ".heic",
+    b"mif1": ".heif",
+    b"msf1": ".heif",
+}
 #: Pixels of an image: the size of the pictures of current cameras and phones.
 MAX_PIXELS = 2**25
 #: Bytes of an encoded image and of an encoded audio.
@@ -84,11 +102,24 @@ def check_image(source: object, *, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
     except Image.UnidentifiedImageError as error:
-        raise _unsupported(name, None, IMAGE_FORMATS) from error
+        file.seek(0)
+        found = (image_suffix(file.read(12)) or "").removeprefix(".").upper()
+        if found.replace("JPG", "JPEG") in IMAGE_FORMATS:
+            raise unreadable(name, f"it is no complete {found} file") from error
+        raise _unsupported(name, found or None, IMAGE_FORMATS) from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise unreadable(name, error) from error
     check_pixels(image.width, image.height, name=name)
     return image
+
+
+def image_suffix(head: bytes) -> str | None:
+    """Return the usual suffix of an image file by its first 12 bytes; None if it is no image."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return ".webp"
+    if head[4:8] == b"ftyp":
+        return _IMAGE_BRANDS.get(head[8:12])
+    return next((suffix for magic, suffix in _SUFFIXES.items() if head.startswith(magic)), None)
 
 
 def check_pixels(width: int, height: int, *, name: str) -> None:

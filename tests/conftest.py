@@ -37,10 +37,21 @@ INTEGRATION = (
 )
 
 
+#: Modules that share a server of the session, by folder.
+SHARED = {"serving": ("test_connections.py", "test_guides.py", "test_hostile.py", "test_ovi.py", "test_signal.py")}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of :data:`INTEGRATION` and run them first: at the end, no process waits long for the other's."""
+    """Group tests for ``--dist loadgroup``, and mark those of :data:`INTEGRATION`.
+
+    A module is a group, and so are the modules that share a server: one process runs a group. Integration tests run
+    first: at the end, no process waits long for the other's.
+    """
     places = [Path(__file__).parent / name for name in INTEGRATION]
     for item in items:
+        folder = item.path.parent
+        group = folder.name if item.path.name in SHARED.get(folder.name, ()) else f"{folder.name}/{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
         if any(item.path.is_relative_to(place) for place in places):
             item.add_marker(pytest.mark.integration)
     items.sort(key=lambda item: item.get_closest_marker("integration") is None)

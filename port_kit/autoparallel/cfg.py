@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from vllm_omni.diffusion.cancellation import check_request_cancellation
 
 from port_kit.autoparallel.derive import derive
 from port_kit.autoparallel.promise import Group, PendingCall, PendingCalls, Promise, plain, promises
@@ -108,7 +109,9 @@ class SpreadGuidance:
 
         Raises:
             ParallelError: ``cfg_early_read``, ``cfg_rows``.
+            DiffusionRequestAbortedError: of vLLM-Omni; the request was cancelled. All ranks decide together.
         """
+        check_request_cancellation()
         if any(not promise._call.settled for promise in promises((args, kwargs))):
             self.pending.settle()
         self._check_order(module)

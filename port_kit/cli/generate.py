@@ -136,7 +136,8 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
 
     try:
         prompt, sampling = build_request(port, arguments, default_media)
-        result, seconds = _generate(arguments, prompt, sampling)
+        print("starting the engine", file=stderr, flush=True)
+        result, start, seconds = _generate(arguments, prompt, sampling)
     except Exception as error:
         refusal = refusal_of(error)
         if refusal is None and not isinstance(error, ValueError):
@@ -147,26 +148,27 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     for index, path in enumerate(paths):
         # outputs of a hosted pipeline share one generator
         seed = sampling.seed + (0 if isinstance(port, HostedPort) else index)
-        facts = f"{describe_file(path)}, seed {seed}, generated in {seconds:.1f} s"
+        facts = f"{describe_file(path)}, seed {seed}, generated in {seconds:.1f} s after {start:.1f} s of starting"
         print(facts, file=stdout, flush=True)
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
     return 0
 
 
-def _generate(arguments: argparse.Namespace, prompt: Any, sampling: Any) -> tuple[Any, float]:
-    """Run one request; return its result and its seconds, without the start of the engine."""
+def _generate(arguments: argparse.Namespace, prompt: Any, sampling: Any) -> tuple[Any, float, float]:
+    """Run one request; return its result, the seconds of the engine's start, and those of the request."""
     from vllm_omni import Omni
 
     from port_kit.runtime.refusals import hide_tracebacks_of_refusals
 
     hide_tracebacks_of_refusals()
+    began = time.perf_counter()
     omni = Omni(**engine_options(arguments))
     try:
         started = time.perf_counter()
         # A generator raises the error of a refused request without closing the engine.
         (result,) = omni.generate(prompt, sampling, py_generator=True, use_tqdm=bool(arguments.verbose))
-        return result, time.perf_counter() - started
+        return result, started - began, time.perf_counter() - started
     finally:
         omni.close()
 

@@ -15,7 +15,7 @@ from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import handles_errors
 from port_kit.errors import InputError
 from port_kit.parallel.layout import CONFIG_NAMES, ULYSSES_MODES, Layout
-from port_kit.serving import GATEWAY
+from port_kit.serving import GATEWAY, SERVER
 
 #: Request options, by their type; None keeps the pipeline's default.
 _REQUEST = {
@@ -217,7 +217,7 @@ def serve_command(
     folder: str, class_name: str, additional: dict[str, str], layout: Layout, given: dict[str, Any]
 ) -> list[str]:
     """Return the command of vLLM-Omni's server, without further options of the user."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--omni"]
+    command = [sys.executable, "-m", SERVER, "serve", folder, "--omni"]
     command += ["--model-class-name", class_name, "--dtype", given["dtype"]]
     command += ["--middleware", GATEWAY]
     for name, value in layout.parallel_config.items():

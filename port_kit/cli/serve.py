@@ -14,7 +14,8 @@ import click
 
 from port_kit.cli.output import handles_errors
 from port_kit.errors import ConfigError, OptionalDependencyError
-from port_kit.serving import GATEWAY
+from port_kit.pipeline.model_index import ModelIndex
+from port_kit.serving import GATEWAY, SERVER
 from port_kit.serving.limits import Limits, option
 
 #: Folder of finished videos in the current directory; the server makes it.
@@ -81,6 +82,7 @@ def command(
                 f"serving needs {name}, which is not installed", hint="pip install 'port-kit[omni]'"
             )
     variables = Limits(lora_roots=tuple(_folder(root) for root in lora_roots), **limits).to_environment()
+    ModelIndex.read(model).text("_class_name")
     _check_free(host, port)
     folder = Path(storage).resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def command(
     environment["VLLM_OMNI_SERVER_STORAGE__PATH"] = str(folder)
     # with this variable, vLLM-Omni's own storage would delete files that it did not write
     environment.pop("VLLM_OMNI_SERVER_STORAGE__FILE_TTL", None)
-    line = ["-m", "vllm.entrypoints.cli.main", "serve", model, "--omni", "--middleware", GATEWAY]
+    line = ["-m", SERVER, "serve", model, "--omni", "--middleware", GATEWAY]
     line += ["--host", host, "--port", str(port), *(("--api-key", *keys) if keys else ()), *options]
     click.echo(f"Loading {model}. The server answers at http://{host}:{port} once it is loaded.", err=True)
     os.execve(sys.executable, [sys.executable, *line], environment)

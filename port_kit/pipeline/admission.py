@@ -123,8 +123,8 @@ def unknown_name(
     if text in reasons:
         message, hint = f"{text} is {value!r}; {reasons[text]}", f"leave {text} out"
     else:
-        message = f"unknown option {text!r} in {owner}"
-        near = difflib.get_close_matches(text.lower(), choices, n=1, cutoff=0.6)
+        message = f"unknown option {text[:80]!r} in {owner}"
+        near = difflib.get_close_matches(text[:80].lower(), choices, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(choices)}" if choices else "remove it"
     if text in fields:
         message, hint = f"{text} is in {owner}; it is a parameter of its own", f"set {text} itself"

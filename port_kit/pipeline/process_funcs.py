@@ -49,6 +49,9 @@ def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess | None:
     """
     port = port_of_class(od_config.model_class_name)
     pipeline: Any = resolve(port.pipeline)
+    if hasattr(pipeline, "arrival_check"):  # a pipeline of diffusers, which prepares its requests itself
+        check: PreProcess = pipeline.arrival_check(od_config)
+        return check
     adapters = AdapterAdmission(_adapter_reader(port, pipeline, od_config))
     if not hasattr(pipeline, "for_preprocessing"):
         return None if not hasattr(pipeline, "read_adapter") else partial(_admit_adapter, adapters)

@@ -18,6 +18,7 @@ FRAMES, COLUMNS = 8, 4
 THUMB = 240  # pixels: width of a frame in the sheet
 MARGIN, GAP, LINE, WAVE = 24, 8, 20, 150  # pixels
 _BACK, _INK, _SOFT, _TRACE = (250, 250, 252), (32, 36, 44), (132, 138, 150), (64, 108, 190)
+_CLIPPED = (190, 48, 48)
 
 
 @dataclass(frozen=True)
@@ -171,4 +172,8 @@ def _draw_wave(draw: ImageDraw, clip: Clip, box: tuple[int, int, int, int]) -> N
         if len(part):
             high, low = (middle - half * min(max(float(value), -1.0), 1.0) for value in (part.max(), part.min()))
             draw.line((left + column, high, left + column, low), fill=_TRACE)
-    draw.text((left, bottom + LINE), f"waveform, from -1 to 1; largest sample {peak:.2f}", fill=_SOFT)
+    clipped = int((abs(clip.samples) > 1.0).sum())
+    text = f"waveform, from -1 to 1; largest sample {peak:.2f}"
+    if clipped:
+        text += f"; players clip {clipped} of {len(clip.samples)} samples"
+    draw.text((left, bottom + LINE), text, fill=_CLIPPED if clipped else _SOFT)

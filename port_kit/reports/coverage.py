@@ -57,6 +57,7 @@ def _component(name: str, report: Mapping[str, Any]) -> list[Html]:
     rows: list[tuple[str, Html, str]] = [
         ("source", html.code(source["origin"]), f"{source['used']} of {source['tensors']} tensors used"),
         ("target", html.code(target["origin"]), f"{target['written']} of {target['tensors']} tensors written"),
+        ("configuration", html.code(target.get("config") or "none"), "the target is built with it"),
         ("rules", html.code(rules["name"]), f"{rules['count']} rules; the target is {target['from']}"),
     ]
     parts.append(html.table(("", "", ""), rows))

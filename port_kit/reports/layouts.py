@@ -12,7 +12,7 @@ from html import escape
 
 from port_kit.parallel.layout import Layout, divisors
 
-_HIGH, _PAD, _TITLE, _LABEL = 74, 12, 26, 16  # pixels
+_HIGH, _PAD, _TITLE, _LABEL = 74, 12, 42, 16  # pixels
 _LETTER = 5.4  # pixels: width of a letter, on average
 _TERMINAL = 110  # columns
 _COLOURS = ("#3b6fc4", "#c2631d", "#2f8a5b", "#8b4fb5", "#b3375c", "#5f6b7a", "#8a7a1f", "#1f7f8a")
@@ -99,12 +99,15 @@ def layout_svg(layout: Layout) -> str:
     rows = -(-len(found) // across)
     cell = max(110, round(_LETTER * max(len(line) for place in found for line in place.words(layout))) + 16)
     high = _HIGH + _LABEL * (len(found[0].words(layout)) - 1) - _LABEL
-    width, height = 2 * _PAD + across * (cell + _PAD) - _PAD, _TITLE + _PAD + rows * (high + _PAD)
+    legend = _legend(layout)
+    width = 2 * _PAD + max(across * (cell + _PAD) - _PAD, round(_LETTER * len(legend)))
+    height = _TITLE + _PAD + rows * (high + _PAD)
     title = f"{layout}: {layout.world} rank{'s' if layout.world > 1 else ''}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="system-ui, sans-serif" font-size="10" role="img" aria-label="{escape(title, quote=True)}">',
-        f'<text x="{_PAD}" y="{_TITLE - 8}" font-size="13" font-weight="600" fill="#7a828e">{escape(title)}</text>',
+        f'<text x="{_PAD}" y="{_TITLE - 24}" font-size="13" font-weight="600" fill="#7a828e">{escape(title)}</text>',
+        f'<text x="{_PAD}" y="{_TITLE - 8}" fill="#7a828e">{escape(legend)}</text>',
     ]
     for index, place in enumerate(found):
         x, y = _PAD + index % across * (cell + _PAD), _TITLE + index // across * (high + _PAD)
@@ -116,6 +119,13 @@ def layout_svg(layout: Layout) -> str:
             place_y = y + 18 + line * _LABEL
             parts.append(f'<text x="{x + 8}" y="{place_y}" fill="#fff"{weight}>{escape(text)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _legend(layout: Layout) -> str:
+    """Return what a box, a color and a row stand for, with the sizes of the groups."""
+    degrees = ", ".join(f"{kind} {degree}" for kind, degree in layout.degrees.items())
+    colors = f"one color: the same of {layout.sequence} parts of the tokens" if layout.sequence > 1 else ""
+    return "; ".join(filter(None, ("one box: one rank", colors, f"ranks per group: {degrees}" if degrees else "")))
 
 
 def _across(layout: Layout) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from port_kit.reports import html
@@ -45,7 +46,7 @@ def parity_page(data: Mapping[str, Any]) -> str:
     for component, group in groupby(cases, key=lambda case: component_of(case["case"])):
         parts.append(html.heading(component, component))
         parts += [_case(case) for case in group]
-    return html.page(f"Parity of {data['port']}", f"against the goldens in {data['goldens']}", parts)
+    return html.page(f"Parity of {data['port']}", f"against the goldens {Path(data['goldens']).name}", parts)
 
 
 def _overview(cases: list[Mapping[str, Any]]) -> Html:
@@ -69,8 +70,8 @@ def _provenance(reference: Mapping[str, Any]) -> Html:
     made = reference["made_from"]
     rows: list[tuple[str, html.Cell]] = [
         ("original code", html.code(f"{made['code']}, {reference['code_version']}")),
-        ("model", html.code(reference["model"])),
-        ("interpreter", html.code(reference["python"])),
+        ("model", html.code(Path(reference["model"]).name)),
+        ("interpreter", html.code(Path(reference["python"]).name)),
         ("recorded", "earlier, and used again" if reference["reused"] else f"now, in {reference['seconds']} s"),
     ]
     return html.table(("the goldens", ""), rows)

@@ -95,6 +95,25 @@ def install_client_error_handling() -> None:
     _installed.add("refused_request")
 
 
+def name_damaged_indexes() -> None:
+    """Make the error of a damaged ``model_index.json`` name the file. Applies once per process.
+
+    A no-op if the module of vLLM-Omni that reads it is imported already.
+
+    Raises:
+        RegistrationError: ``upstream_changed``.
+    """
+    if "damaged_index" in _installed or "vllm_omni.diffusion.utils.hf_utils" in sys.modules:
+        return
+    require("damaged_index")
+    from vllm.transformers_utils import config
+
+    from port_kit.runtime.damaged_index import naming_the_file
+
+    config.get_hf_file_to_dict = naming_the_file(config.get_hf_file_to_dict)
+    _installed.add("damaged_index")
+
+
 def declare_output_type(class_name: str, output_type: str) -> None:
     """Declare the output modality of a pipeline; other upstream metadata of the pipeline stay.
 

@@ -76,8 +76,13 @@ def _answer(plugin: object) -> str | None:
 def announce_ports() -> None:
     """Declare the output modality of all ports while vLLM-Omni is imported; supply no platform.
 
+    Also name damaged indexes: the module that reads them is not imported yet.
+
     vLLM-Omni's platform detection suppresses errors here; :func:`register_pipelines` raises them again.
     """
+    from port_kit.runtime.patches import name_damaged_indexes
+
+    name_damaged_indexes()
     _declare_output_types()
 
 
@@ -141,6 +146,7 @@ def _register_host(name: str) -> None:
         model_arch=name,
         module_name=MODULE,
         class_name=name,
+        pre_process_func_name="get_pre_process_func",
         post_process_func_name="get_post_process_func",
     )
 

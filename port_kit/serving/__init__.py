@@ -5,3 +5,5 @@
 
 #: Option of ``vllm serve --middleware``.
 GATEWAY = "port_kit.serving.gateway.Gateway"
+#: Module of the server's process.
+SERVER = "port_kit.serving.process"

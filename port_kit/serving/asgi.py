@@ -15,7 +15,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Time in which a refused client may finish its body.
-_LINGER_SECONDS = 5.0
+_LINGER_SECONDS = 20.0
 #: ``type`` of an error by status, as in the APIs of OpenAI and vLLM.
 _TYPES = {
     400: "BadRequestError",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import httpx
@@ -14,9 +13,16 @@ from starlette.formparsers import FormParser, MultiPartException, MultiPartParse
 
 from port_kit.serving.asgi import Message, Receive, Refusal, Scope, header
 from port_kit.serving.limits import Limits, option
+from port_kit.serving.strict_json import parse_json
 
-#: Fields and files of a form, and bytes of one field; the fields of a request are few, and short texts.
+#: Fields and files of a form, and bytes of one field, which may hold references as data URLs.
 MAX_FIELDS, MAX_FILES, MAX_FIELD_BYTES = 64, 32, 48 * 2**20
+#: Characters of a field without references, and of the name of a field or a file.
+MAX_TEXT, MAX_NAME = 2**16, 256
+#: Size of a URL-encoded form, whose decoding is slow.
+URL_ENCODED_MB = 1.0
+#: Fields that hold references.
+_LONG = ("image_reference", "audio_reference")
 #: Fields of the form of ``/v1/images/edits`` that list images by URL.
 URL_FIELDS = ("url", "url[]")
 
@@ -73,12 +79,13 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
     kind = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
     headers = Headers(raw=scope["headers"])
     parser: MultiPartParser | FormParser
-    stream: Any = read_body(scope, receive, limits)
     if kind == "multipart/form-data":
+        stream: Any = read_body(scope, receive, limits)
         parser = MultiPartParser(
             headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
         )
     elif kind == "application/x-www-form-urlencoded":
+        stream = read_body(scope, receive, replace(limits, max_upload_mb=min(limits.max_upload_mb, URL_ENCODED_MB)))
         parser = FormParser(headers, stream, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     else:
         raise Refusal(400, f"content-type is {kind or 'missing'!r}; multipart/form-data is required")
@@ -92,13 +99,27 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
 def _collect(items: list[tuple[str, Any]]) -> Form:
     form = Form()
     for name, value in items:
+        _check_text("the name of a field", name, MAX_NAME)
         if isinstance(value, UploadFile):
+            _check_text(f"the file name of {name}", value.filename or "", MAX_NAME)
             form.uploads.append(Upload(name, value.filename or "", value.file))
-        elif name in URL_FIELDS:
+            continue
+        if name in URL_FIELDS:
             form.urls.append(value)
         else:
             form.fields[name] = value
+        _check_text(name, value, MAX_FIELD_BYTES if name in (*URL_FIELDS, *_LONG) else MAX_TEXT)
     return form
+
+
+def _check_text(what: str, text: str, limit: int) -> None:
+    """Refuse a text that is too long, or that UTF-8 cannot express: the request's charset may allow such."""
+    if len(text) > limit:
+        raise Refusal(400, f"[input_size] {what} has {len(text)} characters; at most {limit} are accepted")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(400, f"[input_type] {what} is not valid Unicode text") from error
 
 
 async def read_json(scope: Scope, receive: Receive, limits: Limits) -> dict[str, Any]:
@@ -108,10 +129,7 @@ async def read_json(scope: Scope, receive: Receive, limits: Limits) -> dict[str,
         Refusal: the body is too large, too slow, or no JSON object.
     """
     body = b"".join([chunk async for chunk in read_body(scope, receive, limits)])
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is no JSON: {error}") from error
+    found = await asyncio.to_thread(parse_json, body, "the body")
     if not isinstance(found, dict):
         raise Refusal(400, f"the body is {type(found).__name__}; a JSON object is required")
     return found
@@ -124,9 +142,10 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> AsyncIter
         Refusal: with status 400 or 408.
     """
     declared = header(scope, "content-length") or "0"
-    read = int(declared) if declared.isdigit() else 0
     deadline = asyncio.get_running_loop().time() + limits.upload_seconds
-    _check_size(read, limits)
+    if not (declared.isascii() and declared.isdigit() and len(declared) < 20):
+        raise Refusal(400, f"content-length is {declared[:80]!r}; a number of bytes is required")
+    _check_size(int(declared), limits)
     read, more = 0, True
     while more:
         try:
@@ -153,8 +172,8 @@ def _check_size(size: int, limits: Limits) -> None:
     if size > limits.max_body:
         raise Refusal(
             400,
-            f"the body has more than {limits.max_upload_mb:g} MB ({option('max_upload_mb')} of the server); "
-            "send smaller references",
+            f"the body has more than {limits.max_upload_mb:g} MB ({option('max_upload_mb')} of the server; "
+            f"{URL_ENCODED_MB:g} for a URL-encoded form); send smaller references, as multipart/form-data",
         )
 
 

@@ -20,6 +20,7 @@ from port_kit.errors import InputError
 from port_kit.runtime.refusals import hide_tracebacks_of_refusals
 from port_kit.serving.answers import Answer, StalledError
 from port_kit.serving.asgi import App, Incoming, Message, Receive, Refusal, Scope, Send, header, refuse
+from port_kit.serving.connections import abort, limit_connections
 from port_kit.serving.forms import Disconnected, read_form, read_json, replay, with_body
 from port_kit.serving.image_form import JSON_ENDPOINTS, body_names, check_image_form, check_json
 from port_kit.serving.jobs import JOB, Job, Jobs, client_of, digest
@@ -90,6 +91,7 @@ class Gateway:
         storage = use_own_storage([api_server, helpers], self._limits.keep_seconds)
         self._sweeping = asyncio.ensure_future(storage.start())
         self._lifecycle.start(state)
+        limit_connections(state.server.config, self._limits.upload_seconds)
         hide_tracebacks_of_refusals()
 
     async def _answer(self, scope: Scope, receive: Incoming, send: Send) -> None:
@@ -105,6 +107,7 @@ class Gateway:
             await refuse(receive, send, Refusal(400, str(error)))
         except (Disconnected, StalledError):
             logger.info("the client of %s left", scope["path"])
+            abort(scope)
         except asyncio.CancelledError:
             if self._lifecycle.ending is None or answer.has_started:
                 raise

@@ -68,6 +68,6 @@ def _check_names(given: Iterable[str], names: Collection[str]) -> None:
     allowed = [name for name in names if name not in (*URL_FIELDS, *_SERVER_FIELDS)]
     for name in given:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1)
+            near = difflib.get_close_matches(name[:80], allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(allowed)}"
             raise Refusal(400, f"[input_value] the request has the unknown field {name[:80]!r}\nhint: {hint}")

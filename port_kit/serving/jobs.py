@@ -17,6 +17,8 @@ from port_kit.serving.asgi import Refusal
 
 #: Path of one job, and of its video.
 JOB = re.compile(r"/v1/videos/(?P<job>[^/]+)(/content)?")
+#: Values of ``limit`` of a list.
+_LIMIT = re.compile(r"100|[1-9]?[0-9]", re.ASCII)
 
 
 def digest(key: str) -> bytes:
@@ -84,8 +86,10 @@ class Jobs:
             Refusal: a value of the query is not valid.
         """
         limit, order = query.get("limit", "100"), query.get("order", "desc")
-        if not (limit.isascii() and limit.isdigit() and int(limit) <= 100) or order not in ("asc", "desc"):
-            raise Refusal(400, f"limit is {limit!r} and order is {order!r}; 0 to 100, and asc or desc are required")
+        if not _LIMIT.fullmatch(limit) or order not in ("asc", "desc"):
+            raise Refusal(
+                400, f"limit is {limit[:80]!r} and order is {order[:80]!r}; 0 to 100, and asc or desc are required"
+            )
         own = [self.describe(job) for job in listed["data"] if self._is_of(job["id"], client)]
         own = own[::-1] if order == "asc" else own
         ids = [job["id"] for job in own]

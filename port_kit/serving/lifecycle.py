@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,14 +13,13 @@ from typing import Any
 
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
+from port_kit.serving.process import end_after_death
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 #: Consecutive failed checks after which the engine counts as dead: a stage that restarts may miss one.
 _FAILURES = 2
-#: Time for an orderly end after the engine died; then the process ends at once.
-_EXIT_SECONDS = 20.0
 #: Bounds of the time after which a refused client should ask again, in seconds.
 _RETRY = (1, 600)
 
@@ -136,7 +133,7 @@ class Lifecycle:
             if not self._is_healthy and self.ending is None:
                 self.ending = "the engine of this server has died; the server ends"
                 logger.critical("a worker of the engine has died; the server ends. Its own message is above.")
-                _exit_later()
+                end_after_death()
                 server.should_exit = True
         for task in list(self._tasks):
             task.cancel()
@@ -148,13 +145,3 @@ async def _is_healthy(client: Any) -> bool:
     except Exception:  # the engine reports its death by errors of several classes
         return False
     return True
-
-
-def _exit_later() -> None:
-    """End the process with status 1 if it still runs after a while: a dead engine may block its orderly end."""
-
-    def run() -> None:
-        time.sleep(_EXIT_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=run, daemon=True).start()

@@ -9,6 +9,7 @@ from typing import Any
 
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
+from port_kit.serving.strict_json import parse_json
 
 #: ``int_id`` is what clients of vLLM-Omni send; files are told apart by their content.
 KEYS = ("name", "path", "scale", "int_id")
@@ -45,15 +46,12 @@ def resolve_lora(text: str, limits: Limits) -> str:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"lora is no JSON: {error}") from error
+    given = parse_json(text, "lora")
     if not isinstance(given, dict):
         raise Refusal(400, f"lora is {type(given).__name__}; a JSON object with name or path is required")
     for name in given:
         if name not in KEYS:
-            raise Refusal(400, f"lora has the unknown key {name!r}; known are {', '.join(KEYS)}")
+            raise Refusal(400, f"lora has the unknown key {name[:80]!r}; known are {', '.join(KEYS)}")
     return given
 
 

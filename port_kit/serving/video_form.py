@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import difflib
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from port_kit.references import check_audio, check_image
+from port_kit.references import check_audio, check_image, image_suffix
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.fetch import Fetcher
 from port_kit.serving.forms import Form, Upload
@@ -19,6 +18,7 @@ from port_kit.serving.limits import Limits
 from port_kit.serving.loras import resolve_lora
 from port_kit.serving.references import content_of
 from port_kit.serving.served import Served
+from port_kit.serving.strict_json import parse_json
 
 INTEGERS = ("width", "height", "num_frames", "num_inference_steps", "num_outputs_per_prompt", "seed")
 NUMBERS = ("fps", "guidance_scale")
@@ -60,6 +60,7 @@ async def check_video_form(form: Form, served: Served, limits: Limits) -> dict[s
     _set_size(form, numbers)
     _set_length(form, numbers, served)
     _check_options(form, served)
+    _json(form, "timeline_guides", (dict, list))
     if "lora" in form.fields:
         form.fields["lora"] = resolve_lora(form.fields["lora"], limits)
     await _set_references(form, served, limits)
@@ -110,7 +111,7 @@ def _check_options(form: Form, served: Served) -> None:
         return
     for name in given:
         if name not in served.options:
-            near = difflib.get_close_matches(name, served.options, n=1)
+            near = difflib.get_close_matches(name[:80], served.options, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(served.options)}"
             if name in (*INTEGERS, *NUMBERS, *TEXTS):
                 hint = f"{name} is a field of the form"
@@ -185,10 +186,7 @@ def _json(form: Form, name: str, kind: type | tuple[type, ...]) -> Any:
     text = form.fields.get(name)
     if text is None:
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"[input_type] {name} is no valid JSON: {str(error)[:200]}") from error
+    value = parse_json(text, name)
     if not isinstance(value, kind):
         raise Refusal(400, f"[input_type] {name} is {type(value).__name__} in JSON; an object is required")
     return value
@@ -199,7 +197,7 @@ def _json(form: Form, name: str, kind: type | tuple[type, ...]) -> Any:
 
 async def _set_references(form: Form, served: Served, limits: Limits) -> None:
     """Replace all references of the form by checked files."""
-    urls = {kind: _urls(form, kind) for kind in KINDS}
+    urls = {kind: await asyncio.to_thread(_urls, form, kind) for kind in KINDS}
     files = [upload for upload in form.uploads if upload.field != "guide_files"]
     count = len(files) + sum(len(found) for found in urls.values())
     if count > served.max_references and served.port is not None:
@@ -207,8 +205,7 @@ async def _set_references(form: Form, served: Served, limits: Limits) -> None:
     kinds = KINDS if served.port is None else served.port.references
     found: dict[str, list[Upload]] = {"image": [], "audio": []}
     for upload in files:
-        content = upload.file.read()
-        await asyncio.to_thread(_add, found, content, kinds)
+        await asyncio.to_thread(_add, found, await asyncio.to_thread(upload.file.read), kinds)
         upload.file.close()
     fetcher = Fetcher(limits, limits.max_body)
     for kind, listed in urls.items():
@@ -217,7 +214,7 @@ async def _set_references(form: Form, served: Served, limits: Limits) -> None:
             await asyncio.to_thread(_add, found, content, (kind,))
     guides = [upload for upload in form.uploads if upload.field == "guide_files"]
     for number, upload in enumerate(guides):
-        check_image(upload.file.read(), name=f"guide_files[{number}]")
+        await asyncio.to_thread(check_image, upload.file, name=f"guide_files[{number}]")
         upload.file.seek(0)
     field = "input_references" if served.max_references > 1 else "input_reference"
     form.uploads = guides + [upload for kind in KINDS for upload in found[kind]]
@@ -257,10 +254,5 @@ def _kind_of(content: bytes) -> tuple[str, str]:
 
     The suffix of audio only says that it is audio: the port reads the container from the content.
     """
-    images = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif"}
-    for magic, suffix in images.items():
-        if content.startswith(magic):
-            return "image", suffix
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "image", ".webp"
-    return "audio", ".wav"
+    suffix = image_suffix(content)
+    return ("audio", ".wav") if suffix is None else ("image", suffix)

@@ -109,6 +109,11 @@ class ApiServer:
             raise RuntimeError("the server has not been started")
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the server; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
     def is_alive(self) -> bool:
         """True if the server process is running."""
         return self._process is not None and self._process.poll() is None

@@ -211,6 +211,17 @@ PATCHES: dict[str, Entry] = {
             ),
         ),
         Entry(
+            "damaged_index",
+            "the name of a damaged model_index.json in its error",
+            (
+                Precondition(
+                    "parameters",
+                    "vllm.transformers_utils.config:get_hf_file_to_dict",
+                    "file_name, model, revision",
+                ),
+            ),
+        ),
+        Entry(
             "audio_sample_rate",
             "the sample rate of audio files of /v1/audio/generate",
             (

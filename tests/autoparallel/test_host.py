@@ -108,7 +108,9 @@ def test_a_request_becomes_arguments(wan: Path) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("sampling", [{"true_cfg_scale": 2.0}, {"extra_args": {"gidance_scale": 2.0}}])
+@pytest.mark.parametrize(
+    "sampling", [{"true_cfg_scale": 2.0}, {"extra_args": {"gidance_scale": 2.0}}, {"num_outputs_per_prompt": 11}]
+)
 def test_what_the_pipeline_does_not_take_is_refused(sampling: dict[str, Any], wan: Path) -> None:
     arguments = (*request_of("a", **sampling), PipelineIndex.read(wan).parameters, torch.device("cpu"))
     assert code_of(call_arguments, *arguments) == "input_value"

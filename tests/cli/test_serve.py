@@ -14,7 +14,9 @@ from port_kit.serving.limits import Limits
 from port_kit.testing.server import free_port
 
 
-def refused(folder: Path, *options: str) -> str:
+def refused(folder: Path, *options: str, index: str = '{"_class_name": "OviPipeline"}') -> str:
+    if folder.is_dir():
+        (folder / "model_index.json").write_text(index)
     done = CliRunner().invoke(main, ["serve", str(folder), "--storage", str(folder / "videos"), *options])
     assert done.exit_code != 0
     assert not (folder / "videos").exists()
@@ -32,6 +34,12 @@ def test_a_used_port_is_refused(tmp_path: Path) -> None:
 def test_folders_must_exist(tmp_path: Path) -> None:
     assert "is no folder" in refused(tmp_path, "--port", str(free_port()), "--lora-root", str(tmp_path / "none"))
     assert "does not exist" in refused(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("index", "problem"), [('{"_class_name": "Ovi', "cannot read"), ("{}", "lacks _class_name")])
+def test_a_damaged_index_is_named(tmp_path: Path, index: str, problem: str) -> None:
+    output = refused(tmp_path, "--port", free_port(), index=index)
+    assert all(part in output for part in ("model_incomplete", str(tmp_path / "model_index.json"), problem))
 
 
 @pytest.mark.parametrize("option", ["--max-queue", "--max-upload-mb", "--drain-seconds"])

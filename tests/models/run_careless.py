@@ -81,14 +81,16 @@ def start_damaged(model: Path, folder: Path) -> dict[str, Any]:
     from vllm_omni import Omni
 
     found = {}
-    for what in ("tokenizer", "area"):
+    for what in ("tokenizer", "area", "index"):
         copy = folder / f"damaged_{what}"
         shutil.copytree(model, copy)
         index = copy / "model_index.json"
         if what == "tokenizer":
             shutil.rmtree(copy / "tokenizer")
-        else:
+        elif what == "area":
             index.write_text(json.dumps(json.loads(index.read_text()) | {"video_area": -5}))
+        else:
+            index.write_text(index.read_text()[:60])
         found[what] = error_of(Omni, model=str(copy), dtype="float32", enforce_eager=True)
     return found
 

@@ -61,6 +61,7 @@ def test_a_closed_engine_says_so(report: dict[str, Any]) -> None:
     [
         ("tokenizer", ("tokenizer",)),
         ("area", ("model_index.json", "video_area", "-5")),
+        ("index", ("damaged_index/model_index.json", "cannot read")),
     ],
 )
 def test_a_damaged_directory_is_named(report: dict[str, Any], what: str, names: tuple[str, ...]) -> None:

@@ -106,6 +106,15 @@ def test_the_share_of_a_bound(max_abs: float, share: float) -> None:
     read(parity_page(parity_data(case("c fp32", difference("x", max_abs, ok=share <= 1)))))
 
 
+def test_the_page_of_parity_names_no_folder_of_the_user() -> None:
+    data = parity_data(case("c fp32", difference("x", 0.0)))
+    made = {"code": "hub", "commit": "0"}
+    data["reference"] = {"made_from": made, "model": "/home/me/m", "python": "/home/me/bin/python", "reused": True}
+    page = parity_page({**data, "goldens": "/home/me/goldens"})
+    assert "/home" not in page
+    assert {"m", "python", "against the goldens goldens"} <= set(read(page).words)
+
+
 def test_names_are_escaped() -> None:
     data = parity_data(case(EVIL, difference(EVIL, 1.0, ok=False)))
     data["reference"] = {
@@ -167,6 +176,9 @@ def test_a_layout_is_drawn_with_every_rank(name: str) -> None:
     for rank in range(layout.world):
         assert f"rank {rank}" in words and f"rank {rank} " in text
     assert max(map(len, text.splitlines())) <= 110
+    legend = next(word for word in words if word and word.startswith("one box: one rank"))
+    assert all(f"{kind} {degree}" in legend for kind, degree in layout.degrees.items())
+    assert ("one color" in legend) == (layout.sequence > 1)
 
 
 def test_the_command_draws_and_writes(tmp_path: Path) -> None:
@@ -227,6 +239,18 @@ def test_the_contact_sheet_shows_frames_in_order_and_the_audio(clip: Path, tmp_p
     assert not drawn[: int(len(drawn) * (share - 0.05))].any()
     assert drawn[int(len(drawn) * (share + 0.05)) : int(len(drawn) * 0.9)].mean() > 0.9
     assert image.shape[0] == below + WAVE + 2 * LINE + MARGIN
+
+
+@pytest.mark.parametrize(("peak", "is_red"), [(1.0, False), (1.5, True)])
+def test_a_clipping_sound_is_named(peak: float, is_red: bool) -> None:
+    import numpy as np
+
+    from port_kit.reports.contact_sheet import Clip, draw_clip
+
+    wave = np.array([0.0, peak, -peak, 0.5], np.float32).repeat(4000)
+    frame = np.zeros((64, 96, 3), np.uint8)
+    image = np.asarray(draw_clip(Clip([(0.0, frame)], 1, 12.0, wave, 16_000), "clip")).astype(int)
+    assert (abs(image - (190, 48, 48)).sum(-1) < 20).any() == is_red
 
 
 def test_a_file_that_is_no_clip_is_reported(tmp_path: Path) -> None:

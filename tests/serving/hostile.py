@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.server
 import io
+import os
 import shlex
+import socket
 import struct
 import sys
 import threading
@@ -21,12 +23,14 @@ from PIL import Image
 from port_kit.models.ovi import PORT
 from port_kit.testing.server import ApiServer
 from port_kit.testing.tiny_port import download_tiny
+from tests.serving.helpers import EXAMPLES
 
 ALICE, BOB = "alice-key", "bob-key"
 GOOD = {"prompt": "rain", "num_inference_steps": "1", "seed": "1"}
 LIMIT = 300.0
 #: Options of the server in these tests.
 UPLOAD_SECONDS, DRAIN_SECONDS, MAX_UPLOAD_MB, MAX_QUEUE, DISK_KB = 3, 4, 2, 6, 4096
+IDLE_SECONDS = 3
 
 
 def png(width: int, height: int) -> bytes:
@@ -46,6 +50,17 @@ def small_png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (200, 80, 40)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def refused(response: httpx.Response, *parts: str, status: int = 400) -> str:
+    """Return the message of an error; all errors have one form."""
+    assert response.status_code == status, response.text[:500]
+    body = response.json()
+    assert list(body) == ["error"] and list(body["error"]) == ["message", "type", "param", "code"], body
+    assert body["error"]["code"] == status
+    message = str(body["error"]["message"])
+    assert all(part in message for part in parts), message
+    return message
 
 
 @dataclass
@@ -110,6 +125,7 @@ class Target:
     Attributes:
         disk: its folder of finished videos, on a disk of :data:`DISK_KB` of its own.
         loras: its folder of LoRA files.
+        model: its model directory.
     """
 
     server: ApiServer
@@ -118,10 +134,21 @@ class Target:
     disk: Path
     loras: Path
     web: Outside
+    model: Path
 
     def sync(self, fields: dict[str, Any] | None = None, files: Any = None) -> httpx.Response:
         """Send a request for a video as the first client."""
         return self.alice.post("/v1/videos/sync", data={**GOOD, **(fields or {})}, files=files)
+
+    def connect(self, data: bytes) -> socket.socket:
+        """Send bytes over a new connection."""
+        client = socket.create_connection(("127.0.0.1", self.server.port), 10)
+        client.settimeout(LIMIT)
+        try:
+            client.sendall(data)
+        except ConnectionError:  # the server may have closed it
+            pass
+        return client
 
     def submit(self, fields: dict[str, Any] | None = None) -> str:
         """Start a job of the first client, and return its id."""
@@ -141,17 +168,19 @@ def target(folder: Path) -> Iterator[Target]:
         options = ["--storage", str(disk), "--api-key", ALICE, "--api-key", BOB, "--lora-root", str(loras)]
         options += ["--reference-host", f"127.0.0.1:{web.port}", "--reference-host", "localhost"]
         options += ["--upload-seconds", str(UPLOAD_SECONDS), "--drain-seconds", str(DRAIN_SECONDS)]
+        options += ["--idle-seconds", str(IDLE_SECONDS)]
         options += ["--max-upload-mb", str(MAX_UPLOAD_MB), "--max-queue", str(MAX_QUEUE), "--fetch-seconds", "5"]
         script = folder / "serve.sh"
         start = f"mount -t tmpfs -o size={DISK_KB}k tmpfs {shlex.quote(str(disk))}"
-        start += f' && exec {shlex.quote(sys.executable)} -m port_kit serve "$@"'
+        start += f' && exec sh {shlex.quote(str(EXAMPLES / "serve.sh"))} "$@"'
         script.write_text(f'exec unshare -rm sh -c {shlex.quote(start)} sh "$@"\n', encoding="utf-8")
         arguments = [*options, "--dtype", "float32", "--enforce-eager"]
-        variables = {"OMP_NUM_THREADS": "1"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        variables = {"OMP_NUM_THREADS": "1", "PATH": path}
         with ApiServer(model, *arguments, folder=folder, environment=variables, script=script) as server:
             clients = [
                 httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=LIMIT)
                 for key in (ALICE, BOB)
             ]
             seen = Path(f"/proc/{server.pid}/root") / disk.relative_to("/")
-            yield Target(server, *clients, seen, loras, web)
+            yield Target(server, *clients, seen, loras, web, Path(model))

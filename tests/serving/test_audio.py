@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import wave
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from port_kit.registry import find_port, list_ports
 from port_kit.scaffold import NewPort, new_port
 from port_kit.testing.server import ApiServer
 from port_kit.testing.tiny_port import download_tiny
+from tests.serving.hostile import refused
 
 LIMIT = 300.0
 REQUEST = {"input": "rain", "num_inference_steps": 1, "audio_length": 0.5, "seed": 3}
@@ -57,6 +59,29 @@ def test_options_of_the_endpoint_have_an_effect(fields: dict[str, Any], http: ht
     plain, again, other = (generate(http, **each)[1] for each in ({}, {}, fields))
     assert np.array_equal(plain, again)
     assert not np.array_equal(plain, other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"audio_lenght": 1.0}, "'audio_length'"),
+        ({"audio_length": "\u0661"}, ""),
+        ({"num_inference_steps": 10**6}, "num_inference_steps"),
+        ({"guidance_scale": 1e30}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"input": "\ud800"}, "surrogates"),
+    ],
+)
+def test_a_wrong_field_is_refused(http: httpx.Client, fields: dict[str, Any], part: str) -> None:
+    body = json.dumps({**REQUEST, **fields})
+    refused(http.post("/v1/audio/generate", content=body, headers={"content-type": "application/json"}), part)
+
+
+def test_a_repeated_name_and_other_endpoints_are_refused(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json"}
+    body = b'{"input": "rain", "input": "snow"}'
+    refused(http.post("/v1/audio/generate", content=body, headers=headers), "'input' is repeated")
+    refused(http.post("/v1/videos/sync", data={"prompt": "rain"}), "no endpoint", status=404)
 
 
 def test_an_invalid_length_is_the_fault_of_the_client(http: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""A worker that dies: its requests are answered, and the server ends instead of accepting more."""
+"""A server on two ranks: a request that is cancelled within a step, and a worker that dies."""
 
 from __future__ import annotations
 
@@ -6,37 +6,66 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from types import ModuleType
 
 import httpx
 import psutil
+import pytest
 
-from port_kit.models.ovi.recipe import RECIPE
+from port_kit.models.dreamid_omni.recipe import RECIPE
+from port_kit.testing.server import ApiServer
 from tests.helpers import wait_until
 from tests.serving.helpers import serving
-from tests.serving.hostile import GOOD, LIMIT
+from tests.serving.hostile import LIMIT, refused
 
 #: Seconds within which the documentation promises the end of the server; a busy machine needs longer.
 PROMISED, BUSY = 30, 4
 
 
-def test_a_dead_worker_ends_the_server(tmp_path: Path) -> None:
-    with serving(RECIPE, tmp_path, "--tensor-parallel-size", "2") as server:
-        workers = [
-            process
-            for process in psutil.Process(server.pid).children(recursive=True)
-            if "DiffusionWorker" in " ".join(process.cmdline())
-        ]
-        assert len(workers) == 2
-        answers: list[httpx.Response] = []
-        http = httpx.Client(base_url=server.url, timeout=LIMIT)
-        long = {**GOOD, "num_inference_steps": "200"}
-        work = threading.Thread(target=lambda: answers.append(http.post("/v1/videos/sync", data=long)))
-        work.start()
-        time.sleep(2)
-        os.kill(workers[0].pid, signal.SIGKILL)
-        work.join(LIMIT)
-        assert answers[0].status_code in (500, 503), answers[0].text
-        assert "engine" in answers[0].json()["error"]["message"].lower()
-        wait_until(lambda: not server.is_alive(), PROMISED * BUSY, pause=0.2)
-        assert "a worker of the engine has died; the server ends" in server.tail()
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with serving(RECIPE, tmp_path_factory.mktemp("ranks"), "--tensor-parallel-size", "2") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(server: ApiServer) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=LIMIT)
+
+
+def test_a_request_ends_within_its_only_step(server: ApiServer, http: httpx.Client, load_test: ModuleType) -> None:
+    """The only step has 15,000 video tokens; without a vote within it, the request would be completed."""
+    files = load_test.references()
+    large = {**load_test.GOOD, "width": "704", "height": "704"}
+    job = http.post("/v1/videos", data=large, files=files).json()["id"]
+    wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] == "in_progress", LIMIT, pause=0.1)
+    time.sleep(4)
+    assert http.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert http.post("/v1/videos/sync", data=load_test.GOOD, files=files).status_code == 200
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    assert log.count("Stopped cancelled diffusion request(s)") == 2, "both ranks stop"
+
+
+def test_a_dead_worker_ends_the_server(server: ApiServer, http: httpx.Client, load_test: ModuleType) -> None:
+    """Runs last: the server does not survive it."""
+    children = psutil.Process(server.pid).children(recursive=True)
+    workers = [process for process in children if "DiffusionWorker" in " ".join(process.cmdline())]
+    assert len(workers) == 2
+    answers: list[httpx.Response] = []
+    files = load_test.references()
+    work = threading.Thread(
+        target=lambda: answers.append(http.post("/v1/videos/sync", data=load_test.LONG, files=files))
+    )
+    work.start()
+    time.sleep(2)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    started = time.monotonic()
+    work.join(LIMIT)
+    refused(answers[0], "engine", status=answers[0].status_code)
+    assert answers[0].status_code in (500, 503)
+    print(f"answered {time.monotonic() - started:.1f} s after the death of a worker")
+    wait_until(lambda: not server.is_alive(), PROMISED * BUSY, pause=0.2)
+    print(f"ended {time.monotonic() - started:.1f} s after the death of a worker")
+    assert server.exit_code == 1
+    assert "a worker of the engine has died; the server ends" in server.tail()

@@ -6,7 +6,7 @@ T text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -162,14 +162,15 @@ class WanFusionTransformer(nn.Module):
         states, contexts = [tokens for tokens, _ in prepared], [context for _, context in prepared]
         del prepared  # it would keep each branch's first tokens alive while blocks run
         if extra_branches and weights_are_streamed(self.engine):
-            for block in self.blocks:
-                check_cancellation_between_blocks()
+            for index, block in enumerate(self.blocks):
+                self._check_cancellation(index)
                 first, *rest = (context.block_inputs(tokens) for context, tokens in zip(contexts, states, strict=True))
                 states = block(*first, extra_branches=rest)
         elif self.graphs is not None and self.graphs.is_usable():
+            self._check_cancellation(0)
             self.graphs.run(states, contexts, self._run_interleaved)
         else:
-            self._run_interleaved(states, contexts)
+            self._run_interleaved(states, contexts, check=self._check_cancellation)
         flows = [self._compute_flows(tokens, context) for tokens, context in zip(states, contexts, strict=True)]
         return flows if extra_branches else flows[0]
 
@@ -184,16 +185,25 @@ class WanFusionTransformer(nn.Module):
                 f"skip_layers has {wrong[0]}; layers are 0 to {self.config.num_layers - 1}", code="block_index"
             )
 
-    def _run_interleaved(self, states: list[Pair], contexts: Sequence[ForwardContext]) -> None:
-        """Run the branches through all blocks, one call per branch and block; replace their tokens in ``states``."""
+    def _check_cancellation(self, block: int) -> None:
+        check_cancellation_between_blocks(block, len(self.blocks), self.engine)
+
+    def _run_interleaved(
+        self, states: list[Pair], contexts: Sequence[ForwardContext], check: Callable[[int], None] | None = None
+    ) -> None:
+        """Run the branches through all blocks, one call per branch and block; replace their tokens in ``states``.
+
+        ``check`` is called before each block. There is none with CUDA graphs: a rank may replay a graph while another
+        had no memory for it.
+        """
         if len(contexts) > 1:  # texts that branches share are projected before the streams fork
             for block in self.blocks:
                 for context, tokens in zip(contexts, states, strict=True):
                     block.project_texts(context.block_inputs(tokens))
         streams = InterleavedStreams(states[0][0].device, branches=len(contexts))
-        for block in self.blocks:
-            if not torch.cuda.is_current_stream_capturing():
-                check_cancellation_between_blocks()
+        for number, block in enumerate(self.blocks):
+            if check is not None:
+                check(number)
             for index, context in enumerate(contexts):
                 with streams.stream(index):
                     options = {"skip_layers": context.inputs.skip_layers, "unused": context.inputs.unused}

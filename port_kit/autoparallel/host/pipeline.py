@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm_omni.diffusion.cancellation import check_request_cancellation
 from vllm_omni.diffusion.data import DiffusionOutput
 from vllm_omni.diffusion.distributed.utils import get_local_device
 
@@ -24,14 +25,16 @@ from port_kit.autoparallel.host.loading import build_denoiser, load_denoiser, lo
 from port_kit.autoparallel.host.request import call_arguments
 from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InputError
-from port_kit.parallel.cancellation import check_cancellation_between_blocks
 from port_kit.parallel.engine_checks import layout_of
 from port_kit.pipeline.finite import check_weights
 from port_kit.pipeline.inputs import to_client_error
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+
+    PreProcess = Callable[[OmniDiffusionRequest], OmniDiffusionRequest]
 
 
 class HostPipeline(nn.Module):
@@ -74,8 +77,25 @@ class HostPipeline(nn.Module):
             module.register_forward_pre_hook(self._count)
             self.add_module(name, module)
 
+    @classmethod
+    def arrival_check(cls, od_config: OmniDiffusionConfig) -> PreProcess:
+        """Return the function that checks a request in the engine's process, before it is queued."""
+        parameters = PipelineIndex.read(od_config.model).parameters
+
+        def check(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+            if request.is_dummy_run():
+                return request
+            try:
+                call_arguments(request.prompt, request.sampling_params, parameters, device=None)
+            except InputError as error:
+                raise to_client_error(error) from error
+            return request
+
+        return check
+
     def _count(self, *_: Any) -> None:
-        check_cancellation_between_blocks()
+        if self.guidance is None:  # otherwise ranks run different calls; they check in SpreadGuidance.call
+            check_request_cancellation()
         self.computed += 1
 
     @property
@@ -145,6 +165,11 @@ class PortKitAudioPipeline(HostPipeline):
     """Host of pipelines that return audio."""
 
     support_audio_output: ClassVar[bool] = True
+
+
+def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess:
+    """Return the function that checks a request on arrival, for the hosts of ``port-kit run``."""
+    return HostPipeline.arrival_check(od_config)
 
 
 def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from port_kit.errors import InputError
 from port_kit.pipeline.admission import READ, check_sampling, unknown_name
 from port_kit.pipeline.inputs import check_integer, check_real
-from port_kit.pipeline.prompt_request import AUDIO_END, AUDIO_LENGTH, AUDIO_START
+from port_kit.pipeline.prompt_request import AUDIO_END, AUDIO_LENGTH, AUDIO_START, MAX_OUTPUTS
 from port_kit.references import check_image, unreadable
 
 #: Sampling parameters with the same name in diffusers; None is not given.
@@ -55,14 +55,16 @@ _FIXED = ("prompt", "negative_prompt", "generator", "output_type", "return_dict"
 _RESERVED = frozenset((*_FIXED, *_COUNTS)).union(*MEDIA.values())
 
 
-def call_arguments(prompt: Any, sampling: Any, parameters: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def call_arguments(
+    prompt: Any, sampling: Any, parameters: Mapping[str, Any], device: torch.device | None
+) -> dict[str, Any]:
     """Return the arguments of the call.
 
     Args:
         prompt: text, or a dict with ``prompt``, ``negative_prompt`` and ``multi_modal_data``.
         sampling: ``OmniDiffusionSamplingParams``; ``extra_args`` are arguments of the call.
         parameters: parameters of the pipeline's call.
-        device: the rank's device.
+        device: the rank's device; None to check a request whose seed is not drawn yet, without a generator.
 
     Raises:
         InputError: ``input_value``; the pipeline has no parameter for a value that the request gives, or the request
@@ -86,11 +88,12 @@ def call_arguments(prompt: Any, sampling: Any, parameters: Mapping[str, Any], de
             hint="leave it out, or use one of " + ", ".join(sorted(parameters)),
             option=unknown[0],
         )
+    check_integer("num_outputs_per_prompt", sampling.num_outputs_per_prompt, minimum=1, maximum=MAX_OUTPUTS)
     if sampling.num_outputs_per_prompt > 1:
         given |= _count(sampling.num_outputs_per_prompt, parameters)
     if "output_type" in parameters:
         given["output_type"] = "latent" if sampling.output_type == "latent" else "np"
-    if "generator" in parameters:
+    if "generator" in parameters and device is not None:
         given["generator"] = _generator(sampling, device)
     check_magnitudes(given)
     return given
