@@ -147,7 +147,7 @@ class Gateway:
     # -- outputs ----------------------------------------------------------------------------------------------------
 
     async def _create(self, scope: Scope, receive: Receive, answer: Answer, served: Served, client: bytes) -> None:
-        with self._lifecycle.admitted(await _unfinished_jobs()):
+        with self._lifecycle.admitted(await self._jobs.count_unfinished()):
             settings, body, kind = await self._checked(scope, receive, served)
             self._lifecycle.check()
             if scope["path"] == VIDEOS:
@@ -219,10 +219,3 @@ class Gateway:
 async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _unfinished_jobs() -> int:
-    """Return the number of jobs that wait or run."""
-    from vllm_omni.entrypoints.openai.stores import VIDEO_STORE
-
-    return sum(job.status in ("queued", "in_progress") for job in await VIDEO_STORE.list_values())

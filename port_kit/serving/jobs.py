@@ -17,6 +17,8 @@ from port_kit.serving.asgi import Refusal
 
 #: Path of one job, and of its video.
 JOB = re.compile(r"/v1/videos/(?P<job>[^/]+)(/content)?")
+#: Finished jobs whose records are kept. The oldest are forgotten first; their files expire.
+MAX_FINISHED = 10_000
 #: Values of ``limit`` of a list.
 _LIMIT = re.compile(r"100|[1-9]?[0-9]", re.ASCII)
 
@@ -66,6 +68,17 @@ class Jobs:
         found = self.known.get(job)
         if found is not None and found.owner != client:
             raise Refusal(404, "Video not found")
+
+    async def count_unfinished(self) -> int:
+        """Return the number of jobs that wait or run, and forget the oldest jobs beyond :data:`MAX_FINISHED`."""
+        from vllm_omni.entrypoints.openai.stores import VIDEO_STORE
+
+        records = await VIDEO_STORE.list_values()  # the oldest first
+        finished = [record.id for record in records if record.status not in ("queued", "in_progress")]
+        for job in finished[: max(0, len(finished) - MAX_FINISHED)]:
+            await VIDEO_STORE.pop(job)
+            self.known.pop(job, None)
+        return len(records) - len(finished)
 
     def describe(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return a job's record with the settings that made the video, and its true length."""
