@@ -109,14 +109,14 @@ check: $(STAMP) tree
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --no-incremental -p port_kit
 
 test: check $(TRITON)
-	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The inner loop: without the modules that tests/conftest.py marks as integration tests.
 test-fast: $(STAMP)
-	$(RUN) -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow and not integration'
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not gpu and not slow and not integration'
 
 coverage: $(TRITON)
-	$(RUN) -m pytest -n 2 --dist loadgroup --cov --cov-report=term --cov-report=html --cov-report=xml
+	$(RUN) -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=html --cov-report=xml
 
 $(DOCS): $(STAMP)
 	$(INSTALL) -e '.[docs]'

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.golden_archive import unpack
 from tests.helpers import DATA
@@ -41,17 +43,24 @@ INTEGRATION = (
 SHARED = {"serving": ("test_connections.py", "test_guides.py", "test_hostile.py", "test_ovi.py", "test_signal.py")}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for ``--dist loadgroup``, and mark those of :data:`INTEGRATION`.
+class Scheduler(LoadFileScheduling):
+    """One process runs a module, and all modules that share a server."""
 
-    A module is a group, and so are the modules that share a server: one process runs a group. Integration tests run
-    first: at the end, no process waits long for the other's.
-    """
+    def _split_scope(self, nodeid: str) -> str:
+        path = PurePosixPath(nodeid.partition("::")[0])
+        return str(path.parent if path.name in SHARED.get(path.parent.name, ()) else path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    """Distribute modules instead of single tests."""
+    return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of :data:`INTEGRATION` and run them first: at the end, no process waits long for the other's."""
     places = [Path(__file__).parent / name for name in INTEGRATION]
     for item in items:
-        folder = item.path.parent
-        group = folder.name if item.path.name in SHARED.get(folder.name, ()) else f"{folder.name}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
         if any(item.path.is_relative_to(place) for place in places):
             item.add_marker(pytest.mark.integration)
     items.sort(key=lambda item: item.get_closest_marker("integration") is None)
