@@ -210,7 +210,7 @@ def _weights_values(found: Found) -> dict[str, str]:
     }
 
 
-_READ_RULES = """
+_READ_RULES = """\
 #: Written by ``port-kit rules suggest``; a float32 checkpoint may be run in bfloat16.
 """
 

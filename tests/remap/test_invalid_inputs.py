@@ -193,8 +193,9 @@ def test_a_deep_rule_file_is_none(tmp_path: Path) -> None:
         read_rules(str(tmp_path / "r.json"))
 
 
-@pytest.mark.parametrize("output", [".", "file/x.toml"])
+@pytest.mark.parametrize("output", ["folder.toml", "file/x.toml"])
 def test_an_output_that_cannot_be_written(tmp_path: Path, output: str) -> None:
+    (tmp_path / "folder.toml").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "s.json").write_text('{"a": [[1], "float32"]}')
     done = run(

@@ -108,8 +108,8 @@ def test_the_share_of_a_bound(max_abs: float, share: float) -> None:
 
 def test_the_page_of_parity_names_no_folder_of_the_user() -> None:
     data = parity_data(case("c fp32", difference("x", 0.0)))
-    made = {"code": "hub", "commit": "0"}
-    data["reference"] = {"made_from": made, "model": "/home/me/m", "python": "/home/me/bin/python", "reused": True}
+    made = {"made_from": {"code": "hub"}, "code_version": "commit 0", "reused": True}
+    data["reference"] = {**made, "model": "/home/me/m", "python": "/home/me/bin/python"}
     page = parity_page({**data, "goldens": "/home/me/goldens"})
     assert "/home" not in page
     assert {"m", "python", "against the goldens goldens"} <= set(read(page).words)
