@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,11 @@ def raises(code: str, *names: str) -> Iterator[pytest.ExceptionInfo[PortKitError
     assert caught.value.code == code, caught.value
     for name in names:
         assert name in caught.value.message, caught.value
+
+
+def slow(*values: object) -> list[Any]:
+    """Return values of a parameter that are tested with ``-m slow`` only."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def only_in(series: str, *modules: str) -> list[str]:

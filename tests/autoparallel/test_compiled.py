@@ -18,8 +18,10 @@ WAN, FLUX = "WanTransformer3DModel", "FluxTransformer2DModel"
     ("name", "layout"),
     [
         (WAN, "ulysses2"),
-        (FLUX, "tp2"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((WAN, "single"), (WAN, "tp2"), (FLUX, "ulysses2"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((WAN, "single"), (WAN, "tp2"), (FLUX, "ulysses2"), (FLUX, "tp2"))
+        ),
     ],
 )
 def test_compiled_blocks_equal_the_unmodified_module(name: str, layout: str, tmp_path: Path) -> None:

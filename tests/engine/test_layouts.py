@@ -16,8 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import slow
+
 SCRIPT = Path(__file__).with_name("run_layouts.py")
-KINDS = ("tp2", "ulysses2", "ring2", "allgather2", "cfg2", "hsdp2")
+KINDS = ("tp2", "ulysses2", "cfg2")
+#: Their communication is tested without an engine, too.
+MORE_KINDS = ("ring2", "allgather2", "hsdp2")
 REFUSED = ("ulysses3", "tp3", "cfg5", "cfg3+cache_dit")
 #: Seconds for seven engines; machines are shared.
 DEADLINE = 1800
@@ -36,10 +40,12 @@ def traced_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def reports(traced_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the script filled."""
+def reports(request: pytest.FixtureRequest, traced_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the script filled, with the layouts of the selected tests."""
     folder = tmp_path_factory.mktemp("layouts")
-    command = [sys.executable, str(SCRIPT), str(traced_model), str(folder), "single", *REFUSED, *KINDS]
+    chosen = {getattr(item, "callspec", None) and item.callspec.params.get("layout") for item in request.session.items}
+    kinds = [kind for kind in (*KINDS, *MORE_KINDS) if kind in chosen]
+    command = [sys.executable, str(SCRIPT), str(traced_model), str(folder), "single", *REFUSED, *kinds]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -57,7 +63,7 @@ def rank(reports: Path, layout: str, place: int) -> tuple[dict[str, torch.Tensor
     return load_file(f"{path}.safetensors"), json.loads(Path(f"{path}.json").read_text())
 
 
-@pytest.mark.parametrize("layout", KINDS)
+@pytest.mark.parametrize("layout", [*KINDS, *slow(*MORE_KINDS)])
 def test_two_ranks_give_the_latents_of_one(layout: str, reports: Path) -> None:
     assert "refused" not in outcome(reports, layout), outcome(reports, layout)
     expected, _ = rank(reports, "single", 0)
@@ -70,7 +76,7 @@ def test_two_ranks_give_the_latents_of_one(layout: str, reports: Path) -> None:
     assert np.abs(together["audio"] - alone["audio"]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("layout", KINDS)
+@pytest.mark.parametrize("layout", [*KINDS, *slow(*MORE_KINDS)])
 def test_each_rank_did_its_share(layout: str, reports: Path) -> None:
     _, alone = rank(reports, "single", 0)
     ranks = [rank(reports, layout, place)[1] for place in (0, 1)]

@@ -35,7 +35,10 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     ("option", "value", "message"),
     [
         ("--ulysses-degree", "3", "error [parallel_degree]: ulysses 3 does not divide the 4 heads per rank"),
-        ("--audio-length", "99", "[input_value] audio_length is 99 s; at most 30 s are made"),
+        pytest.param(
+            *("--audio-length", "99", "[input_value] audio_length is 99 s; at most 30 s are made"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_message_stands_alone(option: str, value: str, message: str, script: list[str], tmp_path: Path) -> None:

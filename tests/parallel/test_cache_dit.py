@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from port_kit.parallel.layout import Layout
 from port_kit.testing.workers import Request, run_workers
+from tests.helpers import slow
 
 #: Enough for the default four steps of warm-up and some reuse after them.
 STEPS = 10
@@ -95,7 +96,7 @@ def test_a_cache_skips_blocks_and_stays_near(plain: tuple[list[Tensor], int], ca
     assert 0 < distance(cached[0], plain[0]) < 0.2 * max(value.abs().max() for value in plain[0])
 
 
-@pytest.mark.parametrize("layout", ["cfg2", "tp2", "ulysses2", "ring2", "hsdp2xcfg2"])
+@pytest.mark.parametrize("layout", ["tp2", "hsdp2xcfg2", *slow("cfg2", "ulysses2", "ring2")])
 def test_ranks_reuse_the_same_blocks(layout: str, dreamid_model: Path, cached: tuple[list[Tensor], int]) -> None:
     latents, computed = run(dreamid_model, layout, LOOSE)
     cfg_ranks = Layout.parse(layout).cfg

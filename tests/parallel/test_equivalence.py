@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.verify import ParallelTestCase, verify_layout
 from port_kit.testing.workers import RankResult
+from tests.helpers import slow
 from tests.parallel.transformer_pipeline import GOLDENS, INPUTS
 
-SINGLES = ("tp2", "ulysses2", "ring2", "ring3", "allgather2", "cfg2", "hsdp2")
-FOURS = ("tp4", "ulysses4", "ring4", "allgather4", "cfg4", "hsdp4")
-COMBINED = ("ulysses2xring2", "tp2xulysses2", "ulysses2xcfg2", "hsdp2xulysses2", "hsdp2xcfg2")
+LAYOUTS = ("tp2", "ulysses2", "ring2", "ring3", "allgather2", "cfg2", "hsdp2", "tp2xulysses2", "hsdp2xcfg2")
+SLOW = (
+    *("tp4", "ulysses4", "ring4", "allgather4", "cfg4", "hsdp4"),
+    *("ulysses2xring2", "ulysses2xcfg2", "hsdp2xulysses2", "tp2xulysses2xcfg2"),
+)
 
 
 def test_one_rank_reproduces_the_recorded_outputs(single: RankResult, goldens: Path) -> None:
@@ -26,7 +29,7 @@ def test_one_rank_reproduces_the_recorded_outputs(single: RankResult, goldens: P
         torch.testing.assert_close(mine[0], expected[name], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("layout", [*SINGLES, *FOURS, *COMBINED, "tp2xulysses2xcfg2"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *slow(*SLOW)])
 def test_ranks_compute_the_result_of_one(layout: str, subject: ParallelTestCase, single: RankResult) -> None:
     parsed = Layout.parse(layout)
     report = verify_layout(subject, parsed, single)

@@ -23,6 +23,7 @@ from port_kit.parallel.layout import Layout
 from port_kit.parallel.memory import local_bytes
 from port_kit.remap.local import LocalLoad, load_local
 from port_kit.testing.workers import run_workers
+from tests.helpers import slow
 from tests.parallel import transformer_pipeline
 
 LAYERS = 24
@@ -132,7 +133,7 @@ def _shards(pipeline: Any) -> tuple[dict[str, Tensor], LocalLoad | None]:
     return state, getattr(pipeline, "done", None)
 
 
-@pytest.mark.parametrize("layout", ["hsdp2", "hsdp4", "tp2"])
+@pytest.mark.parametrize("layout", ["hsdp2", "tp2", *slow("hsdp4")])
 def test_ranks_read_only_their_own_shards(deep_model: Path, layout: str) -> None:
     def from_files() -> None:
         transformer_pipeline.register()

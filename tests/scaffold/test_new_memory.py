@@ -34,8 +34,14 @@ print("allocated", sum(allocated))
 
 @pytest.mark.parametrize(
     ("more", "counted"),
-    [("", 0), ("import diffusers; diffusers.WanTransformer3DModel(**CONFIG)", 1)],
-    ids=["new", "a model that is built is counted"],
+    [
+        pytest.param("", 0, id="new"),
+        pytest.param(
+            *("import diffusers; diffusers.WanTransformer3DModel(**CONFIG)", 1),
+            id="a model that is built is counted",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_large_class_is_never_built(more: str, counted: int, tmp_path: Path) -> None:
     model = tmp_path / "model"
