@@ -148,7 +148,7 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     for index, path in enumerate(paths):
         # outputs of a hosted pipeline share one generator
         seed = sampling.seed + (0 if isinstance(port, HostedPort) else index)
-        facts = f"{describe_file(path)}, seed {seed}, generated in {seconds:.1f} s after {start:.1f} s of starting"
+        facts = f"{describe_file(path)}, seed {seed}, engine started in {start:.1f} s, generated in {seconds:.1f} s"
         print(facts, file=stdout, flush=True)
     if arguments.contact_sheet:
         print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
