@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 #: Kinds of calls that are remembered. The least recently used one is forgotten, and its graph freed.
 MAX_KINDS = 12
-#: Replays that the host may be ahead of the device. More would not save time, and would delay cancellation.
+#: Replays that may be launched and not finished. More would not save time, and would delay cancellation.
 MAX_AHEAD = 2
 
 #: A function from its inputs and the tensors of its constants to its outputs.
@@ -58,7 +58,7 @@ class Constant:
 def graphs_are_possible(config: OmniDiffusionConfig) -> bool:
     """Return True if all calls of a transformer launch the same kernels on the same addresses of weights.
 
-    HSDP, offload and sleep mode move weights, a step cache omits blocks, and attention may use another dtype in some
+    HSDP, offload and sleep mode move weights, a cache backend skips blocks, and attention may use another dtype in some
     steps.
     """
     moved = weights_are_streamed(config) or config.enable_cpu_offload or config.enable_sleep_mode
@@ -139,8 +139,11 @@ class GraphCache:
         captured = self._find(key, function, inputs, constants)
         if captured is None:
             return self._run(function, inputs, constants)
-        self._wait_if_ahead()
-        return captured.replay(inputs, constants)
+        if len(self._replays) >= MAX_AHEAD:
+            self._replays.popleft().synchronize()
+        outputs = captured.replay(inputs, constants)
+        self._replays.append(torch.cuda.current_stream(self.device).record_event())
+        return outputs
 
     @property
     def captured(self) -> int:
@@ -194,10 +197,3 @@ class GraphCache:
         for output in outputs:
             output.record_stream(current)
         return outputs
-
-    def _wait_if_ahead(self) -> None:
-        if len(self._replays) >= MAX_AHEAD:
-            self._replays.popleft().synchronize()
-        event = torch.cuda.Event()
-        event.record()
-        self._replays.append(event)
