@@ -22,7 +22,7 @@ def check_cancellation_between_blocks(block: int, blocks: int, config: OmniDiffu
     A no-op without an engine.
 
     One rank checks before every block. Several ranks vote before some blocks, the same on every rank, and all end their
-    calls at the same block: a rank that ended alone would leave the others waiting in a collective. Ranks that may run
+    calls at the same block: a rank that stopped alone would leave the others in a collective. Ranks that may run
     different numbers of calls per step cannot vote within a call; they vote between steps only.
 
     Args:

@@ -74,7 +74,6 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         pipeline = cls.__new__(cls)
         nn.Module.__init__(pipeline)
         pipeline.port = port_of_model(model)
-        pipeline.port = port_of_model(model)
         pipeline.read_directory(model)
         return pipeline
 

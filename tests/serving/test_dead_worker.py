@@ -1,4 +1,4 @@
-"""A server on two ranks: a request that is cancelled within a step, and a worker that dies."""
+"""A server on two ranks: a request that is cancelled during its only denoising step, and a worker that dies."""
 
 from __future__ import annotations
 

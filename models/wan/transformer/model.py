@@ -193,8 +193,8 @@ class WanFusionTransformer(nn.Module):
     ) -> None:
         """Run the branches through all blocks, one call per branch and block; replace their tokens in ``states``.
 
-        ``check`` is called before each block. There is none with CUDA graphs: a rank may replay a graph while another
-        had no memory for it.
+        ``check`` is called before each block. With CUDA graphs it is None: ranks could not vote if one of them replayed
+        a graph and another one ran without.
         """
         if len(contexts) > 1:  # texts that branches share are projected before the streams fork
             for block in self.blocks:
