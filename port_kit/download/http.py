@@ -36,6 +36,7 @@ _SMALLEST_SEGMENT, _LARGEST_SEGMENT = 16 << 20, 64 << 20
 _ENOUGH = 1 << 16  # smaller pieces cost time for each: TLS delivers 16 KiB at once
 _PATIENCE = 0.003  # seconds in which a piece may grow beyond that: little is lost when a connection breaks
 _PAGE = 4096
+_LONGEST_STEP = 0.5  # seconds
 _T = TypeVar("_T")
 
 
@@ -194,8 +195,14 @@ class HttpClient:
         self._open.clear()
 
     def sleep(self, seconds: float) -> None:
-        """Wait, but not longer than until :meth:`stop`."""
-        if self._stopped.wait(seconds):
+        """Wait, but not longer than until :meth:`stop`.
+
+        Waits in short steps: Python handles a signal that arrives just before a wait begins only after that wait.
+        """
+        end = time.monotonic() + seconds
+        while not self.stopped and (rest := end - time.monotonic()) > 0:
+            self._stopped.wait(min(rest, _LONGEST_STEP))
+        if self.stopped:
             raise Interrupted
 
     def request(

@@ -43,8 +43,8 @@ def traced_model(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def reports(request: pytest.FixtureRequest, traced_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the script filled, with the layouts of the selected tests."""
     folder = tmp_path_factory.mktemp("layouts")
-    chosen = {getattr(item, "callspec", None) and item.callspec.params.get("layout") for item in request.session.items}
-    kinds = [kind for kind in (*KINDS, *MORE_KINDS) if kind in chosen]
+    own = [item for item in request.session.items if item.path == request.path]
+    kinds = [kind for kind in (*KINDS, *MORE_KINDS) if any(f"[{kind}]" in item.name for item in own)]
     command = [sys.executable, str(SCRIPT), str(traced_model), str(folder), "single", *REFUSED, *kinds]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE)
