@@ -43,7 +43,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 def test_the_message_stands_alone(option: str, value: str, message: str, script: list[str], tmp_path: Path) -> None:
     target = tmp_path / "a.wav"
     command = [*script, option, value, "-o", str(target)]
-    done = run_forked(command, timeout=400)
+    done = run_forked(command, timeout=400, PORT_KIT_PATH=str(Path(script[1]).parent))
     assert done.returncode == 1
     assert sum(line.startswith(message) for line in done.stderr.splitlines()) == 1, done.stderr
     assert "hint: " in done.stderr
