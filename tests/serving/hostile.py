@@ -150,9 +150,9 @@ class Target:
             pass
         return client
 
-    def submit(self, fields: dict[str, Any] | None = None, files: Any = None) -> str:
+    def submit(self, fields: dict[str, Any] | None = None) -> str:
         """Start a job of the first client, and return its id."""
-        response = self.alice.post("/v1/videos", data={**GOOD, **(fields or {})}, files=files)
+        response = self.alice.post("/v1/videos", data={**GOOD, **(fields or {})})
         assert response.status_code == 200, response.text
         return str(response.json()["id"])
 
