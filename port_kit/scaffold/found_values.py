@@ -300,12 +300,12 @@ def channels_expression(main: Part) -> str:
 def _config_text(part: Part) -> str:
     known = part.recognized
     values = lookup(known.config) if known is not None else config_of(part)
-    said = "as its repository has it" if part.config else "as far as the shapes of its tensors tell"
+    said = "copied from its repository" if part.config else "derived from the shapes of its tensors"
     if part.parameters and not part.config:
-        said = "with the defaults of its class, but layers and width of its tensors"
+        said = "the defaults of its class, with the layers and the width of its tensors"
     if known is not None:
-        said = f"of {known.origin}; the shapes of {known.misfits} tensors say that sizes differ: correct them"
-    line = f"#: ``{part.name}/config.json``, {said}."
+        said = f"that of {known.origin}, but {known.misfits} tensors have other shapes: correct it"
+    line = f"#: ``{part.name}/config.json``: {said}."
     if known is None and open_keys(part):
         line += f"\n#: Still to be filled in: {', '.join(open_keys(part))}."
     return f"{line}\n{_constant(part)}: Mapping[str, Any] = {literal(values)}"

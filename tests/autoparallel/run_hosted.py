@@ -15,7 +15,6 @@ import numpy as np
 from port_kit.autoparallel.tiny_pipelines import CASES
 from port_kit.autoparallel.tiny_pipelines.engine import Generated, generate
 from port_kit.parallel.cached_layout import split_cache
-from port_kit.testing.forkserver import fork_workers
 
 
 def cache_options(threshold: str) -> dict[str, Any]:
@@ -35,7 +34,6 @@ def run(name: str, folder: str, plan: str, text: str) -> Generated:
 
 if __name__ == "__main__":
     pipeline, directory, report, plan_file, *layouts = sys.argv[1:]
-    fork_workers()
     arrays = {}
     for each in layouts:
         for key, value in run(pipeline, directory, plan_file, each).media.items():

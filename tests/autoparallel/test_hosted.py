@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.autoparallel.tiny_pipelines.server import ask, decode, run_server
+from port_kit.testing.forkserver import run_forked
 
 SCRIPT = Path(__file__).with_name("run_hosted.py")
 #: Rows of a batch are computed by other kernels than the batch.
@@ -31,13 +30,8 @@ def run(name: str, folder: Path, layouts: list[str], plan: str = "-") -> dict[st
     """Return the media of each layout, from a process of its own."""
     write_pipeline(name, CASES[name], folder / "model")
     report = folder / "report.npz"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), name, str(folder / "model"), str(report), plan, *layouts],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command = [sys.executable, str(SCRIPT), name, str(folder / "model"), str(report), plan, *layouts]
+    done = run_forked(command, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert not [text for text in UNWANTED if text in done.stdout + done.stderr]
     found: dict[str, dict[str, np.ndarray]] = {layout: {} for layout in layouts}

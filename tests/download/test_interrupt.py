@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from port_kit.download import Recipe
+from port_kit.download import Policy, Recipe
+from port_kit.download.http import HttpClient
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
 from tests.download.helpers import WEIGHTS, bring, noise
@@ -92,6 +94,20 @@ def test_while_it_waits_for_another_attempt(hub: Hub, recipe: Path, tmp_path: Pa
     hub.inject(Fault(fault.kind, times=-1, status=fault.status, headers={"Retry-After": "60"}))
     options = ("download", recipe, "--output-dir", tmp_path / "m")
     interrupted(lambda: any(request.kind == fault.kind for request in hub.requests), *options, **hub.environment)
+
+
+def test_in_a_pause_that_the_signal_does_not_end() -> None:
+    """A signal that reaches another thread, or that arrives just before the pause begins, wakes no system call."""
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    other = threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    other.start()
+    begun = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            HttpClient(Policy()).sleep(30)
+    finally:
+        signal.signal(signal.SIGINT, own)
+    assert time.monotonic() - begun < 10
 
 
 def test_while_it_hashes_a_large_file(hub: Hub, recipe: Path, tmp_path: Path) -> None:

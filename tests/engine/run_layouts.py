@@ -14,8 +14,6 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from port_kit.testing.forkserver import fork_workers
-
 #: All branches contribute, and guidance does not amplify their differences or rounding errors.
 GUIDANCE = {
     f"{name}_cfg_scale": scale
@@ -90,7 +88,6 @@ def refusal(error: BaseException) -> dict[str, Any]:
 
 def main(model: str, folder: str, *layouts: str) -> None:
     """Try every layout."""
-    fork_workers()
     for layout in layouts:
         try:
             outcome = run(model, Path(folder), layout)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from port_kit.testing.forkserver import run_forked
 from tests.helpers import slow
 
 SCRIPT = Path(__file__).with_name("run_layouts.py")
@@ -46,8 +46,7 @@ def reports(request: pytest.FixtureRequest, traced_model: Path, tmp_path_factory
     own = [item for item in request.session.items if item.path == request.path]
     kinds = [kind for kind in (*KINDS, *MORE_KINDS) if any(f"[{kind}]" in item.name for item in own)]
     command = [sys.executable, str(SCRIPT), str(traced_model), str(folder), "single", *REFUSED, *kinds]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    done = run_forked(command, timeout=DEADLINE, PORT_KIT_PATH=os.environ["PORT_KIT_PATH"])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from port_kit.errors import InputError, ParallelError
 from port_kit.registry import find_port, list_ports
 from port_kit.runtime.refusals import refusal_of
 from port_kit.scaffold import NewPort, new_port
+from port_kit.testing.forkserver import run_forked
 from port_kit.testing.tiny_port import download_tiny
 
 
@@ -43,9 +42,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 )
 def test_the_message_stands_alone(option: str, value: str, message: str, script: list[str], tmp_path: Path) -> None:
     target = tmp_path / "a.wav"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*script, option, value, "-o", str(target)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = run_forked(command, timeout=400, PORT_KIT_PATH=str(Path(script[1]).parent))
     assert done.returncode == 1
     assert sum(line.startswith(message) for line in done.stderr.splitlines()) == 1, done.stderr
     assert "hint: " in done.stderr

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
+from port_kit.testing.forkserver import run_forked
 from tests.scaffold.helpers import ROOT, environment
 
 PORTS = ROOT / "examples" / "worked_ports"
@@ -14,14 +14,7 @@ PORTS = ROOT / "examples" / "worked_ports"
 def run_own_tests(kind: str, *options: str, folder: Path) -> str:
     """Run a port's own tests as its user would, in its folder; return pytest's output."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, f"--basetemp={folder / 'own'}", *options],
-        cwd=PORTS / kind,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
+    command += [f"--basetemp={folder / 'own'}", *options]
+    done = run_forked(command, cwd=PORTS / kind, timeout=1500, PATH=environment()["PATH"])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from port_kit.testing.forkserver import run_forked
 from tests.models.test_admission import write_lora
 
 SCRIPT = Path(__file__).with_name("run_careless.py")
@@ -24,7 +24,7 @@ def report(ovi_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     (folder / "damaged.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-9])
     file = folder / "report.json"
     command = [sys.executable, str(SCRIPT), str(ovi_model), str(folder), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = run_forked(command, timeout=900)
     assert file.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     found: dict[str, Any] = json.loads(file.read_text())
     return found

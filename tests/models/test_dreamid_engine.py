@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from port_kit.testing.forkserver import run_forked
 
 SCRIPT = Path(__file__).with_name("run_dreamid.py")
 
@@ -18,9 +18,8 @@ SCRIPT = Path(__file__).with_name("run_dreamid.py")
 def answers(dreamid_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The engine's answers by request."""
     report = tmp_path_factory.mktemp("engine") / "report.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(dreamid_model), str(report)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_forked(command, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
     return {line.pop("name"): line for line in lines}

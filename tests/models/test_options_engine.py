@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from port_kit.testing.forkserver import run_forked
 
 SCRIPT = Path(__file__).with_name("run_options.py")
 
@@ -29,8 +29,7 @@ def answers(ovi_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     report = folder / "report.json"
     loras = [str(folder / f"{name}.safetensors") for name in ("good", "wrong")]
     command = [sys.executable, str(SCRIPT), str(ovi_model), *loras, str(report)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = run_forked(command, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(report.read_text(encoding="utf-8"))
 

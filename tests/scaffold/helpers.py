@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
+from port_kit.testing.forkserver import run_forked
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "Lightricks/LTX-Video"
@@ -44,13 +44,6 @@ def run_pytest(folders: list[str], *options: str, cwd: Path) -> str:
     ]
     # one root above all of them: fixtures of the same name differ by their path below it
     markers = ("--rootdir", str(cwd), "-o", "markers=engine: starts an engine")
-    done = subprocess.run(
-        [*command, *markers, *options, *folders],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = run_forked([*command, *markers, *options, *folders], cwd=cwd, timeout=900, PATH=environment()["PATH"])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout

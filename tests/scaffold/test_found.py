@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from port_kit.cli import main
 from port_kit.download import Recipe
 from port_kit.remap import RuleSet
+from port_kit.testing.forkserver import run_forked
 from tests.scaffold.found_models import EXTRAS, NET, SHAPES, served
 from tests.scaffold.helpers import environment
 
@@ -74,7 +75,7 @@ def test_nothing_is_invented(port: Path) -> None:
 def test_its_tests_name_what_is_left_to_do(port: Path) -> None:
     """The recipe, the containers and the known components work at once; rules wait for the module."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "complete or published"]
-    done = subprocess.run(command, cwd=port, env=environment(), capture_output=True, text=True, timeout=600)
+    done = run_forked(command, cwd=port, timeout=600, PATH=environment()["PATH"])
     assert "2 failed, 1 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
     for part in ("transformer", "umt5"):
         listed = port / NAME / f"{part}.json"
