@@ -131,10 +131,12 @@ def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable
     # An engine in this process prefixes every line with its name: duplicate the descriptors before.
     stdout, stderr = (os.fdopen(os.dup(stream.fileno()), "w") for stream in (sys.stdout, sys.stderr))
     from port_kit.pipeline.media import describe_file
+    from port_kit.pipeline.model_index import ModelIndex
     from port_kit.reports import draw_contact_sheet
     from port_kit.runtime.refusals import refusal_of
 
     try:
+        ModelIndex.read(arguments.model).text("_class_name")
         prompt, sampling = build_request(port, arguments, default_media)
         print("starting the engine", file=stderr, flush=True)
         result, start, seconds = _generate(arguments, prompt, sampling)

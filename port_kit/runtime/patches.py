@@ -98,12 +98,14 @@ def install_client_error_handling() -> None:
 def name_damaged_indexes() -> None:
     """Make the error of a damaged ``model_index.json`` name the file. Applies once per process.
 
-    A no-op if the module of vLLM-Omni that reads it is imported already.
+    A no-op if the module of vLLM-Omni that reads it is imported already, and in series that name the directory.
 
     Raises:
         RegistrationError: ``upstream_changed``.
     """
-    if "damaged_index" in _installed or "vllm_omni.diffusion.utils.hf_utils" in sys.modules:
+    if "damaged_index" in _installed or not is_needed("damaged_index"):
+        return
+    if "vllm_omni.diffusion.utils.hf_utils" in sys.modules:
         return
     require("damaged_index")
     from vllm.transformers_utils import config

@@ -220,6 +220,7 @@ PATCHES: dict[str, Entry] = {
                     "file_name, model, revision",
                 ),
             ),
+            series=("0.30",),
         ),
         Entry(
             "audio_sample_rate",

@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 
 from port_kit.testing.forkserver import run_forked
+from port_kit.upstream.series import installed_series
 from tests.models.test_admission import write_lora
 
 SCRIPT = Path(__file__).with_name("run_careless.py")
+#: Words of the error by series of vLLM-Omni: from 0.32 on, it is upstream's own, and names the directory.
+DAMAGED_INDEX = {
+    "0.30": ("model_incomplete", "damaged_index/model_index.json", "cannot read"),
+    "0.32": ("/damaged_index", "did not resolve"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +65,11 @@ def test_a_closed_engine_says_so(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("what", "names"),
     [
-        ("tokenizer", ("tokenizer",)),
-        ("area", ("model_index.json", "video_area", "-5")),
-        ("index", ("damaged_index/model_index.json", "cannot read")),
+        ("tokenizer", ("model_incomplete", "tokenizer")),
+        ("area", ("model_incomplete", "model_index.json", "video_area", "-5")),
+        ("index", DAMAGED_INDEX[installed_series()]),
     ],
 )
 def test_a_damaged_directory_is_named(report: dict[str, Any], what: str, names: tuple[str, ...]) -> None:
     text = report["damaged"][what]["text"]
-    assert "model_incomplete" in text
-    assert all(name in text for name in names)
+    assert all(name in text for name in names), text

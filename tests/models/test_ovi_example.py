@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, build_request, engine_options
+from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, build_request, engine_options, run
 from port_kit.models.ovi import PORT
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "ovi"
@@ -55,3 +55,11 @@ def test_a_request_says_only_what_was_given() -> None:
     assert (sampling.height, sampling.width, sampling.num_inference_steps, sampling.seed) == (None, None, 4, 103)
     assert sampling.extra_args == {"slg_layer": 0, "video_guidance_scale": 5.0}
     assert prompt["multi_modal_data"] == {"image": ["a.png"]}
+
+
+def test_a_damaged_index_is_named_before_an_engine_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Ovi')
+    assert run(PORT, ["--model", str(tmp_path), "--tiny", "--output", str(tmp_path / "out.mp4")]) == 1
+    told = capfd.readouterr().err
+    assert "error [model_incomplete]: cannot read" in told and str(tmp_path / "model_index.json") in told
+    assert "starting the engine" not in told
