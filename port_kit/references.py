@@ -8,6 +8,7 @@ formats that cannot refer to other files are tried.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ _IMAGE_BRANDS = {
 }
 #: Pixels of an image: the size of the pictures of current cameras and phones.
 MAX_PIXELS = 2**25
+#: Scans of a JPEG: a scan of 75 bytes takes as long to decode as the whole picture, and encoders write up to 20.
+MAX_SCANS = 32
+#: Markers of a JPEG: start of a scan, end of the image, and those that begin neither a segment nor a scan.
+_SCAN, _END, _MARKER = 0xDA, 0xD9, re.compile(rb"\xff([^\x00\xd0-\xd8\xff])")
 #: Bytes of an encoded image and of an encoded audio.
 MAX_IMAGE_BYTES, MAX_AUDIO_BYTES = 2**27, 2**28
 #: Seconds of an audio. Ports use the beginning.
@@ -96,6 +101,9 @@ def check_image(source: object, *, name: str) -> Image.Image:
     file = _opened(source, "a path, bytes, a PIL image or a uint8 array (H, W, 3)", MAX_IMAGE_BYTES, name)
     if (size := _webp_size(file.read(30))) is not None:  # Pillow allocates the whole picture before it reports its size
         check_pixels(*size, name=name)
+    file.seek(0)
+    if _count_scans(file.read()) > MAX_SCANS:
+        raise _too_large(name, f"it has more than {MAX_SCANS} scans")
     file.seek(0)
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
@@ -152,6 +160,17 @@ def _webp_size(head: bytes) -> tuple[int, int] | None:
     return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
+def _count_scans(content: bytes) -> int:
+    """Return the number of scans of a JPEG; 0 for other formats. What follows the image does not count."""
+    scans, position = 0, 2
+    if content[:3] != b"\xff\xd8\xff":
+        return 0
+    while (found := _MARKER.search(content, position)) and found[1][0] != _END:
+        scans += found[1][0] == _SCAN
+        position = found.end() + max(2, int.from_bytes(content[found.end() : found.end() + 2], "big"))
+    return scans
+
+
 def check_audio(source: object, *, name: str) -> AudioFacts:
     """Return the header of a reference audio; nothing is decoded.
 
@@ -188,7 +207,7 @@ def open_audio(source: object, *, name: str) -> Iterator[tuple[InputContainer, A
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise unreadable(name, error) from error
+        raise unreadable(name, getattr(error, "strerror", None) or error) from error
 
 
 def check_samples(seconds: float, rate: float, channels: int, *, name: str) -> None:

@@ -40,7 +40,16 @@ INTEGRATION = (
 
 
 #: Modules that share a server of the session, by folder.
-SHARED = {"serving": ("test_connections.py", "test_guides.py", "test_hostile.py", "test_ovi.py", "test_signal.py")}
+SHARED = {
+    "serving": (
+        "test_connections.py",
+        "test_guides.py",
+        "test_hostile.py",
+        "test_hostile_media.py",
+        "test_ovi.py",
+        "test_signal.py",
+    )
+}
 
 
 class Scheduler(LoadFileScheduling):

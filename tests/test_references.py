@@ -21,6 +21,7 @@ from port_kit.references import (
     MAX_AUDIO_CHANNELS,
     MAX_AUDIO_SECONDS,
     MAX_PIXELS,
+    MAX_SCANS,
     check_audio,
     check_image,
 )
@@ -47,13 +48,13 @@ def encoded(kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def sound(container: str, codec: str, *, rate: int = 16_000, layout: str = "mono") -> bytes:
-    """Two seconds of a tone in a container."""
+def sound(container: str, codec: str, *, rate: int = 16_000, layout: str = "mono", samples: np.ndarray = TONE) -> bytes:
+    """A file of samples (S,) at 16 kHz, by default two seconds of a tone."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
         stream = file.add_stream(codec, rate=rate, layout=layout)
         frame = av.AudioFrame.from_ndarray(
-            np.tile(TONE, (len(av.AudioLayout(layout).channels), 1)), format="fltp", layout=layout
+            np.tile(samples, (len(av.AudioLayout(layout).channels), 1)), format="fltp", layout=layout
         )
         frame.sample_rate = 16_000
         for resampled in av.AudioResampler(stream.format, layout, rate).resample(frame):
@@ -109,6 +110,19 @@ def test_a_large_image_is_refused_by_its_header_alone(make: Callable[[], Any]) -
         assert tracemalloc.get_traced_memory()[1] < 2**22
     finally:
         tracemalloc.stop()
+
+
+def test_scans_of_a_jpeg_are_bounded() -> None:
+    """What follows the image, such as a video, does not count, and neither does a thumbnail before it."""
+    data = encoded("JPEG", progressive=True, exif=b"Exif\0\0" + encoded("JPEG") * 20)
+    start = data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda"))
+    tables, end = data[start:-2], b"\xff\xd9"
+    for count in (0, 10):
+        taken = data[:-2] + tables * count + end + b"\xff\xda" * 100
+        assert check_image(taken, name="image").convert("RGB").size == (40, 30)
+    with raises("input_size", f"more than {MAX_SCANS} scans"):
+        check_image(data[:-2] + tables * MAX_SCANS + end, name="image")
+    check_image(b"\xff\xd8\xff" + b"\xff" * 2**20 + data[3:], name="image")  # filling, read once
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class VideoClient:
 
 
 def upload(path: str | Path) -> tuple[str, bytes, str]:
-    """Read a file for a form. Its media type, guessed from its suffix, tells the server what it is."""
+    """Read a file for a form. The server recognizes it by its content, whatever its name and type say."""
     path = Path(path)
     return path.name, path.read_bytes(), mimetypes.guess_type(path.name)[0] or "application/octet-stream"
 

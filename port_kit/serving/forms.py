@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import httpx
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 
@@ -76,11 +77,11 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
     Raises:
         Refusal: the body is too large, too slow, or no form.
     """
-    kind = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
+    kind, options = _content_type(scope)
     headers = Headers(raw=scope["headers"])
     parser: MultiPartParser | FormParser
     if kind == "multipart/form-data":
-        stream: Any = read_body(scope, receive, limits)
+        stream: Any = _complete(read_body(scope, receive, limits), options.get(b"boundary", b""))
         parser = MultiPartParser(
             headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
         )
@@ -94,6 +95,31 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
     except MultiPartException as error:
         raise Refusal(400, f"the form cannot be read: {error.message}") from error
     return _collect(items)
+
+
+def _content_type(scope: Scope) -> tuple[str, dict[bytes, bytes]]:
+    """Return the type of a body and its parameters; refuse a charset, with which a client would choose a decoder."""
+    kind, options = parse_options_header(header(scope, "content-type"))
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise Refusal(400, f"[input_type] the charset is {charset[:80]!r}; texts of a form are UTF-8")
+    return kind.decode("latin-1"), options
+
+
+async def _complete(body: AsyncIterator[bytes], boundary: bytes) -> AsyncIterator[bytes]:
+    """Yield a multipart body; refuse one without its end, whose last part the parser would leave out.
+
+    Raises:
+        Refusal: status 400.
+    """
+    end, tail, has_ended = b"\r\n--" + boundary + b"--", b"\r\n", False
+    async for chunk in body:
+        tail += chunk
+        has_ended = has_ended or end in tail
+        tail = tail[-len(end) :]
+        yield chunk
+    if not has_ended:
+        raise Refusal(400, f"the form cannot be read: it has no end, which is {end.strip()[:80]!r}")
 
 
 def _collect(items: list[tuple[str, Any]]) -> Form:

@@ -76,19 +76,22 @@ class Gateway:
         await self._app(scope, receive, send)
 
     def _start(self, state: Any) -> None:
-        from vllm_omni.entrypoints.openai import api_server
+        from vllm_omni.entrypoints.openai import api_server, video_api_utils
         from vllm_omni.entrypoints.openai.video.generation import helpers
 
+        from port_kit.serving.pictures import decode_pictures_late
         from port_kit.serving.storage import use_own_storage
         from port_kit.upstream.checks import require
 
         require("gateway")
         require("video_storage")
         require("engine_shutdown")
+        require("late_decoding")
         keys = getattr(state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
         self._keys = [digest(key) for key in keys if key]
         # The served storage was started by the server; this one replaces it.
         storage = use_own_storage([api_server, helpers], self._limits.keep_seconds)
+        decode_pictures_late(video_api_utils, helpers)
         self._sweeping = asyncio.ensure_future(storage.start())
         self._lifecycle.start(state)
         limit_connections(state.server.config, self._limits.upload_seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import io
 from collections.abc import Collection, Iterable
@@ -10,11 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from port_kit.references import check_image
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.fetch import Fetcher
 from port_kit.serving.forms import URL_FIELDS, Form, Upload
 from port_kit.serving.limits import Limits
+from port_kit.serving.pictures import check_picture
 from port_kit.serving.references import content_of
 from port_kit.serving.served import MAX_REFERENCES
 
@@ -60,7 +59,7 @@ async def check_image_form(form: Form, names: Collection[str], limits: Limits) -
         form.uploads.append(Upload("image", "image.png", io.BytesIO(await content_of(url, fetcher))))
     form.urls.clear()
     for number, upload in enumerate(form.uploads, 1):
-        await asyncio.to_thread(check_image, upload.file, name=f"image {number}")
+        await check_picture(upload.file, name=f"image {number}")
         upload.file.seek(0)
 
 

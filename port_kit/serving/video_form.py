@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from port_kit.references import check_audio, check_image, image_suffix
+from port_kit.references import check_audio, image_suffix
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.fetch import Fetcher
 from port_kit.serving.forms import Form, Upload
 from port_kit.serving.limits import Limits
 from port_kit.serving.loras import resolve_lora
+from port_kit.serving.pictures import check_picture
 from port_kit.serving.references import content_of
 from port_kit.serving.served import Served
 from port_kit.serving.strict_json import parse_json
@@ -205,16 +206,16 @@ async def _set_references(form: Form, served: Served, limits: Limits) -> None:
     kinds = KINDS if served.port is None else served.port.references
     found: dict[str, list[Upload]] = {"image": [], "audio": []}
     for upload in files:
-        await asyncio.to_thread(_add, found, await asyncio.to_thread(upload.file.read), kinds)
+        await _add(found, await asyncio.to_thread(upload.file.read), kinds)
         upload.file.close()
     fetcher = Fetcher(limits, limits.max_body)
     for kind, listed in urls.items():
         for url in listed:
             content = await content_of(url, fetcher)
-            await asyncio.to_thread(_add, found, content, (kind,))
+            await _add(found, content, (kind,))
     guides = [upload for upload in form.uploads if upload.field == "guide_files"]
     for number, upload in enumerate(guides):
-        await asyncio.to_thread(check_image, upload.file, name=f"guide_files[{number}]")
+        await check_picture(upload.file, name=f"guide_files[{number}]")
         upload.file.seek(0)
     field = "input_references" if served.max_references > 1 else "input_reference"
     form.uploads = guides + [upload for kind in KINDS for upload in found[kind]]
@@ -234,7 +235,7 @@ def _urls(form: Form, kind: str) -> list[str]:
     return [entry[key] for entry in listed]
 
 
-def _add(found: dict[str, list[Upload]], content: bytes, wanted: Sequence[str]) -> None:
+async def _add(found: dict[str, list[Upload]], content: bytes, wanted: Sequence[str]) -> None:
     """Check a reference by its content, and add it as a file that vLLM-Omni's server recognizes by its name."""
     kind, suffix = _kind_of(content)
     name = f"reference {kind} {len(found[kind]) + 1}"
@@ -244,8 +245,10 @@ def _add(found: dict[str, list[Upload]], content: bytes, wanted: Sequence[str]) 
         raise Refusal(
             400, f"[input_size] {name} has {len(content)} bytes; at most {MAX_BYTES[kind]} are taken of {kind}"
         )
-    check: Callable[..., Any] = check_image if kind == "image" else check_audio
-    check(content, name=name)
+    if kind == "image":
+        await check_picture(content, name=name)
+    else:
+        await asyncio.to_thread(check_audio, content, name=name)
     found[kind].append(Upload("", f"{kind}_{len(found[kind]) + 1}{suffix}", io.BytesIO(content)))
 
 

@@ -261,6 +261,25 @@ PATCHES: dict[str, Entry] = {
             ),
         ),
         Entry(
+            "late_decoding",
+            "images of waiting requests are not decoded, in servers of port-kit serve",
+            (
+                Precondition(
+                    "source", "vllm_omni.entrypoints.openai.video_api_utils:_decode_image_bytes", "74afc3d4867141e9"
+                ),
+                Precondition(
+                    "mentions",
+                    "vllm_omni.entrypoints.openai.video_api_utils:_decode_media_bytes",
+                    "_decode_image_bytes",
+                ),
+                Precondition(
+                    "mentions",
+                    "vllm_omni.entrypoints.openai.video.generation.helpers:_persist_uploaded_media_references",
+                    "_decode_image_bytes",
+                ),
+            ),
+        ),
+        Entry(
             "engine_shutdown",
             "time for running requests before the engine stops, in servers of port-kit serve",
             (

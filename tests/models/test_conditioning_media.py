@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,17 @@ def test_a_video_without_audio_is_no_audio(tmp_path: Path) -> None:
 )
 def test_tags_leave_and_their_blocks_with_them(prompt: str, left: str) -> None:
     assert strip_tags(prompt) == left
+
+
+def test_many_tags_without_an_end_take_no_time() -> None:
+    """One read of the text for each of them would take minutes."""
+    started = time.process_time()
+    assert strip_tags("[AUDIO_DESCRIPTION_START]" * 20_000 + "rain") == "rain"
+    mixed = (
+        "[SPEAKER_TIMESTAMPS_START] a [AUDIO_DESCRIPTION_START] b [SPEAKER_TIMESTAMPS_END] c [AUDIO_DESCRIPTION_END] d"
+    )
+    assert strip_tags(mixed * 2_000) == (" c  d" * 2_000).strip()
+    assert time.process_time() - started < 10
 
 
 def test_a_text_beyond_the_limit_is_refused_not_cut(goldens: Path) -> None:

@@ -27,7 +27,12 @@ def serving(recipe: Recipe, folder: Path, *options: str, **environment: str) -> 
         yield running
 
 
-def run_client(command: list[str], server: ApiServer, key: str = "") -> subprocess.CompletedProcess[str]:
-    """Run one of the examples' clients against a server, whose address a shell script reads from SERVER."""
+def run_client(
+    command: list[str], server: ApiServer, key: str = "", *, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one of the examples' clients against a server, whose address a shell script reads from SERVER.
+
+    ``folder`` is the working directory.
+    """
     environment = {**os.environ, "SERVER": server.url, "NO_PROXY": "127.0.0.1", "API_KEY": key}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)

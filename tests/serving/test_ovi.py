@@ -11,6 +11,7 @@ from PIL import Image
 from port_kit.pipeline.media import measure_mp4
 from tests.serving.helpers import EXAMPLES, run_client
 from tests.serving.hostile import ALICE, Target
+from tests.serving.pages import client_commands, run_written
 
 OVI = EXAMPLES / "ovi"
 PROMPT = "<S>One more song.<E> Audio: violin, rain."
@@ -35,6 +36,15 @@ def test_a_first_frame_gives_the_videos_ratio(target: Target, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     found = measure_mp4(tmp_path / "image.mp4")
     assert found.frames == 121 and found.height > 2 * found.width
+
+
+@pytest.mark.parametrize("words", client_commands("ovi"), ids=" ".join)
+def test_a_command_of_the_page_makes_a_video(target: Target, words: list[str], tmp_path: Path) -> None:
+    Image.new("RGB", (40, 120), (200, 80, 40)).save(tmp_path / "first_frame.png")
+    done = run_written(words, "ovi", target.server, tmp_path, key=ALICE, small={"num_inference_steps": 1})
+    assert done.returncode == 0, done.stderr
+    (video,) = tmp_path.glob("*.mp4")
+    assert video.name in words and measure_mp4(video).frames == 121
 
 
 def test_unsupported_requests_of_ovi_are_refused(target: Target, tmp_path: Path) -> None:

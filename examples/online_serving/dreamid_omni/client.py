@@ -45,7 +45,10 @@ def main() -> int:
     parser = request_parser(__doc__ or "", OPTIONS, "dreamid_omni.mp4")
     parser.add_argument("--images", nargs="+", default=[], help="one picture a person: PNG, JPEG or WebP")
     parser.add_argument(
-        "--voices", nargs="+", default=[], help="one voice a person, in that order: WAV or MP3, 2 s or more"
+        "--voices",
+        nargs="+",
+        default=[],
+        help="one voice a person, in that order: WAV, MP3, FLAC, Ogg or MP4, 2 s or more",
     )
     parser.add_argument("--samples", metavar="DIR", help="write references to try it with, and stop")
     arguments = parser.parse_args()

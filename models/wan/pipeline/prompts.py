@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DROPPED_BLOCKS = ("SPEAKER_TIMESTAMPS", "AUDIO_DESCRIPTION")
 _NAMES = "|".join(DROPPED_BLOCKS)
 _TAG = r"\[[A-Z][A-Z0-9_]*\]"
-_CLOSED_BLOCK = re.compile(rf"\[({_NAMES})_START\].*?\[\1_END\]", re.DOTALL)
+_START_TAG = re.compile(rf"\[({_NAMES})_START\]")
 _OPEN_BLOCK = re.compile(rf"\[(?:{_NAMES})\].*?(?={_TAG}|\Z)", re.DOTALL)
 _ANY_TAG = re.compile(_TAG)
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -27,9 +27,26 @@ def strip_tags(prompt: str) -> str:
     A block is ``[NAME_START] .. [NAME_END]``, or ``[NAME] ..`` up to the next tag. Markers in angle brackets
     (``<img1>``, ``<sub1>``, ``<S>``) are part of the model's prompt format and are kept.
     """
-    for pattern in (_CLOSED_BLOCK, _OPEN_BLOCK, _ANY_TAG):
+    prompt = _drop_closed_blocks(prompt)
+    for pattern in (_OPEN_BLOCK, _ANY_TAG):
         prompt = pattern.sub("", prompt)
     return _BLANK_LINES.sub("\n", prompt).strip()
+
+
+def _drop_closed_blocks(prompt: str) -> str:
+    """Remove each block up to its end tag, and read the prompt once: a pattern would, for each start without an end."""
+    kept, position, searched = "", 0, 0
+    unclosed: set[str] = set()
+    while found := _START_TAG.search(prompt, searched):
+        name, searched = found[1], found.end()
+        tag = f"[{name}_END]"
+        end = -1 if name in unclosed else prompt.find(tag, searched)
+        if end < 0:
+            unclosed.add(name)
+            continue
+        kept += prompt[position : found.start()]
+        position = searched = end + len(tag)
+    return kept + prompt[position:]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, limit: int = MAX_TOKENS) -> list[int]:

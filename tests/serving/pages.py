@@ -1,0 +1,53 @@
+"""Commands of the examples' pages, executed as they are written, on a running server."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from port_kit.testing.server import ApiServer
+from tests.project.test_commands import commands
+from tests.serving.helpers import EXAMPLES, run_client
+
+#: Address in the pages.
+WRITTEN = "http://127.0.0.1:8000"
+
+
+def client_commands(port: str) -> list[list[str]]:
+    """Return the words of the commands of a port's page that talk to a server, in their order."""
+    programs = ("client.py", "./client.sh", "curl")
+    return [words for words in commands(EXAMPLES / port / "README.md") if set(words[:2]) & set(programs)]
+
+
+def run_written(
+    words: list[str], port: str, server: ApiServer, folder: Path, *, key: str, small: dict[str, int], job: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of a page in a folder of its own.
+
+    Args:
+        words: of the command.
+        port: whose page it is.
+        server: takes the place of the address that is written.
+        folder: working directory.
+        key: API key.
+        small: fields that make the request small, unless the command has them.
+        job: id of a job, for ``ID``.
+    """
+    words = [word.replace(WRITTEN, server.url).replace("/ID", f"/{job}") for word in words]
+    is_request = (
+        any(word in words for word in ("client.py", "./client.sh", "--form-string")) and "--samples" not in words
+    )
+    if words[0] == "curl":
+        words += ["--fail-with-body", "--noproxy", "*", "--header", f"Authorization: Bearer {key}"]
+    if words[0] == "python":
+        words = [sys.executable, str(EXAMPLES / port / words[1]), *words[2:], "--server", server.url]
+        given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in small.items()]
+    else:
+        words = ["sh", str(EXAMPLES / port / words[0]), *words[1:]] if words[0] == "./client.sh" else words
+        given = [("-F", f"{name}={value}") for name, value in small.items()]
+    # of a repeated field, the last value counts
+    words += [word for pair in given for word in pair] if is_request else []
+    assert shutil.which(words[0]), words[0]
+    return run_client(words, server, key, folder=folder)

@@ -1,0 +1,54 @@
+"""Reading of forms: the charset, and the end of a multipart body."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from port_kit.serving.asgi import Message, Refusal
+from port_kit.serving.forms import Form, read_form
+from port_kit.serving.limits import Limits
+
+MULTIPART, URL_ENCODED = "multipart/form-data; boundary=b", "application/x-www-form-urlencoded"
+BODY = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nra\xc3\xafn\r\n'
+BODY += b'--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n3'
+
+
+def read(content_type: str, body: bytes, *, size: int = 7) -> Form:
+    """Read a body that arrives in parts of ``size`` bytes."""
+    parts = [body[start : start + size] for start in range(0, len(body), size)] or [b""]
+    messages: list[Message] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    messages[-1]["more_body"] = False
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    scope: dict[str, Any] = {"type": "http", "headers": [(b"content-type", content_type.encode("latin-1"))]}
+    return asyncio.run(read_form(scope, receive, Limits()))
+
+
+@pytest.mark.parametrize("end", [b"\r\n--b--\r\n", b"\r\n--b--", b"\r\n--b--epilogue"])
+@pytest.mark.parametrize(
+    "content_type", [MULTIPART, f"{MULTIPART}; charset=UTF-8", 'Multipart/Form-Data; boundary="b"']
+)
+def test_a_complete_form_is_read(content_type: str, end: bytes) -> None:
+    for size in (1, 7, 10_000):
+        assert read(content_type, BODY + end, size=size).fields == {"prompt": "ra\u00efn", "seed": "3"}
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n--b", b"\r\n--b-", b"\r\n--b\r\n", b"--b--"])
+def test_a_form_without_its_end_is_refused(end: bytes) -> None:
+    """The parser would leave out the last field."""
+    for size in (1, 7, 10_000):
+        with pytest.raises(Refusal, match="cannot be read"):
+            read(MULTIPART, BODY + end, size=size)
+
+
+@pytest.mark.parametrize("charset", ["unicode_escape", "utf-16", "hex", "idna", "punycode", "latin-1", "\u00e4"])
+def test_a_charset_chooses_no_decoder(charset: str) -> None:
+    for content_type, body in ((MULTIPART, BODY + b"\r\n--b--"), (URL_ENCODED, b"prompt=a")):
+        with pytest.raises(Refusal, match="texts of a form are UTF-8"):
+            read(f"{content_type}; charset={charset}", body)
+    assert read(URL_ENCODED, b"prompt=a&seed=3").fields == {"prompt": "a", "seed": "3"}
