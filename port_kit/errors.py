@@ -151,6 +151,8 @@ CODES: dict[str, str] = {
     "cache_passes": "cache_dit requires ranks with equal numbers of branches",
     "output_not_finite": "a result has values that are not finite, because of a setting or of the weights",
     "media_write": "a video file cannot be written or measured",
+    "clip_settings": "a file has no settings of a request, or they belong to another port",
+    "prompts_file": "a file of prompts has lines that are no requests of the port; each is listed",
     "sampling_invalid": "a solver, a number of steps or a shift is invalid",
     "component_config": "a component's config.json lacks a key, or has an unsupported value",
     "component_input": "an input tensor of a component has the wrong shape",

@@ -101,6 +101,7 @@ class Port:
         guidance_branches: calls of the transformer per guided step: 2 with a prompt and a negative prompt, 1 without
             guidance. Checks of layouts and of caches read it.
         references: kinds of reference media that requests may have, ``image`` and ``audio``, for servers.
+        first_frame: True if a reference image is the first frame of the video, so that a request can continue a clip.
         timeline_guides: True if requests may have vLLM-Omni's timeline guides in ``multi_modal_data``; the pipeline
             checks them.
         post_process: ``"module:function"`` of a factory that replaces
@@ -135,6 +136,7 @@ class Port:
     variants: Mapping[str, str] = field(default_factory=dict)
     guidance_branches: int = 2
     references: tuple[str, ...] = ()
+    first_frame: bool = False
     timeline_guides: bool = False
     post_process: str = ""
     parity: str = ""

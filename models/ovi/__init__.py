@@ -13,6 +13,7 @@ PORT = Port(
     class_name="OviPipeline",
     output_type="video",
     references=("image",),
+    first_frame=True,
     timeline_guides=True,
     variants={"720x720_5s": "RECIPE", "960x960_5s": "RECIPE_960_5S", "960x960_10s": "RECIPE_960_10S"},
     components=COMPONENTS,

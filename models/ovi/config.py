@@ -222,6 +222,17 @@ def check_ratio(sampling: Any, height: int, width: int) -> None:
         )
 
 
+def keeps_size(sampling: Any, height: int, width: int, area: int) -> bool:
+    """Return True if a request asks for exactly the size of its image, and the checkpoint makes that size.
+
+    The last frame of a video then continues it in its size, to which :func:`size_for_image` may prefer another one.
+    """
+    cell = SIZE_MULTIPLE
+    near = (height - cell) * (width - cell) <= area <= (height + cell) * (width + cell)
+    exact = height % cell == 0 and width % cell == 0
+    return (sampling.height, sampling.width) == (height, width) and exact and near
+
+
 def _checked(height: int, width: int, given_height: int, given_width: int) -> tuple[int, int]:
     if max(height, width) > MAX_SIDE:
         raise InputError(

@@ -56,7 +56,9 @@ class OviPipeline(FusionPipeline, SupportImageInput):
         if request.image is not None:
             image = load_image(request.image)
             config.check_ratio(sampling, image.height, image.width)
-            height, width = config.size_for_image(image.height, image.width, self.options.video_area)
+            height, width, area = image.height, image.width, self.options.video_area
+            if not config.keeps_size(sampling, height, width, area):
+                height, width = config.size_for_image(height, width, area)
             request = replace(request, height=height, width=width)
             images = [resize_image(image, height, width)]
         request.check_noise(lengths)

@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "doctor": ("port_kit.cli.doctor", "Versions, plugin, token, disk, installed git code."),
     "download": ("port_kit.cli.download", "Fetch, convert and assemble a port's model directory."),
-    "generate": ("port_kit.cli.generate", "Run one request on a model directory and write a video or an image."),
+    "generate": ("port_kit.cli.generate", "Make clips of one or several requests on a model directory."),
     "hub": ("port_kit.cli.hub", "Serve a folder as a Hub on the loopback interface."),
     "inspect": ("port_kit.cli.inspect", "Classify a repository or folder and show the next step."),
     "layout": ("port_kit.cli.layout", "Draw the ranks of a parallel layout."),
@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("port_kit.cli.run", "Run a pipeline of diffusers without a port, parallel by a plan."),
     "rules": ("port_kit.cli.rules", "Check, explain, suggest, plan, invert and export rule sets."),
     "serve": ("port_kit.cli.serve", "Serve a model directory to several clients, with limits."),
-    "show": ("port_kit.cli.show", "One port: components, licences, repositories, card."),
+    "show": ("port_kit.cli.show", "One port: components, licences, card. Of a clip: its settings."),
     "uninstall": ("port_kit.cli.uninstall", "Remove a port's git code from this environment."),
     "verify": ("port_kit.cli.verify", "Compare a port with its original, or N ranks with one."),
 }

@@ -1,30 +1,24 @@
-"""``port-kit generate PORT``: one request through vLLM-Omni's offline engine, written as MP4, PNG or WAV."""
+"""``port-kit generate PORT``: clips through vLLM-Omni's offline engine, written as MP4, PNG or WAV."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from port_kit.cli.clip_jobs import NUMERIC_OPTIONS, SUFFIXES, Job, MakeMedia, plan_jobs, read_clip
 from port_kit.cli.engine_logs import set_engine_logs
-from port_kit.cli.output import error_text, handles_errors
+from port_kit.cli.make_clips import Console, make_clips, message_of
+from port_kit.cli.output import handles_errors
+from port_kit.clips import option_types
+from port_kit.clips.options import MEDIA_OPTIONS, SEGMENTS
 from port_kit.parallel.layout import ULYSSES_MODES
-from port_kit.port import HostedPort, Port
+from port_kit.port import Port
 from port_kit.registry import find_port
 
-#: Types of :attr:`~port_kit.port.Port.request_options` on the command line.
-TYPES: Mapping[str, type] = {"str": str, "int": int, "float": float}
-#: Fields of ``OmniDiffusionSamplingParams`` on the command line, beside the seed.
-SAMPLING = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-#: Suffix of the output, by :attr:`~port_kit.port.Port.output_type`.
-SUFFIXES = {"video": "mp4", "image": "png", "audio": "wav"}
 PARALLEL_DEGREES = ("tensor_parallel_size", "ulysses_degree", "ring_degree", "cfg_parallel_size")
 PARALLEL_OPTIONS = ("ulysses_mode", "use_hsdp", "hsdp_shard_size", "hsdp_replicate_size")
 ENGINE_OPTIONS = (
@@ -35,20 +29,15 @@ ENGINE_OPTIONS = (
     "enable_layerwise_offload",
     "quantization",
 )
-#: Command-line names of the conditioning media.
-MEDIA_OPTIONS = {
-    "image": ("--images", "--image", "--image-path"),
-    "audio": ("--audios", "--voices", "--audio-path"),
-}
 
 
 def build_parser(port: Port) -> argparse.ArgumentParser:
     """Return the parser of a port's options; engine options have vLLM-Omni's names."""
     parser = argparse.ArgumentParser(prog=f"port-kit generate {port.name}", description=port.title)
     parser.add_argument("--model", required=True, help=f"model directory, made by: port-kit download {port.name}")
-    parser.add_argument("-o", "--output", default=f"{port.name}.{SUFFIXES[port.output_type]}")
+    parser.add_argument("-o", "--output", default=None, help=f"default: {port.name}.{SUFFIXES[port.output_type]}")
     parser.add_argument("--contact-sheet", default=None, help="also draw frames and waveform into this PNG")
-    parser.add_argument("--prompt", default=port.example_prompt or None)
+    parser.add_argument("--prompt", default=None, help=f"default: {port.example_prompt!r}".replace("%", "%%"))
     parser.add_argument("--prompt-file", default=None, help="JSON file that holds the prompt as one string")
     parser.add_argument("--tiny", action="store_true", help=f"settings of the tiny checkpoint: {dict(port.tiny)}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="show the logs of vLLM-Omni's processes")
@@ -56,14 +45,21 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
         parser.add_argument(*MEDIA_OPTIONS[kind], dest=kind, nargs="+", default=None, help=f"{kind} files")
 
     request = parser.add_argument_group("request (defaults are the model's)")
-    request.add_argument("--negative-prompt", default=None)
-    for name in SAMPLING:
-        number = float if name == "guidance_scale" else int
-        request.add_argument(f"--{name.replace('_', '-')}", type=number, default=None)
-    request.add_argument("--seed", type=int, default=port.seed)
-    request.add_argument("--num-outputs", type=int, default=1, help="output i has the seed plus i")
-    for name, option in port.request_options.items():
-        request.add_argument(f"--{name.replace('_', '-')}", type=TYPES[option], default=None)
+    told = {
+        "seed": f"default: {port.seed}",
+        "num_outputs": "default: 1; output i has the seed plus i",
+        SEGMENTS: "make a clip of that many parts, each of which continues the one before",
+    }
+    for name, number in option_types(port).items():
+        if name != "prompt":
+            request.add_argument(f"--{name.replace('_', '-')}", type=number, default=None, help=told.get(name))
+    if port.output_type == "video":
+        request.add_argument("--continue-from", default=None, metavar="CLIP", help="begin with its last frame")
+
+    clips = parser.add_argument_group("clips")
+    clips.add_argument("--from-clip", default=None, metavar="CLIP", help="repeat the request that made this file")
+    clips.add_argument("--prompts", default=None, metavar="JSONL", help="make a clip of each line, a JSON object")
+    clips.add_argument("--output-dir", default=None, metavar="DIR", help="folder for the clips of --prompts")
 
     engine = parser.add_argument_group("engine (passed to vLLM-Omni)")
     engine.add_argument("--dtype", default="bfloat16")
@@ -89,114 +85,88 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"model": arguments.model, **parallel, **options}
 
 
-def build_request(
-    port: Port, arguments: argparse.Namespace, default_media: Mapping[str, Callable[[], Any]] | None = None
-) -> tuple[dict[str, Any], Any]:
-    """Return the prompt and ``OmniDiffusionSamplingParams``; options that are not given keep the model's defaults.
-
-    Args:
-        port: the port.
-        arguments: of :func:`build_parser`.
-        default_media: per kind, a function that makes the media of a request that names none.
-    """
-    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    sampling = dict(port.tiny) if arguments.tiny else {}
-    sampling |= {name: given[name] for name in (*SAMPLING, "seed") if name in given}
-    if "guidance_scale" in sampling:
-        sampling["guidance_scale_provided"] = True
-    extra = dict(sampling.pop("extra_args", {}))
-    extra |= {name: given[name] for name in port.request_options if name in given}
-    text = arguments.prompt
-    if arguments.prompt_file:
-        text = json.loads(Path(arguments.prompt_file).read_text(encoding="utf-8"))
-    media = {kind: given[kind] for kind in port.references if kind in given}
-    for kind, make in (default_media or {}).items():
-        media.setdefault(kind, make())
-    prompt: dict[str, Any] = {"prompt": text}
-    if "negative_prompt" in given:
-        prompt["negative_prompt"] = given["negative_prompt"]
-    if media:
-        prompt["multi_modal_data"] = media
-    return prompt, OmniDiffusionSamplingParams(
-        extra_args=extra, num_outputs_per_prompt=arguments.num_outputs, **sampling
-    )
+def parse_options(port: Port, options: Sequence[str]) -> argparse.Namespace:
+    """Parse the options; those of the engine that change numbers are a clip's, unless they are given."""
+    parser = build_parser(port)
+    arguments = parser.parse_args(options)
+    if (arguments.prompts is None) != (arguments.output_dir is None):
+        parser.error("--prompts and --output-dir need each other")
+    if arguments.prompts is not None and arguments.output is not None:
+        parser.error("--output is for one request; the clips of --prompts are in --output-dir")
+    if arguments.from_clip is None:
+        return arguments
+    engine = read_clip(port, arguments.from_clip).engine
+    parser.set_defaults(**{name: engine[name] for name in NUMERIC_OPTIONS if name in engine})
+    return parser.parse_args(options)
 
 
-def run(port: Port, options: Sequence[str], default_media: Mapping[str, Callable[[], Any]] | None = None) -> int:
-    """Generate the outputs of one request and print the properties of the files; return the exit code."""
-    arguments = build_parser(port).parse_args(options)
-    set_engine_logs(arguments.verbose, override=bool(arguments.verbose))
-    # An engine in this process prefixes every line with its name: duplicate the descriptors before.
-    stdout, stderr = (os.fdopen(os.dup(stream.fileno()), "w") for stream in (sys.stdout, sys.stderr))
-    from port_kit.pipeline.media import describe_file
-    from port_kit.pipeline.model_index import ModelIndex
-    from port_kit.reports import draw_contact_sheet
-    from port_kit.runtime.refusals import refusal_of
-
+def run(port: Port, options: Sequence[str], default_media: MakeMedia | None = None) -> int:
+    """Make the clips that the options ask for, and print the properties of the files; return the exit code."""
+    console = Console()
     try:
-        ModelIndex.read(arguments.model).text("_class_name")
-        prompt, sampling = build_request(port, arguments, default_media)
-        print("starting the engine", file=stderr, flush=True)
-        result, start, seconds = _generate(arguments, prompt, sampling)
+        arguments = parse_options(port, options)
+        set_engine_logs(arguments.verbose, override=bool(arguments.verbose))
+        jobs = plan_jobs(port, arguments, default_media, note=console.note)
+        pending = [job for job in jobs if not (job.line and job.is_finished(port))]
+        failed = _make(port, arguments, jobs, pending, console)
+        _draw(port, arguments, [job for job in jobs if job not in failed], console)
     except Exception as error:
-        refusal = refusal_of(error)
-        if refusal is None and not isinstance(error, ValueError):
+        if (text := message_of(error)) is None:
             raise
-        print(error if refusal is None else error_text(refusal), file=stderr, flush=True)
+        console.note(text)
         return 1
-    paths = _write(port, Path(arguments.output), result)
-    for index, path in enumerate(paths):
-        # outputs of a hosted pipeline share one generator
-        seed = sampling.seed + (0 if isinstance(port, HostedPort) else index)
-        facts = f"{describe_file(path)}, seed {seed}, engine started in {start:.1f} s, generated in {seconds:.1f} s"
-        print(facts, file=stdout, flush=True)
-    if arguments.contact_sheet:
-        print(f"frames and waveform: {draw_contact_sheet(paths[0], arguments.contact_sheet)}", file=stdout, flush=True)
-    return 0
+    return 1 if failed else 0
 
 
-def _generate(arguments: argparse.Namespace, prompt: Any, sampling: Any) -> tuple[Any, float, float]:
-    """Run one request; return its result, the seconds of the engine's start, and those of the request."""
-    from vllm_omni import Omni
-
-    from port_kit.runtime.refusals import hide_tracebacks_of_refusals
-
-    hide_tracebacks_of_refusals()
-    began = time.perf_counter()
-    omni = Omni(**engine_options(arguments))
+def _make(
+    port: Port, arguments: argparse.Namespace, jobs: Sequence[Job], pending: Sequence[Job], console: Console
+) -> list[Job]:
+    """Make the pending clips; return the jobs that failed, after a summary of a file of prompts."""
+    several, failed = arguments.prompts is not None, dict[Job, str]()
+    engine = {**engine_options(arguments), "use_tqdm": bool(arguments.verbose)}
+    if several:
+        console.start(len(jobs), len(jobs) - len(pending))
     try:
-        started = time.perf_counter()
-        # A generator raises the error of a refused request without closing the engine.
-        (result,) = omni.generate(prompt, sampling, py_generator=True, use_tqdm=bool(arguments.verbose))
-        return result, started - began, time.perf_counter() - started
+        if pending:
+            failed = make_clips(port, pending, engine, console)
     finally:
-        omni.close()
+        console.end()
+    if several:
+        made = len(pending) - len(failed)
+        console.note(f"{made} made, {len(jobs) - len(pending)} finished before, {len(failed)} failed")
+    for job, message in failed.items():
+        console.note(f"{job.name} failed: {message}")
+    return list(failed)
 
 
-def _write(port: Port, path: Path, result: Any) -> list[Path]:
-    """Write the outputs of a result; a hosted pipeline may return several channels of audio."""
-    if isinstance(port, HostedPort):
-        from port_kit.autoparallel.host.files import write_files
+def _draw(port: Port, arguments: argparse.Namespace, jobs: Sequence[Job], console: Console) -> None:
+    """Draw the contact sheet, which a file of prompts for videos has in any case."""
+    from port_kit.reports import draw_contact_sheet, draw_overview
 
-        return write_files(path, result, port.output_type)
-    from port_kit.pipeline.media import write_result
-
-    return write_result(path, result)
+    files = {path: settings.request.get("prompt") or "" for job in jobs for path, settings in job.files(port)}
+    if arguments.prompts is None:
+        if arguments.contact_sheet:
+            sheet = draw_contact_sheet(next(iter(files)), arguments.contact_sheet)
+            console.result(f"frames and waveform: {sheet}")
+    elif files and (arguments.contact_sheet or port.output_type == "video"):
+        sheet = draw_overview(files, arguments.contact_sheet or Path(arguments.output_dir, "contact_sheet.png"))
+        console.result(f"frames of all clips: {sheet}")
 
 
 @click.command(
     "generate",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     epilog='Examples:  port-kit generate ovi --model DIR --prompt "rain on a roof" -o rain.mp4  |  '
-    "port-kit generate dreamid_omni --help",
+    "port-kit generate ovi --model DIR --prompts prompts.jsonl --output-dir clips  |  "
+    "port-kit generate ovi --model DIR --from-clip rain.mp4 -o again.mp4  |  port-kit generate dreamid_omni --help",
 )
 @click.argument("port")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @handles_errors("generate")
 def command(port: str, options: tuple[str, ...]) -> None:
-    """Run one request on a port's model directory and write a video as MP4, an image, or audio as WAV.
+    """Run requests on a port's model directory and write videos as MP4, images, or audio as WAV.
+
+    The files carry their settings: port-kit show FILE prints them, and --from-clip FILE repeats them.
 
     OPTIONS depend on the port: port-kit generate PORT --help.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
@@ -13,8 +14,10 @@ import click
 
 from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.output import handles_errors
+from port_kit.clips import ClipSettings, Reference, attach_settings, describe_model
 from port_kit.errors import InputError
 from port_kit.parallel.layout import CONFIG_NAMES, ULYSSES_MODES, Layout
+from port_kit.runtime.diagnose import installed_versions
 from port_kit.serving import GATEWAY, SERVER
 
 #: Request options, by their type; None keeps the pipeline's default.
@@ -93,7 +96,7 @@ def command(model: str, serve_options: tuple[str, ...], serve: bool, verbose: in
         arguments = serve_command(folder, class_name, additional, layout, given)
         os.execv(sys.executable, [*arguments, *serve_options])
     else:
-        _generate(folder, class_name, modality, additional, layout, given)
+        _generate(model, folder, class_name, modality, additional, layout, given)
 
 
 def _prepare(model: str, layout: Layout, given: dict[str, Any]) -> tuple[str, str, str, dict[str, str]]:
@@ -125,7 +128,13 @@ def _report(line: str) -> None:
 
 
 def _generate(
-    folder: str, class_name: str, modality: str, additional: dict[str, str], layout: Layout, given: dict[str, Any]
+    model: str,
+    folder: str,
+    class_name: str,
+    modality: str,
+    additional: dict[str, str],
+    layout: Layout,
+    given: dict[str, Any],
 ) -> None:
     from port_kit.autoparallel.host.checks import check_ran
     from port_kit.autoparallel.host.files import SUFFIXES, write_files
@@ -151,7 +160,9 @@ def _generate(
     try:
         (result,) = omni.generate(prompt, sampling, use_tqdm=False)
         check_ran(result, layout)
-        for path in write_files(output, result, modality):
+        settings = _settings(model, sampling, given)
+        for index, path in enumerate(write_files(output, result, modality)):
+            attach_settings(path, dataclasses.replace(settings, output=index))
             print(path, file=stdout, flush=True)
     except ValueError as error:
         if refusal_of(error) is not None:
@@ -177,6 +188,21 @@ def _request(given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     outputs = sampling.pop("num_outputs", 1)
     extra = dict(map(_argument, given["arguments"]))
     return prompt, OmniDiffusionSamplingParams(num_outputs_per_prompt=outputs, extra_args=extra, **sampling)
+
+
+def _settings(model: str, sampling: Any, given: dict[str, Any]) -> ClipSettings:
+    """Return the settings that the files carry."""
+    names = ("prompt", "negative_prompt", *_REQUEST)
+    request = {name: given[name] for name in names if given[name] is not None}
+    request |= {**sampling.extra_args, "seed": sampling.seed}
+    return ClipSettings(
+        port="",
+        model=describe_model(model),
+        request=request,
+        references={"image": (Reference.of(given["image"]),)} if given["image"] else {},
+        engine={name: given[name] for name in ("dtype", "enforce_eager", "cache_backend") if given[name]},
+        versions={name: version for name, version in installed_versions().items() if version},
+    )
 
 
 def cache_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -127,11 +127,11 @@ def _bounded(path: Path, samples: np.ndarray) -> np.ndarray:
     samples = np.asarray(samples, dtype=np.float32)
     if not np.isfinite(samples).all():
         count = int((~np.isfinite(samples)).sum())
-        raise InputError(f"{path}: {count} of {samples.size} samples are not finite", code="media_write")
+        raise InputError(f"{path.name}: {count} of {samples.size} samples are not finite", code="media_write")
     magnitude = np.abs(samples)
     if clipped := int((magnitude > 1.0).sum()):
         # not through logging: imports of vLLM set the level of the root logger to ERROR
-        message = f"{path}: clipped {clipped} of {samples.size} samples; peak {magnitude.max():.2f}"
+        message = f"{path.name}: clipped {clipped} of {samples.size} samples; peak {magnitude.max():.2f}"
         warnings.warn(message, stacklevel=3)
     return samples.clip(-1.0, 1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,39 @@ def draw_contact_sheet(clip: Path | str, picture: Path | str, *, title: str = ""
     """
     found = read_clip(Path(clip))
     image = draw_clip(found, title or Path(clip).name)
+    target = Path(picture)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image.save(target, format="PNG", optimize=True)
+    return target
+
+
+def draw_overview(clips: Mapping[Path, str], picture: Path | str) -> Path:
+    """Draw a row of frames of each video into one PNG, under its name and a text.
+
+    Args:
+        clips: texts by file.
+        picture: the PNG; its folder is made.
+
+    Raises:
+        InputError: ``media_write``: a file cannot be decoded, or has no frames.
+        OptionalDependencyError: PyAV or Pillow is not installed.
+    """
+    rows = [(f"{path.name}: {text}", read_clip(path)) for path, text in clips.items()]
+    from PIL import Image, ImageDraw
+
+    tall = [max(round(THUMB * clip.frames[0][1].shape[0] / clip.frames[0][1].shape[1]), 1) for _, clip in rows]
+    wide = 2 * MARGIN + COLUMNS * THUMB + (COLUMNS - 1) * GAP
+    image = Image.new("RGB", (wide, 2 * MARGIN + sum(tall) + len(rows) * (LINE + GAP)), _BACK)
+    draw, top = ImageDraw.Draw(image), MARGIN
+    for (title, clip), height in zip(rows, tall, strict=True):
+        while len(title) > 1 and draw.textlength(title) > wide - 2 * MARGIN:
+            title = f"{title.removesuffix('…')[:-1]}…"
+        draw.text((MARGIN, top), title, fill=_INK)
+        shown = clip.frames[:: max(1, math.ceil(len(clip.frames) / COLUMNS))]
+        for column, (_, frame) in enumerate(shown):
+            thumb = Image.fromarray(frame).resize((THUMB, height), Image.Resampling.LANCZOS)
+            image.paste(thumb, (MARGIN + column * (THUMB + GAP), top + LINE))
+        top += LINE + height + GAP
     target = Path(picture)
     target.parent.mkdir(parents=True, exist_ok=True)
     image.save(target, format="PNG", optimize=True)

@@ -66,7 +66,7 @@ def diagnose(*, engine: bool = True) -> tuple[dict[str, str | None], list[Check]
     Returns:
         Versions by distribution (None if not installed), and the checks.
     """
-    versions = dict(_version(names) for names in PACKAGES)
+    versions = installed_versions()
     checks = [
         _python(),
         _runtime(versions),
@@ -80,6 +80,11 @@ def diagnose(*, engine: bool = True) -> tuple[dict[str, str | None], list[Check]
     if engine and find_spec("vllm_omni") is not None:
         checks += _engine()
     return versions, checks
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions of :data:`PACKAGES` by distribution, None for those that are not installed."""
+    return dict(_version(names) for names in PACKAGES)
 
 
 def _version(names: tuple[str, ...]) -> tuple[str, str | None]:

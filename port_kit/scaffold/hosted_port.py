@@ -121,11 +121,16 @@ def _port_values(index: PipelineIndex, case: TinyPipeline | None) -> dict[str, s
         "output_word": words[output].replace(" ", "_"),
         "suffix": SUFFIXES[output].removeprefix("."),
         "denoisers": "" if denoisers == ("transformer",) else f"    denoisers={literal(denoisers)},\n",
-        "references": '    references=("image",),\n' if takes_image else "",
+        "references": _references(index.output_type) if takes_image else "",
         "example_prompt": FORMS[output].example_prompt,
         "request_options": f"    request_options={literal(options, 4)},\n" if options else "",
         "tiny": f"    tiny={literal(_tiny_request(case), 4)},\n" if case else "",
     }
+
+
+def _references(output: str) -> str:
+    """Return the entries of a pipeline that takes an image; of a video, it is the first frame."""
+    return '    references=("image",),\n' + ("    first_frame=True,\n" if output == "video" else "")
 
 
 def _tiny_request(case: TinyPipeline) -> Mapping[str, Any]:

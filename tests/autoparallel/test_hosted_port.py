@@ -17,7 +17,9 @@ from port_kit.autoparallel.host.index import PipelineIndex
 from port_kit.autoparallel.plan import Plan
 from port_kit.autoparallel.shipped import SHIPPED
 from port_kit.autoparallel.verify import compare, proven_layouts
-from port_kit.cli.generate import build_parser, build_request
+from port_kit.cli.clip_jobs import plan_jobs
+from port_kit.cli.generate import build_parser
+from port_kit.cli.make_clips import build_request
 from port_kit.parallel.verify import port_test_case
 from port_kit.port import HostedPort
 from port_kit.registry import find_port, list_ports
@@ -118,7 +120,8 @@ def test_a_class_without_a_tiny_pipeline_is_named(write: Write, tmp_path: Path) 
 def test_options_become_arguments_of_the_call(write: Write) -> None:
     port = write("hosted_wan")
     options = ["--model", "DIR", "--tiny", "--max-sequence-length", "16", "--height", "64"]
-    _, sampling = build_request(port, build_parser(port).parse_args(options))
+    (job,) = plan_jobs(port, build_parser(port).parse_args(options))
+    _, sampling = build_request(port, job.request, job.media)
     assert sampling.extra_args == {"max_sequence_length": 16}
     assert (sampling.height, sampling.num_frames, sampling.guidance_scale_provided) == (64, 9, True)
 

@@ -17,6 +17,7 @@ from port_kit.autoparallel.host.checks import PLAN_KEY
 from port_kit.autoparallel.shipped import shipped_plan
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.cli.run import _request, command, serve_command
+from port_kit.clips import read_settings
 from port_kit.parallel.layout import ULYSSES_MODES, Layout
 
 
@@ -109,3 +110,7 @@ def test_an_image_is_written(tmp_path: Path) -> None:
     assert "seed 1\n" in done.stderr
     pixels = np.asarray(Image.open(tmp_path / "cat.png"))
     assert pixels.shape == (32, 32, 3) and pixels.std() > 5
+    settings = read_settings(tmp_path / "cat.png")
+    steps = {"prompt": "a red cat", "height": 32, "width": 32, "num_inference_steps": 2}
+    assert settings.request == {**steps, "seed": 1, "max_sequence_length": 16}
+    assert (settings.port, settings.model) == ("", {"name": "model"})

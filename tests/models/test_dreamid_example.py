@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, build_request, engine_options
+from port_kit.cli.clip_jobs import plan_jobs
+from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, engine_options
+from port_kit.cli.make_clips import build_request
 from port_kit.models.dreamid_omni import PORT
 from port_kit.pipeline.loading import load_pipeline
 from port_kit.runtime.single_process import single_rank
@@ -58,7 +60,8 @@ def test_engine_options_keep_vllm_omnis_names() -> None:
 
 def test_a_request_says_only_what_was_given(generate: ModuleType) -> None:
     arguments = build_parser(PORT).parse_args("--model M --tiny --shift 3 --num-inference-steps 2".split())
-    prompt, sampling = build_request(PORT, arguments, generate.DEFAULT_MEDIA)
+    (job,) = plan_jobs(PORT, arguments, generate.DEFAULT_MEDIA)
+    prompt, sampling = build_request(PORT, job.request, job.media)
     assert (sampling.height, sampling.width, sampling.num_inference_steps, sampling.seed) == (64, 96, 2, 100)
     assert sampling.extra_args == {"shift": 3.0}
     media = prompt["multi_modal_data"]

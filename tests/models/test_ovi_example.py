@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, build_request, engine_options, run
+from port_kit.cli.clip_jobs import plan_jobs
+from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, engine_options, run
+from port_kit.cli.make_clips import build_request
 from port_kit.models.ovi import PORT
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "ovi"
@@ -49,12 +51,14 @@ def test_engine_options_keep_vllm_omnis_names() -> None:
     assert options == {"model": "M", "dtype": "bfloat16", "enforce_eager": True}
 
 
-def test_a_request_says_only_what_was_given() -> None:
-    words = "--model M --tiny --slg-layer 0 --video-guidance-scale 5 --image a.png"
-    prompt, sampling = build_request(PORT, build_parser(PORT).parse_args(words.split()))
+def test_a_request_says_only_what_was_given(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    words = f"--model M --tiny --slg-layer 0 --video-guidance-scale 5 --image {tmp_path / 'a.png'}"
+    (job,) = plan_jobs(PORT, build_parser(PORT).parse_args(words.split()))
+    prompt, sampling = build_request(PORT, job.request, job.media)
     assert (sampling.height, sampling.width, sampling.num_inference_steps, sampling.seed) == (None, None, 4, 103)
     assert sampling.extra_args == {"slg_layer": 0, "video_guidance_scale": 5.0}
-    assert prompt["multi_modal_data"] == {"image": ["a.png"]}
+    assert prompt["multi_modal_data"] == {"image": [str(tmp_path / "a.png")]}
 
 
 def test_a_damaged_index_is_named_before_an_engine_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

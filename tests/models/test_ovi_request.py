@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from port_kit.models.ovi.config import (
     OviRequest,
     check_ratio,
     format_prompt,
+    keeps_size,
     parse_request,
     size_for_area,
     size_for_image,
@@ -92,6 +94,16 @@ def test_height_and_width_give_the_ratio_and_the_checkpoint_the_area(
 )
 def test_an_image_gives_the_ratio(image: tuple[int, int], area: int, made: tuple[int, int]) -> None:
     assert size_for_image(*image, area) == made
+
+
+@pytest.mark.parametrize("area", [64 * 64, 720 * 720, 960 * 960])
+def test_a_frame_of_a_video_continues_it_in_its_size(area: int) -> None:
+    for height, width in itertools.product(range(256, 1921, 104), repeat=2):
+        for made in (size_for_area(height, width, area), size_for_image(height, width, area)):
+            assert keeps_size(OmniDiffusionSamplingParams(height=made[0], width=made[1]), *made, area)
+    assert size_for_image(64, 96, 64 * 64) == (64, 64), "the size of a video that an image alone does not give"
+    for size, given in (((1080, 1920), (1080, 1920)), ((704, 704), (None, None)), ((2048, 2048), (2048, 2048))):
+        assert not keeps_size(OmniDiffusionSamplingParams(height=given[0], width=given[1]), *size, 720 * 720)
 
 
 def test_a_size_beside_an_image_must_have_its_ratio() -> None:
