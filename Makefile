@@ -11,8 +11,10 @@ STAMP := $(VENV)/.port-kit-set-up$(LATEST)
 LOCK := requirements/lock$(addprefix -,$(NEXT)).txt
 DOCS := $(VENV)/.port-kit-docs
 TRITON := build/triton
-EXAMPLE := examples/offline_inference/dreamid_omni
-DEMO := build/demo
+# Port of the demonstration.
+PORT ?= dreamid_omni
+EXAMPLE := examples/offline_inference/$(PORT)
+DEMO := build/demo$(addprefix /,$(filter-out dreamid_omni,$(PORT)))
 
 # uv reads neither pip's certificates nor pip's wheel folders by itself.
 ifdef PIP_CERT
@@ -53,7 +55,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help set-up lock demo test test-fast coverage check tree docs clean
 
 help:
-	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png"
+	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png;"
+	@echo "             with PORT=mova or PORT=ovi, those of another port, in build/demo/PORT"
 	@echo "make test    set up, check, and run the tests"
 	@echo "make test-fast  the tests of the inner loop"
 	@echo "make coverage   run the tests, measure coverage, write build/coverage"
@@ -92,8 +95,8 @@ $(TRITON): $(STAMP)
 demo: export NO_PROXY := 127.0.0.1,localhost,$(NO_PROXY)
 demo: $(STAMP)
 	@mkdir -p $(DEMO)
-	$(RUN) $(EXAMPLE)/download_dreamid_omni.py --tiny --output-dir $(DEMO)/model
-	$(RUN) $(EXAMPLE)/generate_dreamid_omni.py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --contact-sheet $(DEMO)/demo.png
+	$(RUN) $(EXAMPLE)/download_$(PORT).py --tiny --output-dir $(DEMO)/model
+	$(RUN) $(EXAMPLE)/generate_$(PORT).py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --contact-sheet $(DEMO)/demo.png
 
 # models/ is imported as port_kit.models through package_dir, which import-linter, mypy and griffe do not read: link a tree
 # of that form.

@@ -22,8 +22,11 @@ from typing import Any, TypeVar
 from port_kit.errors import OptionalDependencyError, PortKitError
 
 _Module = TypeVar("_Module")
-#: Kinds of components: denoising transformers, encoders of conditioning, and VAEs with their vocoders.
-KINDS = ("transformer", "encoder", "vae")
+#: Kinds of components: denoising transformers, encoders of conditioning, VAEs with their vocoders, and partners, which
+#: several transformers call and none of them owns.
+KINDS = ("transformer", "encoder", "vae", "partner")
+#: Kinds that compute in every denoising step.
+DENOISERS = ("transformer", "partner")
 #: ``extra_args`` that the request loop reads for each modality: they come from the endpoints of vLLM-Omni's server.
 SERVER_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "video": ("video_codec_options",),

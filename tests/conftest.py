@@ -80,3 +80,10 @@ def goldens() -> Path:
     """Folder of golden data (``SET.json``, ``ckpts/``, ``fusion/``, ...), unpacked once from ``tests/data``."""
     BUILD.mkdir(exist_ok=True)
     return unpack(DATA / "goldens.tar.xz", BUILD / "goldens")
+
+
+@pytest.fixture(scope="session")
+def mova_goldens() -> Path:
+    """Folder of golden data of MOVA."""
+    BUILD.mkdir(exist_ok=True)
+    return unpack(DATA / "mova_goldens.tar.xz", BUILD / "goldens")

@@ -10,7 +10,7 @@ from port_kit.errors import PortKitError
 from port_kit.port import Component, Port, build_module, lookup
 from port_kit.registry import find_port
 
-SHIPPED = ("ovi", "dreamid_omni")
+SHIPPED = ("ovi", "dreamid_omni", "mova")
 
 
 def make(**given: Any) -> Port:

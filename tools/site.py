@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md", "port_kit/upstream/*.md")
+PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md", "recipes/**/*.md", "port_kit/upstream/*.md")
 ASSETS = ("docs/**/*.svg", "docs/**/*.png")
 #: Folders of modules, with the packages that they are imported as.
 PACKAGES = {"port_kit": "port_kit", "models": "port_kit.models"}

@@ -19,6 +19,7 @@ further branches as ``extra_branches``. If :func:`weights_are_streamed`, its blo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.platforms import current_platform
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 require("cfg_mixin")
+
+#: Argument of a branch that names the transformer which runs it, an attribute of the pipeline. All branches of a step
+#: have the same one; the default is ``transformer``.
+EXPERT = "expert"
 
 
 def weights_are_streamed(config: OmniDiffusionConfig | None) -> bool:
@@ -72,7 +77,6 @@ class BatchedCFGMixin(CFGParallelMixin):
 
     batches_branches: ClassVar[bool] = True
     od_config: OmniDiffusionConfig
-    transformer: Any
 
     def predict_noise_with_multi_branch_cfg(
         self,
@@ -101,7 +105,14 @@ class BatchedCFGMixin(CFGParallelMixin):
 
     def predict_noise(self, *, predicted: Any = None, **branch: Any) -> Any:
         """Run one branch; return ``predicted`` if it ran in one call with others."""
-        return self.transformer(**branch) if predicted is None else predicted
+        return self._run(branch) if predicted is None else predicted
+
+    def _run(self, first: Mapping[str, Any], *others: Mapping[str, Any]) -> Any:
+        """Run branches with the transformer that they name."""
+        name = first.get(EXPERT, "transformer")
+        own, *further = ({key: value for key, value in branch.items() if key != EXPERT} for branch in (first, *others))
+        options = {"extra_branches": further} if further else {}
+        return getattr(self, name)(**own, **options)
 
     def _run_own_branches(self, branches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Run this rank's branches in one call, if it has several.
@@ -113,7 +124,7 @@ class BatchedCFGMixin(CFGParallelMixin):
         if len(own) < 2:
             return branches
         first, *others = (branches[index] for index in own)
-        predicted = dict(zip(own, self.transformer(**first, extra_branches=others), strict=True))
+        predicted = dict(zip(own, self._run(first, *others), strict=True))
         return [{"predicted": predicted[i]} if i in predicted else branch for i, branch in enumerate(branches)]
 
 

@@ -7,7 +7,7 @@ before any worker starts. :func:`port_kit.pipeline.process_funcs.get_post_proces
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from port_kit.errors import ParallelError
@@ -42,12 +42,14 @@ def layout_of(config: DiffusionParallelConfig) -> Layout:
     )
 
 
-def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *, branches: int) -> Preflight | None:
+def check_engine(
+    config: OmniDiffusionConfig, build: Callable[[], Sequence[nn.Module]], *, branches: int
+) -> Preflight | None:
     """Check an engine's layout against a model. Reads no weights and touches no device.
 
     Args:
         config: the engine's configuration.
-        build: builds the transformer; called once on the meta device if there are several ranks.
+        build: builds the denoisers; called once on the meta device if there are several ranks.
         branches: guidance branches per step.
 
     Returns:
@@ -61,7 +63,7 @@ def check_engine(config: OmniDiffusionConfig, build: Callable[[], nn.Module], *,
     if layout.world == 1:
         return None
     with meta_init(config.dtype):
-        shape = describe_model(build(), branches=branches)
+        shape = describe_model(*build(), branches=branches)
     plan = preflight(layout, shape)
     logger.info(
         "%s: %.2f GB of transformer weights per rank, %.2f GB while a block runs",

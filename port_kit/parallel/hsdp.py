@@ -55,7 +55,9 @@ def meta_blocks() -> AbstractContextManager[object]:
 
 
 @torch.no_grad()
-def shard_before_loading(transformer: nn.Module, config: OmniDiffusionConfig, device: torch.device) -> None:
+def shard_before_loading(
+    transformer: nn.Module, config: OmniDiffusionConfig, device: torch.device, *, is_root: bool = True
+) -> None:
     """Shard a transformer's blocks and allocate the shards. A no-op unless :func:`shards_on_load`.
 
     Each block parameter gets a ``weight_loader`` that accepts full tensors, or full shards of a fused parameter, and
@@ -66,6 +68,8 @@ def shard_before_loading(transformer: nn.Module, config: OmniDiffusionConfig, de
             within :func:`meta_blocks`.
         config: the engine's configuration.
         device: device of the shards.
+        is_root: vLLM-Omni shards everything outside of the blocks after loading. False for a module that is not called
+            itself: other modules call its blocks and its children, each of which is sharded here.
     """
     if not shards_on_load(config):
         return
@@ -73,12 +77,17 @@ def shard_before_loading(transformer: nn.Module, config: OmniDiffusionConfig, de
     targets = read_targets(transformer).targets
     ignored = _ignored_parameters(transformer)
     blocks = _blocks(transformer)
+    if not is_root:
+        blocks += _called_children(transformer, blocks)
     if blocks:
         mesh = _mesh(config)
         policy = _policy(transformer, config)
         for block in reversed(blocks):
-            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored & set(block.parameters()))
-        _add_remainder(transformer)
+            replicated = ignored & set(block.parameters())
+            # by default, a block that no sharded module contains would stay gathered after its first call
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=replicated)
+        if is_root:
+            _add_remainder(transformer)
     materialize(transformer, device)
     for name, parameter in transformer.named_parameters():
         if isinstance(parameter, DTensor):
@@ -91,6 +100,16 @@ def _blocks(transformer: nn.Module) -> list[nn.Module]:
         module
         for name, module in transformer.named_modules()
         if any(condition(name, module) for condition in conditions)
+    ]
+
+
+def _called_children(module: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
+    """Return the children that have parameters and are no lists of blocks."""
+    inside = set(blocks)
+    return [
+        child
+        for child in module.children()
+        if not inside & set(child.modules()) and next(child.parameters(), None) is not None
     ]
 
 

@@ -15,7 +15,7 @@ from port_kit.errors import ParallelError
 from port_kit.parallel.layout import Layout
 from port_kit.parallel.meta_init import meta_init
 from port_kit.parallel.preflight import ModelShape, describe_model, preflight
-from port_kit.port import Port, resolve
+from port_kit.port import DENOISERS, Port, resolve
 
 if TYPE_CHECKING:
     from port_kit.parallel.verify import ParallelTestCase
@@ -80,18 +80,21 @@ def read_model_shape(port: Port, model: Path) -> ModelShape | None:
     """
     if port.plan:
         return None
-    transformer = next((component for component in port.components if component.kind == "transformer"), None)
-    if transformer is None:
+    denoisers = [component for component in port.components if component.kind in DENOISERS]
+    if not denoisers:
         _warn(f"port {port.name} has no component of kind transformer")
         return None
-    config = model / transformer.name / "config.json"
-    if not config.is_file():
-        _warn(f"{config} does not exist")
+    configs = [model / component.name / "config.json" for component in denoisers]
+    if missing := [config for config in configs if not config.is_file()]:
+        _warn(f"{missing[0]} does not exist")
         return None
-    build: Any = resolve(transformer.build)
+    builders: list[Any] = [resolve(component.build) for component in denoisers]
     with meta_init(torch.float32):
-        module = build(json.loads(config.read_text(encoding="utf-8")))
-        return describe_model(module, branches=port.guidance_branches)
+        modules = [
+            build(json.loads(config.read_text(encoding="utf-8")))
+            for build, config in zip(builders, configs, strict=True)
+        ]
+        return describe_model(*modules, branches=port.guidance_branches)
 
 
 def _warn(reason: str) -> None:

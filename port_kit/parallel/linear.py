@@ -161,6 +161,21 @@ def replicated(dim: int, output: int, quant: QuantizationConfig | None, prefix: 
     return _with_defaults(ReplicatedLinear(dim, output, quant_config=quant, prefix=prefix, return_bias=False))
 
 
+def in_float32(layer: LinearBase, x: Tensor) -> Tensor:
+    """Return the output of a linear, computed in float32 from the values of its weights.
+
+    Args:
+        layer: not quantized; one with a LoRA computes in the dtype of its weights.
+        x: ``[..., K]``, of any dtype.
+    """
+    dtype = next(layer.parameters()).dtype
+    if dtype == torch.float32 or type(layer) not in (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear):
+        return layer(x.to(dtype)).float()
+    exact = {name: parameter.float() for name, parameter in layer.named_parameters()}
+    output: Tensor = torch.func.functional_call(layer, exact, (x.float(),))
+    return output
+
+
 def tp_rank_and_size() -> tuple[int, int]:
     """Return rank and size of the tensor-parallel group; (0, 1) outside of an engine."""
     from vllm.distributed import parallel_state

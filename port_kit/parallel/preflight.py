@@ -31,19 +31,21 @@ SEQUENCE_KINDS = ("ulysses", "ring", "allgather")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Properties of a transformer that determine its layouts.
+    """Properties of a model's transformers that determine its layouts.
 
     Attributes:
         heads: greatest common divisor of all layers' attention heads.
+        ulysses_heads: the same of the layers whose heads Ulysses divides, which excludes those that gather an operand.
         widths: greatest common divisor of all widths that tensor parallelism splits.
         branches: guidance branches per step, 1 without guidance.
         split_bytes: bytes of parameters that tensor parallelism splits.
         replicated_bytes: bytes of parameters that tensor parallelism replicates.
         block_bytes: bytes of the largest block that HSDP shards; 0 if no module matches its conditions.
-        sharded: True if the transformer declares an ``_sp_plan``.
+        sharded: True if a transformer declares an ``_sp_plan``.
     """
 
     heads: int
+    ulysses_heads: int
     widths: int
     branches: int
     split_bytes: int
@@ -85,26 +87,31 @@ class Preflight:
         }
 
 
-def describe_model(transformer: nn.Module, *, branches: int = 1) -> ModelShape:
-    """Return the shape of a transformer that was built for one rank, for example on the meta device.
+def describe_model(*denoisers: nn.Module, branches: int = 1) -> ModelShape:
+    """Return the shape of a model that was built for one rank, for example on the meta device.
 
     Args:
-        transformer: consists of vLLM's linears and vLLM-Omni's ``Attention``.
+        denoisers: the transformers, and the modules that they share; they consist of vLLM's linears and vLLM-Omni's
+            ``Attention``.
         branches: guidance branches per step.
     """
     from vllm_omni.diffusion.attention.layer import Attention
 
-    heads = [module.num_heads for module in transformer.modules() if isinstance(module, Attention)]
-    widths = list(_split_widths(transformer))
-    split = sum(_bytes(parameter) for parameter in _split_parameters(transformer))
+    modules = [module for denoiser in denoisers for module in denoiser.modules()]
+    attentions = [module for module in modules if isinstance(module, Attention)]
+    divided = [module.num_heads for module in attentions if getattr(module, "divides_heads", True)]
+    widths = [width for denoiser in denoisers for width in _split_widths(denoiser)]
+    split = sum(_bytes(parameter) for denoiser in denoisers for parameter in _split_parameters(denoiser))
+    total = sum(_bytes(parameter) for denoiser in denoisers for parameter in denoiser.parameters())
     return ModelShape(
-        heads=math.gcd(*heads),
+        heads=math.gcd(*(module.num_heads for module in attentions)),
+        ulysses_heads=math.gcd(*divided),
         widths=math.gcd(*widths) if widths else 1,
         branches=branches,
         split_bytes=split,
-        replicated_bytes=sum(map(_bytes, transformer.parameters())) - split,
-        block_bytes=_largest_block(transformer),
-        sharded=bool(getattr(transformer, "_sp_plan", None)),
+        replicated_bytes=total - split,
+        block_bytes=max(map(_largest_block, denoisers)),
+        sharded=any(getattr(denoiser, "_sp_plan", None) for denoiser in denoisers),
     )
 
 
@@ -161,7 +168,7 @@ def possible_degrees(shape: ModelShape, ranks: int | None = None) -> Mapping[str
     shardable = free if shape.sharded else []
     degrees = {
         "tp": _from_two(_tensor_degrees(shape), limit),
-        "ulysses": _from_two(divisors(shape.heads), limit) if shape.sharded else [],
+        "ulysses": _from_two(divisors(shape.ulysses_heads), limit) if shape.sharded else [],
         "ring": shardable,
         "allgather": shardable,
         "cfg": _from_two(divisors(shape.branches), limit),
@@ -176,8 +183,8 @@ def _problems(layout: Layout, shape: ModelShape) -> Iterator[str]:
             f"tp {layout.tp} does not divide {shape.heads} heads and widths of {shape.widths}: "
             f"use {_listed(_tensor_degrees(shape))}"
         )
-    elif (shape.heads // layout.tp) % layout.ulysses and not layout.uaa:
-        here, padded = shape.heads // layout.tp, f"ulysses{layout.ulysses}{UAA}"
+    elif (shape.ulysses_heads // layout.tp) % layout.ulysses and not layout.uaa:
+        here, padded = shape.ulysses_heads // layout.tp, f"ulysses{layout.ulysses}{UAA}"
         yield (
             f"ulysses {layout.ulysses} does not divide the {here} heads per rank ({padded} pads them): "
             f"use {_listed(divisors(here))}"

@@ -68,6 +68,9 @@ class PaddedAttention(Attention):
         disable_kv_quant: keep this attention in its 16-bit dtype under ``diffusion_kv_cache_dtype``. It is True with
             ``gather="q"``: the kernels that merge partial outputs of ranks have no FP8, and one rank gives their
             result.
+
+    Attributes:
+        divides_heads: True if Ulysses divides the heads of this layer.
     """
 
     _kv_length: int | None = None
@@ -78,6 +81,7 @@ class PaddedAttention(Attention):
         self, *args: Any, gather: Literal["kv", "q"] | None = None, disable_kv_quant: bool = False, **options: Any
     ) -> None:
         super().__init__(*args, disable_kv_quant=disable_kv_quant or gather == "q", **options)
+        self.divides_heads = not (gather or self.skip_sequence_parallel)
         if gather and self.parallel_strategy.enabled and not self.skip_sequence_parallel:
             strategy = GatherKVStrategy if gather == "kv" else GatherQueryStrategy
             self.parallel_strategy = strategy(get_sp_group())

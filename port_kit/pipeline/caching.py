@@ -3,11 +3,15 @@
 Cache-DiT compares the residual of a block with that of the previous call. It separates two branches. With more of them
 it would compare branches with each other and reuse the wrong residuals. Here each branch has its own context, which is
 installed before the transformer is called.
+
+A model with several transformers has contexts for each of them. When a request goes on with another transformer, those
+of the one before are released.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +26,13 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
-def configure_cache(transformer: nn.Module, od_config: OmniDiffusionConfig) -> None:
-    """Prepare a transformer for Cache-DiT, if it is on: one context per branch that this rank runs in a step.
+def configure_caches(transformers: Sequence[nn.Module], od_config: OmniDiffusionConfig) -> None:
+    """Prepare transformers for Cache-DiT, if it is on: one context per branch that this rank runs in a step.
 
     Branch ``i`` of the port's guidance branches runs on rank ``i`` modulo the number of ranks.
 
     Args:
-        transformer: gets its own adapter configuration; that of the class is not changed.
+        transformers: of one pipeline. Each gets its own adapter configuration; that of the class is not changed.
         od_config: the engine's configuration; its model directory names the port.
 
     Raises:
@@ -41,10 +45,13 @@ def configure_cache(transformer: nn.Module, od_config: OmniDiffusionConfig) -> N
     check_cache(od_config, branches=branches)
     require("cache_contexts")
     own = len(range(get_classifier_free_guidance_rank(), branches, od_config.parallel_config.cfg_parallel_size))
-    declared: Any = transformer._cache_dit_adapter_config
-    transformer._cache_dit_adapter_config = replace(declared, has_separate_cfg=False)
-    if own > 1:
-        transformer.register_forward_pre_hook(BranchCacheContexts(own))
+    hooks = [BranchCacheContexts(own) for _ in transformers]
+    for transformer, hook in zip(transformers, hooks, strict=True):
+        declared: Any = transformer._cache_dit_adapter_config
+        transformer._cache_dit_adapter_config = replace(declared, has_separate_cfg=False)
+        hook.others = [other for other in hooks if other is not hook]
+        if own > 1 or hook.others:
+            transformer.register_forward_pre_hook(hook)
 
 
 class BranchCacheContexts:
@@ -55,10 +62,15 @@ class BranchCacheContexts:
     Args:
         branches: of one step, on this rank, always in the same order. None if :meth:`end_step` tells the steps apart:
             their numbers of branches may then differ, and contexts last until the request ends.
+
+    Attributes:
+        others: hooks of the pipeline's other transformers. Their contexts are released at the first call of a request.
     """
 
     def __init__(self, branches: int | None = None) -> None:
         self.branches = branches
+        self.others: list[BranchCacheContexts] = []
+        self.installed: dict[str, Any] = {}
         self.calls = 0
         self.fresh: dict[str, Any] = {}
         self.kept: dict[str, list[Any]] = {}
@@ -67,12 +79,19 @@ class BranchCacheContexts:
         """Begin with the first branch at the next call."""
         self.calls = 0
 
+    def release(self) -> None:
+        """Forget what the branches of a request left behind; the next call begins anew."""
+        for name in self.kept:
+            self.installed[name] = copy.deepcopy(self.fresh[name])
+        self.kept.clear()
+
     def __call__(self, transformer: nn.Module, args: tuple[Any, ...]) -> None:
         """Replace the contexts of all lists of blocks; do nothing while the cache is off."""
         manager: Any = getattr(transformer, "_context_manager", None)
         if manager is None:
             return
         contexts, names = manager._cached_context_manager, transformer._context_names
+        self.installed = contexts
         for name in names:
             if not any(contexts[name] is known for known in self.kept.get(name, ())):
                 self._begin(name, contexts[name])
@@ -88,3 +107,5 @@ class BranchCacheContexts:
         if self.branches is None:  # Cache-DiT would begin again after this number of calls
             context.cache_config.num_inference_steps = None
         self.fresh[name], self.kept[name], self.calls = copy.deepcopy(context), [context], 0
+        for other in self.others:
+            other.release()

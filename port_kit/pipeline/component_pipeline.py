@@ -18,7 +18,7 @@ from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
 
 from port_kit.errors import InputError, RemapError
 from port_kit.manifest import Manifest
-from port_kit.pipeline.caching import configure_cache
+from port_kit.pipeline.caching import configure_caches
 from port_kit.pipeline.finite import check_weights
 from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.loading import build_components, load_component_weights, load_pretrained, weights_sources
@@ -53,7 +53,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
     _dit_modules: ClassVar[list[str]]
     _encoder_modules: ClassVar[list[str]]
     _vae_modules: ClassVar[list[str]]
-    _resident_modules: ClassVar[list[str]] = []
+    _resident_modules: ClassVar[list[str]]
     supports_request_cancellation: ClassVar[bool] = True
     color_format: ClassVar[str] = "RGB"
 
@@ -63,7 +63,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
         cls.support_audio_output = bool(cls.audio_sample_rate)
         parts: tuple[Component | Pretrained, ...] = (*cls.components, *cls.pretrained)
         names = {kind: [part.name for part in parts if part.kind == kind] for kind in KINDS}
-        cls._dit_modules, cls._encoder_modules, cls._vae_modules = names.values()
+        cls._dit_modules, cls._encoder_modules, cls._vae_modules, cls._resident_modules = names.values()
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__()
@@ -77,8 +77,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
             self.add_module(name, module)
         for part in self.pretrained:
             self.add_module(part.name, load_pretrained(part, model, self.dtype).to(self.device))
-        for name in self._dit_modules:
-            configure_cache(getattr(self, name), od_config)
+        configure_caches([getattr(self, name) for name in self._dit_modules], od_config)
         self.weights_sources = weights_sources(model, self.components)
         self.eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""Reference images as tensors: decoding, and two ways of fitting them to a size.
+"""Reference images as tensors: decoding, and three ways of fitting them to a size.
 
 Shapes: C color channels, H height, W width.
 """
@@ -46,6 +46,23 @@ def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
     canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))
     pixels = torch.from_numpy(np.asarray(canvas, dtype=np.float32).copy())
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def crop_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """Crop the center of an image to an aspect ratio, and resize it by Pillow's bicubic filter.
+
+    Returns:
+        float32 (C=3, ``height``, ``width``) in [-1, 1].
+    """
+    # the long side and the offset are rounded down, as in the original
+    inner = image.width, int(image.width / width * height)
+    if image.height / image.width < height / width:
+        inner = int(image.height / height * width), image.height
+    left, top = (image.width - inner[0]) // 2, (image.height - inner[1]) // 2
+    cropped = image.crop((left, top, left + inner[0], top + inner[1]))
+    resized = cropped.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255.0)
+    return pixels.mul_(2.0).sub_(1.0).permute(2, 0, 1).contiguous()
 
 
 def resize_image(image: Image.Image, height: int, width: int) -> torch.Tensor:

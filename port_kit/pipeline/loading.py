@@ -15,7 +15,7 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineL
 
 from port_kit.parallel.hsdp import shard_before_loading
 from port_kit.pipeline.model_index import incomplete, port_of_model, read_json
-from port_kit.port import Component, Pretrained, resolve
+from port_kit.port import DENOISERS, Component, Pretrained, resolve
 from port_kit.remap import load_components, load_local
 from port_kit.upstream.checks import require
 
@@ -85,8 +85,8 @@ def load_component_weights(
     models keep the loader's stream, which vLLM-Omni may change on its way.
 
     Args:
-        owner: the pipeline; a component is its attribute of the component's name. Its diffusion transformers are
-            sharded first if HSDP is on.
+        owner: the pipeline; a component is its attribute of the component's name. Its diffusion transformers and their
+            partners are sharded first if HSDP is on.
         components: they must be in the model directory.
         weights: ``(component.original_name, tensor)``, the loader's stream.
         model: the model directory.
@@ -98,8 +98,9 @@ def load_component_weights(
         RemapError: a missing, unexpected, misshapen or repeated tensor; names it, its file and the closest name.
     """
     for component in components:
-        if component.kind == "transformer":
-            shard_before_loading(getattr(owner, component.name), owner.od_config, get_local_device())
+        if component.kind in DENOISERS:
+            is_root = component.kind == "transformer"
+            shard_before_loading(getattr(owner, component.name), owner.od_config, get_local_device(), is_root=is_root)
     parts: dict[str, Any] = {
         component.name: (getattr(owner, component.name), resolve(component.rules)) for component in components
     }

@@ -66,6 +66,13 @@ class ModelIndex:
             raise self._wrong(key, value, f"an integer from {minimum} to {maximum}")
         return value
 
+    def real(self, key: str, minimum: float, maximum: float) -> float:
+        """Return a number within ``minimum``..``maximum``."""
+        value = self._value(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
+            raise self._wrong(key, value, f"a number from {minimum:g} to {maximum:g}")
+        return float(value)
+
     def _value(self, key: str) -> Any:
         if key not in self.values:
             raise incomplete(f"{self.path} lacks {key}")

@@ -7,7 +7,7 @@ engine's process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ from port_kit.parallel.engine_checks import check_engine
 from port_kit.parallel.meta_init import meta_init
 from port_kit.pipeline.adapter import AdapterAdmission
 from port_kit.pipeline.inputs import check_cached_outputs, to_client_error
+from port_kit.pipeline.loading import build_components
 from port_kit.pipeline.media import to_omni_payload
-from port_kit.pipeline.model_index import read_json
 from port_kit.pipeline.request_state import without_media
-from port_kit.port import Port, resolve
+from port_kit.port import DENOISERS, Component, Port, resolve
 from port_kit.registry import port_of_class
 from port_kit.runtime.engine_options import check_options
 
@@ -88,7 +88,8 @@ def _adapter_reader(port: Port, pipeline: Any, od_config: OmniDiffusionConfig) -
     def read(path: Path) -> object:
         if not modules:
             with meta_init(od_config.dtype):
-                modules.append(_build_transformer(port, od_config))
+                first = next(component for component in port.components if component.kind == "transformer")
+                modules.extend(_build([first], od_config))
         return pipeline.read_adapter(path, modules[0], od_config.model, adapter=1, dtype=od_config.dtype)
 
     return read
@@ -111,7 +112,8 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[Any], Any
         return own
     check_options(od_config)
     pipeline: Any = resolve(port.pipeline)
-    check_engine(od_config, lambda: _build_transformer(port, od_config), branches=port.guidance_branches)
+    denoisers = [component for component in port.components if component.kind in DENOISERS]
+    check_engine(od_config, partial(_build, denoisers, od_config), branches=port.guidance_branches)
 
     def post_process(output: dict[str, Tensor]) -> dict[str, Any]:
         return to_omni_payload(output, fps=pipeline.fps, sample_rate=pipeline.audio_sample_rate)
@@ -119,8 +121,5 @@ def get_post_process_func(od_config: OmniDiffusionConfig) -> Callable[[Any], Any
     return post_process
 
 
-def _build_transformer(port: Port, od_config: OmniDiffusionConfig) -> nn.Module:
-    component = next(component for component in port.components if component.kind == "transformer")
-    build: Any = resolve(component.build)
-    module: nn.Module = build(read_json(str(od_config.model), f"{component.name}/config.json"))
-    return module
+def _build(components: Sequence[Component], od_config: OmniDiffusionConfig) -> list[nn.Module]:
+    return list(build_components(str(od_config.model), components).values())

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from port_kit.pipeline.base import PortPipeline
 from port_kit.pipeline.images import resize_image
 from port_kit.pipeline.prompt_request import GuidanceScale, PromptOptions, parse_prompt_request
-from port_kit.pipeline.request_state import PreparedRequest
+from port_kit.pipeline.request_state import PreparedRequest, Solver
 
 #: Sides of the output of a dummy run, in multiples of ``size_multiple``.
 DUMMY_CELLS = 16
@@ -28,7 +29,7 @@ class PromptPipeline(PortPipeline):
         options: defaults and limits of requests.
     """
 
-    options: ClassVar[PromptOptions]
+    options: PromptOptions
     default_num_inference_steps: ClassVar[int]
     dummy_run_num_frames: ClassVar[int]
     support_image_input: ClassVar[bool] = False
@@ -61,10 +62,14 @@ class PromptPipeline(PortPipeline):
             request = replace(request, seconds=min(request.seconds, DUMMY_SECONDS))
             limit = DUMMY_CELLS * self.options.size_multiple
             request = replace(request, height=min(request.height, limit), width=min(request.width, limit))
-        images = tuple(resize_image(image, request.height, request.width) for image in request.images)
+        images = tuple(self.fit_image(image, request.height, request.width) for image in request.images)
         return PreparedRequest(replace(request, images=()), images=images)
 
-    def build_solver(self, request: Any) -> FlowEuler:
+    def fit_image(self, image: Image.Image, height: int, width: int) -> Tensor:
+        """Return a reference image in the size of the output, float32 (3, H, W) in [-1, 1]."""
+        return resize_image(image, height, width)
+
+    def build_solver(self, request: Any) -> Solver:
         """Return Euler steps from time 1 to time 0."""
         return FlowEuler(request.steps)
 

@@ -60,7 +60,8 @@ class PromptOptions:
         negative_prompt: of a request without one.
         seed: of a request without one.
         max_outputs: outputs per request.
-        images: reference images that every request has. Without a size, the output has that of the first one.
+        images: reference images that every request has.
+        size_of_image: a request without a size gets that of its first image; else the default size.
     """
 
     steps: int
@@ -80,6 +81,7 @@ class PromptOptions:
     seed: int = 0
     max_outputs: int = MAX_OUTPUTS
     images: int = 0
+    size_of_image: bool = True
 
     def __post_init__(self) -> None:
         if bool(self.height and self.width) == bool(self.seconds):
@@ -180,7 +182,7 @@ def _images(media: Mapping[str, Any], options: PromptOptions) -> tuple[Image.Ima
 
 def _size(sampling: Any, options: PromptOptions, images: tuple[Image.Image, ...]) -> tuple[int, int]:
     """Return height and width: of the request; else of its first image, rounded down; else the defaults."""
-    if images and sampling.height is None and sampling.width is None:
+    if images and options.size_of_image and sampling.height is None and sampling.width is None:
         width, height = images[0].size
         area = math.sqrt(options.max_area / (height * width))
         shrink, multiple = min(1.0, options.max_side / max(height, width), area), options.size_multiple

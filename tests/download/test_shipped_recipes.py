@@ -21,7 +21,7 @@ from port_kit.testing.gitserver import GitRemote
 from port_kit.testing.hub import Hub
 from tests.download.helpers import SHORT, bring, hashes, noise
 
-SHIPPED = ("dreamid_omni", "ovi")
+SHIPPED = ("dreamid_omni", "mova", "ovi")
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
 
@@ -33,6 +33,9 @@ def content(rule: FileRule, path: Path) -> dict[str, bytes]:
             state = {key: state}
         torch.save(state, path)
         return {rule.pattern: path.read_bytes()}
+    if rule.is_glob and rule.folder != "tokenizer":  # a folder with its configuration
+        files = {"config.json": b'{"layers": 2}', "diffusion_pytorch_model.safetensors": save(STATE)}
+        return {rule.pattern.replace("*", name): data for name, data in files.items()}
     if rule.is_glob:
         return {rule.pattern.replace("*", name): noise(500, len(name)) for name in ("spiece.model", "tokenizer.json")}
     return {rule.pattern: save(STATE)}

@@ -28,12 +28,12 @@ def engine(layout: str, **fields: Any) -> OmniDiffusionConfig:
     )
 
 
-def build() -> nn.Module:
-    return build_transformer(TRANSFORMER_CONFIG)
+def build() -> list[nn.Module]:
+    return [build_transformer(TRANSFORMER_CONFIG)]
 
 
 def test_one_rank_needs_no_check() -> None:
-    def never() -> nn.Module:
+    def never() -> list[nn.Module]:
         raise AssertionError("built for one rank")
 
     assert check_engine(engine("single"), never, branches=4) is None
@@ -48,7 +48,7 @@ def test_the_memory_of_a_rank_is_known_before_loading(text: str) -> None:
     assert (parallel_state._TP, torch.get_default_dtype()) == before
     assert torch.empty(1).device.type == "cpu"
     with single_rank(torch.bfloat16), torch.device("meta"):
-        shape = describe_model(build(), branches=4)
+        shape = describe_model(*build(), branches=4)
     assert plan == preflight(Layout.parse(text), shape)
 
 

@@ -53,7 +53,7 @@ def test_a_device_that_vllm_is_not_built_for_is_refused() -> None:
 
 
 def test_only_layouts_that_fit_the_model_and_the_machine_are_run() -> None:
-    shape = ModelShape(heads=3, widths=8, branches=4, split_bytes=80, replicated_bytes=8, block_bytes=10, sharded=True)
+    shape = ModelShape(3, 3, widths=8, branches=4, split_bytes=80, replicated_bytes=8, block_bytes=10, sharded=True)
     two = Device("cuda", 2, 1e-4)
     chosen, left_out = choose_layouts((), DEFAULT_LAYOUTS, shape, two)
     assert chosen == ["ring2", "allgather2", "cfg2", "hsdp2", "hsdp2xcfg2"]

@@ -127,7 +127,7 @@ def test_no_file_is_too_long() -> None:
 def _pages() -> list[Path]:
     return [
         *ROOT.glob("*.md"),
-        *(path for folder in ("docs", "examples", "port_kit") for path in (ROOT / folder).rglob("*.md")),
+        *(path for folder in ("docs", "examples", "port_kit", "recipes") for path in (ROOT / folder).rglob("*.md")),
     ]
 
 

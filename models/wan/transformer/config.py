@@ -78,6 +78,7 @@ class TowerConfig:
         text_len: number of tokens to which texts are zero-padded.
         eps: of every norm.
         rope: rotary positions.
+        precise_time: embeddings of timesteps are computed in float32, whatever the dtype of the weights.
     """
 
     dim: int
@@ -93,6 +94,7 @@ class TowerConfig:
     text_len: int = 512
     eps: float = 1e-6
     rope: RopeConfig = field(default_factory=RopeConfig)
+    precise_time: bool = False
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or self.head_dim % 2:

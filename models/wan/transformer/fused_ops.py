@@ -142,7 +142,7 @@ def rms_norm_torch(
     """Return the result of :func:`rms_norm` in plain PyTorch."""
     wide = x_BSD.float()
     squares = wide.square().sum(-1) if squares_BS is None else squares_BS
-    normed = (wide * torch.rsqrt(squares / scale.width + scale.eps).unsqueeze(-1)).to(x_BSD.dtype) * scale.weight
+    normed = (wide * torch.rsqrt(squares / scale.width + scale.eps).unsqueeze(-1) * scale.weight).to(x_BSD.dtype)
     results = (normed,) if keep_unrotated else ()
     if rope_1SR2 is None:
         return results

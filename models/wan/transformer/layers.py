@@ -86,16 +86,30 @@ class TextEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Embedding of timesteps: sinusoids in float64, then two linears."""
+    """Embedding of timesteps: sinusoids in float64, then two linears.
 
-    def __init__(self, freq_dim: int, dim: int, quant: QuantizationConfig | None, prefix: str) -> None:
+    Args:
+        freq_dim: number of sinusoids.
+        dim: width.
+        quant: quantization of the linears.
+        prefix: path of this module.
+        precise: compute the linears in float32; else in the dtype of the weights.
+    """
+
+    def __init__(
+        self, freq_dim: int, dim: int, quant: QuantizationConfig | None, prefix: str, *, precise: bool = False
+    ) -> None:
         super().__init__()
         self.freq_dim = freq_dim
+        self.precise = precise
         self.up = linear.column(freq_dim, dim, quant, f"{prefix}.up")
         self.down = linear.row(dim, dim, quant, f"{prefix}.down")
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the embedding ``[..., D]`` of timesteps of any shape."""
+        """Return the embedding ``[..., D]`` of timesteps of any shape, in float32 if precise, else in ``dtype``."""
+        if self.precise:
+            up = linear.in_float32(self.up, timestep_embedding(timestep, self.freq_dim))
+            return linear.in_float32(self.down, F.silu(up))
         return self.down(F.silu(self.up(timestep_embedding(timestep, self.freq_dim).to(dtype))))
 
 
@@ -107,8 +121,14 @@ class TimeProjection(nn.Module):
         self.linear = linear.column(dim, 6 * dim, quant, f"{prefix}.linear", gather=True)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Project ``[..., D]`` to ``[..., 6, D]``: shift, scale, gate of attention, then of the feed-forward."""
-        return self.linear(F.silu(embedding)).unflatten(-1, (6, -1))
+        """Project ``[..., D]`` to ``[..., 6, D]``: shift, scale, gate of attention, then of the feed-forward.
+
+        An embedding in float32 is projected in float32.
+        """
+        activated = F.silu(embedding)
+        precise = embedding.dtype == torch.float32
+        projected = linear.in_float32(self.linear, activated) if precise else self.linear(activated)
+        return projected.unflatten(-1, (6, -1))
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,8 @@ class StreamConditioning:
         timestep_segments: numbers of this rank's tokens per timestep, in order.
         rotary: positions of this rank's tokens.
         text: embedded text.
+        bridge_rotary: positions of this rank's tokens for attention between towers, if modules between the blocks have
+            positions of their own.
     """
 
     grid: tuple[int, ...]
@@ -81,6 +83,14 @@ class StreamConditioning:
     timestep_segments: Segments
     rotary: RotaryContext
     text: TextContext
+    bridge_rotary: RotaryContext | None = None
+
+
+class StreamBoundaries(NamedTuple):
+    """Boundaries of a stream for sequence parallelism: one that shards its tokens, one that gathers its flow."""
+
+    shard: SPBoundary
+    gather: SPBoundary
 
 
 class VideoPatchEmbed(nn.Module):
@@ -176,10 +186,17 @@ class ModalityAdapter(nn.Module):
             else AudioPatchEmbed(config, quant, path("patch_embedding"))
         )
         self.text_embedding = TextEmbedding(config.text_dim, dim, config.text_len, quant, path("text_embedding"))
-        self.time_embedding = TimeEmbedding(config.freq_dim, dim, precise, path("time_embedding"))
+        self.time_embedding = TimeEmbedding(
+            config.freq_dim, dim, precise, path("time_embedding"), precise=config.precise_time
+        )
         self.time_projection = TimeProjection(dim, precise, path("time_projection"))
         self.head = Head(config, precise, path("head"))
         self.shard, self.gather = SPBoundary(), SPBoundary()
+
+    @property
+    def boundaries(self) -> StreamBoundaries:
+        """Boundaries of this adapter, which a transformer refers to in its ``_sp_plan``."""
+        return StreamBoundaries(self.shard, self.gather)
 
     def embed(
         self,
@@ -189,6 +206,8 @@ class ModalityAdapter(nn.Module):
         text: Tensor | TextContext,
         *,
         first_frame_clean: bool = False,
+        bridge_rope: Tensor | None = None,
+        boundaries: StreamBoundaries | None = None,
     ) -> tuple[Tensor, StreamConditioning]:
         """Return this rank's tokens ``[B, S, D]`` and the conditioning of the blocks.
 
@@ -198,6 +217,8 @@ class ModalityAdapter(nn.Module):
             timestep: ``[B]`` or 0-dim, in 0..1000.
             text: states ``[B, T, text_dim]``, unpadded, or a :class:`TextContext` that caches their projections.
             first_frame_clean: tokens of the first frame have timestep 0.
+            bridge_rope: table of all tokens for attention between towers.
+            boundaries: replace those of this adapter.
 
         Raises:
             InputError: the latents do not divide into patches, or the text is too long.
@@ -206,24 +227,32 @@ class ModalityAdapter(nn.Module):
         length = prod(grid)
         clean = length // grid[0] if first_frame_clean and grid[0] else 0
         segments = (clean, length - clean) if clean else (length,)
-        tokens, rope = self.shard(pad_tokens(self.patch_embedding(latents)), pad_tokens(rope))
+        tables = (rope,) if bridge_rope is None else (rope, bridge_rope)
+        shard = (boundaries or self.boundaries).shard
+        tokens, *tables = shard(*map(pad_tokens, (self.patch_embedding(latents), *tables)))
+        rotaries = [RotaryContext(table, padded_length(length)) for table in tables]
         text = text if isinstance(text, TextContext) else TextContext(text)
         self.embed_text(text)
         times = torch.stack((torch.zeros_like(timestep), timestep)[-len(segments) :])
         time = self.time_embedding(times.view(len(segments), -1), tokens.dtype)
         return tokens, StreamConditioning(
             grid=grid,
-            time=time,
-            modulation=self.time_projection(time),
+            time=time.to(tokens.dtype),
+            modulation=self.time_projection(time).to(tokens.dtype),
             timestep_segments=local_segment_lengths(segments, tokens.shape[1]),
-            rotary=RotaryContext(rope, padded_length(length)),
+            rotary=rotaries[0],
             text=text,
+            bridge_rotary=None if bridge_rope is None else rotaries[1],
         )
 
-    def predict(self, tokens: Tensor, conditioning: StreamConditioning) -> Tensor:
+    def predict(
+        self, tokens: Tensor, conditioning: StreamConditioning, boundaries: StreamBoundaries | None = None
+    ) -> Tensor:
         """Return the flow for this rank's tokens after the last block, of all ranks and shaped as the latents."""
         grid = conditioning.grid
-        (flow,) = self.gather(self.head(tokens, conditioning.time, conditioning.timestep_segments))
+        (flow,) = (boundaries or self.boundaries).gather(
+            self.head(tokens, conditioning.time, conditioning.timestep_segments)
+        )
         return self.patch_embedding.unpatchify(flow[:, : prod(grid)], grid)
 
     def embed_text(self, text: TextContext) -> None:

@@ -14,7 +14,12 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 from port_kit.models.wan.transformer.block import TowerBlock
 from port_kit.models.wan.transformer.config import TowerConfig
-from port_kit.models.wan.transformer.modality_io import ModalityAdapter, StreamConditioning, TextContext
+from port_kit.models.wan.transformer.modality_io import (
+    ModalityAdapter,
+    StreamBoundaries,
+    StreamConditioning,
+    TextContext,
+)
 from port_kit.parallel.hsdp import meta_blocks
 from port_kit.parallel.sequence import make_sp_plan
 
@@ -45,6 +50,8 @@ class WanTower(ModalityAdapter):
     _sp_plan: ClassVar = make_sp_plan({"shard": (3, 4)}, {"gather": (3,)})
     packed_modules_mapping: ClassVar = {"qkv": ["q", "k", "v"], "kv": ["k", "v"], "gate_up": ["w1", "w3"]}
     stacked_params_mapping: ClassVar = stacked_parameters(packed_modules_mapping)
+    #: Class of the blocks.
+    block: ClassVar[type[TowerBlock]] = TowerBlock
 
     def __init__(
         self, config: TowerConfig, *, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -53,7 +60,7 @@ class WanTower(ModalityAdapter):
         self.config = config
         with meta_blocks():
             self.blocks = nn.ModuleList(
-                TowerBlock(config, i, quant_config, maybe_prefix(prefix, f"blocks.{i}"))
+                self.block(config, i, quant_config, maybe_prefix(prefix, f"blocks.{i}"))
                 for i in range(config.num_layers)
             )
 
@@ -76,7 +83,19 @@ class WanTower(ModalityAdapter):
             tokens = block(tokens, conditioning)
         return self.predict(tokens, conditioning)
 
-    def begin(self, latents: Tensor, timestep: Tensor, text: Tensor | TextContext) -> tuple[Tensor, StreamConditioning]:
-        """Return this rank's tokens ``[B, S, D]`` and the conditioning of the blocks; see :meth:`forward`."""
+    def begin(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | TextContext,
+        *,
+        bridge_rope: Tensor | None = None,
+        boundaries: StreamBoundaries | None = None,
+    ) -> tuple[Tensor, StreamConditioning]:
+        """Return this rank's tokens ``[B, S, D]`` and the conditioning of the blocks.
+
+        The first arguments are those of :meth:`forward`; the others are in
+        :meth:`~port_kit.models.wan.transformer.modality_io.ModalityAdapter.embed`.
+        """
         rope = self.rope.table(self.patch_embedding.grid(latents), latents.device)
-        return self.embed(latents, rope, timestep, text)
+        return self.embed(latents, rope, timestep, text, bridge_rope=bridge_rope, boundaries=boundaries)
