@@ -110,8 +110,8 @@ class MOVAPipeline(PromptPipeline, SupportAudioOutput, SupportImageInput):
     def read_directory(self, model: str) -> None:
         """Read the noise levels, the sizes of latents, the default size and the tokenizer."""
         index = ModelIndex.read(model)
-        sides = {name: index.integer(name, OPTIONS.size_multiple, OPTIONS.max_side) for name in ("height", "width")}
-        self.options = replace(self.options, **sides)
+        height, width = (index.integer(name, OPTIONS.size_multiple, OPTIONS.max_side) for name in ("height", "width"))
+        self.options = replace(self.options, height=height, width=width)
         self.schedule = Schedule.from_dict(read_json(model, "scheduler/scheduler_config.json"))
         self.experts = NoiseExperts(index.real("boundary_ratio", 0.0, 1.0) * self.schedule.training_steps)
         self.audio = AudioVAEConfig.from_dict(read_json(model, "audio_vae/config.json"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,7 +86,8 @@ def run_forward(goldens: Goldens, name: str, word: str, device: str = "cpu") -> 
         exact = goldens.tensors(f"{folder}/intermediates_fp32")
         readers = dict(_readers(exact))
         wanted = [path for path, _ in readers.values()]
-        with outputs_of(parts, wanted) if wanted else nullcontext({}) as found:
+        recording: AbstractContextManager[dict[str, Tensor]] = outputs_of(parts, wanted) if wanted else nullcontext({})
+        with recording as found:
             video, audio = parts["video"](
                 given["visual_latents"].to(dtype),
                 given["audio_latents"].transpose(1, 2).to(dtype),
