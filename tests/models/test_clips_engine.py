@@ -16,6 +16,8 @@ from port_kit.cli import main
 from port_kit.pipeline.media import measure_mp4, write_mp4
 from port_kit.testing.forkserver import run_forked
 
+pytestmark = pytest.mark.slow
+
 LINES = (
     # an image of 64x96 pixels alone would have the size 64x64
     {"prompt": "rain on a roof", "segments": 3, "seed": 3, "height": 64, "width": 104},
