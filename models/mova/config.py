@@ -25,10 +25,8 @@ NEGATIVE_PROMPT = (
     "残缺的，多余的手指"
 )
 
-_TOWER = {
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "eps": 1e-6,
+#: Options of a tower of which only one value is supported: the published one.
+TOWER_OPTIONS: Mapping[str, Any] = {
     "has_image_input": False,
     "has_image_pos_emb": False,
     "has_ref_conv": False,
@@ -37,6 +35,7 @@ _TOWER = {
     "require_clip_embedding": False,
     "fuse_vae_embedding_in_latents": False,
 }
+_TOWER = {**TOWER_OPTIONS, "text_dim": 4096, "freq_dim": 256, "eps": 1e-6}
 
 #: Both video towers. 36 input channels: 16 of the latents, 4 of the mask, 16 of the condition.
 TRANSFORMER_CONFIG: Mapping[str, Any] = {

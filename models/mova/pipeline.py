@@ -68,7 +68,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a request gives to all steps.
+    """Conditioning of a request, the same in all denoising steps.
 
     Attributes:
         positive: the prompt.
@@ -178,7 +178,7 @@ class MOVAPipeline(PromptPipeline, SupportAudioOutput, SupportImageInput):
         return FlowEuler(self.schedule, request.steps)
 
     def branches(self, state: DenoiseState) -> list[dict[str, Any]]:
-        """Return the branches of a step, with the prompt and with the negative prompt; the first alone at scale 1.
+        """Return the guidance branches: prompt and negative prompt, or the prompt alone at scale 1.
 
         A cache needs as many branches in every step of every request.
         """

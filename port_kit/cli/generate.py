@@ -45,14 +45,14 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
         parser.add_argument(*MEDIA_OPTIONS[kind], dest=kind, nargs="+", default=None, help=f"{kind} files")
 
     request = parser.add_argument_group("request (defaults are the model's)")
-    told = {
+    helps = {
         "seed": f"default: {port.seed}",
         "num_outputs": "default: 1; output i has the seed plus i",
         SEGMENTS: "make a clip of that many parts, each of which continues the one before",
     }
     for name, number in option_types(port).items():
         if name != "prompt":
-            request.add_argument(f"--{name.replace('_', '-')}", type=number, default=None, help=told.get(name))
+            request.add_argument(f"--{name.replace('_', '-')}", type=number, default=None, help=helps.get(name))
     if port.output_type == "video":
         request.add_argument("--continue-from", default=None, metavar="CLIP", help="begin with its last frame")
 

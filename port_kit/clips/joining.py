@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Joined:
-    """What writers of files read of a result of ``Omni.generate``.
+    """Part of a result of ``Omni.generate`` that writers of files read.
 
     Attributes:
         images: one array of frames, uint8 (F, H, W, 3).

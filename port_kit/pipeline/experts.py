@@ -34,7 +34,7 @@ class NoiseExperts:
 
 @dataclass
 class ExpertContext(Generic[Context]):
-    """What a request computes once per transformer, such as projections of its texts.
+    """Values of a request that are computed once per transformer, such as projections of its texts.
 
     Timesteps fall, so a request changes its transformer once: only the context of the current one is kept.
 

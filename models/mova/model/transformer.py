@@ -16,6 +16,7 @@ from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import ConfigError
+from port_kit.models.mova.config import TOWER_OPTIONS
 from port_kit.models.mova.model.bridge import DualTowerBridge
 from port_kit.models.wan.transformer.block import TowerBlock
 from port_kit.models.wan.transformer.config import TowerConfig
@@ -29,16 +30,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 #: Options of a tower's JSON of which only one value is supported: the published one.
-REQUIRED_VALUES: Mapping[str, Any] = {
-    "has_image_input": False,
-    "has_image_pos_emb": False,
-    "has_ref_conv": False,
-    "add_control_adapter": False,
-    "seperated_timestep": False,
-    "require_clip_embedding": False,
-    "fuse_vae_embedding_in_latents": False,
-    "vae_type": "dac",
-}
+REQUIRED_VALUES: Mapping[str, Any] = {**TOWER_OPTIONS, "vae_type": "dac"}
 #: Tokens to which texts are padded; padding is attended.
 TEXT_LENGTH = 512
 
