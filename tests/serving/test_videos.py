@@ -22,7 +22,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
 from tests.helpers import wait_until
@@ -42,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """A server of the tiny DreamID-Omni."""
     options = ("--keep-seconds", str(KEPT), "--api-key", KEY)
     sweep = {"VLLM_OMNI_SERVER_STORAGE__TTL_SWEEP_INTERVAL": "1"}
-    with serving(RECIPE, tmp_path_factory.mktemp("dreamid"), *options, **sweep) as running:
+    with serving("dreamid_omni", tmp_path_factory.mktemp("dreamid"), *options, **sweep) as running:
         yield running
 
 
@@ -178,17 +177,20 @@ def test_voices_of_other_formats_are_decoded(
     codec: str,
     rate: int,
 ) -> None:
-    uploads = _voices(files, _converted(container, codec, rate))
+    answer = http.post("/v1/videos/sync", data=good, files=_voices(files, _converted(container, codec, rate)))
+    assert answer.status_code == 200, answer.text[:300]
+    assert (answer.content == first[0]) == (codec == "flac"), "only FLAC is lossless"
+
+
+def test_voices_of_another_format_may_be_data_urls(
+    http: httpx.Client, good: dict[str, str], files: list[Any], first: tuple[bytes, float]
+) -> None:
+    uploads = _voices(files, _converted(*CODECS[0]))
     urls = [base64.b64encode(content).decode() for _, (_, content, kind) in uploads if kind.startswith("audio")]
     entries = [{"audio_url": f"data:application/octet-stream;base64,{url}"} for url in urls]
     images = [upload for upload in uploads if upload[1][2].startswith("image")]
-    answers = [
-        http.post("/v1/videos/sync", data=good, files=uploads),
-        http.post("/v1/videos/sync", data={**good, "audio_reference": json.dumps(entries)}, files=images),
-    ]
-    assert [answer.status_code for answer in answers] == [200, 200], [answer.text[:300] for answer in answers]
-    assert answers[0].content == answers[1].content
-    assert (answers[0].content == first[0]) == (codec == "flac"), "only FLAC is lossless"
+    answer = http.post("/v1/videos/sync", data={**good, "audio_reference": json.dumps(entries)}, files=images)
+    assert answer.content == first[0], answer.text[:300]
 
 
 @pytest.mark.parametrize(("container", "codec", "rate"), CODECS)
@@ -196,14 +198,17 @@ def test_voices_of_other_formats_are_decoded(
 def test_damaged_voices_of_other_formats_are_refused(
     http: httpx.Client, good: dict[str, str], files: list[Any], container: str, codec: str, rate: int, damage: str
 ) -> None:
-    convert = _converted(container, codec, rate)
-    changes: dict[str, Callable[[bytes], bytes]] = {
-        "cut": lambda data: convert(data)[: len(convert(data)) // 2],
-        "another name": lambda data: {"flac": b"OggS", "ogg": b"fLaC", "ipod": b"RIFF"}[container] + convert(data)[4:],
-        "no audio": lambda data: convert(data)[:12] + bytes(20_000),
-        "long": lambda data: sound(container, codec, rate=rate, samples=np.zeros(601 * 16_000, np.float32)),
-    }
-    response = http.post("/v1/videos/sync", data=good, files=_voices(files, changes[damage]))
+    if damage == "long":
+        damaged = sound(container, codec, rate=rate, samples=np.zeros(601 * 16_000, np.float32))
+    else:
+        whole = _converted(container, codec, rate)(files[2][1][1])
+        magic = {"flac": b"OggS", "ogg": b"fLaC", "ipod": b"RIFF"}[container]
+        damaged = {
+            "cut": whole[: len(whole) // 2],
+            "another name": magic + whole[4:],
+            "no audio": whole[:12] + bytes(20_000),
+        }[damage]
+    response = http.post("/v1/videos/sync", data=good, files=_voices(files, lambda _: damaged))
     assert response.status_code == 400, response.text
     message = response.json()["error"]["message"]
     assert "reference audio 1" in message and "Errno" not in message, message
@@ -300,6 +305,7 @@ def test_a_deleted_job_stops_and_is_gone(
     before = _cpu(server)
     job = http.post("/v1/videos", data=load_test.LONG, files=files).json()["id"]
     wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
+    assert http.get(f"/v1/videos/{job}").json()["progress"] == 0
     assert http.get(f"/v1/videos/{job}/content").status_code == 404
     assert http.delete(f"/v1/videos/{job}").json()["deleted"]
     assert http.get(f"/v1/videos/{job}").status_code == 404
