@@ -66,6 +66,10 @@ class Sizes:
         pairs = v * v + a * a + (v + a) * t + 2 * v * a
         return 4.0 * self.layers * self.width * pairs
 
+    def limit_ms(self, gemm_tflops: float, attention_tflops: float) -> float:
+        """Return the milliseconds of products and attention alone, at these rates."""
+        return self.gemm_flop / gemm_tflops / 1e9 + self.attention_flop / attention_tflops / 1e9
+
 
 class Clock:
     """Times a call on a device: by the device's own events, or by the host's clock on a CPU."""
@@ -96,9 +100,13 @@ def build(config: dict[str, Any], device: torch.device) -> nn.Module:
     from port_kit.models.wan.transformer.model import build_transformer
 
     with device:
-        model = build_transformer(config).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
+        model = build_transformer(config)
+    return fill(model, torch.Generator(device).manual_seed(0))
+
+
+def fill(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Draw the weights where they are; return the model."""
+    for name, parameter in model.eval().requires_grad_(False).named_parameters():
         if name.endswith("weight") and parameter.dim() == 1:
             parameter.data.fill_(1.0)
         else:
@@ -133,12 +141,11 @@ def sizes_of(config: dict[str, Any], height: int, width: int) -> Sizes:
     )
 
 
-def rates(model: nn.Module, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> dict[str, float]:
-    """Measure TFLOP/s of a feed-forward's product and of the model's own self-attention layer."""
+def rates(attention: Any, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """Measure TFLOP/s of a feed-forward's product and of the video's own self-attention layer."""
     x = torch.randn(sizes.video, sizes.width, device=clock.device, dtype=dtype)
     w = torch.randn(sizes.hidden, sizes.width, device=clock.device, dtype=dtype)
     gemm = clock.median_ms(lambda: nn.functional.linear(x, w))
-    attention: Any = model.get_submodule("blocks.0.video.self_attn")
     heads = attention.heads
     q, k, v = (
         torch.randn(1, sizes.video, heads, sizes.width // heads, device=clock.device, dtype=dtype) for _ in "qkv"
@@ -176,13 +183,13 @@ def measure(
     """One size: a branch, its floor at the measured rates, the step of four branches, peak memory, the variants."""
     branch = inputs(config, *size, clock.device, dtype)
     sizes = sizes_of(config, *size)
-    found = rates(model, sizes, clock, dtype)
+    found = rates(model.get_submodule("blocks.0.video.self_attn"), sizes, clock, dtype)
     if clock.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     one = clock.median_ms(lambda: model(**branch))
     branch_peak = torch.cuda.max_memory_allocated() / 2**30 if clock.device.type == "cuda" else 0.0
-    limit = sizes.gemm_flop / found["gemm_tflops"] / 1e9 + sizes.attention_flop / found["attention_tflops"] / 1e9
+    limit = sizes.limit_ms(**found)
     branches = [branch, branch, {**branch, "unused": "audio"}, {**branch, "unused": "video"}]
     step = clock.median_ms(lambda: [model(**each) for each in branches], warm_up=1)
     flop = sizes.gemm_flop + sizes.attention_flop
