@@ -6,6 +6,7 @@ Shapes: S audio samples.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -49,7 +50,7 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
     return _mono_16k(_checked(_float_samples(samples[:, : whole * DECODED_SECONDS]), name), whole)
 
 
-def _array(samples: object, name: str) -> np.ndarray:
+def _array(samples: Any, name: str) -> np.ndarray:
     """Return samples (channels, S) of one of :data:`SAMPLE_TYPES`, copied from bfloat16 only."""
     if not isinstance(samples, (np.ndarray, torch.Tensor)):
         raise InputError(
