@@ -44,6 +44,8 @@ _IMAGE_BRANDS = {
 }
 #: Pixels of an image: the size of the pictures of current cameras and phones.
 MAX_PIXELS = 2**25
+#: Pixels of a side, as in JPEG: filters for downscaling take memory by the side.
+MAX_SIDE = 65_535
 #: Scans of a JPEG: a scan of 75 bytes takes as long to decode as the whole picture, and encoders write up to 20.
 MAX_SCANS = 32
 #: Markers of a JPEG: start of a scan, end of the image, and those that begin neither a segment nor a scan.
@@ -56,6 +58,8 @@ MAX_AUDIO_CHANNELS = 8
 MIN_AUDIO_RATE, MAX_AUDIO_RATE = 1_000, 768_000  # Hz
 #: FFmpeg's demuxer per container.
 AUDIO_CONTAINERS = {"wav": "wav", "mp3": "mp3", "flac": "flac", "ogg": "ogg", "mp4": "mov"}
+#: A compressed header of an MP4 file.
+_COMPRESSED = re.compile(rb"cmov.{4}dcomzlib.{4}cmvd", re.DOTALL)
 _CODECS = ("pcm_", "adpcm_", "mp3", "flac", "vorbis", "opus", "aac", "alac")
 
 Source = str | Path | bytes | BinaryIO
@@ -97,6 +101,7 @@ def check_image(source: object, *, name: str) -> Image.Image:
         if source.format not in _DECODED_FORMATS:
             raise _unsupported(name, source.format, IMAGE_FORMATS)
         check_pixels(source.width, source.height, name=name)
+        _check_single(source, name)
         return source
     file = _opened(source, "a path, bytes, a PIL image or a uint8 array (H, W, 3)", MAX_IMAGE_BYTES, name)
     if (size := _webp_size(file.read(30))) is not None:  # Pillow allocates the whole picture before it reports its size
@@ -118,7 +123,26 @@ def check_image(source: object, *, name: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise unreadable(name, error) from error
     check_pixels(image.width, image.height, name=name)
+    _check_single(image, name)
     return image
+
+
+def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
+    """Decode an image of :func:`check_image` to RGB; transparency and EXIF's orientation are not applied.
+
+    Raises:
+        InputError: the image is corrupt, or its pixels have more than 8 bits, which Pillow would clip.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"{name} has pixels of the mode {image.mode}; 8 bits per channel are required",
+            code="input_type",
+            hint="convert it to 8 bits per channel",
+        )
+    try:
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise unreadable(name, error) from error
 
 
 def image_suffix(head: bytes) -> str | None:
@@ -131,11 +155,22 @@ def image_suffix(head: bytes) -> str | None:
 
 
 def check_pixels(width: int, height: int, *, name: str) -> None:
-    """Raise InputError if an image has no pixels or more than :data:`MAX_PIXELS`."""
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"it has {width}x{height} pixels; at most {MAX_PIXELS} are accepted")
+    """Raise InputError if an image has no pixels, more than :data:`MAX_PIXELS`, or a side beyond :data:`MAX_SIDE`."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        most = f"at most {MAX_PIXELS}, and {MAX_SIDE} a side, are accepted"
+        raise _too_large(name, f"it has {width}x{height} pixels; {most}")
     if not width * height:
         raise InputError(f"{name} has {width}x{height} pixels", code="input_type")
+
+
+def _check_single(image: Image.Image, name: str) -> None:
+    """Refuse an animation, of which one picture would be used."""
+    if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):  # frames of an MPO are previews
+        raise InputError(
+            f"{name} is an animation; a single picture is required",
+            code="input_unreadable",
+            hint="give one of its pictures",
+        )
 
 
 def _image_of_array(array: Any, name: str) -> Image.Image:
@@ -200,7 +235,7 @@ def open_audio(source: object, *, name: str) -> Iterator[tuple[InputContainer, A
     container = _container(file.read(12))
     if container is None:
         raise _unsupported(name, None, tuple(AUDIO_CONTAINERS))
-    file.seek(0)
+    file = _without_compressed_texts(file, container, name)
     try:
         with av.open(file, format=AUDIO_CONTAINERS[container]) as opened:
             yield opened, _facts(opened, container, name)
@@ -241,6 +276,22 @@ def _container(head: bytes) -> str | None:
     # The layer of an MPEG audio frame is never 0; ADTS, which starts with the same bits, has 0 there.
     frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06
     return "mp3" if head[:3] == b"ID3" or frame else None
+
+
+def _without_compressed_texts(file: BinaryIO, container: str, name: str) -> BinaryIO:
+    """Return an audio file without what FFmpeg would decompress in its header: 1 kB may become 1 MB there."""
+    start, head = 0, b"ID3"
+    while container == "mp3" and head[:3] == b"ID3":
+        file.seek(start)
+        head = file.read(10).ljust(10, b"\0")
+        if head[:3] == b"ID3":  # 7 bits per byte are its size; a flag says that its head is repeated at its end
+            size = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(reversed(head[6:])))
+            start += 10 + size + (10 if head[5] & 0x10 else 0)
+    file.seek(start)
+    if container == "mp4" and _COMPRESSED.search(file.read()):
+        raise unreadable(name, "its header is compressed")
+    file.seek(start)
+    return io.BytesIO(file.read()) if start else file
 
 
 def _facts(opened: InputContainer, container: str, name: str) -> AudioFacts:

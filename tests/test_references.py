@@ -22,8 +22,11 @@ from port_kit.references import (
     MAX_AUDIO_SECONDS,
     MAX_PIXELS,
     MAX_SCANS,
+    MAX_SIDE,
     check_audio,
     check_image,
+    open_audio,
+    to_rgb,
 )
 from tests.helpers import raises
 
@@ -93,6 +96,8 @@ def test_other_formats_are_refused_whatever_their_name(kind: str, tmp_path: Path
     [
         lambda: png_header(LARGE, LARGE),
         lambda: io.BytesIO(png_header(100_000, 100_000)),
+        lambda: png_header(MAX_SIDE + 1, 1),
+        lambda: png_header(1, MAX_SIDE + 1),
         lambda: Image.open(io.BytesIO(png_header(LARGE, LARGE))),
         lambda: np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (LARGE, LARGE, 3)),
         lambda: b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x3f\0" * 2 + b"\0" * 64,
@@ -123,6 +128,30 @@ def test_scans_of_a_jpeg_are_bounded() -> None:
     with raises("input_size", f"more than {MAX_SCANS} scans"):
         check_image(data[:-2] + tables * MAX_SCANS + end, name="image")
     check_image(b"\xff\xd8\xff" + b"\xff" * 2**20 + data[3:], name="image")  # filling, read once
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_refused(kind: str) -> None:
+    data = encoded(kind, save_all=True, append_images=[Image.new("RGB", (40, 30))])
+    for source in (data, Image.open(io.BytesIO(data))):
+        with raises("input_unreadable", "image 2 is an animation"):
+            check_image(source, name="image 2")
+    previews = encoded("MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
+    assert check_image(previews, name="image").size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_pixels_of_more_than_8_bits_are_refused(kind: Any) -> None:
+    """Pillow clips them: all but the darkest become white."""
+    image = Image.fromarray(np.full((30, 40), 300, kind))
+    sources: list[Any] = [image]
+    if kind is np.uint16:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        sources.append(buffer.getvalue())
+    for source in sources:
+        with raises("input_type", "image 2", "8 bits"):
+            to_rgb(check_image(source, name="image 2"), name="image 2")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -162,6 +191,36 @@ SCRIPTS = {
     "SDP": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 1234 RTP/AVP 0\n",
     "DASH": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>other.wav</BaseURL></MPD>',
 }
+
+
+def test_texts_of_an_mp3_are_not_decompressed() -> None:
+    """FFmpeg would keep 3 MB of each text, of 3 kB of the file."""
+
+    def size_of(data: bytes) -> bytes:
+        return bytes(len(data) >> shift & 0x7F for shift in (21, 14, 7, 0))
+
+    text = b"\3key\0" + b"a" * 3_000_000
+    packed = size_of(text) + zlib.compress(text)
+    frames = (b"TXXX" + size_of(packed) + b"\0\x09" + packed) * 10
+    tag = b"ID3\4\0\0" + size_of(frames) + frames
+    plain = sound("mp3", "libmp3lame")
+    wanted = check_audio(plain, name="audio")
+    for data in (tag + plain, tag + tag + plain, tag[:5] + b"\x10" + tag[6:] + b"3DI" + tag[3:10] + plain):
+        with open_audio(data, name="audio") as (opened, facts):
+            assert facts == wanted
+            assert sum(map(len, opened.metadata.values())) < 1000
+    with raises("input_unreadable", "audio 2"):
+        check_audio(tag[:-10], name="audio 2")
+
+
+def test_an_mp4_with_a_compressed_header_is_refused() -> None:
+    packed = zlib.compress(bytes(2**20))
+    data = struct.pack(">I4s", len(packed) + 12, b"cmvd") + struct.pack(">I", 2**20) + packed
+    data = struct.pack(">I4s4s", 12, b"dcom", b"zlib") + data
+    data = struct.pack(">I4s", len(data) + 8, b"cmov") + data
+    head = struct.pack(">I4s4sI", 16, b"ftyp", b"qt  ", 0)
+    with raises("input_unreadable", "audio 2", "compressed"):
+        check_audio(head + struct.pack(">I4s", len(data) + 8, b"moov") + data, name="audio 2")
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from port_kit.references import check_image, unreadable
+from port_kit.references import check_image, to_rgb
 
 _WHITE = (255, 255, 255)
 
@@ -25,11 +25,7 @@ def load_image(source: object, *, name: str = "image") -> Image.Image:
     Raises:
         InputError: the image is unreadable, corrupt, too large or of an unsupported type.
     """
-    image = check_image(source, name=name)
-    try:
-        return image.convert("RGB")  # a lazily opened file is decoded here
-    except (OSError, ValueError, SyntaxError) as error:
-        raise unreadable(name, error) from error
+    return to_rgb(check_image(source, name=name), name=name)  # a lazily opened file is decoded here
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
@@ -54,10 +50,10 @@ def crop_image(image: Image.Image, height: int, width: int) -> torch.Tensor:
     Returns:
         float32 (C=3, ``height``, ``width``) in [-1, 1].
     """
-    # the long side and the offset are rounded down, as in the original
-    inner = image.width, int(image.width / width * height)
+    # the long side and the offset are rounded down, as in the original; at least one pixel remains
+    inner = image.width, max(1, int(image.width / width * height))
     if image.height / image.width < height / width:
-        inner = int(image.height / height * width), image.height
+        inner = max(1, int(image.height / height * width)), image.height
     left, top = (image.width - inner[0]) // 2, (image.height - inner[1]) // 2
     cropped = image.crop((left, top, left + inner[0], top + inner[1]))
     resized = cropped.resize((width, height), Image.Resampling.BICUBIC)

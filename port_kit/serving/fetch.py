@@ -19,6 +19,8 @@ from port_kit.serving.limits import Limits, option
 
 MAX_REDIRECTS = 3
 _CHUNK = 2**16
+#: Public IPv6 addresses, and those of translators to IPv4.
+_UNICAST, _NAT64 = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class Fetcher:
@@ -57,7 +59,7 @@ class Fetcher:
                 "references by URL are not allowed on this server; send the file itself, or a data URL "
                 f"({option('reference_hosts')} of the server allows a host)",
             )
-        if not _place(url) & set(allowed):
+        if not _place(url) & {entry.lower() for entry in allowed}:
             raise Refusal(400, f"references may be fetched from {', '.join(allowed)} only, by http or https")
 
     async def _follow(self, url: str) -> bytes:
@@ -110,15 +112,27 @@ class PublicResolver(AbstractResolver):
 
 
 def check_address(host: str) -> None:
-    """Raise OSError if an address is not public."""
-    address = ipaddress.ip_address(host)
-    mapped = getattr(address, "ipv4_mapped", None) or address
-    if not mapped.is_global or mapped.is_multicast:
+    """Raise OSError if an address is not public, or is a notation for an IPv4 address that is not."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        address = _ipv4_in(address) or address
+    is_unicast = isinstance(address, ipaddress.IPv4Address) or address in _UNICAST
+    if not address.is_global or address.is_multicast or not is_unicast:
         raise OSError(f"{host} is not a public address")
 
 
+def _ipv4_in(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address to which a translator or a tunnel would connect; None for other addresses."""
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
 def _place(url: str) -> set[str]:
-    """Return the entries of ``reference_hosts`` that allow a URL, empty if none can: ``host`` or ``host:port``."""
+    """Return the entries of ``reference_hosts`` that allow a URL, empty if none can: ``host`` or ``host:port``.
+
+    An IPv6 address is in brackets.
+    """
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower(), parts.port
@@ -126,4 +140,5 @@ def _place(url: str) -> set[str]:
         return set()
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
         return set()
+    host = f"[{host}]" if ":" in host else host
     return {host} if port in (None, 80, 443) else {f"{host}:{port}"}

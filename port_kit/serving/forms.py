@@ -20,12 +20,12 @@ from port_kit.serving.strict_json import parse_json
 MAX_FIELDS, MAX_FILES, MAX_FIELD_BYTES = 64, 32, 48 * 2**20
 #: Characters of a field without references, and of the name of a field or a file.
 MAX_TEXT, MAX_NAME = 2**16, 256
-#: Size of a URL-encoded form, whose decoding is slow.
-URL_ENCODED_MB = 1.0
+#: Size of a body without files: a URL-encoded form, whose decoding is slow, or JSON.
+TEXT_MB = 1.0
+#: Fields of the form of ``/v1/images/edits`` that list images by URL, and those that hold a file or one URL.
+URL_FIELDS, FILE_OR_URL_FIELDS = ("url", "url[]"), ("mask_image", "reference_image")
 #: Fields that hold references.
-_LONG = ("image_reference", "audio_reference")
-#: Fields of the form of ``/v1/images/edits`` that list images by URL.
-URL_FIELDS = ("url", "url[]")
+_LONG = ("image_reference", "audio_reference", *URL_FIELDS, *FILE_OR_URL_FIELDS)
 
 
 @dataclass
@@ -86,7 +86,7 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
             headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
         )
     elif kind == "application/x-www-form-urlencoded":
-        stream = read_body(scope, receive, replace(limits, max_upload_mb=min(limits.max_upload_mb, URL_ENCODED_MB)))
+        stream = read_body(scope, receive, _without_files(limits))
         parser = FormParser(headers, stream, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     else:
         raise Refusal(400, f"content-type is {kind or 'missing'!r}; multipart/form-data is required")
@@ -134,7 +134,7 @@ def _collect(items: list[tuple[str, Any]]) -> Form:
             form.urls.append(value)
         else:
             form.fields[name] = value
-        _check_text(name, value, MAX_FIELD_BYTES if name in (*URL_FIELDS, *_LONG) else MAX_TEXT)
+        _check_text(name, value, MAX_FIELD_BYTES if name in _LONG else MAX_TEXT)
     return form
 
 
@@ -149,16 +149,24 @@ def _check_text(what: str, text: str, limit: int) -> None:
 
 
 async def read_json(scope: Scope, receive: Receive, limits: Limits) -> dict[str, Any]:
-    """Read a body of JSON.
+    """Read a body of JSON, whose texts are as long as those of a form.
 
     Raises:
         Refusal: the body is too large, too slow, or no JSON object.
     """
-    body = b"".join([chunk async for chunk in read_body(scope, receive, limits)])
+    body = b"".join([chunk async for chunk in read_body(scope, receive, _without_files(limits))])
     found = await asyncio.to_thread(parse_json, body, "the body")
     if not isinstance(found, dict):
         raise Refusal(400, f"the body is {type(found).__name__}; a JSON object is required")
+    for name, value in found.items():
+        _check_text("the name of a field", name, MAX_NAME)
+        if isinstance(value, str):
+            _check_text(name, value, MAX_TEXT)
     return found
+
+
+def _without_files(limits: Limits) -> Limits:
+    return replace(limits, max_upload_mb=min(limits.max_upload_mb, TEXT_MB))
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
@@ -199,7 +207,7 @@ def _check_size(size: int, limits: Limits) -> None:
         raise Refusal(
             400,
             f"the body has more than {limits.max_upload_mb:g} MB ({option('max_upload_mb')} of the server; "
-            f"{URL_ENCODED_MB:g} for a URL-encoded form); send smaller references, as multipart/form-data",
+            f"{TEXT_MB:g} for a URL-encoded form or JSON); send smaller references, as multipart/form-data",
         )
 
 

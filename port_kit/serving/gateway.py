@@ -163,11 +163,17 @@ class Gateway:
 
     async def _checked(self, scope: Scope, receive: Receive, served: Served) -> tuple[dict[str, Any], bytes, bytes]:
         """Read and check the body of a request for an output; return a job's settings, the body and its type."""
+        if query := scope["query_string"]:
+            raise Refusal(
+                400,
+                f"[input_value] the request has the query {query[:80].decode('latin-1')!r}, which is not read\n"
+                "hint: give all values in the body",
+            )
         names = body_names(scope["app"], scope["path"])
         settings: dict[str, Any] = {}
         if scope["path"] in JSON_ENDPOINTS:
             given = await read_json(scope, receive, self._limits)
-            check_json(given, names)
+            check_json(given, names, self._limits)
             return settings, json.dumps(given).encode(), b"application/json"
         form = await read_form(scope, receive, self._limits)
         try:
@@ -214,7 +220,7 @@ class Gateway:
             raise Refusal(
                 403, "this server does not list jobs, because it has no API keys to tell clients apart; keep their ids"
             )
-        query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+        query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
         answer.rewrite = lambda status, listed: self._jobs.listing(listed, client, query)
         await self._app({**scope, "query_string": b""}, receive, answer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -11,11 +12,13 @@ from pydantic import BaseModel
 
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.fetch import Fetcher
-from port_kit.serving.forms import URL_FIELDS, Form, Upload
+from port_kit.serving.forms import FILE_OR_URL_FIELDS, URL_FIELDS, Form, Upload
 from port_kit.serving.limits import Limits
+from port_kit.serving.loras import resolve_lora
 from port_kit.serving.pictures import check_picture
 from port_kit.serving.references import content_of
 from port_kit.serving.served import MAX_REFERENCES
+from port_kit.serving.strict_json import parse_json
 
 #: Endpoints whose body is JSON.
 JSON_ENDPOINTS = ("/v1/images/generations", "/v1/audio/generate")
@@ -40,23 +43,34 @@ def body_names(app: Any, path: str) -> tuple[str, ...]:
     raise LookupError(f"{path} is no endpoint of vLLM-Omni")
 
 
-def check_json(given: dict[str, Any], names: Collection[str]) -> None:
-    """Refuse a body with a name that the endpoint does not have."""
+def check_json(given: dict[str, Any], names: Collection[str], limits: Limits) -> None:
+    """Refuse a body with a name that the endpoint does not have, and find its LoRA.
+
+    Raises:
+        Refusal: a name or the LoRA is not valid.
+    """
     _check_names(given, names)
+    if given.get("lora") is not None:
+        given["lora"] = resolve_lora(given["lora"], limits)
 
 
 async def check_image_form(form: Form, names: Collection[str], limits: Limits) -> None:
-    """Check the form of ``/v1/images/edits``, and turn its URLs into files.
+    """Check the form of ``/v1/images/edits``, turn its URLs into files, and find its LoRA.
 
     Raises:
-        Refusal: a name or a URL is not valid; InputError: an image is not.
+        Refusal: a name, a URL or the LoRA is not valid; InputError: an image is not.
     """
     _check_names([*form.fields, *(upload.field for upload in form.uploads)], names)
-    if len(form.uploads) + len(form.urls) > MAX_REFERENCES:
-        raise Refusal(400, f"[input_count] {len(form.uploads) + len(form.urls)} images; at most {MAX_REFERENCES}")
+    if "lora" in form.fields:
+        form.fields["lora"] = json.dumps(resolve_lora(parse_json(form.fields["lora"], "lora"), limits))
+    single = [(name, form.fields.pop(name)) for name in FILE_OR_URL_FIELDS if name in form.fields]
+    urls = [*(("image", url) for url in form.urls), *single]
+    count = len(form.uploads) + len(urls)
+    if count > MAX_REFERENCES:
+        raise Refusal(400, f"[input_count] {count} images; at most {MAX_REFERENCES}")
     fetcher = Fetcher(limits, limits.max_body)
-    for url in form.urls:
-        form.uploads.append(Upload("image", "image.png", io.BytesIO(await content_of(url, fetcher))))
+    for name, url in urls:
+        form.uploads.append(Upload(name, "image.png", io.BytesIO(await content_of(url, fetcher))))
     form.urls.clear()
     for number, upload in enumerate(form.uploads, 1):
         await check_picture(upload.file, name=f"image {number}")

@@ -98,6 +98,8 @@ class Jobs:
         Raises:
             Refusal: a value of the query is not valid.
         """
+        if unknown := [name for name in query if name not in ("limit", "after", "order")]:
+            raise Refusal(400, f"the query has the unknown name {unknown[0][:80]!r}; known are limit, after and order")
         limit, order = query.get("limit", "100"), query.get("order", "desc")
         if not _LIMIT.fullmatch(limit) or order not in ("asc", "desc"):
             raise Refusal(

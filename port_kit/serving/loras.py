@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
-from port_kit.serving.strict_json import parse_json
 
 #: ``int_id`` is what clients of vLLM-Omni send; files are told apart by their content.
 KEYS = ("name", "path", "scale", "int_id")
@@ -17,21 +15,21 @@ KEYS = ("name", "path", "scale", "int_id")
 MAX_SCALE = 10.0
 
 
-def resolve_lora(text: str, limits: Limits) -> str:
-    """Return the ``lora`` field with the path of a file below a configured folder.
+def resolve_lora(given: object, limits: Limits) -> dict[str, Any]:
+    """Return the value of a ``lora`` field with the path of a file below a configured folder.
 
     The answer to a file outside the folders and to one that does not exist is the same, so that it tells nothing about
     the server's files.
 
     Args:
-        text: JSON object with ``name`` or ``path``, and optionally ``scale``. ``path`` is relative to a configured
-            folder, or absolute.
+        given: dict with ``name`` or ``path``, and optionally ``scale``. ``path`` is relative to a configured folder, or
+            absolute.
         limits: of the server.
 
     Raises:
         Refusal: the field cannot be used.
     """
-    given = _parse(text)
+    given = _checked(given)
     if not limits.lora_roots:
         raise Refusal(400, f"lora: this server has no folder of LoRA files ({option('lora_roots')} adds one)")
     asked = given.get("path") or given.get("name")
@@ -42,11 +40,10 @@ def resolve_lora(text: str, limits: Limits) -> str:
         raise Refusal(400, f"lora: this server has no LoRA {asked[:200]!r}")
     named = given.get("name")
     lora = {"name": named if isinstance(named, str) and named else asked, "path": str(found)}
-    return json.dumps({**lora, "scale": _scale(given.get("scale", 1.0))})
+    return {**lora, "scale": _scale(given.get("scale", 1.0))}
 
 
-def _parse(text: str) -> dict[str, Any]:
-    given = parse_json(text, "lora")
+def _checked(given: object) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise Refusal(400, f"lora is {type(given).__name__}; a JSON object with name or path is required")
     for name in given:

@@ -35,7 +35,7 @@ class EncodedImage(Image.Image):
         super().__init__()
         self._content = content
         with self._open() as opened:
-            self._mode, self._size, self.info = "RGB", opened.size, dict(opened.info)
+            self._mode, self._size = "RGB", opened.size  # texts in info may be far larger than the file
 
     def load(self) -> Any:
         """Decode the image, as Pillow's images of files do."""

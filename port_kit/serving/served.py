@@ -23,6 +23,7 @@ class Served:
         output_type: of its stage, ``video``, ``image`` or ``audio``.
         fps: frames per second of a video.
         frames: number of frames of every video; None if requests choose it.
+        frame_step: requests choose 1 and a multiple of it, at least one; None if that is not known.
         settings: seed and steps of a request that gives none.
     """
 
@@ -30,6 +31,7 @@ class Served:
     output_type: str
     fps: float = 0
     frames: int | None = None
+    frame_step: int | None = None
     settings: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -63,5 +65,6 @@ def served_by(config: Any) -> Served:
         port.output_type,
         fps=getattr(pipeline, "fps", 0),
         frames=getattr(reader, "fixed_frames", None),
+        frame_step=getattr(getattr(pipeline, "options", None), "frame_step", None),
         settings=settings,
     )

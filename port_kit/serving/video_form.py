@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +43,8 @@ KINDS = ("image", "audio")
 
 #: Largest reference in bytes, by kind, as in vLLM-Omni's server.
 MAX_BYTES = {"image": 30 * 2**20, "audio": 15 * 2**20}
+#: Length of a video; models make less.
+MAX_SECONDS = 3600.0
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
 
@@ -63,7 +66,7 @@ async def check_video_form(form: Form, served: Served, limits: Limits) -> dict[s
     _check_options(form, served)
     _json(form, "timeline_guides", (dict, list))
     if "lora" in form.fields:
-        form.fields["lora"] = resolve_lora(form.fields["lora"], limits)
+        form.fields["lora"] = json.dumps(resolve_lora(parse_json(form.fields["lora"], "lora"), limits))
     await _set_references(form, served, limits)
     given: dict[str, Any] = {name: numbers[name] for name in ("seed", "num_inference_steps") if name in numbers}
     return {**dict(served.settings), **given}
@@ -171,8 +174,7 @@ def _set_length(form: Form, numbers: dict[str, Any], served: Served) -> None:
         )
     wanted = None if seconds is None else _number("seconds", seconds, float, "a number of seconds")
     if served.frames is None:
-        if wanted is not None and served.fps:
-            form.fields["num_frames"] = str(max(1, round(wanted * served.fps)))
+        _choose_frames(form, numbers, wanted, served)
         return
     length = served.frames / served.fps
     if wanted is not None and abs(wanted - length) > 0.5:
@@ -181,6 +183,19 @@ def _set_length(form: Form, numbers: dict[str, Any], served: Served) -> None:
         raise Refusal(
             400, f"[input_value] num_frames is {numbers['num_frames']}; this model makes {served.frames} frames"
         )
+
+
+def _choose_frames(form: Form, numbers: dict[str, Any], wanted: float | None, served: Served) -> None:
+    """Set the number of frames nearest to ``wanted`` seconds; refuse 1, for which vLLM-Omni makes the default."""
+    step = served.frame_step
+    if wanted is not None and not 0 < wanted <= MAX_SECONDS:
+        raise Refusal(400, f"[input_value] seconds is {wanted:g}; more than 0 and at most {MAX_SECONDS:g} is required")
+    if step is not None and numbers.get("num_frames") == 1:
+        raise Refusal(400, f"[input_value] num_frames is 1; {1 + step}, or more in steps of {step}, is required")
+    if wanted is not None and served.fps:
+        frames = wanted * served.fps
+        nearest = max(1, round(frames)) if step is None else 1 + step * max(1, round((frames - 1) / step))
+        form.fields["num_frames"] = str(nearest)
 
 
 def _json(form: Form, name: str, kind: type | tuple[type, ...]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from PIL import Image
 from port_kit.models.wan.components.text_encoder import load_tokenizer
 from port_kit.models.wan.pipeline.conditioning_media import crop_reference_audio, load_reference_audio
 from port_kit.models.wan.pipeline.prompts import strip_tags, tokenize
-from port_kit.pipeline.images import fit_image, load_image
+from port_kit.pipeline.images import crop_image, fit_image, load_image
 from port_kit.pipeline.media import (
     describe_file,
     measure_mp4,
@@ -35,6 +36,13 @@ def tone(rate: int, seconds: float = 3.0) -> np.ndarray:
     return np.sin(2 * np.pi * 440 * np.arange(int(rate * seconds)) / rate).astype(np.float32)
 
 
+def wav(samples: np.ndarray) -> bytes:
+    """A WAV file of float32 samples (S,) at 16 kHz."""
+    data = samples.astype("<f4").tobytes()
+    head = struct.pack("<4sIHHIIHH4sI", b"fmt ", 16, 3, 1, 16_000, 64_000, 4, 32, b"data", len(data))
+    return struct.pack("<4sI4s", b"RIFF", 4 + len(head) + len(data), b"WAVE") + head + data
+
+
 @pytest.mark.parametrize(("name", "digest"), [("img0.png", "773c6c6d331b4c18"), ("img1.png", "04b6b38cb55bc2fe")])
 def test_an_image_is_fitted_as_the_reference_fits_it(goldens: Path, name: str, digest: str) -> None:
     """The digests are those of the pixels that the reference code gave its VAE."""
@@ -49,6 +57,11 @@ def test_any_ratio_fits_on_white(size: tuple[int, int]) -> None:
     assert pixels.min() == -1.0 and pixels.max() <= 1.0
     covered = (pixels < 0).any(0)
     assert covered.any(0).all() or covered.any(1).all()  # the image touches two opposite sides
+
+
+@pytest.mark.parametrize("size", [(1, 500), (500, 1), (1, 1), (65_535, 1), (1, 65_535)])
+def test_any_ratio_is_cropped(size: tuple[int, int]) -> None:
+    assert torch.equal(crop_image(Image.new("RGB", size, "white"), 64, 96), torch.ones(3, 64, 96))
 
 
 def test_an_image_may_be_a_path_bytes_an_array_or_an_image_in_any_mode() -> None:
@@ -97,6 +110,10 @@ def test_a_reference_audio_is_resampled_and_mixed_down(rate: int) -> None:
     assert np.abs(samples[middle] - tone(16_000)[middle]).max() < 2e-3
 
 
+def test_a_file_of_floats_is_read() -> None:
+    assert np.array_equal(load_reference_audio(wav(tone(16_000) * 2)), tone(16_000) * 2)
+
+
 def test_integer_samples_are_scaled_to_one() -> None:
     samples = load_reference_audio(((tone(16_000) * 32_767).astype(np.int16), 16_000))
     assert np.abs(samples - tone(16_000)).max() < 1e-4
@@ -114,6 +131,9 @@ def test_integer_samples_are_scaled_to_one() -> None:
         ((tone(16_000), 0), "input_value"),
         ((tone(16_000), float("nan")), "input_value"),
         ((tone(16_000) * np.nan, 16_000), "input_value"),
+        ((tone(16_000) * 32_767, 16_000), "input_value"),
+        ((tone(16_000).astype(np.float64) * 1e300, 16_000), "input_value"),
+        *[(wav(np.full(48_000, size)), "input_value") for size in (np.nan, np.inf, 1e30, 100)],
     ],
 )
 def test_a_source_that_is_not_audio_is_refused_by_name(source: Any, code: str) -> None:

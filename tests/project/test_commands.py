@@ -12,7 +12,9 @@ import pytest
 from port_kit.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("docs/ports", "recipes")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("README.md"))]
+PAGES += sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__))
 #: Commands of the shell and of installations, which set-up and the continuous integration run.
 SHELL = ("cd", "export", ".", "pip", "make", "pytest", "git")

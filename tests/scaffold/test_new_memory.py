@@ -32,14 +32,13 @@ print("allocated", sum(allocated))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "counted"),
     [
         pytest.param("", 0, id="new"),
         pytest.param(
-            *("import diffusers; diffusers.WanTransformer3DModel(**CONFIG)", 1),
-            id="a model that is built is counted",
-            marks=pytest.mark.slow,
+            "import diffusers; diffusers.WanTransformer3DModel(**CONFIG)", 1, id="a model that is built is counted"
         ),
     ],
 )

@@ -1,29 +1,41 @@
-"""Servers on tiny models, and the examples' clients."""
+"""Servers on tiny models, started by the commands of the examples' pages, and the examples' clients."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from port_kit.download import Recipe
-from port_kit.registry import find_port
 from port_kit.testing.server import ApiServer
-from port_kit.testing.tiny_port import download_tiny
+from tests.project.test_commands import commands
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "online_serving"
 
 
+def download_as_written(port: str, folder: Path) -> tuple[Path, list[str]]:
+    """Run the command of a port's page that makes the tiny model.
+
+    Returns:
+        The model directory, and the options of the page's command that serves it.
+    """
+    written = commands(EXAMPLES / port / "README.md")
+    script, *options = next(words[1:] for words in written if words[1:] and words[1].endswith(f"download_{port}.py"))
+    path = (EXAMPLES / port / script).resolve()
+    subprocess.run([sys.executable, str(path), *options], cwd=folder, check=True, capture_output=True, timeout=300)
+    model, *arguments = next(words[2:] for words in written if words[:2] == ["port-kit", "serve"])
+    return folder / model, arguments
+
+
 @contextmanager
-def serving(recipe: Recipe, folder: Path, *options: str, **environment: str) -> Iterator[ApiServer]:
-    """Serve the tiny model of a recipe; the server's process group is killed in the end."""
-    model = download_tiny(find_port(recipe.name), folder / "model").directory
+def serving(port: str, folder: Path, *options: str, **environment: str) -> Iterator[ApiServer]:
+    """Serve the tiny model of a port; the server's process group is killed in the end."""
+    model, arguments = download_as_written(port, folder)
     variables = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
-    arguments = ("--dtype", "float32", "--enforce-eager", *options)
-    with ApiServer(model, *arguments, folder=folder, environment=variables) as running:
+    with ApiServer(model, *arguments, *options, folder=folder, environment=variables) as running:
         yield running
 
 

@@ -20,10 +20,8 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from port_kit.models.ovi import PORT
 from port_kit.testing.server import ApiServer
-from port_kit.testing.tiny_port import download_tiny
-from tests.serving.helpers import EXAMPLES
+from tests.serving.helpers import EXAMPLES, download_as_written
 
 ALICE, BOB = "alice-key", "bob-key"
 GOOD = {"prompt": "rain", "num_inference_steps": "1", "seed": "1"}
@@ -150,9 +148,9 @@ class Target:
             pass
         return client
 
-    def submit(self, fields: dict[str, Any] | None = None) -> str:
+    def submit(self, fields: dict[str, Any] | None = None, files: Any = None) -> str:
         """Start a job of the first client, and return its id."""
-        response = self.alice.post("/v1/videos", data={**GOOD, **(fields or {})})
+        response = self.alice.post("/v1/videos", data={**GOOD, **(fields or {})}, files=files)
         assert response.status_code == 200, response.text
         return str(response.json()["id"])
 
@@ -160,7 +158,7 @@ class Target:
 @contextmanager
 def target(folder: Path) -> Iterator[Target]:
     """Start the server, with a disk of its own in a mount namespace of its own."""
-    model = download_tiny(PORT, folder / "model").directory
+    model, written = download_as_written("ovi", folder)
     disk, loras = folder / "disk", folder / "loras"
     disk.mkdir()
     loras.mkdir()
@@ -174,7 +172,7 @@ def target(folder: Path) -> Iterator[Target]:
         start = f"mount -t tmpfs -o size={DISK_KB}k tmpfs {shlex.quote(str(disk))}"
         start += f' && exec sh {shlex.quote(str(EXAMPLES / "serve.sh"))} "$@"'
         script.write_text(f'exec unshare -rm sh -c {shlex.quote(start)} sh "$@"\n', encoding="utf-8")
-        arguments = [*options, "--dtype", "float32", "--enforce-eager"]
+        arguments = [*options, *written]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         variables = {"OMP_NUM_THREADS": "1", "PATH": path}
         with ApiServer(model, *arguments, folder=folder, environment=variables, script=script) as server:
@@ -183,4 +181,4 @@ def target(folder: Path) -> Iterator[Target]:
                 for key in (ALICE, BOB)
             ]
             seen = Path(f"/proc/{server.pid}/root") / disk.relative_to("/")
-            yield Target(server, *clients, seen, loras, web, Path(model))
+            yield Target(server, *clients, seen, loras, web, model)

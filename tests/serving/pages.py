@@ -36,9 +36,11 @@ def run_written(
         job: id of a job, for ``ID``.
     """
     words = [word.replace(WRITTEN, server.url).replace("/ID", f"/{job}") for word in words]
-    is_request = (
-        any(word in words for word in ("client.py", "./client.sh", "--form-string")) and "--samples" not in words
+    is_request = {"client.py", "./client.sh", "--form-string"} & set(words) and not {"--samples", "--sample"} & set(
+        words
     )
+    if any(word.startswith("size=") for word in words):
+        small = {name: value for name, value in small.items() if name not in ("width", "height")}
     if words[0] == "curl":
         words += ["--fail-with-body", "--noproxy", "*", "--header", f"Authorization: Bearer {key}"]
     if words[0] == "python":

@@ -13,7 +13,6 @@ import httpx
 import psutil
 import pytest
 
-from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.testing.server import ApiServer
 from tests.helpers import wait_until
 from tests.serving.helpers import serving
@@ -25,7 +24,7 @@ PROMISED, BUSY = 30, 4
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    with serving(RECIPE, tmp_path_factory.mktemp("ranks"), "--tensor-parallel-size", "2") as running:
+    with serving("dreamid_omni", tmp_path_factory.mktemp("ranks"), "--tensor-parallel-size", "2") as running:
         yield running
 
 

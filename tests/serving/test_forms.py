@@ -10,6 +10,8 @@ import pytest
 from port_kit.serving.asgi import Message, Refusal
 from port_kit.serving.forms import Form, read_form
 from port_kit.serving.limits import Limits
+from port_kit.serving.served import Served
+from port_kit.serving.video_form import check_video_form
 
 MULTIPART, URL_ENCODED = "multipart/form-data; boundary=b", "application/x-www-form-urlencoded"
 BODY = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nra\xc3\xafn\r\n'
@@ -52,3 +54,25 @@ def test_a_charset_chooses_no_decoder(charset: str) -> None:
         with pytest.raises(Refusal, match="texts of a form are UTF-8"):
             read(f"{content_type}; charset={charset}", body)
     assert read(URL_ENCODED, b"prompt=a&seed=3").fields == {"prompt": "a", "seed": "3"}
+
+
+def checked(served: Served, **fields: str) -> dict[str, str]:
+    """Return the fields of a form for videos as the server receives them."""
+    form = Form({"prompt": "rain", **fields})
+    asyncio.run(check_video_form(form, served, Limits()))
+    return form.fields
+
+
+@pytest.mark.parametrize(
+    ("seconds", "frames"), [("0.01", "5"), ("0.7", "17"), ("5", "121"), ("8", "193"), ("8.1", "193"), ("8.2", "197")]
+)
+def test_seconds_become_the_nearest_number_of_frames(seconds: str, frames: str) -> None:
+    assert checked(Served(None, "video", fps=24, frame_step=4), seconds=seconds)["num_frames"] == frames
+
+
+@pytest.mark.parametrize(
+    "fields", [{"seconds": "0"}, {"seconds": "-5"}, {"seconds": "nan"}, {"seconds": "1e308"}, {"num_frames": "1"}]
+)
+def test_a_length_that_no_video_has_is_refused(fields: dict[str, str]) -> None:
+    with pytest.raises(Refusal, match=next(iter(fields))):
+        checked(Served(None, "video", fps=24, frame_step=4), **fields)

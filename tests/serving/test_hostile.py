@@ -15,6 +15,7 @@ from tests.helpers import wait_until
 from tests.models.test_admission import write_lora
 from tests.serving.hostile import (
     ALICE,
+    GOOD,
     LIMIT,
     MAX_QUEUE,
     Target,
@@ -77,6 +78,9 @@ def test_an_unknown_option_is_refused_with_the_nearest_name(
         ({"image_reference": '{"image_url": "data:' + ";a" * 30_000 + '"}'}, ("[input_unreadable] a data URL",)),
         ({"image_reference": '{"image_url": "data:image/png;base64,!"}'}, ("[input_unreadable] a data URL",)),
         ({"num_inference_steps": "\u0661"}, ("[input_type] num_inference_steps",)),
+        ({"num_inference_steps": "201"}, ("num_inference_steps", "200")),
+        ({"num_inference_steps": "0"}, ("num_inference_steps",)),
+        ({"guidance_scale": "20.5"}, ("guidance_scale", "20")),
         ({"num_inference_steps": "1_0"}, ("[input_type] num_inference_steps",)),
         ({"prompt": "rain " * 20_000}, ("[input_size] prompt has 100000 characters",)),
         ({"q" * 1_000: "1"}, ("[input_size] the name of a field",)),
@@ -84,6 +88,11 @@ def test_an_unknown_option_is_refused_with_the_nearest_name(
 )
 def test_a_wrong_field_is_refused(target: Target, fields: dict[str, str], parts: tuple[str, ...]) -> None:
     refused(target.sync(fields), *parts)
+
+
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/videos/sync"])
+def test_a_query_is_not_ignored(target: Target, path: str) -> None:
+    refused(target.alice.post(f"{path}?seed=3", data=GOOD), "[input_value]", "'seed=3'")
 
 
 def test_the_length_of_the_model_may_be_given(target: Target, first: bytes) -> None:
@@ -232,6 +241,7 @@ def test_without_a_key_nothing_is_served(target: Target) -> None:
 @pytest.mark.parametrize("query", ["limit=" + "9" * 5000, "limit=%C2%B2", "limit=101", "limit=-1", "order=up"])
 def test_a_list_is_bounded(target: Target, query: str) -> None:
     refused(target.alice.get(f"/v1/videos?{query}"), "0 to 100")
+    refused(target.alice.get("/v1/videos?limits=1"), "'limits'")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Images that are slow to decode or damaged, on a server of Ovi."""
+"""Images that are large in memory, slow to decode or damaged, on a server of Ovi."""
 
 from __future__ import annotations
 
@@ -9,10 +9,25 @@ import httpx
 from PIL import Image
 
 from port_kit.references import MAX_PIXELS, MAX_SCANS
-from tests.serving.hostile import Target, refused
+from tests.serving.hostile import MAX_QUEUE, Target, png, refused
 
-#: Pixels a side of the largest square image.
+#: Pixels a side of the largest square image, and its bytes in the memory of Pillow.
 SIDE = int(MAX_PIXELS**0.5)
+DECODED = SIDE * SIDE * 4
+
+
+def test_images_of_waiting_requests_are_not_decoded(target: Target) -> None:
+    """Each request is decoded once on arrival, and then again when the engine resizes its image."""
+    large = {"input_reference": png(SIDE, SIDE)}
+    assert target.sync(files=large).status_code == 200
+    jobs = [target.submit({"num_inference_steps": "200"})]
+    before = target.server.memory()
+    jobs += [target.submit(files=large) for _ in range(MAX_QUEUE - 2)]
+    refused(target.sync({"extra_params": '{"shift": 1e9}'}), "shift")  # requests are prepared in their order
+    grown = target.server.memory() - before
+    assert grown < DECODED, f"{MAX_QUEUE - 2} images of {DECODED} bytes take {grown}"
+    for job in jobs:
+        assert target.alice.delete(f"/v1/videos/{job}").status_code == 200
 
 
 def test_an_image_with_many_scans_is_refused_at_once(target: Target) -> None:

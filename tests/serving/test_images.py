@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -104,6 +105,30 @@ def image(kind: str, *, frames: int = 1) -> bytes:
 )
 def test_an_image_is_refused_for_its_content(http: httpx.Client, content: bytes, parts: tuple[str, ...]) -> None:
     refused(edit(http, content), *parts)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/none", "owner/name"])
+def test_a_lora_needs_a_configured_folder(http: httpx.Client, path: str) -> None:
+    lora = {"name": "x", "path": path}
+    plain = {name: value for name, value in GOOD.items() if name != "strength"}
+    refused(http.post(GENERATE, json={**plain, "lora": lora}), "no folder of LoRA files")
+    refused(edit(http, small_png(), lora=json.dumps(lora)), "no folder of LoRA files")
+
+
+@pytest.mark.parametrize("name", ["mask_image", "reference_image"])
+def test_every_field_with_an_image_is_checked(http: httpx.Client, name: str) -> None:
+    refused(edit(http, small_png(), **{name: "http://127.0.0.1/a.png"}), "references by URL are not allowed")
+    url = f"data:image/png;base64,{base64.b64encode(png(13_300, 13_300)).decode()}"
+    refused(edit(http, small_png(), **{name: url}), "[input_size]", "13300x13300")
+
+
+def test_a_query_is_not_ignored(http: httpx.Client) -> None:
+    refused(http.post(f"{GENERATE}?seed=3", json=GOOD), "'seed=3'")
+
+
+def test_a_long_text_is_refused(http: httpx.Client) -> None:
+    refused(http.post(GENERATE, json={"prompt": "a" * 100_000}), "prompt has 100000 characters")
+    refused(http.post(GENERATE, json={"prompt": "a" * 2_000_000}), "more than 1 MB")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/a.png", "file:///etc/passwd", "data:image/png,x"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from port_kit.pipeline.images import load_image
 from port_kit.serving.pictures import EncodedImage
@@ -35,6 +37,26 @@ def test_the_pixels_are_those_of_the_file(kind: str, mode: str) -> None:
     assert image._im is None and copy._im is None, "nothing was kept"
     assert np.array_equal(np.asarray(image), np.asarray(wanted))
     assert image.resize((7, 5)).tobytes() == wanted.resize((7, 5)).tobytes()
+
+
+def test_an_image_is_held_as_its_file() -> None:
+    """A text of 1 MB takes 1 kB of a file."""
+    texts = PngInfo()
+    for number in range(20):
+        texts.add_text(f"text {number}", "a" * 1_000_000, zip=True)
+    buffer = io.BytesIO()
+    Image.new("1", (2000, 2000)).save(buffer, "PNG", pnginfo=texts)
+    content = buffer.getvalue()
+    tracemalloc.start()
+    try:
+        held = [EncodedImage(content) for _ in range(8)]
+        shown = {load_image(image).size for image in held}
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert shown == {(2000, 2000)} and len(content) < 50_000
+    assert size < 8 * 5_000, "the file itself is shared"
+    assert all(image._im is None for image in held) and len(pickle.dumps(held)) < 2 * len(content)
 
 
 def test_a_change_is_kept() -> None:

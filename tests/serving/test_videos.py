@@ -9,7 +9,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import wave
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,12 +20,14 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
-from port_kit.models.dreamid_omni.recipe import RECIPE
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
 from tests.helpers import wait_until
 from tests.serving.helpers import EXAMPLES, run_client, serving
+from tests.serving.pages import client_commands, run_written
+from tests.test_references import sound
 
 LIMIT = 300.0
 #: Seconds that finished files are kept.
@@ -38,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """A server of the tiny DreamID-Omni."""
     options = ("--keep-seconds", str(KEPT), "--api-key", KEY)
     sweep = {"VLLM_OMNI_SERVER_STORAGE__TTL_SWEEP_INTERVAL": "1"}
-    with serving(RECIPE, tmp_path_factory.mktemp("dreamid"), *options, **sweep) as running:
+    with serving("dreamid_omni", tmp_path_factory.mktemp("dreamid"), *options, **sweep) as running:
         yield running
 
 
@@ -143,6 +146,75 @@ def test_references_as_data_urls_equal_uploads(
     assert response.content == first[0]
 
 
+def _voices(files: list[Any], change: Callable[[bytes], bytes]) -> list[Any]:
+    """Return the good references with changed voices."""
+    return [
+        (field, (name, change(content) if kind.startswith("audio") else content, kind))
+        for field, (name, content, kind) in files
+    ]
+
+
+def _converted(container: str, codec: str, rate: int) -> Callable[[bytes], bytes]:
+    def convert(content: bytes) -> bytes:
+        with wave.open(io.BytesIO(content)) as file:
+            assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (16_000, 1, 2)
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 2**15
+        return sound(container, codec, rate=rate, samples=samples)
+
+    return convert
+
+
+CODECS = [("flac", "flac", 16_000), ("ogg", "libopus", 48_000), ("ipod", "aac", 16_000)]
+
+
+@pytest.mark.parametrize(("container", "codec", "rate"), CODECS)
+def test_voices_of_other_formats_are_decoded(
+    http: httpx.Client,
+    good: dict[str, str],
+    files: list[Any],
+    first: tuple[bytes, float],
+    container: str,
+    codec: str,
+    rate: int,
+) -> None:
+    answer = http.post("/v1/videos/sync", data=good, files=_voices(files, _converted(container, codec, rate)))
+    assert answer.status_code == 200, answer.text[:300]
+    assert (answer.content == first[0]) == (codec == "flac"), "only FLAC is lossless"
+
+
+def test_voices_of_another_format_may_be_data_urls(
+    http: httpx.Client, good: dict[str, str], files: list[Any], first: tuple[bytes, float]
+) -> None:
+    uploads = _voices(files, _converted(*CODECS[0]))
+    urls = [base64.b64encode(content).decode() for _, (_, content, kind) in uploads if kind.startswith("audio")]
+    entries = [{"audio_url": f"data:application/octet-stream;base64,{url}"} for url in urls]
+    images = [upload for upload in uploads if upload[1][2].startswith("image")]
+    answer = http.post("/v1/videos/sync", data={**good, "audio_reference": json.dumps(entries)}, files=images)
+    assert answer.content == first[0], answer.text[:300]
+
+
+@pytest.mark.parametrize(("container", "codec", "rate"), CODECS)
+@pytest.mark.parametrize("damage", ["cut", "another name", "no audio", "long"])
+def test_damaged_voices_of_other_formats_are_refused(
+    http: httpx.Client, good: dict[str, str], files: list[Any], container: str, codec: str, rate: int, damage: str
+) -> None:
+    if damage == "long":
+        damaged = sound(container, codec, rate=rate, samples=np.zeros(601 * 16_000, np.float32))
+    else:
+        whole = _converted(container, codec, rate)(files[2][1][1])
+        magic = {"flac": b"OggS", "ogg": b"fLaC", "ipod": b"RIFF"}[container]
+        damaged = {
+            "cut": whole[: len(whole) // 2],
+            "another name": magic + whole[4:],
+            "no audio": whole[:12] + bytes(20_000),
+        }[damage]
+    response = http.post("/v1/videos/sync", data=good, files=_voices(files, lambda _: damaged))
+    assert response.status_code == 400, response.text
+    message = response.json()["error"]["message"]
+    assert "reference audio 1" in message and "Errno" not in message, message
+    assert ("at most 600 s" in message) == (damage == "long"), message
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -233,6 +305,7 @@ def test_a_deleted_job_stops_and_is_gone(
     before = _cpu(server)
     job = http.post("/v1/videos", data=load_test.LONG, files=files).json()["id"]
     wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
+    assert http.get(f"/v1/videos/{job}").json()["progress"] == 0
     assert http.get(f"/v1/videos/{job}/content").status_code == 404
     assert http.delete(f"/v1/videos/{job}").json()["deleted"]
     assert http.get(f"/v1/videos/{job}").status_code == 404
@@ -301,6 +374,25 @@ def test_the_examples_clients_get_a_video_or_the_reason(
     done = _example(command, server, tmp_path, height=100)
     assert done.returncode == 1
     assert "[input_size] height is 100" in done.stderr
+
+
+def test_the_commands_of_the_page_work(server: ApiServer, http: httpx.Client, files: list[Any], tmp_path: Path) -> None:
+    """In their order: some read what others wrote, and the last ones ask for one job."""
+    picture, voice = files[0][1][1], files[2][1][1]
+    Image.open(io.BytesIO(picture)).save(tmp_path / "ben.jpg")
+    (tmp_path / "anna.png").write_bytes(picture)
+    (tmp_path / "anna.wav").write_bytes(voice)
+    (tmp_path / "ben.mp3").write_bytes(_converted("mp3", "libmp3lame", 16_000)(voice))
+    job, small = "", {"height": 64, "width": 96, "num_inference_steps": 1}
+    for words in client_commands("dreamid_omni"):
+        done = run_written(words, "dreamid_omni", server, tmp_path, key=KEY, small=small, job=job)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        if words[0] == "curl" and not job:
+            job = json.loads(done.stdout)["id"]
+            assert _finished(http, job)["status"] == "completed"
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"tiny.mp4", "dreamid_omni.mp4", "talk.mp4"}
+    assert measure_mp4(tmp_path / "talk.mp4").frames == 121
+    assert http.get(f"/v1/videos/{job}").status_code == 404, "the last command deletes it"
 
 
 def test_an_expired_file_is_removed_and_its_job_remains(server: ApiServer, http: httpx.Client, forgotten: str) -> None:

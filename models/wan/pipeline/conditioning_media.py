@@ -20,6 +20,8 @@ SAMPLE_RATE = 16_000  # Hz, of the audio VAE
 #: Part of a reference audio that is used, in seconds. It skips the first second, as the original does.
 REFERENCE_AUDIO_START, REFERENCE_AUDIO_END = 1.0, 2.0
 DECODED_SECONDS = 60  # of a reference audio; the rest is not looked at
+#: Largest sample. Full scale is 1, which mixing and resampling may exceed; 16-bit integers as floats are beyond it.
+MAX_AMPLITUDE = 16.0
 
 
 def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
@@ -31,11 +33,12 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
         name: name in error messages.
 
     Raises:
-        InputError: the audio is unreadable, has no audio track, is not finite, or has an unsupported type.
+        InputError: the audio is unreadable, has no audio track, has samples that are not finite or too large, or has an
+            unsupported type.
     """
     if isinstance(source, (str, Path, bytes)) or hasattr(source, "read"):
         with open_audio(source, name=name) as (container, _):
-            return _resample_track(container)
+            return _checked(_resample_track(container), name)
     samples, rate = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, SAMPLE_RATE)
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().float().cpu().numpy()
@@ -47,7 +50,7 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
     rate = int(check_real(f"the sample rate of {name}", rate, positive=True))
     samples = np.atleast_2d(samples)
     check_samples(samples.shape[1] / max(rate, 1), rate, samples.shape[0], name=name)
-    return _mono_16k(_float_samples(samples[:, : rate * DECODED_SECONDS], name), rate)
+    return _mono_16k(_checked(_float_samples(samples[:, : rate * DECODED_SECONDS]), name), rate)
 
 
 def _is_waveform(samples: object) -> TypeGuard[np.ndarray]:
@@ -56,12 +59,23 @@ def _is_waveform(samples: object) -> TypeGuard[np.ndarray]:
     )
 
 
-def _float_samples(samples: np.ndarray, name: str) -> np.ndarray:
+def _float_samples(samples: np.ndarray) -> np.ndarray:
     """Return (channels, S) float32; integers are scaled by the range of their type."""
     scale = 1.0 / -float(np.iinfo(samples.dtype).min or -1) if np.issubdtype(samples.dtype, np.signedinteger) else 1.0
-    samples = samples.astype(np.float32) * np.float32(scale)
+    with np.errstate(over="ignore"):  # the result is checked
+        return samples.astype(np.float32) * np.float32(scale)
+
+
+def _checked(samples: np.ndarray, name: str) -> np.ndarray:
+    """Return samples of any shape, float32; files of floats may hold any number."""
     if not np.isfinite(samples).all():
         raise InputError(f"{name} has samples that are not finite", code="input_value")
+    if samples.size and (peak := float(np.abs(samples).max())) > MAX_AMPLITUDE:
+        raise InputError(
+            f"{name} has a sample of size {peak:g}; full scale is 1, and at most {MAX_AMPLITUDE:g} is accepted",
+            code="input_value",
+            hint="divide the samples by their full scale",
+        )
     return samples
 
 

@@ -12,7 +12,7 @@ from port_kit.errors import InputError
 from port_kit.pipeline.admission import READ, check_sampling, unknown_name
 from port_kit.pipeline.inputs import check_integer, check_real
 from port_kit.pipeline.prompt_request import AUDIO_END, AUDIO_LENGTH, AUDIO_START, MAX_OUTPUTS
-from port_kit.references import check_image, unreadable
+from port_kit.references import check_image, to_rgb
 
 #: Sampling parameters with the same name in diffusers; None is not given.
 _SAMPLING = (
@@ -157,10 +157,7 @@ def _open(kind: str, value: Any) -> Any:
         return value
     if not isinstance(value, str | Path | bytes):
         return check_image(value, name="image")
-    try:
-        return check_image(value, name="image").convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise unreadable("image", error) from error
+    return to_rgb(check_image(value, name="image"), name="image")
 
 
 def _sampling(sampling: Any) -> Iterator[tuple[str, Any]]:
