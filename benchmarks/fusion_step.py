@@ -76,6 +76,10 @@ class Sizes:
         pairs = v * v + a * a + (v + a) * t + 2 * v * a
         return 4.0 * self.layers * self.width * pairs
 
+    def limit_ms(self, gemm_tflops: float, attention_tflops: float) -> float:
+        """Return the milliseconds of products and attention alone, at these rates."""
+        return self.gemm_flop / gemm_tflops / 1e9 + self.attention_flop / attention_tflops / 1e9
+
 
 class Clock:
     """Times a call on a device: by the device's own events, or by the host's clock on a CPU."""
@@ -111,21 +115,26 @@ def build(config: dict[str, Any], device: torch.device, engine: Any, precision: 
     engine.quantization_config = build_quant_config(fields.get("quantization_config"))
     engine.diffusion_kv_cache_dtype = fields.get("diffusion_kv_cache_dtype")
     with device:
-        model = build_transformer(config).eval().requires_grad_(False)
+        model = build_transformer(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:  # quantized when they are loaded, which nothing does here
                 filled = torch.empty_like(parameter, device=device)
                 module.register_parameter(name, nn.Parameter(filled, requires_grad=False))
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
+    fill(model, torch.Generator(device).manual_seed(0))
+    for module in model.modules():
+        if getattr(getattr(module, "quant_method", None), "uses_meta_device", False):
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
+    return model
+
+
+def fill(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Draw the weights where they are; return the model."""
+    for name, parameter in model.eval().requires_grad_(False).named_parameters():
         if name.endswith("weight") and parameter.dim() == 1:
             parameter.data.fill_(1.0)
         else:
             parameter.data.normal_(std=0.02, generator=generator)
-    for module in model.modules():
-        if getattr(getattr(module, "quant_method", None), "uses_meta_device", False):
-            module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
     return model
 
 
@@ -156,12 +165,11 @@ def sizes_of(config: dict[str, Any], height: int, width: int) -> Sizes:
     )
 
 
-def rates(model: nn.Module, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> dict[str, float]:
-    """Measure TFLOP/s of a feed-forward's product and of the model's own self-attention layer."""
+def rates(attention: Any, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """Measure TFLOP/s of a feed-forward's product and of the video's own self-attention layer."""
     x = torch.randn(sizes.video, sizes.width, device=clock.device, dtype=dtype)
     w = torch.randn(sizes.hidden, sizes.width, device=clock.device, dtype=dtype)
     gemm = clock.median_ms(lambda: nn.functional.linear(x, w))
-    attention: Any = model.get_submodule("blocks.0.video.self_attn")
     heads = attention.heads
     q, k, v = (
         torch.randn(1, sizes.video, heads, sizes.width // heads, device=clock.device, dtype=dtype) for _ in "qkv"
@@ -204,13 +212,13 @@ def measure(
 ) -> Any:
     """One size: a branch, its floor at the measured rates, the step of four branches, peak memory, the variants."""
     sizes = sizes_of(config, *size)
-    found = rates(model, sizes, clock, dtype)
+    found = rates(model.get_submodule("blocks.0.video.self_attn"), sizes, clock, dtype)
     if clock.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     one = clock.median_ms(lambda: model(**branch))
     branch_peak = torch.cuda.max_memory_allocated() / 2**30 if clock.device.type == "cuda" else 0.0
-    limit = sizes.gemm_flop / found["gemm_tflops"] / 1e9 + sizes.attention_flop / found["attention_tflops"] / 1e9
+    limit = sizes.limit_ms(**found)
     branches = [branch, branch, {**branch, "unused": "audio"}, {**branch, "unused": "video"}]
     step = clock.median_ms(lambda: [model(**each) for each in branches], warm_up=1)
     flop = sizes.gemm_flop + sizes.attention_flop

@@ -26,6 +26,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,8 +56,27 @@ TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-5}
 WARM_UP = 3  # the second round captures CUDA graphs
 
 
-class ScalingPipeline(nn.Module, BatchedCFGMixin):
-    """The transformer alone, in the worker's hands; a request is a measurement."""
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        title: of the result.
+        module: file of the pipeline's class, without its suffix.
+        pipeline: name of the class, a :class:`Measured`.
+        configs: returns the ``config.json`` of each component, full-size or tiny.
+        size: pixels of the clip by default, height and width.
+    """
+
+    title: str
+    module: str
+    pipeline: str
+    configs: Callable[[bool], Mapping[str, Mapping[str, Any]]]
+    size: str
+
+
+class Measured(nn.Module, BatchedCFGMixin):
+    """Denoisers alone, in the worker's hands; a request is a measurement."""
 
     _dit_modules: ClassVar[list[str]] = ["transformer"]
     _encoder_modules: ClassVar[list[str]] = []
@@ -64,40 +85,40 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
     dummy_run_num_frames = 0
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
-        from port_kit.models.wan.transformer.model import build_transformer
         from port_kit.pipeline.model_index import read_json
 
         super().__init__()
         self.od_config = od_config
         self.device = get_local_device()
-        self.config = dict(read_json(od_config.model, "transformer/config.json"))
-        self.transformer = build_transformer(self.config)
+        parts = [*self._dit_modules, *self._resident_modules]
+        self.configs = {name: dict(read_json(od_config.model, f"{name}/config.json")) for name in parts}
+        self.build()
         self.eval().requires_grad_(False)
 
-    def setup_compile(self) -> None:
-        """Use CUDA graphs, as the pipelines of the model do."""
-        from port_kit.parallel.cuda_graphs import graphs_are_possible
+    def build(self) -> None:
+        """Set the denoisers and their partners, empty."""
+        raise NotImplementedError
 
-        if graphs_are_possible(self.od_config):
-            self.transformer.use_cuda_graphs(self.device)
+    def branches(self, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Return the arguments of the branches of a step, for a clip of a size in pixels."""
+        raise NotImplementedError
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill the transformer with random weights through the loader of checkpoints."""
-        from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
+    def fill(self, name: str, shapes: Mapping[str, tuple[int, ...]], rules: Any) -> None:
+        """Fill a component with random weights through the loader of checkpoints; ``shapes`` are those of one rank."""
         from port_kit.parallel.hsdp import shard_before_loading
         from port_kit.remap import load_weights
 
-        shapes = whole_shapes(self.config, self.od_config.dtype)
-        shard_before_loading(self.transformer, self.od_config, self.device)
-        weights = random_weights(shapes, self.device, self.od_config.dtype)
-        load_weights(self.transformer, weights, TRANSFORMER, converted=True)
+        module = getattr(self, name)
+        shard_before_loading(module, self.od_config, self.device, is_root=name in self._dit_modules)
+        weights = random_weights(shapes, self.device, self.od_config.dtype, prefix=name)
+        load_weights(module, weights, rules, converted=True)
 
     def combine_multi_branch_cfg_noise(
         self, predictions: list[Any], true_cfg_scale: Any, cfg_normalize: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Weigh the branches unequally, so that a swap would show."""
         video, audio = (torch.stack(streams) for streams in zip(*predictions, strict=True))
-        weights = torch.tensor([1.0, -0.5, 0.3, 0.2]).to(video)
+        weights = torch.tensor([1.0, -0.5, 0.3, 0.2][: len(predictions)]).to(video)
         return torch.tensordot(weights, video, 1), torch.tensordot(weights, audio, 1)
 
     def forward(self, req: DiffusionRequestBatch, **_: Any) -> DiffusionOutput:
@@ -107,18 +128,17 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
 
         given = req.sampling_params.extra_args
         torch.manual_seed(0)
-        branch = inputs(self.config, *given["size"], self.device, self.od_config.dtype)
-        branches = [branch, {**branch, "timestep": branch["timestep"] - 9}]
-        branches += [{**branch, "unused": "audio"}, {**branch, "unused": "video"}]
+        branches = self.branches(given["size"])
 
         def step() -> Any:
             return self.predict_noise_with_multi_branch_cfg(True, 1.0, branches)
 
         loaded = peak_bytes(self.device)
-        seconds = [timed(step, self.device) for _ in range(WARM_UP + given["rounds"])][WARM_UP:]
+        warm_up = given["warm_up"]
+        seconds = [timed(step, self.device) for _ in range(warm_up + given["rounds"])][warm_up:]
         figures = {
             "seconds": statistics.median(seconds),
-            "weight_bytes": local_bytes(self.transformer),
+            "weight_bytes": local_bytes(self),
             "peak_bytes_loading": loaded,
             "peak_bytes": peak_bytes(self.device),
             "symm_mem_bytes": transfer_stats["memory"],
@@ -127,24 +147,52 @@ class ScalingPipeline(nn.Module, BatchedCFGMixin):
         return DiffusionOutput(output={"flows": [flow.float().cpu() for flow in step()], "figures": figures})
 
 
-def whole_shapes(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter as one rank alone has it."""
-    from port_kit.models.wan.transformer.model import build_transformer
+class ScalingPipeline(Measured):
+    """The fusion transformer."""
+
+    def build(self) -> None:
+        from port_kit.models.wan.transformer.model import build_transformer
+
+        self.transformer = build_transformer(self.configs["transformer"])
+
+    def setup_compile(self) -> None:
+        """Use CUDA graphs, as the pipelines of the model do."""
+        from port_kit.parallel.cuda_graphs import graphs_are_possible
+
+        if graphs_are_possible(self.od_config):
+            self.transformer.use_cuda_graphs(self.device)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the transformer."""
+        from port_kit.models.wan.transformer.model import build_transformer
+        from port_kit.models.wan.weights.transformer_rules import TRANSFORMER
+
+        shapes = whole_shapes(partial(build_transformer, self.configs["transformer"]), self.od_config.dtype)
+        self.fill("transformer", shapes, TRANSFORMER)
+
+    def branches(self, size: tuple[int, int]) -> list[dict[str, Any]]:
+        branch = inputs(self.configs["transformer"], *size, self.device, self.od_config.dtype)
+        others = [{**branch, "unused": unused} for unused in ("audio", "video")]
+        return [branch, {**branch, "timestep": branch["timestep"] - 9}, *others]
+
+
+def whole_shapes(build: Callable[[], nn.Module], dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of a module as one rank alone has it."""
     from port_kit.parallel.meta_init import meta_init
 
     with meta_init(dtype):
-        return {name: tuple(value.shape) for name, value in build_transformer(config).named_parameters()}
+        return {name: tuple(value.shape) for name, value in build().named_parameters()}
 
 
 def random_weights(
-    shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype, prefix: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights that depend on their name alone, of a scale that keeps activations finite."""
+    """Yield weights that depend on prefix and name alone, of a scale that keeps activations finite."""
     for name, shape in shapes.items():
         if name.endswith("weight") and len(shape) == 1:
             yield name, torch.ones(shape, device=device, dtype=dtype)
         else:
-            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+            generator = torch.Generator(device).manual_seed(zlib.crc32(f"{prefix}{name}".encode()))
             yield name, torch.empty(shape, device=device, dtype=dtype).normal_(std=0.02, generator=generator)
 
 
@@ -187,33 +235,36 @@ def profiled(call: Callable[[], Any], device: torch.device, kernels: int) -> dic
     }
 
 
-def register() -> None:
-    """Register the pipeline in a worker, which imports this file by its name."""
+def register(module: str, pipeline: str) -> None:
+    """Register a pipeline in a worker, which imports its file by its name."""
     from vllm_omni.diffusion.registry import register_diffusion_model
 
     os.dup2(2, 1)  # stdout is for the result
     sys.path.insert(0, str(Path(__file__).parent))
-    register_diffusion_model(
-        model_arch="ScalingPipeline", module_name=Path(__file__).stem, class_name="ScalingPipeline"
-    )
+    register_diffusion_model(model_arch=pipeline, module_name=module, class_name=pipeline)
 
 
-def write_model(folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """Write a model directory without weights; return the transformer's configuration."""
+def fusion_configs(tiny: bool) -> dict[str, dict[str, Any]]:
+    """Return the configuration of the fusion transformer."""
     from port_kit.models.wan.transformer.config import TRANSFORMER_CONFIG
 
     sizes = TINY if tiny else {}
     config = dict(TRANSFORMER_CONFIG)
     config |= {tower: {"text_dim": 4096, **config[tower], **sizes} for tower in ("video", "audio")}
-    (folder / "transformer").mkdir()
-    (folder / "transformer/config.json").write_text(json.dumps(config))
-    index = {"_class_name": "ScalingPipeline", "_diffusers_version": "0.40.0"}
+    return {"transformer": config}
+
+
+def write_model(folder: Path, subject: Subject, *, tiny: bool) -> None:
+    """Write a model directory without weights."""
+    for name, config in subject.configs(tiny).items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    index = {"_class_name": subject.pipeline, "_diffusers_version": "0.40.0"}
     (folder / "model_index.json").write_text(json.dumps(index))
-    return config
 
 
 def measure(
-    model: Path, layout: str, options: argparse.Namespace, prewarmed: PrewarmedRanks | None = None
+    model: Path, layout: str, subject: Subject, options: argparse.Namespace, prewarmed: PrewarmedRanks | None = None
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Run a layout; return rank 0's flows and the figures of all ranks."""
     from port_kit.parallel.layout import Layout
@@ -225,11 +276,11 @@ def measure(
         "dtype": options.dtype,
         "enforce_eager": options.eager,
     }
-    request = Request(
-        "measure",
-        {"extra_args": {"size": options.pixels, "rounds": options.rounds, "kernels": options.kernels}, "seed": 0},
-    )
-    results = run_workers(model, [request], config=config, setup=register, timeout=options.timeout, prewarmed=prewarmed)
+    given = {name: getattr(options, name) for name in ("size", "rounds", "warm_up", "kernels")}
+    given["size"] = tuple(map(int, options.size.split("x")))
+    request = Request("measure", {"extra_args": given, "seed": 0})
+    setup = partial(register, subject.module, subject.pipeline)
+    results = run_workers(model, [request], config=config, setup=setup, timeout=options.timeout, prewarmed=prewarmed)
     figures = [result.outputs[0]["figures"] for result in results]
     return results[0].outputs[0]["flows"], {
         "ranks": parsed.world,
@@ -249,7 +300,7 @@ def difference(flows: list[Tensor], expected: list[Tensor], tolerance: float) ->
     return {"relative_error": error, "within_tolerance": error <= tolerance}
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one rank and every layout that was asked for or fits the machine."""
     from port_kit.errors import ParallelError
     from port_kit.parallel.layout import Layout
@@ -261,13 +312,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ahead = 0 if options.tiny else sum(Layout.parse(name).world for name in ("single", *layouts))
     with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch, closing(PrewarmedRanks(ahead)) as prewarmed:
         model = Path(scratch)
-        config = write_model(model, tiny=options.tiny)
-        expected, single = measure(model, "single", options, prewarmed)
+        write_model(model, subject, tiny=options.tiny)
+        expected, single = measure(model, "single", subject, options, prewarmed)
         rows = {"single": single}
         print(json.dumps(rows), file=sys.stderr, flush=True)
         for layout in layouts:
             try:
-                flows, row = measure(model, layout, options, prewarmed)
+                flows, row = measure(model, layout, subject, options, prewarmed)
             except ParallelError as error:
                 rows[layout] = {"error": str(error)[-2000:]}
                 print(json.dumps({layout: rows[layout]}), file=sys.stderr, flush=True)
@@ -280,8 +331,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             }
             print(json.dumps({layout: rows[layout]}), file=sys.stderr, flush=True)
     return {
-        "model": "tiny" if options.tiny else "11.66 B parameters",
-        "layers": config["video"]["num_layers"],
+        "model": "tiny" if options.tiny else subject.title,
         "size": options.size,
         "dtype": options.dtype,
         "rounds": options.rounds,
@@ -291,13 +341,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(subject: Subject, description: str | None) -> None:
     """Parse the options, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", action="append", help="as in port-kit verify parallel; may be given several times")
     parser.add_argument("--ranks", type=int, help="default: the GPUs of the machine, with --tiny 2")
-    parser.add_argument("--size", default="704x1024", metavar="HEIGHTxWIDTH", help="pixels; with --tiny 64x64")
+    parser.add_argument("--size", metavar="HEIGHTxWIDTH", help=f"pixels; default: {subject.size}, with --tiny 64x64")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="rounds before them")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="a small model in float32 on CPU processes")
     parser.add_argument(
@@ -305,13 +356,11 @@ def main() -> None:
     )
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one layout")
     options = parser.parse_args()
-    if options.tiny and options.size == parser.get_default("size"):
-        options.size = "64x64"
-    options.pixels = tuple(map(int, options.size.split("x")))
+    options.size = options.size or ("64x64" if options.tiny else subject.size)
     options.dtype = "float32" if options.tiny else "bfloat16"
     options.ranks = options.ranks or (2 if options.tiny else torch.cuda.device_count())
-    print(json.dumps(run(options), indent=1))
+    print(json.dumps(run(subject, options), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(Subject("11.66 B parameters", Path(__file__).stem, "ScalingPipeline", fusion_configs, "704x1024"), __doc__)

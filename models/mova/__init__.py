@@ -12,6 +12,7 @@ PORT = Port(
     class_name="MOVAPipeline",
     output_type="video",
     references=("image",),
+    first_frame=True,
     variants={"720p": "RECIPE", "360p": "RECIPE_360P"},
     components=COMPONENTS,
     parity="port_kit.models.mova.parity:cases",

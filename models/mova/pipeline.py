@@ -24,6 +24,7 @@ from port_kit.models.mova.weights import COMPONENTS
 from port_kit.models.wan.components.text_encoder import load_tokenizer
 from port_kit.models.wan.pipeline.prompts import tokenize
 from port_kit.models.wan.transformer.modality_io import TextContext
+from port_kit.models.wan.weights.lora_names import DIFFUSERS_NAMES
 from port_kit.parallel.cfg_batching import EXPERT
 from port_kit.pipeline.experts import HIGH_NOISE, LOW_NOISE, ExpertContext, NoiseExperts
 from port_kit.pipeline.images import crop_image
@@ -95,6 +96,13 @@ class MOVAPipeline(PromptPipeline, SupportAudioOutput, SupportImageInput):
     options = OPTIONS
     fps: ClassVar[int] = config.FPS
     audio_sample_rate: ClassVar[int] = config.SAMPLE_RATE
+    lora_folders: ClassVar[Mapping[str, str]] = {
+        "transformer": "video_dit",
+        "transformer_2": "video_dit_2",
+        "audio_transformer": "audio_dit",
+        "bridge": "dual_tower_bridge",
+    }
+    lora_names: ClassVar[tuple[tuple[str, str], ...]] = DIFFUSERS_NAMES
     not_read: ClassVar[Mapping[str, str]] = {
         "boundary_ratio": "the model directory has the noise at which the second transformer takes over",
         "guidance_scale_2": "one guidance scale applies to both transformers",

@@ -134,6 +134,40 @@ def restore_names(
     return result
 
 
+def split_by_part(tensors: Mapping[str, Value], folders: Mapping[str, str]) -> dict[str, dict[str, Value]]:
+    """Return a LoRA file's tensors by the part of the model that they are for.
+
+    Args:
+        tensors: by name.
+        folders: first words of modules' names in files of a model with several parts, each with the part it means.
+
+    Returns:
+        By part, the tensors without that word. Those that begin with none of the words are under an empty string.
+
+    Raises:
+        RemapError: ``remap_collision``; two tensors of a part have one name.
+    """
+    parts: dict[str, dict[str, Value]] = {}
+    for name, value in tensors.items():
+        part, own = _part_of(name, folders)
+        if own in parts.setdefault(part, {}):
+            raise RemapError(
+                f"{name} and another tensor of the LoRA file are both {own} of {part}",
+                code="remap_collision",
+                hint="keep one of the two in the file",
+            )
+        parts[part][own] = value
+    return parts
+
+
+def _part_of(name: str, folders: Mapping[str, str]) -> tuple[str, str]:
+    for bare in without_prefixes(name, PREFIXES):
+        first, _, rest = bare.partition(".")
+        if first in folders:
+            return folders[first], rest
+    return "", name
+
+
 def without_prefixes(name: str, prefixes: tuple[str, ...]) -> Iterator[str]:
     """Yield a name without each of the prefixes that it has, nested ones too."""
     for prefix in prefixes:

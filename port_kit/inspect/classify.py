@@ -13,6 +13,7 @@ from port_kit.inspect.documents import Documents
 from port_kit.inspect.known_classes import diffusers_names, library_version, omni
 from port_kit.inspect.parallel_plans import describe_plan
 from port_kit.inspect.report import Component, Finding, ModelPath
+from port_kit.inspect.roles import find_roles
 from port_kit.port import Port, lookup, resolve
 from port_kit.registry import list_ports
 
@@ -30,7 +31,8 @@ class Classification:
         class_name: the pipeline's class, or empty.
         evidence: in the order of the decision.
         stage: the key of a multi-stage pipeline that serves it, or empty.
-        port: the port that takes files of this repository, or empty.
+        port: the port that takes files of this repository, or empty; with the option for another checkpoint than the
+            default one.
     """
 
     path: ModelPath
@@ -43,7 +45,7 @@ class Classification:
 def classify(documents: Documents, components: list[Component]) -> Classification:
     """Classify a model by the registries, then by its index and the classes of its components."""
     evidence: list[Finding] = []
-    taking = list(_ports_that_take(documents.listing.name, list(documents.listing.files)))
+    taking = list(_ports_that_take(documents.listing.name))
     evidence += [finding for _, finding in taking]
     port = taking[0][0] if taking else ""
     hidden = _hidden(documents)
@@ -69,7 +71,7 @@ def classify(documents: Documents, components: list[Component]) -> Classificatio
         evidence.append(Finding(source, f"{class_name} is neither in {_omni()}'s registry nor a port's pipeline"))
         word = "is" if class_name in diffusers_names() else "is not"
         evidence.append(Finding(source, f"{class_name} {word} in {library_version('diffusers')}"))
-    evidence += _classes(components)
+    evidence += [*_classes(components), *find_roles(documents, components)]
     path = _path(documents, class_name, components)
     return Classification(path, class_name, (*evidence, *_ways_to_run(path, components)), port=port)
 
@@ -149,20 +151,27 @@ def _other_sizes(documents: Documents, port: Port, class_name: str) -> Iterator[
             )
 
 
-def _ports_that_take(repo_id: str, files: list[str]) -> Iterator[tuple[str, Finding]]:
-    """Yield the ports whose recipe uses this repository's transformer, with the files they use."""
+def _ports_that_take(repo_id: str) -> Iterator[tuple[str, Finding]]:
+    """Yield the ports with a recipe that uses this repository's transformer, as arguments of a download."""
     for port in list_ports().values():
-        for repository in _recipe(port).repositories:
-            rules = [rule for rule in repository.files if rule.folder == "transformer"]
-            if repository.repo_id == repo_id and rules:
-                taken = ", ".join(rule.pattern for rule in rules)
-                yield port.name, Finding(taken, f"becomes the transformer of the port {port.name}")
+        recipes = {port.name: port.recipe}
+        recipes |= {f"{port.name} --variant {name}": entry for name, entry in port.variants.items()}
+        taken = ((words, _transformer_files(recipe, repo_id)) for words, recipe in recipes.items())
+        words, patterns = next((found for found in taken if found[1]), ("", ""))
+        if words:
+            yield words, Finding(patterns, f"becomes the transformer of the port {port.name}")
 
 
-def _recipe(port: Port) -> Recipe:
-    recipe = resolve(port.recipe)
+def _transformer_files(reference: str, repo_id: str) -> str:
+    """Return the files of a repository that a recipe makes the transformer of; empty if there are none."""
+    repositories = [one for one in _recipe(reference).repositories if one.repo_id == repo_id]
+    return ", ".join(rule.pattern for one in repositories for rule in one.files if rule.folder == "transformer")
+
+
+def _recipe(reference: str) -> Recipe:
+    recipe = resolve(reference)
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"{port.recipe} of port {port.name} is a {type(recipe).__name__}, not a Recipe")
+        raise TypeError(f"{reference} is a {type(recipe).__name__}, not a Recipe")
     return recipe
 
 

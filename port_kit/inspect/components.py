@@ -11,6 +11,7 @@ from port_kit.inspect.documents import Documents
 from port_kit.inspect.known_classes import library_has
 from port_kit.inspect.recognition import recognize
 from port_kit.inspect.report import Component, WeightFile
+from port_kit.port import DENOISERS
 
 INDEXES = ("model_index.json", "modular_model_index.json")
 #: Files that name a folder's class, and how: ``{file: (key, library)}``.
@@ -41,6 +42,11 @@ def has_weights(class_name: str) -> bool:
 def is_denoiser(name: str) -> bool:
     """Return True for a component that guidance calls, by its name."""
     return name.startswith("transformer") or name == "unet"
+
+
+def denoises(part: Component) -> bool:
+    """Return True for a component that guidance calls, or that such a component calls, by its name or its tensors."""
+    return is_denoiser(part.name) or (part.recognized is not None and part.recognized.kind in DENOISERS)
 
 
 def index_path(documents: Documents) -> str:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from port_kit.errors import InspectError
 from port_kit.inspect.classify import Classification, classify
-from port_kit.inspect.components import CONFIGS, INDEXES, find_components, is_denoiser
+from port_kit.inspect.components import CONFIGS, INDEXES, denoises, find_components, is_denoiser
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.file_listing import FileListing, open_listing
 from port_kit.inspect.missing_files import find_missing_files
@@ -102,7 +102,7 @@ def _memory(components: list[Component]) -> Memory | None:
     """Weights alone; of a model in one piece the largest component stands for the transformer."""
     if not any(part.parameters for part in components):
         return None
-    named = [part for part in components if part.name.startswith(("transformer", "unet"))]
+    named = [part for part in components if part.parameters and denoises(part)]
     sharded = named or [max(components, key=lambda part: part.parameters)]
     divided = 2 * sum(part.parameters for part in sharded)
     total = 2 * sum(part.parameters for part in components)

@@ -18,6 +18,7 @@ from port_kit.manifest import Manifest
 from port_kit.port import Component, resolve
 from port_kit.registry import list_ports
 from port_kit.remap.names import template_of
+from port_kit.remap.ops import parse_rearrange
 from port_kit.remap.patterns import compile_pattern
 from port_kit.remap.plan import check
 from port_kit.remap.problems import Problem
@@ -45,6 +46,18 @@ class _Known:
         if any(name not in self.target for name in checkpoint):
             return all(any(match(name) for match in self.matchers) for name in checkpoint)
         return True
+
+    def reads_other_axes(self, checkpoint: Manifest) -> bool:
+        """Return True if a rule rearranges a tensor of another number of axes: a convolution of another kind."""
+        for rule in self.rules:
+            first = rule.op[0] if rule.op and rule.source else None
+            if first is None or first.name != "rearrange" or "..." in first.get("pattern"):
+                continue
+            axes = len(parse_rearrange(first.get("pattern"))[0])
+            match = compile_pattern(rule.source).fullmatch
+            if any(len(spec.shape) != axes for name, spec in checkpoint.items() if match(name)):
+                return True
+        return False
 
 
 def recognize(checkpoint: Manifest) -> Recognized | None:
@@ -74,7 +87,7 @@ def _of_a_port(checkpoint: Manifest, prefix: str) -> Recognized | None:
         if not known.has_names_of(checkpoint):
             continue
         problems = check(known.rules, checkpoint, known.target, allow_downcast=True).problems
-        if not _only_sizes_differ(problems, known.target):
+        if not _only_sizes_differ(problems, known.target) or known.reads_other_axes(checkpoint):
             continue
         found = _recognized(known, prefix, len(problems))
         if not problems:

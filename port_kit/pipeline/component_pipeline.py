@@ -6,7 +6,7 @@ is in :class:`~port_kit.pipeline.base.PortPipeline`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from port_kit.pipeline.finite import check_weights
 from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.loading import build_components, load_component_weights, load_pretrained, weights_sources
 from port_kit.port import KINDS, Component, Pretrained, resolve
-from port_kit.runtime.lora import read_adapter
+from port_kit.runtime.lora import AdaptedPart, read_adapters
 from port_kit.runtime.patches import size_lora_buffers_by_adapter
 from port_kit.upstream.checks import require
 
@@ -41,6 +41,8 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
         audio_sample_rate: of the output, in Hz; 0 if the model makes no audio.
         support_audio_output: vLLM-Omni's name for a model that makes audio; derived from the sample rate.
         lora_names: pairs of (pattern of a checkpoint's module name, name in LoRA files) of further naming schemes.
+        lora_folders: of a model whose LoRAs adapt several components: the first word of names in files, by component.
+            Modules without such a word belong to each transformer.
     """
 
     components: ClassVar[tuple[Component, ...]] = ()
@@ -49,11 +51,13 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
     audio_sample_rate: ClassVar[int] = 0
     support_audio_output: ClassVar[bool] = False
     lora_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    lora_folders: ClassVar[Mapping[str, str]] = {}
 
     _dit_modules: ClassVar[list[str]]
     _encoder_modules: ClassVar[list[str]]
     _vae_modules: ClassVar[list[str]]
     _resident_modules: ClassVar[list[str]]
+    _lora_components: ClassVar[tuple[str, ...]]
     supports_request_cancellation: ClassVar[bool] = True
     color_format: ClassVar[str] = "RGB"
 
@@ -64,6 +68,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
         parts: tuple[Component | Pretrained, ...] = (*cls.components, *cls.pretrained)
         names = {kind: [part.name for part in parts if part.kind == kind] for kind in KINDS}
         cls._dit_modules, cls._encoder_modules, cls._vae_modules, cls._resident_modules = names.values()
+        cls._lora_components = tuple(name for name in cls.lora_folders if name not in cls._dit_modules)
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__()
@@ -95,17 +100,18 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
         return loaded
 
     @classmethod
-    def lora_component(cls) -> Component:
-        """Return the component that LoRAs adapt."""
-        return next(component for component in cls.components if component.name in cls._dit_modules)
+    def lora_components(cls) -> tuple[Component, ...]:
+        """Return the components that LoRAs adapt: those of :attr:`lora_folders`, else the first transformer."""
+        names = list(cls.lora_folders) or cls._dit_modules[:1]
+        return tuple(component for component in cls.components if component.name in names)
 
     @classmethod
-    def read_adapter(cls, path: str | Path, module: nn.Module, model: str | Path, **options: Any) -> Any:
-        """Read a LoRA for a transformer; see :func:`~port_kit.runtime.lora.read_adapter`.
+    def read_adapter(cls, path: str | Path, modules: Sequence[nn.Module], model: str | Path, **options: Any) -> Any:
+        """Read a LoRA; see :func:`~port_kit.runtime.lora.read_adapters`.
 
         Args:
             path: of the adapter.
-            module: the transformer; its weights are not read.
+            modules: the components of :meth:`lora_components`; their weights are not read.
             model: the model directory.
             options: of the reader.
 
@@ -113,22 +119,25 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
             InputError: ``lora_file``; the file is invalid or does not match the model.
             RemapError: no rule matches a module, or a rule's operations do not apply to an adapter.
         """
-        part = cls.lora_component()
-        names = Manifest.from_checkpoint(Path(model) / part.name)
-        rules: Any = resolve(part.rules)
-        modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-        return read_adapter(path, module, rules, modules=modules, other_names=cls.lora_names, **options)
+        parts = {}
+        for part, module in zip(cls.lora_components(), modules, strict=True):
+            names = Manifest.from_checkpoint(Path(model) / part.name)
+            rules: Any = resolve(part.rules)
+            adaptable = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+            parts[part.name] = AdaptedPart(module, rules, adaptable, cls.lora_names)
+        folders = {folder: name for name, folder in cls.lora_folders.items()}
+        unnamed = [name for name in parts if name in cls._dit_modules]
+        return read_adapters(path, parts, folders=folders, unnamed=unnamed, **options)
 
     def _load_diffusion_lora_adapter(self, *, lora_request: Any, lora_path: str, dtype: torch.dtype) -> Any:
-        """Read a LoRA with the transformer's original names or :attr:`lora_names`, for vLLM-Omni's LoRA manager.
+        """Read a LoRA with original names or :attr:`lora_names`, for vLLM-Omni's LoRA manager.
 
         Raises:
             OmniClientError: the file does not fit this model.
         """
-        part = self.lora_component()
+        modules = [getattr(self, part.name) for part in self.lora_components()]
+        model = self.od_config.model
         try:
-            return self.read_adapter(
-                lora_path, getattr(self, part.name), self.od_config.model, adapter=lora_request.lora_int_id, dtype=dtype
-            )
+            return self.read_adapter(lora_path, modules, model, adapter=lora_request.lora_int_id, dtype=dtype)
         except (InputError, RemapError) as error:
             raise to_client_error(error) from error

@@ -20,7 +20,7 @@ from port_kit.pipeline.inputs import check_cached_outputs, to_client_error
 from port_kit.pipeline.loading import build_components
 from port_kit.pipeline.media import to_omni_payload
 from port_kit.pipeline.request_state import without_media
-from port_kit.port import DENOISERS, Component, Port, resolve
+from port_kit.port import DENOISERS, Component, resolve
 from port_kit.registry import port_of_class
 from port_kit.runtime.engine_options import check_options
 
@@ -52,7 +52,7 @@ def get_pre_process_func(od_config: OmniDiffusionConfig) -> PreProcess | None:
     if hasattr(pipeline, "arrival_check"):  # a pipeline of diffusers, which prepares its requests itself
         check: PreProcess = pipeline.arrival_check(od_config)
         return check
-    adapters = AdapterAdmission(_adapter_reader(port, pipeline, od_config))
+    adapters = AdapterAdmission(_adapter_reader(pipeline, od_config))
     if not hasattr(pipeline, "for_preprocessing"):
         return None if not hasattr(pipeline, "read_adapter") else partial(_admit_adapter, adapters)
     reader = pipeline.for_preprocessing(od_config.model)
@@ -81,16 +81,15 @@ def _admit_adapter(adapters: AdapterAdmission, request: OmniDiffusionRequest) ->
     return request
 
 
-def _adapter_reader(port: Port, pipeline: Any, od_config: OmniDiffusionConfig) -> Callable[[Path], object]:
-    """Return a function that reads a LoRA for the model, whose transformer is built without weights on first use."""
+def _adapter_reader(pipeline: Any, od_config: OmniDiffusionConfig) -> Callable[[Path], object]:
+    """Return a function that reads a LoRA for the model, whose parts are built without weights on first use."""
     modules: list[nn.Module] = []
 
     def read(path: Path) -> object:
         if not modules:
             with meta_init(od_config.dtype):
-                first = next(component for component in port.components if component.kind == "transformer")
-                modules.extend(_build([first], od_config))
-        return pipeline.read_adapter(path, modules[0], od_config.model, adapter=1, dtype=od_config.dtype)
+                modules.extend(_build(pipeline.lora_components(), od_config))
+        return pipeline.read_adapter(path, modules, od_config.model, adapter=1, dtype=od_config.dtype)
 
     return read
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from port_kit.checkpoint.lora_names import PREFIXES, Entry, read_entry, read_other, restore_names, without_prefixes
+from port_kit.checkpoint.lora_names import (
+    PREFIXES,
+    Entry,
+    read_entry,
+    read_other,
+    restore_names,
+    split_by_part,
+    without_prefixes,
+)
 from port_kit.errors import RemapError
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Shape, full_region, region_shape
@@ -28,7 +36,7 @@ from port_kit.remap.tensor_ops import Call, Cast, TensorOp, apply
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PREFIXES", "Selection", "read_entry", "remap_lora", "restore_names", "select"]
+__all__ = ["PREFIXES", "Selection", "read_entry", "remap_lora", "restore_names", "select", "split_by_part"]
 Value = TypeVar("Value")
 Specs = Mapping[str, TensorSpec]
 Parts = Mapping[str, Sequence[str]]

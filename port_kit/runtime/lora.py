@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import InputError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import RuleSet
-from port_kit.remap.lora import read_entry, remap_lora, restore_names
+from port_kit.remap.lora import read_entry, remap_lora, restore_names, split_by_part
 from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
     from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
     from vllm.lora.peft_helper import PEFTHelper
 
 #: Largest rank that the manager allocates, and largest alpha; that of published adapters is at most twice their rank.
@@ -31,6 +33,24 @@ MAX_RANK, MAX_ALPHA = 512, 1e4
 _APPLIED = ("A", "B", "alpha")
 #: Unsupported settings of PEFT's ``adapter_config.json`` that would change the result.
 _UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class AdaptedPart:
+    """A component that a LoRA may adapt.
+
+    Attributes:
+        module: the component; its ``packed_modules_mapping`` lists fused projections. Its weights are not read.
+        rules: rules that load it from its original names.
+        modules: names of its modules in the base model's checkpoint, for files with underscores in place of dots.
+        other_names: alternative names of these modules in files, as for
+            :func:`~port_kit.remap.lora.restore_names`.
+    """
+
+    module: nn.Module
+    rules: RuleSet
+    modules: Collection[str] = ()
+    other_names: Collection[tuple[str, str]] = field(default=())
 
 
 def read_adapter(
@@ -44,35 +64,78 @@ def read_adapter(
     other_names: Iterable[tuple[str, str]] = (),
     component: str = "transformer",
 ) -> tuple[LoRAModel, PEFTHelper]:
-    """Read a LoRA file for a component.
+    """Read a LoRA file for one component, which is called ``component`` in the pipeline.
+
+    The other arguments are those of :class:`AdaptedPart` and of :func:`read_adapters`.
+
+    Raises:
+        InputError, RemapError: as :func:`read_adapters`.
+    """
+    part = AdaptedPart(module, rules, tuple(modules), tuple(other_names))
+    return read_adapters(path, {component: part}, adapter=adapter, dtype=dtype)
+
+
+def read_adapters(
+    path: str | Path,
+    parts: Mapping[str, AdaptedPart],
+    *,
+    adapter: int,
+    dtype: dtype,
+    folders: Mapping[str, str] | None = None,
+    unnamed: Collection[str] = (),
+) -> tuple[LoRAModel, PEFTHelper]:
+    """Read a LoRA file for several components.
 
     Args:
         path: a ``.safetensors`` file, or a folder with one and optionally PEFT's ``adapter_config.json``.
-        module: the component; its ``packed_modules_mapping`` lists fused projections.
-        rules: rules that load the component from its original names.
+        parts: by the component's name in the pipeline.
         adapter: ``lora_int_id`` of the request.
         dtype: dtype of the matrices.
-        modules: module names in the base model's checkpoint, for files with underscores in place of dots.
-        other_names: alternative names of these modules in files, as for
-            :func:`~port_kit.remap.lora.restore_names`.
-        component: the component's name in the pipeline.
+        folders: names in front of modules in files, each with the component that it means.
+        unnamed: components that modules without such a name belong to, each of them; default: all of ``parts``.
 
     Raises:
         InputError: ``lora_file``; the file is invalid or does not match the model.
         RemapError: no rule matches a module, or a rule's operations do not apply to an adapter.
     """
     from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.lora_weights import LoRALayerWeights
     from vllm.lora.peft_helper import PEFTHelper
 
     require("lora_classes")
     file, settings = _find(Path(path))
-    packed: Mapping[str, list[str]] = getattr(module, "packed_modules_mapping", {})
-    tensors = restore_names(_supported(_read(file), file), modules, other_names)
-    loras = {}
-    linears = _linears(module)
+    loras: dict[str, LoRALayerWeights] = {}
+    for named, tensors in split_by_part(_supported(_read(file), file), folders or {}).items():
+        for name in (named,) if named else unnamed or parts:
+            found = _read_part(file, settings, tensors, name, parts[name], dtype)
+            if twice := sorted(set(found) & set(loras)):
+                raise _bad(file, f"{twice[0]} is adapted under two names")
+            loras |= found
+    if not loras:
+        raise _bad(file, "it holds no adapter")
+    rank = max(lora.rank for lora in loras.values())
+    if not 1 <= rank <= MAX_RANK:
+        raise _bad(file, f"its rank is {rank}; 1 to {MAX_RANK} are supported")
+    return LoRAModel(adapter, rank, loras), PEFTHelper(r=rank, lora_alpha=rank, target_modules=list(loras))
+
+
+def _read_part(
+    file: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    component: str,
+    part: AdaptedPart,
+    dtype: dtype,
+) -> dict[str, LoRALayerWeights]:
+    """Return the adapters of a component by the manager's names."""
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    packed: Mapping[str, list[str]] = getattr(part.module, "packed_modules_mapping", {})
+    tensors = restore_names(tensors, part.modules, part.other_names)
+    linears = _linears(part.module)
     adaptable = {name for path, spec in linears.items() for name in _names(path, spec, packed)}
-    for name, found in _matrices(remap_lora(tensors, rules, target=_base(module, linears), parts=packed), file).items():
+    renamed = remap_lora(tensors, part.rules, target=_base(part.module, linears), parts=packed)
+    loras = {}
+    for name, found in _matrices(renamed, file).items():
         if name not in adaptable:
             raise _bad(file, f"{name} is no linear of this model")
         a, b = found["A"], found["B"]
@@ -82,12 +145,7 @@ def read_adapter(
         scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         full = f"{component}.{name}"
         loras[full] = LoRALayerWeights(full, rank, rank, a.to(dtype), b.to(dtype).clone(), scaling)
-    if not loras:
-        raise _bad(file, "it holds no adapter")
-    rank = max(lora.rank for lora in loras.values())
-    if not 1 <= rank <= MAX_RANK:
-        raise _bad(file, f"its rank is {rank}; 1 to {MAX_RANK} are supported")
-    return LoRAModel(adapter, rank, loras), PEFTHelper(r=rank, lora_alpha=rank, target_modules=list(loras))
+    return loras
 
 
 def _linears(module: nn.Module) -> dict[str, TensorSpec]:

@@ -163,7 +163,7 @@ def _templates(found: Found) -> dict[str, str]:
         templates[f"{name}/model/original.py"] = "found/original.py"
     if found.is_compared:
         templates["tests/test_parity.py"] = "own/test_parity.py"
-    if not planned:
+    if not planned and found.parts[0].is_own:
         templates[f"{name}/model/transformer.py"] = "own/transformer.py"
     return templates | {
         "README.md": "found/README.md",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from port_kit.inspect.known_classes import library_version
+from port_kit.inspect.roles import BOUNDARY, boundary_of
 from port_kit.port import lookup
 from port_kit.registry import list_ports
 from port_kit.scaffold.file_rules import rule_text
@@ -57,10 +58,21 @@ class Found:
             return "found/transformer.py"
         return "found/module.py"
 
+    @property
+    def boundary(self) -> float | None:
+        """Share of the noise below which the second transformer runs; None if there is one transformer."""
+        several = sum(part.kind == "transformer" for part in self.parts) > 1
+        return boundary_of(self.parts[0].source.index) if several else None
+
     def module_text(self, part: Part) -> str:
-        """Say where the module comes from."""
+        """Say where the module comes from, and who calls it if not the pipeline."""
+        return self._origin_text(part) + (", called by the transformer" if part.kind == "partner" else "")
+
+    def _origin_text(self, part: Part) -> str:
         if part.pretrained:
             return f"`{part.pretrained}`"
+        if part.twin:
+            return "that of `transformer`, with weights of its own"
         if part.recognized is not None:
             return part.recognized.text
         if part.component is None:
@@ -94,6 +106,7 @@ def found_values(found: Found) -> dict[str, str]:
 def _recipe_values(found: Found) -> dict[str, str]:
     known = [part for part in found.parts if part.recognized and not _is_resized(part)]
     configs = {part.name: f"config.{part.name.upper()}_CONFIG" for part in found.listed}
+    configs |= {part.name: "config.TRANSFORMER_CONFIG" for part in found.parts if part.twin}
     configs |= {part.name: _constant(part) for part in known}
     configs |= {
         part.name: f"config.{part.name.upper()}_CONFIG" for part in found.parts if part.pretrained and part.config
@@ -104,6 +117,8 @@ def _recipe_values(found: Found) -> dict[str, str]:
         "_diffusers_version": library_version("diffusers").partition(" ")[2],
     }
     index |= {part.name: part.pretrained.split(":") for part in found.parts if part.pretrained}
+    if found.boundary is not None:
+        index[BOUNDARY] = found.boundary
     return {
         "repositories": "\n".join(_repositories(found.parts)),
         "recipe_imports": ("FileRule, GitCode, " if found.code else "FileRule, ") + "Recipe, Repository",
@@ -232,13 +247,17 @@ def _renaming_rules(part: Part) -> str:
 
 
 def _component_text(found: Found, part: Part) -> str:
-    fields: dict[str, str] = {"package": found.port.name} if part.is_own or _is_resized(part) else {}
+    name = found.port.name
+    fields: dict[str, str] = {"package": name} if part.is_own or _is_resized(part) else {}
+    if part.twin:
+        fields = {"build": f"{name}.model.transformer:build_transformer", "rules": f"{name}.weights:TRANSFORMER"}
+        fields |= {"config": f"{name}.config:TRANSFORMER_CONFIG"}
     known = part.recognized
     if known is not None:
-        rules = f"{found.port.name}.weights:{part.name.upper()}" if known.prefix else known.rules
+        rules = f"{name}.weights:{part.name.upper()}" if known.prefix else known.rules
         fields |= {"build": known.build, "rules": rules}
         fields |= {} if _is_resized(part) else {"config": known.config}
-    elif found.is_original(part) and not own_prefix(part):
+    elif found.is_original(found.parts[0] if part.twin else part) and not own_prefix(part):
         fields |= {"rules": _SAME_NAMES}
     fields |= {"kind": part.kind} if part.kind != "transformer" else {}
     given = [literal(part.name), *(f"{key}={literal(value)}" for key, value in fields.items())]
@@ -299,11 +318,11 @@ def channels_expression(main: Part) -> str:
 
 def _config_text(part: Part) -> str:
     known = part.recognized
-    values = lookup(known.config) if known is not None else config_of(part)
+    values = lookup(known.config) if known is not None and not part.config else config_of(part)
     said = "copied from its repository" if part.config else "derived from the shapes of its tensors"
     if part.parameters and not part.config:
         said = "the defaults of its class, with the layers and the width of its tensors"
-    if known is not None:
+    if known is not None and not part.config:
         said = f"that of {known.origin}, but {known.misfits} tensors have other shapes: correct it"
     line = f"#: ``{part.name}/config.json``: {said}."
     if known is None and open_keys(part):
@@ -324,7 +343,8 @@ def _tiny_text(part: Part) -> tuple[set[str], str]:
         return {"tiny_part"}, f"tiny_part({literal(shared)}, {literal(known.name)}{prefix})"
     tiny = tiny_sizes(part) if known is None else {}
     sizes = {"sizes": {}, **{key: value for key, value in tiny.items() if value}}
-    given = [f'read_outline(HERE / "{part.name}.json")', *(f"{key}={_inline(value)}" for key, value in sizes.items())]
+    listed = "transformer" if part.twin else part.name
+    given = [f'read_outline(HERE / "{listed}.json")', *(f"{key}={_inline(value)}" for key, value in sizes.items())]
     line = f"TinyComponent({', '.join(given)})"
     if len(f'    "{part.name}": {line},') > WIDTH:
         line = "TinyComponent(\n" + "".join(f"        {item},\n" for item in given) + "    )"
@@ -364,6 +384,7 @@ def _pipeline_values(found: Found) -> dict[str, str]:
     has_pretrained = any(part.pretrained for part in found.parts)
     bypass = found.port.path == "bypass"
     return {
+        **_expert_values(found),
         "port_imports": "Component" + (", Pretrained" if has_pretrained else "") + (", resolve" if bypass else ""),
         "weights_imports": "COMPONENTS, PRETRAINED" if has_pretrained else "COMPONENTS",
         "pretrained_attribute": "    pretrained: ClassVar[tuple[Pretrained, ...]] = PRETRAINED\n"
@@ -373,11 +394,30 @@ def _pipeline_values(found: Found) -> dict[str, str]:
     }
 
 
+def _expert_values(found: Found) -> dict[str, str]:
+    """Return the fields of a pipeline that chooses its transformer by the noise; empty for one transformer."""
+    if found.boundary is None:
+        return dict.fromkeys(("experts_import", "experts_attribute", "expert_of_step"), "")
+    return {
+        "experts_import": _EXPERTS_IMPORT,
+        "experts_attribute": "    experts: ClassVar[NoiseExperts] = "
+        f"NoiseExperts({literal(found.boundary)})  # {BOUNDARY} of the source's index\n",
+        "expert_of_step": "EXPERT: self.experts.at(float(state.timestep)), ",
+    }
+
+
+_EXPERTS_IMPORT = """\
+from port_kit.parallel.cfg_batching import EXPERT
+from port_kit.pipeline.experts import NoiseExperts
+"""
+
+
 def _decode_call(found: Found) -> str:
     """Return the call of the decoder; without one, latents are the output."""
     output = found.port.output
     call = f'state.latents["{output}"].to(self.dtype)'
     decoders = [part for part in found.parts if part.kind == "vae"]
+    decoders.sort(key=lambda part: ("audio" in part.name) != (output == "audio"))
     vocoders = [part for part in decoders if part.recognized and part.recognized.name == "vocoder"]
     first = next((part for part in decoders if part not in vocoders), None)
     if first is None and not vocoders:

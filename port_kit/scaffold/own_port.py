@@ -152,6 +152,7 @@ def _decoder_values(port: NewPort) -> dict[str, str]:
     """The decoder: a component of the port, or diffusers' own."""
     return {
         "weights_imports": "COMPONENTS",
+        **dict.fromkeys(("experts_import", "experts_attribute", "expert_of_step"), ""),
         **(_hybrid_values(port.name) if port.path == "hybrid" else _component_values(port)),
     }
 

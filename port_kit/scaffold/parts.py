@@ -13,11 +13,15 @@ from port_kit.inspect import Component, Finding
 from port_kit.inspect.components import has_weights, is_denoiser
 from port_kit.inspect.missing_files import TOKENIZER_FILES
 from port_kit.inspect.report import Recognized
+from port_kit.inspect.roles import boundary_of, same_architecture
+from port_kit.port import lookup
 from port_kit.scaffold.file_rules import is_standard_name, require_readable, small_file_rules, small_files, weight_rules
 from port_kit.scaffold.source import Source
 
 #: Words in names of files and folders that tell what turns latents into an output.
 _DECODERS = re.compile(r"vae|decoder|autoencoder|codec|vocoder|vocos|gan", re.IGNORECASE)
+#: Words in names of parts that the transformer calls, if nothing else tells what they are.
+_PARTNERS = re.compile(r"(^|[_./-])(dit|unet)([_./-]|$)|transformer|tower|bridge|denois", re.IGNORECASE)
 #: Endings of classes without weights, and the usual folders of their files.
 _FOLDERS = {"Tokenizer": "tokenizer", "Scheduler": "scheduler", "FeatureExtractor": "feature_extractor"}
 #: Further files of tokenizers, which alone make none.
@@ -41,6 +45,7 @@ class Part:
         pretrained: ``"module:Class"`` of a library that builds and fills it, or empty.
         config: content of its ``config.json`` if the recipe writes it, or the source has it.
         parameters: of the constructor of its class in the git code, with their defaults, ``...`` for those without.
+        twin: True for a further transformer with the tensors of the first one, whose module it shares.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Part:
     pretrained: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    twin: bool = False
 
     @property
     def recognized(self) -> Recognized | None:
@@ -61,7 +67,7 @@ class Part:
     @property
     def is_own(self) -> bool:
         """True if the port has to bring the module."""
-        return self.component is not None and not self.pretrained and self.recognized is None
+        return self.component is not None and not self.pretrained and self.recognized is None and not self.twin
 
 
 def find_parts(sources: Sequence[Source]) -> list[Part]:
@@ -86,9 +92,10 @@ def find_parts(sources: Sequence[Source]) -> list[Part]:
             hint="name a repository or folder that has them: port-kit inspect REPO_OR_DIR lists what there is",
         )
     main = _main(weighted)
+    experts = _experts(weighted, main)
     taken: set[str] = set()
-    ordered = sorted(weighted, key=lambda item: item[1] is not main)
-    parts = [_weighted(source, part, _unique(_name(part, main), taken), part is main) for source, part in ordered]
+    ordered = sorted(weighted, key=lambda item: (item[1] is not main, not _is_in(item[1], experts)))
+    parts = [_weighted(source, part, _unique(_name(part, experts), taken), main, experts) for source, part in ordered]
     return parts + [part for source in sources for part in _small(source, parts, taken)]
 
 
@@ -100,7 +107,10 @@ def left_out(sources: Sequence[Source]) -> list[Finding]:
 
 
 def _main(weighted: list[tuple[Source, Component]]) -> Component:
-    """Return the transformer: by its name, else the largest part that is no known component of another kind."""
+    """Return the transformer: by its name, else the largest part that is no known component of another kind.
+
+    Parts of classes that a library has are taken if there are no others.
+    """
     parts = [part for _, part in weighted]
     named = [part for part in parts if is_denoiser(part.name.rpartition("/")[2])]
     open_ = [part for part in parts if part.recognized is None or part.recognized.kind == "transformer"]
@@ -111,11 +121,24 @@ def _main(weighted: list[tuple[Source, Component]]) -> Component:
             code="scaffold_unsupported",
             hint="name the repository with the transformer's weights, too: --from REPO_OR_DIR --from REPO_OR_DIR",
         )
-    return max(named or open_, key=lambda part: part.parameters)
+    unknown = [part for part in open_ if not part.known]
+    return max(named or unknown or open_, key=lambda part: part.parameters)
 
 
-def _name(part: Component, main: Component) -> str:
-    if part is main:
+def _experts(weighted: list[tuple[Source, Component]], main: Component) -> list[Component]:
+    """Return the transformers: several if an index says at which noise they change; others are copies, such as EMA."""
+    source = next(source for source, part in weighted if part is main)
+    own = [part for one, part in weighted if one is source]
+    groups = same_architecture(own) if boundary_of(source.index) is not None else []
+    return next((group for group in groups if _is_in(main, group)), [main])
+
+
+def _is_in(part: Component, group: Sequence[Component]) -> bool:
+    return any(part is other for other in group)
+
+
+def _name(part: Component, experts: Sequence[Component]) -> str:
+    if _is_in(part, experts):
         return "transformer"
     if part.recognized is not None:
         return part.recognized.name
@@ -134,16 +157,27 @@ def _unique(name: str, taken: set[str]) -> str:
     return unique
 
 
-def _weighted(source: Source, part: Component, name: str, is_main: bool) -> Part:
+def _weighted(source: Source, part: Component, name: str, main: Component, experts: Sequence[Component]) -> Part:
     place = part.weights[0].path.rpartition("/")[0]
-    pretrained, config = _pretrained(source, part) if not is_main else ("", {})
-    if not pretrained and part.recognized is None:
-        config = source.configs.get(f"{place}/config.json" if place else "config.json", {})
+    is_expert = _is_in(part, experts)
+    pretrained, config = _pretrained(source, part) if not is_expert else ("", {})
+    if not pretrained:
+        config = _published(part, source.configs.get(f"{place}/config.json" if place else "config.json", {}))
     single = _SINGLE_FILES.get(pretrained.partition(":")[0], "model.safetensors")
     rules = weight_rules(source, part, name, name=single)
     if pretrained and part.known:  # the library reads its own small files; a recognised part has none
         rules = [*small_file_rules(small_files(source, place), name), *rules]
-    return Part(name, _kind(part, is_main), source, tuple(rules), part, pretrained, config)
+    twin = is_expert and part is not main and part.recognized is None
+    return Part(name, _kind(part, is_expert), source, tuple(rules), part, pretrained, config, twin=twin)
+
+
+def _published(part: Component, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a part's configuration in its source; of a known part only one with most keys of its port's."""
+    if part.recognized is None or not part.recognized.misfits:
+        return config if part.recognized is None else {}
+    known: Any = lookup(part.recognized.config)
+    keys = {key for key in known if not key.startswith("_")} if isinstance(known, Mapping) else set()
+    return {**known, **config} if 2 * len(keys & set(config)) > len(keys) else {}
 
 
 def _pretrained(source: Source, part: Component) -> tuple[str, Mapping[str, Any]]:
@@ -156,11 +190,13 @@ def _pretrained(source: Source, part: Component) -> tuple[str, Mapping[str, Any]
     return "", {}
 
 
-def _kind(part: Component, is_main: bool) -> str:
-    if is_main:
+def _kind(part: Component, is_expert: bool) -> str:
+    if is_expert:
         return "transformer"
     if part.recognized is not None:
         return part.recognized.kind
+    if _PARTNERS.search(part.name):
+        return "partner"
     return "vae" if _DECODERS.search(f"{part.name} {part.class_name}") else "encoder"
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from port_kit.clips import option_types, read_prompts
 from port_kit.models.dreamid_omni import PORT as DREAMID
+from port_kit.models.mova import PORT as MOVA
 from port_kit.models.ovi import PORT as OVI
 from port_kit.port import Port
 from tests.helpers import raises
@@ -103,10 +104,14 @@ def test_a_port_without_a_first_frame_continues_nothing(field: str, tmp_path: Pa
         read(write(tmp_path, f'{{"prompt": "talk", {field}}}'), DREAMID)
 
 
-def test_an_image_and_a_clip_are_two_first_frames(tmp_path: Path) -> None:
+@pytest.mark.parametrize("port", [OVI, MOVA], ids=lambda port: port.name)
+def test_an_image_and_a_clip_are_two_first_frames(port: Port, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
+    line = '{"prompt": "rain", "continue_from": "a.mp4", "segments": 2'
+    ((_, request, references),) = read(write(tmp_path, line + "}"), port)
+    assert request["segments"] == 2 and list(references) == ["continue_from"]
     with raises("prompts_file", "both give the first frame"):
-        read(write(tmp_path, '{"prompt": "rain", "continue_from": "a.mp4", "image": "a.mp4"}'))
+        read(write(tmp_path, line + ', "image": "a.mp4"}'), port)
 
 
 def test_options_are_those_of_the_port() -> None:

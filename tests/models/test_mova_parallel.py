@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from port_kit.models.mova import PORT, config
+from port_kit.models.mova.model import bridge
 from port_kit.models.mova.model.bridge import build_bridge
-from port_kit.models.mova.model.transformer import build_audio_transformer, build_transformer
+from port_kit.models.mova.model.transformer import DualTowerTransformer, build_audio_transformer, build_transformer
 from port_kit.parallel.layout import Layout
+from port_kit.parallel.linear import tp_rank_and_size
+from port_kit.parallel.norm import square_sums
 from port_kit.parallel.preflight import describe_model, preflight
+from port_kit.parallel.sequence import PaddedAttention, make_sp_plan
 from port_kit.parallel.verify import ParallelTestCase, port_test_case, verify_layout
 from port_kit.pipeline.loading import load_pipeline
 from port_kit.runtime.single_process import single_rank
@@ -58,6 +64,41 @@ def test_ranks_compute_the_result_of_one(layout: str, case: ParallelTestCase, si
     assert report.max_abs is not None and report.max_abs <= 5e-6
     whole, *held = report.parameter_bytes
     assert all(size / whole <= 1 / (parsed.tp * parsed.hsdp) + 0.08 for size in held)
+
+
+def attended_padding() -> None:
+    whole = PaddedAttention.forward
+    PaddedAttention.forward = lambda self, q, k, v, length=None: whole(self, q, k, v)  # type: ignore[method-assign]
+
+
+def whole_audio() -> None:
+    """Only the video is sharded; every rank computes all of the audio."""
+    DualTowerTransformer._sp_plan = make_sp_plan({"shard": (3, 4, 4)}, {"gather": (3,)})  # type: ignore[misc]
+
+
+def local_norm() -> None:
+    """In the bridge, every rank takes its own heads for all of them."""
+    bridge.tp_square_sums = lambda *tensors: [square_sums(x) * tp_rank_and_size()[1] for x in tensors]  # type: ignore
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plant", "layout", "fault", "where"),
+    [
+        (attended_padding, "ulysses4", "padding_attended", "audio_transformer."),
+        (whole_audio, "ulysses4", "not_sharded", "audio_transformer."),
+        (local_norm, "tp4", "outputs_differ", "bridge."),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_planted_fault_is_found_and_named(
+    plant: Callable[[], None], layout: str, fault: str, where: str, case: ParallelTestCase, single: RankResult
+) -> None:
+    faulty = replace(case, setup=lambda ranks: plant() if ranks > 1 else None)
+    report = verify_layout(faulty, Layout.parse(layout), single)
+    assert not report.ok
+    found = {(finding.fault, finding.where) for finding in report.findings}
+    assert any(name == fault and place.startswith(where) for name, place in found), found
 
 
 def test_a_step_of_each_tower_is_compared(single: RankResult) -> None:

@@ -42,3 +42,14 @@ def test_the_cache_is_measured() -> None:
     result = run("cache_speed", "--steps", "8", "--threshold", "0.9")
     assert result["blocks_computed"] < 1
     assert 0 < result["relative_error"]["video"] < 0.5
+
+
+def test_layouts_of_mova_are_measured_and_agree_with_one_rank() -> None:
+    layouts = ("hsdp2", "cfg2", "ulysses2")
+    options = [word for layout in layouts for word in ("--layout", layout)]
+    result = run("mova_scaling", "--tiny", "--rounds", "1", "--warm-up", "0", *options)
+    assert list(result["layouts"]) == ["single", *layouts]
+    for layout in layouts:
+        row = result["layouts"][layout]
+        assert row["within_tolerance"] and row["seconds"] > 0 and max(row["communication"]) > 0
+    assert result["layouts"]["hsdp2"]["weight_share"] < 0.55

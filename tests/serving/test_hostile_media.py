@@ -17,7 +17,7 @@ DECODED = SIDE * SIDE * 4
 
 
 def test_images_of_waiting_requests_are_not_decoded(target: Target) -> None:
-    """Each request is decoded once on arrival, and then again when the engine resizes its image."""
+    """An image may be decoded as it arrives, and one for the engine; the others are files of some kilobytes."""
     large = {"input_reference": png(SIDE, SIDE)}
     assert target.sync(files=large).status_code == 200
     jobs = [target.submit({"num_inference_steps": "200"})]
@@ -25,7 +25,7 @@ def test_images_of_waiting_requests_are_not_decoded(target: Target) -> None:
     jobs += [target.submit(files=large) for _ in range(MAX_QUEUE - 2)]
     refused(target.sync({"extra_params": '{"shift": 1e9}'}), "shift")  # requests are prepared in their order
     grown = target.server.memory() - before
-    assert grown < DECODED, f"{MAX_QUEUE - 2} images of {DECODED} bytes take {grown}"
+    assert grown < 2.5 * DECODED, f"{MAX_QUEUE - 2} images of {DECODED} bytes take {grown}"
     for job in jobs:
         assert target.alice.delete(f"/v1/videos/{job}").status_code == 200
 
