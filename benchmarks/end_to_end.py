@@ -9,6 +9,7 @@ those without. Prints one JSON object.
 
     python benchmarks/end_to_end.py --height 704 --width 1024 --cache --folder /scratch/model
     python benchmarks/end_to_end.py --height 480 --width 832 --steps 10 --tiling --eager --folder /scratch/model
+    python benchmarks/end_to_end.py --decode-only --kernels            # the decoders alone, in their forms
     python benchmarks/end_to_end.py --tiny                                                # a minute, on a CPU
 """
 
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,14 @@ class Watch:
         counts: count the transformer's blocks; not where they are compiled, since counting would be compiled too.
         profiled: a phase whose kernels are listed, of its first call after the warm-up.
         cudnn_benchmark: let cuDNN try its algorithms for each shape of a convolution.
+        memory_gb: device memory that the process may use; 0 for all.
     """
 
-    def __init__(self, *, counts: bool, profiled: str | None = None, cudnn_benchmark: bool = False) -> None:
+    def __init__(
+        self, *, counts: bool, profiled: str | None = None, cudnn_benchmark: bool = False, memory_gb: float = 0.0
+    ) -> None:
         self.counts, self.profiled, self.cudnn_benchmark = counts, profiled, cudnn_benchmark
+        self.memory_gb = memory_gb
         self.kernels: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.load: dict[str, Any] = {}
@@ -67,6 +72,9 @@ class Watch:
         from port_kit.pipeline import base as module
 
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        if self.memory_gb:
+            share = self.memory_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
         kind: Any = module.PortPipeline
         block: Any = FusionBlock
         make, forward, run = kind.__init__, kind.forward, block.forward
@@ -190,8 +198,27 @@ def to_host(output: Any) -> Any:
 # -- serving --------------------------------------------------------------------------------------------------------
 
 
-def serve(model: Path, given: argparse.Namespace, cache: bool) -> dict[str, Any]:
-    """Serve the requests on one rank; returns what the rank noted, and the last output."""
+def serve(
+    model: Path,
+    given: argparse.Namespace,
+    cache: bool,
+    *,
+    engine: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    few_options: Mapping[str, Any] | None = None,
+    memory_gb: float = 0.0,
+) -> dict[str, Any]:
+    """Serve the requests on one rank; returns what the rank noted, and the last output.
+
+    Args:
+        model: the model directory.
+        given: arguments of the command.
+        cache: with Cache-DiT.
+        engine: further fields of the engine's configuration.
+        options: ``extra_args`` of the last request.
+        few_options: of the requests of a few steps.
+        memory_gb: device memory that the rank may use; 0 for all.
+    """
     from port_kit.testing.workers import run_workers
 
     config: dict[str, Any] = {
@@ -200,20 +227,21 @@ def serve(model: Path, given: argparse.Namespace, cache: bool) -> dict[str, Any]
         "vae_use_tiling": given.tiling,
         "vae_fast_path": given.vae_fast_path,
         "parallel_config": {},
+        **(engine or {}),
     }
     if cache:
         config |= {"cache_backend": "cache_dit", "cache_config": {}}
     few = min(given.round_steps, given.steps)
     steps = [few] * (1 + (0 if cache else given.rounds)) + [given.steps]
-    requests = [request(given, count, number) for number, count in enumerate(steps)]
-    requests[-1] = request(given, given.steps, 0)
+    requests = [request(given, count, number, few_options) for number, count in enumerate(steps)]
+    requests[-1] = request(given, given.steps, 0, options)
     profiled = None if cache else given.profile
-    watch = Watch(counts=given.eager, profiled=profiled, cudnn_benchmark=given.cudnn_benchmark)
+    watch = Watch(counts=given.eager, profiled=profiled, cudnn_benchmark=given.cudnn_benchmark, memory_gb=memory_gb)
     (rank,) = run_workers(model, requests, config=config, setup=watch.start, probe=watch.result, timeout=given.timeout)
     return {**rank.probe, "load_seconds": rank.load_seconds, "output": rank.outputs[-1]}
 
 
-def request(given: argparse.Namespace, steps: int, number: int) -> Any:
+def request(given: argparse.Namespace, steps: int, number: int, options: Mapping[str, Any] | None = None) -> Any:
     """Return a request with one picture and one voice; each number has a prompt of its own."""
     import numpy
     from PIL import Image
@@ -225,6 +253,7 @@ def request(given: argparse.Namespace, steps: int, number: int) -> Any:
     picture = Image.fromarray(random.integers(0, 255, (given.height, given.width, 3), dtype=numpy.uint8))
     prompt = {"prompt": f"{WORDS * 4}{number}", "multi_modal_data": {"image": [picture], "audio": [voice]}}
     sampling = {"height": given.height, "width": given.width, "num_inference_steps": steps, "seed": 11}
+    sampling["extra_args"] = dict(options or {})
     return Request(prompt, sampling)
 
 
@@ -283,13 +312,7 @@ def gib(size: int) -> float:
 
 def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the model where it is missing, serve, and report."""
-    written = None
-    if not (folder / "model_index.json").is_file():
-        command = [sys.executable, __file__, "--write", "--folder", str(folder), "--layers", str(given.layers)]
-        done = subprocess.run([*command, *(["--tiny"] if given.tiny else [])], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"writing the model failed with exit code {done.returncode}")
-        written = json.loads(done.stdout.splitlines()[-1])
+    written = write_missing(folder, given)
     plain = serve(folder, given, cache=False)
     print(json.dumps({"denoise": denoising(plain), "phases": phases(plain)}), file=sys.stderr, flush=True)
     ((load_seconds, load_peak),) = plain["load"]["load_weights"]
@@ -324,22 +347,36 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return result
 
 
+def write_missing(folder: Path, given: argparse.Namespace) -> dict[str, Any] | None:
+    """Write the model where it is missing, in a process of its own; return what that took."""
+    if (folder / "model_index.json").is_file():
+        return None
+    command = [sys.executable, __file__, "--write", "--folder", str(folder), "--layers", str(given.layers)]
+    done = subprocess.run([*command, *(["--tiny"] if given.tiny else [])], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"writing the model failed with exit code {done.returncode}")
+    written: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return written
+
+
 def compare(cached: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     """What the cache saves, and what it changes."""
-    import numpy
-
-    def error(one: Any, other: Any) -> float:
-        return float(numpy.linalg.norm(one - other) / numpy.linalg.norm(other))
-
-    video, audio = (error(a, b) for a, b in zip(cached["latents"], plain["latents"], strict=True))
     row = denoising(cached)
     return {
         "settings": "vLLM-Omni's defaults",
         **row,
         "speed_up": round(denoising(plain)["seconds"] / row["seconds"], 3),
         "blocks_computed": round(cached["blocks"] / plain["blocks"], 3) if plain["blocks"] else None,
-        "relative_error": {"video": video, "audio": audio},
+        "relative_error": errors(cached["latents"], plain["latents"]),
     }
+
+
+def errors(latents: Any, expected: Any) -> dict[str, float]:
+    """Return the relative error (L2) of the latents of each modality."""
+    import numpy
+
+    pairs = zip(("video", "audio"), latents, expected, strict=True)
+    return {name: float(numpy.linalg.norm(one - other) / numpy.linalg.norm(other)) for name, one, other in pairs}
 
 
 def write(folder: Path, *, tiny: bool, layers: int) -> dict[str, Any]:
@@ -366,8 +403,33 @@ def write(folder: Path, *, tiny: bool, layers: int) -> dict[str, Any]:
     return {"bytes": total, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def main() -> None:
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
+def add_defaults(given: argparse.Namespace) -> None:
+    """Set what the command line left out."""
+    from vllm_omni.platforms import current_omni_platform
+
+    given.eager = given.eager or not current_omni_platform.is_cuda()
+    given.height = given.height or (64 if given.tiny else 704)
+    given.width = given.width or (64 if given.tiny else 1024)
+    given.steps = given.steps or (8 if given.tiny else 50)
+    given.dtype = given.dtype or ("float32" if given.tiny else "bfloat16")
+
+
+def decode_alone(given: argparse.Namespace) -> dict[str, Any]:
+    """Measure the decoders without a model directory."""
+    import decode_only
+
+    return decode_only.run(
+        given.height or (64 if given.tiny else 704),
+        given.width or (64 if given.tiny else 1024),
+        latent_frames=given.latent_frames,
+        rounds=given.rounds,
+        forms=given.form,
+        tiny=given.tiny,
+        kernels=given.kernels,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, help="a model directory to keep; used as it is if it is there")
     options.add_argument("--height", type=int, help="pixels; default: 704, tiny: 64")
@@ -386,19 +448,26 @@ def main() -> None:
     options.add_argument("--tiny", action="store_true", help="the tiny model")
     options.add_argument("--timeout", type=float, default=1800.0, help="seconds for one worker")
     options.add_argument("--write", action="store_true", help="only write the model directory")
+    options.add_argument("--decode-only", action="store_true", help="the decoders alone, in all their forms")
+    options.add_argument("--form", action="append", default=[], help="with --decode-only: only this form")
+    options.add_argument("--latent-frames", type=int, default=31, help="with --decode-only")
+    options.add_argument("--kernels", action="store_true", help="with --decode-only: where the time goes")
+    return options
+
+
+def main() -> None:
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for the result
+    options = build_parser()
     given = options.parse_args()
+    if given.decode_only:
+        print(json.dumps(decode_alone(given), indent=1))
+        return
     if given.write:
         if given.folder is None:
             options.error("--write needs --folder")
         print(json.dumps(write(given.folder, tiny=given.tiny, layers=given.layers)))
         return
-    from vllm_omni.platforms import current_omni_platform
-
-    given.eager = given.eager or not current_omni_platform.is_cuda()
-    given.height = given.height or (64 if given.tiny else 704)
-    given.width = given.width or (64 if given.tiny else 1024)
-    given.steps = given.steps or (8 if given.tiny else 50)
-    given.dtype = given.dtype or ("float32" if given.tiny else "bfloat16")
+    add_defaults(given)
     with tempfile.TemporaryDirectory(prefix="port-kit-") as scratch:
         print(json.dumps(run(given, given.folder or Path(scratch) / "model"), indent=1))
 

@@ -8,10 +8,12 @@ rates. Every figure is the median of ``--rounds`` after two warm-up rounds. Prin
     python benchmarks/fusion_step.py --size 704x1024 --size 480x832     # as it is served
     python benchmarks/fusion_step.py --also inductor --also plain       # and without the kernels of the project
     python benchmarks/fusion_step.py --kernels                          # where a branch's time goes, kernel by kernel
+    python benchmarks/fusion_step.py --precision fp8 --precision fp8_attention   # in eight bits, and how far off
     python benchmarks/fusion_step.py --tiny --rounds 1                  # a small model, on a CPU
 
 Variants for comparison (``--also``): ``plain`` runs the plain PyTorch forms of the fused steps, ``inductor`` compiles
-these with torch.compile. Their flows are compared with the served form's.
+these with torch.compile. Their flows are compared with the served form's. So are those of ``--precision``: ``fp8`` has
+eight-bit linears, ``fp8_attention`` also attention of the video in eight bits.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -34,9 +37,16 @@ from torch import Tensor, nn
 LATENT_FRAMES, AUDIO_LATENTS, PICTURES, VOICE_LATENTS, TEXT_TOKENS = 31, 157, 1, 31, 100
 #: Parts of kernels' names, by what they do.
 KINDS = {
-    "matrix products": ("nvjet", "gemm", "cutlass_80", "mm"),
     "attention": ("flash", "Flash"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "mm"),
     "fused steps": ("_add_norms", "_rms_rope"),
+    "quantization": ("_quantize_rows", "_of_heads", "_quantize_heads"),
+}
+#: Fields of the engine's configuration per precision.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"quantization_config": "fp8"},
+    "fp8_attention": {"quantization_config": "fp8", "diffusion_kv_cache_dtype": "fp8"},
 }
 TINY = {"dim": 96, "ffn_dim": 192, "num_heads": 4, "num_layers": 2, "text_dim": 64}
 
@@ -95,13 +105,27 @@ class Clock:
         return float(begin.elapsed_time(end))
 
 
-def build(config: dict[str, Any], device: torch.device) -> nn.Module:
+def build(config: dict[str, Any], device: torch.device, engine: Any, precision: str = "bf16") -> nn.Module:
     """Build the transformer with random weights, of a scale that keeps activations finite."""
+    from vllm_omni.quantization import build_quant_config
+
     from port_kit.models.wan.transformer.model import build_transformer
 
+    fields = PRECISIONS[precision]
+    engine.quantization_config = build_quant_config(fields.get("quantization_config"))
+    engine.diffusion_kv_cache_dtype = fields.get("diffusion_kv_cache_dtype")
     with device:
         model = build_transformer(config)
-    return fill(model, torch.Generator(device).manual_seed(0))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:  # quantized when they are loaded, which nothing does here
+                filled = torch.empty_like(parameter, device=device)
+                module.register_parameter(name, nn.Parameter(filled, requires_grad=False))
+    fill(model, torch.Generator(device).manual_seed(0))
+    for module in model.modules():
+        if getattr(getattr(module, "quant_method", None), "uses_meta_device", False):
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
+    return model
 
 
 def fill(model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -167,7 +191,7 @@ def variant(name: str) -> Iterator[None]:
     changes = {
         "add_norms": compiled(fused_ops.add_norms_torch),
         "rms_norm": compiled(fused_ops.rms_norm_torch),
-        "linear_gelu": lambda layer, x: gelu(layer(x)),
+        "linear_gelu": lambda layer, x, _reader=None: gelu(layer(x)),
     }
     before = {key: getattr(fused_ops, key) for key in changes}
     vars(fused_ops).update(changes)
@@ -178,10 +202,15 @@ def variant(name: str) -> Iterator[None]:
 
 
 def measure(
-    model: nn.Module, config: dict[str, Any], size: tuple[int, int], clock: Clock, dtype: Any, also: list[str]
+    model: nn.Module,
+    config: dict[str, Any],
+    size: tuple[int, int],
+    branch: dict[str, Any],
+    clock: Clock,
+    dtype: Any,
+    also: list[str],
 ) -> Any:
     """One size: a branch, its floor at the measured rates, the step of four branches, peak memory, the variants."""
-    branch = inputs(config, *size, clock.device, dtype)
     sizes = sizes_of(config, *size)
     found = rates(model.get_submodule("blocks.0.video.self_attn"), sizes, clock, dtype)
     if clock.device.type == "cuda":
@@ -216,6 +245,30 @@ def measure(
         "launch_ms": launching(lambda: model(**branch), clock.device),
         **others,
     }
+
+
+def in_precision(model: nn.Module, branch: dict[str, Any], expected: list[Tensor], clock: Clock) -> dict[str, Any]:
+    """Return the figures of a branch in another precision, and the difference of its flows."""
+    on_gpu = clock.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    one = clock.median_ms(lambda: model(**branch))
+    flows = [flow.float() for flow in model(**branch)]
+    graphs = with_graphs(model, branch, [branch], flows, clock) if on_gpu else {}
+    return {
+        "branch_ms": one,
+        "relative_error": difference((flows[0], flows[1]), expected),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else 0.0,
+        **graphs,
+    }
+
+
+def renewed(branch: dict[str, Any]) -> dict[str, Any]:
+    """Return a branch for another model: its texts are not projected."""
+    from port_kit.models.wan.transformer.modality_io import TextContext
+
+    return {name: TextContext(value.raw) if isinstance(value, TextContext) else value for name, value in branch.items()}
 
 
 def with_graphs(model: Any, branch: Any, branches: list[Any], expected: list[Tensor], clock: Clock) -> dict[str, Any]:
@@ -292,8 +345,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         config |= {tower: {"text_dim": 4096, **config[tower]} for tower in ("video", "audio")}
     sizes = [tuple(map(int, text.split("x"))) for text in given.size or (["64x96"] if given.tiny else ["704x1024"])]
     clock = Clock(device, given.rounds)
-    with torch.inference_mode(), single_rank(dtype=dtype, device=device, default_device=False):
-        model = build(config, device)
+    with torch.inference_mode(), single_rank(dtype=dtype, device=device, default_device=False) as engine:
+        model = build(config, device, engine)
         result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
@@ -301,12 +354,24 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "rounds": given.rounds,
         }
-        for size in sizes:
-            result[f"{size[0]}x{size[1]}"] = measure(model, config, (size[0], size[1]), clock, dtype, given.also)
+        branches = {size: inputs(config, size[0], size[1], device, dtype) for size in sizes}
+        expected = {}
+        for size, branch in branches.items():
+            found = measure(model, config, (size[0], size[1]), branch, clock, dtype, given.also)
+            result[f"{size[0]}x{size[1]}"] = found
+            expected[size] = [flow.float() for flow in model(**branch)]
         if given.kernels:
-            branch = inputs(config, sizes[0][0], sizes[0][1], device, dtype)
-            model(**branch)
-            result["profile"] = kernels(model, branch, device)
+            result["profile"] = kernels(model, branches[sizes[0]], device)
+        for precision in given.precision:
+            model = nn.Module()  # the memory is needed by the next one
+            model = build(config, device, engine, precision)
+            own = {size: renewed(branch) for size, branch in branches.items()}
+            for size, branch in own.items():
+                found = in_precision(model, branch, expected[size], clock)
+                result[f"{size[0]}x{size[1]}"][precision] = found
+                print(json.dumps({precision: found}), file=sys.stderr, flush=True)
+            if given.kernels:
+                result[f"profile of {precision}"] = kernels(model, own[sizes[0]], device)
     return result
 
 
@@ -316,6 +381,7 @@ def main() -> None:
     options.add_argument("--size", action="append", metavar="HEIGHTxWIDTH", help="pixels; may be given several times")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--also", action="append", default=[], choices=("plain", "inductor"))
+    options.add_argument("--precision", action="append", default=[], choices=[*PRECISIONS][1:])
     options.add_argument("--kernels", action="store_true", help="profile one branch of the first size")
     options.add_argument("--tiny", action="store_true", help="a small model in float32 on the CPU")
     print(json.dumps(run(options.parse_args()), indent=1))

@@ -21,6 +21,7 @@ PORT = Port(
         "video_negative_prompt": "str",
         "audio_negative_prompt": "str",
         "shift": "float",
+        "guidance_gate_step": "int",
         "video_cfg_scale": "float",
         "video_ref_cfg_scale": "float",
         "audio_cfg_scale": "float",

@@ -23,6 +23,7 @@ PORT = Port(
         "video_negative_prompt": "str",
         "audio_negative_prompt": "str",
         "shift": "float",
+        "guidance_gate_step": "int",
         "video_guidance_scale": "float",
         "audio_guidance_scale": "float",
         "slg_layer": "int",

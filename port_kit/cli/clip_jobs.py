@@ -27,7 +27,14 @@ from port_kit.runtime.diagnose import installed_versions
 #: Suffix of the output, by :attr:`~port_kit.port.Port.output_type`.
 SUFFIXES = {"video": "mp4", "image": "png", "audio": "wav"}
 #: Options of the engine that change numbers: a repeated clip has them.
-NUMERIC_OPTIONS = ("dtype", "enforce_eager", "cache_backend", "quantization")
+NUMERIC_OPTIONS = (
+    "dtype",
+    "enforce_eager",
+    "cache_backend",
+    "quantization",
+    "diffusion_kv_cache_dtype",
+    "vae_use_tiling",
+)
 
 Media = Mapping[str, Sequence[Any]]
 MakeMedia = Mapping[str, Callable[[], Any]]

@@ -28,6 +28,8 @@ ENGINE_OPTIONS = (
     "enable_cpu_offload",
     "enable_layerwise_offload",
     "quantization",
+    "diffusion_kv_cache_dtype",
+    "vae_use_tiling",
 )
 
 
@@ -73,7 +75,9 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     engine.add_argument("--cache-backend", default=None, choices=["cache_dit", "tea_cache"])
     engine.add_argument("--enable-cpu-offload", action="store_true")
     engine.add_argument("--enable-layerwise-offload", action="store_true")
-    engine.add_argument("--quantization", default=None, help="fp8: quantize weights to eight bits while loading")
+    engine.add_argument("--quantization", default=None, help="fp8: linears in eight bits, quantized while loading")
+    engine.add_argument("--diffusion-kv-cache-dtype", default=None, help="fp8: attention in eight bits")
+    engine.add_argument("--vae-use-tiling", action="store_true", help="decode tile by tile, in less memory")
     return parser
 
 

@@ -34,6 +34,7 @@ from port_kit.parallel.comm.symm_mem import is_enabled
 from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 require("cfg_mixin")
@@ -41,6 +42,8 @@ require("cfg_mixin")
 #: Argument of a branch that names the transformer which runs it, an attribute of the pipeline. All branches of a step
 #: have the same one; the default is ``transformer``.
 EXPERT = "expert"
+#: Method that combines the predictions of all branches.
+COMBINE = "combine_multi_branch_cfg_noise"
 
 
 def weights_are_streamed(config: OmniDiffusionConfig | None) -> bool:
@@ -103,6 +106,34 @@ class BatchedCFGMixin(CFGParallelMixin):
             do_true_cfg, true_cfg_scale, branches_kwargs, cfg_normalize, output_slice, **options
         )
 
+    def predict_guided(
+        self, scales: dict[str, float], branches: list[dict[str, Any]], *, first_only: bool = False
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the guided prediction, and that of the first branch, on every rank.
+
+        Args:
+            scales: passed to ``combine_multi_branch_cfg_noise``.
+            branches: arguments of the transformer per branch, the complete one first.
+            first_only: run the first branch alone, on every rank, without guidance.
+        """
+        if first_only:
+            only = _tensors(self.predict_noise_with_multi_branch_cfg(False, scales, branches))
+            return only, only
+        firsts: list[Any] = []
+        combine = getattr(self, COMBINE)
+
+        def note_first(predictions: list[Any], *args: Any, **options: Any) -> Any:
+            firsts.append(predictions[0])
+            return combine(predictions, *args, **options)
+
+        setattr(self, COMBINE, note_first)
+        try:
+            guided = self.predict_noise_with_multi_branch_cfg(True, scales, branches)
+        finally:
+            delattr(self, COMBINE)
+        (first,) = firsts
+        return _tensors(guided), _tensors(first)
+
     def predict_noise(self, *, predicted: Any = None, **branch: Any) -> Any:
         """Run one branch; return ``predicted`` if it ran in one call with others."""
         return self._run(branch) if predicted is None else predicted
@@ -126,6 +157,10 @@ class BatchedCFGMixin(CFGParallelMixin):
         first, *others = (branches[index] for index in own)
         predicted = dict(zip(own, self._run(first, *others), strict=True))
         return [{"predicted": predicted[i]} if i in predicted else branch for i, branch in enumerate(branches)]
+
+
+def _tensors(prediction: Any) -> tuple[Tensor, ...]:
+    return prediction if isinstance(prediction, tuple) else (prediction,)
 
 
 def _local_branches(count: int) -> range:

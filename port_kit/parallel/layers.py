@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.parallel import linear
+from port_kit.parallel.fp8_linear import with_row_scales
 from port_kit.parallel.sequence import PaddedAttention
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ def sinusoids(values: Tensor, dim: int) -> Tensor:
 
 
 def engine_quantization() -> QuantizationConfig | None:
-    """Return the quantization of the engine that is being started; None outside of an engine."""
+    """Return the quantization of the engine that is being started; None outside of an engine.
+
+    Dynamic FP8 has a scale per token and output (:mod:`~port_kit.parallel.fp8_linear`) where the device has kernels.
+    """
     engine = get_current_diffusion_config_or_none()
-    return engine.quantization_config if engine is not None else None
+    return with_row_scales(engine.quantization_config) if engine is not None else None

@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.platforms import current_platform
 
 from port_kit.parallel.comm.symm_mem import get_peer_buffers
+from port_kit.parallel.fp8_rows import QuantizedRows, Rows
 from port_kit.upstream.checks import require
 from port_kit.upstream.linear import keep_plain_weight
 
@@ -96,7 +97,7 @@ def row(
     )
 
 
-def row_parallel_partials(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, ...]:
+def row_parallel_partials(layer: RowParallelLinear, x: Rows) -> tuple[Tensor, ...]:
     """Return the output of a :func:`row` linear, or two partial sums that add up to it.
 
     On two ranks of one host, partial sums are exchanged through symmetric memory
@@ -105,10 +106,11 @@ def row_parallel_partials(layer: RowParallelLinear, x: Tensor) -> tuple[Tensor, 
 
     Args:
         layer: linear that is split by input.
-        x: ``[..., K]``, this rank's part of the input.
+        x: ``[..., K]``, this rank's part of the input; quantized only for a linear that takes that.
     """
     plain = type(layer) is RowParallelLinear and layer.tp_size == 2
-    peers = get_peer_buffers(get_tp_group().device_group, x) if plain else None
+    values = x.values if isinstance(x, QuantizedRows) else x
+    peers = get_peer_buffers(get_tp_group().device_group, values) if plain else None
     if peers is None:
         return (layer(x),)
     bias = layer.bias if layer.tp_rank == 0 else None

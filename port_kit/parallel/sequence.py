@@ -37,12 +37,14 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
+from port_kit.parallel import fp8_attention
 from port_kit.parallel.comm.asymmetric_attention import GatherKVStrategy, GatherQueryStrategy
 from port_kit.parallel.comm.fused_sequence_parallel import optimize_strategy
 from port_kit.upstream.checks import require
 
 require("attention_layer")
 require("sequence_parallel_plan")
+require("fp8_attention")
 
 #: Token dimension of all tensors at a boundary.
 TOKENS = 1
@@ -107,6 +109,12 @@ class PaddedAttention(Attention):
             metadata = AttentionMetadata(extra={"valid_kv_length": kv_length})
         return super().forward(query, key, value, metadata).to(query.dtype)
 
+    def _init_kv_cache_quantization(self, config: Any) -> None:
+        """Read ``diffusion_kv_cache_dtype``; the kit's kernels are used where vLLM-Omni has none or one scale only."""
+        if fp8_attention.is_supported(self.attn_backend, self.head_size):
+            self.attention.supports_kv_cache_dtype = lambda dtype, _platform: dtype in (None, "fp8")
+        super()._init_kv_cache_quantization(config)
+
     def _run_local_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Tensor:
@@ -115,6 +123,8 @@ class PaddedAttention(Attention):
             return strategy.attend(query, key, value, self._kv_length, self.softmax_scale)
         if self._kv_length is not None:
             key, value = key[:, : self._kv_length], value[:, : self._kv_length]
+        if query.is_cuda and attn_metadata is not None and attn_metadata.extra.get("kv_cache_dtype") == "fp8":
+            return fp8_attention.attend(query, key, value, self.softmax_scale)
         return super()._run_local_attention(query, key, value, attn_metadata)
 
 

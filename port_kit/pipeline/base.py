@@ -22,10 +22,12 @@ from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 
 from port_kit.errors import InputError, PortKitError
 from port_kit.parallel.cfg_batching import BatchedCFGMixin
+from port_kit.pipeline import guidance_gate
 from port_kit.pipeline.admission import admit, magnitudes
 from port_kit.pipeline.batching import collate, group_states
 from port_kit.pipeline.component_pipeline import ComponentPipeline
 from port_kit.pipeline.finite import check_output
+from port_kit.pipeline.guidance_gate import GuidanceEffect
 from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.media import to_frames
 from port_kit.pipeline.model_index import port_of_model
@@ -95,9 +97,11 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         Raises:
             InputError: the request cannot be served.
         """
-        if isinstance(layout, PreparedRequest):
-            return layout
-        return self.admit(prompt, sampling, is_dummy_run=is_dummy_run)
+        prepared = layout
+        if not isinstance(layout, PreparedRequest):
+            prepared = self.admit(prompt, sampling, is_dummy_run=is_dummy_run)
+        guidance_gate.check_engine(prepared.request, self.od_config)
+        return prepared
 
     def admit(self, prompt: Any, sampling: Any, *, is_dummy_run: bool = False) -> PreparedRequest:
         """Check the names that a request sets, and prepare it.
@@ -201,14 +205,27 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         """Return the guided predictions of each state's next step; states that fit together share their calls."""
         branches = [self.branches(state) for state in states]
         predictions: dict[int, tuple[Tensor, ...]] = {}
-        keys = [state.prepared.request.scales for state in states]
+        keys = [(state.prepared.request.scales, guidance_gate.is_reused(state)) for state in states]
         for group in group_states(keys, branches, [self.batch_size(state) for state in states], self.max_batch_size):
             batched = [collate(branch) for branch in zip(*(branches[index] for index in group), strict=True)]
-            guided: Any = self.predict_noise_with_multi_branch_cfg(True, asdict(keys[group[0]]), batched)
-            rows = guided if isinstance(guided, tuple) else (guided,)
+            scales, reused = keys[group[0]]
+            guided, first = self.predict_guided(asdict(scales), batched, first_only=reused)
+            if reused:
+                for contexts in self.cache_contexts:
+                    contexts.end_step()
             for row, index in enumerate(group):
-                predictions[index] = tuple(prediction[row : row + 1] for prediction in rows)
+                own = [tuple(flow[row : row + 1] for flow in flows) for flows in (guided, first)]
+                predictions[index] = self._guide(states[index], *own)
         return [predictions[index] for index in range(len(states))]
+
+    def _guide(self, state: DenoiseState, guided: tuple[Tensor, ...], first: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the guided prediction of a state; keep or reuse the effect of guidance if its gate says so."""
+        if guidance_gate.is_kept(state):
+            state.guidance = GuidanceEffect.between(guided, first)
+        if guidance_gate.is_reused(state):
+            assert state.guidance is not None, "the step before the gate keeps it"
+            return state.guidance.add_to(first)
+        return guided
 
     def scheduler_step(self, state: DenoiseState, guided: tuple[Tensor, ...]) -> None:
         """Advance a state by one step and restore its conditioning."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
-def configure_caches(transformers: Sequence[nn.Module], od_config: OmniDiffusionConfig) -> None:
+def configure_caches(transformers: Sequence[nn.Module], od_config: OmniDiffusionConfig) -> list[BranchCacheContexts]:
     """Prepare transformers for Cache-DiT, if it is on: one context per branch that this rank runs in a step.
 
     Branch ``i`` of the port's guidance branches runs on rank ``i`` modulo the number of ranks.
@@ -35,12 +35,15 @@ def configure_caches(transformers: Sequence[nn.Module], od_config: OmniDiffusion
         transformers: of one pipeline. Each gets its own adapter configuration; that of the class is not changed.
         od_config: the engine's configuration; its model directory names the port.
 
+    Returns:
+        The hooks; none if the cache is off.
+
     Raises:
         ParallelError: ranks would run unequal numbers of branches.
         PortNotFoundError: no port serves the model's class.
     """
     if od_config.cache_backend != "cache_dit":
-        return
+        return []
     branches = port_of_model(str(od_config.model)).guidance_branches
     check_cache(od_config, branches=branches)
     require("cache_contexts")
@@ -52,6 +55,7 @@ def configure_caches(transformers: Sequence[nn.Module], od_config: OmniDiffusion
         hook.others = [other for other in hooks if other is not hook]
         if own > 1 or hook.others:
             transformer.register_forward_pre_hook(hook)
+    return hooks
 
 
 class BranchCacheContexts:

@@ -82,7 +82,7 @@ class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
             self.add_module(name, module)
         for part in self.pretrained:
             self.add_module(part.name, load_pretrained(part, model, self.dtype).to(self.device))
-        configure_caches([getattr(self, name) for name in self._dit_modules], od_config)
+        self.cache_contexts = configure_caches([getattr(self, name) for name in self._dit_modules], od_config)
         self.weights_sources = weights_sources(model, self.components)
         self.eval().requires_grad_(False)
 

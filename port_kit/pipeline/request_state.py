@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from port_kit.pipeline.guidance_gate import GuidanceEffect
 
 
 class Solver(Protocol):
@@ -28,7 +31,8 @@ class PreparedRequest:
     """A checked request with its decoded conditioning media.
 
     Attributes:
-        request: the port's request, a dataclass with at least ``steps``, ``seed``, ``outputs`` and ``scales``.
+        request: the port's request, a dataclass with at least ``steps``, ``seed``, ``outputs`` and ``scales``, and
+            ``guidance_gate_step`` if requests may set it.
         lengths: size of the output in latents; the port chooses the type.
         tokens: token ids per text.
         images: float32 (3, H, W) each, in [-1, 1].
@@ -60,6 +64,7 @@ class DenoiseState:
         solvers: one per modality; they compute on the CPU.
         timesteps: (steps,) on the device, copied once.
         index: of the next step.
+        guidance: its effect in the last step before the gate of the request, None until then.
     """
 
     prepared: PreparedRequest
@@ -68,6 +73,7 @@ class DenoiseState:
     solvers: Mapping[str, Solver]
     timesteps: Tensor
     index: int = 0
+    guidance: GuidanceEffect | None = None
 
     @classmethod
     def begin(

@@ -17,28 +17,35 @@ from port_kit.testing.workers import RankResult, Request, run_workers
 STEPS = 2
 
 
-def talk() -> Request:
+def talk(**options: int) -> Request:
     """A small request with one image and one audio."""
     audio = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
     media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [audio]}
     prompt = {"prompt": "one person sings", "multi_modal_data": media}
-    return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": STEPS, "seed": 11})
+    return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": STEPS, "seed": 11, "extra_args": options})
+
+
+GATED = {"guidance_gate_step": 1}
 
 
 def run(model: Path, ranks: int) -> list[RankResult]:
-    """Serve the request with ``cfg_parallel_size=ranks``; the probe returns the transformer calls per rank."""
-    return run_workers(model, [talk()], config={"parallel_config": {"cfg_parallel_size": ranks}}, probe=calls)
+    """Serve the request without and with a guidance gate; the probe returns the transformer calls of both per rank."""
+    config = {"parallel_config": {"cfg_parallel_size": ranks}}
+
+    def probe(pipeline: nn.Module) -> tuple[int, int]:
+        return calls(pipeline, talk()), calls(pipeline, talk(**GATED))
+
+    return run_workers(model, [talk(), talk(**GATED)], config=config, probe=probe)
 
 
-def calls(pipeline: nn.Module) -> int:
-    """Serve a second request and count its transformer calls."""
+def calls(pipeline: nn.Module, request: Request) -> int:
+    """Serve a request and count its transformer calls."""
     from vllm_omni.diffusion.request import OmniDiffusionRequest
     from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
     counted: list[Any] = []
     handle = pipeline.transformer.register_forward_hook(lambda *arguments: counted.append(None))
-    request = talk()
     sampling = OmniDiffusionSamplingParams(**request.sampling)
     with torch.inference_mode():
         pipeline.forward(DiffusionRequestBatch([OmniDiffusionRequest(request.prompt, sampling, "second")]))
@@ -54,12 +61,13 @@ def alone(dreamid_model: Path) -> RankResult:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_branches_are_divided_and_the_result_is_the_same(dreamid_model: Path, alone: RankResult, ranks: int) -> None:
-    assert alone.probe == 4 * STEPS
+    assert alone.probe == (4 * STEPS, 4 + 1)
     for result in run(dreamid_model, ranks):
-        assert result.probe == 4 * STEPS // ranks
-        difference = result.outputs[0]["video"].int() - alone.outputs[0]["video"].int()
-        assert difference.abs().max() <= 1  # of 255: a rounding of the last place may fall the other way
-        assert (result.outputs[0]["audio"] - alone.outputs[0]["audio"]).abs().max() < 1e-5
+        assert result.probe == (4 * STEPS // ranks, 4 // ranks + 1)
+        for output, expected in zip(result.outputs, alone.outputs, strict=True):
+            difference = output["video"].int() - expected["video"].int()
+            assert difference.abs().max() <= 1  # of 255: a rounding of the last place may fall the other way
+            assert (output["audio"] - expected["audio"]).abs().max() < 1e-5
 
 
 def test_a_cache_over_ranks_with_unequal_numbers_of_branches_is_refused(dreamid_model: Path) -> None:

@@ -25,12 +25,21 @@ EXACT = {"residual_diff_threshold": 0.0}
 SAME = 2e-4
 
 
-def sing() -> Request:
+def sing(gate: int = STEPS) -> Request:
     """A small request with one reference image and one reference audio."""
     samples = (0.1 * np.random.default_rng(1).standard_normal(33_000)).astype(np.float32)
     media = {"image": [Image.new("RGB", (60, 40), (200, 30, 90))], "audio": [samples]}
     prompt = {"prompt": "one person sings", "multi_modal_data": media}
-    return Request(prompt, {"height": 64, "width": 64, "num_inference_steps": STEPS, "seed": 11})
+    return Request(
+        prompt,
+        {
+            "height": 64,
+            "width": 64,
+            "num_inference_steps": STEPS,
+            "seed": 11,
+            "extra_args": {"guidance_gate_step": gate},
+        },
+    )
 
 
 def watch() -> None:
@@ -53,7 +62,9 @@ def watch() -> None:
     FusionPipeline.__init__, FusionBlock.forward = keep, count
 
 
-def run(model: Path, layout: str = "single", cache: dict[str, Any] | None = None) -> tuple[list[Tensor], int]:
+def run(
+    model: Path, layout: str = "single", cache: dict[str, Any] | None = None, gate: int = STEPS
+) -> tuple[list[Tensor], int]:
     """Serve the request twice; return the second's latents and how many blocks rank 0 computed for both."""
     config: dict[str, Any] = {"parallel_config": Layout.parse(layout).parallel_config}
     if cache is not None:
@@ -62,7 +73,7 @@ def run(model: Path, layout: str = "single", cache: dict[str, Any] | None = None
     def probe(pipeline: nn.Module) -> tuple[list[Tensor], int]:
         return [value.cpu() for value in type(pipeline).last], type(pipeline).computed
 
-    results = run_workers(model, [sing(), sing()], config=config, setup=watch, probe=probe)
+    results = run_workers(model, [sing(gate), sing(gate)], config=config, setup=watch, probe=probe)
     for result in results[1:]:
         assert distance(result.probe[0], results[0].probe[0]) < SAME
     return results[0].probe
@@ -102,3 +113,35 @@ def test_ranks_reuse_the_same_blocks(layout: str, dreamid_model: Path, cached: t
     cfg_ranks = Layout.parse(layout).cfg
     assert computed * cfg_ranks == pytest.approx(cached[1], rel=0.02)
     assert distance(latents, cached[0]) < SAME
+
+
+def watch_contexts() -> None:
+    """Make pipelines of this process note the branch whose context each call of the transformer gets."""
+    from port_kit.models.wan.pipeline.fusion_pipeline import FusionPipeline
+    from port_kit.pipeline.caching import BranchCacheContexts
+
+    watch()
+    FusionPipeline.branches_of_contexts = []
+    install = BranchCacheContexts.__call__
+
+    def note(hook: BranchCacheContexts, transformer: nn.Module, args: tuple[Any, ...]) -> None:
+        install(hook, transformer, args)
+        ((name, kept),) = hook.kept.items()
+        FusionPipeline.branches_of_contexts.append([hook.installed[name] is one for one in kept].index(True))
+
+    BranchCacheContexts.__call__ = note
+
+
+def test_after_a_guidance_gate_the_first_branch_goes_on_with_its_own_cache(dreamid_model: Path) -> None:
+    gate = STEPS - 3
+    config = {"parallel_config": {}, "cache_backend": "cache_dit", "cache_config": EXACT}
+
+    def probe(pipeline: nn.Module) -> tuple[list[Tensor], list[int]]:
+        return [value.cpu() for value in type(pipeline).last], type(pipeline).branches_of_contexts
+
+    requests = [sing(gate), sing(gate)]
+    (rank,) = run_workers(dreamid_model, requests, config=config, setup=watch_contexts, probe=probe)
+    latents, branches = rank.probe
+    assert branches[-(4 * gate + 3) :] == [0, 1, 2, 3] * gate + [0, 0, 0]
+    gated, _ = run(dreamid_model, gate=gate)
+    assert all(torch.equal(a, b) for a, b in zip(latents, gated, strict=True))

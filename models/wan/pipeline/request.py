@@ -9,6 +9,7 @@ from typing import Any
 
 from port_kit.errors import InputError
 from port_kit.escape import quoted
+from port_kit.pipeline.guidance_gate import parse_guidance_gate
 from port_kit.pipeline.inputs import (
     check_codec_options,
     check_integer,
@@ -89,6 +90,8 @@ class FusionRequest:
         seed: of both noise generators, for the first video of the request.
         scales: the port's guidance scales, a dataclass of floats; the first is the video's scale for the text.
         outputs: number of videos; the seed increases by 1 per video.
+        guidance_gate_step: first step that runs one guidance branch only (:mod:`~port_kit.pipeline.guidance_gate`);
+            None for none.
         video_noise, audio_noise: initial latents, positions of references included:
             (48, frames, height / 16, width / 16) and (tokens, 20); None to draw them.
     """
@@ -104,6 +107,7 @@ class FusionRequest:
     solver: str = DEFAULT_SOLVER
     shift: float = DEFAULT_SHIFT
     outputs: int = 1
+    guidance_gate_step: int | None = None
     video_noise: Any = None
     audio_noise: Any = None
 
@@ -193,15 +197,17 @@ def parse_common(
     _check_sound(given.get("generate_sound"))
     _check_counts(sampling, given, lengths.frames)
     steps = DEFAULT_STEPS if sampling.num_inference_steps is None else sampling.num_inference_steps
+    steps = check_integer("num_inference_steps", steps, minimum=1, maximum=MAX_STEPS)
     return {
         "prompt": check_text("prompt", fields.get("prompt"), required=True),
         "video_negative_prompt": _negative("video", given, fields, DEFAULT_VIDEO_NEGATIVE_PROMPT),
         "audio_negative_prompt": _negative("audio", given, fields, DEFAULT_AUDIO_NEGATIVE_PROMPT),
-        "steps": check_integer("num_inference_steps", steps, minimum=1, maximum=MAX_STEPS),
+        "steps": steps,
         "solver": _solver(given.get("solver_name", DEFAULT_SOLVER)),
         "shift": _shift(given),
         "seed": request_seed(sampling, seed, maximum=MAX_SEED),
         "outputs": _outputs(sampling, given),
+        "guidance_gate_step": parse_guidance_gate(given, steps),
         "scales": _scales(scales, sampling, given),
         "video_noise": given.get("video_noise"),
         "audio_noise": given.get("audio_noise"),

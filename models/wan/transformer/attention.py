@@ -7,11 +7,12 @@ H head dim, D width, E width of the other stream.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from port_kit.models.wan.transformer import fused_ops
 from port_kit.models.wan.transformer.fused_ops import PartialSums
 from port_kit.models.wan.transformer.layers import QKNorm, tp_square_sums
 from port_kit.parallel import linear
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     from port_kit.models.wan.transformer.config import TowerConfig
+    from port_kit.parallel.fp8_rows import Rows
+
+
+class Reader(NamedTuple):
+    """A norm, and the linear that reads it."""
+
+    norm: nn.LayerNorm
+    linear: nn.Module
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class SelfAttention(nn.Module):
         gather: GatherOperand = "kv" if config.modality == "audio" else None
         self.attn = _attention(config, self.heads, f"{prefix}.attn", role="self", gather=gather)
 
-    def forward(self, x_BSD: Tensor, rotary: RotaryContext) -> PartialSums:
+    def forward(self, x_BSD: Rows, rotary: RotaryContext) -> PartialSums:
         """Attend normalized tokens; return ``[B, S, D]``, possibly as partial sums."""
         q, k, v = self.qkv(x_BSD).chunk(3, -1)
         q_squares, k_squares = tp_square_sums(q, k)
@@ -82,6 +91,11 @@ class CrossAttention(nn.Module):
             config, self.heads, f"{prefix}.text_attn", role="cross", skip_sequence_parallel=True
         )
 
+    @property
+    def query_reader(self) -> Reader:
+        """Reads this stream's tokens."""
+        return Reader(self.norm, self.q)
+
     def project_text(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a text, ``[B, T, D]`` of this rank's heads; they depend on no timestep."""
         k, v = self.kv(text_BTD).chunk(2, -1)
@@ -99,7 +113,7 @@ class CrossAttention(nn.Module):
 class TextAttention(CrossAttention):
     """Attention of a stream to its text."""
 
-    def forward(self, x_BSD: Tensor, text_kv: tuple[Tensor, Tensor]) -> PartialSums:
+    def forward(self, x_BSD: Rows, text_kv: tuple[Tensor, Tensor]) -> PartialSums:
         """Return ``[B, S, D]``, possibly as partial sums.
 
         Args:
@@ -124,12 +138,17 @@ class FusionAttention(CrossAttention):
         gather: GatherOperand = "q" if config.modality == "audio" else "kv"
         self.fusion_attn = _attention(config, self.heads, f"{prefix}.fusion_attn", role="cross", gather=gather)
 
+    @property
+    def key_reader(self) -> Reader:
+        """Reads the other stream's tokens."""
+        return Reader(self.pre_attn_norm_fusion, self.kv_fusion)
+
     def forward(
         self,
-        x_BSD: Tensor,
+        x_BSD: Rows,
         text_kv: tuple[Tensor, Tensor],
         rotary: RotaryContext,
-        other_BOE: Tensor,
+        other_BOE: Rows,
         other_rotary: RotaryContext,
     ) -> PartialSums:
         """Return ``[B, S, D]``, possibly as partial sums; the other stream is not attended if it has no tokens.
@@ -150,7 +169,8 @@ class FusionAttention(CrossAttention):
         (k,) = self.norm_k_fusion(k, k_squares, other_rotary.rope)
         attended = self._attend_text(q, text_kv)
         fused = self.fusion_attn(*(split_heads(t, self.heads) for t in (q_rotated, k, v)), other_rotary.length)
-        return linear.row_parallel_partials(self.o, (attended + fused).flatten(2))
+        rows = fused_ops.add_heads(attended.flatten(2), fused.flatten(2), self.o)
+        return linear.row_parallel_partials(self.o, rows)
 
 
 def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
@@ -177,5 +197,7 @@ def _attention(
         role=role,
         skip_sequence_parallel=skip_sequence_parallel,
         gather=gather,
+        # attention to few keys has nothing to gain from eight bits
+        disable_kv_quant=not (role == "self" and config.modality == "video"),
         allow_fp32_fallback=True,  # FlashAttention has no float32
     )

@@ -7,20 +7,27 @@ video, E width of the audio, G distinct timesteps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.models.wan.transformer import fused_ops
-from port_kit.models.wan.transformer.attention import CrossAttention, FusionAttention, SelfAttention, TextAttention
+from port_kit.models.wan.transformer.attention import (
+    CrossAttention,
+    FusionAttention,
+    Reader,
+    SelfAttention,
+    TextAttention,
+)
 from port_kit.models.wan.transformer.config import FusionConfig, Stream, TowerConfig
 from port_kit.models.wan.transformer.fused_ops import PartialSums, Residual, ScaleShift
 from port_kit.models.wan.transformer.layers import FeedForward
 from port_kit.models.wan.transformer.modality_io import StreamConditioning, TextContext
 from port_kit.models.wan.transformer.side_stream import SideStream
 from port_kit.parallel.cfg_batching import weights_are_streamed
+from port_kit.parallel.fp8_rows import Rows
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -73,20 +80,23 @@ class StreamBlock(nn.Module):
         return text.keys_values[self.index]
 
     def self_attend(
-        self, x: Tensor, modulation: Modulation, conditioning: StreamConditioning, readers: Sequence[nn.LayerNorm]
-    ) -> tuple[Tensor, ...]:
+        self, x: Tensor, modulation: Modulation, conditioning: StreamConditioning, readers: Sequence[Reader]
+    ) -> tuple[Any, ...]:
         """Return the tokens ``[B, S, D]`` after self-attention, then their norm for each reader."""
         segments = conditioning.timestep_segments
-        y = self.self_attn(fused_ops.norm(x, modulation.scale_shift, segments, self.eps), conditioning.rotary)
-        scale_shifts = [ScaleShift(reader.weight, reader.bias) for reader in readers]
-        return fused_ops.add_norms(x, Residual(y, modulation.gate), scale_shifts, segments, self.eps)
+        normed = fused_ops.norm(x, modulation.scale_shift, segments, self.eps, self.self_attn.qkv)
+        residual = Residual(self.self_attn(normed, conditioning.rotary), modulation.gate)
+        scale_shifts = [ScaleShift(reader.norm.weight, reader.norm.bias) for reader in readers]
+        linears = [reader.linear for reader in readers]
+        return fused_ops.add_norms(x, residual, scale_shifts, segments, self.eps, linears)
 
     def feed_forward(
         self, x: Tensor, attended: PartialSums, modulation: Modulation, conditioning: StreamConditioning
     ) -> Tensor:
         """Add the result of cross-attention to the tokens, then that of the feed-forward."""
         segments = conditioning.timestep_segments
-        tokens, normed = fused_ops.add_norms(x, Residual(attended, None), [modulation.scale_shift], segments, self.eps)
+        residual, readers = Residual(attended, None), [self.ffn.up]
+        tokens, normed = fused_ops.add_norms(x, residual, [modulation.scale_shift], segments, self.eps, readers)
         return fused_ops.add(tokens, Residual(self.ffn(normed), modulation.gate), segments)
 
 
@@ -99,7 +109,7 @@ class TowerBlock(StreamBlock):
     def forward(self, hidden_states: Tensor, conditioning: StreamConditioning) -> Tensor:
         """Return the tokens ``[B, S, D]`` after this layer."""
         attention, ffn = self.modulations(conditioning)
-        x, query = self.self_attend(hidden_states, attention, conditioning, [self.cross_attn.norm])
+        x, query = self.self_attend(hidden_states, attention, conditioning, [self.cross_attn.query_reader])
         attended = self.cross_attn(query, self.text_keys_values(conditioning.text))
         return self.feed_forward(x, attended, ffn, conditioning)
 
@@ -114,8 +124,8 @@ class AttnState(NamedTuple):
     """
 
     tokens: Tensor
-    query: Tensor
-    keys: Tensor
+    query: Rows
+    keys: Rows
 
 
 class FusionBlock(nn.Module):
@@ -187,14 +197,14 @@ class FusionBlock(nn.Module):
     ) -> AttnState:
         if not x.shape[1]:
             return AttnState(x, x, x)
-        readers = half.cross_attn.norm, other.cross_attn.pre_attn_norm_fusion
+        readers = half.cross_attn.query_reader, other.cross_attn.key_reader
         return AttnState(*half.self_attend(x, modulation, own, readers))
 
     def _fuse(
         self,
         half: StreamBlock,
         x: AttnState,
-        other_keys: Tensor,
+        other_keys: Rows,
         modulation: Modulation,
         own: StreamConditioning,
         theirs: StreamConditioning,

@@ -2,7 +2,8 @@
 
 Each operation has two forms: plain PyTorch (``*_torch``), and on CUDA a Triton kernel
 (:mod:`~port_kit.models.wan.transformer.kernels`) that reads its inputs once and rounds its results once. Separate
-kernels for norms, modulation, residuals, rotation and casts would be bound by memory bandwidth.
+kernels for norms, modulation, residuals, rotation and casts would be bound by memory bandwidth. A result that a linear
+with eight-bit weights reads is quantized too (:mod:`~port_kit.parallel.fp8_rows`).
 
 Shape suffixes: B batch, S tokens of a stream, D width, G distinct timesteps of a stream (1 or 2), R rotated pairs of
 a head, K inputs of a linear.
@@ -11,13 +12,14 @@ a head, K inputs of a linear.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from port_kit.models.wan.transformer.rope import rotate
+from port_kit.parallel.fp8_rows import Rows, quantize_rows, takes_rows
 from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
@@ -71,9 +73,15 @@ class RMSScale(NamedTuple):
     eps: float
 
 
-def norm(x_BSD: Tensor, scale_shift: ScaleShift, timestep_segments: Segments, eps: float) -> Tensor:
-    """Return the layer norm of ``x``, times the scale, plus the shift."""
-    return add_norms(x_BSD, None, (scale_shift,), timestep_segments, eps)[0]
+def norm(
+    x_BSD: Tensor,
+    scale_shift: ScaleShift,
+    timestep_segments: Segments,
+    eps: float,
+    reader: nn.Module | None = None,
+) -> Any:
+    """Return the layer norm of ``x``, times the scale, plus the shift, quantized if the reader takes that."""
+    return add_norms(x_BSD, None, (scale_shift,), timestep_segments, eps, (reader,))[0]
 
 
 def add(x_BSD: Tensor, residual: Residual, timestep_segments: Segments) -> Tensor:
@@ -82,8 +90,13 @@ def add(x_BSD: Tensor, residual: Residual, timestep_segments: Segments) -> Tenso
 
 
 def add_norms(
-    x: Tensor, residual: Residual | None, scale_shifts: Sequence[ScaleShift], timestep_segments: Segments, eps: float
-) -> tuple[Tensor, ...]:
+    x: Tensor,
+    residual: Residual | None,
+    scale_shifts: Sequence[ScaleShift],
+    timestep_segments: Segments,
+    eps: float,
+    readers: Sequence[nn.Module | None] = (),
+) -> tuple[Any, ...]:
     """Return ``x + gate * y`` if a residual is given, then one layer norm of it per scale and shift.
 
     Args:
@@ -92,28 +105,38 @@ def add_norms(
         scale_shifts: at most two.
         timestep_segments: numbers of tokens per timestep; G numbers.
         eps: of the norms.
+        readers: linears that read the norms. The norm for one that takes quantized rows is quantized.
     """
     if not x.is_cuda:
-        return add_norms_torch(x, residual, scale_shifts, timestep_segments, eps)
+        return add_norms_torch(x, residual, scale_shifts, timestep_segments, eps, readers)
     from port_kit.models.wan.transformer import kernels
 
     partial_sums, gate = residual or ((), None)
     y = [part.contiguous() for part in partial_sums]
     gate = None if gate is None else _per_sample(gate, x)
     vectors = [_vectors(scale_shift, x) for scale_shift in scale_shifts]
-    return kernels.add_norms(x.contiguous(), y, gate, vectors, timestep_segments[0], eps)
+    quantized = _quantized(readers, len(scale_shifts))
+    return kernels.add_norms(x.contiguous(), y, gate, vectors, timestep_segments[0], eps, quantized)
 
 
 def add_norms_torch(
-    x: Tensor, residual: Residual | None, scale_shifts: Sequence[ScaleShift], timestep_segments: Segments, eps: float
-) -> tuple[Tensor, ...]:
+    x: Tensor,
+    residual: Residual | None,
+    scale_shifts: Sequence[ScaleShift],
+    timestep_segments: Segments,
+    eps: float,
+    readers: Sequence[nn.Module | None] = (),
+) -> tuple[Any, ...]:
     """Return the result of :func:`add_norms` in plain PyTorch."""
-    if residual is None:
-        return tuple(_norm(x, scale_shift, timestep_segments, eps) for scale_shift in scale_shifts)
-    parts, gate = residual
-    y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    total = x + y if gate is None else _gated(x, y, gate, timestep_segments)
-    return total, *(_norm(total, scale_shift, timestep_segments, eps) for scale_shift in scale_shifts)
+    total = x
+    if residual is not None:
+        parts, gate = residual
+        y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        total = x + y if gate is None else _gated(x, y, gate, timestep_segments)
+    normed = (_norm(total, scale_shift, timestep_segments, eps) for scale_shift in scale_shifts)
+    quantized = _quantized(readers, len(scale_shifts))
+    rows = (quantize_rows(one) if eight_bits else one for one, eight_bits in zip(normed, quantized, strict=True))
+    return tuple(rows) if residual is None else (total, *rows)
 
 
 def rms_norm(
@@ -150,17 +173,24 @@ def rms_norm_torch(
     return *results, rotate(heads, rope_1SR2).flatten(-2)
 
 
-def linear_gelu(layer: LinearBase, x_BSK: Tensor) -> Tensor:
-    """Return the tanh-approximated GELU of a linear's output.
+def linear_gelu(layer: LinearBase, x_BSK: Any, reader: nn.Module | None = None) -> Any:
+    """Return the tanh-approximated GELU of a linear's output, quantized if the reader takes that.
 
     On CUDA the matrix product computes it, so that the widest tensor of the model is not read again. That requires a
     linear that is only a matrix and a bias: not quantized and not adapted by a LoRA.
     """
-    if not (x_BSK.is_cuda and _is_plain(layer)):
+    if reader is not None and takes_rows(reader):
+        return quantize_rows(layer(x_BSK), gelu=True)
+    if not (_is_plain(layer) and x_BSK.is_cuda):
         return F.gelu(layer(x_BSK), approximate="tanh")
     # cuBLASLt applies the tanh approximation to the float32 sums.
     out = torch._addmm_activation(layer.bias, x_BSK.flatten(0, -2), layer.weight.t(), use_gelu=True)
     return out.unflatten(0, x_BSK.shape[:-1])
+
+
+def add_heads(x_BSD: Tensor, y_BSD: Tensor, reader: nn.Module) -> Rows:
+    """Return the sum of the results of two attentions, quantized if the reader takes that."""
+    return quantize_rows(x_BSD, y_BSD) if takes_rows(reader) else x_BSD + y_BSD
 
 
 def _is_plain(layer: LinearBase) -> bool:
@@ -168,6 +198,10 @@ def _is_plain(layer: LinearBase) -> bool:
 
     plain = type(layer) is ColumnParallelLinear and type(layer.quant_method) is UnquantizedLinearMethod
     return plain and layer.bias is not None and not layer.gather_output
+
+
+def _quantized(readers: Sequence[nn.Module | None], norms: int) -> list[bool]:
+    return [reader is not None and takes_rows(reader) for reader in readers or [None] * norms]
 
 
 def _norm(x_BSD: Tensor, scale_shift: ScaleShift, timestep_segments: Segments, eps: float) -> Tensor:

@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from port_kit.parallel.fp8_kernels import empty_rows, store_quantized
+from port_kit.parallel.fp8_rows import QuantizedRows, Rows
+
 if TYPE_CHECKING:
     from port_kit.models.wan.transformer.fused_ops import RMSScale
 
@@ -30,7 +33,8 @@ def add_norms(
     scale_shifts: list[tuple[Tensor, Tensor]],
     first_segment: int,
     eps: float,
-) -> tuple[Tensor, ...]:
+    quantized: Sequence[bool],
+) -> tuple[Rows, ...]:
     """Return ``x + gate * y`` if ``y`` is given, and up to two layer norms of it, each with scale and shift.
 
     Args:
@@ -40,22 +44,28 @@ def add_norms(
         scale_shifts: scale and shift of each norm, both ``[G, B, D]``; G and B may have stride 0.
         first_segment: number of tokens per sample that use row 0 of G; the others use row 1.
         eps: of the norms.
+        quantized: for each norm, whether it is quantized.
     """
     width, block, warps = _row(x_BSD, VALUES["add" if partial_sums_BSD else "norm"])
     total = torch.empty_like(x_BSD) if partial_sums_BSD else x_BSD
-    normed = [torch.empty_like(x_BSD) for _ in scale_shifts]
+    normed = [QuantizedRows(*empty_rows(x_BSD)) if eight_bits else torch.empty_like(x_BSD) for eight_bits in quantized]
     vectors = [vector for scale_shift in scale_shifts for vector in scale_shift]
     # the kernel requires all pointers; it does not read the unused ones
     vectors += [x_BSD] * (4 - len(vectors))
     gate = x_BSD if gate_GBD is None else gate_GBD
-    outputs = [*normed, *[x_BSD] * (2 - len(normed))]
+    values = [rows.values if isinstance(rows, QuantizedRows) else rows for rows in normed]
+    scales = [rows.scales if isinstance(rows, QuantizedRows) else x_BSD for rows in normed]
+    unused = [x_BSD] * (2 - len(normed))
     rows = x_BSD.shape[0] * x_BSD.shape[1]
     if rows:
         _add_norms[(rows,)](
             x_BSD,
             *[*partial_sums_BSD, x_BSD, x_BSD][:2],
             total,
-            *outputs,
+            *values,
+            *unused,
+            *scales,
+            *unused,
             gate,
             *vectors,
             *(stride for vector in (gate, *vectors) for stride in vector.stride()[:2]),
@@ -67,6 +77,8 @@ def add_norms(
             PARTIAL_SUMS=len(partial_sums_BSD),
             GATED=gate_GBD is not None,
             NORMS=len(scale_shifts),
+            QUANTIZED0=any(quantized[:1]),
+            QUANTIZED1=any(quantized[1:]),
             num_warps=warps,
         )
     return (total, *normed) if partial_sums_BSD else tuple(normed)
@@ -125,6 +137,8 @@ def _add_norms(
     total_ptr: tl.tensor,
     normed0_ptr: tl.tensor,
     normed1_ptr: tl.tensor,
+    row_scales0_ptr: tl.tensor,
+    row_scales1_ptr: tl.tensor,
     gate_ptr: tl.tensor,
     scale0_ptr: tl.tensor,
     shift0_ptr: tl.tensor,
@@ -148,6 +162,8 @@ def _add_norms(
     PARTIAL_SUMS: tl.constexpr,
     GATED: tl.constexpr,
     NORMS: tl.constexpr,
+    QUANTIZED0: tl.constexpr,
+    QUANTIZED1: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     b = row // tokens
@@ -181,11 +197,17 @@ def _add_norms(
     if NORMS > 0:
         centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
         x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-        normed = (x * scale0.to(tl.float32) + shift0.to(tl.float32)).to(normed0_ptr.dtype.element_ty)
-        tl.store(normed0_ptr + row * D + at, normed, mask=inside)
+        normed = x * scale0.to(tl.float32) + shift0.to(tl.float32)
+        if QUANTIZED0:
+            store_quantized(normed, row, at, normed0_ptr, row_scales0_ptr, D)
+        else:
+            tl.store(normed0_ptr + row * D + at, normed.to(normed0_ptr.dtype.element_ty), mask=inside)
     if NORMS > 1:
-        normed = (x * scale1.to(tl.float32) + shift1.to(tl.float32)).to(normed1_ptr.dtype.element_ty)
-        tl.store(normed1_ptr + row * D + at, normed, mask=inside)
+        normed = x * scale1.to(tl.float32) + shift1.to(tl.float32)
+        if QUANTIZED1:
+            store_quantized(normed, row, at, normed1_ptr, row_scales1_ptr, D)
+        else:
+            tl.store(normed1_ptr + row * D + at, normed.to(normed1_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -23,6 +23,8 @@ from port_kit.parallel.norm import FullWidthRMSNorm, square_sums
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+    from port_kit.parallel.fp8_rows import Rows
+
 #: Largest period of the timestep's sinusoids; periods grow geometrically.
 MAX_PERIOD = 10000.0
 
@@ -65,9 +67,9 @@ class FeedForward(nn.Module):
         self.up = linear.column(dim, hidden, quant, f"{prefix}.up")
         self.down = linear.row(hidden, dim, quant, f"{prefix}.down")
 
-    def forward(self, x_BSD: Tensor) -> fused_ops.PartialSums:
+    def forward(self, x_BSD: Rows) -> fused_ops.PartialSums:
         """Return ``[B, S, D]``, possibly as partial sums."""
-        return linear.row_parallel_partials(self.down, fused_ops.linear_gelu(self.up, x_BSD))
+        return linear.row_parallel_partials(self.down, fused_ops.linear_gelu(self.up, x_BSD, self.down))
 
 
 class TextEmbedding(nn.Module):

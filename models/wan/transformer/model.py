@@ -27,6 +27,7 @@ from port_kit.parallel.cancellation import check_cancellation_between_blocks
 from port_kit.parallel.cfg_batching import weights_are_streamed
 from port_kit.parallel.comm.stream_interleave import InterleavedStreams
 from port_kit.parallel.hsdp import meta_blocks
+from port_kit.parallel.layers import engine_quantization
 from port_kit.parallel.sequence import make_sp_plan
 
 if TYPE_CHECKING:
@@ -254,6 +255,5 @@ def build_transformer(config: Mapping[str, Any]) -> WanFusionTransformer:
 
     Inside an engine, the engine's configuration selects the quantization.
     """
-    engine = get_current_diffusion_config_or_none()
-    quant = engine.quantization_config if engine is not None else None
-    return WanFusionTransformer(FusionConfig.from_dict(config), quant_config=quant, prefix="transformer")
+    dims = FusionConfig.from_dict(config)
+    return WanFusionTransformer(dims, quant_config=engine_quantization(), prefix="transformer")
