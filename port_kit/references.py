@@ -8,6 +8,7 @@ formats that cannot refer to other files are tried.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted, shortened
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -103,20 +105,17 @@ def check_image(source: object, *, name: str) -> Image.Image:
         check_pixels(source.width, source.height, name=name)
         _check_single(source, name)
         return source
-    file = _opened(source, "a path, bytes, a PIL image or a uint8 array (H, W, 3)", MAX_IMAGE_BYTES, name)
-    if (size := _webp_size(file.read(30))) is not None:  # Pillow allocates the whole picture before it reports its size
+    content = _content(source, name)
+    if (size := _webp_size(content[:30])) is not None:  # Pillow allocates the whole picture before it reports its size
         check_pixels(*size, name=name)
-    file.seek(0)
-    if _count_scans(file.read()) > MAX_SCANS:
+    if _count_scans(content) > MAX_SCANS:
         raise _too_large(name, f"it has more than {MAX_SCANS} scans")
-    file.seek(0)
     try:
-        image = Image.open(file, formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
     except Image.UnidentifiedImageError as error:
-        file.seek(0)
-        found = (image_suffix(file.read(12)) or "").removeprefix(".").upper()
+        found = (image_suffix(content[:12]) or "").removeprefix(".").upper()
         if found.replace("JPG", "JPEG") in IMAGE_FORMATS:
             raise unreadable(name, f"it is no complete {found} file") from error
         raise _unsupported(name, found or None, IMAGE_FORMATS) from error
@@ -249,7 +248,8 @@ def check_samples(seconds: float, rate: float, channels: int, *, name: str) -> N
     """Raise InputError if an audio is beyond the bounds of this module."""
     if not MIN_AUDIO_RATE <= rate <= MAX_AUDIO_RATE:
         raise InputError(
-            f"{name} has the sample rate {rate!r}; expected {MIN_AUDIO_RATE} to {MAX_AUDIO_RATE} Hz", code="input_value"
+            f"{name} has the sample rate {quoted(rate)}; expected {MIN_AUDIO_RATE} to {MAX_AUDIO_RATE} Hz",
+            code="input_value",
         )
     if not 1 <= channels <= MAX_AUDIO_CHANNELS:
         raise InputError(
@@ -314,30 +314,62 @@ def _facts(opened: InputContainer, container: str, name: str) -> AudioFacts:
 
 
 def _opened(source: object, expected: str, limit: int, name: str) -> BinaryIO:
-    """Return a file at its start; the size of its content is at most ``limit`` bytes."""
+    """Return a file at its start; the size of its content is at most ``limit`` bytes.
+
+    The first bytes are read, so that a file that has no bytes, or text, is noticed here.
+    """
     if isinstance(source, str | Path):
         try:
             is_file = Path(source).is_file()  # a pipe would block
-            source = Path(source).open("rb") if is_file else source
+            source = open(source, "rb", opener=_open_at_once) if is_file else source
         except (OSError, ValueError) as error:
             raise unreadable(name, error) from error
         if not is_file:
-            raise unreadable(name, f"{str(source)!r} is not a file")
+            raise unreadable(name, f"{quoted(str(source))} is not a file")
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     if not (hasattr(file, "read") and hasattr(file, "seek")):
         raise InputError(f"{name} is {type(source).__name__}; expected {expected}", code="input_type")
-    size = file.seek(0, io.SEEK_END)
+    try:
+        file.seek(0, io.SEEK_END)
+        size = file.tell()
+        file.seek(0)
+        first = file.read(1)
+        file.seek(0)
+    except Exception as error:  # an object of the caller may raise anything
+        raise unreadable(name, error) from error
+    if not isinstance(first, bytes):
+        raise InputError(f"{name} is a file of {type(first).__name__}; expected a binary file", code="input_type")
     if size > limit:
         raise _too_large(name, f"it has {size} bytes; at most {limit} are accepted")
-    file.seek(0)
     opened: BinaryIO = file
     return opened
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file that never waits: some files of the kernel would, like a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _content(source: object, name: str) -> bytes:
+    """Return the content of the file of an image."""
+    expected = "a path, bytes, a PIL image or a uint8 array (H, W, 3)"
+    file = _opened(source, expected, MAX_IMAGE_BYTES, name)
+    try:
+        content = file.read(MAX_IMAGE_BYTES + 1)  # devices and files that grow have more than their size
+    except Exception as error:  # as above
+        raise unreadable(name, error) from error
+    finally:
+        if isinstance(source, str | Path):
+            file.close()
+    if len(content) > MAX_IMAGE_BYTES:
+        raise _too_large(name, f"it has more than {MAX_IMAGE_BYTES} bytes")
+    return content
 
 
 def unreadable(name: str, error: object) -> InputError:
     """Return the error of a reference that cannot be read."""
     return InputError(
-        f"{name} cannot be read: {str(error) or type(error).__name__}",
+        f"{name} cannot be read: {shortened(str(error), 200) or type(error).__name__}",
         code="input_unreadable",
         hint="check that the file exists and opens in a viewer or player",
     )

@@ -165,6 +165,43 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
                 check(source, name="reference")
 
 
+class Strange:
+    """A file object that reads anything."""
+
+    def __init__(self, given: object) -> None:
+        self.given = given
+
+    def read(self, size: int = -1) -> object:
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+    def seek(self, *_: int) -> int:
+        return 0
+
+    tell = seek
+
+
+def test_a_file_that_gives_no_bytes_is_named(tmp_path: Path) -> None:
+    closed = io.BytesIO(b"x")
+    closed.close()
+    (tmp_path / "text").write_text("x")
+    wrong: list[Any] = [Strange(None), Strange("x"), Strange(3), io.StringIO("x"), (tmp_path / "text").open()]
+    unreadable: list[Any] = [closed, (tmp_path / "new").open("wb"), Strange(RuntimeError("x" * 10**6))]
+    unreadable += ["/proc/self/mem", "x" * 10**6, "data:image/png;base64," + "A" * 10**6, "\ud800"]
+    for code, sources in (("input_type", wrong), ("input_unreadable", unreadable)):
+        for source in sources:
+            for check in (check_image, check_audio):
+                with raises(code, "reference 2") as caught:
+                    check(source, name="reference 2")
+                assert len(caught.value.message) < 300
+
+
+def test_a_device_without_an_end_is_no_image() -> None:
+    with open("/dev/zero", "rb") as file, raises("input_size", "image 2"):
+        check_image(file, name="image 2")
+
+
 @pytest.mark.parametrize(
     ("container", "format_", "codec"),
     [

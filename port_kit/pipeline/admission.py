@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted, shortened
+from port_kit.pipeline.inputs import check_plain, is_equal
 from port_kit.port import Port
 
 #: Sampling parameters that the request loop reads, beside ``extra_args``.
@@ -19,6 +21,8 @@ READ = frozenset(
     "seed generator num_outputs_per_prompt num_inference_steps guidance_scale height width num_frames fps frame_rate "
     "lora_request lora_scale extra_args".split()
 )
+#: Sampling parameters that are objects or arrays, with checks of their own.
+_OBJECTS = frozenset("generator generator_device lora_request extra_args latents sigmas".split())
 #: Sampling parameters that vLLM-Omni derives, or that do not concern the output.
 DERIVED = frozenset(
     "guidance_scale_provided guidance_scale_2_provided do_classifier_free_guidance step_index height_not_provided "
@@ -55,9 +59,10 @@ def admit(
     *,
     fps: float,
     prompt_fields: Iterable[str] = (),
+    tensors: Collection[str] = (),
     reasons: Mapping[str, str] | None = None,
 ) -> None:
-    """Check the names that a request sets, before their values.
+    """Check the names that a request sets, and that their values can be compared.
 
     Args:
         prompt: text, or a mapping.
@@ -65,25 +70,30 @@ def admit(
         port: its options are the accepted entries of ``extra_args``.
         fps: frames per second of the output; 0 if it has no frames.
         prompt_fields: names of the prompt that the pipeline reads beside :data:`PROMPT_FIELDS`.
+        tensors: names of options that may be tensors.
         reasons: why names that servers offer are not read, on top of :data:`OTHER_MODELS`.
 
     Raises:
-        InputError: ``input_value``; the message has the name, and the hint the nearest accepted one.
+        InputError: ``input_value``; the message has the name, and the hint the nearest accepted one. ``input_type``; a
+            value is an array or another object.
     """
     why = OTHER_MODELS | dict(reasons or {})
     known = port.option_names or ()
-    options = sampling.extra_args or {}
+    options = {} if sampling.extra_args is None else sampling.extra_args
     if not isinstance(options, Mapping):
         raise InputError(f"extra_args is {type(options).__name__}; expected a mapping", code="input_type")
     fields = [field.name for field in dataclasses.fields(sampling)]
     for name, value in options.items():
         if name not in known:
             raise unknown_name("extra_args", name, value, known, why, fields=READ & set(fields))
+        if name not in tensors:
+            check_plain(name, value)
     check_sampling(sampling, READ, why)
     for name in ("fps", "frame_rate"):
         if (value := getattr(sampling, name)) not in (None, fps):
             made = f"makes {fps:g} frames per second" if fps else "makes no frames"
-            raise InputError(f"{name} is {value}; this model {made}", code="input_value", hint=f"leave {name} out")
+            message = f"{name} is {quoted(value)}; this model {made}"
+            raise InputError(message, code="input_value", hint=f"leave {name} out")
     check_generator(sampling, takes=port.output_type == "audio")
     if isinstance(prompt, Mapping):
         _check_prompt(prompt, sampling, (*PROMPT_FIELDS, *prompt_fields), why)
@@ -119,12 +129,12 @@ def unknown_name(
         reasons: of names that are not accepted.
         fields: names that are accepted as sampling parameters.
     """
-    text, choices = str(name), sorted(known)
+    text, choices = shortened(name) if isinstance(name, str) else quoted(name), sorted(known)
     if text in reasons:
-        message, hint = f"{text} is {value!r}; {reasons[text]}", f"leave {text} out"
+        message, hint = f"{text} is {quoted(value)}; {reasons[text]}", f"leave {text} out"
     else:
-        message = f"unknown option {text[:80]!r} in {owner}"
-        near = difflib.get_close_matches(text[:80].lower(), choices, n=1, cutoff=0.6)
+        message = f"unknown option {quoted(name)} in {owner}"
+        near = difflib.get_close_matches(text.lower(), choices, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(choices)}" if choices else "remove it"
     if text in fields:
         message, hint = f"{text} is in {owner}; it is a parameter of its own", f"set {text} itself"
@@ -140,10 +150,14 @@ def check_sampling(sampling: Any, read: Collection[str], reasons: Mapping[str, s
         reasons: why others are not.
 
     Raises:
-        InputError: ``input_value``.
+        InputError: ``input_value``; ``input_type`` for a value that is an array or another object.
     """
+    plain = {*read, *DERIVED} - _OBJECTS
+    for field in dataclasses.fields(sampling):
+        if field.name in plain:
+            check_plain(field.name, getattr(sampling, field.name))
     scale = sampling.guidance_scale_2  # the engine sets it to guidance_scale if a request has none
-    is_copy = scale == sampling.guidance_scale and not sampling.guidance_scale_2_provided
+    is_copy = is_equal(scale, sampling.guidance_scale) and not sampling.guidance_scale_2_provided
     for field in dataclasses.fields(sampling):
         if field.name in read or field.name in DERIVED or (field.name == "guidance_scale_2" and is_copy):
             continue
@@ -182,6 +196,6 @@ def _check_prompt(prompt: Mapping[str, Any], sampling: Any, known: Iterable[str]
     size = {"height": sampling.height, "width": sampling.width}
     repeated = {**size, "mm_processor_kwargs": {f"target_{name[0]}": side for name, side in size.items()}}
     for name, value in prompt.items():
-        if value is None or name in known or (name in repeated and value == repeated[name]):
+        if value is None or name in known or (name in repeated and is_equal(value, repeated[name])):
             continue
         raise unknown_name("the prompt", name, value, known, reasons)

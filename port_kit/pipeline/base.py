@@ -8,7 +8,7 @@ at a time.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -48,6 +48,7 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
     Attributes:
         max_batch_size: limit of the sum of :meth:`batch_size` over the states of one call.
         prompt_fields: names of the prompt that the pipeline reads beside those of all ports.
+        tensor_options: names of options that may be tensors.
         not_read: reasons why the pipeline does not read options of other models.
         port: the port of the model directory.
         on_step: called with the result of every denoising step, None by default.
@@ -57,6 +58,7 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
     batches_branches: ClassVar[bool] = False
     supports_request_batch: ClassVar[bool] = True
     prompt_fields: ClassVar[tuple[str, ...]] = ()
+    tensor_options: ClassVar[Collection[str]] = ()
     not_read: ClassVar[Mapping[str, str]] = {}
     port: Port
 
@@ -109,8 +111,15 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         """
         if is_dummy_run:
             return self.prepare(prompt, sampling, is_dummy_run=True)
-        names, reasons = self.prompt_fields, self.not_read
-        admit(prompt, sampling, self.port, fps=self.fps, prompt_fields=names, reasons=reasons)
+        admit(
+            prompt,
+            sampling,
+            self.port,
+            fps=self.fps,
+            prompt_fields=self.prompt_fields,
+            tensors=self.tensor_options,
+            reasons=self.not_read,
+        )
         return replace(self.prepare(prompt, sampling), magnitudes=magnitudes(sampling, self.port))
 
     @abstractmethod

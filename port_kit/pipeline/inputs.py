@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from port_kit.errors import InputError, PortKitError
+from port_kit.escape import quoted
 
 #: Longest text that is looked at, in characters; the tokenizer's own limit (in tokens) is checked after it.
 MAX_TEXT_CHARACTERS = 8000
+
+#: Depth to which lists and mappings of a request may be nested.
+MAX_DEPTH = 4
 
 #: Options of the video encoder (libx264) that a request may set, and their values as text.
 CODEC_OPTIONS = {
@@ -19,6 +24,37 @@ CODEC_OPTIONS = {
     "crf": tuple(map(str, range(52))),
     "threads": tuple(map(str, range(65))),
 }
+
+
+def check_plain(name: str, value: object) -> None:
+    """Refuse a value that is not made of numbers, texts, lists and mappings, so that all further checks may compare it.
+
+    Raises:
+        InputError: ``input_type``; an array, another object, or lists nested deeper than :data:`MAX_DEPTH`.
+    """
+    parts: list[tuple[object, int]] = [(value, 0)]
+    while parts:
+        part, depth = parts.pop()
+        if part is None or isinstance(part, (str, bool, numbers.Real)):
+            continue
+        if isinstance(part, (list, tuple, Mapping)) and depth < MAX_DEPTH:
+            inner = [*part, *part.values()] if isinstance(part, Mapping) else part
+            parts += [(one, depth + 1) for one in inner]
+            continue
+        found = f"nested deeper than {MAX_DEPTH} levels" if depth == MAX_DEPTH else f"of the type {type(part).__name__}"
+        raise InputError(
+            f"{name} has a value {found}: {quoted(part)}; numbers, texts, lists and mappings are taken",
+            code="input_type",
+            hint=f"correct {name}",
+        )
+
+
+def is_equal(first: object, second: object) -> bool:
+    """Return True if two values are equal; arrays of several elements never are."""
+    try:
+        return bool(first == second)
+    except (ValueError, RuntimeError, TypeError):
+        return False
 
 
 def check_text(name: str, value: object, *, required: bool = False) -> str:
@@ -29,7 +65,8 @@ def check_text(name: str, value: object, *, required: bool = False) -> str:
         required: whether blank text is an error.
 
     Raises:
-        InputError: not a string, blank though required, or longer than :data:`MAX_TEXT_CHARACTERS`.
+        InputError: not a string, blank though required, longer than :data:`MAX_TEXT_CHARACTERS`, or with halves of
+            surrogate pairs, which no encoding has.
     """
     if not isinstance(value, str):
         raise InputError(
@@ -43,6 +80,14 @@ def check_text(name: str, value: object, *, required: bool = False) -> str:
             code="input_too_long",
             hint="shorten it: whatever lies beyond the text encoder's tokens would never be seen by the model",
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has {value[error.start]!r} at {error.start}, which is half of a character",
+            code="input_value",
+            hint="decode the text as it was encoded",
+        ) from error
     return value
 
 
@@ -53,11 +98,12 @@ def check_integer(name: str, value: object, *, minimum: int, maximum: int | None
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError as error:
-        raise InputError(f"{name} is {value!r}; a whole number is required", code="input_type") from error
+        raise InputError(f"{name} is {quoted(value)}; a whole number is required", code="input_type") from error
     if number < minimum or (maximum is not None and number > maximum):
         wanted = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
-        shown = number if abs(number) < 10**20 else "a larger number"
-        raise InputError(f"{name} is {shown}; {wanted} is required", code="input_value", hint=f"correct {name}")
+        raise InputError(
+            f"{name} is {quoted(number)}; {wanted} is required", code="input_value", hint=f"correct {name}"
+        )
     return number
 
 
@@ -72,16 +118,16 @@ def check_real(
         minimum, maximum: the range.
         positive: zero is refused, too.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{name} is {value!r}; a number is required", code="input_type")
-    if not minimum <= value <= maximum or not abs(value) <= sys.float_info.max or (positive and value <= 0):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"{name} is {quoted(value)}; a number is required", code="input_type")
+    number = operator.index(value) if isinstance(value, numbers.Integral) else float(value)
+    if not minimum <= number <= maximum or not abs(number) <= sys.float_info.max or (positive and number <= 0):
         lowest = "more than zero" if positive and minimum <= 0 else f"{minimum:g} or more"
         limits = [lowest] if positive or minimum > -math.inf else []
         limits += [f"at most {maximum:g}"] if maximum < math.inf else []
         wanted = " and ".join(limits) if limits else "a finite number"
-        shown = value if isinstance(value, float) or abs(value) < 10**20 else "a larger number"
-        raise InputError(f"{name} is {shown}; {wanted} is required", code="input_value", hint=f"correct {name}")
-    return float(value)
+        raise InputError(f"{name} is {quoted(value)}; {wanted} is required", code="input_value", hint=f"correct {name}")
+    return float(number)
 
 
 def check_size(height: object, width: object, *, multiple: int, maximum: int, area: int) -> tuple[int, int]:
@@ -136,7 +182,7 @@ def check_unused(given: Mapping[str, object], unused: Mapping[str, str]) -> None
     for name, instead in unused.items():
         if given.get(name) not in (None, False):
             raise InputError(
-                f"{name} is {given[name]!r}; {instead}", code="input_value", hint=f"leave {name} out", option=name
+                f"{name} is {quoted(given[name])}; {instead}", code="input_value", hint=f"leave {name} out", option=name
             )
 
 
@@ -152,8 +198,9 @@ def check_codec_options(options: object) -> None:
         raise InputError(f"video_codec_options is {type(options).__name__}; a mapping is required", code="input_type")
     for name, value in options.items():
         if value not in CODEC_OPTIONS.get(name, ()):
+            known = ", ".join(CODEC_OPTIONS)
             raise InputError(
-                f"video_codec_options has {name}={value!r}; {', '.join(CODEC_OPTIONS)} are taken, as text",
+                f"video_codec_options has {quoted(name)}: {quoted(value)}; {known} are taken, as text",
                 code="input_value",
                 hint="leave it out: the default is quick and visually lossless",
             )
@@ -178,6 +225,16 @@ def to_client_error(error: PortKitError) -> Exception:
     from vllm_omni.errors import OmniClientError
 
     return OmniClientError(str(error))
+
+
+def media_mapping(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``multi_modal_data`` of a prompt, empty if it has none; raises InputError if it is not a mapping."""
+    media = fields.get("multi_modal_data")
+    if media is None:
+        return {}
+    if not isinstance(media, Mapping):
+        raise InputError(f"multi_modal_data is {type(media).__name__}; expected a mapping", code="input_type")
+    return media
 
 
 def as_list(value: object) -> list[Any]:
@@ -217,6 +274,6 @@ def first_frame_of(guide: object, frames: int) -> Any:
 
 def _is_waveform(value: list[Any] | tuple[Any, ...]) -> bool:
     """Return True if this is one ``(samples, rate)`` pair and not two references."""
-    if len(value) != 2 or isinstance(value[1], bool) or not isinstance(value[1], (int, float)):
+    if len(value) != 2 or isinstance(value[1], bool) or not isinstance(value[1], numbers.Real):
         return False
     return hasattr(value[0], "__len__") and not isinstance(value[0], (str, bytes))

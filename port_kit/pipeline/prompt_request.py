@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from port_kit.errors import InputError, PortKitError
+from port_kit.escape import quoted, shortened
 from port_kit.pipeline.images import load_image
 from port_kit.pipeline.inputs import (
     as_list,
@@ -22,6 +23,7 @@ from port_kit.pipeline.inputs import (
     check_size,
     check_text,
     check_unused,
+    media_mapping,
     request_seed,
 )
 from port_kit.port import SERVER_OPTIONS
@@ -143,7 +145,7 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
         InputError: a field has an invalid value, or the reference media are not those of the options.
     """
     fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-    images = _images(fields.get("multi_modal_data") or {}, options)
+    images = _images(media_mapping(fields), options)
     negative = fields.get("negative_prompt")
     height, width = _size(sampling, options, images)
     steps = options.steps if sampling.num_inference_steps is None else sampling.num_inference_steps
@@ -171,7 +173,7 @@ def _images(media: Mapping[str, Any], options: PromptOptions) -> tuple[Image.Ima
     counts = {kind: len(as_list(given)) for kind, given in media.items()}
     images = as_list(media.get("image"))
     if len(images) != options.images or sum(counts.values()) != options.images:
-        found = " and ".join(f"{count} of {kind}" for kind, count in counts.items()) or "none"
+        found = shortened(" and ".join(f"{count} of {quoted(kind)}" for kind, count in counts.items())) or "none"
         raise InputError(
             f"reference media of the request: {found}; this model takes {options.images or 'no'} reference images",
             code="input_count",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted
 from port_kit.pipeline.inputs import check_integer, check_real
 
 #: Options of the window and their alternative names in vLLM-Omni.
@@ -70,7 +71,7 @@ def parse_skip_layers(options: Mapping[str, Any], *, name: str, default: int, la
 def _parse_layers(name: str, value: object, layers: int) -> tuple[int, ...]:
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",")] if value.strip() else []
-        value = [int(part) if part.isdecimal() else part for part in parts]
+        value = [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
     if not isinstance(value, (list, tuple)):
         raise InputError(
             f"{name} is {type(value).__name__}; expected a list of layers, or text such as 11,12", code="input_type"
@@ -90,7 +91,7 @@ def _fraction(names: tuple[str, str], options: Mapping[str, Any], default: float
 
 def _contradiction(first: str, second: str, options: Mapping[str, Any]) -> InputError:
     return InputError(
-        f"{first} is {options[first]!r} and {second} is {options[second]!r}; they set the same",
+        f"{first} is {quoted(options[first])} and {second} is {quoted(options[second])}; they set the same",
         code="input_value",
         hint=f"leave {first} out",
     )

@@ -66,7 +66,7 @@ _AUDIO = TinyComponent(
 _DIRECTIONS = ("audio_to_video_conditioners", "video_to_audio_conditioners")
 
 #: Parts by folder of the model directory.
-SHARED: Mapping[str, TinyPart] = {
+PARTS: Mapping[str, TinyPart] = {
     "transformer": _VIDEO,
     "transformer_2": _VIDEO,
     "audio_transformer": _AUDIO,
@@ -141,7 +141,7 @@ def _write(name: str, folder: Path, seed: int) -> None:
     if name == "scheduler":
         (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
         return
-    part = SHARED[name]
+    part = PARTS[name]
     if not isinstance(part, TinyComponent):
         part.write(folder, seed)
         return

@@ -117,6 +117,9 @@ def test_a_file_of_floats_is_read() -> None:
 def test_integer_samples_are_scaled_to_one() -> None:
     samples = load_reference_audio(((tone(16_000) * 32_767).astype(np.int16), 16_000))
     assert np.abs(samples - tone(16_000)).max() < 1e-4
+    whole = torch.from_numpy((tone(16_000) * 32_767).astype(np.int16))
+    assert np.array_equal(load_reference_audio((whole, np.int64(16_000))), samples)
+    assert np.array_equal(load_reference_audio(np.asmatrix(tone(16_000))), tone(16_000))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,14 @@ def test_integer_samples_are_scaled_to_one() -> None:
         (None, "input_type"),
         ("", "input_unreadable"),
         (np.zeros((2, 2, 2)), "input_type"),
-        (np.zeros(3, dtype=object), "input_type"),
+        *[(np.zeros(48_000, kind), "input_type") for kind in (object, np.uint8, np.int64, bool, np.complex64, "U1")],
+        *[(torch.zeros(9).to(kind), "input_type") for kind in (torch.cfloat, torch.int64, torch.float8_e4m3fn)],
+        *[(torch.zeros(9, device="meta"), "input_type"), (torch.zeros(9).to_sparse(), "input_type")],
+        *[(np.zeros(shape), "input_type") for shape in ((), (0,), (0, 5), (2, 0))],
+        (np.zeros((10**6, 1)), "input_size"),
+        (np.broadcast_to(np.float32(0), (8, 10**12)), "input_size"),
+        *[((tone(16_000), rate), "input_value") for rate in (10**5000, 768_001, 999, float("inf"), 44_100.5)],
+        *[((tone(16_000), rate), "input_type") for rate in (None, "16000", True, np.array(16_000), [16_000])],
         ((tone(16_000), 0), "input_value"),
         ((tone(16_000), float("nan")), "input_value"),
         ((tone(16_000) * np.nan, 16_000), "input_value"),

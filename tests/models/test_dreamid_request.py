@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+from port_kit.errors import InputError
 from port_kit.models.dreamid_omni import PORT, config
 from port_kit.models.dreamid_omni.config import DreamIDOmniRequest, GuidanceScales, parse_request
 from port_kit.models.dreamid_omni.pipeline import DreamIDOmniPipeline
@@ -23,7 +26,8 @@ def parse(
     """Parse a valid request with changes."""
     fields = {"prompt": prompt, "multi_modal_data": {"image": image, "audio": audio}}
     given = OmniDiffusionSamplingParams(**sampling)
-    admit(fields, given, PORT, fps=24, reasons=DreamIDOmniPipeline.not_read)
+    pipeline = DreamIDOmniPipeline
+    admit(fields, given, PORT, fps=24, tensors=pipeline.tensor_options, reasons=pipeline.not_read)
     return parse_request(fields, given, LENGTHS)
 
 
@@ -132,3 +136,66 @@ def test_a_prompt_without_references_is_refused(prompt: Any) -> None:
 def test_references_must_be_in_a_mapping() -> None:
     with raises("input_type", "multi_modal_data", "list"):
         parse_request({"prompt": "p", "multi_modal_data": ["a"]}, OmniDiffusionSamplingParams(), LENGTHS)
+
+
+LONG = 10**5000
+STRANGE = {
+    "array": np.zeros(3),
+    "tensor": torch.zeros(3),
+    "scalar": torch.tensor(3),
+    "arrays": [np.zeros(3)],
+    "mapping": {"a": torch.zeros(2)},
+    "object": object(),
+    "deep": [[[[[[1]]]]]],
+    "long": LONG,
+    "longs": [LONG],
+    "text": "x" * 10**6,
+    "bytes": b"x" * 10**6,
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_strange_value_is_named_in_a_short_message(kind: str) -> None:
+    value = STRANGE[kind]
+    changes: list[dict[str, Any]] = [
+        {name: value} for name in ("seed", "height", "num_frames", "fps", "guidance_scale_2", "latents")
+    ]
+    changes.append({"guidance_scale": value, "guidance_scale_provided": True})
+    changes += [{"extra_args": {name: value}} for name in (*(PORT.option_names or ()), "nonsense")]
+    changes += [
+        {"extra_args": {value if isinstance(value, (int, str, bytes)) else "nonsense": 1}},
+        {"extra_args": value},
+    ]
+    for change in changes:
+        with pytest.raises(InputError) as caught:
+            parse(**change)
+        assert len(caught.value.message) < 400, change
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        np.zeros((48, 32, 4, 4)),
+        torch.zeros(48, 32, 4, 4, dtype=torch.int32),
+        torch.zeros(48, 32, 4, 4, device="meta"),
+        torch.full((48, 32, 4, 4), float("nan")),
+    ],
+)
+def test_noise_is_a_finite_tensor_of_floats(noise: Any) -> None:
+    with pytest.raises(InputError, match="video_noise"):
+        parse(height=64, width=64, extra_args={"video_noise": noise})
+    given = torch.zeros(48, 32, 4, 4)
+    assert parse(height=64, width=64, extra_args={"video_noise": given}).video_noise is given
+
+
+def test_half_of_a_character_is_refused() -> None:
+    with raises("input_value", "prompt", "at 4"):
+        parse("rain\ud800")
+    with raises("input_value", "audio_negative_prompt"):
+        parse(extra_args={"audio_negative_prompt": "\udfff"})
+    assert parse("\U0001f327").prompt == "\U0001f327"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    request = parse(seed=np.int64(7), extra_args={"shift": np.float32(3.5), "video_cfg_scale": np.int32(2)})
+    assert (request.seed, request.shift, request.scales.video_cfg_scale) == (7, 3.5, 2.0)

@@ -161,9 +161,9 @@ def test_the_output_has_the_size_of_the_first_image(
 def test_reference_images_are_counted() -> None:
     with raises("input_count", "takes 1"):
         parse("a crab", EDITS)
-    with raises("input_count", "2 of image"):
+    with raises("input_count", "2 of 'image'"):
         edit(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)))
-    with raises("input_count", "1 of audio"):
+    with raises("input_count", "1 of 'audio'"):
         parse({"prompt": "a", "multi_modal_data": {"audio": [np.zeros(9, np.float32)]}}, EDITS)
     with raises("input_count", "takes no"):
         parse({"prompt": "a", "multi_modal_data": {"image": [Image.new("RGB", (8, 8))]}}, IMAGES)

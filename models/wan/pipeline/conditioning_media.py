@@ -6,7 +6,7 @@ Shapes: S audio samples.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any
 
 import av
 import numpy as np
@@ -14,12 +14,14 @@ import torch
 
 from port_kit.errors import InputError
 from port_kit.pipeline.inputs import check_real
-from port_kit.references import check_samples, open_audio
+from port_kit.references import MAX_AUDIO_RATE, MIN_AUDIO_RATE, check_samples, open_audio
 
 SAMPLE_RATE = 16_000  # Hz, of the audio VAE
 #: Part of a reference audio that is used, in seconds. It skips the first second, as the original does.
 REFERENCE_AUDIO_START, REFERENCE_AUDIO_END = 1.0, 2.0
 DECODED_SECONDS = 60  # of a reference audio; the rest is not looked at
+#: Types of samples. Integers use their whole range; those of 64 bits hold other ranges, and would be silence.
+SAMPLE_TYPES = ("int8", "int16", "int32", "float16", "float32", "float64")
 #: Largest sample. Full scale is 1, which mixing and resampling may exceed; 16-bit integers as floats are beyond it.
 MAX_AMPLITUDE = 16.0
 
@@ -29,7 +31,7 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
 
     Args:
         source: a file as for :func:`~port_kit.references.check_audio`, ``(samples, rate)``, or samples at 16 kHz;
-            samples are (S,) or (channels, S).
+            samples are (S,) or (channels, S) of :data:`SAMPLE_TYPES` or bfloat16, as array or tensor.
         name: name in error messages.
 
     Raises:
@@ -40,28 +42,43 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
         with open_audio(source, name=name) as (container, _):
             return _checked(_resample_track(container), name)
     samples, rate = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, SAMPLE_RATE)
-    if isinstance(samples, torch.Tensor):
-        samples = samples.detach().float().cpu().numpy()
-    if not _is_waveform(samples):
+    samples = _array(samples, name)
+    whole = int(check_real(f"the sample rate of {name}", rate, minimum=MIN_AUDIO_RATE, maximum=MAX_AUDIO_RATE))
+    if whole != rate:
+        raise InputError(f"the sample rate of {name} is {rate}; a whole number is required", code="input_value")
+    check_samples(samples.shape[1] / whole, whole, samples.shape[0], name=name)
+    return _mono_16k(_checked(_float_samples(samples[:, : whole * DECODED_SECONDS]), name), whole)
+
+
+def _array(samples: Any, name: str) -> np.ndarray:
+    """Return samples (channels, S) of one of :data:`SAMPLE_TYPES`, copied from bfloat16 only."""
+    if not isinstance(samples, (np.ndarray, torch.Tensor)):
         raise InputError(
-            f"{name} is {type(source).__name__}; expected a path, bytes, (samples, rate) or samples at 16 kHz",
+            f"{name} is {type(samples).__name__}; expected a path, bytes, (samples, rate) or samples at 16 kHz",
             code="input_type",
         )
-    rate = int(check_real(f"the sample rate of {name}", rate, positive=True))
-    samples = np.atleast_2d(samples)
-    check_samples(samples.shape[1] / max(rate, 1), rate, samples.shape[0], name=name)
-    return _mono_16k(_checked(_float_samples(samples[:, : rate * DECODED_SECONDS]), name), rate)
-
-
-def _is_waveform(samples: object) -> TypeGuard[np.ndarray]:
-    return (
-        isinstance(samples, np.ndarray) and samples.ndim in (1, 2) and samples.size > 0 and samples.dtype.kind in "fi"
-    )
+    kind = str(samples.dtype).removeprefix("torch.")
+    if isinstance(samples, torch.Tensor):
+        if samples.layout is not torch.strided or samples.is_meta:
+            raise InputError(f"{name} is a tensor without dense samples", code="input_type", hint="give a dense tensor")
+        if samples.dtype is torch.bfloat16:
+            kind, samples = "float32", samples.float()
+    else:
+        kind = samples.dtype.name  # without the order of bytes
+    if samples.ndim not in (1, 2) or 0 in samples.shape or kind not in SAMPLE_TYPES:
+        raise InputError(
+            f"{name} is an array {kind} {tuple(samples.shape)}; expected samples (S,) or (channels, S) of one of "
+            f"{', '.join(SAMPLE_TYPES)}",
+            code="input_type",
+        )
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().resolve_neg().cpu().numpy()
+    return np.atleast_2d(np.asarray(samples))
 
 
 def _float_samples(samples: np.ndarray) -> np.ndarray:
     """Return (channels, S) float32; integers are scaled by the range of their type."""
-    scale = 1.0 / -float(np.iinfo(samples.dtype).min or -1) if np.issubdtype(samples.dtype, np.signedinteger) else 1.0
+    scale = 1.0 / -float(np.iinfo(samples.dtype).min) if samples.dtype.kind == "i" else 1.0
     with np.errstate(over="ignore"):  # the result is checked
         return samples.astype(np.float32) * np.float32(scale)
 

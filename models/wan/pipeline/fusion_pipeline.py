@@ -7,7 +7,7 @@ tokens, D text width, n reference images.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from port_kit.models.wan.pipeline.request import (
     FPS,
     MAX_LATENTS,
     MAX_TEXT_TOKENS,
+    NOISES,
     NOT_READ,
     VIDEO_LATENT_CHANNELS,
     VIDEO_SPATIAL_STRIDE,
@@ -75,6 +76,7 @@ class FusionPipeline(PortPipeline, SupportAudioOutput):
     default_num_inference_steps: ClassVar[int] = DEFAULT_STEPS
     lora_names: ClassVar[tuple[tuple[str, str], ...]] = WAN_NAMES
     prompt_fields: ClassVar[tuple[str, ...]] = ("video_negative_prompt", "audio_negative_prompt")
+    tensor_options: ClassVar[Collection[str]] = NOISES
     not_read: ClassVar[Mapping[str, str]] = NOT_READ
     #: Latent cells and audio latents per call, 4 cells per token. A state of the default size (89,280 and 157) fills a
     #: device by itself: batching such states would cost memory and gain no time.

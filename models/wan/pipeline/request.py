@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted
 from port_kit.pipeline.guidance_gate import parse_guidance_gate
 from port_kit.pipeline.inputs import (
     check_codec_options,
     check_integer,
     check_real,
     check_text,
+    media_mapping,
     request_seed,
 )
 
@@ -42,6 +44,8 @@ DEFAULT_AUDIO_NEGATIVE_PROMPT = "robotic, muffled, echo, distorted"
 
 #: Options in ``extra_args`` that all ports accept, besides those on the command line.
 MORE_OPTIONS = ("flow_shift", "video_noise", "audio_noise", "duration", "generate_sound")
+#: Those that are tensors.
+NOISES = ("video_noise", "audio_noise")
 
 #: Options of vLLM-Omni's servers that have no effect on these models, with the reason.
 NOT_READ = {
@@ -121,12 +125,25 @@ class FusionRequest:
         )
 
     def check_noise(self, lengths: LatentLengths) -> None:
-        """Raise InputError if given noise does not have the shape of :meth:`noise_shapes`."""
-        for name, shape in zip(("video_noise", "audio_noise"), self.noise_shapes(lengths), strict=True):
+        """Raise InputError if given noise is not a finite tensor of the shape of :meth:`noise_shapes`."""
+        for name, shape in zip(NOISES, self.noise_shapes(lengths), strict=True):
             noise = getattr(self, name)
-            if noise is not None and tuple(getattr(noise, "shape", ())) != shape:
-                found = tuple(getattr(noise, "shape", ())) or type(noise).__name__
-                raise InputError(f"{name} is {found}; expected a tensor of shape {shape}", code="input_size")
+            if noise is not None:
+                _check_noise(name, noise, shape)
+
+
+def _check_noise(name: str, noise: Any, shape: tuple[int, ...]) -> None:
+    import torch
+
+    if not isinstance(noise, torch.Tensor):
+        raise InputError(f"{name} is {type(noise).__name__}; expected a tensor of shape {shape}", code="input_size")
+    if tuple(noise.shape) != shape:
+        raise InputError(f"{name} is {tuple(noise.shape)}; expected a tensor of shape {shape}", code="input_size")
+    if noise.layout is not torch.strided or not noise.is_floating_point() or noise.is_meta:
+        kind = f"{noise.dtype}, {noise.layout}, on {noise.device}"
+        raise InputError(f"{name} is {kind}; a dense tensor of floats is required", code="input_type")
+    if not bool(noise.isfinite().all()):
+        raise InputError(f"{name} has values that are not finite", code="input_value", hint=f"correct {name}")
 
 
 def prompt_fields(prompt: Any) -> Mapping[str, Any]:
@@ -144,13 +161,12 @@ def media_of(fields: Mapping[str, Any], kinds: Collection[str] = ("image", "audi
     Raises:
         InputError: it is not a mapping, or has media of another kind.
     """
-    media = fields.get("multi_modal_data") or {}
-    if not isinstance(media, Mapping):
-        raise InputError(f"multi_modal_data is {type(media).__name__}; expected a mapping", code="input_type")
+    media = media_mapping(fields)
     for kind, given in media.items():
         if kind not in kinds and given is not None:
+            accepted = ", ".join(kinds) or "none"
             raise InputError(
-                f"the request has a reference of the kind {kind!r}; this model accepts {', '.join(kinds) or 'none'}",
+                f"the request has a reference of the kind {quoted(kind)}; this model accepts {accepted}",
                 code="input_value",
                 hint="leave it out",
             )
@@ -201,7 +217,7 @@ def parse_common(
 def _check_sound(given: object) -> None:
     if given not in (None, True) or isinstance(given, int) is not isinstance(given, bool):
         raise InputError(
-            f"generate_sound is {given!r}; this model always generates audio",
+            f"generate_sound is {quoted(given)}; this model always generates audio",
             code="input_value",
             hint="omit generate_sound, and remove the audio track afterwards",
         )
@@ -217,14 +233,14 @@ def _check_counts(sampling: Any, options: Mapping[str, Any], frames: int) -> Non
     if (duration := options.get("duration")) is not None:
         if check_real("duration", duration) != seconds:
             raise InputError(
-                f"duration is {duration}; this model generates {seconds:g} s",
+                f"duration is {quoted(duration)}; this model generates {seconds:g} s",
                 code="input_value",
                 hint="omit duration (seconds, in requests to a server)",
             )
         counts.append(frames - 1)
     if sampling.num_frames not in counts or isinstance(sampling.num_frames, bool):
         raise InputError(
-            f"num_frames is {sampling.num_frames}; this model generates {frames} frames",
+            f"num_frames is {quoted(sampling.num_frames)}; this model generates {frames} frames",
             code="input_value",
             hint=f"omit num_frames (in requests to a server, seconds may be {seconds:g})",
         )
@@ -242,7 +258,7 @@ def _only(given: Mapping[str, Any], default: Any) -> Any:
     for name, other in others:
         if other != value:
             raise InputError(
-                f"{first} is {value!r} and {name} is {other!r}; they set the same",
+                f"{first} is {quoted(value)} and {name} is {quoted(other)}; they set the same",
                 code="input_value",
                 hint=f"leave {name} out",
             )
@@ -274,7 +290,7 @@ def _negative(modality: str, options: Mapping[str, Any], fields: Mapping[str, An
 def _solver(name: object) -> str:
     if name not in SOLVERS:
         raise InputError(
-            f"solver_name is {name!r}; expected one of {', '.join(SOLVERS)}", code="input_value", hint="use unipc"
+            f"solver_name is {quoted(name)}; expected one of {', '.join(SOLVERS)}", code="input_value", hint="use unipc"
         )
     return str(name)
 
