@@ -7,7 +7,7 @@ latents from the first tier's, relative L2; ``seconds_for_50_steps`` has the mea
     python benchmarks/tiers.py --folder MODEL                          # the table of tiers
     python benchmarks/tiers.py --folder MODEL --steps 10 --tier exact --tier fp8
     python benchmarks/tiers.py --folder MODEL --cards                  # cards of 24, 48, 80 and 141 GB
-    python benchmarks/tiers.py --tiny --tier exact --tier guidance_gate                # on a CPU
+    python benchmarks/tiers.py --tiny --tier exact --tier fp8         # on a CPU, which has no attention in eight bits
 """
 
 from __future__ import annotations
