@@ -37,8 +37,8 @@ def _has_kernels() -> bool:
 def attend(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
     """Return the attention of ``[B, Sq, N, H]`` to ``[B, Sk, N, H]``, bfloat16 ``[B, Sq, N, H]``.
 
-    The mean of the values is added afterwards, which weights with a sum of 1 allow: the kernel adds up products of eight
-    bits with less than single precision, and loses a quarter of a mean of 1 over 22,528 tokens.
+    The values' mean over the tokens is added afterwards, since attention weights add up to 1: the kernel sums with
+    fewer bits than float32 has, and would lose a part of it in long sequences.
 
     The last dimension of each tensor is contiguous.
     """

@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from port_kit.errors import InputError
 from port_kit.pipeline.inputs import check_integer
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from vllm_omni.diffusion.data import OmniDiffusionConfig
 
     from port_kit.pipeline.request_state import DenoiseState
