@@ -190,7 +190,7 @@ def test_the_start_up_run_is_short(pipeline: MOVAPipeline) -> None:
     ("image", "sampling", "code", "name"),
     [
         (None, {}, "input_count", "none"),
-        ([IMAGE, IMAGE], {}, "input_count", "2 of image"),
+        ([IMAGE, IMAGE], {}, "input_count", "2 of 'image'"),
         (IMAGE, {"height": 360, "width": 640}, "input_size", "360"),
         (IMAGE, {"num_frames": 16}, "input_size", "16"),
         (IMAGE, {"num_frames": 1001}, "input_value", "385"),
