@@ -46,7 +46,7 @@ def run(name: str, folder: Path, layouts: list[str], plan: str = "-") -> dict[st
 @pytest.mark.parametrize(
     ("name", "plan", "layouts"),
     [
-        (DEFAULT, WAN, ["cfg2", "ulysses2"]),
+        (DEFAULT, WAN, ["cfg2"]),
         # the plan splits an embedder of guidance, which this configuration does not have
         pytest.param("FluxKontextPipeline", FLUX, ["cfg2", "ulysses2", "tp2"], marks=pytest.mark.slow),
         pytest.param("WanVideoToVideoPipeline", WAN, ["ulysses2"], marks=pytest.mark.slow),

@@ -109,6 +109,7 @@ def _spawned() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.mark.slow
 def test_spawned_ranks_wait_for_a_case_and_equal_forked_ones(single: RankResult, toy_model: Path) -> None:
     seen: list[str] = []
 

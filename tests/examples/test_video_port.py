@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_the_guide_says_what_happens(folder: Path) -> None:
     output = (folder / "output.txt").read_text(encoding="utf-8")
     assert "FAIL first at stages.0.mixer" in output
@@ -52,6 +53,7 @@ def test_the_guide_says_what_happens(folder: Path) -> None:
             assert sum(1 for _ in video.decode(video=0)) == 3
 
 
+@pytest.mark.slow
 def test_a_changed_weight_is_found_in_its_block(folder: Path) -> None:
     """The report names the first module that differs."""
     from safetensors.torch import load_file, save_file

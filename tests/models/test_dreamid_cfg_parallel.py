@@ -13,6 +13,7 @@ from torch import nn
 
 from port_kit.errors import ParallelError
 from port_kit.testing.workers import RankResult, Request, run_workers
+from tests.helpers import slow
 
 STEPS = 2
 
@@ -59,7 +60,7 @@ def alone(dreamid_model: Path) -> RankResult:
     return run(dreamid_model, 1)[0]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, *slow(4)])
 def test_branches_are_divided_and_the_result_is_the_same(dreamid_model: Path, alone: RankResult, ranks: int) -> None:
     assert alone.probe == (4 * STEPS, 4 + 1)
     for result in run(dreamid_model, ranks):

@@ -109,6 +109,7 @@ def test_a_patch_applies_alone(name: str, tmp_path: Path) -> None:
     assert (done := _apply(tmp_path, _patch(name), "--check")).returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_patch_makes_its_tests_pass(name: str, before: Outcomes, after: Outcomes) -> None:
     tests = [path for path in _files(_patch(name)) if path.startswith("tests/")]
