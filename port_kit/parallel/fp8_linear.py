@@ -10,13 +10,13 @@ the complete row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
@@ -24,9 +24,6 @@ from vllm_omni.quantization.component_config import ComponentQuantizationConfig
 
 from port_kit.parallel.fp8_rows import QuantizedRows, Rows, quantize_rows
 from port_kit.upstream.checks import require
-
-if TYPE_CHECKING:
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 require("fp8_linears")
 
@@ -39,11 +36,18 @@ def with_row_scales(quant: QuantizationConfig | None) -> QuantizationConfig | No
     if isinstance(quant, ComponentQuantizationConfig):
         parts = {prefix: with_row_scales(part) for prefix, part in quant._components.items()}
         return ComponentQuantizationConfig(parts, with_row_scales(quant._default))
-    if quant is None or type(quant) is not Fp8Config or quant.is_checkpoint_fp8_serialized or not _has_row_scales():
+    if quant is None or not _is_dynamic_fp8(quant) or not _has_row_scales():
         return quant
-    replaced = RowScaledConfig()
+    replaced = _row_scaled(type(quant))
     replaced.__dict__.update(quant.__dict__)
     return replaced
+
+
+def _is_dynamic_fp8(quant: Any) -> bool:
+    """Return True for FP8 with one scale per weight, made while loading: vLLM's class, or one of vLLM-Omni 0.32."""
+    if quant.get_name() != "fp8" or isinstance(quant, RowScaledConfig):
+        return False
+    return not quant.is_checkpoint_fp8_serialized and quant.weight_block_size is None
 
 
 def _has_row_scales() -> bool:
@@ -53,15 +57,22 @@ def _has_row_scales() -> bool:
     return torch.get_default_dtype() == torch.bfloat16 and current_platform.has_device_capability(CAPABILITY)
 
 
-class RowScaledConfig(Fp8Config):
-    """Dynamic FP8 for the linears that vLLM's configuration would quantize."""
+class RowScaledConfig(QuantizationConfig):
+    """Dynamic FP8 for the linears that another configuration, the second base of a subclass, would quantize."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """Return the method of a linear, and None for other layers."""
         if not isinstance(layer, LinearBase):
             return None
-        method = super().get_quant_method(layer, prefix)
+        method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
         return method if isinstance(method, UnquantizedLinearMethod) else RowScaledLinearMethod()
+
+
+def _row_scaled(base: type[QuantizationConfig]) -> RowScaledConfig:
+    """Return an empty configuration on top of a class of configurations."""
+    kind: Any = type("RowScaledConfig", (RowScaledConfig, base), {})
+    empty: RowScaledConfig = kind.__new__(kind)
+    return empty
 
 
 class RowScaledLinearMethod(OnlineLinearBase):

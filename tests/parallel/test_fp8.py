@@ -44,9 +44,11 @@ def test_rows_keep_their_largest_value_and_three_bits_of_the_others() -> None:
 
 def layer_of(weight: Tensor, bias: Tensor, build: Callable[..., torch.nn.Module]) -> torch.nn.Module:
     """Build a quantized linear and load its weights as a loader does."""
-    from port_kit.parallel.fp8_linear import RowScaledConfig
+    from vllm_omni.quantization import build_quant_config
 
-    layer = build(weight.shape[1], weight.shape[0], RowScaledConfig(), "layer")
+    from port_kit.parallel.fp8_linear import with_row_scales
+
+    layer = build(weight.shape[1], weight.shape[0], with_row_scales(build_quant_config("fp8")), "layer")
     for name, value in {"bias": bias, "weight": weight}.items():
         parameter = layer.get_parameter(name)
         parameter.weight_loader(parameter, value)  # type: ignore[operator]
