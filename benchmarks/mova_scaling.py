@@ -1,7 +1,7 @@
 """One MOVA step of two branches on several GPUs: seconds, memory and communication of parallel layouts.
 
 Both video towers, the audio tower and the bridge are the published model's (32.66 B parameters, bfloat16) with random
-weights; a step runs the tower for high noise. Options and figures are those of ``parallel_scaling.py``.
+weights; a denoising step runs the tower for high noise. Options and figures are those of ``parallel_scaling.py``.
 
     python benchmarks/mova_scaling.py --layout hsdp2 --layout cfg2 --layout ulysses2 --rounds 2 --warm-up 1
     python benchmarks/mova_scaling.py --tiny --layout hsdp2 --rounds 1       # small towers on CPU processes

@@ -100,7 +100,7 @@ class Measured(nn.Module, BatchedCFGMixin):
         raise NotImplementedError
 
     def branches(self, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """Return the arguments of the branches of a step, for a clip of a size in pixels."""
+        """Return the arguments of each guidance branch, for a clip of ``size`` (height, width) in pixels."""
         raise NotImplementedError
 
     def fill(self, name: str, shapes: Mapping[str, tuple[int, ...]], rules: Any) -> None:

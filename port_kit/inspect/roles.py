@@ -1,4 +1,4 @@
-"""How components belong together: transformers of one architecture, and the transformers of a port."""
+"""Relations between components: transformers of one architecture, and all transformers of a port."""
 
 from __future__ import annotations
 
