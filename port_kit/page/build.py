@@ -46,6 +46,7 @@ class Page:
         self._inputs: dict[str, Any] = {}
         self._references: list[Any] = []
         self._errors: dict[str, Any] = {}
+        self._accordion: Any = None
 
     def build(self) -> gr.Blocks:
         """Return the page."""
@@ -75,7 +76,7 @@ class Page:
         self._build_fields(plain)
         self._build_fields(texts)
         if options:
-            with gr.Accordion("Options of the model", open=False, elem_id="pk-options"):
+            with gr.Accordion("Options of the model", open=False, elem_id="pk-options") as self._accordion:
                 self._build_fields([field for field in options if field.kind != "text"])
                 self._build_fields([field for field in options if field.kind == "text"])
         with gr.Row():
@@ -132,7 +133,7 @@ class Page:
             label="Last clips",
             columns=4,
             fit_columns=False,
-            height=210,
+            height=200,
             object_fit="contain",
             allow_preview=False,
             buttons=[],
@@ -146,6 +147,7 @@ class Page:
         inputs = [*self._inputs.values(), *self._references, self._clips]
         outputs = [*self._inputs.values(), *self._errors.values(), self._progress, self._video, self._settings]
         outputs += [self._gallery, self._generate, self._cancel, self._job, self._clips]
+        outputs += [self._accordion] if self._accordion is not None else []
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         self._generate.click(self._run, inputs, outputs, concurrency_limit=None, **hidden)
         self._cancel.click(self._stop, self._job, [self._cancel, self._errors[GENERAL]], queue=False, **hidden)
@@ -179,8 +181,8 @@ class Page:
                     yield {**ended, **self._finished(event, clips)}
                 else:
                     yield {**ended, self._progress: note_html("Cancelled.")}
-        except JobError as error:
-            yield {**ended, self._progress: note_html("No clip was made."), **self._failed(error.message)}
+        except (JobError, OSError) as error:
+            yield {**ended, self._progress: note_html("No clip was made."), **self._failed(str(error))}
 
     async def _stop(self, job: str) -> Updates:
         """Cancel the job; the run then ends by itself."""
@@ -209,7 +211,11 @@ class Page:
         """Return updates that show an error at its place."""
         place = place_of(message, self._fields)
         place = place if place in self._errors else GENERAL
-        marked = {self._inputs[place]: gr.update(elem_classes=["pk-invalid"])} if place in self._inputs else {}
+        marked: Updates = {}
+        if place in self._inputs:
+            marked[self._inputs[place]] = gr.update(elem_classes=["pk-invalid"])
+        if any(field.name == place and field.is_option for field in self._fields):
+            marked[self._accordion] = gr.update(open=True)
         return {**marked, self._errors[place]: gr.update(value=note_html(message, "error"), visible=True)}
 
     def _finished(self, clip: Clip, clips: list[dict[str, Any]]) -> Updates:
@@ -231,7 +237,7 @@ class Page:
 def _component(field: RequestField) -> Any:
     """Return the component of a field, with its range and its default."""
     label = _LABELS.get(field.name, field.name.replace("_", " ").capitalize())
-    default = "" if field.default in (None, "") or field.kind == "text" else f"default {field.default}"
+    default = "" if field.default in (None, "") or field.kind == "text" else f"default {_plain(field.default)}"
     parts = [field.help, field.range_text, default]
     info = " · ".join(part for part in parts if part)
     common: Mapping[str, Any] = {"label": label, "info": info or None, "elem_id": f"pk-{field.name}"}
@@ -243,3 +249,7 @@ def _component(field: RequestField) -> Any:
         return gr.Textbox(placeholder="the model's default", lines=1, max_lines=1, **common)
     # no minimum and no maximum: the server refuses a value, with the reason at the field
     return gr.Number(value=field.default, step=field.multiple if field.kind == "int" else 0.1, **common)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

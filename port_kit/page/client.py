@@ -23,9 +23,9 @@ class JobError(Exception):
     """
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
         self.message = bounded(message)
+        super().__init__(self.message)
+        self.status = status
 
 
 class JobClient:

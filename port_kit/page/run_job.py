@@ -65,7 +65,7 @@ async def run_job(
         JobError: the server refused the request, or failed.
     """
     started, record = time.monotonic(), await client.submit(form, files)
-    job, was_ended = str(record["id"]), False
+    job, is_kept = str(record["id"]), True
     try:
         while record.get("status") != "completed":
             yield Progress(job, progress_text(record, time.monotonic() - started), _percent(record))
@@ -73,21 +73,19 @@ async def run_job(
             try:
                 record = await client.status(job)
             except JobError as error:
-                was_ended = error.status != 0
                 if error.status != 404:
                     raise
-                yield Cancelled()
-                return
+                record = {"status": "cancelled"}
             if record.get("status") == "cancelled":
-                was_ended = True
+                is_kept = False
                 yield Cancelled()
                 return
         path = folder / f"{job}.mp4"
         path.write_bytes(await client.content(job))
         settings = settings_of(record, form, time.monotonic() - started)
     finally:
-        if not was_ended:
-            with suppress(JobError):  # the result, or the first error, is what counts
+        if is_kept:
+            with suppress(JobError):  # the clip, or the first error, is what counts
                 await client.delete(job)
     yield Clip(path, settings)
 

@@ -13,7 +13,7 @@ CSS = """
 .pk-error { background: rgba(220, 38, 38, .10); color: #b91c1c; border-left: 3px solid #dc2626; }
 .dark .pk-good { color: #4ade80; }
 .dark .pk-error { color: #fca5a5; }
-.pk-invalid input, .pk-invalid textarea { border-color: #dc2626 !important; }
+.pk-invalid input, .pk-invalid textarea { box-shadow: 0 0 0 1.5px #dc2626 !important; }
 .pk-progress { padding: .3rem 0; }
 .pk-progress p { margin: .4rem 0 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .pk-bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; }
@@ -26,6 +26,10 @@ CSS = """
 .pk-settings dt { font-size: .72rem; color: var(--body-text-color-subdued); }
 .pk-settings dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 .pk-settings div:last-child dd { font-weight: 400; }
+#pk-gallery .grid-container { grid-auto-rows: auto; padding-top: 2.2rem; }
+#pk-gallery .thumbnail-item { aspect-ratio: 16 / 10; height: auto; }
+#pk-gallery .thumbnail-item video { object-fit: contain; }
+#pk-gallery .caption-label { font-size: .72rem; white-space: nowrap; }
 .pk-field { gap: 4px !important; }
 """
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]

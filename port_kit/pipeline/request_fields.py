@@ -15,9 +15,6 @@ from port_kit.port import Port, lookup
 if TYPE_CHECKING:
     from port_kit.pipeline.prompt_request import PromptOptions
 
-#: Kinds of fields.
-KINDS = ("int", "float", "text", "choice")
-
 
 @dataclass(frozen=True)
 class RequestField:
@@ -25,7 +22,7 @@ class RequestField:
 
     Attributes:
         name: of the field of a server's form, or of the option in ``extra_params``.
-        kind: one of :data:`KINDS`.
+        kind: ``int``, ``float``, ``text`` or ``choice``.
         default: of a request without the field; None if the model directory, the references or the length decide.
         minimum, maximum: the range of a number; None for no bound.
         multiple: a whole number is ``offset`` and a multiple of it.

@@ -37,25 +37,37 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def served_page(port: str, *options: str, folder: Path, key: str = "") -> Iterator[str]:
-    """Run a port's ``gradio_demo.py`` and yield its address; it is ended as by Ctrl-C."""
+def served_page(
+    port: str, *options: str, folder: Path, key: str = "", script: str = "gradio_demo.py", start: float = START
+) -> Iterator[str]:
+    """Run a script of a port and yield the address of its page; the script is ended as a supervisor does it.
+
+    Args:
+        port: the port.
+        options: of the script.
+        folder: working directory, and folder of the log.
+        key: API key.
+        script: in the port's folder of examples.
+        start: seconds until the page answers.
+    """
     tcp_port = free_port()
     url = f"http://127.0.0.1:{tcp_port}"
-    line = [sys.executable, str(EXAMPLES / port / "gradio_demo.py"), "--port", str(tcp_port), *options]
+    program = [sys.executable] if script.endswith(".py") else ["sh"]
+    line = [*program, str(EXAMPLES / port / script), *options, "--port", str(tcp_port)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "API_KEY": key, "PATH": path, "OMP_NUM_THREADS": "1"}
     with (folder / "page.log").open("wb") as log:
-        process = subprocess.Popen(
-            line, env={**os.environ, "API_KEY": key}, cwd=folder, stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(line, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
-        _wait(url, process, folder / "page.log")
+        _wait(url, process, folder / "page.log", start)
         yield url
     finally:
         process.terminate()
-        process.wait(60)
+        assert process.wait(60) == 0, (folder / "page.log").read_text(errors="replace")[-4000:]
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, start: float) -> None:
+    deadline = time.monotonic() + start
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(url, trust_env=False).status_code == 200:

@@ -17,6 +17,7 @@ from port_kit.registry import find_port
 from port_kit.testing.server import ApiServer, free_port
 from tests.page.browser import CLIP, served_page
 from tests.page.conftest import KEY
+from tests.serving.helpers import download_as_written
 
 pytestmark = pytest.mark.page
 
@@ -40,7 +41,7 @@ def generate(page: Any, steps: int, seed: int = 7) -> None:
 
 def wait_for_seed(page: Any, seed: int) -> None:
     """Wait until the settings of a clip have a seed."""
-    setting = page.locator("#pk-settings div", has=page.locator("dt", has_text=re.compile("^seed$")))
+    setting = page.locator("#pk-settings dl > div", has=page.locator("dt", has_text=re.compile("^seed$")))
     setting.locator("dd", has_text=re.compile(f"^{seed}$")).wait_for(timeout=CLIP_MS)
 
 
@@ -129,6 +130,7 @@ def test_a_page_that_is_closed_leaves_no_job(chromium: Any, address: str, server
 def test_a_refusal_is_shown_at_its_field(page: Any, name: str, value: object, message: str) -> None:
     page.locator("#pk-options button").first.click()
     fill(page, name, value)
+    page.locator("#pk-options button").first.click()  # closed: an error opens it
     page.locator("#pk-generate").click()
     error = page.locator(f"#pk-error-{name} .pk-error")
     error.wait_for(timeout=60_000)
@@ -144,12 +146,14 @@ def test_a_refusal_is_shown_at_its_field(page: Any, name: str, value: object, me
 def test_a_server_that_is_down_is_reported(chromium: Any, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with served_page("ovi", "--url", url, folder=tmp_path) as address:
-        page = chromium.new_page()
+        page, hosts = chromium.new_page(), set()
+        page.on("request", lambda request: hosts.add(httpx.URL(request.url).host))
         page.goto(address)
         page.locator("#pk-server .pk-error", has_text=f"no server answers at {url}").wait_for()
         page.locator("#pk-generate").click()
         page.locator("#pk-error-general .pk-error", has_text="port-kit serve MODEL").wait_for()
         page.close()
+    assert hosts == {"127.0.0.1"}
 
 
 def test_a_wrong_key_is_reported(chromium: Any, server: ApiServer, tmp_path: Path) -> None:
@@ -158,3 +162,18 @@ def test_a_wrong_key_is_reported(chromium: Any, server: ApiServer, tmp_path: Pat
         page.goto(address)
         page.locator("#pk-server .pk-error", has_text="no valid API key").wait_for()
         page.close()
+
+
+def test_the_script_serves_a_model_and_ends_its_server(chromium: Any, tmp_path: Path) -> None:
+    model, options = download_as_written("ovi", tmp_path)
+    line = (str(model), *options)
+    with served_page("ovi", *line, folder=tmp_path, script="run_gradio_demo.sh", start=400) as address:
+        page = chromium.new_page()
+        page.goto(address)
+        status = page.locator("#pk-server .pk-good")
+        status.wait_for()
+        url = status.inner_text().split()[0]
+        assert status.inner_text() == f"{url} serves tiny" and httpx.get(f"{url}/health", trust_env=False).is_success
+        page.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health", trust_env=False)
