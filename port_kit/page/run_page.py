@@ -72,7 +72,14 @@ def run_page(
 def _server(model: str, options: Sequence[str], key: str, folder: Path) -> Iterator[ApiServer]:
     """Start a server, wait until it is ready, and end it."""
     environment = {"VLLM_API_KEY": key} if key else {}
-    server = ApiServer(model, *options, folder=folder, environment=environment, start_timeout=LOAD_SECONDS)
+    server = ApiServer(
+        model,
+        *options,
+        folder=folder,
+        environment=environment,
+        directory=Path.cwd(),
+        start_timeout=LOAD_SECONDS,
+    )
     try:
         server.__enter__()
     except RuntimeError as error:

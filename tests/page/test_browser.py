@@ -166,7 +166,7 @@ def test_a_wrong_key_is_reported(chromium: Any, server: ApiServer, tmp_path: Pat
 
 def test_the_script_serves_a_model_and_ends_its_server(chromium: Any, tmp_path: Path) -> None:
     model, options = download_as_written("ovi", tmp_path)
-    line = (str(model), *options)
+    line = (model.name, *options)  # as in the guide, a relative path
     with served_page("ovi", *line, folder=tmp_path, script="run_gradio_demo.sh", start=400) as address:
         page = chromium.new_page()
         page.goto(address)
@@ -177,3 +177,15 @@ def test_the_script_serves_a_model_and_ends_its_server(chromium: Any, tmp_path: 
         page.close()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health", trust_env=False)
+
+
+@pytest.mark.parametrize("name", ["dreamid_omni", "mova"])
+def test_the_other_ports_have_pages(name: str, tmp_path: Path) -> None:
+    from port_kit.page.build import Page
+    from port_kit.page.client import JobClient
+
+    port = find_port(name)
+    blocks = Page(port, JobClient("http://127.0.0.1:1"), tmp_path).build()
+    ids = {component.elem_id for component in blocks.blocks.values()}
+    assert {f"pk-{field.name}" for field in page_fields(port)} | {"pk-prompt", "pk-image-0"} <= ids
+    assert ("pk-audio-1" in ids) == ("audio" in port.references)
