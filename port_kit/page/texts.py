@@ -61,7 +61,7 @@ def settings_of(record: Mapping[str, Any], form: Mapping[str, str], seconds: flo
     options = json.loads(form.get("extra_params", "{}"))
     given = {name: value for name, value in form.items() if name not in ("extra_params", *_SHOWN)}
     if {"width", "height"} <= set(given):
-        given.pop("width"), given.pop("height")
+        found.setdefault("size", f"{given.pop('width')}x{given.pop('height')}")
     found |= {name: str(value) for name, value in {**given, **options}.items() if name != "prompt"}
     found |= {"made in": duration(seconds), "prompt": form["prompt"]}
     return {name: value for name, value in found.items() if value}

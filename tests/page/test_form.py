@@ -169,10 +169,11 @@ def test_progress_is_one_line(record: dict[str, Any], text: str) -> None:
 
 def test_settings_are_those_of_the_record_and_of_the_request() -> None:
     record = {"seed": 3, "num_inference_steps": 4, "seconds": "5.04", "size": None, "model": "/models/tiny"}
-    form = {"prompt": "rain", "seed": "3", "extra_params": '{"shift": 3}'}
+    form = {"prompt": "rain", "seed": "3", "width": "96", "height": "64", "extra_params": '{"shift": 3}'}
     found = settings_of(record, form, 12.4)
     assert found == {
-        "seed": "3", "steps": "4", "seconds": "5.04", "model": "tiny", "shift": "3", "made in": "12 s", "prompt": "rain"
+        "seed": "3", "steps": "4", "seconds": "5.04", "model": "tiny", "size": "96x64", "shift": "3", "made in": "12 s",
+        "prompt": "rain",
     }  # fmt: skip
 
 
