@@ -30,6 +30,8 @@ from tests.serving.pages import client_commands, run_written
 from tests.test_references import sound
 
 LIMIT = 300.0
+#: Answer to a deletion, but for the id.
+DELETED = {"deleted": True, "object": "video.deleted"}
 #: Seconds that finished files are kept.
 KEPT = 20
 #: API key that the load benchmark uses.
@@ -305,9 +307,12 @@ def test_a_deleted_job_stops_and_is_gone(
     before = _cpu(server)
     job = http.post("/v1/videos", data=load_test.LONG, files=files).json()["id"]
     wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
-    assert http.get(f"/v1/videos/{job}").json()["progress"] == 0
+    assert http.get(f"/v1/videos/{job}").json()["progress"] < 100
     assert http.get(f"/v1/videos/{job}/content").status_code == 404
-    assert http.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert http.delete(f"/v1/videos/{job}").json() == {**DELETED, "id": job, "status": "cancelled"}
+    assert http.get(f"/v1/videos/{job}").json()["status"] == "cancelled"
+    assert http.get(f"/v1/videos/{job}/content").status_code == 404
+    assert http.delete(f"/v1/videos/{job}").json() == {**DELETED, "id": job}
     assert http.get(f"/v1/videos/{job}").status_code == 404
     assert http.post("/v1/videos/sync", data=good, files=files).content == first[0]
     # 200 steps would cost as much as ten such requests.
