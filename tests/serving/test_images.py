@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,9 @@ from PIL import Image
 
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.autoparallel.tiny_pipelines.server import decode, run_server
+from port_kit.scaffold.render import render
+from port_kit.testing.server import ApiServer
+from tests.serving.helpers import run_client
 from tests.serving.hostile import png, refused, small_png
 
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
@@ -25,11 +29,16 @@ GOOD = {"prompt": "a red cat", "size": "32x32", "num_inference_steps": 2, "stren
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     folder = tmp_path_factory.mktemp("images")
     model = write_pipeline(PIPELINE, CASES[PIPELINE], folder / "model")
-    with run_server(model, folder=folder) as server:
-        yield httpx.Client(base_url=server.url, timeout=LIMIT)
+    with run_server(model, folder=folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(server: ApiServer) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=LIMIT)
 
 
 def edit(http: httpx.Client, image: bytes, **fields: Any) -> httpx.Response:
@@ -41,6 +50,29 @@ def test_an_image_becomes_an_image(http: httpx.Client) -> None:
     first, again = edit(http, small_png()), edit(http, small_png())
     assert decode(first, "image") == "PNG 32x32"
     assert first.json()["data"] == again.json()["data"]
+
+
+@pytest.mark.parametrize("source", ["image", "text"])
+def test_the_script_of_a_port_writes_an_image_or_the_reason(server: ApiServer, source: str, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(small_png())
+    script, output = tmp_path / "run.sh", tmp_path / "out.png"
+    script.write_text(render(f"common/run_curl_{source}_to_image.sh", {"example_prompt": "a cat"}))
+    line = [
+        "sh",
+        str(script),
+        *([str(tmp_path / "image.png")] if source == "image" else []),
+        'a "red\\cat"',
+        str(output),
+    ]
+    fields = {name: value for name, value in GOOD.items() if name not in ("prompt", "strength")}
+    form = [part for name, value in fields.items() for part in ("-F", f"{name}={value}")]
+    done = run_client([*line, *(form if source == "image" else [json.dumps(fields)[1:-1]])], server)
+    if source == "image":
+        assert done.returncode == 0, done.stderr
+        assert Image.open(output).size == (32, 32)
+    else:
+        assert done.returncode == 1 and "image" in done.stderr, done.stderr
+        assert not output.exists()
 
 
 @pytest.mark.parametrize(
