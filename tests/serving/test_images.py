@@ -52,27 +52,26 @@ def test_an_image_becomes_an_image(http: httpx.Client) -> None:
     assert first.json()["data"] == again.json()["data"]
 
 
-@pytest.mark.parametrize("source", ["image", "text"])
-def test_the_script_of_a_port_writes_an_image_or_the_reason(server: ApiServer, source: str, tmp_path: Path) -> None:
+def test_the_script_of_a_port_writes_an_image(server: ApiServer, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(small_png())
-    script, output = tmp_path / "run.sh", tmp_path / "out.png"
-    script.write_text(render(f"common/run_curl_{source}_to_image.sh", {"example_prompt": "a cat"}))
-    line = [
-        "sh",
-        str(script),
-        *([str(tmp_path / "image.png")] if source == "image" else []),
-        'a "red\\cat"',
-        str(output),
-    ]
-    fields = {name: value for name, value in GOOD.items() if name not in ("prompt", "strength")}
-    form = [part for name, value in fields.items() for part in ("-F", f"{name}={value}")]
-    done = run_client([*line, *(form if source == "image" else [json.dumps(fields)[1:-1]])], server)
-    if source == "image":
-        assert done.returncode == 0, done.stderr
-        assert Image.open(output).size == (32, 32)
-    else:
-        assert done.returncode == 1 and "image" in done.stderr, done.stderr
-        assert not output.exists()
+    line = [*script("image", tmp_path), str(tmp_path / "image.png"), 'a "red\\cat"', str(tmp_path / "out.png")]
+    done = run_client([*line, "-F", "size=32x32", "-F", "num_inference_steps=2"], server)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").size == (32, 32)
+
+
+def test_the_script_of_a_port_prints_why_there_is_no_image(server: ApiServer, tmp_path: Path) -> None:
+    line = [*script("text", tmp_path), 'a "red\\cat"', str(tmp_path / "out.png")]
+    done = run_client([*line, '"seed": 3, "num_inference_steps": 100000'], server)
+    assert done.returncode == 1 and "num_inference_steps" in done.stderr and '"code": 400' in done.stderr
+    assert not (tmp_path / "out.png").exists()
+
+
+def script(source: str, folder: Path) -> list[str]:
+    """Write the script that ``port-kit new`` writes for images from ``image`` or ``text``; return its command."""
+    path = folder / "run.sh"
+    path.write_text(render(f"common/run_curl_{source}_to_image.sh", {"example_prompt": "a cat"}), encoding="utf-8")
+    return ["sh", str(path)]
 
 
 @pytest.mark.parametrize(
