@@ -9,6 +9,7 @@ import logging
 import click
 
 from port_kit.cli.engine_logs import set_engine_logs
+from port_kit.escape import quoted
 from port_kit.registry import add_port_folders
 
 #: command -> (module with a click command of that name, one line for the overview)
@@ -55,7 +56,7 @@ class LazyGroup(click.Group):
         if args and args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, n=2)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            ctx.fail(f"no such command {args[0]!r}.{hint}")
+            ctx.fail(f"no such command {quoted(args[0])}.{hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

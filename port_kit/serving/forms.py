@@ -12,6 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 
+from port_kit.escape import quoted, reason_of
 from port_kit.serving.asgi import Message, Receive, Refusal, Scope, header
 from port_kit.serving.limits import Limits, option
 from port_kit.serving.strict_json import parse_json
@@ -89,11 +90,11 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
         stream = read_body(scope, receive, _without_files(limits))
         parser = FormParser(headers, stream, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     else:
-        raise Refusal(400, f"content-type is {kind or 'missing'!r}; multipart/form-data is required")
+        raise Refusal(400, f"content-type is {quoted(kind or 'missing')}; multipart/form-data is required")
     try:
         items = (await parser.parse()).multi_items()
     except MultiPartException as error:
-        raise Refusal(400, f"the form cannot be read: {error.message}") from error
+        raise Refusal(400, f"the form cannot be read: {reason_of(error)}") from error
     return _collect(items)
 
 
@@ -102,7 +103,7 @@ def _content_type(scope: Scope) -> tuple[str, dict[bytes, bytes]]:
     kind, options = parse_options_header(header(scope, "content-type"))
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise Refusal(400, f"[input_type] the charset is {charset[:80]!r}; texts of a form are UTF-8")
+        raise Refusal(400, f"[input_type] the charset is {quoted(charset)}; texts of a form are UTF-8")
     return kind.decode("latin-1"), options
 
 
@@ -119,7 +120,7 @@ async def _complete(body: AsyncIterator[bytes], boundary: bytes) -> AsyncIterato
         tail = tail[-len(end) :]
         yield chunk
     if not has_ended:
-        raise Refusal(400, f"the form cannot be read: it has no end, which is {end.strip()[:80]!r}")
+        raise Refusal(400, f"the form cannot be read: it has no end, which is {quoted(end.strip())}")
 
 
 def _collect(items: list[tuple[str, Any]]) -> Form:
@@ -127,14 +128,14 @@ def _collect(items: list[tuple[str, Any]]) -> Form:
     for name, value in items:
         _check_text("the name of a field", name, MAX_NAME)
         if isinstance(value, UploadFile):
-            _check_text(f"the file name of {name}", value.filename or "", MAX_NAME)
+            _check_text(f"the file name of {quoted(name)}", value.filename or "", MAX_NAME)
             form.uploads.append(Upload(name, value.filename or "", value.file))
             continue
         if name in URL_FIELDS:
             form.urls.append(value)
         else:
             form.fields[name] = value
-        _check_text(name, value, MAX_FIELD_BYTES if name in _LONG else MAX_TEXT)
+        _check_text(quoted(name), value, MAX_FIELD_BYTES if name in _LONG else MAX_TEXT)
     return form
 
 
@@ -161,7 +162,7 @@ async def read_json(scope: Scope, receive: Receive, limits: Limits) -> dict[str,
     for name, value in found.items():
         _check_text("the name of a field", name, MAX_NAME)
         if isinstance(value, str):
-            _check_text(name, value, MAX_TEXT)
+            _check_text(quoted(name), value, MAX_TEXT)
     return found
 
 
@@ -178,7 +179,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> AsyncIter
     declared = header(scope, "content-length") or "0"
     deadline = asyncio.get_running_loop().time() + limits.upload_seconds
     if not (declared.isascii() and declared.isdigit() and len(declared) < 20):
-        raise Refusal(400, f"content-length is {declared[:80]!r}; a number of bytes is required")
+        raise Refusal(400, f"content-length is {quoted(declared)}; a number of bytes is required")
     _check_size(int(declared), limits)
     read, more = 0, True
     while more:
