@@ -191,7 +191,7 @@ def value_of(parameter: click.Parameter, words: str, source: random.Random) -> s
         if name in FITTING and source.random() < 0.6:
             return source.choice(FITTING[name])
         pool += FITTING["source"]
-    if isinstance(parameter.type, click.Choice) and source.random() < 0.7:
+    if isinstance(parameter.type, click.Choice) and name not in FITTING and source.random() < 0.7:
         return str(source.choice(list(parameter.type.choices)))
     return source.choice(pool)
 
@@ -208,7 +208,7 @@ def arguments_of(words: str, command: click.Command, source: random.Random) -> l
             if not getattr(parameter, "is_flag", False):
                 given.append(value_of(parameter, words, source))
     if words in HEAVY or source.random() < 0.05:
-        given.insert(source.randrange(len(given) + 1), source.choice(("--no-such-option", "--\x1b[2J", "-\u202e")))
+        given.insert(0, source.choice(("--no-such-option", "--\x1b[2J", "-\u202e")))
     return [*words.split(), *given]
 
 
@@ -283,7 +283,7 @@ def fuzz(
                 started = time.process_time()
                 try:
                     with bounded(patience, memory):
-                        result = CliRunner().invoke(port_kit, arguments)
+                        result = CliRunner().invoke(port_kit, arguments, color=True)
                     problem = problem_of(result)
                     outcomes[f"exit {result.exit_code}"] += 1
                 except TooSlow:

@@ -19,10 +19,26 @@ from port_kit.errors import DownloadError
 from port_kit.escape import MAX_REASON, reason_of, shortened
 from port_kit.owner import OWNER, may_run, owner
 
+#: Characters of a text file; the manifest of a large checkpoint has 10 million.
+MAX_TEXT = 1 << 26
 _PIECE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _LONGEST_NAME = 255  # bytes, of all common file systems
 _SUFFIX_LENGTH = 130  # bytes that the name of a temporary file adds
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file that a user names; a device may have no end.
+
+    Raises:
+        OSError: also if it has more than :data:`MAX_TEXT` characters.
+        UnicodeDecodeError: it is no text.
+    """
+    with path.open(encoding=encoding) as stream:
+        text = stream.read(MAX_TEXT + 1)
+    if len(text) > MAX_TEXT:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return text
 
 
 def write_atomically(path: Path, content: str) -> None:

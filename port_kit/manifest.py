@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from port_kit.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import RemapError
 from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -402,7 +403,7 @@ def stamp(descriptor: int) -> Stamp:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise invalid_manifest(f"{path} cannot be read: {reason_of(error)}") from error
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from port_kit.errors import ParallelError
 from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 
 FORMAT: Literal[1] = 1
 
@@ -333,7 +334,7 @@ class Plan(Section):
             ParallelError: ``plan_file``; it cannot be read.
         """
         try:
-            return cls.from_toml(path.read_text(encoding="utf-8"))
+            return cls.from_toml(read_text(path))
         except (OSError, UnicodeDecodeError) as error:
             raise ParallelError(f"{path}: {reason_of(error)}", code="plan_file", hint="name a plan file") from error
 

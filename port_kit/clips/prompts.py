@@ -12,6 +12,7 @@ from typing import Any
 from port_kit.clips.options import check_first_frame, option_types, reference_names
 from port_kit.errors import InputError
 from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 from port_kit.port import Port
 
 _ENCODING = "utf-8-sig"  # editors of some systems write a byte order mark
@@ -47,7 +48,7 @@ def read_prompts(
         InputError: ``source_missing``, or ``prompts_file`` with all lines that are no requests of the port.
     """
     try:
-        rows = path.read_text(encoding=_ENCODING).split("\n")
+        rows = read_text(path, _ENCODING).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} cannot be read: {reason_of(error)}",

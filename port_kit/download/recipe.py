@@ -39,6 +39,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from port_kit.errors import DownloadError
 from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 
 FULL_HASH = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -249,7 +250,7 @@ class Recipe:
     def from_toml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a TOML file; errors name the file."""
         try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+            data = tomllib.loads(read_text(Path(path), "utf-8-sig"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DownloadError(
                 f"cannot read the recipe {path}: {reason_of(error)}",

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 from port_kit.manifest import Manifest
 from port_kit.remap.ops import Op, rules_error
 from port_kit.remap.patterns import literal_template
@@ -214,7 +215,7 @@ def _prefixed(rule: Rule, source: str, target: str) -> Rule:
 def _read_text(source: str | Path) -> object:
     """Read TOML text, or a ``.toml`` or ``.json`` file; raises ``remap_rules`` if it cannot be read."""
     try:
-        text = source if isinstance(source, str) else source.read_text(encoding="utf-8")
+        text = source if isinstance(source, str) else read_text(source)
         is_json = isinstance(source, Path) and source.suffix == ".json"
         return json.loads(text) if is_json else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
