@@ -12,7 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 
-from port_kit.escape import quoted, reason_of
+from port_kit.escape import escape_control_chars, quoted, reason_of, shortened
 from port_kit.serving.asgi import Message, Receive, Refusal, Scope, header
 from port_kit.serving.limits import Limits, option
 from port_kit.serving.strict_json import parse_json
@@ -128,19 +128,20 @@ def _collect(items: list[tuple[str, Any]]) -> Form:
     for name, value in items:
         _check_text("the name of a field", name, MAX_NAME)
         if isinstance(value, UploadFile):
-            _check_text(f"the file name of {quoted(name)}", value.filename or "", MAX_NAME)
+            _check_text(f"the file name of {name}", value.filename or "", MAX_NAME)
             form.uploads.append(Upload(name, value.filename or "", value.file))
             continue
         if name in URL_FIELDS:
             form.urls.append(value)
         else:
             form.fields[name] = value
-        _check_text(quoted(name), value, MAX_FIELD_BYTES if name in _LONG else MAX_TEXT)
+        _check_text(name, value, MAX_FIELD_BYTES if name in _LONG else MAX_TEXT)
     return form
 
 
 def _check_text(what: str, text: str, limit: int) -> None:
     """Refuse a text that is too long, or that UTF-8 cannot express: the request's charset may allow such."""
+    what = shortened(escape_control_chars(what))
     if len(text) > limit:
         raise Refusal(400, f"[input_size] {what} has {len(text)} characters; at most {limit} are accepted")
     try:
@@ -162,7 +163,7 @@ async def read_json(scope: Scope, receive: Receive, limits: Limits) -> dict[str,
     for name, value in found.items():
         _check_text("the name of a field", name, MAX_NAME)
         if isinstance(value, str):
-            _check_text(quoted(name), value, MAX_TEXT)
+            _check_text(name, value, MAX_TEXT)
     return found
 
 

@@ -72,7 +72,6 @@ def test_wrong_usage_is_told_in_a_short_printable_message(arguments: list[str], 
         ["remove", "x" * 300],
         ["layout", "tp2", "--svg", "."],
         ["rules", "check", "--rules", "/dev/zero"],
-        ["manifest", "/dev/zero"],
     ],
     ids=lambda arguments: arguments[0],
 )
