@@ -34,13 +34,17 @@ from unittest import mock
 
 import click
 from click.testing import CliRunner, Result
+from tqdm import tqdm
 
 from port_kit.cli import main as port_kit
+from port_kit.cli.generate import build_parser
+from port_kit.cli.make_clips import Console
+from port_kit.registry import find_port, list_ports
 
 #: Exit codes of docs/cli.md.
 CODES = (0, 1, 2, 130)
 #: Commands that load torch or an engine when their arguments are valid: they get wrong ones only.
-HEAVY = ("doctor", "generate", "plan infer", "plan prove", "run", "serve", "verify parallel", "verify parity")
+HEAVY = ("doctor", "plan infer", "plan prove", "run", "serve", "verify parallel", "verify parity")
 #: Commands that wait or remove, whose folders are new names; and options that write into this repository.
 CAREFUL, WRITING = ("hub", "remove", "uninstall"), ("--record",)
 #: Longest text on stderr, in characters.
@@ -212,6 +216,28 @@ def arguments_of(words: str, command: click.Command, source: random.Random) -> l
     return [*words.split(), *given]
 
 
+class Captured(Console):
+    """A console of ``generate`` whose lines :class:`~click.testing.CliRunner` keeps: it has no file descriptors."""
+
+    def __init__(self) -> None:
+        self._stdout, self._stderr = sys.stdout, sys.stderr
+        self._bar = tqdm(disable=True)
+
+
+def generate_arguments(source: random.Random) -> list[str]:
+    """Return arguments of ``generate``, whose options are those of a port; the model does not exist."""
+    port = source.choice(("ovi", "dreamid_omni", "mova") * 20 + tuple(ODD))
+    given = ["generate", port, "--model", "missing"]
+    if port not in list_ports():
+        return given
+    for action in build_parser(find_port(port))._actions:
+        if action.option_strings and action.dest not in ("help", "model") and source.random() < 0.1:
+            given.append(action.option_strings[-1])
+            if action.nargs != 0:
+                given.append(source.choice([*(action.choices or ()), "1", *FILES, *PLACES, *ODD]))
+    return given if source.random() < 0.7 else [*given, source.choice(ODD)]
+
+
 def problem_of(result: Result) -> str:
     """Return what is wrong with the end of a call; empty if nothing is."""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -249,7 +275,8 @@ def bounded(patience: float, memory: int) -> Iterator[None]:
     refuse = mock.Mock(side_effect=AssertionError("a process was started"))
     try:
         with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}), mock.patch("os.execve", refuse):
-            yield
+            with mock.patch("port_kit.cli.generate.Console", Captured):
+                yield
     finally:
         for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
@@ -279,7 +306,8 @@ def fuzz(
             for _ in range(rounds):
                 write_files(Path(place), source)
                 words = source.choices(sorted(commands), [1 if each in weak else 4 for each in sorted(commands)])[0]
-                arguments = arguments_of(words, commands[words], source)
+                given = generate_arguments(source) if words == "generate" else None
+                arguments = given or arguments_of(words, commands[words], source)
                 started = time.process_time()
                 try:
                     with bounded(patience, memory):

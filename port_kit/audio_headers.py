@@ -112,7 +112,7 @@ def _ogg(file: BinaryIO, size: int) -> list[AudioHeader]:
     last = tail[tail.rfind(b"OggS") :]
     granule, serial = struct.unpack("<qI", last[6:18])
     file.seek(0)
-    found = []
+    found: list[AudioHeader] = []
     for _ in range(MAX_STREAMS + 1):
         head = file.read(27)
         if head[:4] != b"OggS" or not head[5] & 2:

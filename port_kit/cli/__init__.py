@@ -48,7 +48,7 @@ def _printable() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = reason_of(error)
+        error.message = reason_of(error)  # type: ignore[misc]
         raise
 
 

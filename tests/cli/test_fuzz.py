@@ -56,6 +56,7 @@ def test_a_wrong_end_is_found(script: Any, body: Any, part: str) -> None:
         (["\x1b[2J"], r"'\x1b[2J'"),
         (["hub", "folder", "--port", "9" * 100_000], "..."),
         (["manifest", "a\0b"], "NUL"),
+        (["layout", "ring999999"], "at most 4096"),
         (["list", "x" * 100_000], "..."),
     ],
 )
