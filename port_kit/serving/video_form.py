@@ -113,7 +113,7 @@ def _drop_neutral(form: Form, fields: Iterable[str]) -> None:
         if value.lower().removesuffix(".0") != neutral:
             raise Refusal(
                 400,
-                f"[input_value] {name} is {value[:80]!r}; this model accepts {neutral} only\nhint: leave {name} out",
+                f"[input_value] {name} is {quoted(value)}; this model accepts {neutral} only\nhint: leave {name} out",
             )
 
 
