@@ -174,7 +174,7 @@ def target(folder: Path) -> Iterator[Target]:
         script.write_text(f'exec unshare -rm sh -c {shlex.quote(start)} sh "$@"\n', encoding="utf-8")
         arguments = [*options, *written]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {"OMP_NUM_THREADS": "1", "PATH": path}
+        variables = {"OMP_NUM_THREADS": "1", "PATH": path, "PORT_KIT_CACHE": str(folder / "cache")}
         with ApiServer(model, *arguments, folder=folder, environment=variables, script=script) as server:
             clients = [
                 httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=LIMIT)
