@@ -19,11 +19,13 @@ from port_kit.cli.generate import parse_options, run
 from port_kit.cli.make_clips import build_request, generate_clip
 from port_kit.clips import attach_settings
 from port_kit.models.dreamid_omni import PORT as DREAMID
+from port_kit.models.mova import PORT as MOVA
 from port_kit.models.ovi import PORT as OVI
 from port_kit.pipeline.media import write_mp4
 from port_kit.port import HostedPort, Port
 from port_kit.runtime.lora_sets import read_set
 from tests.helpers import raises
+from tests.project.test_commands import ROOT, commands
 
 
 def plan(words: str, port: Port = OVI, **options: Any) -> list[Job]:
@@ -112,6 +114,37 @@ def test_loras_are_sent_in_their_order_with_their_scales(tmp_path: Path, monkeyp
         assert read_set(Path(both.lora_request.lora_path)) == [(one, 0.5), (two, -1.0)] and both.lora_scale == 1
     assert read_set(Path(sent(f"--lora {one} {two}").lora_request.lora_path)) == [(one, 1.0), (two, 1.0)]
     assert sent("").lora_request is None and sent("").extra_args == {}
+
+
+LORA_COMMANDS = [
+    pytest.param(port, words, id=" ".join(words[1:2] + words[-4:]))
+    for port in (OVI, DREAMID, MOVA)
+    for words in commands(ROOT / "examples" / "offline_inference" / port.name / "README.md")
+    if "--lora" in words
+]
+
+
+@pytest.mark.parametrize(("port", "words"), LORA_COMMANDS)
+def test_commands_of_the_pages_apply_loras(
+    port: Port, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(LORA_COMMANDS) == 6 and words[:2] == ["python", f"generate_{port.name}.py"]
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("anna.png", "ben.jpg", "anna.wav", "ben.mp3", "first_frame.png"):
+        Path(name).touch()
+    Path("motion_peft").mkdir()
+    files = [str(lora(Path(name))) for name in ("style.safetensors", "motion_peft/adapter_model.safetensors")]
+    Path("motion_peft/adapter_config.json").write_text('{"lora_alpha": 4}')
+    (job,) = plan_jobs(port, parse_options(port, words[2:]))
+    scales = [0.8, 0.5][: len(job.loras)]
+    assert job.loras == ("style.safetensors", "motion_peft")[: len(scales)] and job.request["lora_scale"] == scales
+    sampling = build_request(port, job.request, job.media, job.loras)[1]
+    if len(scales) == 1:
+        assert (sampling.lora_request.lora_path, sampling.lora_scale) == (str(tmp_path / files[0]), 0.8)
+    else:
+        paths = [tmp_path / name for name in job.loras]
+        assert read_set(Path(sampling.lora_request.lora_path)) == list(zip(paths, scales, strict=True))
 
 
 def test_a_clip_names_its_loras(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from port_kit.pipeline.media import measure_mp4
+from tests.models.test_admission import write_lora
 from tests.serving.helpers import EXAMPLES, run_client
 from tests.serving.hostile import ALICE, Target
 from tests.serving.pages import client_commands, run_written
@@ -41,6 +42,8 @@ def test_a_first_frame_gives_the_videos_ratio(target: Target, tmp_path: Path) ->
 @pytest.mark.parametrize("words", client_commands("ovi"), ids=" ".join)
 def test_a_command_of_the_page_makes_a_video(target: Target, words: list[str], tmp_path: Path) -> None:
     Image.new("RGB", (40, 120), (200, 80, 40)).save(tmp_path / "first_frame.png")
+    for name in ("style", "motion"):
+        write_lora(target.loras / f"{name}.safetensors", target.model)
     done = run_written(words, "ovi", target.server, tmp_path, key=ALICE, small={"num_inference_steps": 1})
     assert done.returncode == 0, done.stderr
     (video,) = tmp_path.glob("*.mp4")
