@@ -206,16 +206,13 @@ def test_several_loras_act_together(target: Target, first: bytes) -> None:
     for seed, name in enumerate(("one", "two")):
         write_lora(target.loras / f"{name}.safetensors", target.model, seed=seed)
     sent = [
-        {"name": "one", "scale": 0.5},
         [{"name": "one", "scale": 0.5}],
         [{"name": "one", "scale": 0.5}, {"path": "two.safetensors"}],
         [{"name": "one"}, {"path": "two.safetensors"}],
-        [{"name": "one", "scale": 0.5}, {"path": "two.safetensors"}],
     ]
     answers = [target.sync({"lora": json.dumps(lora)}) for lora in sent]
-    assert [answer.status_code for answer in answers] == [200] * 5, [answer.text[:200] for answer in answers]
-    alone, in_list, both, stronger, again = (answer.content for answer in answers)
-    assert alone == in_list and both == again and len({first, alone, both, stronger}) == 4
+    assert [answer.status_code for answer in answers] == [200] * 3, [answer.text[:200] for answer in answers]
+    assert len({first, *(answer.content for answer in answers)}) == 4
 
 
 @pytest.mark.parametrize(
