@@ -37,6 +37,7 @@ NUMERIC_OPTIONS = (
     "quantization",
     "diffusion_kv_cache_dtype",
     "vae_use_tiling",
+    "vae_fast_path",
 )
 
 Media = Mapping[str, Sequence[Any]]

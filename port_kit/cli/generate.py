@@ -31,6 +31,7 @@ ENGINE_OPTIONS = (
     "quantization",
     "diffusion_kv_cache_dtype",
     "vae_use_tiling",
+    "vae_fast_path",
 )
 
 
@@ -96,6 +97,8 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     engine.add_argument("--quantization", default=None, help="fp8: linears in eight bits, quantized while loading")
     engine.add_argument("--diffusion-kv-cache-dtype", default=None, help="fp8: attention in eight bits")
     engine.add_argument("--vae-use-tiling", action="store_true", help="decode tile by tile, in less memory")
+    help = "form of the video's decoder on GPUs; channels_last: in float16 (default: lossless)"
+    engine.add_argument("--vae-fast-path", default=None, choices=["off", "lossless", "channels_last"], help=help)
     return parser
 
 

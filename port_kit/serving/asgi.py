@@ -67,6 +67,13 @@ class Incoming:
         return message
 
 
+async def send_json(send: Send, value: Any) -> None:
+    """Send a value with status 200."""
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(value).encode()})
+
+
 async def refuse(receive: Incoming, send: Send, refusal: Refusal) -> None:
     """Send a refusal, and close the connection.
 

@@ -36,6 +36,8 @@ TEXTS = (
 )
 #: Fields of vLLM-Omni's form that are options of some models; other models ignore them.
 MODEL_OPTIONS = ("flow_shift", "true_cfg_scale", "generate_sound")
+#: Fields that no port has, with the value that changes nothing: vLLM-Omni's nodes for ComfyUI always send them.
+NEUTRAL = {"n": "1", "true_cfg_scale": "1", "vae_use_slicing": "false", "vae_use_tiling": "false"}
 GUIDE_FIELDS = ("timeline_guides", "guide_files")
 FILE_FIELDS = ("input_reference", "input_references", "guide_files")
 #: Kinds of references.
@@ -84,6 +86,7 @@ def _check_names(form: Form, served: Served) -> None:
         fields += [f"{kind}_reference" for kind in (KINDS if port is None else port.references)]
     if port is None or port.timeline_guides:
         fields += GUIDE_FIELDS
+    _drop_neutral(form, fields)
     for name in [*form.fields, *(upload.field for upload in form.uploads)]:
         if name not in fields:
             raise Refusal(
@@ -99,6 +102,18 @@ def _check_names(form: Form, served: Served) -> None:
             raise Refusal(400, f"[input_value] {name} is empty\nhint: leave {name} out for the default")
     if not form.fields.get("prompt", "").strip():
         raise Refusal(400, "[input_missing] prompt is missing or blank\nhint: describe the scene in prompt")
+
+
+def _drop_neutral(form: Form, fields: Iterable[str]) -> None:
+    for name, neutral in NEUTRAL.items():
+        if name in fields or name not in form.fields:
+            continue
+        value = form.fields.pop(name)
+        if value.lower().removesuffix(".0") != neutral:
+            raise Refusal(
+                400,
+                f"[input_value] {name} is {value[:80]!r}; this model accepts {neutral} only\nhint: leave {name} out",
+            )
 
 
 def _near(name: str, fields: Iterable[str], options: Iterable[str]) -> str:
