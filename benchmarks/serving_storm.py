@@ -248,7 +248,7 @@ async def run(url: str, requests: int, rounds: int, seed: int, memory: Callable[
         "outcomes": _outcomes(storm.answers),
         "statuses": dict(sorted(Counter(answer.outcome for answer in storm.answers).items())),
         "latency_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in ("sync", "job")]),
-        "refusal_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in BAD]),
+        "refusal_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in BAD] or [0.0]),
         "health_s": _latencies(health or [0.0]),
         "resident_mb": [round(value / 1e6, 1) for value in resident],
         "jobs_left": len(left),

@@ -24,6 +24,7 @@ from port_kit.clips import (
 from port_kit.clips.loras import LORA, LORA_SCALE
 from port_kit.clips.options import CONTINUE_FROM, MEDIA_OPTIONS
 from port_kit.errors import InputError
+from port_kit.files import read_text
 from port_kit.port import HostedPort, Port
 from port_kit.runtime.diagnose import installed_versions
 
@@ -183,7 +184,7 @@ def base_request(port: Port, arguments: argparse.Namespace, clip: ClipSettings |
     if vars(arguments).get(LORA_SCALE) is not None:
         given[LORA_SCALE] = arguments.lora_scale
     if arguments.prompt_file:
-        given["prompt"] = json.loads(Path(arguments.prompt_file).read_text(encoding="utf-8"))
+        given["prompt"] = json.loads(read_text(Path(arguments.prompt_file)))
     defaults = {"seed": port.seed, "num_outputs": 1}
     return {**defaults, **(clip.request if clip else {}), **tiny, **given}
 

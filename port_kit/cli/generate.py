@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -16,6 +16,7 @@ from port_kit.cli.output import handles_errors
 from port_kit.clips import option_types
 from port_kit.clips.loras import takes_loras
 from port_kit.clips.options import MEDIA_OPTIONS, SEGMENTS
+from port_kit.escape import MAX_REASON, escape_control_chars, shortened
 from port_kit.parallel.layout import ULYSSES_MODES
 from port_kit.port import Port
 from port_kit.registry import find_port
@@ -35,9 +36,16 @@ ENGINE_OPTIONS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages, which repeat arguments as they are, are printable and short."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(escape_control_chars(message), MAX_REASON))
+
+
 def build_parser(port: Port) -> argparse.ArgumentParser:
     """Return the parser of a port's options; engine options have vLLM-Omni's names."""
-    parser = argparse.ArgumentParser(prog=f"port-kit generate {port.name}", description=port.title)
+    parser = _Parser(prog=f"port-kit generate {port.name}", description=port.title)
     parser.add_argument("--model", required=True, help=f"model directory, made by: port-kit download {port.name}")
     parser.add_argument("-o", "--output", default=None, help=f"default: {port.name}.{SUFFIXES[port.output_type]}")
     parser.add_argument("--contact-sheet", default=None, help="also draw frames and waveform into this PNG")

@@ -18,6 +18,7 @@ from port_kit.checkpoint.byte_sources import FileSource
 from port_kit.checkpoint.containers import PICKLE_SUFFIXES, looks_like_safetensors, looks_like_torch
 from port_kit.checkpoint.lora_names import read_entry, read_other
 from port_kit.errors import CheckpointError, InputError, RemapError
+from port_kit.escape import reason_of
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.runtime.lora_families import is_of_text_encoder
 
@@ -127,7 +128,7 @@ def read_files(path: Path) -> Adapter:
     try:
         tensors = load_file(files.weights)
     except (OSError, ValueError, SafetensorError) as error:
-        raise bad_file(files.weights, f"it cannot be read: {error}", _AGAIN) from error
+        raise bad_file(files.weights, f"it cannot be read: {reason_of(error)}", _AGAIN) from error
     for name, tensor in tensors.items():
         if not bool(tensor.float().isfinite().all()):
             raise bad_file(files.weights, f"{name} has values that are not finite")
@@ -159,7 +160,7 @@ def _read_header(file: Path) -> Manifest:
         with FileSource(file) as source:
             size, is_pickle = source.size, looks_like_torch(source) and not looks_like_safetensors(source)
     except OSError as error:
-        raise bad_file(file, f"it cannot be read: {error}", "check its permissions") from error
+        raise bad_file(file, f"it cannot be read: {reason_of(error)}", "check its permissions") from error
     if not size:
         raise bad_file(file, "it is empty", _AGAIN)
     if is_pickle:
@@ -204,19 +205,19 @@ def _settings(files: AdapterFiles) -> dict[str, Any]:
         try:
             settings = json.loads(files.config.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise bad_file(files.config, f"it cannot be read: {error}") from error
+            raise bad_file(files.config, f"it cannot be read: {reason_of(error)}") from error
         return _supported(files.config, settings)
     try:
         with safe_open(files.weights, framework="numpy") as opened:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise bad_file(files.weights, f"it cannot be read: {error}", _AGAIN) from error
+        raise bad_file(files.weights, f"it cannot be read: {reason_of(error)}", _AGAIN) from error
     if DIFFUSERS_KEY not in metadata:
         return {}
     try:
         packed = json.loads(metadata[DIFFUSERS_KEY])
     except (json.JSONDecodeError, RecursionError) as error:
-        raise bad_file(files.weights, f"its metadata {DIFFUSERS_KEY} cannot be read: {error}") from error
+        raise bad_file(files.weights, f"its metadata {DIFFUSERS_KEY} cannot be read: {reason_of(error)}") from error
     if not isinstance(packed, dict):
         raise bad_file(files.weights, f"its metadata {DIFFUSERS_KEY} holds {type(packed).__name__}, not an object")
     parts: dict[str, dict[str, Any]] = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.errors import ConfigError, DownloadError, InputError
+from port_kit.escape import reason_of
 from port_kit.files import CACHE_VARIABLE, cache_folder, write_atomically
 
 #: Most LoRAs of a set; the sum of their ranks is bounded as well (:data:`port_kit.runtime.lora.MAX_RANK`).
@@ -67,7 +68,7 @@ def write_set(members: Sequence[tuple[str | Path, float]]) -> Path:
             _delete_oldest(path.parent)
     except (OSError, DownloadError) as error:
         raise ConfigError(
-            f"a set of LoRAs cannot be written to {path.parent}: {error}",
+            f"a set of LoRAs cannot be written to {path.parent}: {reason_of(error)}",
             code="config_invalid",
             hint=f"set {CACHE_VARIABLE} to a folder that can be written",
         ) from error
@@ -87,7 +88,9 @@ def read_set(path: Path) -> Members | None:
         return [(Path(lora["path"]), float(lora["scale"])) for lora in content["loras"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"the set of LoRAs {path.name} cannot be read: {error}", code="lora_file", hint="send the request again"
+            f"the set of LoRAs {path.name} cannot be read: {reason_of(error)}",
+            code="lora_file",
+            hint="send the request again",
         ) from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from port_kit.errors import ScaffoldError
-from port_kit.escape import escape_control_chars
+from port_kit.escape import escape_control_chars, quoted
 from port_kit.inspect.pitfalls import several_sets
 from port_kit.inspect.report import Finding, WeightFile
 from port_kit.scaffold.common import common_values, media_values
@@ -102,7 +102,7 @@ def _require_wrapper(port: NewPort, weights: Sequence[WeightFile]) -> None:
     if port.wrapper and not any(file.wrapper == port.wrapper for file in weights):
         known = sorted({wrapper for file in weights for wrapper in (file.wrapper, *file.alternatives) if wrapper})
         raise ScaffoldError(
-            f"no pickle of {' and '.join(port.sources)} has tensors under {port.wrapper!r}; there is: "
+            f"no pickle of {' and '.join(port.sources)} has tensors under {quoted(port.wrapper)}; there is: "
             f"{', '.join(known) or 'no wrapper'}",
             code="scaffold_unsupported",
             hint=f"port-kit inspect {port.source} lists the sets of tensors",

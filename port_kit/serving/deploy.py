@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.errors import ConfigError
+from port_kit.escape import quoted, reason_of
 
 #: Keys of the file that are options, with their types.
 ENGINE: dict[str, type] = {"dtype": str, "quantization": str, "distributed_executor_backend": str}
@@ -43,14 +44,16 @@ def engine_options(path: Path) -> list[str]:
     _check_names(path, "the file", found, (*ENGINE, *FIXED, "stages"))
     for name, value in FIXED.items():
         if found.get(name, value) is not value:
-            raise ConfigError(f"{path}: {name} is {found[name]!r}; a port needs {value}", hint="remove it")
+            raise ConfigError(f"{path}: {name} is {quoted(found[name])}; a port needs {value}", hint="remove it")
     stages = found.get("stages")
     if not isinstance(stages, list) or len(stages) != 1 or not isinstance(stages[0], dict):
         raise ConfigError(f"{path}: stages is not a list of one stage", hint="write one entry: stages: [{stage_id: 0}]")
     stage = stages[0]
     _check_names(path, "the stage", stage, (*PLACE, *STAGE))
     if stage.get("stage_id") != 0:
-        raise ConfigError(f"{path}: stage_id is {stage.get('stage_id')!r}; ports have 0", hint="write stage_id: 0")
+        raise ConfigError(
+            f"{path}: stage_id is {quoted(stage.get('stage_id'))}; ports have 0", hint="write stage_id: 0"
+        )
     options = [*_options(path, found, ENGINE), *_options(path, stage, STAGE)]
     if "devices" in stage:
         devices = _typed(path, "devices", stage["devices"], str)
@@ -64,7 +67,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="give a deploy file of vLLM-Omni, in YAML") from error
+        raise ConfigError(
+            f"cannot read {path}: {reason_of(error)}", hint="give a deploy file of vLLM-Omni, in YAML"
+        ) from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds {type(found).__name__}; names with values are required", hint="write stages:")
     return found
@@ -75,8 +80,8 @@ def _check_names(path: Path, where: str, found: Mapping[Any, Any], known: Iterab
     for name in found:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ConfigError(f"{path}: {where} has the key {name!r}, which no port reads", hint=hint)
+            hint = f"did you mean {quoted(near[0])}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"{path}: {where} has the key {quoted(name)}, which no port reads", hint=hint)
 
 
 def _options(path: Path, found: Mapping[str, Any], known: Mapping[str, type]) -> Iterable[str]:
@@ -94,5 +99,7 @@ def _options(path: Path, found: Mapping[str, Any], known: Mapping[str, type]) ->
 def _typed(path: Path, name: str, value: Any, kind: type) -> Any:
     """Check the type of a value; ``true`` is no number."""
     if type(value) is not kind:
-        raise ConfigError(f"{path}: {name} is {value!r}; {kind.__name__} is required", hint="correct it in the file")
+        raise ConfigError(
+            f"{path}: {name} is {quoted(value)}; {kind.__name__} is required", hint="correct it in the file"
+        )
     return value

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted, reason_of
 from port_kit.runtime.refusals import hide_tracebacks_of_refusals
 from port_kit.serving.answers import Answer, StalledError
 from port_kit.serving.asgi import App, Incoming, Message, Receive, Refusal, Scope, Send, header, refuse, send_json
@@ -73,7 +74,7 @@ class Gateway:
             self._start(scope["app"].state)
         except Exception as error:
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": f"the gateway cannot start: {error}"})
+            await send({"type": "lifespan.startup.failed", "message": f"the gateway cannot start: {reason_of(error)}"})
             return
         await self._app(scope, receive, send)
 
@@ -128,7 +129,7 @@ class Gateway:
         match = JOB.fullmatch(path) if served.output_type == "video" else None
         if path not in (*LISTED, *created) and match is None:
             known = ", ".join((*OPEN, *LISTED, *created))
-            raise Refusal(404, f"this server has no endpoint {path[:80]!r}; it has {known}")
+            raise Refusal(404, f"this server has no endpoint {quoted(path)}; it has {known}")
         client = client_of(header(scope, "authorization"), self._keys)
         if method == "POST" and path in created:
             await self._create(scope, receive, answer, served, client)
@@ -165,7 +166,7 @@ class Gateway:
         if query := scope["query_string"]:
             raise Refusal(
                 400,
-                f"[input_value] the request has the query {query[:80].decode('latin-1')!r}, which is not read\n"
+                f"[input_value] the request has the query {quoted(query.decode('latin-1'))}, which is not read\n"
                 "hint: give all values in the body",
             )
         names = body_names(scope["app"], scope["path"])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from port_kit.escape import quoted
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.queue import Snapshot, cancelled
 
@@ -124,11 +125,11 @@ class Jobs:
             Refusal: a value of the query is not valid.
         """
         if unknown := [name for name in query if name not in ("limit", "after", "order")]:
-            raise Refusal(400, f"the query has the unknown name {unknown[0][:80]!r}; known are limit, after and order")
+            raise Refusal(400, f"the query has the unknown name {quoted(unknown[0])}; known are limit, after and order")
         limit, order = query.get("limit", "100"), query.get("order", "desc")
         if not _LIMIT.fullmatch(limit) or order not in ("asc", "desc"):
             raise Refusal(
-                400, f"limit is {limit[:80]!r} and order is {order[:80]!r}; 0 to 100, and asc or desc are required"
+                400, f"limit is {quoted(limit)} and order is {quoted(order)}; 0 to 100, and asc or desc are required"
             )
         own = [self.describe(job, state) for job in listed["data"] if self._is_of(job["id"], client)]
         own += [job.cancelled for job in self.known.values() if job.cancelled is not None and job.owner == client]

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from port_kit.escape import quoted
 from port_kit.runtime.lora_sets import MAX_LORAS, write_set
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
@@ -54,7 +55,7 @@ def _resolve_one(given: object, limits: Limits) -> dict[str, Any]:
         raise Refusal(400, "[input_missing] lora has neither name nor path; one of them is required")
     found = _find(asked, [Path(root).resolve() for root in limits.lora_roots])
     if found is None:
-        raise Refusal(400, f"[source_missing] lora: this server has no LoRA {asked[:200]!r}")
+        raise Refusal(400, f"[source_missing] lora: this server has no LoRA {quoted(asked)}")
     named = given.get("name")
     lora = {"name": named if isinstance(named, str) and named else asked, "path": str(found)}
     return {**lora, "scale": _scale(given.get("scale", 1.0))}
@@ -70,7 +71,7 @@ def _checked(given: object) -> dict[str, Any]:
     for name in given:
         if name not in KEYS:
             raise Refusal(
-                400, f"[input_value] lora has the unknown key {name[:80]!r}\nhint: known are {', '.join(KEYS)}"
+                400, f"[input_value] lora has the unknown key {quoted(name)}\nhint: known are {', '.join(KEYS)}"
             )
     return given
 
@@ -90,7 +91,9 @@ def _find(asked: str, roots: list[Path]) -> Path | None:
 
 def _scale(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Refusal(400, f"[input_type] the scale of lora is {str(value)[:80]!r}; a number is required")
+        raise Refusal(400, f"[input_type] the scale of lora is {quoted(value)}; a number is required")
     if not math.isfinite(value) or abs(value) > MAX_SCALE:
-        raise Refusal(400, f"[input_value] the scale of lora is {value}; -{MAX_SCALE:g} to {MAX_SCALE:g} is required")
+        raise Refusal(
+            400, f"[input_value] the scale of lora is {quoted(value)}; -{MAX_SCALE:g} to {MAX_SCALE:g} is required"
+        )
     return float(value)

@@ -28,6 +28,7 @@ from PIL import Image
 
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
+from tests.audio_files import flac, mp4, ogg, opus, wav
 from tests.helpers import wait_until
 from tests.serving import comfyui
 from tests.serving.helpers import EXAMPLES, run_client, serving
@@ -220,6 +221,27 @@ def test_damaged_voices_of_other_formats_are_refused(
     message = response.json()["error"]["message"]
     assert "reference audio 1" in message and "Errno" not in message, message
     assert ("at most 600 s" in message) == (damage == "long"), message
+
+
+@pytest.mark.parametrize(
+    ("damaged", "part"),
+    [
+        (flac(2**36 - 1), "at most 600 s"),
+        (ogg(96_000, opus(255)), "255 channels"),
+        (mp4(run=2**30), "1073741834 packets"),
+        (mp4(times=(5000, 1024), sizes=(10, 5000), per_chunk=5000, edits=5000), "25000000 packets"),
+        (wav(0xFFFFFFFF, channels=0xFFFF), "65535 channels"),
+    ],
+    ids=["samples", "channels", "fragment", "edits", "unknown length"],
+)
+def test_numbers_of_a_header_take_no_memory(
+    server: ApiServer, http: httpx.Client, good: dict[str, str], files: list[Any], damaged: bytes, part: str
+) -> None:
+    before = server.memory()
+    response = http.post("/v1/videos/sync", data=good, files=_voices(files, lambda _: damaged))
+    assert response.status_code == 400, response.text
+    assert part in response.json()["error"]["message"], response.text
+    assert server.memory() < before + 50e6
 
 
 @pytest.mark.parametrize(
