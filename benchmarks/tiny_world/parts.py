@@ -19,7 +19,7 @@ from port_kit.models.ovi import PORT
 from port_kit.models.ovi.recipe import RECIPE
 from port_kit.models.wan.components.vocoder import FILTER_TAPS, SnakeBeta
 from port_kit.port import resolve
-from port_kit.remap.export import export
+from port_kit.remap.export import convert, export
 from port_kit.testing import tiny_trained
 from port_kit.testing.tiny import fill
 
@@ -34,10 +34,10 @@ def build(name: str, device: torch.device, config: Mapping[str, Any] | None = No
     changes = {**COMPONENTS[name].config, **(config or {})}
     with device:
         module: nn.Module = make({**RECIPE.configs[name], **changes})
-        if name == "text_encoder":
-            _fill_encoder(module)
-        else:
+        if name != "text_encoder":
             initialize(module)
+    if name == "text_encoder":
+        _fill_encoder(module)
     return module.requires_grad_(False)
 
 
@@ -47,8 +47,6 @@ def _fill_encoder(module: nn.Module) -> None:
     source = fill(tiny_trained.manifest(part))
     rules: Any = resolve(PORT.component("text_encoder").rules)
     plan = rules.compile(Manifest({n: (v.shape, str(v.dtype)[6:]) for n, v in source.items()}), _target(module))
-    from port_kit.remap.export import convert
-
     missing, _ = module.load_state_dict(dict(convert(plan, source)), strict=False)
     assert set(missing) <= {"encoder.embed_tokens.weight"}, missing
 

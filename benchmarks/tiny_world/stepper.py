@@ -96,7 +96,7 @@ class Stepper:
         )
         if gpu:
             self.lr = self.optimizer.param_groups[0]["lr"]
-        self.graphs: list[tuple[torch.cuda.CUDAGraph, Losses]] = []
+        self.graphs: dict[Callable[[], Losses], tuple[torch.cuda.CUDAGraph, Losses]] = {}
         self._restore()
 
     # -- states --------------------------------------------------------------------------------------------------
@@ -173,13 +173,13 @@ class Stepper:
 
     def _steps(self) -> Iterator[Losses]:
         while True:
-            turn = self.step % len(self.losses)
+            loss = self.losses[self.step % len(self.losses)]
             self.step += 1
             if self.graphs:
-                graph, losses = self.graphs[turn]
+                graph, losses = self.graphs[loss]
                 graph.replay()
             else:
-                losses = self._one(self.losses[turn])
+                losses = self._one(loss)
             yield losses
 
     def _one(self, loss: Callable[[], Losses]) -> Losses:
@@ -198,8 +198,9 @@ class Stepper:
         return {key: value.detach() for key, value in losses.items()}
 
     def _capture(self) -> None:
-        """Capture one graph per loss, after steps that allocate and tune."""
-        for loss in self.losses:
+        """Capture one graph per loss, after steps that allocate and tune; graphs share memory, none reads another's."""
+        pool = torch.cuda.graph_pool_handle()
+        for loss in dict.fromkeys(self.losses):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -209,9 +210,10 @@ class Stepper:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(graph):
+            torch.cuda.empty_cache()
+            with torch.cuda.graph(graph, pool=pool):
                 losses = self._one(loss)
-            self.graphs.append((graph, losses))
+            self.graphs[loss] = graph, losses
 
     def use_averages(self) -> None:
         """Put the moving averages in place of the parameters, for good."""
