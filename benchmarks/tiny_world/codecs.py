@@ -22,7 +22,7 @@ from port_kit.models.wan.components.vocoder import Vocoder
 
 VIDEO_BATCH, VIDEO_FRAMES = 32, 17
 AUDIO_BATCH, AUDIO_SAMPLES = 64, 32_768
-VOCODER_BATCH, VOCODER_SAMPLES = 48, 16_384
+VOCODER_BATCH, VOCODER_SAMPLES = 24, 16_384
 EVALUATED = 32  # held-back prompts
 _KL = 1e-3
 _FOREGROUND = 8.0  # weight of the shape and its surroundings, beside 1 of the background
@@ -54,7 +54,7 @@ def decode_frames(vae: Any, latents: Tensor) -> Tensor:
 def train_vae(options: Options, seconds: float) -> None:
     """Train the video VAE: absolute error, largest weight on the shape, and a small divergence from a normal."""
     world = World(options.device)
-    vae: Any = _start("vae", options)
+    vae: Any = start("vae", options)
     batch = small(options, VIDEO_BATCH)
     steps = torch.arange(VIDEO_FRAMES, device=options.device, dtype=torch.float32)
 
@@ -112,7 +112,7 @@ def _part_of_clip(world: World, batch: int, samples: int) -> tuple[Scenes, Tenso
 def train_audio_vae(options: Options, seconds: float) -> None:
     """Train the audio VAE on log-mel spectrograms, with noise on its latents."""
     world = World(options.device)
-    vae: Any = _start("audio_vae", options)
+    vae: Any = start("audio_vae", options)
     batch = small(options, AUDIO_BATCH)
     filters = [value for name, value in vae.named_parameters() if value.ndim == 3]
 
@@ -190,7 +190,7 @@ def _loudness(wave: Tensor) -> Tensor:
 def train_vocoder(options: Options, seconds: float) -> None:
     """Train the vocoder on true spectrograms and on those that the audio VAE decodes."""
     world, distance = World(options.device), SpectralLoss(options.device)
-    vocoder: Any = _start("vocoder", options)
+    vocoder: Any = start("vocoder", options)
     audio_vae: Any = parts.load(options.output, "audio_vae", options.device)[0]
     batch = small(options, VOCODER_BATCH)
     forward: Any = Vocoder.forward.__wrapped__  # type: ignore[attr-defined] # without torch.no_grad
@@ -208,6 +208,7 @@ def train_vocoder(options: Options, seconds: float) -> None:
     stepper = Stepper("vocoder", dict(vocoder.named_parameters()), [losses], options, rate=2e-3, average=0.99)
     stepper.run(seconds)
     stepper.use_averages()
+    parts.save(options.output, "vocoder", vocoder, {}, {"step": stepper.step})
     given = held_back(small(options, EVALUATED))
     scenes = world.described(given, seed=1)
     with torch.no_grad():
@@ -219,7 +220,7 @@ def train_vocoder(options: Options, seconds: float) -> None:
     options.log(stage="vocoder", step=stepper.step, **facts)
 
 
-def _start(name: str, options: Options) -> nn.Module:
-    if options.results is not None and (options.results / f"{name}.safetensors").is_file():
-        return parts.load(options.results, name, options.device)[0]
-    return parts.build(name, options.device)
+def start(name: str, options: Options) -> nn.Module:
+    """Return a part to train: an earlier result, or initial values."""
+    stored = options.result(name)
+    return parts.load(stored.parent, name, options.device)[0] if stored else parts.build(name, options.device)

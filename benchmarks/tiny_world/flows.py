@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.tiny_world import parts
 from benchmarks.tiny_world.clips import World
-from benchmarks.tiny_world.codecs import small
+from benchmarks.tiny_world.codecs import small, start
 from benchmarks.tiny_world.grammar import Description, held_back, training, words
 from benchmarks.tiny_world.scores import Measured, measure, share
 from benchmarks.tiny_world.stepper import Losses, Options, Stepper
@@ -33,11 +33,11 @@ from port_kit.testing.tiny_trained import INDEX, VOCABULARY
 from port_kit.testing.tokenizer import write_tokenizer
 
 BATCH, UNGUIDED = 192, 32  # clips per step with their prompt, and with the negative prompts
-SCENES_PER_PROMPT = 24
-ENCODED = 64  # clips at once
+SCENES_PER_PROMPT = 8
+ENCODED = 256  # clips at once; the VAE takes them frame by frame, in many small steps
 EVALUATED, STEPS = 48, 25
 VIDEO_SCALE, AUDIO_SCALE = 4.0, 3.0  # the port's defaults
-_SHIFT = 3.0  # of the noise levels of training
+_SHIFT = 5.0  # of the noise levels of training, as of sampling: the direction is settled at high noise
 _IMAGE_EVERY = 5  # steps of which one has a clean first frame
 
 
@@ -65,10 +65,13 @@ class Codecs:
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Return states ``[B, T, D]``, zeros after the end of a text, as the transformer pads them."""
-        states = []
-        for prompt in prompts:
-            ids = torch.tensor([tokenize(self.tokenizer, format_prompt(prompt, TAGS))], device=self.device)
-            states.append(self.text_encoder(ids, torch.ones_like(ids))[0])
+        tokens = [tokenize(self.tokenizer, format_prompt(prompt, TAGS)) for prompt in prompts]
+        states: list[Any] = [None] * len(tokens)
+        for length in {len(each) for each in tokens}:  # those of a length at once, without padding
+            chosen = [index for index, each in enumerate(tokens) if len(each) == length]
+            ids = torch.tensor([tokens[index] for index in chosen], device=self.device)
+            for index, state in zip(chosen, self.text_encoder(ids, torch.ones_like(ids)), strict=True):
+                states[index] = state
         return nn.utils.rnn.pad_sequence(states, batch_first=True)
 
     @torch.no_grad()
@@ -203,18 +206,15 @@ def train_transformer(options: Options, seconds: float) -> None:
     )
     stepper.run(seconds)
     stepper.use_averages()
+    parts.save(options.output, "transformer", model, {}, {"step": stepper.step})
+    codecs = Codecs.load(options)  # the vocoder's training may have ended meanwhile
     facts = evaluate(model, codecs, held_back(small(options, EVALUATED)), STEPS if options.on_gpu else 2, options)
     parts.save(options.output, "transformer", model, {}, {"step": stepper.step, **facts})
     options.log(stage="transformer", step=stepper.step, **facts)
 
 
 def _start(options: Options) -> nn.Module:
-    stored = options.results is not None and (options.results / "transformer.safetensors").is_file()
-    model = (
-        parts.load(options.results, "transformer", options.device)[0]
-        if stored and options.results is not None
-        else parts.build("transformer", options.device)
-    )
+    model = start("transformer", options)
     prepare(model)
     return model
 

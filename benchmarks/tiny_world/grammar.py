@@ -26,8 +26,9 @@ SHAPES = ("ball", "box", "triangle")
 DIRECTIONS = {"to the left": -1, "on the spot": 0, "to the right": 1}
 #: Frames from bounce to bounce.
 TEMPI = {"slowly": 54, "quickly": 30}
-#: Frequencies of the tones in Hz, a fifth apart.
-PITCHES = {"deep": 262.0, "low": 392.0, "middle": 587.0, "high": 880.0, "shrill": 1319.0}
+#: Frequencies of the tones in Hz, about a fifth apart. They are multiples of the rate of mel frames, 62.5 Hz: a vocoder
+#: of convolutions turns a steady spectrogram into a sound that repeats with every frame, so it makes no others.
+PITCHES = {"deep": 250.0, "low": 375.0, "middle": 562.5, "high": 875.0, "shrill": 1312.5}
 
 _TEMPLATES = (
     "A {colour} {shape} bounces {tempo} {direction}. Audio: a {pitch} tone at every bounce.",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 Losses = dict[str, Tensor]
 _WARM_UP = 4  # steps before a capture
 _READ_EVERY = 10  # steps between readings of the clock and of the losses
+_CONTINUED = 0.4  # part of the peak of the learning rate; the peak itself destroys what was learned
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Options:
         graphs: capture steps as CUDA graphs.
         save_every: steps between saved states; 0 to save at the end only.
         results: folder of results to start from; None to start anew or from the states.
+        until: seconds since the epoch at which steps end, whatever a stage was given.
     """
 
     folder: Path
@@ -37,6 +39,12 @@ class Options:
     graphs: bool = True
     save_every: int = 0
     results: Path | None = None
+    until: float = math.inf
+
+    def result(self, name: str) -> Path | None:
+        """Return the file of a result to start from, None if there is none."""
+        path = self.results / f"{name}.safetensors" if self.results is not None else None
+        return path if path is not None and path.is_file() else None
 
     @property
     def on_gpu(self) -> bool:
@@ -89,6 +97,8 @@ class Stepper:
         self.decay_of_average = average
         self.averages = [value.detach().clone() for value in self.parameters] if average else []
         self.step, self.seconds = 0, 0.0
+        if self._state_path.is_file() or options.result(name) is not None:
+            self.rate *= _CONTINUED
         gpu = options.on_gpu
         self.lr: Any = torch.tensor(0.0, device=options.device) if gpu else 0.0
         self.optimizer = torch.optim.AdamW(
@@ -136,7 +146,11 @@ class Stepper:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def run(self, seconds: float) -> None:
-        """Train for a number of seconds, the capture included; the rate warms up, then falls to 2 % of its peak."""
+        """Train for a number of seconds, the capture included; the rate warms up, then falls to 2 % of its peak.
+
+        A training that goes on from a state or a result starts at a part of the peak.
+        """
+        seconds = max(1.0, min(seconds, self.options.until - time.time()))
         begin, before = time.perf_counter(), self.seconds
         first = self.step
         self._set_rate(0.0, first)

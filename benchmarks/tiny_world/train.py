@@ -14,6 +14,7 @@ of an earlier training instead; results that a stage needs and that are not in `
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,7 @@ def _options() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, required=True, help="results and log")
     made.add_argument("--stage", type=_stage, action="append", required=True, metavar="NAME=SECONDS")
     made.add_argument("--from-results", type=Path, help="folder of results to start from")
+    made.add_argument("--until", type=float, default=math.inf, metavar="EPOCH", help="time at which all steps end")
     made.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="save states between")
     made.add_argument("--no-graphs", action="store_true", help="do not capture CUDA graphs")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +71,7 @@ def main() -> None:
         graphs=not given.no_graphs,
         save_every=given.save_every,
         results=given.from_results,
+        until=given.until,
     )
     if options.results is not None:
         options.output.mkdir(parents=True, exist_ok=True)
