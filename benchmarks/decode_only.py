@@ -9,20 +9,40 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-#: By name: level of vLLM-Omni's ``vae_fast_path``, whether cuDNN tries its algorithms, and the dtype of the weights.
-FORMS: dict[str, tuple[str, bool, torch.dtype]] = {
-    "lossless": ("lossless", False, torch.float32),
-    "lossless, cuDNN's search": ("lossless", True, torch.float32),
-    "channels_last": ("channels_last", False, torch.float32),
-    "channels_last, cuDNN's search": ("channels_last", True, torch.float32),
-    "lossless, bfloat16": ("lossless", False, torch.bfloat16),
-    "channels_last, bfloat16": ("channels_last", False, torch.bfloat16),
-    "channels_last, bfloat16, cuDNN's search": ("channels_last", True, torch.bfloat16),
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the video's decoder.
+
+    Attributes:
+        level: of vLLM-Omni's ``vae_fast_path``.
+        search: cuDNN tries its algorithms.
+        dtype: of weights and activations.
+        tf32: float32 convolutions round their operands to TF32, PyTorch's default.
+    """
+
+    level: str = "lossless"
+    search: bool = False
+    dtype: torch.dtype = torch.float32
+    tf32: bool = True
+
+
+FORMS = {
+    "lossless": Form(),
+    "lossless, cuDNN's search": Form(search=True),
+    "lossless, no TF32": Form(tf32=False),
+    "channels_last": Form("channels_last"),
+    "channels_last, cuDNN's search": Form("channels_last", search=True),
+    "lossless, float16": Form(dtype=torch.float16),
+    "channels_last, bfloat16": Form("channels_last", dtype=torch.bfloat16),
+    "channels_last, float16": Form("channels_last", dtype=torch.float16),
+    "channels_last, float16, cuDNN's search": Form("channels_last", search=True, dtype=torch.float16),
 }
 AUDIO_LATENTS = 157
 #: Kinds of kernels by parts of their names.
@@ -62,12 +82,12 @@ def run(
         latents = torch.randn(sizes, generator=generator, device=device)
         expected: Tensor | None = None
         for name in forms or FORMS:
-            level, search, dtype = FORMS[name]
-            torch.backends.cudnn.benchmark = search
+            form = FORMS[name]
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = form.search, form.tf32
             with device:
                 vae = build_video_vae(configs["vae"], precision=torch.bfloat16)
-            vae = fill(vae).to(dtype)
-            installed = install(vae, level) if on_gpu else False
+            vae = fill(vae).to(form.dtype)
+            installed = install(vae, form.level) if on_gpu else False
             figures, pixels = measure(lambda vae=vae: vae.decode(latents), device, rounds)
             pixels = pixels.float()
             expected = pixels if expected is None else expected
@@ -75,7 +95,7 @@ def run(
             if kernels:
                 figures["kernels"] = profile(lambda vae=vae: vae.decode(latents[:, :, :3]), device)
             result["forms"][name] = figures
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, True
         length = AUDIO_LATENTS if not tiny else 10
         audio = torch.randn(1, configs["audio_vae"]["embed_dim"], length, device=device)
         result["audio"], _ = measure(lambda: vocoder(audio_vae.decode(audio)), device, rounds)

@@ -132,8 +132,9 @@ class Storm:
         job = (await self.http.post("/v1/videos", data=LONG, files=self.files)).json()["id"]
         await asyncio.sleep(random.uniform(0.2, 6.0))
         deleted = await self.http.delete(f"/v1/videos/{job}")
-        after = await self.http.get(f"/v1/videos/{job}")
-        return f"{deleted.status_code}, then {after.status_code}"
+        after = (await self.http.get(f"/v1/videos/{job}")).json()
+        await self.http.delete(f"/v1/videos/{job}")
+        return f"{deleted.status_code}, then {after.get('status')}"
 
 
 #: A script that makes FFmpeg read another file.
@@ -247,7 +248,7 @@ async def run(url: str, requests: int, rounds: int, seed: int, memory: Callable[
         "outcomes": _outcomes(storm.answers),
         "statuses": dict(sorted(Counter(answer.outcome for answer in storm.answers).items())),
         "latency_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in ("sync", "job")]),
-        "refusal_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in BAD]),
+        "refusal_s": _latencies([answer.seconds for answer in storm.answers if answer.kind in BAD] or [0.0]),
         "health_s": _latencies(health or [0.0]),
         "resident_mb": [round(value / 1e6, 1) for value in resident],
         "jobs_left": len(left),
@@ -326,7 +327,7 @@ def is_right(report: dict[str, Any]) -> bool:
         if kind in BAD
     )
     raw = all(set(counted) <= {"400", "408", "closed"} for kind, counted in outcomes.items() if kind in RAW)
-    cancelled = set(outcomes.get("cancelled job", {"200, then 404": 0})) == {"200, then 404"}
+    cancelled = set(outcomes.get("cancelled job", {"200, then cancelled": 0})) == {"200, then cancelled"}
     left = report["files_left"] or report["jobs_left"]
     return good and bad and raw and cancelled and report["same_bytes_after"] and report["alive"] and not left
 

@@ -22,7 +22,7 @@ stable across releases; ``--json`` prints them, and the troubleshooting page is 
 
 from __future__ import annotations
 
-from port_kit.escape import escape_control_chars
+from port_kit.escape import escape_control_chars, quoted
 
 #: All codes, with their line on the troubleshooting page.
 CODES: dict[str, str] = {
@@ -175,7 +175,7 @@ class PortKitError(Exception):
     Args:
         message: the found and the expected value, without a final full stop; control characters are escaped.
         code: a key of :data:`CODES`.
-        hint: remedy in one sentence, which may name a command.
+        hint: remedy in one sentence, which may name a command; escaped likewise.
         details: names, files and sizes for ``--json``; values must be JSON-serializable.
     """
 
@@ -184,12 +184,12 @@ class PortKitError(Exception):
     def __init__(self, message: str, *, code: str | None = None, hint: str = "", **details: object) -> None:
         code = code or self.default_code
         if code not in CODES:
-            raise KeyError(f"error code {code!r} is not registered in port_kit.errors.CODES")
+            raise KeyError(f"error code {quoted(code)} is not registered in port_kit.errors.CODES")
         message = escape_control_chars(message, keep="\n\t")
         super().__init__(message)
         self.message = message
         self.code: str = code
-        self.hint = hint
+        self.hint = escape_control_chars(hint, keep="\n\t")
         self.details = details
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -6,8 +6,8 @@ import re
 import reprlib
 from typing import Any
 
-#: Longest text of a value in a message, in characters.
-MAX_QUOTED = 80
+#: Longest text of a value in a message, and of the message of another library's exception, in characters.
+MAX_QUOTED, MAX_REASON = 80, 400
 
 _USER = re.compile(r"(?<=://)[^/?#\s@]*@(?=[^\s])")
 _QUERY = re.compile(r"(?<=\w)\?[^\s'\"]*")
@@ -38,16 +38,42 @@ def redacted(url: str) -> str:
     return _QUERY.sub("", text) if "://" in text else text
 
 
-def quoted(value: object) -> str:
-    """Return a value as Python writes it, in at most :data:`MAX_QUOTED` characters.
+def quoted(value: object, length: int = MAX_QUOTED) -> str:
+    """Return a value as Python writes it, printable, in about ``length`` characters.
 
-    Only the part of a value that is shown is formatted. Arrays are shown by their shape, and long integers by their
-    size, which Python refuses to write in decimals.
+    What is cut has its size behind it. Only the part of a value that is shown is formatted. Arrays are shown by their
+    shape, and long integers by their size, which Python refuses to write in decimals.
 
     >>> quoted([1, 10**5000])
     '[1, an integer of 16610 bits]'
+    >>> quoted("a" * 90, 20)
+    "'aaaaaaa...aaaaaaaa' (90 characters)"
     """
-    return shortened(_QUOTES.repr(value))
+    text = escape_control_chars(_Quotes(length).repr(value))
+    size = _size_of(value, length)
+    return f"{shortened(text, length)} ({size})" if size else shortened(text, length)
+
+
+def _size_of(value: object, length: int) -> str:
+    """Return the size of a text or a collection of which a message of ``length`` characters has only a part."""
+    if isinstance(value, str | bytes):
+        is_whole = len(value) <= length and len(repr(value)) <= length
+        return "" if is_whole else f"{len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
+    if isinstance(value, list | tuple | dict | set):
+        most = 4 if isinstance(value, dict) else 6
+        return "" if len(value) <= most else f"{len(value)} entries"
+    return ""
+
+
+def reason_of(error: BaseException, length: int = MAX_REASON) -> str:
+    r"""Return the message of a library's exception for a message of the kit: one printable line of limited length.
+
+    >>> reason_of(ValueError("no\n  such \x1b[2Jfile"))
+    'no such \\x1b[2Jfile'
+    >>> reason_of(EOFError())
+    'EOFError'
+    """
+    return shortened(escape_control_chars(" ".join(str(error).split())), length) or type(error).__name__
 
 
 def shortened(text: str, length: int = MAX_QUOTED) -> str:
@@ -61,24 +87,21 @@ def shortened(text: str, length: int = MAX_QUOTED) -> str:
 class _Quotes(reprlib.Repr):
     """Formats values of any size in bounded time."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
-        self.maxstring = self.maxother = MAX_QUOTED
+        self.maxstring = self.maxother = length
 
     def repr_int(self, value: int, level: int) -> str:
         return repr(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
 
     def repr_bytes(self, value: bytes, level: int) -> str:
-        return shortened(repr(value[:MAX_QUOTED]))
+        return shortened(repr(value[: self.maxstring]), self.maxstring)
 
     def repr_instance(self, value: Any, level: int) -> str:
         shape = getattr(value, "shape", None)
         if isinstance(shape, tuple) and shape:
             return f"{type(value).__name__} {tuple(shape)}"
         return super().repr_instance(value, level)
-
-
-_QUOTES = _Quotes()
 
 
 def _escape(sign: str) -> str:

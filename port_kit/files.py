@@ -16,12 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.errors import DownloadError
+from port_kit.escape import MAX_REASON, reason_of, shortened
 from port_kit.owner import OWNER, may_run, owner
 
+#: Characters of a text file; the manifest of a large checkpoint has 10 million.
+MAX_TEXT = 1 << 26
 _PIECE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _LONGEST_NAME = 255  # bytes, of all common file systems
 _SUFFIX_LENGTH = 130  # bytes that the name of a temporary file adds
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file that a user names; a device may have no end.
+
+    Raises:
+        OSError: also if it has more than :data:`MAX_TEXT` characters.
+        UnicodeDecodeError: it is no text.
+    """
+    with path.open(encoding=encoding) as stream:
+        text = stream.read(MAX_TEXT + 1)
+    if len(text) > MAX_TEXT:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return text
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -41,6 +58,8 @@ def create_temporary(path: Path) -> tuple[Path, int]:
     Returns:
         The path of the temporary file and a descriptor for reading and writing.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = _temporary_stem(path)
     ours = re.compile(rf"{re.escape(stem)}({OWNER})~[0-9a-f]+\.tmp")
@@ -155,23 +174,24 @@ def os_errors_as(path: Path, code: str = "output_dir", hint: str = "choose anoth
 
 def _os_error(error: OSError, path: Path, code: str, hint: str) -> DownloadError:
     named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else path
+    file = shortened(str(named), MAX_REASON)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DownloadError(
-            f"no space left on the disk of {named}",
+            f"no space left on the disk of {file}",
             code="disk_full",
             hint="free some space and run the command again; it resumes the download",
         )
     if error.errno == errno.EFBIG:
         return DownloadError(
-            f"the disk of {named} does not support files of that size",
+            f"the disk of {file} does not support files of that size",
             code="file_too_large",
             hint="choose an --output-dir on another file system (FAT32 allows 4 GB per file), or raise `ulimit -f`",
         )
-    message = f"{named} cannot be used: {error.strerror or error}"
+    message = f"{file} cannot be used: {error.strerror or reason_of(error)}"
     if named != path and path not in named.parents and named not in path.parents:
-        return DownloadError(message, code="file_access", hint=f"check the permissions of {named} and its disk")
+        return DownloadError(message, code="file_access", hint=f"check the permissions of {file} and its disk")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        message = f"{named} cannot be read or written: {error.strerror}"
+        message = f"{file} cannot be read or written: {error.strerror}"
     return DownloadError(message, code=code, hint=f"{hint}, or check the existing file")
 
 

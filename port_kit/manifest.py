@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from port_kit.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import RemapError
+from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -248,18 +250,22 @@ class Manifest(Mapping[str, TensorSpec]):
                 word, values = str(entry["dtype"]), tuple(entry["shape"])
                 first, last = entry["data_offsets"]
             except (KeyError, TypeError, ValueError) as error:
-                raise invalid_manifest(f"{origin}: header entry {name!r} cannot be read: {str(entry)[:80]}") from error
+                raise invalid_manifest(
+                    f"{origin}: header entry {quoted(name)} cannot be read: {quoted(entry)}"
+                ) from error
             spec = alike.get((word, values)) if _INTEGER.issuperset(map(type, values)) else None
             if spec is None:
                 spec = alike[word, values] = _header_spec(name, word, values, file, origin)
             entries[name] = spec
             if type(first) is not int or type(last) is not int or last - first != spec.nbytes:
-                raise invalid_manifest(f"{origin}: {name!r} of {spec.nbytes} bytes is at {first!r} to {last!r}")
+                raise invalid_manifest(
+                    f"{origin}: {quoted(name)} of {spec.nbytes} bytes is at {quoted(first)} to {quoted(last)}"
+                )
             spans.append((first, last, name))
         at = 0
         for first, last, name in sorted(spans):
             if first != at:
-                raise invalid_manifest(f"{origin}: {name!r} begins at {first}; the tensors before it end at {at}")
+                raise invalid_manifest(f"{origin}: {quoted(name)} begins at {first}; the tensors before it end at {at}")
             at = last
         places = {name: start + first for first, _, name in spans}
         return cls(
@@ -304,7 +310,7 @@ def _naming(header: Mapping[str, Any], origin: str) -> str:
     metadata = header.get("__metadata__")
     naming = metadata.get(NAMING_KEY, "") if isinstance(metadata, Mapping) else ""
     if naming and str(naming).partition(":")[0] not in NAMINGS:
-        raise invalid_manifest(f"{origin} has {NAMING_KEY} = {naming!r}", f"it is one of: {', '.join(NAMINGS)}")
+        raise invalid_manifest(f"{origin} has {NAMING_KEY} = {quoted(naming)}", f"it is one of: {', '.join(NAMINGS)}")
     return str(naming)
 
 
@@ -319,14 +325,14 @@ def _check_names(names: Collection[str], origin: str) -> None:
     if "#" in text:
         marked = next(name for name in names if "#" in name)
         raise invalid_manifest(
-            f"{origin or 'manifest'}: {marked!r} contains #", "# stands for a layer number: rename the tensor"
+            f"{origin or 'manifest'}: {quoted(marked)} contains #", "# stands for a layer number: rename the tensor"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         shown = error.object[max(error.start - 20, 0) : error.end + 20]
         raise invalid_manifest(
-            f"{origin or 'manifest'}: {shown!a} is not a valid text", "names are Unicode without surrogates"
+            f"{origin or 'manifest'}: {quoted(shown)} is not a valid text", "names are Unicode without surrogates"
         ) from error
 
 
@@ -340,19 +346,25 @@ def _header_spec(name: str, word: str, values: tuple[Any, ...], file: str, origi
     """Return the spec of one entry of a safetensors header; its shapes count values, a spec's count elements."""
     dtype = BY_WORD.get(word)
     if dtype is None:
-        raise invalid_manifest(f"{origin}: {name!r} has the unknown dtype {word!r}", f"dtypes: {', '.join(BY_WORD)}")
+        raise invalid_manifest(
+            f"{origin}: {quoted(name)} has the unknown dtype {quoted(word)}", f"dtypes: {', '.join(BY_WORD)}"
+        )
     spec = _checked(name, TensorSpec(values, dtype.name, file), origin)
     try:
         return spec if dtype.packed == 1 else TensorSpec(torch_shape(dtype, values), dtype.name, file)
     except ValueError as error:
-        raise invalid_manifest(f"{origin}: {name!r}: {error}") from error
+        raise invalid_manifest(f"{origin}: {quoted(name)}: {reason_of(error)}") from error
 
 
 def _checked(name: str, spec: TensorSpec, origin: str) -> TensorSpec:
     if type(spec.dtype) is not str or spec.dtype not in ITEM_SIZES:
-        raise invalid_manifest(f"{origin}: {name!r} has the dtype {spec.dtype!r}", f"dtypes: {', '.join(ITEM_SIZES)}")
+        raise invalid_manifest(
+            f"{origin}: {quoted(name)} has the dtype {quoted(spec.dtype)}", f"dtypes: {', '.join(ITEM_SIZES)}"
+        )
     if any(type(extent) is not int or extent < 0 for extent in spec.shape):
-        raise invalid_manifest(f"{origin}: {name!r} has the shape {spec.shape!r}", "extents are integers from 0 up")
+        raise invalid_manifest(
+            f"{origin}: {quoted(name)} has the shape {quoted(spec.shape)}", "extents are integers from 0 up"
+        )
     return spec
 
 
@@ -365,11 +377,11 @@ def parse_json(text: str | bytes, origin: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise invalid_manifest(f"{origin} is not JSON: {error}") from error
+        raise invalid_manifest(f"{origin} is not JSON: {reason_of(error)}") from error
 
 
 def _from_json_entry(name: str, entry: object, origin: str) -> TensorSpec:
-    wrong = f"{origin}: {name!r} is {json.dumps(entry)[:80]}"
+    wrong = f"{origin}: {quoted(name)} is {quoted(entry)}"
     if isinstance(entry, (list, tuple)) and all(type(extent) is int for extent in entry):
         entry = (entry, "float32")  # names and shapes only, as in tables of other tools
     if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3) or not isinstance(entry[0], (list, tuple)):
@@ -391,9 +403,9 @@ def stamp(descriptor: int) -> Stamp:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise invalid_manifest(f"{path} cannot be read: {error}") from error
+        raise invalid_manifest(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def invalid_manifest(message: str, hint: str = "check the file and how it was made", **details: object) -> RemapError:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from port_kit.errors import OptionalDependencyError, PortKitError
+from port_kit.escape import quoted
 
 _Module = TypeVar("_Module")
 #: Kinds of components: denoising transformers, encoders of conditioning, VAEs with their vocoders, and partners, which
@@ -185,7 +186,7 @@ class Port:
                 return component
         known = [component.name for component in self.components]
         raise PortKitError(
-            f"port {self.name} has no component {name!r}",
+            f"port {self.name} has no component {quoted(name)}",
             code="port_invalid",
             hint=f"use one of {', '.join(known)}",
         )
@@ -271,7 +272,7 @@ def resolve(reference: str) -> object:
         if missing in ("", module_name.partition(".")[0]):
             raise
         raise OptionalDependencyError(
-            f"{reference} needs the package {missing!r}, which is not installed",
+            f"{reference} needs the package {quoted(missing)}, which is not installed",
             hint="install the runtime: pip install 'port-kit[omni]' (on a machine without a GPU: 'port-kit[omni,cpu]')",
         ) from error
     return getattr(module, attribute)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from port_kit.audio_headers import AudioHeader, read_headers
 from port_kit.errors import InputError
-from port_kit.escape import quoted, shortened
+from port_kit.escape import quoted, reason_of, shortened
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -113,7 +114,7 @@ def check_image(source: object, *, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
+        raise _too_large(name, reason_of(error)) from error
     except Image.UnidentifiedImageError as error:
         found = (image_suffix(content[:12]) or "").removeprefix(".").upper()
         if found.replace("JPG", "JPEG") in IMAGE_FORMATS:
@@ -176,7 +177,8 @@ def _image_of_array(array: Any, name: str) -> Image.Image:
     from PIL import Image
 
     if array.dtype != "uint8" or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
-        raise InputError(f"{name} is an array {array.dtype} {array.shape}; expected uint8 (H, W, 3)", code="input_type")
+        found = f"{shortened(str(array.dtype))} {array.shape}"
+        raise InputError(f"{name} is an array {found}; expected uint8 (H, W, 3)", code="input_type")
     check_pixels(array.shape[1], array.shape[0], name=name)
     return Image.fromarray(array)
 
@@ -221,7 +223,7 @@ def check_audio(source: object, *, name: str) -> AudioFacts:
 
 @contextmanager
 def open_audio(source: object, *, name: str) -> Iterator[tuple[InputContainer, AudioFacts]]:
-    """Open a reference audio with the demuxer of its container, and check its header.
+    """Open a reference audio with the demuxer of its container, after a check of its header.
 
     FFmpeg reads the given file only, through Python: it knows no path, and tries no other demuxer.
 
@@ -236,8 +238,11 @@ def open_audio(source: object, *, name: str) -> Iterator[tuple[InputContainer, A
         raise _unsupported(name, None, tuple(AUDIO_CONTAINERS))
     file = _without_compressed_texts(file, container, name)
     try:
+        headers = read_headers(file, container)
+        for header in headers:
+            check_samples(header.seconds or 0.0, header.rate, header.channels, name=name)
         with av.open(file, format=AUDIO_CONTAINERS[container]) as opened:
-            yield opened, _facts(opened, container, name)
+            yield opened, _facts(opened, container, headers, name)
     except InputError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -294,7 +299,7 @@ def _without_compressed_texts(file: BinaryIO, container: str, name: str) -> Bina
     return io.BytesIO(file.read()) if start else file
 
 
-def _facts(opened: InputContainer, container: str, name: str) -> AudioFacts:
+def _facts(opened: InputContainer, container: str, headers: list[AudioHeader], name: str) -> AudioFacts:
     if not opened.streams.audio:
         raise InputError(f"{name} has no audio track", code="input_unreadable", hint="give an audio file")
     stream = opened.streams.audio[0]
@@ -305,7 +310,9 @@ def _facts(opened: InputContainer, container: str, name: str) -> AudioFacts:
             code="input_unreadable",
             hint="convert it to WAV",
         )
-    if stream.duration is not None and stream.time_base is not None:
+    if len(headers) == 1 and headers[0].seconds is not None:
+        seconds = headers[0].seconds
+    elif stream.duration is not None and stream.time_base is not None:
         seconds = float(stream.duration * stream.time_base)
     else:
         seconds = (opened.duration or 0) / 1_000_000
@@ -366,10 +373,10 @@ def _content(source: object, name: str) -> bytes:
     return content
 
 
-def unreadable(name: str, error: object) -> InputError:
+def unreadable(name: str, error: BaseException | str) -> InputError:
     """Return the error of a reference that cannot be read."""
     return InputError(
-        f"{name} cannot be read: {shortened(str(error), 200) or type(error).__name__}",
+        f"{name} cannot be read: {reason_of(error, 200) if isinstance(error, BaseException) else error}",
         code="input_unreadable",
         hint="check that the file exists and opens in a viewer or player",
     )

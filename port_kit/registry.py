@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from port_kit.errors import PortKitError, PortNotFoundError
+from port_kit.escape import quoted
 from port_kit.port import Port
 
 ENTRY_POINT_GROUP = "port_kit.ports"
@@ -85,7 +86,7 @@ def find_port(name: str) -> Port:
     hint = f"did you mean {', '.join(near)}?" if near else f"known ports: {', '.join(ports) or 'none'}"
     if ports.problems:
         hint += f"; {len(ports.problems)} more cannot be used, see port-kit list"
-    raise PortNotFoundError(f"there is no port {name!r}", hint=hint, known=list(ports))
+    raise PortNotFoundError(f"there is no port {quoted(name)}", hint=hint, known=list(ports))
 
 
 def port_of_class(class_name: str | None) -> Port:
@@ -241,5 +242,5 @@ def _shared(port: Port, other: Port) -> str:
     if port == other:
         return ""
     if port.name == other.name:
-        return f"are called {port.name!r}"
-    return f"register the pipeline {port.class_name!r}" if port.class_name == other.class_name else ""
+        return f"are called {quoted(port.name)}"
+    return f"register the pipeline {quoted(port.class_name)}" if port.class_name == other.class_name else ""

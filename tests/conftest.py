@@ -49,6 +49,7 @@ SHARED = {
         "test_hostile.py",
         "test_hostile_media.py",
         "test_ovi.py",
+        "test_progress.py",
         "test_signal.py",
     )
 }

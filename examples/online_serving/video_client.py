@@ -15,7 +15,7 @@ import mimetypes
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ import httpx
 
 #: One file of a form: the field's name, then the file's name, content and media type.
 Upload = tuple[str, tuple[str, bytes, str]]
+#: Called with the record of a job.
+Show = Callable[[dict[str, Any]], None]
+
+#: Exit code of a command that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 class RefusedError(Exception):
@@ -71,11 +76,14 @@ class VideoClient:
         """Start a job and return its id; arguments and errors as for :meth:`generate`."""
         return _checked(self._post("/v1/videos", fields, files)).json()["id"]
 
-    def run(self, fields: Mapping[str, Any], files: Iterable[Upload] = ()) -> bytes:
-        """Return the MP4 of one job, and leave nothing of it on the server; errors as for :meth:`generate`."""
+    def run(self, fields: Mapping[str, Any], files: Iterable[Upload] = (), show: Show | None = None) -> bytes:
+        """Return the MP4 of one job, which is deleted on the server in any case; one that is unfinished is cancelled.
+
+        Arguments and errors as for :meth:`generate` and :meth:`wait`.
+        """
         job = self.submit(fields, files)
         try:
-            return self.fetch(self.wait(job))
+            return self.fetch(self.wait(job, show=show))
         finally:
             self.delete(job)
 
@@ -87,10 +95,23 @@ class VideoClient:
         """
         return _checked(self._http.get(f"/v1/videos/{job}")).json()
 
-    def wait(self, job: str, *, interval: float = 0.5, limit: float = 3600.0) -> str:
-        """Ask again and again until a job is completed, and return its id; errors as for :meth:`status`."""
-        deadline = time.monotonic() + limit
-        while self.status(job)["status"] != "completed":
+    def wait(self, job: str, *, interval: float = 0.5, limit: float = 3600.0, show: Show | None = None) -> str:
+        """Ask again and again until a job is completed, and return its id; errors as for :meth:`status`.
+
+        Args:
+            job: its id.
+            interval: seconds between two questions.
+            limit: seconds until :class:`TimeoutError`.
+            show: called with the job's record whenever its place in the queue or its step has changed.
+        """
+        deadline, before = time.monotonic() + limit, None
+        while (record := self.status(job))["status"] != "completed":
+            if record["status"] == "cancelled":
+                raise RefusedError(409, f"job {job} was cancelled")
+            now = [record.get(name) for name in ("status", "queue_position", "step")]
+            if show is not None and now != before:
+                show(record)
+            before = now
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is not finished after {limit:g} s")
             time.sleep(interval)
@@ -105,7 +126,7 @@ class VideoClient:
         return _checked(self._http.get("/v1/videos")).json()["data"]
 
     def delete(self, job: str) -> None:
-        """Delete a job and its file; one that is not finished is cancelled."""
+        """Delete a job and its file; one that is not finished is cancelled, and a record of it stays."""
         _checked(self._http.delete(f"/v1/videos/{job}"))
 
     def _post(self, path: str, fields: Mapping[str, Any], files: Iterable[Upload]) -> httpx.Response:
@@ -117,6 +138,23 @@ def upload(path: str | Path) -> tuple[str, bytes, str]:
     """Read a file for a form. The server recognizes it by its content, whatever its name and type say."""
     path = Path(path)
     return path.name, path.read_bytes(), mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """Return a line on an unfinished job, such as ``queued 3rd`` or ``step 12/50, 34 s left``."""
+    place, step, left = (record.get(name) for name in ("queue_position", "step", "remaining_seconds"))
+    if record["status"] == "queued":
+        return f"queued {_ordinal(place)}" if place else "queued"
+    if step is None:
+        return "running"
+    if step == record["steps"]:
+        return f"step {step}/{step}, decoding"
+    return f"step {step}/{record['steps']}" + ("" if left is None else f", {left:.0f} s left")
+
+
+def _ordinal(number: int) -> str:
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number // 10 % 10 == 1 else endings.get(number % 10, 'th')}"
 
 
 def _checked(response: httpx.Response) -> httpx.Response:
@@ -159,13 +197,23 @@ def form_of(arguments: argparse.Namespace, options: Iterable[str]) -> dict[str, 
 
 
 def ask(arguments: argparse.Namespace, fields: Mapping[str, Any], files: Iterable[Upload]) -> int:
-    """Ask for one video and write it; return 1 where the server refused, with its reason on stderr."""
+    """Ask for one video and write it, and print how far it is to stderr.
+
+    Returns:
+        1 where the server refused, with its reason on stderr; 130 after Ctrl-C, which cancels the job.
+    """
     client = VideoClient(arguments.server, key=arguments.api_key)
     try:
-        video = (client.generate if arguments.sync else client.run)(fields, files)
+        if arguments.sync:
+            video = client.generate(fields, files)
+        else:
+            video = client.run(fields, files, lambda record: print(describe(record), file=sys.stderr, flush=True))
     except RefusedError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        return INTERRUPTED
     Path(arguments.output).write_bytes(video)
     print(f"{arguments.output}: {len(video)} bytes")
     return 0

@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 
 from port_kit.errors import ParallelError
+from port_kit.escape import quoted
 
 
 def bare_packages(*names: str) -> None:
@@ -27,7 +28,7 @@ def bare_packages(*names: str) -> None:
         spec = importlib.util.find_spec(name) if not parent or parent in sys.modules else None
         if spec is None or spec.submodule_search_locations is None:
             raise ParallelError(
-                f"no package {name!r}: not found on the import path, or its parent is not registered",
+                f"no package {quoted(name)}: not found on the import path, or its parent is not registered",
                 code="plan_subject",
                 hint="put the checkout on the import path: PYTHONPATH=CHECKOUT port-kit plan infer MODULE:FUNCTION",
             )

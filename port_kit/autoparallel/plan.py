@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from port_kit.errors import ParallelError
+from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 
 FORMAT: Literal[1] = 1
 
@@ -319,7 +321,9 @@ class Plan(Section):
             return cls.model_validate(tomllib.loads(text))
         except (tomllib.TOMLDecodeError, ValidationError) as error:
             raise ParallelError(
-                f"not a plan file: {error}", code="plan_file", hint="infer it again: port-kit plan infer CLASS -o FILE"
+                f"not a plan file: {reason_of(error)}",
+                code="plan_file",
+                hint="infer it again: port-kit plan infer CLASS -o FILE",
             ) from error
 
     @classmethod
@@ -330,9 +334,9 @@ class Plan(Section):
             ParallelError: ``plan_file``; it cannot be read.
         """
         try:
-            return cls.from_toml(path.read_text(encoding="utf-8"))
+            return cls.from_toml(read_text(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise ParallelError(f"{path}: {error}", code="plan_file", hint="name a plan file") from error
+            raise ParallelError(f"{path}: {reason_of(error)}", code="plan_file", hint="name a plan file") from error
 
     def validate_for(self, module: nn.Module) -> None:
         """Check that every pattern names modules.
@@ -371,7 +375,7 @@ def find(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
     found = present(module, pattern)
     if not found and not _is_left_out(module, pattern):
         raise ParallelError(
-            f"pattern {pattern!r} matches no module of {type(module).__name__}",
+            f"pattern {quoted(pattern)} matches no module of {type(module).__name__}",
             code="plan_pattern",
             hint="infer the plan from this class: port-kit plan infer CLASS -o FILE",
             pattern=pattern,

@@ -20,6 +20,7 @@ from port_kit.autoparallel.plan import AttentionSite
 from port_kit.autoparallel.sites import Kernel, SiteRouter
 from port_kit.autoparallel.tokens import Tokens
 from port_kit.errors import ParallelError
+from port_kit.escape import reason_of
 
 #: Functions from a module to its attention call.
 Chain = tuple[str, ...]
@@ -62,7 +63,8 @@ class Rebinder:
             self._rebind(module, chain)
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise ParallelError(
-                f"{path}: {' > '.join(chain)} is not a chain of functions of {type(module).__name__} ({error})",
+                f"{path}: {' > '.join(chain)} is not a chain of functions of {type(module).__name__} "
+                f"({reason_of(error)})",
                 code="plan_pattern",
                 hint="infer the plan from this class: port-kit plan infer CLASS -o FILE",
             ) from error

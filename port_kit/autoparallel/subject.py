@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import ParallelError
+from port_kit.escape import quoted, reason_of
 from port_kit.port import resolve
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ def _missing(reference: str, error: ModuleNotFoundError) -> ParallelError:
     packages: Any = resolve(_STAND_INS)
     hint = f"pip install {missing.partition('.')[0]}; if only an __init__ needs it: original_code.bare_packages"
     if missing.partition(".")[0] in packages:
-        hint = f"import the code within attention_packages.attention_packages({missing.partition('.')[0]!r})"
-    return ParallelError(f"{reference}: no module {missing!r}", code="plan_subject", hint=hint)
+        hint = f"import the code within attention_packages.attention_packages({quoted(missing.partition('.')[0])})"
+    return ParallelError(f"{reference}: no module {quoted(missing)}", code="plan_subject", hint=hint)
 
 
 def _from_function(reference: str) -> Subject:
@@ -118,7 +119,7 @@ def _from_function(reference: str) -> Subject:
         raise _missing(reference, error) from error
     except (ImportError, AttributeError, TypeError) as error:
         raise ParallelError(
-            f"{reference}: {error}",
+            f"{reference}: {reason_of(error)}",
             code="plan_subject",
             hint="name an importable function without parameters that returns a Subject",
         ) from error

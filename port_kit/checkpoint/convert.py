@@ -12,6 +12,7 @@ from port_kit.checkpoint.byte_sources import FileSource
 from port_kit.checkpoint.pickle_reader import crc32, read_tables
 from port_kit.checkpoint.safetensors_writer import SafetensorsLayout, plan_layout, require_crc
 from port_kit.errors import DownloadError
+from port_kit.escape import reason_of
 from port_kit.files import allocate, begin_writing_out, create_temporary, os_errors_as, publish, require_space
 
 # Fits a core's cache. Larger pieces are written to larger free pages, and those a virtual machine may have handed back
@@ -98,7 +99,9 @@ def _copy_storages(
             try:
                 read_exactly(source.descriptor, view, offset)
             except OSError as error:
-                raise DownloadError(f"{source.name} cannot be read: {error}", code="source_missing") from error
+                raise DownloadError(
+                    f"{source.name} cannot be read: {reason_of(error)}", code="source_missing"
+                ) from error
             # Bytes that the layout places behind the end are gathered later.
             places.write(descriptor, offset, view, end=layout.size)
             value = crc32(view, value) if storage.crc is not None else 0

@@ -31,6 +31,7 @@ from port_kit.checkpoint.state_dicts import (
 from port_kit.checkpoint.unpickler import LONGEST_PICKLE, read_pickle
 from port_kit.dtypes import ITEM_SIZES
 from port_kit.errors import CheckpointError
+from port_kit.escape import quoted, reason_of
 
 try:
     from isal.isal_zlib import crc32
@@ -169,7 +170,7 @@ def _check_first_bytes(source: ByteSource) -> None:
     elif looks_like_safetensors(source):
         found = "is a safetensors file already"
     elif not looks_like_torch(source):
-        found = f"begins with {source.read_at(0, 8)!r}"
+        found = f"begins with {quoted(source.read_at(0, 8))}"
     if found:
         raise CheckpointError(
             f"{source.name} {found}; a torch checkpoint (zip or legacy pickle container) is required",
@@ -183,13 +184,13 @@ def _read_zip(stream: CachedSource, source: ByteSource, exact_offsets: bool) -> 
         with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, OSError) as error:
-        raise corrupt(f"{source.name}: the zip directory cannot be read ({error})") from error
+        raise corrupt(f"{source.name}: the zip directory cannot be read ({reason_of(error)})") from error
     by_name = {entry.orig_filename: entry for entry in entries}
     if len(by_name) != len(entries):
         raise CheckpointError(f"{source.name}: two zip entries have one name", code="pickle_unsafe")
     for name, entry in by_name.items():
         if entry.header_offset < 0:
-            raise corrupt(f"{source.name}: zip entry {name!r} begins before the file")
+            raise corrupt(f"{source.name}: zip entry {quoted(name)} begins before the file")
     folder = _check_members(by_name, source)
     data, where = _member(source, by_name[f"{folder}data.pkl"]), f"{source.name}:{folder}data.pkl"
     pickled = io.BytesIO(data)
@@ -214,7 +215,9 @@ def _check_members(by_name: Mapping[str, zipfile.ZipInfo], source: ByteSource) -
     folder = found[0].rpartition("/")[0] + "/"
     for name in by_name:
         if not name.startswith(folder):
-            raise CheckpointError(f"{source.name}: zip entry {name!r} lies outside {folder}", code="pickle_unsafe")
+            raise CheckpointError(
+                f"{source.name}: zip entry {quoted(name)} lies outside {folder}", code="pickle_unsafe"
+            )
         if name == f"{folder}constants.pkl" or name.startswith(f"{folder}code/"):
             raise unsupported(
                 f"{source.name} is a TorchScript archive: it holds code, not only tensors",
@@ -223,7 +226,7 @@ def _check_members(by_name: Mapping[str, zipfile.ZipInfo], source: ByteSource) -
     for name, entry in by_name.items():
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise unsupported(
-                f"{source.name}: zip entry {name!r} is compressed or encrypted; torch stores plainly",
+                f"{source.name}: zip entry {quoted(name)} is compressed or encrypted; torch stores plainly",
                 "unpack the archive and save the checkpoint again with torch.save",
             )
     order = by_name.get(f"{folder}byteorder")
@@ -238,10 +241,10 @@ def _check_members(by_name: Mapping[str, zipfile.ZipInfo], source: ByteSource) -
 def _member(source: ByteSource, entry: zipfile.ZipInfo) -> bytes:
     """Read one small entry and check its CRC-32."""
     if entry.file_size > LONGEST_PICKLE:
-        raise corrupt(f"{source.name}: zip entry {entry.filename!r} has {entry.file_size} bytes")
+        raise corrupt(f"{source.name}: zip entry {quoted(entry.filename)} has {entry.file_size} bytes")
     data = source.read_at(_local_offset(source, entry.header_offset), entry.file_size)
     if len(data) != entry.file_size or (entry.CRC and crc32(data) != entry.CRC):
-        raise corrupt(f"{source.name}: zip entry {entry.filename!r} fails its CRC-32")
+        raise corrupt(f"{source.name}: zip entry {quoted(entry.filename)} fails its CRC-32")
     return data
 
 
@@ -275,12 +278,12 @@ def _zip_storages(
             crc = entry.CRC if has_crc else None
             storages[name.removeprefix(f"{folder}data/")] = Storage(offset, entry.file_size, crc, entry.header_offset)
             if offset + entry.file_size > source.size:
-                raise corrupt(f"{source.name}: zip entry {name!r} ends behind the file")
+                raise corrupt(f"{source.name}: zip entry {quoted(name)} ends behind the file")
     if exact_offsets:
         # A byte of the file belongs to one storage at most: it is written to one place while it arrives.
         for key, storage in sorted(storages.items(), key=lambda item: item[1].offset):
             if storage.offset < end and storage.nbytes:
-                raise corrupt(f"{source.name}: zip entry {f'{folder}data/{key}'!r} lies inside another one")
+                raise corrupt(f"{source.name}: zip entry {quoted(f'{folder}data/{key}')} lies inside another one")
             end = max(end, storage.offset + storage.nbytes)
     return storages
 

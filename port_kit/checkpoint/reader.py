@@ -27,6 +27,7 @@ from port_kit.checkpoint.containers import (
 from port_kit.checkpoint.pickle_reader import read_tables
 from port_kit.checkpoint.state_dicts import describe_places
 from port_kit.errors import CheckpointError, PortKitError, RemapError
+from port_kit.escape import quoted, reason_of
 from port_kit.manifest import Manifest, Stamp, TensorSpec, invalid_manifest, parse_json, stamp
 
 #: Formats that are read, the preferred one first, and the suffixes by which a folder's files are known.
@@ -162,7 +163,7 @@ def open_remote(text: str) -> Iterator[tuple[HubFiles, str]]:
         raise
     except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are kinds of the first two
         raise RemapError(
-            f"{text} cannot be read: {error}",
+            f"{text} cannot be read: {reason_of(error)}",
             code="manifest_invalid",
             hint="check the repository, the revision, the path, and the token for a gated one",
         ) from error
@@ -242,7 +243,7 @@ class CheckpointReader:
             if name not in parts[file]:
                 others = " and ".join(other for other, part in parts.items() if name in part)
                 raise invalid_manifest(
-                    f"{shown} places {name!r} in {file}; it is in {others or 'no file of the index'}",
+                    f"{shown} places {quoted(name)} in {file}; it is in {others or 'no file of the index'}",
                     "the index and its files are of different versions: download all of them again",
                 )
         return join(parts, shown, weight_map)
@@ -284,7 +285,9 @@ def read_weight_map(text: str | bytes, origin: str) -> dict[str, str]:
         raise invalid_manifest(f"{origin} lists no tensors", "name one of the checkpoint's files instead")
     for file in set(found.values()):
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
-            raise invalid_manifest(f"{origin} names the file {file!r}", "files of an index stand beside it or below it")
+            raise invalid_manifest(
+                f"{origin} names the file {quoted(file)}", "files of an index stand beside it or below it"
+            )
     return dict(found)
 
 
@@ -348,7 +351,7 @@ def join(
         if twice:
             name = next(name for name in part if name in twice)
             raise invalid_manifest(
-                f"{name!r} is in {entries[name].file} and in {file}",
+                f"{quoted(name)} is in {entries[name].file} and in {file}",
                 "name one of the files, or an index that says which copy counts",
             )
         entries.update(selected)

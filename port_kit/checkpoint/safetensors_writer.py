@@ -21,6 +21,7 @@ from port_kit.checkpoint.pickle_reader import Storage, Tables, crc32
 from port_kit.checkpoint.pickle_values import TensorEntry, corrupt, unsupported
 from port_kit.dtypes import DTYPES, ITEM_SIZES, header_shape
 from port_kit.errors import CheckpointError
+from port_kit.escape import quoted, reason_of
 from port_kit.manifest import NAMING_KEY
 
 _ITEM_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
@@ -179,13 +180,13 @@ def _check_content(tables: Tables, name: str, leave_out_scalars: bool) -> None:
 
 def _header_entry(entry: TensorEntry, key: str, name: str, position: int) -> dict[str, object]:
     if key == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in key):
-        shown = ascii(key)[:200]
+        shown = quoted(key)
         raise unsupported(f"{name}: safetensors cannot hold a tensor of the name {shown}", "rename the tensor")
     dtype = DTYPES[entry.dtype]
     try:
         shape = header_shape(dtype, entry.shape)
     except ValueError as error:
-        raise unsupported(f"{name}: tensor {key}: {error}", "save it with another shape") from error
+        raise unsupported(f"{name}: tensor {key}: {reason_of(error)}", "save it with another shape") from error
     if not dtype.word:
         raise unsupported(
             f"{name}: tensor {key} is {entry.dtype}, which safetensors cannot hold", "save it with another dtype"

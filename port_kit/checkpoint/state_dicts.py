@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from port_kit.checkpoint.pickle_values import Opaque, TensorRef, refuse_opaque, unsupported
 from port_kit.errors import CheckpointError
+from port_kit.escape import quoted
 
 _MOST_NAMES = 1_000_000
 _MOST_PLACES = 64
@@ -24,7 +25,7 @@ def unwrap(root: Any, wrapper: str, name: str) -> list[dict[Any, Any]]:
         if not isinstance(above, dict) or key not in above:
             known = ", ".join(map(str, list(above)[:8])) if isinstance(above, dict) else f"a {_kind(above)}"
             raise CheckpointError(
-                f"{name} has no key {key!r} of the wrapper {wrapper!r}; there is: {known}",
+                f"{name} has no key {quoted(key)} of the wrapper {quoted(wrapper)}; there is: {known}",
                 code="pickle_wrapper",
                 hint="name the keys above the tensors, dotted",
             )

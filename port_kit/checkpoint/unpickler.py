@@ -31,6 +31,7 @@ from port_kit.checkpoint.pickle_values import (
     values_below,
 )
 from port_kit.errors import CheckpointError
+from port_kit.escape import reason_of
 
 LONGEST_PICKLE = 1 << 28
 _MOST_OPCODES = 50_000_000
@@ -80,7 +81,7 @@ def read_pickle(stream: BinaryIO | CachedSource, where: str, *, allow_opaque: bo
                 return machine.result()
             machine.step(opcode.name, argument, position or 0)
     except (ValueError, IndexError, KeyError, TypeError, EOFError, OverflowError, MemoryError) as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise corrupt(f"{where}: the pickle cannot be read ({reason})") from error
     raise corrupt(f"{where}: the pickle ends without STOP")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from port_kit.cli.engine_logs import set_engine_logs
+from port_kit.escape import quoted, reason_of
 from port_kit.registry import add_port_folders
 
 #: command -> (module with a click command of that name, one line for the overview)
@@ -38,8 +42,31 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+@contextlib.contextmanager
+def _printable() -> Iterator[None]:
+    """Make click's messages, which repeat arguments as they are, printable and short."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = reason_of(error)  # type: ignore[misc]
+        raise
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module when it is called, and suggests the nearest name for a typo."""
+
+    def make_context(self, *arguments: Any, **keywords: Any) -> click.Context:
+        with _printable():
+            return super().make_context(*arguments, **keywords)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if any("\0" in argument for argument in args):  # no path has it, and the system's functions raise ValueError
+            ctx.fail("an argument has a NUL character")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _printable():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -55,7 +82,7 @@ class LazyGroup(click.Group):
         if args and args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, n=2)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            ctx.fail(f"no such command {args[0]!r}.{hint}")
+            ctx.fail(f"no such command {quoted(args[0])}.{hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -21,6 +21,7 @@ from port_kit.clips import (
 )
 from port_kit.clips.options import CONTINUE_FROM, MEDIA_OPTIONS
 from port_kit.errors import InputError
+from port_kit.files import read_text
 from port_kit.port import HostedPort, Port
 from port_kit.runtime.diagnose import installed_versions
 
@@ -34,6 +35,7 @@ NUMERIC_OPTIONS = (
     "quantization",
     "diffusion_kv_cache_dtype",
     "vae_use_tiling",
+    "vae_fast_path",
 )
 
 Media = Mapping[str, Sequence[Any]]
@@ -170,7 +172,7 @@ def base_request(port: Port, arguments: argparse.Namespace, clip: ClipSettings |
     tiny |= tiny.pop("extra_args", {})
     given = {name: vars(arguments)[name] for name in option_types(port) if vars(arguments)[name] is not None}
     if arguments.prompt_file:
-        given["prompt"] = json.loads(Path(arguments.prompt_file).read_text(encoding="utf-8"))
+        given["prompt"] = json.loads(read_text(Path(arguments.prompt_file)))
     defaults = {"seed": port.seed, "num_outputs": 1}
     return {**defaults, **(clip.request if clip else {}), **tiny, **given}
 

@@ -14,6 +14,7 @@ from port_kit.download import Recipe, Report, download
 from port_kit.download.http import Policy
 from port_kit.download.progress import choose_progress, human
 from port_kit.errors import DownloadError
+from port_kit.escape import quoted
 from port_kit.port import resolve
 from port_kit.registry import find_port
 from port_kit.testing.tiny_port import download_tiny
@@ -113,7 +114,7 @@ def load_recipe(port: str, variant: str | None = None) -> Recipe:
         return Recipe.from_toml(port)
     if variant not in variants:
         raise DownloadError(
-            f"{port} has no variant {variant!r}",
+            f"{port} has no variant {quoted(variant)}",
             code="recipe_invalid",
             hint=f"use one of {', '.join(variants)}" if variants else "leave --variant out: it has one checkpoint",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -15,6 +15,7 @@ from port_kit.cli.make_clips import Console, make_clips, message_of
 from port_kit.cli.output import handles_errors
 from port_kit.clips import option_types
 from port_kit.clips.options import MEDIA_OPTIONS, SEGMENTS
+from port_kit.escape import MAX_REASON, escape_control_chars, shortened
 from port_kit.parallel.layout import ULYSSES_MODES
 from port_kit.port import Port
 from port_kit.registry import find_port
@@ -30,12 +31,20 @@ ENGINE_OPTIONS = (
     "quantization",
     "diffusion_kv_cache_dtype",
     "vae_use_tiling",
+    "vae_fast_path",
 )
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages, which repeat arguments as they are, are printable and short."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(escape_control_chars(message), MAX_REASON))
 
 
 def build_parser(port: Port) -> argparse.ArgumentParser:
     """Return the parser of a port's options; engine options have vLLM-Omni's names."""
-    parser = argparse.ArgumentParser(prog=f"port-kit generate {port.name}", description=port.title)
+    parser = _Parser(prog=f"port-kit generate {port.name}", description=port.title)
     parser.add_argument("--model", required=True, help=f"model directory, made by: port-kit download {port.name}")
     parser.add_argument("-o", "--output", default=None, help=f"default: {port.name}.{SUFFIXES[port.output_type]}")
     parser.add_argument("--contact-sheet", default=None, help="also draw frames and waveform into this PNG")
@@ -78,6 +87,8 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
     engine.add_argument("--quantization", default=None, help="fp8: linears in eight bits, quantized while loading")
     engine.add_argument("--diffusion-kv-cache-dtype", default=None, help="fp8: attention in eight bits")
     engine.add_argument("--vae-use-tiling", action="store_true", help="decode tile by tile, in less memory")
+    help = "form of the video's decoder on GPUs; channels_last: in float16 (default: lossless)"
+    engine.add_argument("--vae-fast-path", default=None, choices=["off", "lossless", "channels_last"], help=help)
     return parser
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from port_kit.errors import RemapError
-from port_kit.escape import escape_control_chars
+from port_kit.escape import escape_control_chars, quoted
 from port_kit.manifest import Manifest
 from port_kit.port import Port
 from port_kit.remap.rules import RuleSet
@@ -112,6 +112,8 @@ def read_sizes(items: tuple[str, ...]) -> dict[str, int]:
     for item in items:
         name, equals, value = item.partition("=")
         if not name.strip() or not equals or not value.strip().isdecimal():
-            raise RemapError(f"size {item!r} is not name=number", code="remap_size", hint="such as --size hidden=3072")
+            raise RemapError(
+                f"size {quoted(item)} is not name=number", code="remap_size", hint="such as --size hidden=3072"
+            )
         sizes[name.strip()] = int(value)
     return sizes

@@ -12,6 +12,9 @@ from port_kit.parallel.layout import Layout
 from port_kit.reports import layout_svg, layout_text, write_page
 from port_kit.reports.layouts import places
 
+#: Ranks of a drawing.
+MAX_RANKS = 4096
+
 
 @click.command(
     "layout",
@@ -24,6 +27,8 @@ from port_kit.reports.layouts import places
 def command(layout: str, svg: Path | None, as_json: bool) -> None:
     """Draw LAYOUT (tp2, ulysses2xring2, hsdp2xcfg2 ...): the work of each rank, in vLLM-Omni's numbering."""
     parsed = Layout.parse(layout)
+    if parsed.world > MAX_RANKS:
+        raise click.BadParameter(f"{parsed.world} ranks; at most {MAX_RANKS} are drawn", param_hint="LAYOUT")
     if svg is not None:
         write_page(svg, layout_svg(parsed))
     data = {

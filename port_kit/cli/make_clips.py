@@ -19,7 +19,7 @@ from port_kit.cli.clip_jobs import Job
 from port_kit.cli.output import error_text
 from port_kit.clips import attach_settings, join_results, last_frame
 from port_kit.clips.options import SEGMENTS
-from port_kit.escape import escape_control_chars
+from port_kit.escape import escape_control_chars, reason_of
 from port_kit.files import os_errors_as
 from port_kit.port import HostedPort, Port
 from port_kit.runtime.refusals import refusal_of
@@ -151,7 +151,7 @@ def make_clips(port: Port, jobs: Sequence[Job], engine: Mapping[str, Any], conso
                     raise
                 text = message_of(error)
                 console.note(f"{job.name}: {text or traceback.format_exc()}")
-                failed[job] = text or f"{type(error).__name__}: {error}"
+                failed[job] = text or f"{type(error).__name__}: {reason_of(error)}"
             console.advance()
     return failed
 
@@ -211,4 +211,4 @@ def message_of(error: Exception) -> str | None:
     refusal = refusal_of(error)
     if refusal is not None:
         return error_text(refusal)
-    return str(error) if isinstance(error, ValueError) else None
+    return reason_of(error) if isinstance(error, ValueError) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from port_kit.errors import PortKitError
-from port_kit.escape import escape_control_chars
+from port_kit.escape import MAX_REASON, escape_control_chars, shortened
 from port_kit.files import os_errors_as
 from port_kit.runtime.refusals import refusal_of
 
@@ -63,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn :class:`PortKitError`, or what it caused, into its message and hint (or the envelope) and exit code 1."""
+    """Turn errors of the kit, exceptions that they caused, and errors of paths into a message and exit code 1."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
@@ -71,7 +72,7 @@ def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[...
             try:
                 function(*args, **kwargs)
             except Exception as error:
-                refusal = refusal_of(error)
+                refusal = refusal_of(error) or _unusable_path(error)
                 if refusal is None:
                     raise
                 _print_error(command, refusal, as_json=bool(kwargs.get("as_json")))
@@ -86,6 +87,14 @@ def handles_errors(command: str) -> Callable[[Callable[..., None]], Callable[...
         return run
 
     return decorate
+
+
+def _unusable_path(error: Exception) -> PortKitError | None:
+    """Return the error of a path that the system refuses, such as one that is too long; None for other exceptions."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes):
+        return None
+    path = shortened(os.fsdecode(error.filename), MAX_REASON)
+    return PortKitError(f"{path} cannot be used: {error.strerror}", code="file_access", hint="check the path")
 
 
 def _print_error(command: str, error: PortKitError, *, as_json: bool) -> None:

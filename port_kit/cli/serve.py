@@ -13,9 +13,11 @@ from typing import Any
 import click
 
 from port_kit.cli.output import handles_errors
-from port_kit.errors import ConfigError, OptionalDependencyError
+from port_kit.errors import ConfigError, OptionalDependencyError, PortNotFoundError
 from port_kit.pipeline.model_index import ModelIndex
+from port_kit.registry import port_of_class
 from port_kit.serving import GATEWAY, SERVER
+from port_kit.serving.deploy import engine_options
 from port_kit.serving.limits import Limits, option
 
 #: Folder of finished videos in the current directory; the server makes it.
@@ -57,6 +59,11 @@ def _number_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--reference-host", "reference_hosts", multiple=True, help="HOST or HOST:PORT that references may be fetched from."
 )
+@click.option(
+    "--deploy-config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Deploy file of vLLM-Omni (YAML). Options of the command line override it.",
+)
 @_number_options
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @handles_errors("serve")
@@ -68,6 +75,7 @@ def command(
     storage: str,
     options: tuple[str, ...],
     lora_roots: tuple[str, ...],
+    deploy_config: Path | None,
     **limits: Any,
 ) -> None:
     """Serve the model directory MODEL to several clients, with limits on what they may ask for.
@@ -82,7 +90,7 @@ def command(
                 f"serving needs {name}, which is not installed", hint="pip install 'port-kit[omni]'"
             )
     variables = Limits(lora_roots=tuple(_folder(root) for root in lora_roots), **limits).to_environment()
-    ModelIndex.read(model).text("_class_name")
+    deployed = _deployed(ModelIndex.read(model).text("_class_name"), deploy_config)
     _check_free(host, port)
     folder = Path(storage).resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -91,9 +99,21 @@ def command(
     # with this variable, vLLM-Omni's own storage would delete files that it did not write
     environment.pop("VLLM_OMNI_SERVER_STORAGE__FILE_TTL", None)
     line = ["-m", SERVER, "serve", model, "--omni", "--middleware", GATEWAY]
-    line += ["--host", host, "--port", str(port), *(("--api-key", *keys) if keys else ()), *options]
+    line += ["--host", host, "--port", str(port), *(("--api-key", *keys) if keys else ())]
+    line += [*deployed, *options]
     click.echo(f"Loading {model}. The server answers at http://{host}:{port} once it is loaded.", err=True)
     os.execve(sys.executable, [sys.executable, *line], environment)
+
+
+def _deployed(class_name: str, deploy_config: Path | None) -> list[str]:
+    """Return the options of a deploy file; vLLM-Omni reads that of a pipeline of its own registry itself."""
+    if deploy_config is None:
+        return []
+    try:
+        port_of_class(class_name)
+    except PortNotFoundError:
+        return ["--deploy-config", str(deploy_config)]
+    return engine_options(deploy_config)
 
 
 def _folder(root: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from port_kit.clips.options import check_first_frame, option_types, reference_names
 from port_kit.errors import InputError
+from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 from port_kit.port import Port
 
 _ENCODING = "utf-8-sig"  # editors of some systems write a byte order mark
@@ -46,10 +48,12 @@ def read_prompts(
         InputError: ``source_missing``, or ``prompts_file`` with all lines that are no requests of the port.
     """
     try:
-        rows = path.read_text(encoding=_ENCODING).split("\n")
+        rows = read_text(path, _ENCODING).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path} cannot be read: {error}", code="source_missing", hint="give a file of JSON objects, one a line"
+            f"{path} cannot be read: {reason_of(error)}",
+            code="source_missing",
+            hint="give a file of JSON objects, one a line",
         ) from error
     lines, problems = [], []
     for number, row in enumerate(rows, 1):
@@ -80,7 +84,7 @@ def _line(number: int, row: str, folder: Path, port: Port) -> Line:
     try:
         fields = json.loads(row, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"no JSON: {error}") from error
+        raise InputError(f"no JSON: {reason_of(error)}") from error
     if not isinstance(fields, dict):
         raise InputError(f"{type(fields).__name__}; expected a JSON object")
     types, names = option_types(port), reference_names(port)
@@ -100,25 +104,25 @@ def _line(number: int, row: str, folder: Path, port: Port) -> Line:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} occurs twice")
+        raise ValueError(f"{quoted(twice[0])} occurs twice")
     return dict(pairs)
 
 
 def _unknown(name: str, known: list[str]) -> InputError:
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(sorted(known))}"
-    return InputError(f"unknown option {name[:80]!r}", hint=hint)
+    hint = f"did you mean {quoted(near[0])}?" if near else f"use {', '.join(sorted(known))}"
+    return InputError(f"unknown option {quoted(name)}", hint=hint)
 
 
 def _check_type(name: str, value: object, kind: type) -> None:
     accepted = (int, float) if kind is float else (kind,)
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise InputError(f"{name} is {value!r}; expected {kind.__name__}")
+        raise InputError(f"{name} is {quoted(value)}; expected {kind.__name__}")
 
 
 def _paths(name: str, value: object, folder: Path) -> Iterator[Path]:
     items = value if isinstance(value, list) else [value]
     for item in items:
         if not isinstance(item, str) or not (folder / item).is_file():
-            raise InputError(f"{name} is {item!r}; expected the path of a file, relative to {folder}")
+            raise InputError(f"{name} is {quoted(item)}; expected the path of a file, relative to {folder}")
         yield folder / item

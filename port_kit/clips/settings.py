@@ -17,6 +17,7 @@ from typing import Any
 
 from port_kit.download.lock import read_lock
 from port_kit.errors import InputError, OptionalDependencyError
+from port_kit.escape import quoted, reason_of
 from port_kit.files import digests_of
 
 SCHEMA = "port-kit-clip/1"
@@ -81,7 +82,7 @@ class ClipSettings:
         """Build settings from their plain form; raise ValueError, KeyError or TypeError for any other."""
         fields = dict(data)
         if (schema := fields.pop("schema")) != SCHEMA:
-            raise ValueError(f"schema {schema}; expected {SCHEMA}")
+            raise ValueError(f"schema {quoted(schema)}; expected {SCHEMA}")
         mappings = ("model", "request", "references", "engine", "versions")
         if not all(isinstance(fields[name], dict) for name in mappings) or not isinstance(fields["port"], str):
             raise ValueError("a field is not as it was written")
@@ -150,7 +151,9 @@ def read_settings(path: Path) -> ClipSettings:
     try:
         return ClipSettings.from_json(json.loads(text or ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"settings that cannot be read ({error})" if SCHEMA.partition("/")[0] in text else "no settings"
+        found = (
+            f"settings that cannot be read ({reason_of(error)})" if SCHEMA.partition("/")[0] in text else "no settings"
+        )
         raise InputError(
             f"{path} has {found}; expected the settings that port-kit generate writes",
             code="clip_settings",
@@ -166,7 +169,7 @@ def _comment(path: Path) -> str:
             with Image.open(path, formats=["PNG"]) as image:
                 return str(image.info.get(FIELD, ""))
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error}", code="media_write") from error
+            raise InputError(f"{path} cannot be read: {reason_of(error)}", code="media_write") from error
     with opened(path) as container:
         return str(container.metadata.get(FIELD, ""))
 
@@ -183,7 +186,7 @@ def opened(path: Path, mode: str = "r") -> Iterator[Any]:
         import av
     except ModuleNotFoundError as error:
         raise OptionalDependencyError(
-            f"clips need the package {error.name!r}, which is not installed",
+            f"clips need the package {quoted(error.name)}, which is not installed",
             hint="install the runtime: pip install 'port-kit[omni]'",
         ) from error
     try:
@@ -191,4 +194,4 @@ def opened(path: Path, mode: str = "r") -> Iterator[Any]:
             yield container
     except (av.FFmpegError, OSError) as error:
         verb = "read" if mode == "r" else "written"
-        raise InputError(f"{path} cannot be {verb}: {error}", code="media_write") from error
+        raise InputError(f"{path} cannot be {verb}: {reason_of(error)}", code="media_write") from error

@@ -168,14 +168,14 @@ def _literal(node: ast.expr | None) -> str:
     return ""
 
 
+#: Words of a placeholder's expression that do not say what is filled in.
+_PLAIN_WORDS = {"self", "len", "sorted", "str", "join", "type", "max", "min", "quoted", "shortened", "reason_of"}
+
+
 def _filled(node: ast.expr) -> str:
     """``{self.endpoint}`` is ``<endpoint>``, ``{len(files)}`` is ``<files>``: the last word is the most specific."""
     value = node.value if isinstance(node, ast.FormattedValue) else node
-    words = [
-        word
-        for part in ast.walk(value)
-        if (word := _word(part)) and word not in ("self", "len", "sorted", "str", "join", "type", "max", "min")
-    ]
+    words = [word for part in ast.walk(value) if (word := _word(part)) and word not in _PLAIN_WORDS]
     return f"<{words[0].replace('_', ' ').strip()}>" if words else "<...>"
 
 

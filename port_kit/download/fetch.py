@@ -26,6 +26,7 @@ from port_kit.download.plan import original_of
 from port_kit.download.progress import Progress
 from port_kit.download.urls import TransportError
 from port_kit.errors import CheckpointError, DownloadError
+from port_kit.escape import quoted, reason_of
 from port_kit.files import os_errors_as, require_space
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class Fetcher:
                         read_tables(source, spec.wrapper, drop=spec.drop), source.name, leave_out_scalars=True
                     )
             except (CheckpointError, OSError) as error:  # the repository's bytes decide
-                raise Damaged(f"{local} cannot be converted: {error}") from error
+                raise Damaged(f"{local} cannot be converted: {reason_of(error)}") from error
         remote = CachedSource(RangeSource(self.hub, spec))
         tables = read_tables(remote, spec.wrapper, drop=spec.drop, exact_offsets=exact_offsets)
         by_size = sorted(tables.storages, key=lambda key: tables.storages[key].nbytes)
@@ -207,7 +208,7 @@ class Fetcher:
             layout.byte_layout()
         except ValueError as error:
             raise DownloadError(
-                f"{remote.name}: {error}",
+                f"{remote.name}: {reason_of(error)}",
                 code="convert_layout",
                 hint="download it as it is and convert it on disk: --keep-original",
             ) from error
@@ -279,7 +280,7 @@ def _receive(hub: HubClient, incoming: IncomingFile, segment: Segment) -> None:
             raise Interrupted
         encoding = response.headers.get("Content-Encoding") or "identity"
         if encoding != "identity":
-            raise Damaged(f"the server sends it in {encoding[:40]} encoding, which was not asked for")
+            raise Damaged(f"the server sends it in {quoted(encoding)} encoding, which was not asked for")
         if response.status == 206:
             count = length_of_range(response, position, segment.end, size)
             _copy(response, incoming, position, position + count)

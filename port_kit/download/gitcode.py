@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from port_kit.download.recipe import FULL_HASH, GitCode
 from port_kit.errors import DownloadError
-from port_kit.escape import redacted
+from port_kit.escape import quoted, reason_of, redacted
 from port_kit.files import os_errors_as
 from port_kit.owner import OWNER, may_run, owner
 
@@ -61,7 +61,9 @@ def code_home() -> Path:
         data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     except RuntimeError as error:
         raise DownloadError(
-            f"there is no place for git code: {error}", code="install_target", hint="set HOME or PORT_KIT_HOME"
+            f"there is no place for git code: {reason_of(error)}",
+            code="install_target",
+            hint="set HOME or PORT_KIT_HOME",
         ) from error
     return Path(data).absolute() / "port_kit" / "code"
 
@@ -123,7 +125,7 @@ def check_declared(code: GitCode) -> None:
     exposed = parts.scheme == "http" and host not in _LOOPBACK
     if not plain or exposed or host.startswith("-"):
         raise DownloadError(
-            f"git code {code.name}: {redacted(code.url)!r} is not an https, ssh or file URL",
+            f"git code {code.name}: {quoted(redacted(code.url))} is not an https, ssh or file URL",
             code="code_url",
             hint="correct the recipe",
         )

@@ -28,6 +28,7 @@ from port_kit.download.urls import (
     without_secrets,
 )
 from port_kit.errors import DownloadError
+from port_kit.escape import reason_of
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -302,7 +303,7 @@ class HttpClient:
 def network_error(what: str, error: Exception, attempts: int) -> DownloadError:
     """The error for an exchange that failed for good."""
     return DownloadError(
-        f"{what} failed {attempts} times in a row, last: {error}",
+        f"{what} failed {attempts} times in a row, last: {reason_of(error)}",
         code="network",
         hint="check the network, then run the same command again: what was fetched is kept",
     )

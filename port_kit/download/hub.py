@@ -25,7 +25,7 @@ from port_kit.download.http import RETRIED_STATUS, HttpClient, Response
 from port_kit.download.parts import FileSpec
 from port_kit.download.urls import TransportError, follow_location, origin_of
 from port_kit.errors import DownloadError
-from port_kit.escape import escape_control_chars
+from port_kit.escape import escape_control_chars, quoted
 
 # RFC 8288: links are separated by commas; each is a target and parameters, whose values may be quoted.
 _LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+(?:\s*=\s*(?:"(?:[^"\\]|\\.)*"|[^\s;,"]*))?)*)')
@@ -109,7 +109,7 @@ class HubClient:
             for entry in entries:
                 found = _hub_entry(entry)
                 if found is None:
-                    raise self._not_a_hub(url, f"an entry without type, path, size or hash ({str(entry)[:80]})")
+                    raise self._not_a_hub(url, f"an entry without type, path, size or hash ({quoted(entry)})")
                 if isinstance(found, str):
                     folders.add(found)
                 else:
@@ -130,7 +130,7 @@ class HubClient:
             following = urljoin(url, found)
             origin = origin_of(following)
         except ValueError as error:
-            raise self._not_a_hub(url, f"the Link header {found[:80]!r}") from error
+            raise self._not_a_hub(url, f"the Link header {quoted(found)}") from error
         if origin != self._origin:
             raise DownloadError(
                 f"{self.endpoint} names {origin[1]} in its Link header for the next page of files; "
@@ -185,7 +185,7 @@ class HubClient:
             try:
                 return json.loads(body), link
             except (ValueError, RecursionError) as error:
-                raise self._not_a_hub(url, f"{body[:20]!r}... instead of JSON") from error
+                raise self._not_a_hub(url, f"{quoted(body)} instead of JSON") from error
 
         return self.http.retrying(what, ask)
 
@@ -296,9 +296,9 @@ def length_of_range(response: Response, start: int, end: int, size: int) -> int:
     found = _CONTENT_RANGE.fullmatch(said or "")
     last = int(found[2]) if found else -1
     if found is None or int(found[1]) != start or not start <= last < end or found[3] not in (str(size), "*"):
-        raise TransportError(f"asked for bytes from {start} to {end - 1} of {size}, the server sends {said!r}")
+        raise TransportError(f"asked for bytes from {start} to {end - 1} of {size}, the server sends {quoted(said)}")
     if response.length not in (None, last + 1 - start):
-        raise TransportError(f"the server states the range {said!r} and {response.length} bytes")
+        raise TransportError(f"the server states the range {quoted(said)} and {response.length} bytes")
     return last + 1 - start
 
 
@@ -312,7 +312,7 @@ def _checked_endpoint(endpoint: str) -> str:
     if not usable or parts.username is not None or parts.query or parts.fragment or not endpoint.isascii():
         shown = endpoint.rpartition("@")[2]
         raise DownloadError(
-            f"the endpoint {shown!r} is not http(s)://HOST[:PORT][/PATH], without a user's name or password",
+            f"the endpoint {quoted(shown)} is not http(s)://HOST[:PORT][/PATH], without a user's name or password",
             code="hub_endpoint",
             hint="check HF_ENDPOINT or --endpoint; tokens are set with HF_TOKEN",
         )

@@ -28,6 +28,7 @@ from port_kit.checkpoint.byte_layout import DescriptorSource, read_exactly
 from port_kit.checkpoint.byte_sources import FileSource
 from port_kit.download.http import Interrupted
 from port_kit.download.parts import ALIGNMENT, PartialDownload, Segment
+from port_kit.escape import reason_of
 from port_kit.files import begin_writing_out, hashes_for
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class IncomingFile:
         try:
             self.partial.layout.read_into(self.partial.descriptor, position, view)
         except OSError as error:
-            raise Damaged(str(error)) from error
+            raise Damaged(reason_of(error)) from error
         if (position + count) % _WRITTEN_OUT < count:
             begin_writing_out(self.partial.descriptor)
         return view

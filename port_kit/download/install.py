@@ -29,6 +29,7 @@ from port_kit.download.gitcode import (
 )
 from port_kit.download.recipe import FULL_HASH, NAME, GitCode
 from port_kit.errors import DownloadError
+from port_kit.escape import quoted
 from port_kit.files import os_errors_as, read_json, write_atomically, write_json
 
 # Packages are found as at every start, .pth files included, but without running sitecustomize and usercustomize.
@@ -76,7 +77,7 @@ def check_target(code: GitCode) -> None:
     path = str(code_home())
     if not path.isascii() or any(character in path for character in "\r\n") or path.startswith(("import ", "#")):
         raise DownloadError(
-            f"{path!r} cannot stand in a .pth file, which holds one ASCII path a line",
+            f"{quoted(path)} cannot stand in a .pth file, which holds one ASCII path a line",
             code="install_target",
             hint="choose another folder: set PORT_KIT_HOME",
         )
@@ -181,7 +182,7 @@ def uninstall_code(name: str) -> list[str]:
         removed = _take_out(name, pth_file(name)) if NAME.fullmatch(name) else []
     if not removed:
         raise DownloadError(
-            f"no git code called {name!r} is installed in this environment",
+            f"no git code called {quoted(name)} is installed in this environment",
             code="code_broken",
             hint=f"installed: {', '.join(installed_names()) or 'none'}; model directories go with port-kit remove",
         )

@@ -23,6 +23,7 @@ from port_kit.download.parts import FileSpec
 from port_kit.download.paths import check_relative_path
 from port_kit.download.state import open_state_file, state_path
 from port_kit.errors import DownloadError
+from port_kit.escape import reason_of
 from port_kit.files import digests_of, os_errors_as, read_json, write_json
 
 LOCK_NAME = "port.lock"
@@ -150,7 +151,7 @@ def read_lock(directory: Path) -> Lock | None:
         lock = Lock.from_json(data)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DownloadError(
-            f"{path} cannot be read ({type(error).__name__}: {error})",
+            f"{path} cannot be read ({type(error).__name__}: {reason_of(error)})",
             code="lock_invalid",
             hint="delete it; the files beside it are recognised by their hashes, converted ones are made again",
         ) from error

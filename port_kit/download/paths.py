@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 from port_kit.errors import DownloadError
+from port_kit.escape import quoted, shortened
 
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*\\]')
@@ -25,11 +26,11 @@ def check_relative_path(path: str, origin: str) -> None:
     parts = path.split("/")
     if len(parts) >= _DEEPEST or len(path) > _LONGEST_PATH or not all(map(_is_plain_name, parts)):
         raise DownloadError(
-            f"{origin} names the path {path[:300]!r}, which cannot be stored safely under a model directory",
+            f"{origin} names the path {quoted(path)}, which cannot be stored safely under a model directory",
             code="path_unsafe",
             hint="take this file out of the recipe's patterns, and tell the repository's owner",
         )
-    message = f"{origin} names the path {ascii(path[:300])}, which the locale of this process cannot write"
+    message = f"{origin} names the path {ascii(shortened(path))}, which the locale of this process cannot write"
     check_locale(path, message, "path_unsafe")
 
 

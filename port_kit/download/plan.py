@@ -18,6 +18,7 @@ from port_kit.download.progress import human
 from port_kit.download.recipe import FileRule, Recipe, Repository
 from port_kit.download.state import is_behind_link
 from port_kit.errors import DownloadError
+from port_kit.escape import quoted
 from port_kit.files import digests_of, free_space
 
 _MARGIN = 1 << 20
@@ -195,14 +196,14 @@ def _check_matches(
 
         near = difflib.get_close_matches(rule.pattern, [file.path for file in files], n=3)
         raise DownloadError(
-            f"the pattern {rule.pattern!r} matches none of the {len(files)} files of {where}",
+            f"the pattern {quoted(rule.pattern)} matches none of the {len(files)} files of {where}",
             code="pattern_empty",
             hint=f"did you mean {', '.join(near)}?" if near else "correct the recipe",
         )
     if (rule.name or rule.sha256) and len(matched) > 1:
         only = rule.name or f"the one of sha256 {rule.sha256}"
         raise DownloadError(
-            f"the pattern {rule.pattern!r} matches {len(matched)} files of {where}, which cannot all be {only}",
+            f"the pattern {quoted(rule.pattern)} matches {len(matched)} files of {where}, which cannot all be {only}",
             code="target_collision",
             hint="leave out name and sha256, or narrow the pattern",
         )
@@ -218,7 +219,7 @@ def _check_matches(
 def _spec(repo_id: str, commit: str, rule: FileRule, file: HubFile) -> FileSpec:
     check_relative_path(file.path, repo_id)
     target = rule.target(file.path)
-    check_relative_path(target, f"the rule {rule.pattern!r} of {repo_id}")
+    check_relative_path(target, f"the rule {quoted(rule.pattern)} of {repo_id}")
     digest = f"sha256:{rule.sha256}" if rule.sha256 else file.digest
     return FileSpec(target, repo_id, commit, file.path, file.size, digest, rule.convert, rule.wrapper, rule.drop)
 

@@ -38,6 +38,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from port_kit.errors import DownloadError
+from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 
 FULL_HASH = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,7 +74,9 @@ class FileRule:
 
     def __post_init__(self) -> None:
         _require(bool(self.pattern), "a file rule needs a pattern")
-        _require(self.convert or not self.wrapper, f"{self.pattern}: wrapper {self.wrapper!r} needs convert = true")
+        _require(
+            self.convert or not self.wrapper, f"{self.pattern}: wrapper {quoted(self.wrapper)} needs convert = true"
+        )
         _require(self.convert or not self.drop, f"{self.pattern}: drop needs convert = true")
         _require(not self.sha256 or bool(_SHA256.fullmatch(self.sha256)), f"{self.pattern}: sha256 is 64 hex digits")
 
@@ -117,7 +121,9 @@ class Repository:
     gated: bool = False
 
     def __post_init__(self) -> None:
-        _require(bool(_REPO_ID.fullmatch(self.repo_id)), f"repository id {self.repo_id!r} is not organisation/name")
+        _require(
+            bool(_REPO_ID.fullmatch(self.repo_id)), f"repository id {quoted(self.repo_id)} is not organisation/name"
+        )
         _require(bool(self.files), f"{self.repo_id} names no files")
         _require(bool(self.branch), f"{self.repo_id} has an empty branch")
         _check_hash(self.revision, f"revision of {self.repo_id}")
@@ -146,13 +152,13 @@ class GitCode:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        _require(bool(NAME.fullmatch(self.name)), f"name of git code {self.name!r} is not a plain name")
+        _require(bool(NAME.fullmatch(self.name)), f"name of git code {quoted(self.name)} is not a plain name")
         _require(bool(self.packages), f"git code {self.name} names no packages")
         for package in self.packages:
             plain = package.isidentifier() and not keyword.iskeyword(package)
-            _require(plain, f"git code {self.name}: {package!r} is not a module's name")
+            _require(plain, f"git code {self.name}: {quoted(package)} is not a module's name")
         inside = not self.path or not {"", ".", ".."} & set(self.path.split("/"))
-        _require(inside, f"git code {self.name}: path {self.path!r} is not a folder in its repository")
+        _require(inside, f"git code {self.name}: path {quoted(self.path)} is not a folder in its repository")
         _check_hash(self.commit, f"commit of {self.name}")
 
 
@@ -175,7 +181,7 @@ class Recipe:
     code: tuple[GitCode, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(bool(NAME.fullmatch(self.name)), f"recipe name {self.name!r} is not a plain name")
+        _require(bool(NAME.fullmatch(self.name)), f"recipe name {quoted(self.name)} is not a plain name")
         _require(bool(self.repositories), f"recipe {self.name} names no repositories")
         ids = [repository.repo_id for repository in self.repositories]
         _require(len(set(ids)) == len(ids), f"recipe {self.name} names a repository twice")
@@ -244,10 +250,12 @@ class Recipe:
     def from_toml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a TOML file; errors name the file."""
         try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+            data = tomllib.loads(read_text(Path(path), "utf-8-sig"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DownloadError(
-                f"cannot read the recipe {path}: {error}", code="recipe_invalid", hint="correct the file, or its path"
+                f"cannot read the recipe {path}: {reason_of(error)}",
+                code="recipe_invalid",
+                hint="correct the file, or its path",
             ) from error
         try:
             return cls.from_dict(data)
@@ -274,7 +282,7 @@ def _build(cls: type[_T], data: Mapping[str, Any]) -> _T:
     kinds = get_type_hints(cls)
     values = {key: _converted(value, kinds[key]) for key, value in data.items()}
     for key, value in values.items():
-        required = f"{cls.__name__}: {key} is {str(data[key])[:80]!r}; {fields[key].type} is required"
+        required = f"{cls.__name__}: {key} is {quoted(str(data[key]))}; {fields[key].type} is required"
         _require(_is_of_kind(value, kinds[key]), required)
     return cls(**values)
 
@@ -299,7 +307,7 @@ def _require_json(value: object, what: str) -> None:
         json.dumps(value, allow_nan=False, default=plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise DownloadError(
-            f"{what} cannot be written as JSON: {error}", code="recipe_invalid", hint="correct the recipe"
+            f"{what} cannot be written as JSON: {reason_of(error)}", code="recipe_invalid", hint="correct the recipe"
         ) from error
 
 
@@ -310,7 +318,7 @@ def plain(value: object) -> object:
 
 def _check_hash(value: str | None, what: str) -> None:
     valid = value is None or FULL_HASH.fullmatch(value) is not None
-    _require(valid, f"{what} is {value!r}; it must be 40 hex digits, or left out where it is not known yet")
+    _require(valid, f"{what} is {quoted(value)}; it must be 40 hex digits, or left out where it is not known yet")
 
 
 def _require(condition: bool, message: str) -> None:

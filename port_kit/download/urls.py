@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from port_kit.errors import DownloadError
-from port_kit.escape import redacted
+from port_kit.escape import reason_of, redacted
 
 _ASCII = "".join(map(chr, range(128)))
 _T = TypeVar("_T")
@@ -68,7 +68,7 @@ def as_transport_error(action: Callable[[], _T]) -> _T:
     try:
         return action()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise TransportError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+        raise TransportError(f"{type(error).__name__}: {reason_of(error)}") from error
 
 
 def requested_wait(headers: Message | Mapping[str, str]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from port_kit.checkpoint.configuration import CONFIG_NAME, changed_values
 from port_kit.download.recipe import Recipe
+from port_kit.escape import quoted
 from port_kit.inspect.components import CONFIGS, INDEXES, has_weights, index_path, is_denoiser
 from port_kit.inspect.documents import Documents
 from port_kit.inspect.known_classes import diffusers_names, library_version, omni
@@ -190,7 +191,7 @@ def _origin(part: Component) -> str:
         return f"{'is' if part.known else 'is not'} in {library_version(part.library)}"
     if part.known:
         return f"is in {library_version('diffusers')} (pipelines/{part.library})"
-    return f"comes from {part.library!r}, the model's own code"
+    return f"comes from {quoted(part.library)}, the model's own code"
 
 
 def _place(part: Component) -> str:

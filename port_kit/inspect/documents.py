@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from port_kit.escape import reason_of
 from port_kit.inspect.file_listing import FileListing
 from port_kit.inspect.report import Finding
 
@@ -49,7 +50,7 @@ class Documents:
         try:
             value = json.loads(self.content(path))
         except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, brackets without end
-            self.problems.append(Finding(path, f"is no JSON: {error}"))
+            self.problems.append(Finding(path, f"is no JSON: {reason_of(error)}"))
             return {}
         if not isinstance(value, dict):
             self.problems.append(Finding(path, f"holds a {type(value).__name__}, not an object"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from port_kit.checkpoint.byte_sources import ByteSource
 from port_kit.errors import CheckpointError
+from port_kit.escape import quoted
 
 #: Types of metadata values: name of the struct format; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -135,7 +136,7 @@ class _Reader:
         """Return one entry of the tensor table. GGUF lists the fastest axis first, torch last."""
         name, dimensions = self.text(), self.number("I")
         if dimensions > _MOST_DIMENSIONS:
-            raise self._corrupt(f"gives {name!r} {dimensions} axes")
+            raise self._corrupt(f"gives {quoted(name)} {dimensions} axes")
         shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
         kind = self.number("I")
         self.number("Q")  # offset of its data

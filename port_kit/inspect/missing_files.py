@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from port_kit.escape import quoted
 from port_kit.inspect.checkpoint_files import Index, group, missing_shards, read_index
 from port_kit.inspect.classify import Classification
 from port_kit.inspect.components import has_weights, index_path, named_by_index
@@ -87,7 +88,7 @@ def _readable(components: list[Component], files: dict[str, WeightFile]) -> Iter
             yield Finding(file.path, file.problem)
     for file in (file for part in components for file in part.weights):
         if not file.problem and file.wrapper:
-            yield Finding(file.path, f"has its tensors under {file.wrapper!r}: needs port-kit convert --wrapper")
+            yield Finding(file.path, f"has its tensors under {quoted(file.wrapper)}: needs port-kit convert --wrapper")
         elif not file.problem and not file.path.lower().endswith(_LOADED):
             what = "port-kit convert" if file.format.startswith("torch") else "a conversion"
             yield Finding(file.path, f"is {file.format}, which the standard loader does not read: needs {what}")

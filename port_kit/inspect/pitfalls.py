@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from port_kit.escape import quoted
 from port_kit.inspect.checkpoint_files import WeightSet, duplicate_tensors, group
 from port_kit.inspect.classify import Classification
 from port_kit.inspect.components import CONFIGS, INDEXES, index_path
@@ -43,7 +44,8 @@ def _folder_name(documents: Documents, classification: Classification) -> Iterat
     if keys:
         key = max(keys, key=len)
         yield Finding(
-            f"name {name}", f"contains {key!r}: vLLM-Omni would serve its own {key} pipeline; use another folder name"
+            f"name {name}",
+            f"contains {quoted(key)}: vLLM-Omni would serve its own {key} pipeline; use another folder name",
         )
 
 
@@ -65,7 +67,7 @@ def _model_type(documents: Documents, classification: Classification) -> Iterato
     ):
         yield Finding(
             "config.json",
-            f"model_type {classification.stage!r} selects vLLM-Omni's own pipeline, whatever the index says",
+            f"model_type {quoted(classification.stage)} selects vLLM-Omni's own pipeline, whatever the index says",
         )
 
 

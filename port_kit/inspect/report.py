@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from port_kit.dtypes import ITEM_SIZES
+from port_kit.escape import quoted
 from port_kit.manifest import Manifest
 
 #: supported: vLLM-Omni or a port serves it as it is; diffusers: all classes are in diffusers and transformers; hybrid:
@@ -128,7 +129,7 @@ class Recognized:
     @property
     def text(self) -> str:
         """The finding, after ``its tensors are those of``."""
-        under = f", under {self.prefix!r}" if self.prefix else ""
+        under = f", under {quoted(self.prefix)}" if self.prefix else ""
         sizes = f", in other sizes ({self.misfits} tensors differ)" if self.misfits else ""
         return f"{self.origin}{under}{sizes}"
 

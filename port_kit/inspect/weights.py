@@ -12,6 +12,7 @@ from port_kit.checkpoint.containers import LEFTOVERS, MAX_HEADER, PICKLE_SUFFIXE
 from port_kit.checkpoint.pickle_reader import parse_pickle
 from port_kit.dtypes import BY_WORD, ITEM_SIZES, torch_shape
 from port_kit.errors import CheckpointError
+from port_kit.escape import quoted
 from port_kit.inspect.file_listing import FileListing
 from port_kit.inspect.gguf import read_gguf
 from port_kit.inspect.report import WeightFile
@@ -132,9 +133,9 @@ def _misplaced(
         (shape, dtype), (start, stop) = entries[name], places[name]
         size = ITEM_SIZES.get(dtype)
         if start != before:
-            yield f"{name!r} begins at byte {start} of the data, the tensor before it ends at {before}"
+            yield f"{quoted(name)} begins at byte {start} of the data, the tensor before it ends at {before}"
         if size is not None and stop - start != prod(shape) * size:
-            yield f"{name!r} is {dtype} {list(shape)} and has {stop - start} bytes"
+            yield f"{quoted(name)} is {dtype} {list(shape)} and has {stop - start} bytes"
         before = stop
 
 

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from port_kit.errors import PortKitError, RemapError
+from port_kit.escape import quoted, reason_of
 from port_kit.interop.generalize import Route, generalize
 from port_kit.interop.transformers_lists import converted_routes
 from port_kit.manifest import Manifest
@@ -95,7 +96,7 @@ def read_mapping(reference: str) -> object:
         raise
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         hint = "give module:attribute of a mapping, or transformers:MODEL_TYPE"
-        raise RemapError(f"{reference} cannot be read: {error}", code="remap_rules", hint=hint) from error
+        raise RemapError(f"{reference} cannot be read: {reason_of(error)}", code="remap_rules", hint=hint) from error
     return getattr(found, "param_names_mapping", found)
 
 
@@ -106,13 +107,13 @@ def _form(mapping: Any) -> str:
     if isinstance(mapping, (list, tuple)) and all(hasattr(item, "rename_source_key") for item in mapping):
         return "transformers"
     if isinstance(mapping, Mapping) and all(isinstance(key, str) for key in mapping):
-        Refusals({key: f"its value is {value!r}" for key, value in mapping.items() if not _is_value(value)}).check(
-            "a value is a replacement, a list of them, or (replacement, index, count)"
-        )
+        Refusals(
+            {key: f"its value is {quoted(value)}" for key, value in mapping.items() if not _is_value(value)}
+        ).check("a value is a replacement, a list of them, or (replacement, index, count)")
         try:
             all(map(re.compile, mapping))
         except re.error as error:
-            raise RemapError(f"{error.pattern!r}: {error}", code="remap_rules", hint=_HINT) from error
+            raise RemapError(f"{quoted(error.pattern)}: {reason_of(error)}", code="remap_rules", hint=_HINT) from error
         return "sglang"
     raise RemapError(f"a {type(mapping).__name__} is no mapping of weights", code="remap_rules", hint=_HINT)
 
@@ -131,7 +132,7 @@ def _vllm_route(mapper: Any, name: str, source: Manifest, refused: Refusals) -> 
     targets = tuple(target for target, _ in mapper.apply([(name, tensor)]))
     if not isinstance(tensor.shard_id, (str, int)):
         label = next(key for key, (_, shard) in mapper.orig_to_new_stacked.items() if shard == tensor.shard_id)
-        refused[f"orig_to_new_stacked[{label!r}]"] = f"one tensor for the shards {tensor.shard_id}"
+        refused[f"orig_to_new_stacked[{quoted(label)}]"] = f"one tensor for the shards {tensor.shard_id}"
     return (Route(targets, shard=str(tensor.shard_id)),)
 
 
@@ -190,7 +191,7 @@ def _entries(mapping: Any, form: str, refused: Refusals) -> Iterator[tuple[str, 
     for field in ("regex", "substr", "stacked", "prefix", "suffix") if form == "vllm" else ():
         for key, value in getattr(mapping, f"orig_to_new_{field}").items():
             text = getattr(key, "pattern", key)
-            label = f"orig_to_new_{field}[{text!r}]"
+            label = f"orig_to_new_{field}[{quoted(text)}]"
             if field == "prefix":
                 yield label, f"^{re.escape(text)}", value and value.replace("\\", r"\\")
             elif field == "regex" and key.flags == re.compile("").flags:
@@ -207,7 +208,7 @@ def _rule(label: str, pattern: str, value: Any, refused: Refusals) -> Rule | Non
     elif isinstance(value, (list, tuple)):
         refused[label] = "how it splits or joins depends on the checkpoint"
     elif value is not None and any(match[0] == "\\" for match in _REPLACEMENT.finditer(value)):
-        refused[label] = f"its replacement {value!r} has an escape that templates do not have"
+        refused[label] = f"its replacement {quoted(value)} has an escape that templates do not have"
     else:
         closed = tree[-1] == (sre.AT, sre.AT_END)
         source = pattern[1:-1] if closed else f"{pattern[1:]}(.*)"

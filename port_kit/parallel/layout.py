@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from port_kit.errors import ParallelError
+from port_kit.escape import quoted
 
 #: Fields of :class:`Layout` and the corresponding fields of ``DiffusionParallelConfig``.
 CONFIG_NAMES = {
@@ -56,7 +57,7 @@ class Layout:
         for kind in CONFIG_NAMES:
             degree = getattr(self, kind)
             if not isinstance(degree, int) or degree < 1:
-                raise _invalid(f"{kind}: expected an integer of at least 1, got {degree!r}")
+                raise _invalid(f"{kind}: expected an integer of at least 1, got {quoted(degree)}")
         if self.uaa and self.ulysses == 1:
             raise _invalid(f"{UAA} is a mode of ulysses, which is off", f"write it as in ulysses2{UAA}")
         if self.allgather > 1 and self.ulysses * self.ring > 1:
@@ -121,7 +122,7 @@ class Layout:
             known = match and match[1] in CONFIG_NAMES and match[1] not in degrees
             if not match or not known or (match[3] and match[1] != "ulysses"):
                 raise _invalid(
-                    f"{part!r} in {text!r} is not a degree, or its kind is repeated",
+                    f"{quoted(part)} in {quoted(text)} is not a degree, or its kind is repeated",
                     f"write the layout as in tp2xulysses2; kinds: {', '.join(CONFIG_NAMES)}",
                 )
             degrees[match[1]] = int(match[2])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from port_kit.errors import ParallelError
+from port_kit.escape import quoted
 from port_kit.parallel import linear
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def replace_linears(
         if not plain or not all(isinstance(child, nn.Linear) for child in plain.values()):
             kinds = sorted({type(child).__name__ for child in plain.values()}) or ["no module"]
             raise ParallelError(
-                f"Table entry {pattern!r}: expected nn.Linear, got {' and '.join(kinds)}.",
+                f"Table entry {quoted(pattern)}: expected nn.Linear, got {' and '.join(kinds)}.",
                 code="parallel_table",
                 hint="correct the path; print(module) shows the module tree",
                 entry=pattern,

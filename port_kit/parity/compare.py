@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import ParityError
+from port_kit.escape import quoted
 from port_kit.port import Port, lookup, resolve
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def run_parity(port: Port, goldens: Path, *, only: str = "*") -> Iterator[CaseRe
             yield run_case(case)
     if not any(fnmatchcase(name, only) for name in names):
         raise ParityError(
-            f"no golden case in {goldens} matches {only!r}",
+            f"no golden case in {goldens} matches {quoted(only)}",
             code="parity_no_cases",
             hint=f"cases there: {', '.join(names) or 'none'}",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted, reason_of
 from port_kit.pipeline.inputs import check_real
 from port_kit.runtime.lora import adapter_files
 
@@ -64,7 +65,7 @@ class AdapterAdmission:
         except (OSError, ValueError, RuntimeError):  # too long, NUL, or no such home
             pass
         raise InputError(
-            f"the LoRA {str(request.lora_path)[:200]} does not exist",
+            f"the LoRA {quoted(str(request.lora_path))} does not exist",
             code="source_missing",
             hint="give the path of a file or folder on this machine",
         )
@@ -82,7 +83,7 @@ class AdapterAdmission:
                         digest.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
                 self._known[key] = digest.digest()
         except OSError as error:
-            raise InputError(f"LoRA {path}: it cannot be read: {error}", code="lora_file") from error
+            raise InputError(f"LoRA {path}: it cannot be read: {reason_of(error)}", code="lora_file") from error
         self._known.move_to_end(key)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)

@@ -135,7 +135,13 @@ def unknown_name(
     else:
         message = f"unknown option {quoted(name)} in {owner}"
         near = difflib.get_close_matches(text.lower(), choices, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(choices)}" if choices else "remove it"
+        hint = (
+            f"did you mean {quoted(near[0])}?"
+            if near
+            else f"use one of {', '.join(choices)}"
+            if choices
+            else "remove it"
+        )
     if text in fields:
         message, hint = f"{text} is in {owner}; it is a parameter of its own", f"set {text} itself"
     return InputError(message, code="input_value", hint=hint, option=text)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from vllm_omni.diffusion.cancellation import check_request_cancellation
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
@@ -34,6 +34,7 @@ from port_kit.pipeline.model_index import port_of_model
 from port_kit.pipeline.request_state import DenoiseState, PreparedRequest, Solver, StepResult
 from port_kit.pipeline.step_execution import StepExecution
 from port_kit.port import Port
+from port_kit.runtime.progress import Reporter
 from port_kit.upstream.checks import require
 
 require("requests")
@@ -52,6 +53,7 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         not_read: reasons why the pipeline does not read options of other models.
         port: the port of the model directory.
         on_step: called with the result of every denoising step, None by default.
+        reporter: tells the server the steps of requests.
     """
 
     max_batch_size: ClassVar[int] = 2**63
@@ -71,6 +73,8 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
         super().__init__(od_config=od_config, prefix=prefix)
         self.port = port_of_model(od_config.model)
         self.on_step: Callable[[StepResult], None] | None = None
+        rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        self.reporter = Reporter.of_rank(rank, ranks // od_config.parallel_config.data_parallel_size)
 
     @classmethod
     def for_preprocessing(cls, model: str) -> Self:
@@ -177,20 +181,32 @@ class PortPipeline(StepExecution, ComponentPipeline, BatchedCFGMixin, ProgressBa
             except InputError as error:
                 outputs[index] = DiffusionOutput.from_exception(to_client_error(error))
         if admitted:
-            outputs |= zip(admitted, self.generate(list(admitted.values())), strict=True)
+            names = [req.requests[index].request_id for index in admitted]
+            outputs |= zip(admitted, self.generate(list(admitted.values()), names), strict=True)
         served = [outputs[index] for index in range(req.num_reqs)]
         return served[0] if req.num_reqs == 1 else served
 
-    def generate(self, requests: Sequence[PreparedRequest]) -> list[DiffusionOutput]:
-        """Run several requests at the same time, each for its own number of steps."""
+    def generate(self, requests: Sequence[PreparedRequest], names: Sequence[str]) -> list[DiffusionOutput]:
+        """Run several requests at the same time, each for its own number of steps.
+
+        Args:
+            requests: the requests.
+            names: their ids in the engine.
+        """
+        self.reporter.report(dict.fromkeys(names, (0, 0)))
         running = [self.begin(prepared) for prepared in requests]
         states = [state for own in running for state in own]
+        self._report(names, running)
         for _ in self.progress_bar(range(max(prepared.request.steps for prepared in requests))):
             check_request_cancellation()
             unfinished = [state for state in states if not state.is_done]
             for state, guided in zip(unfinished, self.predict(unfinished), strict=True):
                 self.scheduler_step(state, guided)
+            self._report(names, running)
         return [self.postprocess(own) for own in running]
+
+    def _report(self, names: Sequence[str], running: Sequence[Sequence[DenoiseState]]) -> None:
+        self.reporter.report({name: own[0].steps_done for name, own in zip(names, running, strict=True)})
 
     def begin(self, prepared: PreparedRequest) -> list[DenoiseState]:
         """Encode a request once, and return the initial state of each of its outputs."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted
 from port_kit.pipeline.inputs import check_integer
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def check_engine(request: Any, config: OmniDiffusionConfig) -> None:
     ranks = config.parallel_config.cfg_parallel_size
     if gate_of(request) is not None and config.cache_backend not in (None, "", "none") and ranks > 1:
         raise InputError(
-            f"{GUIDANCE_GATE} is {gate_of(request)}, and the server has cache_backend={config.cache_backend!r} and "
-            f"cfg_parallel_size={ranks}: ranks without the first branch have no cache for it",
+            f"{GUIDANCE_GATE} is {gate_of(request)}, and the server has cache_backend={quoted(config.cache_backend)} "
+            f"and cfg_parallel_size={ranks}: ranks without the first branch have no cache for it",
             code="input_value",
             hint=f"omit {GUIDANCE_GATE}, or start the server without cache_backend or with cfg_parallel_size 1",
         )

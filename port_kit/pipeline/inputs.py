@@ -84,7 +84,7 @@ def check_text(name: str, value: object, *, required: bool = False) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{name} has {value[error.start]!r} at {error.start}, which is half of a character",
+            f"{name} has {quoted(value[error.start])} at {error.start}, which is half of a character",
             code="input_value",
             hint="decode the text as it was encoded",
         ) from error

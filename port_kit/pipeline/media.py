@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from port_kit.errors import InputError
+from port_kit.escape import reason_of
 
 #: Suffix of files with sound alone and with frames; the suffix of an image chooses its format.
 AUDIO_SUFFIX, VIDEO_SUFFIX = ".wav", ".mp4"
@@ -252,7 +253,7 @@ def measure_mp4(path: Path | str) -> MediaInfo:
                 raise InputError(f"{path} has no video stream", code="media_write")
             return _measure(container)
     except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}", code="media_write") from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}", code="media_write") from error
 
 
 def _measure(container: av.container.InputContainer) -> MediaInfo:

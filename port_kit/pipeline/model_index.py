@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from port_kit.errors import PortKitError
+from port_kit.escape import quoted, reason_of
 from port_kit.port import Port
 from port_kit.registry import port_of_class
 
@@ -25,7 +26,7 @@ def read_json(model: str | Path, name: str) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise incomplete(f"cannot read {path}: {error}") from error
+        raise incomplete(f"cannot read {path}: {reason_of(error)}") from error
     if not isinstance(content, dict):
         raise incomplete(f"{path} holds {type(content).__name__}, not an object")
     return content
@@ -79,7 +80,7 @@ class ModelIndex:
         return self.values[key]
 
     def _wrong(self, key: str, value: object, expected: str) -> PortKitError:
-        return incomplete(f"{self.path}: {key} is {value!r}; expected {expected}")
+        return incomplete(f"{self.path}: {key} is {quoted(value)}; expected {expected}")
 
 
 def port_of_model(model: str | Path) -> Port:

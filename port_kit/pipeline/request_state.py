@@ -94,6 +94,11 @@ class DenoiseState:
         return self.index >= len(self.timesteps)
 
     @property
+    def steps_done(self) -> tuple[int, int]:
+        """Number of steps that have been made, and of all steps."""
+        return self.index, len(self.timesteps)
+
+    @property
     def timestep(self) -> Tensor:
         """Timestep of the next step, 0-dim on the device."""
         return self.timesteps[self.index]

@@ -85,7 +85,7 @@ def _fraction(names: tuple[str, str], options: Mapping[str, Any], default: float
         raise _contradiction(*names, options)
     for name, value in given.items():
         if not 0 <= value <= 1:
-            raise InputError(f"{name} is {value}; expected a fraction of the steps, 0 to 1", code="input_value")
+            raise InputError(f"{name} is {quoted(value)}; expected a fraction of the steps, 0 to 1", code="input_value")
     return next(iter(given.values()), default)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.worker.utils import StepRequestState
 
     from port_kit.pipeline.request_state import DenoiseState, PreparedRequest
+    from port_kit.runtime.progress import Reporter
 
 require("step_execution")
 
@@ -38,6 +39,7 @@ class StepExecution:
     """The four methods that step execution calls, in terms of the request loop of a pipeline."""
 
     supports_step_execution: ClassVar[bool] = True
+    reporter: Reporter
 
     @abstractmethod
     def prepared(self, layout: Any, prompt: Any, sampling: Any, *, is_dummy_run: bool) -> PreparedRequest:
@@ -65,6 +67,7 @@ class StepExecution:
         Raises:
             OmniClientError: it cannot be served; the others run on.
         """
+        self.reporter.report({state.request_id: (0, 0)})
         is_dummy_run = OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
         try:
             prepared = self.prepared(state.prepared_layout, state.prompt, state.sampling, is_dummy_run=is_dummy_run)
@@ -72,6 +75,7 @@ class StepExecution:
         except InputError as error:
             raise to_client_error(error) from error
         state.extra[STATES] = states
+        self.reporter.report({state.request_id: states[0].steps_done})
         # Solvers differ in the dtype of their timesteps; the engine requires one dtype per step.
         state.timesteps = states[0].timesteps.float()
         # The engine concatenates the latents of all requests, which fails for unequal sizes, and does not read the
@@ -92,6 +96,7 @@ class StepExecution:
         """Make one request's step."""
         for denoise_state, guided in zip(state.extra[STATES], state.extra.pop(FLOWS), strict=True):
             self.scheduler_step(denoise_state, guided)
+        self.reporter.report({state.request_id: state.extra[STATES][0].steps_done})
         state.step_index += 1
 
     def post_decode(self, state: StepRequestState, **_: Any) -> DiffusionOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from port_kit.errors import RemapError
+from port_kit.escape import quoted
 from port_kit.regions import region_shape, with_span
 from port_kit.remap.ops import Op
 from port_kit.remap.problems import Problem, remap_error
@@ -40,10 +41,10 @@ def _incomplete(group: Sequence[CopyTask], needed: Sequence[str]) -> list[Proble
     first, have, problems = group[0], [task.role for task in group], []
     for task in group:
         if task.role not in needed:
-            message = f"{task.source} is part {task.role!r} of {task.target}; expected one of {', '.join(needed)}"
+            message = f"{task.source} is part {quoted(task.role)} of {task.target}; expected one of {', '.join(needed)}"
             problems.append(Problem("remap_slot", message, task.rule.label, task.source, target=task.target))
         elif have.count(task.role) > 1:
-            message = f"part {task.role!r} of {task.target} has more than one source: {task.source}"
+            message = f"part {quoted(task.role)} of {task.target} has more than one source: {task.source}"
             problems.append(Problem("remap_collision", message, task.rule.label, task.source, target=task.target))
     missing = tuple(role for role in needed if role not in have)
     if missing:

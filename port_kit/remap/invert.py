@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.escape import quoted
 from port_kit.regions import Region, Shape, full_region, region_text
 from port_kit.remap.names import template_of
 from port_kit.remap.patterns import generalize_names, literal_template
@@ -94,4 +95,4 @@ def _backwards(op: TensorOp, task: CopyTask) -> list[Op]:
 
 def _one_way(task: CopyTask, why: str) -> RemapError:
     hint = "restore the tensors with the plan: port-kit rules export"
-    return remap_error("remap_op", f"rule {task.rule.label!r} cannot be written backwards: it {why}", hint)
+    return remap_error("remap_op", f"rule {quoted(task.rule.label)} cannot be written backwards: it {why}", hint)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from port_kit.dtypes import DTYPES
+from port_kit.escape import quoted
 from port_kit.remap.patterns import parse_size
 from port_kit.remap.problems import remap_error
 from port_kit.remap.transforms import find_transform
@@ -60,7 +61,7 @@ class Op:
         if isinstance(value, (Op, str, Mapping)):
             value = [value] if value else []
         if not isinstance(value, Sequence):
-            raise rules_error(f"op {value!r} is not an op, a name or a list of them", 'such as op="transpose"')
+            raise rules_error(f"op {quoted(value)} is not an op, a name or a list of them", 'such as op="transpose"')
         return tuple(map(cls._one, value))
 
     @classmethod
@@ -71,7 +72,7 @@ class Op:
             return cls(value)
         if isinstance(value, Mapping) and isinstance(value.get("name"), str):
             return cls.of(value["name"], **{key: item for key, item in value.items() if key != "name"})
-        raise rules_error(f"op {value!r} has no name", 'such as {name = "split", dim = 0}')
+        raise rules_error(f"op {quoted(value)} has no name", 'such as {name = "split", dim = 0}')
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the argument called ``key``."""
@@ -107,13 +108,13 @@ def check_ops(ops: Sequence[Op], label: str, targets: int, *, has_shard: bool) -
         _check_arguments(op, label)
     joining = [op.name for op in ops if op.joins]
     if len(joining) > 1 or (joining and ops[-1].name != joining[0]):
-        raise op_error(f"rule {label!r} joins with {' and '.join(joining)}", "one joining op, the last")
+        raise op_error(f"rule {quoted(label)} joins with {' and '.join(joining)}", "one joining op, the last")
     if joining and not has_shard:
-        raise op_error(f"rule {label!r} has {joining[0]} and no shard", "shard names the part that the source is")
+        raise op_error(f"rule {quoted(label)} has {joining[0]} and no shard", "shard names the part that the source is")
     splits = [op.name for op in ops].count("split")
     if splits > 1 or bool(splits) != (targets > 1):
         hint = "split needs two or more targets (or shards); one target needs no split"
-        raise op_error(f"rule {label!r} has {splits} split and {targets} targets", hint)
+        raise op_error(f"rule {quoted(label)} has {splits} split and {targets} targets", hint)
 
 
 def check_region(text: str) -> None:
@@ -123,18 +124,18 @@ def check_region(text: str) -> None:
 
 def _check_arguments(op: Op, label: str) -> None:
     if not isinstance(op.name, str):
-        raise op_error(f"rule {label!r} has the op {op.name!r}", "an op has a name")
+        raise op_error(f"rule {quoted(label)} has the op {quoted(op.name)}", "an op has a name")
     allowed = OPS[op.name] if op.name in OPS else find_transform(op.name).args
     names = {name.lstrip("*") for name in allowed}
     given = {key for key, _ in op.args}
     missing = [name[1:] for name in allowed if name.startswith("*") and name[1:] not in given]
     if given - names or missing:
         hint = f"{op.name} takes {', '.join(allowed) or 'none'} (* is required)"
-        raise op_error(f"op {op.name} of rule {label!r} has arguments {sorted(given)}", hint)
+        raise op_error(f"op {op.name} of rule {quoted(label)} has arguments {sorted(given)}", hint)
     for key, value in op.args if op.name in OPS else ():
         what, holds = _KINDS.get(f"{op.name} {key}") or _KINDS[key]
         if not holds(value):
-            raise op_error(f"op {op.name} of rule {label!r} has {key} = {value!r}", f"{key} is {what}")
+            raise op_error(f"op {op.name} of rule {quoted(label)} has {key} = {quoted(value)}", f"{key} is {what}")
         if key in ("sizes", "shape", "runs"):
             _check_sizes(value)
     if op.name == "rearrange":
@@ -186,11 +187,11 @@ def parse_rearrange(pattern: str) -> tuple[list[list[str]], list[list[str]]]:
     """Parse ``"(h two) c -> (two h) c"`` to the names of each axis on both sides; raises ``remap_op``."""
     sides = pattern.split("->")
     if len(sides) != 2:
-        raise op_error(f"rearrange {pattern!r} has no single ->", 'such as "(h two) c -> (two h) c"')
+        raise op_error(f"rearrange {quoted(pattern)} has no single ->", 'such as "(h two) c -> (two h) c"')
     left, right = (_parse_side(side, pattern) for side in sides)
     names = sorted(name for axis in left for name in axis)
     if names != sorted(name for axis in right for name in axis) or len(set(names)) != len(names):
-        raise op_error(f"rearrange {pattern!r} does not use each name once per side", "no axis may be lost")
+        raise op_error(f"rearrange {quoted(pattern)} does not use each name once per side", "no axis may be lost")
     return left, right
 
 
@@ -200,7 +201,9 @@ def _parse_side(side: str, pattern: str) -> list[list[str]]:
         group, word, stray = match.groups()
         names = (group or word or stray or "").split()
         if word != "..." and not all(re.fullmatch(r"[A-Za-z_]\w*|1", name) for name in names):
-            raise op_error(f"rearrange {pattern!r} cannot be read at {match[0]!r}", "names, parentheses, 1 and ...")
+            raise op_error(
+                f"rearrange {quoted(pattern)} cannot be read at {quoted(match[0])}", "names, parentheses, 1 and ..."
+            )
         if word or group is not None:
             axes.append([name for name in names if name != "1"])
     return axes
@@ -212,8 +215,8 @@ def region_bounds(text: str) -> list[tuple[str, ...]]:
         return []
     body = text.strip()
     if not (body.startswith("[") and body.endswith("]")):
-        raise op_error(f"part {text!r} is not in brackets", "such as [0:3*h, :] or [\\2, 0:f]")
+        raise op_error(f"part {quoted(text)} is not in brackets", "such as [0:3*h, :] or [\\2, 0:f]")
     parts = [tuple(bound.strip() for bound in part.split(":")) for part in body[1:-1].split(",")]
     if any(len(part) > 2 or part == ("",) for part in parts):
-        raise op_error(f"part {text!r} cannot be read", "one index or start:stop per axis, separated by commas")
+        raise op_error(f"part {quoted(text)} cannot be read", "one index or start:stop per axis, separated by commas")
     return parts

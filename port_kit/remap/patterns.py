@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from port_kit.errors import RemapError
+from port_kit.escape import quoted, reason_of
 from port_kit.remap.matching_time import UnboundedError, check_matching_time, parse_pattern
 from port_kit.remap.names import NUMBER, fill, template_of
 
@@ -34,7 +35,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         compiled, tree = re.compile(pattern), parse_pattern(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise _bad(pattern, f"is not a regular expression: {error}") from error
+        raise _bad(pattern, f"is not a regular expression: {reason_of(error)}") from error
     if compiled.flags != re.compile("").flags:
         raise _bad(pattern, "sets flags")
     try:
@@ -45,9 +46,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _bad(pattern: str, why: str) -> RemapError:
-    shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
     hint = r"write names out and use (\d+), ([^.]+) and (a|b) for parts that vary"
-    return RemapError(f"pattern {shown!r} {why}", code="remap_pattern", hint=hint)
+    return RemapError(f"pattern {quoted(pattern)} {why}", code="remap_pattern", hint=hint)
 
 
 _TEMPLATE_PART = re.compile(r"\\(\d{1,2})|\\g<(\w+)>|\{([^{}]*)\}|\\([\\{}])|(\\.?|[{}])", re.DOTALL)
@@ -85,7 +85,7 @@ def parse_template(text: str) -> Template:
         number, name, expression, sign, stray = match.groups()
         if stray:
             hint = r"a template is plain text with \1, \g<name> and {expression}"
-            raise RemapError(f"template {text!r} has a stray {stray!r}", code="remap_template", hint=hint)
+            raise RemapError(f"template {quoted(text)} has a stray {quoted(stray)}", code="remap_template", hint=hint)
         if match.start() > at:
             parts.append(text[at : match.start()])
         if expression is not None:
@@ -163,10 +163,10 @@ def evaluate(expression: int | str, names: Mapping[str, int], where: str = "") -
     except KeyError as error:
         known = ", ".join(sorted(names)) or "none"
         hint = f"known sizes: {known}; give it in the rule set's sizes or to compile(sizes=...)"
-        raise _bad_size(expression, f"{of}names {error.args[0]!r}, which is not a known size", hint) from error
+        raise _bad_size(expression, f"{of}names {quoted(error.args[0])}, which is not a known size", hint) from error
     except (ZeroDivisionError, OverflowError) as error:
         hint = "check the named sizes that it uses"
-        raise _bad_size(expression, f"{of}cannot be computed: {error}", hint) from error
+        raise _bad_size(expression, f"{of}cannot be computed: {reason_of(error)}", hint) from error
 
 
 def evaluate_sizes(sizes: Mapping[str, int | str], given: Mapping[str, int]) -> dict[str, int]:
@@ -197,7 +197,7 @@ def parse_size(expression: str) -> ast.expr:
     Groups are read as names: ``\1 // 4`` as ``_1 // 4``, ``\g<n>`` as ``n``.
     """
     if len(expression) > MAX_EXPRESSION_LENGTH:
-        raise _bad_size(f"{expression[:40]}...", f"is longer than {MAX_EXPRESSION_LENGTH} characters")
+        raise _bad_size(expression, f"is longer than {MAX_EXPRESSION_LENGTH} characters")
     try:
         text = _GROUP_NAME.sub(lambda group: f"_{group[1]}" if group[1] else group[2], expression.strip())
         tree = ast.parse(text, mode="eval").body
@@ -207,7 +207,7 @@ def parse_size(expression: str) -> ast.expr:
         if not isinstance(node, _ALLOWED):
             raise _bad_size(expression, f"uses {type(node).__name__}")
         if isinstance(node, ast.Constant) and type(node.value) is not int:
-            raise _bad_size(expression, f"uses the constant {node.value!r}")
+            raise _bad_size(expression, f"uses the constant {quoted(node.value)}")
     return tree
 
 
@@ -229,4 +229,4 @@ def _value(node: ast.expr, names: Mapping[str, int]) -> int:
 
 def _bad_size(expression: str, why: str, hint: str = "") -> RemapError:
     hint = hint or "a size is integers, names, brackets and + - * // %, such as 3*hidden + mlp"
-    return RemapError(f"size {expression!r} {why}", code="remap_size", hint=hint, expression=expression)
+    return RemapError(f"size {quoted(expression)} {why}", code="remap_size", hint=hint, expression=expression)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from port_kit.dtypes import both_floating, keeps_values
 from port_kit.errors import RemapError
+from port_kit.escape import quoted
 from port_kit.manifest import TensorSpec
 from port_kit.regions import Region, Shape, full_region, region_shape, shifted, with_span
 from port_kit.remap.names import NUMBER, template_of
@@ -202,7 +203,7 @@ class Resolver:
             return _Place(target, "", shard, full_region(spec.shape))
         if shard not in spec.slots:
             known = ", ".join(spec.slots) or "none, it is a plain tensor"
-            raise remap_error("remap_slot", f"{target} has no shard {shard!r}; its shards: {known}")
+            raise remap_error("remap_slot", f"{target} has no shard {quoted(shard)}; its shards: {known}")
         return _Place(target, shard, "", spec.slots[shard])
 
     def _infer_full_shape(self, rule: Rule, target: str, spec: TensorSpec) -> None:
@@ -244,7 +245,7 @@ def unmatched(name: str, file: str = "") -> Problem:
     """Return the problem of a source that no rule matches."""
     message = f"{name} matches no rule"
     if len(name) > MAX_NAME_LENGTH:
-        message = f"{name[:60]}... has {len(name)} characters; at most {MAX_NAME_LENGTH} are matched"
+        message = f"{quoted(name)} is too long; at most {MAX_NAME_LENGTH} are matched"
     return Problem("remap_unexpected", message, source=name, file=file)
 
 
@@ -321,13 +322,13 @@ def _part(join: Op, place: _Place, content: Shape, scope: Scope) -> tuple[Region
     if join.name == "stack":
         if not place.role.isdecimal() or int(place.role) >= content[axis]:
             code = "remap_beyond_layers" if place.role.isdecimal() else "remap_op"
-            message = f"{scope.where}: shard {place.role!r} of a stack of {content[axis]} in {place.target}"
+            message = f"{scope.where}: shard {quoted(place.role)} of a stack of {content[axis]} in {place.target}"
             raise remap_error(code, message)
         start = int(place.role)
         return with_span(place.base, axis, start, start + 1), (*content[:axis], *content[axis + 1 :])
     roles, sizes = [str(role) for role in join.get("parts")], [scope.size(size) for size in join.get("sizes")]
     if place.role not in roles:
-        message = f"{scope.where}: part {place.role!r} of {place.target}; expected one of {', '.join(roles)}"
+        message = f"{scope.where}: part {quoted(place.role)} of {place.target}; expected one of {', '.join(roles)}"
         raise remap_error("remap_slot", message)
     regions = _divided(content, axis, sizes, len(roles), f"{scope.where}: concat into {place.target}")
     region = regions[roles.index(place.role)]

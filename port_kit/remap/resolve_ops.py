@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.escape import quoted
 from port_kit.regions import Region, Shape
 from port_kit.remap.ops import Op, parse_rearrange, region_bounds
 from port_kit.remap.patterns import evaluate
@@ -30,7 +31,7 @@ class Scope:
     @property
     def where(self) -> str:
         """The rule and the tensor, as messages name them."""
-        return f"rule {self._rule!r} on {self._name}"
+        return f"rule {quoted(self._rule)} on {self._name}"
 
     @cached_property
     def names(self) -> Mapping[str, int]:
@@ -131,7 +132,7 @@ def _resolve_rearrange(op: Op, shape: Shape, scope: Scope, target: Shape) -> lis
             [axis for part in side for axis in (hidden if part == ["..."] else [part])] for side in (left, right)
         )
     if len(left) != len(shape):
-        raise _shape_error(f"rearrange {op.get('pattern')!r} of shape {list(shape)}", f"{len(left)} axes", scope)
+        raise _shape_error(f"rearrange {quoted(op.get('pattern'))} of shape {list(shape)}", f"{len(left)} axes", scope)
     for axis, extent in zip(left, shape, strict=True):
         _infer(axis, extent, sizes, scope)
     atoms = [name for axis in left for name in axis]

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from port_kit.errors import RemapError
+from port_kit.escape import quoted, shortened
 from port_kit.remap.ops import Op, check_ops, check_region, rules_error
 from port_kit.remap.patterns import compile_pattern, parse_size, parse_template
 
@@ -105,7 +106,7 @@ class Rule:
         """
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
-            message = f"rule {data.get('source')!r} has unknown fields {sorted(unknown)}"
+            message = f"rule {quoted(data.get('source'))} has unknown fields {sorted(unknown)}"
             raise rules_error(message, f"fields: {', '.join(cls.__dataclass_fields__)}")
         return cls(**data)
 
@@ -114,31 +115,33 @@ class Rule:
             value = getattr(self, name)
             for text in value if isinstance(value, tuple) else (value,):
                 if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
-                    raise rules_error(f"{name} is {value!r}", "it must be a text")
+                    raise rules_error(f"{name} is {quoted(value)}", "it must be a text")
         for name in _FLAGS:
             if type(getattr(self, name)) is not bool:
-                raise rules_error(f"{name} is {getattr(self, name)!r}", "it must be true or false")
+                raise rules_error(f"{name} is {quoted(getattr(self, name))}", "it must be true or false")
 
     def _check_purpose(self) -> None:
         purposes = [name for name in ("target", "drop", "keep") if getattr(self, name)]
         if purposes not in (["target"], ["drop"], ["target", "keep"]):
             found = " and ".join(purposes) or "neither target, drop nor keep"
             hint = "a rule has a source with a target, a source with drop, or a target with keep"
-            raise rules_error(f"rule {self.label!r} has {found}", hint)
+            raise rules_error(f"rule {quoted(self.label)} has {found}", hint)
         if bool(self.source) == bool(self.keep):
             expected = "no source" if self.keep else "a source"
-            raise rules_error(f"rule {self.label!r} needs {expected}", "keep is about targets")
+            raise rules_error(f"rule {quoted(self.label)} needs {expected}", "keep is about targets")
         if self.keep and not isinstance(self.target, str):
-            raise rules_error(f"rule {self.label!r} keeps several targets", "write them as one regular expression")
+            raise rules_error(
+                f"rule {quoted(self.label)} keeps several targets", "write them as one regular expression"
+            )
         if self.keep:
             compile_pattern(str(self.target))
 
     def _check_mapping(self) -> None:
         if len(self.shards) != len(self.targets):
-            message = f"rule {self.label!r} has {len(self.targets)} targets and {len(self.shards)} shards"
+            message = f"rule {quoted(self.label)} has {len(self.targets)} targets and {len(self.shards)} shards"
             raise rules_error(message, "give one shard per target, or one target for all shards")
         if self.variant and self.variant.count(":") != 1:
-            raise rules_error(f"variant {self.variant!r} is not choice:spelling", "for example weight_norm:g_v")
+            raise rules_error(f"variant {quoted(self.variant)} is not choice:spelling", "for example weight_norm:g_v")
         pattern = compile_pattern(self.source)
         for text in (*self.targets, *self.shards):
             _check_template(text, pattern)
@@ -168,12 +171,14 @@ class Rules:
         object.__setattr__(self, "sizes", dict(self.sizes))
         for size, value in self.sizes.items():
             if not _SIZE_NAME.fullmatch(size):
-                raise rules_error(f"size name {size!r} is not a word", "letters, digits and _, not starting with _")
+                raise rules_error(
+                    f"size name {quoted(size)} is not a word", "letters, digits and _, not starting with _"
+                )
             if isinstance(value, str):
                 parse_size(value)
         for rule, count in Counter(self.rules).items():
             if count > 1:
-                raise rules_error(f"rule {rule.label!r} is in {self.name} twice", "remove one of them")
+                raise rules_error(f"rule {quoted(rule.label)} is in {self.name} twice", "remove one of them")
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -193,6 +198,7 @@ def _check_template(text: str, pattern: re.Pattern[str]) -> None:
     for group in parse_template(text).groups():
         known = int(group) <= pattern.groups if group.isdigit() else group in pattern.groupindex
         if not known or group == "0":
-            message = f"template {text!r} refers to group {group}, which pattern {pattern.pattern!r} does not have"
+            lacking = f"pattern {quoted(pattern.pattern)} does not have"
+            message = f"template {quoted(text)} refers to group {shortened(group)}, which {lacking}"
             hint = f"the pattern has {pattern.groups} groups"
             raise RemapError(message, code="remap_template", hint=hint, template=text, rule=pattern.pattern)

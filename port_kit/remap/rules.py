@@ -27,6 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from port_kit.escape import quoted, reason_of
+from port_kit.files import read_text
 from port_kit.manifest import Manifest
 from port_kit.remap.ops import Op, rules_error
 from port_kit.remap.patterns import literal_template
@@ -109,7 +111,9 @@ class RuleSet(Rules):
     def _included(cls, part: object, folder: Path | None, depth: int) -> RuleSet:
         known = isinstance(part, Mapping) and {"rules"} <= set(part) <= {"rules", "source", "target"}
         if not isinstance(part, Mapping) or not known or not all(isinstance(text, str) for text in part.values()):
-            raise rules_error(f"include is {part!r}", "it needs rules, and may have source and target prefixes: texts")
+            raise rules_error(
+                f"include is {quoted(part)}", "it needs rules, and may have source and target prefixes: texts"
+            )
         found = cls._referenced(part["rules"], folder, depth)
         return found.under(part.get("source", ""), part.get("target", ""))
 
@@ -166,11 +170,11 @@ def import_rules(reference: str) -> RuleSet:
 
     hint = "name a .toml or .json file, or module:ATTRIBUTE of a RuleSet"
     if not re.fullmatch(r"\w[\w.]*:\w+", reference):
-        raise rules_error(f"{reference!r} is neither a file of rules nor module:ATTRIBUTE", hint)
+        raise rules_error(f"{quoted(reference)} is neither a file of rules nor module:ATTRIBUTE", hint)
     try:
         found = resolve(reference)
     except (ImportError, AttributeError, ValueError) as error:
-        raise rules_error(f"{reference} cannot be imported: {error}", hint) from error
+        raise rules_error(f"{reference} cannot be imported: {reason_of(error)}", hint) from error
     if not isinstance(found, RuleSet):
         raise rules_error(f"{reference} is a {type(found).__name__}, not a RuleSet", hint)
     return found
@@ -188,7 +192,7 @@ def _checked_fields(data: object) -> Mapping[str, Any]:
     types = {"name": str, "include": list, "allow_downcast": bool}
     for field, kind in types.items():
         if field in data and not isinstance(data[field], kind):
-            raise rules_error(f"{field} is {data[field]!r}", f"it must be a {kind.__name__}")
+            raise rules_error(f"{field} is {quoted(data[field])}", f"it must be a {kind.__name__}")
     return data
 
 
@@ -211,12 +215,12 @@ def _prefixed(rule: Rule, source: str, target: str) -> Rule:
 def _read_text(source: str | Path) -> object:
     """Read TOML text, or a ``.toml`` or ``.json`` file; raises ``remap_rules`` if it cannot be read."""
     try:
-        text = source if isinstance(source, str) else source.read_text(encoding="utf-8")
+        text = source if isinstance(source, str) else read_text(source)
         is_json = isinstance(source, Path) and source.suffix == ".json"
         return json.loads(text) if is_json else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         name = source if isinstance(source, Path) else "TOML text"
-        raise rules_error(f"{name} cannot be read: {error}", _FORM) from error
+        raise rules_error(f"{name} cannot be read: {reason_of(error)}", _FORM) from error
 
 
 def _short(key: str, value: Any) -> Any:
@@ -233,7 +237,7 @@ def _value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_value, value)) + "]"
     if not isinstance(value, (int, str)):
-        raise rules_error(f"{value!r} has no form in TOML", _FORM)
+        raise rules_error(f"{quoted(value)} has no form in TOML", _FORM)
     if isinstance(value, str) and "'" not in value and value.isprintable():
         return f"'{value}'"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

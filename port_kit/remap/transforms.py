@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from port_kit.escape import quoted
 from port_kit.regions import Shape
 from port_kit.remap.problems import remap_error
 from port_kit.upstream.checks import require
@@ -96,7 +97,7 @@ def transform(
     def register(forward: Forward) -> Forward:
         known = _REGISTRY.get(name)
         if known is not None and known.forward.__qualname__ != forward.__qualname__:
-            raise remap_error("remap_op", f"two transforms are called {name!r}", "rename one of them")
+            raise remap_error("remap_op", f"two transforms are called {quoted(name)}", "rename one of them")
         _REGISTRY[name] = Transform(name, forward, shape, inverse, exact, roles, args)
         return forward
 
@@ -111,7 +112,7 @@ def find_transform(name: str) -> Transform:
     """
     if name not in _REGISTRY:
         hint = f"registered transforms: {', '.join(sorted(_REGISTRY))}; a port registers its own when it is imported"
-        raise remap_error("remap_op", f"no op or transform is called {name!r}", hint)
+        raise remap_error("remap_op", f"no op or transform is called {quoted(name)}", hint)
     return _REGISTRY[name]
 
 

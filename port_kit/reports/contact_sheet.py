@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import InputError, OptionalDependencyError
+from port_kit.escape import quoted, reason_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +107,7 @@ def read_clip(path: Path) -> Clip:
         import numpy as np
     except ModuleNotFoundError as error:
         raise OptionalDependencyError(
-            f"pictures of clips need the package {error.name!r}, which is not installed",
+            f"pictures of clips need the package {quoted(error.name)}, which is not installed",
             hint="install the runtime: pip install 'port-kit[omni]'",
         ) from error
     frames: list[tuple[float, np.ndarray]] = []
@@ -127,7 +128,7 @@ def read_clip(path: Path) -> Clip:
                 else:
                     sound.append(_mono(frame))
     except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path} cannot be decoded: {error}", code="media_write") from error
+        raise InputError(f"{path} cannot be decoded: {reason_of(error)}", code="media_write") from error
     if not frames:
         raise InputError(f"{path} has no frames", code="media_write")
     samples = np.concatenate(sound) if sound else np.empty(0, np.float32)

@@ -13,6 +13,7 @@ from typing import Any
 
 from port_kit.checkpoint.configuration import config_beside, read_config
 from port_kit.errors import RemapError
+from port_kit.escape import quoted
 from port_kit.port import Component, Port, resolve
 
 FULL_SIZE = "full size"
@@ -83,7 +84,7 @@ def _mismatch(component: Component, config: ComponentConfig) -> str:
     if key in full:
         expected, found = full[key], config.values.get(key)
         same = expected == found
-        return "" if same else f"{config.origin} is not a configuration of {expected}: its {key} is {found!r}"
+        return "" if same else f"{config.origin} is not a configuration of {expected}: its {key} is {quoted(found)}"
     missing = [name for name in full if name not in config.values]
     if not missing:
         return ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.errors import PortKitError
+from port_kit.escape import reason_of
 
 
 def naming_the_file(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +25,7 @@ def naming_the_file(read: Callable[..., Any]) -> Callable[..., Any]:
             if not path.is_file():
                 raise
             raise PortKitError(
-                f"cannot read {path}: {error}",
+                f"cannot read {path}: {reason_of(error)}",
                 code="model_incomplete",
                 hint="assemble the directory again: port-kit download PORT --output-dir DIR",
             ) from error

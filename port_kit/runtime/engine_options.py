@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted
 from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def check_options(config: OmniDiffusionConfig) -> None:
                 raise _unsupported(name, "weights are in CPU memory already", f"remove {name}")
         if config.quantization_config is not None:
             method = config.quantization_config.get_name()
-            raise _unsupported("quantization", f"{method!r} needs an accelerator", "remove quantization")
+            raise _unsupported("quantization", f"{quoted(method)} needs an accelerator", "remove quantization")
         if config.diffusion_kv_cache_dtype not in (None, "auto", "float"):
             raise _unsupported("diffusion_kv_cache_dtype", "it needs an accelerator", "remove diffusion_kv_cache_dtype")
     if getattr(config, "hsdp_weight_load_strategy", "full") != "full":
@@ -51,7 +52,7 @@ def check_options(config: OmniDiffusionConfig) -> None:
 def _check_cache(config: OmniDiffusionConfig) -> None:
     if config.cache_backend in (None, "none"):
         return
-    cache = f"requests would share the cache of cache_backend={config.cache_backend!r}"
+    cache = f"requests would share the cache of cache_backend={quoted(config.cache_backend)}"
     if config.step_execution or config.streaming_output:
         raise _unsupported("step_execution", cache, "remove step_execution or cache_backend")
     if config.max_num_seqs > 1:

@@ -12,6 +12,7 @@ from vllm_omni.engine.messages import ErrorMessage, OutputMessage
 from vllm_omni.errors import OmniClientError, is_client_error_status
 
 from port_kit.errors import PortKitError
+from port_kit.escape import reason_of
 
 
 class RefusedRequests(OmniClientError):
@@ -118,6 +119,6 @@ def as_client_error(parse: Callable[..., Any], kind: type[Exception], message: s
         try:
             return parse(*arguments, **keywords)
         except kind as error:
-            raise OmniClientError(message or str(error)) from error
+            raise OmniClientError(message or reason_of(error)) from error
 
     return run

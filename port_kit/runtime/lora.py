@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import InputError
+from port_kit.escape import reason_of
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import RuleSet
 from port_kit.remap.lora import read_entry, remap_lora, restore_names, split_by_part
@@ -226,7 +227,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _bad(config, f"it cannot be read: {error}") from error
+        raise _bad(config, f"it cannot be read: {reason_of(error)}") from error
     if not isinstance(settings, dict):
         raise _bad(config, f"it holds {type(settings).__name__}, not an object")
     refused = [name for name in _UNSUPPORTED if settings.get(name)]
@@ -242,7 +243,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise _bad(file, f"it cannot be read: {error}") from error
+        raise _bad(file, f"it cannot be read: {reason_of(error)}") from error
     for name, tensor in tensors.items():
         if not bool(tensor.float().isfinite().all()):
             raise _bad(file, f"{name} has values that are not finite")

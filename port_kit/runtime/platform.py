@@ -12,6 +12,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 from port_kit.errors import RegistrationError
+from port_kit.escape import quoted
 from port_kit.runtime.patches import install_worker_fixes
 from port_kit.upstream.checks import require
 from port_kit.upstream.series import check_version
@@ -50,7 +51,7 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):
         """
         if selected_backend is not None and selected_backend.upper() != ATTENTION_BACKEND:
             raise RegistrationError(
-                f"Attention backend on a CPU: expected {ATTENTION_BACKEND}, got {selected_backend!r}.",
+                f"Attention backend on a CPU: expected {ATTENTION_BACKEND}, got {quoted(selected_backend)}.",
                 code="attention_backend",
                 hint=f"remove the backend option, or set it to {ATTENTION_BACKEND}",
                 backend=selected_backend,

@@ -23,6 +23,7 @@ import logging
 from importlib.util import find_spec
 
 from port_kit.errors import RegistrationError
+from port_kit.escape import quoted
 from port_kit.port import Port
 from port_kit.registry import list_ports
 from port_kit.runtime.hosts import HOSTS, MODULE
@@ -161,7 +162,7 @@ def _register(port: Port) -> None:
     module, _, class_name = port.pipeline.partition(":")
     if not module or not class_name:
         raise RegistrationError(
-            f"Port {port.name}: expected pipeline 'package.module:Class', got {port.pipeline!r}.",
+            f"Port {port.name}: expected pipeline 'package.module:Class', got {quoted(port.pipeline)}.",
             code="port_unregistrable",
             hint="correct the pipeline field of the port",
             port=port.name,

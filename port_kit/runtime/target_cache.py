@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from port_kit.errors import PortKitError, RemapError
+from port_kit.escape import reason_of
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.port import Component, Port, resolve
 from port_kit.remap.names import axis_text, expand, fill, parse_ranges, product_axes, split_numbers
@@ -75,7 +76,7 @@ def component_target(
         if sizes is None or isinstance(error, PortKitError | OSError):
             raise
         raise RemapError(
-            f"{port.name}'s {name} cannot be built with {shown}: {type(error).__name__}: {error}",
+            f"{port.name}'s {name} cannot be built with {shown}: {type(error).__name__}: {reason_of(error)}",
             code="component_config",
             hint="compare with the port's full size: --config full",
         ) from error

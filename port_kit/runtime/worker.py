@@ -12,6 +12,8 @@ import torch
 from vllm_omni.diffusion.data import AsyncDiffusionOutput, AsyncOutputKind
 from vllm_omni.diffusion.ipc import pack_diffusion_output_shm
 
+from port_kit.escape import reason_of
+
 if TYPE_CHECKING:
     from vllm_omni.diffusion.data import DiffusionOutput
     from vllm_omni.diffusion.worker.diffusion_worker import WorkerProc
@@ -47,7 +49,7 @@ def _packed(output: DiffusionOutput, output_id: str) -> AsyncDiffusionOutput:
         return AsyncDiffusionOutput(
             kind=AsyncOutputKind.OUTPUT_READY,
             async_output_id=output_id,
-            error=f"packing the output into shared memory failed: {error}",
+            error=f"packing the output into shared memory failed: {reason_of(error)}",
         )
     return AsyncDiffusionOutput(kind=AsyncOutputKind.OUTPUT_READY, async_output_id=output_id, output=output)
 

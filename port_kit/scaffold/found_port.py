@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from port_kit.errors import ScaffoldError
-from port_kit.escape import escape_control_chars
+from port_kit.escape import escape_control_chars, quoted
 from port_kit.inspect.pitfalls import several_sets
 from port_kit.inspect.report import Finding, WeightFile
 from port_kit.scaffold.common import common_values, media_values
@@ -16,10 +16,11 @@ from port_kit.scaffold.found_sizes import output_sizes
 from port_kit.scaffold.found_values import Found, channels_expression, found_values
 from port_kit.scaffold.git_code import FoundCode, find_code, named_code
 from port_kit.scaffold.modality import FORMS, modality_values
-from port_kit.scaffold.own_port import loading_values
+from port_kit.scaffold.own_port import LAYOUTS, loading_values
 from port_kit.scaffold.parts import Part, find_parts, left_out
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
+from port_kit.scaffold.serving_files import serving_templates, serving_values
 from port_kit.scaffold.source import Source, read_source
 
 #: Templates of the package, of the files beside it, and of the tests: ``{file: template}``.
@@ -101,7 +102,7 @@ def _require_wrapper(port: NewPort, weights: Sequence[WeightFile]) -> None:
     if port.wrapper and not any(file.wrapper == port.wrapper for file in weights):
         known = sorted({wrapper for file in weights for wrapper in (file.wrapper, *file.alternatives) if wrapper})
         raise ScaffoldError(
-            f"no pickle of {' and '.join(port.sources)} has tensors under {port.wrapper!r}; there is: "
+            f"no pickle of {' and '.join(port.sources)} has tensors under {quoted(port.wrapper)}; there is: "
             f"{', '.join(known) or 'no wrapper'}",
             code="scaffold_unsupported",
             hint=f"port-kit inspect {port.source} lists the sets of tensors",
@@ -122,6 +123,7 @@ def _common(found: Found) -> dict[str, str]:
     return {
         **common_values(port, main.source, main.component.parameters if main.component else 0),
         **modality_values(port.output, **sizes, channels=channels_expression(main)),
+        **serving_values(port.output, LAYOUTS),
         **media_values(takes_image=False),
         "path": port.path,
         "reference": f"`{found.code.code.url}` at `{found.code.code.commit}`" if found.code else "the original code",
@@ -132,7 +134,7 @@ def _common(found: Found) -> dict[str, str]:
         "expected_size": f"{tiny['width']}x{tiny['height']}" if "width" in tiny else form.expected,
         "checks": "Coverage of every published tensor; on a tiny model with seeded weights, on a CPU: download, ranks\n"
         f"against one, {form.text} through the engine.",
-        "layouts": literal(("tp2", "ulysses2", "cfg2")),
+        "layouts": literal(LAYOUTS),
         "proven": literal(("tp2", "ulysses2")),
         "ranks": literal((1, 2)),
         "plan": '\n    plan="plan.toml",' if planned else "",
@@ -165,6 +167,7 @@ def _templates(found: Found) -> dict[str, str]:
         templates["tests/test_parity.py"] = "own/test_parity.py"
     if not planned and found.parts[0].is_own:
         templates[f"{name}/model/transformer.py"] = "own/transformer.py"
+    templates |= serving_templates(found.port.output)
     return templates | {
         "README.md": "found/README.md",
         "CARD.md": "common/CARD.md",

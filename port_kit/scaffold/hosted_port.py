@@ -20,6 +20,7 @@ from port_kit.scaffold.pipeline_files import file_rules
 from port_kit.scaffold.plans import plan_of_class, tested_layouts
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
+from port_kit.scaffold.serving_files import serving_templates, serving_values
 from port_kit.scaffold.source import Source, read_source
 
 #: Tests that need a tiny pipeline.
@@ -59,8 +60,10 @@ def hosted_files(port: NewPort, report: Callable[[str], None]) -> dict[str, str]
         **_port_values(index, case),
         **_recipe_values(port, source, index),
         **_test_values(plan, case, index, source),
+        **serving_values(index.output_type, tested_layouts(plan), takes_image=_takes_image(index)),
     }
-    files = {path: render(template, values) for path, template in sorted(_templates(port.name, case).items())}
+    templates = _templates(port.name, case) | serving_templates(index.output_type, takes_image=_takes_image(index))
+    files = {path: render(template, values) for path, template in sorted(templates.items())}
     return {**files, f"{port.name}/plan.toml": plan.to_toml()}
 
 
@@ -107,7 +110,6 @@ def _port_values(index: PipelineIndex, case: TinyPipeline | None) -> dict[str, s
         for name, parameter in index.parameters.items()
         if type(parameter.default) in (int, float) and name not in _NOT_OPTIONS
     }
-    takes_image = any(name in index.parameters for name in MEDIA["image"])
     denoisers = tuple(index.denoisers)
     hosted, output = index.pipeline_class.__name__, index.output_type
     words = {"video": "a video", "image": "a picture", "audio": "a sound"}
@@ -121,11 +123,15 @@ def _port_values(index: PipelineIndex, case: TinyPipeline | None) -> dict[str, s
         "output_word": words[output].replace(" ", "_"),
         "suffix": SUFFIXES[output].removeprefix("."),
         "denoisers": "" if denoisers == ("transformer",) else f"    denoisers={literal(denoisers)},\n",
-        "references": _references(index.output_type) if takes_image else "",
+        "references": _references(index.output_type) if _takes_image(index) else "",
         "example_prompt": FORMS[output].example_prompt,
         "request_options": f"    request_options={literal(options, 4)},\n" if options else "",
         "tiny": f"    tiny={literal(_tiny_request(case), 4)},\n" if case else "",
     }
+
+
+def _takes_image(index: PipelineIndex) -> bool:
+    return any(name in index.parameters for name in MEDIA["image"])
 
 
 def _references(output: str) -> str:

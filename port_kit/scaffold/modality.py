@@ -111,7 +111,6 @@ def modality_values(output: str, *, size_multiple: int, frame_step: int, channel
         "grid": literal(form.grid),
         "grid_comment": f"Latent extents {form.latents}; 45 tokens, which no two ranks can share evenly.",
         "example_prompt": form.example_prompt,
-        "endpoint": form.endpoint,
         "options": _OPTIONS[output].format(size_multiple=size_multiple, frame_step=frame_step),
         "class_attributes": _ATTRIBUTES[output],
         "latents_body": _LATENTS[output].replace("$channels", channels),

@@ -13,6 +13,7 @@ from port_kit.scaffold.file_rules import rule_text
 from port_kit.scaffold.modality import FORMS, modality_values
 from port_kit.scaffold.render import literal, render
 from port_kit.scaffold.request import NewPort
+from port_kit.scaffold.serving_files import serving_templates, serving_values
 from port_kit.scaffold.source import Source
 
 #: diffusers' release whose names a model directory of these paths says it was made by; nothing of it is used.
@@ -39,6 +40,8 @@ _HYBRID_REQUEST = {"height": 96, "width": 160, "num_frames": 17, "num_inference_
 #: Pixels and frames of a latent: of the skeleton's decoder, and of diffusers' VAE.
 _LATENT: Mapping[str, Any] = {"size_multiple": 4, "frame_step": 1}
 _HYBRID_LATENT: Mapping[str, Any] = {"size_multiple": 32, "frame_step": 8}
+#: Layouts of the tests.
+LAYOUTS = ("tp2", "ulysses2", "cfg2")
 _REFERENCES = {
     "custom": "the original code, ported",
     "external": "the original code, a git dependency; its transformer is split over ranks by a plan",
@@ -62,6 +65,7 @@ def _templates(port: NewPort) -> dict[str, str]:
     templates = {f"{name}/{part}.py": f"own/{part}.py" for part in _PORT}
     templates |= {f"{name}/model/{part}.py": f"own/{_MODEL.get(part, part)}.py" for part in _LIBRARY}
     templates |= {f"tests/{part}.py": f"{folder}/{part}.py" for folder, parts in _TESTS.items() for part in parts}
+    templates |= serving_templates(port.output)
     templates |= {
         "pyproject.toml": "common/pyproject.toml",
         "README.md": "own/README.md",
@@ -91,6 +95,7 @@ def _names(port: NewPort) -> dict[str, str]:
         "down": "mlp" if external else "down",
         "git_code": f'\n    git_code="{port.name}_original",' if external else "",
         **modality_values(port.output, **(_HYBRID_LATENT if port.path == "hybrid" else _LATENT)),
+        **serving_values(port.output, LAYOUTS),
         "tiny_request": literal(_HYBRID_REQUEST if port.path == "hybrid" else FORMS[port.output].tiny, 4),
         "diffusers_version": DIFFUSERS_VERSION,
         "original_path": '\nsys.path.append(str(ROOT / "original"))' if external else "",
@@ -100,7 +105,7 @@ def _names(port: NewPort) -> dict[str, str]:
         "checks": "On a tiny model with seeded weights, on a CPU: download, coverage of every tensor, parity with the\n"
         f"reference, {checks}, {FORMS[port.output].text} through the engine.",
         "file_rows": _file_rows(port),
-        "layouts": literal(("tp2", "ulysses2", "cfg2")),
+        "layouts": literal(LAYOUTS),
         "proven": literal(("tp2", "ulysses2")),
         "ranks": literal((1, 2)),
         "plan": '\n    plan="plan.toml",' if external else "",

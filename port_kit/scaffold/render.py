@@ -47,6 +47,7 @@ def write_files(target: Path, files: Mapping[str, str]) -> list[Path]:
             place = target / name
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(text, encoding="utf-8")
+            place.chmod(0o755 if place.suffix == ".sh" else 0o644)
     except OSError as error:
         raise ScaffoldError(
             f"{target} cannot be written: {error.strerror or error}", code="scaffold_target", hint="choose another"

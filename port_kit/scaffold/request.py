@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from port_kit.errors import ScaffoldError
+from port_kit.escape import quoted
 from port_kit.scaffold.modality import Modality
 from port_kit.scaffold.render import camel
 
@@ -62,7 +63,7 @@ class NewPort:
             )
         if not _NAME.fullmatch(self.name) or keyword.iskeyword(self.name) or len(self.name) > _LONGEST:
             wanted = f"lower-case words joined by _ are, up to {_LONGEST} characters"
-            raise _refused(f"{self.name!r} is no name of a port: {wanted}", "rename the port")
+            raise _refused(f"{quoted(self.name)} is no name of a port: {wanted}", "rename the port")
         if self.name in sys.stdlib_module_names or _is_importable(self.name):
             raise _refused(f"a module called {self.name} is importable already", f"call it {self.name}_port")
         from port_kit.registry import list_ports
@@ -71,7 +72,7 @@ class NewPort:
             raise _refused(f"there is a port called {self.name}", "take another name, or remove that port")
         for word in _misleading(self.name):
             raise _refused(
-                f"vLLM-Omni takes a model folder whose name contains {word!r} for its own {word}",
+                f"vLLM-Omni takes a model folder whose name contains {quoted(word)} for its own {word}",
                 "leave that word out: download_*.py names the folder after the port",
             )
 

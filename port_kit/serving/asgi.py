@@ -8,12 +8,16 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
+from port_kit.escape import escape_control_chars, shortened
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+#: Characters of the message of an error; those of the kit are far shorter, those of other libraries may be any.
+MAX_MESSAGE = 2000
 #: Time in which a refused client may finish its body.
 _LINGER_SECONDS = 20.0
 #: ``type`` of an error by status, as in the APIs of OpenAI and vLLM.
@@ -44,7 +48,8 @@ class Refusal(Exception):
 
 
 def error_body(status: int, message: str) -> bytes:
-    """Return the body of an error, the same form for all errors of the server."""
+    """Return the body of an error, the same form for all errors of the server: printable, and of limited length."""
+    message = shortened(escape_control_chars(message, keep="\n"), MAX_MESSAGE)
     kind = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
 
@@ -65,6 +70,13 @@ class Incoming:
         message = await self._receive()
         self.is_complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
+
+
+async def send_json(send: Send, value: Any) -> None:
+    """Send a value with status 200."""
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(value).encode()})
 
 
 async def refuse(receive: Incoming, send: Send, refusal: Refusal) -> None:

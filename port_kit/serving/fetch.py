@@ -14,6 +14,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
 
+from port_kit.escape import shortened
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
 
@@ -48,7 +49,8 @@ class Fetcher:
             async with asyncio.timeout_at(self._deadline):
                 return await self._follow(url)
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
-            raise Refusal(400, f"a reference could not be fetched from {urlsplit(url).hostname}") from error
+            host = shortened(urlsplit(url).hostname or "")
+            raise Refusal(400, f"a reference could not be fetched from {host}") from error
 
     def check(self, url: str) -> None:
         """Refuse a URL whose host is not allowed, without a connection."""

@@ -12,6 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 
+from port_kit.escape import escape_control_chars, quoted, reason_of, shortened
 from port_kit.serving.asgi import Message, Receive, Refusal, Scope, header
 from port_kit.serving.limits import Limits, option
 from port_kit.serving.strict_json import parse_json
@@ -89,11 +90,11 @@ async def read_form(scope: Scope, receive: Receive, limits: Limits) -> Form:
         stream = read_body(scope, receive, _without_files(limits))
         parser = FormParser(headers, stream, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     else:
-        raise Refusal(400, f"content-type is {kind or 'missing'!r}; multipart/form-data is required")
+        raise Refusal(400, f"content-type is {quoted(kind or 'missing')}; multipart/form-data is required")
     try:
         items = (await parser.parse()).multi_items()
     except MultiPartException as error:
-        raise Refusal(400, f"the form cannot be read: {error.message}") from error
+        raise Refusal(400, f"the form cannot be read: {reason_of(error)}") from error
     return _collect(items)
 
 
@@ -102,7 +103,7 @@ def _content_type(scope: Scope) -> tuple[str, dict[bytes, bytes]]:
     kind, options = parse_options_header(header(scope, "content-type"))
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise Refusal(400, f"[input_type] the charset is {charset[:80]!r}; texts of a form are UTF-8")
+        raise Refusal(400, f"[input_type] the charset is {quoted(charset)}; texts of a form are UTF-8")
     return kind.decode("latin-1"), options
 
 
@@ -119,7 +120,7 @@ async def _complete(body: AsyncIterator[bytes], boundary: bytes) -> AsyncIterato
         tail = tail[-len(end) :]
         yield chunk
     if not has_ended:
-        raise Refusal(400, f"the form cannot be read: it has no end, which is {end.strip()[:80]!r}")
+        raise Refusal(400, f"the form cannot be read: it has no end, which is {quoted(end.strip())}")
 
 
 def _collect(items: list[tuple[str, Any]]) -> Form:
@@ -140,6 +141,7 @@ def _collect(items: list[tuple[str, Any]]) -> Form:
 
 def _check_text(what: str, text: str, limit: int) -> None:
     """Refuse a text that is too long, or that UTF-8 cannot express: the request's charset may allow such."""
+    what = shortened(escape_control_chars(what))
     if len(text) > limit:
         raise Refusal(400, f"[input_size] {what} has {len(text)} characters; at most {limit} are accepted")
     try:
@@ -178,7 +180,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> AsyncIter
     declared = header(scope, "content-length") or "0"
     deadline = asyncio.get_running_loop().time() + limits.upload_seconds
     if not (declared.isascii() and declared.isdigit() and len(declared) < 20):
-        raise Refusal(400, f"content-length is {declared[:80]!r}; a number of bytes is required")
+        raise Refusal(400, f"content-length is {quoted(declared)}; a number of bytes is required")
     _check_size(int(declared), limits)
     read, more = 0, True
     while more:

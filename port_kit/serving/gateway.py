@@ -17,15 +17,17 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted, reason_of
 from port_kit.runtime.refusals import hide_tracebacks_of_refusals
 from port_kit.serving.answers import Answer, StalledError
-from port_kit.serving.asgi import App, Incoming, Message, Receive, Refusal, Scope, Send, header, refuse
+from port_kit.serving.asgi import App, Incoming, Message, Receive, Refusal, Scope, Send, header, refuse, send_json
 from port_kit.serving.connections import abort, limit_connections
 from port_kit.serving.forms import Disconnected, read_form, read_json, replay, with_body
 from port_kit.serving.image_form import JSON_ENDPOINTS, body_names, check_image_form, check_json
 from port_kit.serving.jobs import JOB, Job, Jobs, client_of, digest
 from port_kit.serving.lifecycle import Lifecycle
 from port_kit.serving.limits import Limits
+from port_kit.serving.queue import CANCELLED, Queue, Snapshot, look, name_of_request
 from port_kit.serving.served import Served, served_by
 from port_kit.serving.video_form import check_video_form
 
@@ -53,6 +55,7 @@ class Gateway:
         self._limits = Limits.from_environment(os.environ)
         self._lifecycle = Lifecycle(self._limits)
         self._jobs = Jobs()
+        self._queue = Queue()
         self._keys: list[bytes] = []
         self._served: Served | None = None
 
@@ -71,7 +74,7 @@ class Gateway:
             self._start(scope["app"].state)
         except Exception as error:
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": f"the gateway cannot start: {error}"})
+            await send({"type": "lifespan.startup.failed", "message": f"the gateway cannot start: {reason_of(error)}"})
             return
         await self._app(scope, receive, send)
 
@@ -126,7 +129,7 @@ class Gateway:
         match = JOB.fullmatch(path) if served.output_type == "video" else None
         if path not in (*LISTED, *created) and match is None:
             known = ", ".join((*OPEN, *LISTED, *created))
-            raise Refusal(404, f"this server has no endpoint {path[:80]!r}; it has {known}")
+            raise Refusal(404, f"this server has no endpoint {quoted(path)}; it has {known}")
         client = client_of(header(scope, "authorization"), self._keys)
         if method == "POST" and path in created:
             await self._create(scope, receive, answer, served, client)
@@ -134,10 +137,7 @@ class Gateway:
             await self._list(scope, receive, answer, client)
         elif match is not None and path not in created:
             self._jobs.check_owner(match["job"], client)
-            answer.rewrite = self._describe
-            await self._app(scope, receive, answer)
-            if method == "DELETE" and answer.status == 200:
-                self._jobs.known.pop(match["job"], None)
+            await self._use(scope, receive, answer, match["job"])
         else:
             await self._app(scope, receive, answer)
 
@@ -153,20 +153,20 @@ class Gateway:
         with self._lifecycle.admitted(await self._jobs.count_unfinished()):
             settings, body, kind = await self._checked(scope, receive, served)
             self._lifecycle.check()
-            if scope["path"] == VIDEOS:
-                answer.rewrite = partial(self._register, client, settings)
             scope = with_body(scope, body, kind)
             if scope["path"] == VIDEOS:  # a job outlives its connection
+                answer.rewrite = partial(self._register, client, settings, await look(self._queue))
                 await self._app(scope, replay(body, receive), answer)
             else:
-                await self._run_while_connected(scope, body, receive, answer)
+                with self._queue.holding(name_of_request(scope)):
+                    await self._run_while_connected(scope, body, receive, answer)
 
     async def _checked(self, scope: Scope, receive: Receive, served: Served) -> tuple[dict[str, Any], bytes, bytes]:
         """Read and check the body of a request for an output; return a job's settings, the body and its type."""
         if query := scope["query_string"]:
             raise Refusal(
                 400,
-                f"[input_value] the request has the query {query[:80].decode('latin-1')!r}, which is not read\n"
+                f"[input_value] the request has the query {quoted(query.decode('latin-1'))}, which is not read\n"
                 "hint: give all values in the body",
             )
         names = body_names(scope["app"], scope["path"])
@@ -208,12 +208,35 @@ class Gateway:
 
     # -- jobs -------------------------------------------------------------------------------------------------------
 
-    def _register(self, client: bytes, settings: dict[str, Any], status: int, record: Any) -> Any:
+    def _register(self, client: bytes, settings: dict[str, Any], state: Snapshot, status: int, record: Any) -> Any:
         self._jobs.known[record["id"]] = Job(client, settings)
-        return self._jobs.describe(record)
+        self._queue.add(record["id"])
+        return self._jobs.describe(record, state)
 
-    def _describe(self, status: int, record: Any) -> Any:
-        return self._jobs.describe(record) if isinstance(record, dict) else record
+    async def _use(self, scope: Scope, receive: Receive, answer: Answer, job: str) -> None:
+        """Answer a request for one job, its video or its deletion."""
+        method, known = scope["method"], self._jobs.known.get(job)
+        is_record = scope["path"] == f"{VIDEOS}/{job}"
+        if is_record and known is not None and known.cancelled is not None and method in ("GET", "DELETE"):
+            if method == "DELETE":
+                del self._jobs.known[job]
+            await send_json(answer, known.cancelled if method == "GET" else _deleted(job))
+            return
+        state = await look(self._queue)
+        if method == "DELETE":
+            answer.rewrite = partial(self._forget, job, state)
+        elif is_record:
+            answer.rewrite = lambda status, record: self._jobs.describe(record, state)
+        await self._app(scope, receive, answer)
+
+    def _forget(self, job: str, state: Snapshot, status: int, deleted: Any) -> Any:
+        """Forget a job that was deleted; the record of one that was not finished stays."""
+        record = state.unfinished.get(job)
+        if record is None or job not in self._jobs.known:
+            self._jobs.known.pop(job, None)
+            return deleted
+        self._jobs.cancel(record.model_dump(mode="json"), state)
+        return {**deleted, "status": CANCELLED}
 
     async def _list(self, scope: Scope, receive: Receive, answer: Answer, client: bytes) -> None:
         if not self._keys:
@@ -221,8 +244,13 @@ class Gateway:
                 403, "this server does not list jobs, because it has no API keys to tell clients apart; keep their ids"
             )
         query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
-        answer.rewrite = lambda status, listed: self._jobs.listing(listed, client, query)
+        state = await look(self._queue)
+        answer.rewrite = lambda status, listed: self._jobs.listing(listed, client, query, state)
         await self._app({**scope, "query_string": b""}, receive, answer)
+
+
+def _deleted(job: str) -> dict[str, Any]:
+    return {"id": job, "deleted": True, "object": "video.deleted"}
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from port_kit.escape import quoted
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.fetch import Fetcher
 from port_kit.serving.forms import FILE_OR_URL_FIELDS, URL_FIELDS, Form, Upload
@@ -82,5 +83,5 @@ def _check_names(given: Iterable[str], names: Collection[str]) -> None:
     for name in given:
         if name not in allowed:
             near = difflib.get_close_matches(name[:80], allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(allowed)}"
-            raise Refusal(400, f"[input_value] the request has the unknown field {name[:80]!r}\nhint: {hint}")
+            hint = f"did you mean {quoted(near[0])}?" if near else f"known are {', '.join(allowed)}"
+            raise Refusal(400, f"[input_value] the request has the unknown field {quoted(name)}\nhint: {hint}")

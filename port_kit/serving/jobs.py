@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from port_kit.escape import quoted
 from port_kit.serving.asgi import Refusal
+from port_kit.serving.queue import Snapshot, cancelled
 
 #: Path of one job, and of its video.
 JOB = re.compile(r"/v1/videos/(?P<job>[^/]+)(/content)?")
@@ -51,10 +53,17 @@ def client_of(authorization: str | None, keys: Sequence[bytes]) -> bytes:
 
 @dataclass
 class Job:
-    """A job's owner, and the settings that its record shows."""
+    """A job of a client.
+
+    Attributes:
+        owner: the client.
+        settings: shown in its record.
+        cancelled: its record if it was cancelled; vLLM-Omni keeps none.
+    """
 
     owner: bytes
     settings: Mapping[str, Any]
+    cancelled: dict[str, Any] | None = None
 
 
 @dataclass
@@ -78,34 +87,53 @@ class Jobs:
         for job in finished[: max(0, len(finished) - MAX_FINISHED)]:
             await VIDEO_STORE.pop(job)
             self.known.pop(job, None)
+        ended = [name for name, job in self.known.items() if job.cancelled is not None]
+        for name in ended[: max(0, len(ended) - MAX_FINISHED)]:
+            del self.known[name]
         return len(records) - len(finished)
 
-    def describe(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return a job's record with the settings that made the video, and its true length."""
-        found = self.known.get(str(record.get("id")))
+    def describe(self, record: dict[str, Any], state: Snapshot) -> dict[str, Any]:
+        """Return a job's record with its place in the queue, its steps, its settings, and the video's true length."""
+        found = self.known.get(str(record["id"]))
         frames, fps = record.get("num_frames"), record.get("fps")
         length = {"seconds": f"{frames / fps:.2f}"} if frames and fps else {}
-        return {**record, **(found.settings if found else {}), **length}
+        described = {**record, **(found.settings if found else {}), **length}
+        return {**described, **state.fields(described)}
 
-    def listing(self, listed: dict[str, Any], client: bytes, query: Mapping[str, str]) -> dict[str, Any]:
+    def cancel(self, record: dict[str, Any], state: Snapshot) -> None:
+        """Keep the record of a job that was cancelled.
+
+        Args:
+            record: vLLM-Omni's, before the job was deleted.
+            state: at that time.
+        """
+        if (found := self.known.get(record["id"])) is not None:
+            found.cancelled = cancelled(self.describe(record, state))
+
+    def listing(
+        self, listed: dict[str, Any], client: bytes, query: Mapping[str, str], state: Snapshot
+    ) -> dict[str, Any]:
         """Return a page of a client's jobs.
 
         Args:
             listed: vLLM-Omni's list of all jobs, the newest first.
             client: who asks.
+            state: of the engine.
             query: ``limit``, ``after`` and ``order``, as vLLM-Omni has them.
 
         Raises:
             Refusal: a value of the query is not valid.
         """
         if unknown := [name for name in query if name not in ("limit", "after", "order")]:
-            raise Refusal(400, f"the query has the unknown name {unknown[0][:80]!r}; known are limit, after and order")
+            raise Refusal(400, f"the query has the unknown name {quoted(unknown[0])}; known are limit, after and order")
         limit, order = query.get("limit", "100"), query.get("order", "desc")
         if not _LIMIT.fullmatch(limit) or order not in ("asc", "desc"):
             raise Refusal(
-                400, f"limit is {limit[:80]!r} and order is {order[:80]!r}; 0 to 100, and asc or desc are required"
+                400, f"limit is {quoted(limit)} and order is {quoted(order)}; 0 to 100, and asc or desc are required"
             )
-        own = [self.describe(job) for job in listed["data"] if self._is_of(job["id"], client)]
+        own = [self.describe(job, state) for job in listed["data"] if self._is_of(job["id"], client)]
+        own += [job.cancelled for job in self.known.values() if job.cancelled is not None and job.owner == client]
+        own.sort(key=lambda job: job["created_at"], reverse=True)
         own = own[::-1] if order == "asc" else own
         ids = [job["id"] for job in own]
         if "after" in query:

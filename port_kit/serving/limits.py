@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self, get_type_hints
 
 from port_kit.errors import ConfigError
+from port_kit.escape import quoted
 
 PREFIX = "PORT_KIT_SERVE_"
 #: Separates the entries of a list in a variable; names of hosts and folders do not contain it.
@@ -94,7 +95,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         return kind(text)
     except ValueError as error:
         raise ConfigError(
-            f"{PREFIX}{name.upper()} is {text!r}; a number is required",
+            f"{PREFIX}{name.upper()} is {quoted(text)}; a number is required",
             code="config_invalid",
             hint=f"use port-kit serve {option(name)} NUMBER",
         ) from error

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from port_kit.escape import quoted
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
 
@@ -37,7 +38,7 @@ def resolve_lora(given: object, limits: Limits) -> dict[str, Any]:
         raise Refusal(400, "lora has neither name nor path; one of them is required")
     found = _find(asked, [Path(root).resolve() for root in limits.lora_roots])
     if found is None:
-        raise Refusal(400, f"lora: this server has no LoRA {asked[:200]!r}")
+        raise Refusal(400, f"lora: this server has no LoRA {quoted(asked)}")
     named = given.get("name")
     lora = {"name": named if isinstance(named, str) and named else asked, "path": str(found)}
     return {**lora, "scale": _scale(given.get("scale", 1.0))}
@@ -48,7 +49,7 @@ def _checked(given: object) -> dict[str, Any]:
         raise Refusal(400, f"lora is {type(given).__name__}; a JSON object with name or path is required")
     for name in given:
         if name not in KEYS:
-            raise Refusal(400, f"lora has the unknown key {name[:80]!r}; known are {', '.join(KEYS)}")
+            raise Refusal(400, f"lora has the unknown key {quoted(name)}; known are {', '.join(KEYS)}")
     return given
 
 
@@ -67,7 +68,7 @@ def _find(asked: str, roots: list[Path]) -> Path | None:
 
 def _scale(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Refusal(400, f"the scale of lora is {value!r}; a number is required")
+        raise Refusal(400, f"the scale of lora is {quoted(value)}; a number is required")
     if not math.isfinite(value) or abs(value) > MAX_SCALE:
-        raise Refusal(400, f"the scale of lora is {value}; -{MAX_SCALE:g} to {MAX_SCALE:g} is required")
+        raise Refusal(400, f"the scale of lora is {quoted(value)}; -{MAX_SCALE:g} to {MAX_SCALE:g} is required")
     return float(value)

@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import threading
 import time
 from os import _exit
+
+from port_kit.runtime.progress import FOLDER, MEMORY
 
 #: Exit code of a server whose engine has died.
 DEAD = 1
@@ -26,6 +31,7 @@ def end_after_death() -> None:
 def _end_later() -> None:
     # a dead engine may block the orderly end
     time.sleep(EXIT_SECONDS)
+    shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
     _exit(DEAD)
 
 
@@ -33,7 +39,9 @@ def main() -> None:
     """Serve until a signal or the death of the engine."""
     from vllm.entrypoints.cli.main import main as serve
 
-    serve()
+    with tempfile.TemporaryDirectory(prefix=f"port_kit_progress_{os.getpid()}_", dir=MEMORY) as folder:
+        os.environ[FOLDER] = folder  # the workers inherit it
+        serve()
     if _died.is_set():
         raise SystemExit(DEAD)
 

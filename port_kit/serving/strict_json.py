@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from port_kit.escape import quoted, reason_of, shortened
 from port_kit.serving.asgi import Refusal
 
 #: Values of a document, counted before it is parsed: an empty list takes 3 bytes of a document and 56 of memory.
@@ -33,7 +34,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
         )
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"[input_type] {name} is no valid JSON: {str(error)[:200]}") from error
+        raise Refusal(400, f"[input_type] {name} is no valid JSON: {reason_of(error)}") from error
     return value
 
 
@@ -41,7 +42,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {name[:80]!r} is repeated")
+            raise ValueError(f"the name {quoted(name)} is repeated")
         found[name] = value
     return found
 
@@ -59,5 +60,5 @@ def _integer(text: str) -> int:
 def _number(text: str) -> float:
     number = float(text)
     if len(text) > MAX_DIGITS or not math.isfinite(number):
-        raise ValueError(f"the number {text[:80]} is out of range")
+        raise ValueError(f"the number {shortened(text)} is out of range")
     return number

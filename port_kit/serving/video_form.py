@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from port_kit.escape import quoted
 from port_kit.references import check_audio, image_suffix
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.fetch import Fetcher
@@ -36,6 +37,8 @@ TEXTS = (
 )
 #: Fields of vLLM-Omni's form that are options of some models; other models ignore them.
 MODEL_OPTIONS = ("flow_shift", "true_cfg_scale", "generate_sound")
+#: Fields that no port has, with the value that changes nothing: vLLM-Omni's nodes for ComfyUI always send them.
+NEUTRAL = {"n": "1", "true_cfg_scale": "1", "vae_use_slicing": "false", "vae_use_tiling": "false"}
 GUIDE_FIELDS = ("timeline_guides", "guide_files")
 FILE_FIELDS = ("input_reference", "input_references", "guide_files")
 #: Kinds of references.
@@ -84,14 +87,15 @@ def _check_names(form: Form, served: Served) -> None:
         fields += [f"{kind}_reference" for kind in (KINDS if port is None else port.references)]
     if port is None or port.timeline_guides:
         fields += GUIDE_FIELDS
+    _drop_neutral(form, fields)
     for name in [*form.fields, *(upload.field for upload in form.uploads)]:
         if name not in fields:
             raise Refusal(
-                400, f"[input_value] the form has the unknown field {name[:80]!r}{_near(name, fields, options)}"
+                400, f"[input_value] the form has the unknown field {quoted(name)}{_near(name, fields, options)}"
             )
     for upload in form.uploads:
         if upload.field not in FILE_FIELDS:
-            raise Refusal(400, f"[input_type] {upload.field} is a file; a value is required")
+            raise Refusal(400, f"[input_type] {quoted(upload.field)} is a file; a value is required")
     for name, value in form.fields.items():
         if name in FILE_FIELDS:
             raise Refusal(400, f"[input_type] {name} is a value; a file is required")
@@ -101,11 +105,23 @@ def _check_names(form: Form, served: Served) -> None:
         raise Refusal(400, "[input_missing] prompt is missing or blank\nhint: describe the scene in prompt")
 
 
+def _drop_neutral(form: Form, fields: Iterable[str]) -> None:
+    for name, neutral in NEUTRAL.items():
+        if name in fields or name not in form.fields:
+            continue
+        value = form.fields.pop(name)
+        if value.lower().removesuffix(".0") != neutral:
+            raise Refusal(
+                400,
+                f"[input_value] {name} is {quoted(value)}; this model accepts {neutral} only\nhint: leave {name} out",
+            )
+
+
 def _near(name: str, fields: Iterable[str], options: Iterable[str]) -> str:
     if name in options:
         return f'\nhint: give it in extra_params, a JSON object: extra_params={{"{name}": ...}}'
     near = difflib.get_close_matches(name, [*fields, *options], n=1)
-    return f"\nhint: did you mean {near[0]!r}?" if near else f"\nhint: known are {', '.join(fields)}"
+    return f"\nhint: did you mean {quoted(near[0])}?" if near else f"\nhint: known are {', '.join(fields)}"
 
 
 def _check_options(form: Form, served: Served) -> None:
@@ -116,10 +132,10 @@ def _check_options(form: Form, served: Served) -> None:
     for name in given:
         if name not in served.options:
             near = difflib.get_close_matches(name[:80], served.options, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(served.options)}"
+            hint = f"did you mean {quoted(near[0])}?" if near else f"known are {', '.join(served.options)}"
             if name in (*INTEGERS, *NUMBERS, *TEXTS):
                 hint = f"{name} is a field of the form"
-            raise Refusal(400, f"[input_value] extra_params has the unknown option {name[:80]!r}\nhint: {hint}")
+            raise Refusal(400, f"[input_value] extra_params has the unknown option {quoted(name)}\nhint: {hint}")
 
 
 # -- values ---------------------------------------------------------------------------------------------------------
@@ -147,7 +163,7 @@ def _number(name: str, text: str, kind: Callable[[str], Any], wanted: str) -> An
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise Refusal(400, f"[input_type] {name} is {text[:80]!r}; {wanted} is required")
+        raise Refusal(400, f"[input_type] {name} is {quoted(text)}; {wanted} is required")
     return number
 
 
@@ -157,7 +173,9 @@ def _set_size(form: Form, numbers: dict[str, Any]) -> None:
     if size is not None:
         match = _SIZE.fullmatch(size)
         if match is None or given or "0" in match.groups():
-            raise Refusal(400, f"[input_size] size is {size[:80]!r}; WIDTHxHEIGHT without width and height is required")
+            raise Refusal(
+                400, f"[input_size] size is {quoted(size)}; WIDTHxHEIGHT without width and height is required"
+            )
         form.fields["width"], form.fields["height"] = match.groups()
     elif len(given) == 1:
         raise Refusal(400, f"[input_missing] only {given[0]} is given\nhint: give width and height, or neither")

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from port_kit.download import FileRule, Recipe
 from port_kit.errors import PortKitError
+from port_kit.escape import quoted
 from port_kit.port import resolve
 from port_kit.testing.tokenizer import write_tokenizer
 
@@ -144,7 +145,7 @@ def expand(outline: Mapping[str, Any]) -> Tensors:
         for name in _names(pattern):
             if name in tensors:
                 raise PortKitError(
-                    f"outline gives {name!r} twice, the second time by {pattern!r}", code="outline_invalid"
+                    f"outline gives {quoted(name)} twice, the second time by {quoted(pattern)}", code="outline_invalid"
                 )
             tensors[name] = (tuple(shape), dtype)
     return tensors
@@ -325,7 +326,7 @@ def _write_part(
     part = parts.get(name)
     if part is None:
         raise PortKitError(
-            f"the recipe fills the folder {name!r}, for which no tiny part is given",
+            f"the recipe fills the folder {quoted(name)}, for which no tiny part is given",
             code="outline_invalid",
             hint="add a TinyComponent (tensors), TinyPretrained or TinyTokenizer of that name",
         )

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from port_kit.errors import RegistrationError
+from port_kit.escape import quoted, reason_of
 from port_kit.upstream.registry import PATCHES, REGISTRY, Entry, Precondition
 from port_kit.upstream.series import SERIES, installed_series
 
@@ -34,7 +35,7 @@ class Difference:
 
     def __str__(self) -> str:
         kind, target = self.precondition.kind, self.precondition.target
-        return f"{kind} of {target}: expected {self.expected!r}, got {self.found!r}"
+        return f"{kind} of {target}: expected {quoted(self.expected, 400)}, got {quoted(self.found, 400)}"
 
 
 def require(name: str) -> None:
@@ -52,7 +53,8 @@ def require(name: str) -> None:
         remedy = f"adapt or remove the patch; see section {name} of" if name in PATCHES else "adapt the kit and"
         kind, target = difference.precondition.kind, difference.precondition.target
         raise RegistrationError(
-            f"{name}: {kind} of {target}: expected {difference.expected!r}, got {difference.found!r}.",
+            f"{name}: {kind} of {target}: expected {quoted(difference.expected, 400)}, "
+            f"got {quoted(difference.found, 400)}.",
             code="upstream_changed",
             hint=f"{remedy} port_kit/upstream",
             entry=name,
@@ -98,7 +100,7 @@ def read(precondition: Precondition, expected: str) -> str:
             return ", ".join(name for name in expected.split(", ") if name in names)
         return READERS[kind](target)
     except (ImportError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        return f"missing ({type(error).__name__}: {error})"
+        return f"missing ({type(error).__name__}: {reason_of(error)})"
 
 
 def _mentions(target: str) -> Container[str]:

@@ -51,6 +51,22 @@ def refused(path: Path, wrapper: str = "") -> PortKitError:
     return caught.value
 
 
+def test_flipped_bits_of_a_header_are_read_or_refused(tmp_path: Path) -> None:
+    """Bits of values are not noticed here: download --verify compares files with their hashes."""
+    path, refusals = tmp_path / "model.safetensors", 0
+    save_file({"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, path)
+    data = path.read_bytes()
+    for place in range(8 + struct.unpack("<Q", data[:8])[0]):
+        for bit in (0, 5, 7):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            try:
+                Manifest.from_checkpoint(path)
+            except PortKitError as error:
+                assert error.hint and error.message.replace("\n", "").isprintable() and len(error.message) < 500
+                refusals += 1
+    assert refusals > 200
+
+
 # -- indexes -------------------------------------------------------------------------------------------------------
 
 

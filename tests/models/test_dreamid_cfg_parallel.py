@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from port_kit.errors import ParallelError
+from port_kit.runtime.progress import FOLDER, read
 from port_kit.testing.workers import RankResult, Request, run_workers
 from tests.helpers import slow
 
@@ -61,7 +62,10 @@ def alone(dreamid_model: Path) -> RankResult:
 
 
 @pytest.mark.parametrize("ranks", [2, *slow(4)])
-def test_branches_are_divided_and_the_result_is_the_same(dreamid_model: Path, alone: RankResult, ranks: int) -> None:
+def test_branches_are_divided_and_the_result_is_the_same(
+    dreamid_model: Path, alone: RankResult, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
     assert alone.probe == (4 * STEPS, 4 + 1)
     for result in run(dreamid_model, ranks):
         assert result.probe == (4 * STEPS // ranks, 4 // ranks + 1)
@@ -69,6 +73,8 @@ def test_branches_are_divided_and_the_result_is_the_same(dreamid_model: Path, al
             difference = output["video"].int() - expected["video"].int()
             assert difference.abs().max() <= 1  # of 255: a rounding of the last place may fall the other way
             assert (output["audio"] - expected["audio"]).abs().max() < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["rank_0.json"], "one rank reports the steps"
+    assert (read(tmp_path)["second"].step, read(tmp_path)["second"].steps) == (STEPS, STEPS)
 
 
 def test_a_cache_over_ranks_with_unequal_numbers_of_branches_is_refused(dreamid_model: Path) -> None:

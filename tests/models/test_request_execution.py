@@ -34,6 +34,7 @@ from port_kit.pipeline.media import measure_mp4, to_omni_payload, write_result
 from port_kit.pipeline.process_funcs import get_pre_process_func
 from port_kit.pipeline.request_state import DenoiseState
 from port_kit.pipeline.step_execution import STATES
+from port_kit.runtime.progress import Reporter, read
 from port_kit.runtime.single_process import single_rank
 from tests.helpers import raises
 
@@ -301,6 +302,33 @@ def test_a_batch_shares_calls_if_requests_fit_and_equals_single_requests(
     monkeypatch.setattr(type(pipeline), "max_batch_size", 1)
     serve(pipeline, *requests[:2])
     assert set(rows) == {1}
+
+
+@pytest.mark.usefixtures("undecoded")
+def test_the_steps_of_each_request_are_reported(
+    pipeline: FusionPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def steps() -> dict[str, tuple[int, int]]:
+        return {name: (found.step, found.steps) for name, found in read(tmp_path).items()}
+
+    seen: list[dict[str, tuple[int, int]]] = []
+    monkeypatch.setattr(pipeline, "reporter", Reporter(tmp_path / "rank_0.json"))
+    monkeypatch.setattr(pipeline, "on_step", lambda _: seen.append(steps()))
+    short, long = ask(pipeline, "short"), ask(pipeline, "long", num_inference_steps=3, num_outputs_per_prompt=2)
+    serve(pipeline, short, long)
+    made = [(0, 0)] * 3 + [(1, 1)] * 3 + [(2, 2)] * 2  # a call per output and step, before the step is reported
+    assert seen == [{"short": (one, 2), "long": (two, 3)} for one, two in made]
+    assert steps() == {"short": (2, 2), "long": (3, 3)}
+
+    monkeypatch.setattr(pipeline, "on_step", None)
+    engine = Engine(pipeline)
+    engine.add(ask(pipeline, "first", num_inference_steps=3))
+    engine.step()
+    engine.add(ask(pipeline, "second"))
+    engine.step()
+    assert steps() == {"short": (2, 2), "long": (3, 3), "first": (2, 3), "second": (1, 2)}
+    engine.run()
+    assert (steps()["first"], steps()["second"]) == ((3, 3), (2, 2))
 
 
 def test_the_engine_batches_only_equal_sampling(pipeline: FusionPipeline) -> None:

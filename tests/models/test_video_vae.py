@@ -59,6 +59,18 @@ def test_slicing_has_no_effect_and_tiling_changes_seams_only(vae: VideoVAE) -> N
     assert not torch.equal(tiled, whole)
 
 
+def test_a_decoder_in_float16_is_close_and_encodes_as_before(goldens: Path) -> None:
+    vae = load_video_vae(goldens, torch.float32)
+    clip = pixels(1, 3, 5, 32, 48)
+    latents = vae.encode(clip)
+    exact = vae.decode(latents)
+    vae.decode_in_float16()
+    video = vae.decode(latents)
+    assert video.dtype == torch.float32
+    assert 0 < (video - exact).norm() / exact.norm() < 5e-3
+    assert torch.equal(vae.encode(clip), latents)
+
+
 @pytest.mark.parametrize("shape", [(3, 1, 32, 32), (1, 4, 1, 32, 32), (1, 3, 4, 32, 32), (1, 3, 1, 32, 24)])
 def test_pixels_of_another_shape_are_refused(vae: VideoVAE, shape: tuple[int, ...]) -> None:
     with raises("component_input"):

@@ -26,7 +26,9 @@ def commands(page: Path) -> list[list[str]]:
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
     for line in re.findall(r"(?:^|\n)    (\S.*)", text):
         words = shlex.split(line.partition("  #")[0].replace("'", '"') if line.count("'") % 2 else line.split("  #")[0])
-        if words and (words[0] in (*SHELL, "port-kit", "sh", "curl", "python") or words[0].endswith((".py", ".sh"))):
+        if words and (
+            words[0] in (*SHELL, "port-kit", "vllm", "sh", "curl", "python") or words[0].endswith((".py", ".sh"))
+        ):
             found.append(words)
     return found
 
@@ -42,12 +44,17 @@ def test_pages_have_commands() -> None:
 def test_a_command_exists_and_a_test_names_it(words: list[str]) -> None:
     program = words[0].rpartition("/")[2]
     scripts = [word.rpartition("/")[2] for word in words if word.endswith((".py", ".sh"))]
-    if program == "port-kit":
+    if program == "vllm":
+        assert f'"{words[1]}"' in TESTS, f"no test names vllm {words[1]}"
+    elif program == "port-kit":
         assert words[1] in COMMANDS
         options = [word for word in words[2:] if word.startswith("--")]
         check_options(words[1], options)
         assert f'"{words[1]}"' in TESTS, f"no test names port-kit {words[1]}"
     elif scripts and program not in ("cd", "export"):
+        if any(word.startswith("benchmarks/") for word in words):  # their results are recorded in benchmarks/results
+            assert (ROOT / "benchmarks" / scripts[0]).is_file()
+            return
         path = next((ROOT / "examples").rglob(scripts[0]), None)
         assert path is not None, f"{scripts[0]} does not exist"
         assert "worked_ports" in str(path) or scripts[0] in TESTS, f"no test names {scripts[0]}"

@@ -27,6 +27,7 @@ from tests.helpers import raises
 from tests.inspect import fake_repositories
 
 ID = "org/some-model"
+CURL_VIDEO = Path(__file__).parents[2] / "examples" / "online_serving" / "curl_video.sh"
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,13 @@ def test_the_files_fit_the_output(output: str, suffix: str, tmp_path: Path) -> N
     assert f'output_type="{output}"' in (target / "some_net" / "__init__.py").read_text()
     assert f"-o out.{suffix}" in (target / "generate_some_net.py").read_text()
     assert f'"out.{suffix}"' in (target / "tests" / "test_generate.py").read_text()
+    scripts = {path.name: path for path in target.glob("*.sh")}
+    assert {"run_server.sh", f"run_curl_text_to_{output}.sh"} == set(scripts) - {"curl_video.sh"}
+    assert all(os.access(path, os.X_OK) for path in scripts.values())
+    recipe = (target / "RECIPE.md").read_text()
+    assert f"./run_curl_text_to_{output}.sh" in recipe and "./run_server.sh MODEL --ulysses-degree 2" in recipe
+    if output == "video":
+        assert scripts["curl_video.sh"].read_text() == CURL_VIDEO.read_text()
 
 
 def test_an_output_that_the_path_cannot_have_is_refused(tmp_path: Path) -> None:

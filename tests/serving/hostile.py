@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import http.server
 import io
-import os
 import shlex
 import socket
 import struct
-import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ import httpx
 from PIL import Image
 
 from port_kit.testing.server import ApiServer
-from tests.serving.helpers import EXAMPLES, download_as_written
+from tests.serving.helpers import EXAMPLES, PATH, download_as_written
 
 ALICE, BOB = "alice-key", "bob-key"
 GOOD = {"prompt": "rain", "num_inference_steps": "1", "seed": "1"}
@@ -170,11 +168,10 @@ def target(folder: Path) -> Iterator[Target]:
         options += ["--max-upload-mb", str(MAX_UPLOAD_MB), "--max-queue", str(MAX_QUEUE), "--fetch-seconds", "5"]
         script = folder / "serve.sh"
         start = f"mount -t tmpfs -o size={DISK_KB}k tmpfs {shlex.quote(str(disk))}"
-        start += f' && exec sh {shlex.quote(str(EXAMPLES / "serve.sh"))} "$@"'
+        start += f' && exec sh {shlex.quote(str(EXAMPLES / "ovi" / "run_server.sh"))} "$@"'
         script.write_text(f'exec unshare -rm sh -c {shlex.quote(start)} sh "$@"\n', encoding="utf-8")
         arguments = [*options, *written]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {"OMP_NUM_THREADS": "1", "PATH": path}
+        variables = {"OMP_NUM_THREADS": "1", "PATH": PATH}
         with ApiServer(model, *arguments, folder=folder, environment=variables, script=script) as server:
             clients = [
                 httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=LIMIT)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import wave
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +17,7 @@ from port_kit.registry import find_port, list_ports
 from port_kit.scaffold import NewPort, new_port
 from port_kit.testing.server import ApiServer
 from port_kit.testing.tiny_port import download_tiny
+from tests.serving.helpers import PATH, run_client
 from tests.serving.hostile import refused
 
 LIMIT = 300.0
@@ -24,19 +25,25 @@ REQUEST = {"input": "rain", "num_inference_steps": 1, "audio_length": 0.5, "seed
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server of a new port whose output is audio at 16 kHz."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ApiServer, Path]]:
+    """A server of a new port whose output is audio at 16 kHz, and the folder of the port."""
     folder = tmp_path_factory.mktemp("audio")
     new_port(NewPort("rain_roof", "custom", folder / "port", output="audio"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PORT_KIT_PATH", str(folder / "port"))
         list_ports.cache_clear()
         model = download_tiny(find_port("rain_roof"), folder / "model").directory
-        environment = {"OMP_NUM_THREADS": "1", "PORT_KIT_PATH": os.environ["PORT_KIT_PATH"]}
-        options = ("--dtype", "float32", "--enforce-eager")
-        with ApiServer(model, *options, folder=folder, environment=environment) as server:
-            yield httpx.Client(base_url=server.url, timeout=LIMIT)
+        environment = {"OMP_NUM_THREADS": "1", "PATH": PATH}
+        options = ("--dtype", "float32", "--enforce-eager", "--storage", str(folder / "storage"))
+        script = folder / "port" / "run_server.sh"
+        with ApiServer(model, *options, folder=folder, environment=environment, script=script) as server:
+            yield server, folder / "port"
     list_ports.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def http(served: tuple[ApiServer, Path]) -> httpx.Client:
+    return httpx.Client(base_url=served[0].url, timeout=LIMIT)
 
 
 def generate(http: httpx.Client, **fields: Any) -> tuple[int, np.ndarray]:
@@ -52,6 +59,18 @@ def test_the_file_has_the_rate_of_the_model_and_the_length_of_the_request(http: 
     rate, samples = generate(http)
     assert (rate, len(samples)) == (16_000, 8_000)
     assert len(generate(http, audio_length=1.0)[1]) == 16_000
+
+
+def test_the_script_of_the_port_writes_a_file_or_the_reason(served: tuple[ApiServer, Path], tmp_path: Path) -> None:
+    server, port = served
+    line = ["sh", str(port / "run_curl_text_to_audio.sh"), 'rain on a "tin\\roof"', str(tmp_path / "rain.wav")]
+    done = run_client([*line, '"audio_length": 0.5, "num_inference_steps": 1'], server)
+    assert done.returncode == 0, done.stderr
+    with wave.open(str(tmp_path / "rain.wav")) as file:
+        assert (file.getframerate(), file.getnframes()) == (16_000, 8_000)
+    done = run_client([*line[:-1], str(tmp_path / "none.wav"), '"audio_length": 31'], server)
+    assert done.returncode == 1 and "at most 30 s" in done.stderr
+    assert not (tmp_path / "none.wav").exists()
 
 
 @pytest.mark.parametrize("fields", [{"guidance_scale": 1.0}, {"seed": 4}, {"negative_prompt": "wind"}])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from port_kit.registry import find_port
 from port_kit.serving.asgi import Message, Refusal
 from port_kit.serving.forms import Form, read_form
 from port_kit.serving.limits import Limits
@@ -76,3 +77,24 @@ def test_seconds_become_the_nearest_number_of_frames(seconds: str, frames: str) 
 def test_a_length_that_no_video_has_is_refused(fields: dict[str, str]) -> None:
     with pytest.raises(Refusal, match=next(iter(fields))):
         checked(Served(None, "video", fps=24, frame_step=4), **fields)
+
+
+#: Fields that the nodes for ComfyUI send as Python writes their values.
+NEUTRAL = {"n": "1", "true_cfg_scale": "1.0", "vae_use_slicing": "False", "vae_use_tiling": "False"}
+OVI = Served(find_port("ovi"), "video", fps=24, frames=121)
+
+
+def test_neutral_values_are_dropped() -> None:
+    assert checked(OVI, **NEUTRAL) == {"prompt": "rain"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n", "2"), ("true_cfg_scale", "4.0"), ("vae_use_slicing", "True"), ("vae_use_tiling", "")]
+)
+def test_other_values_of_neutral_fields_are_refused(name: str, value: str) -> None:
+    with pytest.raises(Refusal, match=f"{name} is '{value}'; this model accepts "):
+        checked(OVI, **{**NEUTRAL, name: value})
+
+
+def test_a_neutral_field_that_the_model_has_is_passed_on() -> None:
+    assert checked(Served(None, "video"), true_cfg_scale="1.0")["true_cfg_scale"] == "1.0"

@@ -18,7 +18,7 @@ PROMPT = "<S>One more song.<E> Audio: violin, rain."
 def ask(target: Target, folder: Path, guide: dict[str, Any]) -> Any:
     """Request a video with a portrait image as the only guide file."""
     Image.new("RGB", (40, 120), (200, 80, 40)).save(folder / "first.png")
-    line = ["sh", str(EXAMPLES / "ovi" / "client.sh"), PROMPT, str(folder / "guided.mp4")]
+    line = ["sh", str(EXAMPLES / "ovi" / "run_curl_text_to_video.sh"), PROMPT, str(folder / "guided.mp4")]
     line += ["-F", "num_inference_steps=1", "-F", f"guide_files=@{folder / 'first.png'}"]
     return run_client([*line, "--form-string", f"timeline_guides={json.dumps([guide])}"], target.server, ALICE)
 

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,9 @@ from PIL import Image
 
 from port_kit.autoparallel.tiny_pipelines import CASES, write_pipeline
 from port_kit.autoparallel.tiny_pipelines.server import decode, run_server
+from port_kit.scaffold.render import render
+from port_kit.testing.server import ApiServer
+from tests.serving.helpers import run_client
 from tests.serving.hostile import png, refused, small_png
 
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
@@ -25,11 +29,16 @@ GOOD = {"prompt": "a red cat", "size": "32x32", "num_inference_steps": 2, "stren
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     folder = tmp_path_factory.mktemp("images")
     model = write_pipeline(PIPELINE, CASES[PIPELINE], folder / "model")
-    with run_server(model, folder=folder) as server:
-        yield httpx.Client(base_url=server.url, timeout=LIMIT)
+    with run_server(model, folder=folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(server: ApiServer) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=LIMIT)
 
 
 def edit(http: httpx.Client, image: bytes, **fields: Any) -> httpx.Response:
@@ -41,6 +50,28 @@ def test_an_image_becomes_an_image(http: httpx.Client) -> None:
     first, again = edit(http, small_png()), edit(http, small_png())
     assert decode(first, "image") == "PNG 32x32"
     assert first.json()["data"] == again.json()["data"]
+
+
+def test_the_script_of_a_port_writes_an_image(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(small_png())
+    line = [*script("image", tmp_path), str(tmp_path / "image.png"), 'a "red\\cat"', str(tmp_path / "out.png")]
+    done = run_client([*line, "-F", "size=32x32", "-F", "num_inference_steps=2"], server)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").size == (32, 32)
+
+
+def test_the_script_of_a_port_prints_why_there_is_no_image(server: ApiServer, tmp_path: Path) -> None:
+    line = [*script("text", tmp_path), 'a "red\\cat"', str(tmp_path / "out.png")]
+    done = run_client([*line, '"seed": 3, "num_inference_steps": 100000'], server)
+    assert done.returncode == 1 and "num_inference_steps" in done.stderr and '"code": 400' in done.stderr
+    assert not (tmp_path / "out.png").exists()
+
+
+def script(source: str, folder: Path) -> list[str]:
+    """Write the script that ``port-kit new`` writes for images from ``image`` or ``text``; return its command."""
+    path = folder / "run.sh"
+    path.write_text(render(f"common/run_curl_{source}_to_image.sh", {"example_prompt": "a cat"}), encoding="utf-8")
+    return ["sh", str(path)]
 
 
 @pytest.mark.parametrize(

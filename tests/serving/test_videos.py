@@ -6,12 +6,16 @@ import asyncio
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 import time
 import wave
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -24,12 +28,16 @@ from PIL import Image
 
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import ApiServer
+from tests.audio_files import flac, mp4, ogg, opus, wav
 from tests.helpers import wait_until
+from tests.serving import comfyui
 from tests.serving.helpers import EXAMPLES, run_client, serving
-from tests.serving.pages import client_commands, run_written
+from tests.serving.pages import benchmark_command, client_commands, run_written
 from tests.test_references import sound
 
 LIMIT = 300.0
+#: Answer to a deletion, but for the id.
+DELETED = {"deleted": True, "object": "video.deleted"}
 #: Seconds that finished files are kept.
 KEPT = 20
 #: API key that the load benchmark uses.
@@ -216,6 +224,27 @@ def test_damaged_voices_of_other_formats_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("damaged", "part"),
+    [
+        (flac(2**36 - 1), "at most 600 s"),
+        (ogg(96_000, opus(255)), "255 channels"),
+        (mp4(run=2**30), "1073741834 packets"),
+        (mp4(times=(5000, 1024), sizes=(10, 5000), per_chunk=5000, edits=5000), "25000000 packets"),
+        (wav(0xFFFFFFFF, channels=0xFFFF), "65535 channels"),
+    ],
+    ids=["samples", "channels", "fragment", "edits", "unknown length"],
+)
+def test_numbers_of_a_header_take_no_memory(
+    server: ApiServer, http: httpx.Client, good: dict[str, str], files: list[Any], damaged: bytes, part: str
+) -> None:
+    before = server.memory()
+    response = http.post("/v1/videos/sync", data=good, files=_voices(files, lambda _: damaged))
+    assert response.status_code == 400, response.text
+    assert part in response.json()["error"]["message"], response.text
+    assert server.memory() < before + 50e6
+
+
+@pytest.mark.parametrize(
     ("change", "names"),
     [
         ({"prompt": "  "}, ("[input_missing]", "prompt")),
@@ -305,9 +334,12 @@ def test_a_deleted_job_stops_and_is_gone(
     before = _cpu(server)
     job = http.post("/v1/videos", data=load_test.LONG, files=files).json()["id"]
     wait_until(lambda: http.get(f"/v1/videos/{job}").json()["status"] != "queued", LIMIT, pause=0.1)
-    assert http.get(f"/v1/videos/{job}").json()["progress"] == 0
+    assert http.get(f"/v1/videos/{job}").json()["progress"] < 100
     assert http.get(f"/v1/videos/{job}/content").status_code == 404
-    assert http.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert http.delete(f"/v1/videos/{job}").json() == {**DELETED, "id": job, "status": "cancelled"}
+    assert http.get(f"/v1/videos/{job}").json()["status"] == "cancelled"
+    assert http.get(f"/v1/videos/{job}/content").status_code == 404
+    assert http.delete(f"/v1/videos/{job}").json() == {**DELETED, "id": job}
     assert http.get(f"/v1/videos/{job}").status_code == 404
     assert http.post("/v1/videos/sync", data=good, files=files).content == first[0]
     # 200 steps would cost as much as ten such requests.
@@ -345,7 +377,8 @@ def _example(command: str, server: ApiServer, folder: Path, height: int) -> subp
     """Run one of the example's clients on the references in ``folder``; it writes ``out.mp4`` there."""
     steps = {"height": height, "width": 96, "num_inference_steps": 1}
     if command == "curl":
-        line = ["sh", str(EXAMPLES / "dreamid_omni" / "client.sh"), str(folder), str(folder / "out.mp4")]
+        script = EXAMPLES / "dreamid_omni" / "run_curl_references_to_video.sh"
+        line = ["sh", str(script), str(folder), "<sub1> says, <S>Hello.<E>", str(folder / "out.mp4")]
         line += [part for name, value in steps.items() for part in ("-F", f"{name}={value}")]
     else:
         line = [
@@ -390,9 +423,34 @@ def test_the_commands_of_the_page_work(server: ApiServer, http: httpx.Client, fi
         if words[0] == "curl" and not job:
             job = json.loads(done.stdout)["id"]
             assert _finished(http, job)["status"] == "completed"
-    assert {path.name for path in tmp_path.glob("*.mp4")} == {"tiny.mp4", "dreamid_omni.mp4", "talk.mp4"}
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"tiny.mp4", "curl.mp4", "dreamid_omni.mp4", "talk.mp4"}
     assert measure_mp4(tmp_path / "talk.mp4").frames == 121
     assert http.get(f"/v1/videos/{job}").status_code == 404, "the last command deletes it"
+
+
+def test_the_workflow_of_comfyui_makes_a_video(http: httpx.Client, files: list[Any], tmp_path: Path) -> None:
+    for _, (name, content, _) in files:
+        (tmp_path / name).write_bytes(content)
+    small = {"width": 96, "height": 64, "num_inference_steps": 1}
+    workflow = EXAMPLES / "dreamid_omni" / "comfyui_references_to_video.json"
+    (tmp_path / "out.mp4").write_bytes(comfyui.run(workflow, tmp_path, http, **small))
+    assert measure_mp4(tmp_path / "out.mp4").frames == 121
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_page_measures_a_server(files: list[Any], tmp_path: Path) -> None:
+    for _, (name, content, _) in files:
+        (tmp_path / name).write_bytes(content)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{web.server_port}"
+        with serving("dreamid_omni", tmp_path, "--reference-host", host) as server:
+            words = benchmark_command("dreamid_omni", tmp_path / "tiny", server)
+            done = run_client([word.replace("127.0.0.1:8001", host) for word in words], server)
+        web.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Successful requests: +2\b", done.stdout), done.stdout
 
 
 def test_an_expired_file_is_removed_and_its_job_remains(server: ApiServer, http: httpx.Client, forgotten: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from port_kit.errors import ConfigError, InputError
+from port_kit.escape import quoted
 from port_kit.pipeline.precision import default_dtype
 
 #: Dilations of the residual units after each upsampling.
@@ -58,10 +59,12 @@ class AudioVAEConfig:
             ConfigError: a field is missing, or the latents are quantized.
         """
         if values.get("continuous") is not True:
-            raise ConfigError(f"continuous of the audio VAE is {values.get('continuous')!r}; only True is supported")
+            raise ConfigError(
+                f"continuous of the audio VAE is {quoted(values.get('continuous'))}; only True is supported"
+            )
         names = ("latent_dim", "decoder_dim", "decoder_rates", "sample_rate")
         if missing := [name for name in names if name not in values]:
-            raise ConfigError(f"the audio VAE's config has no {missing[0]!r}")
+            raise ConfigError(f"the audio VAE's config has no {quoted(missing[0])}")
         return cls(**{name: values[name] for name in names} | {"decoder_rates": tuple(values["decoder_rates"])})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vllm.model_executor.models.utils import maybe_prefix
 
 from port_kit.errors import ConfigError
+from port_kit.escape import quoted
 from port_kit.models.wan.transformer import fused_ops
 from port_kit.models.wan.transformer.attention import GatherOperand, RotaryContext, split_heads
 from port_kit.models.wan.transformer.fused_ops import PartialSums, Residual, ScaleShift
@@ -80,7 +81,9 @@ class BridgeConfig:
         """
         for name, required in REQUIRED_VALUES.items():
             if values.get(name, required) != required:
-                raise ConfigError(f"{name} of the bridge is {values[name]!r}; only {required!r} is supported")
+                raise ConfigError(
+                    f"{name} of the bridge is {quoted(values[name])}; only {quoted(required)} is supported"
+                )
         names = {
             "layers": "audio_layers",
             "video_dim": "visual_hidden_dim",
@@ -90,7 +93,7 @@ class BridgeConfig:
             "first_frame_bias": "apply_first_frame_bias_in_rope",
         }
         if missing := [original for original in names.values() if original not in values]:
-            raise ConfigError(f"the bridge's config has no {missing[0]!r}")
+            raise ConfigError(f"the bridge's config has no {quoted(missing[0])}")
         return cls(**{name: values[original] for name, original in names.items()})
 
 

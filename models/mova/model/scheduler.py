@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from port_kit.errors import ConfigError
+from port_kit.escape import quoted
 
 #: Options of the original's JSON of which only one value is supported.
 REQUIRED_VALUES: Mapping[str, Any] = {
@@ -53,7 +54,9 @@ class Schedule:
         """
         for name, required in REQUIRED_VALUES.items():
             if values.get(name, required) != required:
-                raise ConfigError(f"{name} of the scheduler is {values[name]!r}; only {required!r} is supported")
+                raise ConfigError(
+                    f"{name} of the scheduler is {quoted(values[name])}; only {quoted(required)} is supported"
+                )
         names = {"shift": "shift", "sigma_max": "sigma_max", "sigma_min": "sigma_min"}
         names["training_steps"] = "num_train_timesteps"
         given = {name: values[original] for name, original in names.items() if original in values}

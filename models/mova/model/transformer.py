@@ -16,6 +16,7 @@ from vllm_omni.diffusion.cache.cachedit import CacheDiTAdapterConfig
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 
 from port_kit.errors import ConfigError
+from port_kit.escape import quoted
 from port_kit.models.mova.config import TOWER_OPTIONS
 from port_kit.models.mova.model.bridge import DualTowerBridge
 from port_kit.models.wan.transformer.block import TowerBlock
@@ -176,7 +177,7 @@ def read_tower(values: Mapping[str, Any], tower: str) -> TowerConfig:
     """
     for name, required in REQUIRED_VALUES.items():
         if values.get(name, required) != required:
-            raise ConfigError(f"{tower}.{name} is {values[name]!r}; only {required!r} is supported")
+            raise ConfigError(f"{tower}.{name} is {quoted(values[name])}; only {quoted(required)} is supported")
     config = TowerConfig.from_dict({"text_len": TEXT_LENGTH, **values}, tower)
     return replace(config, precise_time=True)
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from port_kit.errors import ParityError
+from port_kit.escape import quoted
 
 #: Mean of each latent channel of Wan 2.2's VAE, from the original's wrapper class; the checkpoint does not hold it.
 WAN_2_2_LATENT_MEAN: tuple[float, ...] = (
@@ -177,7 +178,7 @@ def _need(dims: Mapping[str, Any], key: str) -> int:
 
 def _missing(key: str, dims: Mapping[str, Any]) -> ParityError:
     return ParityError(
-        f"the sizes lack {key!r}; found {', '.join(dims) or 'none'}",
+        f"the sizes lack {quoted(key)}; found {', '.join(dims) or 'none'}",
         code="goldens_invalid",
         hint="see docs/goldens.md for the sizes that a goldens folder records",
     )

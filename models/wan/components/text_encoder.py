@@ -17,6 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.initialization import no_init_weights
 
 from port_kit.errors import OptionalDependencyError
+from port_kit.escape import reason_of
 from port_kit.models.wan.components.text_encoder_parallel import parallelize
 from port_kit.parallel.linear import tp_rank_and_size
 from port_kit.pipeline.model_index import incomplete
@@ -80,7 +81,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             raise FileNotFoundError("no such folder")
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library states no type
-        raise incomplete(f"cannot read the tokenizer {folder}: {error}") from error
+        raise incomplete(f"cannot read the tokenizer {folder}: {reason_of(error)}") from error
 
 
 def clean_prompt(text: str) -> str:

@@ -6,6 +6,9 @@ latents (H = 16 h, W = 16 w), C = 48 latent channels.
 Precision: the original's engine keeps weights, pixels and latents in bfloat16 and computes in float32. This module
 rounds its inputs, and weights when they are loaded, to ``precision`` and computes in float32. bfloat16 reproduces the
 original's engine; float32 rounds no value.
+
+On CUDA, PyTorch computes float32 convolutions in TF32, whose mantissa has as many bits as that of float16. With
+vLLM-Omni's ``vae_fast_path="channels_last"``, which is not bit-exact either, the decoder therefore works in float16.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import DistributedAutoencoderKLWan
+from vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath import REPORT_ATTR
 from vllm_omni.diffusion.distributed.parallel_state import model_parallel_is_initialized
 
 from port_kit.errors import InputError, PortKitError
@@ -100,11 +104,18 @@ class VideoVAE(DistributedAutoencoderKLWan):
             )
         latents_mean, latents_std = self._statistics(latents.device)
         raw = self._rounded(latents) / (1.0 / latents_std) + latents_mean
-        pixels = super().decode(raw, return_dict=False)[0]
+        if getattr(getattr(self, REPORT_ATTR, None), "channels_last", False):
+            self.decode_in_float16()
+        pixels = super().decode(raw.to(self.post_quant_conv.weight.dtype), return_dict=False)[0]
         if pixels.numel():
-            return pixels
+            return pixels.float()
         height, width = (size * self.spatial_factor for size in latents.shape[3:])
         return raw.new_empty(latents.shape[0], 3, 0, height, width)
+
+    def decode_in_float16(self) -> None:
+        """Convert the decoder's weights to float16, in which it computes from now on; encoding stays in float32."""
+        self.decoder.to(torch.float16)
+        self.post_quant_conv.to(torch.float16)
 
     def is_distributed_enabled(self) -> bool:
         """Return True if several ranks decode a clip together; always False outside of an engine."""

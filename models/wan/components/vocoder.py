@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from port_kit.errors import InputError, PortKitError
+from port_kit.escape import quoted, reason_of
 
 #: Taps of the fixed filters around an activation, and their oversampling factor.
 FILTER_TAPS = 12
@@ -72,12 +73,12 @@ class VocoderConfig:
         """
         for key, supported in (("resblock", "1"), ("activation", "snakebeta")):
             if str(config.get(key, supported)) != supported:
-                raise _bad_config(f"{key} is {config[key]!r}; only {supported!r} is implemented")
+                raise _bad_config(f"{key} is {quoted(config[key])}; only {quoted(supported)} is implemented")
         names = [name for name in cls.__dataclass_fields__ if name in config]
         try:
             return cls(**{name: _frozen(config[name]) for name in names})
         except TypeError as error:
-            raise _bad_config(str(error).partition(") ")[2]) from error
+            raise _bad_config(reason_of(error).partition(") ")[2]) from error
 
 
 class Vocoder(nn.Module):

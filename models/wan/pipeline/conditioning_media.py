@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted, shortened
 from port_kit.pipeline.inputs import check_real
 from port_kit.references import MAX_AUDIO_RATE, MIN_AUDIO_RATE, check_samples, open_audio
 
@@ -45,7 +46,7 @@ def load_reference_audio(source: object, *, name: str = "audio") -> np.ndarray:
     samples = _array(samples, name)
     whole = int(check_real(f"the sample rate of {name}", rate, minimum=MIN_AUDIO_RATE, maximum=MAX_AUDIO_RATE))
     if whole != rate:
-        raise InputError(f"the sample rate of {name} is {rate}; a whole number is required", code="input_value")
+        raise InputError(f"the sample rate of {name} is {quoted(rate)}; a whole number is required", code="input_value")
     check_samples(samples.shape[1] / whole, whole, samples.shape[0], name=name)
     return _mono_16k(_checked(_float_samples(samples[:, : whole * DECODED_SECONDS]), name), whole)
 
@@ -67,8 +68,8 @@ def _array(samples: Any, name: str) -> np.ndarray:
         kind = samples.dtype.name  # without the order of bytes
     if samples.ndim not in (1, 2) or 0 in samples.shape or kind not in SAMPLE_TYPES:
         raise InputError(
-            f"{name} is an array {kind} {tuple(samples.shape)}; expected samples (S,) or (channels, S) of one of "
-            f"{', '.join(SAMPLE_TYPES)}",
+            f"{name} is an array {shortened(kind)} {tuple(samples.shape)}; expected samples (S,) or (channels, S) "
+            f"of one of {', '.join(SAMPLE_TYPES)}",
             code="input_type",
         )
     if isinstance(samples, torch.Tensor):

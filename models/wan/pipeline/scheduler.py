@@ -29,6 +29,7 @@ from diffusers import (
 )
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted
 
 #: Number of steps of the training schedule; a timestep is ``sigma`` times this.
 TRAINING_STEPS = 1000
@@ -127,7 +128,7 @@ def _flow_options(shift: float) -> dict[str, object]:
 def _check(solver: str, steps: int, shift: float) -> None:
     if solver not in SOLVERS:
         raise InputError(
-            f"solver is {solver!r}; expected one of {', '.join(SOLVERS)}",
+            f"solver is {quoted(solver)}; expected one of {', '.join(SOLVERS)}",
             code="sampling_invalid",
             hint="use unipc, the default",
         )

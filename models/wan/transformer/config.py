@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from port_kit.errors import ConfigError
+from port_kit.escape import quoted
 
 Stream = Literal["video", "audio"]
 Family = Literal["dreamid_omni", "ovi", "wan"]
@@ -51,10 +52,10 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):
-            raise ConfigError(f"rope family {self.family!r} is not one of {', '.join(get_args(Family))}")
+            raise ConfigError(f"rope family {quoted(self.family)} is not one of {', '.join(get_args(Family))}")
         if self.scaling_dtype not in get_args(ScalingDtype):
             raise ConfigError(
-                f"rope scaling dtype {self.scaling_dtype!r} is not one of {', '.join(get_args(ScalingDtype))}"
+                f"rope scaling dtype {quoted(self.scaling_dtype)} is not one of {', '.join(get_args(ScalingDtype))}"
             )
         if not self.freqs_scaling > 0:
             raise ConfigError(f"rope freqs_scaling is {self.freqs_scaling}; it must be positive")
@@ -208,7 +209,7 @@ class FusionConfig:
         for section in ("video", "audio", "rope"):
             if section not in config:
                 raise ConfigError(
-                    f"the transformer's config has no {section!r} section",
+                    f"the transformer's config has no {quoted(section)} section",
                     hint="add the original's video and audio JSON under these names, and a rope section",
                 )
         rope = _read_rope(config["rope"], config["audio"])
@@ -226,7 +227,7 @@ def _read_rope(rope: Mapping[str, Any], audio: Mapping[str, Any]) -> RopeConfig:
     scaling = rope.get("freqs_scaling")
     if not isinstance(scaling, Mapping) or not {"num", "den", "dtype"} <= scaling.keys():
         raise ConfigError(
-            f"rope family {family!r} needs freqs_scaling with num, den and dtype, got {scaling!r}",
+            f"rope family {quoted(family)} needs freqs_scaling with num, den and dtype, got {quoted(scaling)}",
             hint='for DreamID-Omni: {"num": 31, "den": 157, "dtype": "bfloat16"}',
         )
     return RopeConfig(family, scaling["num"] / scaling["den"], scaling["dtype"])
@@ -234,7 +235,7 @@ def _read_rope(rope: Mapping[str, Any], audio: Mapping[str, Any]) -> RopeConfig:
 
 def _field(tower: str, values: Mapping[str, Any], name: str) -> Any:
     if name not in values:
-        raise ConfigError(f"the {tower} tower's config has no {name!r}")
+        raise ConfigError(f"the {tower} tower's config has no {quoted(name)}")
     return values[name]
 
 

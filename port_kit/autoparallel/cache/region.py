@@ -21,6 +21,7 @@ from port_kit.autoparallel.derive import derive
 from port_kit.autoparallel.plan import CacheState
 from port_kit.autoparallel.tree import Arguments, leaves, rebuild
 from port_kit.errors import ParallelError
+from port_kit.escape import quoted
 from port_kit.upstream.checks import require
 
 require("cache_decisions")
@@ -201,7 +202,7 @@ class Member:
         tensors = {path for path, leaf in found.items() if isinstance(leaf, Tensor)}
         if unknown := sorted(tensors - {state.output for state in self.states}):
             raise ParallelError(
-                f"{self.region.prefix}: a block returns a tensor at {unknown[0]!r}, which the plan does not name",
+                f"{self.region.prefix}: a block returns a tensor at {quoted(unknown[0])}, which the plan does not name",
                 code="plan_cache",
                 hint="infer the plan again: port-kit plan infer CLASS -o FILE",
             )

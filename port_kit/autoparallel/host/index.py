@@ -11,6 +11,7 @@ from typing import Any
 
 from port_kit.autoparallel.ports import hosted_port
 from port_kit.errors import InspectError
+from port_kit.escape import quoted
 from port_kit.inspect.components import is_denoiser
 from port_kit.pipeline.model_index import read_json
 
@@ -58,7 +59,7 @@ class PipelineIndex:
         pipeline_class = getattr(diffusers, port.hosted if port else str(name), None)
         if not isinstance(pipeline_class, type):
             raise InspectError(
-                f"{folder}: diffusers {diffusers.__version__} has no pipeline class {name!r}",
+                f"{folder}: diffusers {diffusers.__version__} has no pipeline class {quoted(name)}",
                 hint="name a directory that diffusers' DiffusionPipeline.from_pretrained can load",
             )
         found = {key: value[1] for key, value in index.items() if _is_component(value)}

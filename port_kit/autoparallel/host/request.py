@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from port_kit.errors import InputError
+from port_kit.escape import quoted
 from port_kit.pipeline.admission import READ, check_sampling, unknown_name
 from port_kit.pipeline.inputs import check_integer, check_real
 from port_kit.pipeline.prompt_request import AUDIO_END, AUDIO_LENGTH, AUDIO_START, MAX_OUTPUTS
@@ -75,7 +76,7 @@ def call_arguments(
     fields = dict(_sampling(sampling))
     if twice := [name for name, value in fields.items() if name in extra and extra[name] != value]:
         raise InputError(
-            f"{twice[0]} is {fields[twice[0]]!r}, and {extra[twice[0]]!r} in extra_args",
+            f"{twice[0]} is {quoted(fields[twice[0]])}, and {quoted(extra[twice[0]])} in extra_args",
             code="input_value",
             hint=f"leave one {twice[0]} out",
         )

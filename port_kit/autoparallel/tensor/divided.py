@@ -7,6 +7,7 @@ from typing import Any
 
 from port_kit.autoparallel.plan import DividedValue
 from port_kit.errors import ParallelError
+from port_kit.escape import reason_of
 
 #: Entry of nested tuples or lists, outermost first; empty for a plain number.
 Place = tuple[int, ...]
@@ -68,7 +69,7 @@ def divide_attribute(owner: Any, path: str, entry: DividedValue, ranks: int, *, 
         setattr(owner, name, with_divided(getattr(owner, name), place_of(entry.index), ranks))
     except ValueError as error:
         raise ParallelError(
-            f"{path}: {entry.attribute}: {error}",
+            f"{path}: {entry.attribute}: {reason_of(error)}",
             code=code,
             hint=f"use a {degree} size that divides it",
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from port_kit.errors import ParallelError
+from port_kit.escape import quoted
 
 #: Factors that expressions may have.
 _FACTORS = (2, 3, 4, 6, 8)
@@ -37,7 +38,7 @@ def _attribute(block: nn.Module, path: str, expression: str) -> int:
         value = getattr(value, name, None)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ParallelError(
-            f"Expression {expression!r}: {type(block).__name__} has no whole number {path!r}.",
+            f"Expression {quoted(expression)}: {type(block).__name__} has no whole number {quoted(path)}.",
             code="plan_expression",
             hint="infer the plan from this class: port-kit plan infer CLASS -o FILE",
         )

@@ -21,6 +21,7 @@ from port_kit.autoparallel.tensor.blocks import Arguments, channel_axis, copy_ar
 from port_kit.autoparallel.tensor.groups import Groups, Segment
 from port_kit.autoparallel.tree import Arguments as Names
 from port_kit.autoparallel.tree import leaves, rebuild
+from port_kit.escape import reason_of
 
 #: Largest difference relative to the largest magnitude, float32.
 TOLERANCE = 1e-4
@@ -115,7 +116,7 @@ def try_rank(
             return None
         except Exception as error:  # any error of the block's code means that its numbers do not fit
             after = rest[len(done)] if len(done) < len(rest) else ""
-            return Failure(_group_of(after, groups), len(done), f"{type(error).__name__}: {error}"[:300])
+            return Failure(_group_of(after, groups), len(done), f"{type(error).__name__}: {reason_of(error)}")
 
 
 def _group_of(path: str, groups: Groups) -> int | None:

@@ -58,7 +58,7 @@ class PeerSignals:
         stream = torch.cuda.current_stream().cuda_stream
         (result,) = _driver().cuStreamBatchMemOp(stream, len(self._operations), self._operations, 0)
         if int(result):
-            raise RuntimeError(f"cuStreamBatchMemOp failed: {result!r}. Set PORT_KIT_DISABLE_SYMM_MEM=1 to use NCCL.")
+            raise RuntimeError(f"cuStreamBatchMemOp failed: {result}. Set PORT_KIT_DISABLE_SYMM_MEM=1 to use NCCL.")
 
 
 def _operation(kind: Any, word: Tensor, value: int) -> Any:

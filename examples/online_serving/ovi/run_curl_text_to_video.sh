@@ -1,0 +1,8 @@
+#!/bin/sh
+# A prompt to a video with audio: run_curl_text_to_video.sh [PROMPT [OUTPUT [-F name=value ...]]]
+set -eu
+prompt=${1:-"She looks up and says, <S>One more song.<E> Audio: violin, steady rain."}
+output=${2:-text_to_video.mp4}
+shift $(($# < 2 ? $# : 2))
+# --form-string: curl takes a text that begins with < for the name of a file
+exec sh "$(dirname "$0")/../curl_video.sh" "$output" --form-string "prompt=$prompt" "$@"
