@@ -10,6 +10,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.port-kit-set-up$(LATEST)
 LOCK := requirements/lock$(addprefix -,$(NEXT)).txt
 DOCS := $(VENV)/.port-kit-docs
+PAGE := $(VENV)/.port-kit-page
 TRITON := build/triton
 # Port of the demonstration.
 PORT ?= dreamid_omni
@@ -56,13 +57,14 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up lock demo test test-fast coverage check tree docs clean
+.PHONY: help set-up lock demo test test-fast test-page coverage check tree docs clean
 
 help:
 	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png;"
 	@echo "             with PORT=mova or PORT=ovi, those of another port, in build/demo/PORT"
 	@echo "make test    set up, check, and run the tests"
 	@echo "make test-fast  the tests of the inner loop"
+	@echo "make test-page  the tests of the web page, in a browser: installs gradio, playwright and, by apt-get, Chromium"
 	@echo "make coverage   run the tests, measure coverage, write build/coverage"
 	@echo "make set-up  install the locked versions into .venv; with LATEST=1 the newest that are allowed"
 	@echo "             with OMNI=0.32.0rc1, any target uses that vLLM-Omni, in .venv-0.32.0rc1"
@@ -121,7 +123,18 @@ test: check $(TRITON)
 
 # The inner loop: without the modules that tests/conftest.py marks as integration tests.
 test-fast: $(STAMP)
-	$(RUN) -m pytest -n 2 --dist loadfile -m 'not gpu and not slow and not integration'
+	$(RUN) -m pytest -n 2 --dist loadfile -m 'not gpu and not slow and not integration and not page'
+
+# gradio asks for older releases of some packages than those of the lock file, with which it works too: those win.
+$(PAGE): $(STAMP)
+	$(INSTALL) $(if $(LATEST),,--overrides $(LOCK)) -e '.[page]' playwright
+	@touch $@
+
+# Playwright drives the system's Chromium and downloads none.
+test-page: $(PAGE)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }
+	$(RUN) -m pytest -m page tests/page
 
 coverage: $(TRITON)
 	$(RUN) -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=html --cov-report=xml

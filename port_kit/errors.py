@@ -138,6 +138,7 @@ CODES: dict[str, str] = {
     "input_missing": "a request lacks its prompt, reference images or reference audio",
     "input_count": "the numbers of reference images and reference audios differ, or are too large",
     "input_size": "an image or video size of a request is not supported",
+    "page_server": "the server that a page started did not become ready, or has ended",
     "engine_closed": "a request was sent to an engine that is closed",
     "engine_option": "an engine option is not supported by the model or platform, or in this combination",
     "lora_file": "a LoRA file is invalid or not supported",

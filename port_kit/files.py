@@ -19,12 +19,21 @@ from port_kit.errors import DownloadError
 from port_kit.escape import MAX_REASON, reason_of, shortened
 from port_kit.owner import OWNER, may_run, owner
 
+#: Variable of the environment with the folder of :func:`cache_folder`.
+CACHE_VARIABLE = "PORT_KIT_CACHE"
 #: Characters of a text file; the manifest of a large checkpoint has 10 million.
 MAX_TEXT = 1 << 26
 _PIECE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _LONGEST_NAME = 255  # bytes, of all common file systems
 _SUFFIX_LENGTH = 130  # bytes that the name of a temporary file adds
+
+
+def cache_folder() -> Path:
+    """Return the user's folder of files that the kit makes again if they are gone; it may not exist."""
+    given = os.environ.get(CACHE_VARIABLE)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return Path(given).absolute() if given else (Path(home) if home else Path.home() / ".cache") / "port_kit"
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

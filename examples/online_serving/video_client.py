@@ -183,6 +183,10 @@ def request_parser(documentation: str, options: Mapping[str, type], output: str)
     request.add_argument("--prompt", default=None)
     for name in ("height", "width", "num-inference-steps", "seed"):
         request.add_argument(f"--{name}", type=int, default=None)
+    request.add_argument(
+        "--lora", nargs="+", action="extend", default=[], help="name of a LoRA on the server, or several"
+    )
+    request.add_argument("--lora-scale", nargs="+", action="extend", type=float, default=[], help="strength of each")
     for name, kind in options.items():
         request.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
     return parser
@@ -193,7 +197,12 @@ def form_of(arguments: argparse.Namespace, options: Iterable[str]) -> dict[str, 
     names = ("prompt", "height", "width", "num_inference_steps", "seed")
     fields = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     extra = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
-    return {**fields, **({"extra_params": json.dumps(extra)} if extra else {})}
+    scales = arguments.lora_scale or [1.0] * len(arguments.lora)
+    if len(scales) != len(arguments.lora):
+        raise SystemExit("give one --lora-scale for each --lora, or none")
+    loras = [{"name": name, "scale": scale} for name, scale in zip(arguments.lora, scales, strict=True)]
+    given = {"extra_params": extra, "lora": loras}
+    return {**fields, **{name: json.dumps(value) for name, value in given.items() if value}}
 
 
 def ask(arguments: argparse.Namespace, fields: Mapping[str, Any], files: Iterable[Upload]) -> int:

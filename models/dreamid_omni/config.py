@@ -17,6 +17,7 @@ from port_kit.models.wan.pipeline.request import (
     parse_common,
     prompt_fields,
 )
+from port_kit.models.wan.pipeline.request_fields import fusion_fields
 from port_kit.pipeline.inputs import as_list, check_size
 
 VIDEO_LATENT_LENGTH = 31  # latent frames: 1 + 30 * 4 = 121 frames
@@ -38,6 +39,10 @@ class GuidanceScales:
     video_ref_cfg_scale: float = 1.5
     audio_cfg_scale: float = 4.0
     audio_ref_cfg_scale: float = 2.0
+
+
+#: For pages.
+FIELDS = fusion_fields(GuidanceScales, height=DEFAULT_HEIGHT, width=DEFAULT_WIDTH, seed=DEFAULT_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

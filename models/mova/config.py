@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from port_kit.models.wan.components.configs import TEXT_ENCODER_CONFIG as UMT5_XXL
+from port_kit.pipeline.prompt_request import PromptOptions
 
 FPS = 24  # frames per second; the only rate of the published examples
 SAMPLE_RATE = 48_000  # Hz
@@ -23,6 +24,23 @@ VARIANTS: Mapping[str, tuple[int, int]] = {"360p": (352, 640), "720p": (720, 128
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
     "残缺的，多余的手指"
+)
+
+#: Defaults and limits of requests; a model directory sets the default size.
+OPTIONS = PromptOptions(
+    steps=50,
+    guidance_scale=5.0,
+    height=720,
+    width=1280,
+    size_multiple=16,
+    max_area=2 * 720 * 1280,
+    frames=193,
+    frame_step=4,
+    max_frames=2 * 192 + 1,
+    negative_prompt=NEGATIVE_PROMPT,
+    seed=42,
+    images=1,
+    size_of_image=False,
 )
 
 #: Options of a tower of which only one value is supported: the published one.

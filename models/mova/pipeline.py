@@ -30,28 +30,12 @@ from port_kit.pipeline.experts import HIGH_NOISE, LOW_NOISE, ExpertContext, Nois
 from port_kit.pipeline.images import crop_image
 from port_kit.pipeline.model_index import ModelIndex, incomplete, read_json
 from port_kit.pipeline.prompt_pipeline import PromptPipeline
-from port_kit.pipeline.prompt_request import GuidanceScale, PromptOptions, PromptRequest
+from port_kit.pipeline.prompt_request import GuidanceScale, PromptRequest
 from port_kit.pipeline.request_state import DenoiseState, PreparedRequest
 from port_kit.port import Component
 
 #: Channels of the mask in front of the condition.
 MASK_CHANNELS = 4
-#: Defaults and limits of requests; a model directory sets the default size.
-OPTIONS = PromptOptions(
-    steps=50,
-    guidance_scale=5.0,
-    height=720,
-    width=1280,
-    size_multiple=16,
-    max_area=2 * 720 * 1280,
-    frames=193,
-    frame_step=4,
-    max_frames=2 * 192 + 1,
-    negative_prompt=config.NEGATIVE_PROMPT,
-    seed=42,
-    images=1,
-    size_of_image=False,
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +77,7 @@ class MOVAPipeline(PromptPipeline, SupportAudioOutput, SupportImageInput):
     """
 
     components: ClassVar[tuple[Component, ...]] = COMPONENTS
-    options = OPTIONS
+    options = config.OPTIONS
     fps: ClassVar[int] = config.FPS
     audio_sample_rate: ClassVar[int] = config.SAMPLE_RATE
     lora_folders: ClassVar[Mapping[str, str]] = {
@@ -118,7 +102,9 @@ class MOVAPipeline(PromptPipeline, SupportAudioOutput, SupportImageInput):
     def read_directory(self, model: str) -> None:
         """Read the noise levels, the sizes of latents, the default size and the tokenizer."""
         index = ModelIndex.read(model)
-        height, width = (index.integer(name, OPTIONS.size_multiple, OPTIONS.max_side) for name in ("height", "width"))
+        height, width = (
+            index.integer(name, self.options.size_multiple, self.options.max_side) for name in ("height", "width")
+        )
         self.options = replace(self.options, height=height, width=width)
         self.schedule = Schedule.from_dict(read_json(model, "scheduler/scheduler_config.json"))
         self.experts = NoiseExperts(index.real("boundary_ratio", 0.0, 1.0) * self.schedule.training_steps)

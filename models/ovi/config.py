@@ -19,8 +19,11 @@ from port_kit.models.wan.pipeline.request import (
     parse_common,
     prompt_fields,
 )
+from port_kit.models.wan.pipeline.request_fields import fusion_fields
+from port_kit.models.wan.transformer.config import OVI_TRANSFORMER_CONFIG
 from port_kit.pipeline.inputs import as_list, check_integer, first_frame_of
 from port_kit.pipeline.model_index import ModelIndex
+from port_kit.pipeline.request_fields import RequestField
 from port_kit.pipeline.skip_layers import SkipLayers, parse_skip_layers
 
 DEFAULT_HEIGHT, DEFAULT_WIDTH = 512, 992  # pixels; only their ratio matters, the checkpoint sets the area
@@ -95,6 +98,26 @@ class GuidanceScales:
 
     video_guidance_scale: float = 4.0
     audio_guidance_scale: float = 3.0
+
+
+#: For pages. The number of blocks is that of all published checkpoints.
+FIELDS = (
+    *fusion_fields(GuidanceScales, height=DEFAULT_HEIGHT, width=DEFAULT_WIDTH, seed=DEFAULT_SEED, multiple=1),
+    RequestField(
+        "slg_layer",
+        "int",
+        SKIP_BLOCK,
+        0,
+        OVI_TRANSFORMER_CONFIG["video"]["num_layers"] - 1,
+        is_option=True,
+        help="block that the negative branch omits; 0 for none",
+    ),
+    RequestField("uncond_skip_layers", "text", is_option=True, help="several such blocks instead, such as 10,11"),
+    RequestField(
+        "slg_start", "float", 0.0, 0.0, 1.0, is_option=True, help="first step with omitted blocks, as a fraction"
+    ),
+    RequestField("slg_stop", "float", 1.0, 0.0, 1.0, is_option=True, help="end of the steps with omitted blocks"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("port_kit.cli.list", "List the installed ports."),
     "manifest": ("port_kit.cli.manifest", "Names, shapes and dtypes of a checkpoint or of a port's modules."),
     "new": ("port_kit.cli.new", "Write a port: package, recipe, rules, tests, scripts, card."),
+    "page": ("port_kit.cli.page", "Open a web page for a port, over a server of it."),
     "plan": ("port_kit.cli.plan", "Infer, show and prove parallel plans of unmodified modules."),
     "remove": ("port_kit.cli.remove", "Remove a downloaded model directory."),
     "run": ("port_kit.cli.run", "Run a pipeline of diffusers without a port, parallel by a plan."),

@@ -14,11 +14,14 @@ from port_kit.clips import (
     ClipSettings,
     Reference,
     check_first_frame,
+    check_loras,
     describe_model,
+    lora_reference,
     option_types,
     read_prompts,
     read_settings,
 )
+from port_kit.clips.loras import LORA, LORA_SCALE
 from port_kit.clips.options import CONTINUE_FROM, MEDIA_OPTIONS
 from port_kit.errors import InputError
 from port_kit.files import read_text
@@ -51,6 +54,7 @@ class Job:
         settings: of the first output.
         media: references by kind, as the engine takes them.
         continue_from: the clip whose last frame is the first frame.
+        loras: paths of the LoRAs.
         line: number in the file of prompts; 0 without one.
     """
 
@@ -58,6 +62,7 @@ class Job:
     settings: ClipSettings
     media: Media
     continue_from: Path | None = None
+    loras: tuple[str, ...] = ()
     line: int = 0
 
     @property
@@ -129,16 +134,21 @@ def plan_jobs(
     request = base_request(port, arguments, clip)
     given = {kind: vars(arguments)[kind] for kind in port.references if vars(arguments)[kind]}
     given |= {CONTINUE_FROM: [arguments.continue_from]} if vars(arguments).get(CONTINUE_FROM) else {}
+    given |= {LORA: arguments.lora} if vars(arguments).get(LORA) else {}
 
     def job(path: Path, request: Mapping[str, Any], given: Media, line: int = 0) -> Job:
         drawn = {kind: make() for kind, make in (default_media or {}).items() if not _is_given(port, kind, given)}
         if clip is not None:
             _compare_references(port, arguments.from_clip, clip, given, drawn, note)
-        references = {kind: tuple(map(Reference.of, items)) for kind, items in {**given, **drawn}.items()}
+        check_loras(request, given)
+        references = {
+            kind: tuple(_reference(kind, item) for item in items) for kind, items in {**given, **drawn}.items()
+        }
         settings = dataclasses.replace(common, request=request, references=references)
         media = {kind: [_plain(item) for item in items] for kind, items in {**given, **drawn}.items()}
         (source,) = media.pop(CONTINUE_FROM, [None])
-        return Job(path, settings, media, None if source is None else Path(source), line)
+        loras = tuple(media.pop(LORA, ()))
+        return Job(path, settings, media, None if source is None else Path(source), loras, line)
 
     if arguments.prompts is None:
         request.setdefault("prompt", port.example_prompt or None)
@@ -171,10 +181,16 @@ def base_request(port: Port, arguments: argparse.Namespace, clip: ClipSettings |
     tiny = dict(port.tiny) if arguments.tiny else {}
     tiny |= tiny.pop("extra_args", {})
     given = {name: vars(arguments)[name] for name in option_types(port) if vars(arguments)[name] is not None}
+    if vars(arguments).get(LORA_SCALE) is not None:
+        given[LORA_SCALE] = arguments.lora_scale
     if arguments.prompt_file:
         given["prompt"] = json.loads(read_text(Path(arguments.prompt_file)))
     defaults = {"seed": port.seed, "num_outputs": 1}
     return {**defaults, **(clip.request if clip else {}), **tiny, **given}
+
+
+def _reference(kind: str, item: Any) -> Reference:
+    return lora_reference(item) if kind == LORA else Reference.of(item)
 
 
 def _plain(item: Any) -> Any:
@@ -215,5 +231,5 @@ def _compare_references(
                 hint=f"add {option} {' '.join(named) or 'FILE'}",
             )
         for item, reference in zip(given.get(kind, ()), references, strict=False):
-            if Reference.of(item).sha256 != reference.sha256:
+            if _reference(kind, item).sha256 != reference.sha256:
                 note(f"note: {item} differs from {reference.name or 'what a script drew'}, the {kind} of {name}")

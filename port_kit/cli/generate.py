@@ -14,6 +14,7 @@ from port_kit.cli.engine_logs import set_engine_logs
 from port_kit.cli.make_clips import Console, make_clips, message_of
 from port_kit.cli.output import handles_errors
 from port_kit.clips import option_types
+from port_kit.clips.loras import takes_loras
 from port_kit.clips.options import MEDIA_OPTIONS, SEGMENTS
 from port_kit.escape import MAX_REASON, escape_control_chars, shortened
 from port_kit.parallel.layout import ULYSSES_MODES
@@ -66,6 +67,23 @@ def build_parser(port: Port) -> argparse.ArgumentParser:
             request.add_argument(f"--{name.replace('_', '-')}", type=number, default=None, help=helps.get(name))
     if port.output_type == "video":
         request.add_argument("--continue-from", default=None, metavar="CLIP", help="begin with its last frame")
+
+    if takes_loras(port):
+        request.add_argument(
+            "--lora",
+            nargs="+",
+            action="extend",
+            metavar="PATH",
+            help="LoRA: a .safetensors file, or PEFT's folder; several apply together",
+        )
+        request.add_argument(
+            "--lora-scale",
+            nargs="+",
+            action="extend",
+            type=float,
+            metavar="X",
+            help="strength of each LoRA, in their order; default: 1",
+        )
 
     clips = parser.add_argument_group("clips")
     clips.add_argument("--from-clip", default=None, metavar="CLIP", help="repeat the request that made this file")

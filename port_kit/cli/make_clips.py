@@ -18,20 +18,22 @@ from tqdm import tqdm
 from port_kit.cli.clip_jobs import Job
 from port_kit.cli.output import error_text
 from port_kit.clips import attach_settings, join_results, last_frame
+from port_kit.clips.loras import LORA_SCALE
 from port_kit.clips.options import SEGMENTS
 from port_kit.escape import escape_control_chars, reason_of
 from port_kit.files import os_errors_as
 from port_kit.port import HostedPort, Port
+from port_kit.runtime.lora_sets import write_set
 from port_kit.runtime.refusals import refusal_of
 
 #: Options of a request that have a place of their own, not in the sampling parameters or in ``extra_args``.
-_ELSEWHERE = ("prompt", "negative_prompt", "num_outputs", SEGMENTS)
+_ELSEWHERE = ("prompt", "negative_prompt", "num_outputs", SEGMENTS, LORA_SCALE)
 
 Generate = Callable[[dict[str, Any], Any], Any]
 
 
 def build_request(
-    port: Port, request: Mapping[str, Any], media: Mapping[str, Sequence[Any]]
+    port: Port, request: Mapping[str, Any], media: Mapping[str, Sequence[Any]], loras: Sequence[str] = ()
 ) -> tuple[dict[str, Any], Any]:
     """Return the prompt and ``OmniDiffusionSamplingParams``; options that are not given keep the model's defaults.
 
@@ -39,6 +41,7 @@ def build_request(
         port: the port.
         request: options by name.
         media: references by kind.
+        loras: paths of LoRAs, whose scales are in the request.
     """
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -53,9 +56,24 @@ def build_request(
         prompt["negative_prompt"] = request["negative_prompt"]
     if media:
         prompt["multi_modal_data"] = dict(media)
+    if loras:
+        sampling |= _lora_fields(loras, request.get(LORA_SCALE) or [1.0] * len(loras))
     return prompt, OmniDiffusionSamplingParams(
         extra_args=extra, num_outputs_per_prompt=request["num_outputs"], **sampling
     )
+
+
+def _lora_fields(paths: Sequence[str], scales: Sequence[float]) -> dict[str, Any]:
+    """Return the sampling parameters of LoRAs; several are a set, which stands for one."""
+    from vllm.lora.request import LoRARequest
+
+    name = " + ".join(Path(path).stem for path in paths)
+    if len(paths) == 1:
+        path, scale = Path(paths[0]).expanduser().absolute(), scales[0]
+    else:
+        path, scale = write_set(list(zip(paths, scales, strict=True))), 1.0
+    # the number is replaced by one of the content when the request arrives
+    return {"lora_request": LoRARequest(name, 1, str(path)), "lora_scale": scale}
 
 
 def generate_clip(port: Port, job: Job, generate: Generate) -> Any:
@@ -78,7 +96,7 @@ def generate_clip(port: Port, job: Job, generate: Generate) -> Any:
             media["image"] = [frame]
             request |= {"height": frame.height, "width": frame.width}
         part = {**request, "seed": request["seed"] + index}
-        results.append(generate(*build_request(port, part, media)))
+        results.append(generate(*build_request(port, part, media, job.loras)))
     return join_results(results)
 
 

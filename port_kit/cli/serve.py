@@ -91,7 +91,7 @@ def command(
             )
     variables = Limits(lora_roots=tuple(_folder(root) for root in lora_roots), **limits).to_environment()
     deployed = _deployed(ModelIndex.read(model).text("_class_name"), deploy_config)
-    _check_free(host, port)
+    check_free(host, port)
     folder = Path(storage).resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     environment = {**os.environ, **variables}
@@ -123,8 +123,12 @@ def _folder(root: str) -> str:
     return str(path)
 
 
-def _check_free(host: str, port: int) -> None:
-    """Refuse a TCP port that is in use, before the model is loaded."""
+def check_free(host: str, port: int) -> None:
+    """Refuse a TCP port that is in use, before a model is loaded.
+
+    Raises:
+        ConfigError: ``config_invalid``.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -4,6 +4,7 @@ A clip is a file that ``port-kit generate`` writes: an MP4, a WAV or a PNG.
 """
 
 from port_kit.clips.joining import Joined, join_results, last_frame
+from port_kit.clips.loras import check_loras, lora_reference
 from port_kit.clips.options import check_first_frame, option_types, reference_names
 from port_kit.clips.prompts import Line, read_prompts
 from port_kit.clips.settings import ClipSettings, Reference, attach_settings, describe_model, read_settings
@@ -15,9 +16,11 @@ __all__ = [
     "Reference",
     "attach_settings",
     "check_first_frame",
+    "check_loras",
     "describe_model",
     "join_results",
     "last_frame",
+    "lora_reference",
     "option_types",
     "read_prompts",
     "read_settings",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from port_kit.clips.loras import LORA, LORA_SCALE, check_loras, takes_loras
 from port_kit.clips.options import check_first_frame, option_types, reference_names
 from port_kit.errors import InputError
 from port_kit.escape import quoted, reason_of
@@ -65,6 +66,7 @@ def read_prompts(
             if not str(line.request.get("prompt") or "").strip():
                 raise InputError("no prompt", hint="set prompt")
             check_first_frame(port, line.request, line.references)
+            check_loras(line.request, line.references)
             lines.append(line)
         except InputError as error:
             problems.append(f"line {number}: {error.message}" + (f"; {error.hint}" if error.hint else ""))
@@ -88,6 +90,9 @@ def _line(number: int, row: str, folder: Path, port: Port) -> Line:
     if not isinstance(fields, dict):
         raise InputError(f"{type(fields).__name__}; expected a JSON object")
     types, names = option_types(port), reference_names(port)
+    if takes_loras(port):
+        names[LORA] = LORA
+    request: dict[str, Any] = {}
     references: dict[str, Sequence[Any]] = {}
     for name, value in fields.items():
         if name in names:
@@ -96,9 +101,14 @@ def _line(number: int, row: str, folder: Path, port: Port) -> Line:
             references[names[name]] = list(_paths(name, value, folder))
         elif name in types:
             _check_type(name, value, types[name])
+            request[name] = value
+        elif name == LORA_SCALE and takes_loras(port):
+            request[name] = value if isinstance(value, list) else [value]
+            for scale in request[name]:
+                _check_type(name, scale, float)
         else:
             raise _unknown(name, [*types, *names])
-    return Line(number, {name: value for name, value in fields.items() if name in types}, references)
+    return Line(number, request, references)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,6 +133,7 @@ def _check_type(name: str, value: object, kind: type) -> None:
 def _paths(name: str, value: object, folder: Path) -> Iterator[Path]:
     items = value if isinstance(value, list) else [value]
     for item in items:
-        if not isinstance(item, str) or not (folder / item).is_file():
+        found = folder / item if isinstance(item, str) else None
+        if found is None or not (found.exists() if name == LORA else found.is_file()):
             raise InputError(f"{name} is {quoted(item)}; expected the path of a file, relative to {folder}")
-        yield folder / item
+        yield found

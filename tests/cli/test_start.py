@@ -10,8 +10,8 @@ from port_kit.cli import COMMANDS
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "command_start.py"
 #: A start has some 250 modules of the standard library, click and the kit; ``inspect`` and ``doctor`` also of the Hub.
 MODULES = 500
-#: Commands that run models, or that import the code of diffusers.
-HEAVY = {"generate", "plan", "run", "serve", "verify"}
+#: Commands that run models or web servers, or that import the code of diffusers.
+HEAVY = {"generate", "page", "plan", "run", "serve", "verify"}
 #: Commands whose work needs a checkpoint, a model directory or installed code.
 OTHERS = {"convert", "download", "remove", "uninstall"}
 

@@ -54,9 +54,25 @@ def test_references_have_the_names_of_the_command_line(tmp_path: Path) -> None:
     assert [path.name for path in references["image"] + references["audio"]] == ["a.png", "b.png", "a.wav", "b.wav"]
 
 
+def test_loras_have_paths_and_scales(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "peft/adapter_model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    one = '{"prompt": "rain", "lora": "a.safetensors", "lora_scale": 0.5}'
+    two = '{"prompt": "wind", "lora": ["a.safetensors", "peft"], "lora_scale": [1, -0.5]}'
+    assert read(write(tmp_path, one, two, '{"prompt": "sun", "lora": "peft"}')) == [
+        (1, {"prompt": "rain", "lora_scale": [0.5]}, {"lora": [tmp_path / "a.safetensors"]}),
+        (2, {"prompt": "wind", "lora_scale": [1, -0.5]}, {"lora": [tmp_path / "a.safetensors", tmp_path / "peft"]}),
+        (3, {"prompt": "sun"}, {"lora": [tmp_path / "peft"]}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
+        ('{"prompt": "rain", "lora_scale": 0.5}', "0 LoRAs and 1 values of lora_scale"),
+        ('{"prompt": "rain", "lora": "none.safetensors"}', "lora is 'none.safetensors'; expected the path"),
+        ('{"prompt": "rain", "lora_scale": ["1"]}', "lora_scale is '1'; expected float"),
         ('{"promt": "rain"}', "did you mean 'prompt'?"),
         ('{"prompt": "rain", "sedd": 1}', "did you mean 'seed'?"),
         ('{"prompt": "rain", "voices": "a.wav"}', "unknown option 'voices'"),

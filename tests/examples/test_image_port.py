@@ -9,11 +9,6 @@ import pytest
 from tests.examples.worked_ports import run_own_tests
 
 
-def test_the_port_passes_its_own_tests(tmp_path: Path) -> None:
-    """Without ranks and caches, which the slow test has."""
-    assert "5 passed" in run_own_tests("image", "-k", "not ranks_share and not cache_saves", folder=tmp_path)
-
-
 @pytest.mark.slow
 def test_the_port_passes_all_of_its_tests(tmp_path: Path) -> None:
     assert "7 passed" in run_own_tests("image", folder=tmp_path)

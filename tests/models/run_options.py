@@ -1,6 +1,7 @@
 """A server's use of one engine in step execution: requests at the same time, one given up, several videos, a LoRA.
 
-Usage: run_options.py MODEL LORA WRONG_LORA REPORT. The report is one JSON object with the result of each request.
+Usage: run_options.py MODEL LORA MORE SUM WRONG_LORA REPORT, with SUM = 2 LORA + 0.5 MORE. The report is one JSON
+object with the result of each request.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from port_kit.runtime.lora_sets import write_set
 
 
 def summary(result: Any) -> dict[str, Any]:
@@ -44,7 +47,7 @@ async def ask(engine: Any, name: str, lora: str = "", **sampling: Any) -> dict[s
     return {**summary(results[-1]), "ended": time.monotonic()}
 
 
-async def session(engine: Any, lora: str, wrong: str) -> dict[str, Any]:
+async def session(engine: Any, lora: str, more: str, total: str, wrong: str) -> dict[str, Any]:
     """Run the requests in turn; those of ``gather`` at the same time."""
     found = {"alone": await ask(engine, "alone")}
     given_up = asyncio.create_task(ask(engine, "given up", num_inference_steps=900, seed=5))
@@ -57,12 +60,15 @@ async def session(engine: Any, lora: str, wrong: str) -> dict[str, Any]:
     found["two"] = await ask(engine, "two", num_outputs_per_prompt=2)
     found["next seed"] = await ask(engine, "next seed", seed=4)
     found["lora"] = await ask(engine, "lora", lora=lora)
+    found["more"] = await ask(engine, "more", lora=more)
+    found["set"] = await ask(engine, "set", lora=str(write_set([(lora, 2.0), (more, 0.5)])))
+    found["sum"] = await ask(engine, "sum", lora=total)
     found["wrong lora"] = await ask(engine, "wrong lora", lora=wrong)
     found["again"] = await ask(engine, "again")
     return found
 
 
-def main(model: str, lora: str, wrong: str, report: str) -> None:
+def main(model: str, *loras: str, report: str) -> None:
     """Start the engine, run the session, stop it."""
     from vllm_omni import AsyncOmni
 
@@ -75,11 +81,11 @@ def main(model: str, lora: str, wrong: str, report: str) -> None:
         enable_prompt_embed_cache=True,
     )
     try:
-        found = asyncio.run(session(engine, lora, wrong))
+        found = asyncio.run(session(engine, *loras))
     finally:
         engine.shutdown()
     Path(report).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:-1], report=sys.argv[-1])

@@ -26,6 +26,7 @@ from port_kit.models.wan.pipeline.request import MAX_SCALE, MAX_SHIFT, MIN_SHIFT
 from port_kit.pipeline.admission import DERIVED, READ
 from port_kit.pipeline.loading import load_pipeline
 from port_kit.pipeline.process_funcs import get_pre_process_func
+from port_kit.runtime.lora_sets import write_set
 from port_kit.runtime.single_process import single_rank
 from tests.helpers import raises
 
@@ -259,6 +260,66 @@ def test_an_adapter_is_identified_by_content_and_scale(ovi_model: Path, tmp_path
     assert len({first, number(files[1]), number(files[0], 0.5), number(files[0], 0.50001)}) == 4
     write_lora(files[0], ovi_model, seed=3)
     assert number(files[0]) != first
+
+
+def test_a_set_is_identified_by_its_contents_and_their_scales(
+    ovi_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    files = [write_lora(tmp_path / f"{seed}.safetensors", ovi_model, seed=seed) for seed in (0, 1)]
+    copy = shutil.copyfile(files[0], tmp_path / "copy.safetensors")
+
+    def number(*members: tuple[Path, float], scale: float = 1.0) -> int:
+        path = str(write_set(members))
+        request = arrive(ovi_model, lora_request=LoRARequest("style", 7, path), lora_scale=scale)
+        assert request.sampling_params.lora_request is not None
+        return request.sampling_params.lora_request.lora_int_id
+
+    first = number((files[0], 0.5), (files[1], 1.0))
+    assert first == number((Path(copy), 0.5), (files[1], 1.0))
+    others = [number((files[0], 0.6), (files[1], 1.0)), number((files[0], 0.5), (files[1], 1.0), scale=0.5)]
+    assert len({first, *others}) == 3
+    write_lora(files[1], ovi_model, seed=3)
+    assert number((files[0], 0.5), (files[1], 1.0)) != first
+
+
+def test_the_ranks_of_a_set_are_bounded_together(
+    ovi_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    wide, small = (write_lora(tmp_path / f"{rank}.safetensors", ovi_model, rank=rank) for rank in (512, 1))
+    arrive(ovi_model, lora_request=LoRARequest("style", 1, str(wide)))
+    path = write_set([(wide, 1.0), (small, 1.0)])
+    with pytest.raises(OmniClientError, match=r"LoRAs 512.safetensors, 1.safetensors: .* add up to 513; at most 512"):
+        arrive(ovi_model, lora_request=LoRARequest("style", 1, str(path)))
+
+
+def test_a_member_of_a_set_that_is_wrong_is_named(
+    ovi_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    good, other = write_lora(tmp_path / "good.safetensors", ovi_model), tmp_path / "other.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(2, 8)}, other)
+    path = write_set([(good, 1.0), (other, 1.0)])
+    with pytest.raises(OmniClientError, match=r"(?s)other.safetensors.*double_blocks.*hint: .* FLUX or HunyuanVideo"):
+        arrive(ovi_model, lora_request=LoRARequest("style", 1, str(path)))
+    other.unlink()
+    with pytest.raises(OmniClientError, match=r"\[source_missing\].*other.safetensors"):
+        arrive(ovi_model, lora_request=LoRARequest("style", 1, str(path)))
+
+
+def test_a_lora_of_a_wider_model_is_named_with_it(ovi_model: Path, tmp_path: Path) -> None:
+    pair = {"A": torch.ones(2, 5120), "B": torch.ones(5120, 2)}
+    file = tmp_path / "a.safetensors"
+    save_file({f"diffusion_model.blocks.0.self_attn.q.lora_{half}.weight": pair[half] for half in pair}, file)
+    with pytest.raises(OmniClientError, match=r"(?s)remap_shape.*a.safetensors.*hint: .*Wan2.1 14B or Wan2.2 A14B"):
+        arrive(ovi_model, lora_request=LoRARequest("style", 1, str(file)))
+
+
+def test_the_checkpoint_of_the_model_is_no_lora(ovi_model: Path) -> None:
+    file = next((ovi_model / "transformer").glob("*.safetensors"))
+    with pytest.raises(OmniClientError, match=r"\[lora_file\] LoRA transformer/.* it is a checkpoint, not a LoRA"):
+        arrive(ovi_model, lora_request=LoRARequest("style", 1, str(file)))
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e308, -101, [1], "1", True, None])

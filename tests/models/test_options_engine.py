@@ -9,11 +9,42 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from port_kit.testing.forkserver import run_forked
 
 SCRIPT = Path(__file__).with_name("run_options.py")
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def matrices(model: Path, module: str, width: int) -> Pair:
+    """Return A and B of a linear, whose outputs are those of the checkpoint if it has the linear."""
+    rows, columns = width, width
+    for file in (model / "transformer").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            if f"{module}.weight" in opened.keys():
+                rows, columns = opened.get_slice(f"{module}.weight").get_shape()
+    return torch.randn(4, columns) / columns**0.5, torch.randn(rows, 4)
+
+
+def write(file: Path, adapters: dict[str, Pair]) -> None:
+    """Write a LoRA."""
+    tensors = {
+        f"diffusion_model.{module}.lora_{kind}.weight": matrix.contiguous()
+        for module, pair in adapters.items()
+        for kind, matrix in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, file)
+
+
+def load_pair(file: Path, module: str, scale: float) -> Pair:
+    """Return A, and B by a scale."""
+    tensors = load_file(file)
+    a, b = (tensors[f"diffusion_model.{module}.lora_{kind}.weight"] for kind in "AB")
+    return a, b * scale
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +53,17 @@ def answers(ovi_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("features")
     width = json.loads((ovi_model / "transformer/config.json").read_text(encoding="utf-8"))["video"]["dim"]
     torch.manual_seed(0)
-    for name, module in {"good": "video_model.blocks.0.self_attn.v", "wrong": "unet.mid_block.attn.to_q"}.items():
-        matrices = {"A": torch.randn(4, width) / width**0.5, "B": torch.randn(width, 4)}
-        tensors = {f"diffusion_model.{module}.lora_{kind}.weight": matrix for kind, matrix in matrices.items()}
-        save_file(tensors, folder / f"{name}.safetensors")
+    good, other = "video_model.blocks.0.self_attn.v", "audio_model.blocks.1.ffn.0"
+    for name, modules in {"good": [good], "more": [good, other], "wrong": ["unet.mid_block.attn.to_q"]}.items():
+        write(folder / f"{name}.safetensors", {module: matrices(ovi_model, module, width) for module in modules})
+    summed = {other: load_pair(folder / "more.safetensors", other, 0.5)}
+    halves = [load_pair(folder / f"{name}.safetensors", good, scale) for name, scale in (("good", 2.0), ("more", 0.5))]
+    summed[good] = torch.cat([a for a, _ in halves]), torch.cat([b for _, b in halves], dim=1)
+    write(folder / "sum.safetensors", summed)
     report = folder / "report.json"
-    loras = [str(folder / f"{name}.safetensors") for name in ("good", "wrong")]
+    loras = [str(folder / f"{name}.safetensors") for name in ("good", "more", "sum", "wrong")]
     command = [sys.executable, str(SCRIPT), str(ovi_model), *loras, str(report)]
-    done = run_forked(command, timeout=400)
+    done = run_forked(command, timeout=400, PORT_KIT_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(report.read_text(encoding="utf-8"))
 
@@ -67,3 +101,8 @@ def test_a_lora_holds_for_its_request_and_a_wrong_one_is_refused(answers: dict[s
     assert not same(answers["lora"], answers["alone"])
     assert "belongs to no module" in answers["wrong lora"]["error"]
     assert answers["wrong lora"]["status"] == 400
+
+
+def test_several_loras_act_as_the_sum_of_them(answers: dict[str, dict[str, Any]]) -> None:
+    assert same(answers["set"], answers["sum"])
+    assert not any(same(answers["set"], answers[name]) for name in ("alone", "lora", "more"))

@@ -16,6 +16,7 @@ from port_kit.cli.clip_jobs import plan_jobs
 from port_kit.cli.generate import PARALLEL_DEGREES, build_parser, engine_options, run
 from port_kit.cli.make_clips import build_request
 from port_kit.models.ovi import PORT
+from tests.models.test_admission import write_lora
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "offline_inference" / "ovi"
 
@@ -38,6 +39,8 @@ def test_the_tiny_model_makes_a_video_with_audio_from_a_first_frame(tmp_path: Pa
     assert (index["_class_name"], index["variant"], index["video_latent_length"]) == (PORT.class_name, "720x720_5s", 31)
     Image.new("RGB", (130, 50), (90, 120, 60)).save(tmp_path / "first.png")
     options = ["--tiny", "--enforce-eager", "--num-inference-steps", "2", "--image", str(tmp_path / "first.png")]
+    loras = [write_lora(tmp_path / f"{name}.safetensors", model, seed=seed) for seed, name in enumerate("ab")]
+    options += ["--lora", *map(str, loras), "--lora-scale", "0.8", "0.5"]
     told = script("generate_ovi.py", "--model", str(model), *options, "--output", str(tmp_path / "out.mp4"))
     assert "out.mp4: 121 frames 128x64 at 24 fps (h264, 5.04 s), audio at 16000 Hz" in told
     assert f", seed {PORT.seed}, " in told

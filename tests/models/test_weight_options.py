@@ -32,6 +32,7 @@ from port_kit.pipeline.loading import load_pipeline
 from port_kit.pipeline.model_index import read_json
 from port_kit.remap import load_weights
 from port_kit.runtime.engine_options import OFFLOADS, check_options
+from port_kit.runtime.lora_sets import write_set
 from port_kit.runtime.single_process import single_rank
 
 RANK, ALPHA = 4, 2.0
@@ -160,6 +161,46 @@ def test_an_adapter_by_original_names_is_the_merged_weights(
     for module, (a, b) in adapters.items():
         merged[f"{module}.weight"] = merged[f"{module}.weight"] + ALPHA / RANK * b @ a
     assert_adapts_to(merged, ovi_model, write(tmp_path / "lora", adapters))
+
+
+def test_a_set_is_the_sum_of_its_adapters(
+    ovi_model: Path, original: dict[str, Tensor], adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(9)
+    others: Adapters = {}  # of other ranks, of some of the modules and of one that the first does not adapt
+    for module in [*MODULES[3:9], "audio_model.blocks.1.self_attn.k"]:
+        rows, columns = original[f"{module}.weight"].shape
+        a = torch.randn(RANK + 3, columns, generator=generator) / columns**0.5
+        others[module] = a, torch.randn(rows, RANK + 3, generator=generator)
+    merged = {name: tensor.float() for name, tensor in original.items()}
+    for module, (a, b) in adapters.items():
+        merged[f"{module}.weight"] = merged[f"{module}.weight"] + 0.75 * ALPHA / RANK * b @ a
+    for module, (a, b) in others.items():
+        merged[f"{module}.weight"] = merged[f"{module}.weight"] - 0.5 * ALPHA / (RANK + 3) * b @ a
+    files = write_peft(tmp_path / "one", adapters), write_kohya(tmp_path / "two", others)
+    assert_adapts_to(merged, ovi_model, write_set(list(zip(files, (0.75, -0.5), strict=True))))
+
+
+def test_the_matrices_of_a_set_give_the_scaled_sum(
+    pipeline: FusionPipeline, adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT_KIT_CACHE", str(tmp_path / "cache"))
+    twice = {module: (a + 1, b * 2) for module, (a, b) in adapters.items()}
+    paths = write_peft(tmp_path / "one", adapters), write_original(tmp_path / "two", twice)
+
+    def deltas(path: Path) -> dict[str, Tensor]:
+        modules, model = [pipeline.transformer], pipeline.od_config.model
+        read, _ = pipeline.read_adapter(path, modules, model, adapter=1, dtype=torch.float32)
+        return {name: lora.scaling * lora.lora_b @ lora.lora_a for name, lora in read.loras.items()}
+
+    one, two = map(deltas, paths)
+    alone = deltas(paths[0] / "adapter_model.safetensors")
+    assert all(torch.equal(alone[name], one[name]) for name in one), "the scale is in the settings beside the file"
+    both = deltas(write_set(list(zip(paths, (0.3, 1.5), strict=True))))
+    assert both.keys() == one.keys() == two.keys() and len(both) == len(MODULES)
+    for name, delta in both.items():
+        torch.testing.assert_close(delta, 0.3 * one[name] + 1.5 * two[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ CODE = ("port_kit", "models", "examples", "benchmarks")
 HEAVY_PACKAGES = (
     "autoparallel",
     "models",
+    "page.build",
     "parity.run_modules",
     "runtime",
     "upstream",

@@ -171,7 +171,7 @@ def target(folder: Path) -> Iterator[Target]:
         start += f' && exec sh {shlex.quote(str(EXAMPLES / "ovi" / "run_server.sh"))} "$@"'
         script.write_text(f'exec unshare -rm sh -c {shlex.quote(start)} sh "$@"\n', encoding="utf-8")
         arguments = [*options, *written]
-        variables = {"OMP_NUM_THREADS": "1", "PATH": PATH}
+        variables = {"OMP_NUM_THREADS": "1", "PATH": PATH, "PORT_KIT_CACHE": str(folder / "cache")}
         with ApiServer(model, *arguments, folder=folder, environment=variables, script=script) as server:
             clients = [
                 httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=LIMIT)

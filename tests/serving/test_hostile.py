@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.helpers import wait_until
 from tests.models.test_admission import write_lora
@@ -166,14 +168,17 @@ def test_answers_of_other_servers_tell_nothing(target: Target) -> None:
 @pytest.mark.parametrize("path", ["/etc/passwd", "/etc/none", "/proc/self/environ", "owner/name", "../model", "a\0b"])
 def test_loras_outside_their_folder_do_not_exist(target: Target, path: str) -> None:
     message = refused(target.sync({"lora": json.dumps({"name": "x", "path": path})}))
-    assert message == f"lora: this server has no LoRA {path!r}"
+    assert message == f"[source_missing] lora: this server has no LoRA {path!r}"
+    both = [{"name": "x", "path": path}, {"name": "y", "path": path}]
+    assert refused(target.sync({"lora": json.dumps(both)})) == message
 
 
 def test_links_out_of_the_folder_of_loras_do_not_exist(target: Target) -> None:
     (target.loras / "link.safetensors").symlink_to(target.model / "model_index.json")
     (target.loras / "folder").symlink_to(target.model)
     for name in ("link", "link.safetensors", "folder", "folder/model_index.json", "folder/../link", "."):
-        assert refused(target.sync({"lora": json.dumps({"name": name})})) == f"lora: this server has no LoRA {name!r}"
+        message = f"[source_missing] lora: this server has no LoRA {name!r}"
+        assert refused(target.sync({"lora": json.dumps({"name": name})})) == message
 
 
 @pytest.mark.parametrize("name", ["pickled.bin", "pickled.safetensors", "pickled.pt"])
@@ -183,7 +188,7 @@ def test_a_pickle_is_never_executed(target: Target, name: str) -> None:
             return os.mkdir, (str(target.loras / "executed"),)
 
     (target.loras / name).write_bytes(pickle.dumps(Evil()))
-    refused(target.sync({"lora": json.dumps({"name": name})}))
+    refused(target.sync({"lora": json.dumps({"name": name})}), "[lora_file]", "it is a pickle", "port-kit convert")
     assert not (target.loras / "executed").exists()
 
 
@@ -195,6 +200,53 @@ def test_loras_with_one_number_give_their_own_results(target: Target, first: byt
     assert [answer.status_code for answer in answers] == [200] * 3, [answer.text[:200] for answer in answers]
     assert len({first, *(answer.content for answer in answers)}) == 4
     assert target.sync().content == first, "a LoRA of larger rank left a trace"
+
+
+def test_several_loras_act_together(target: Target, first: bytes) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write_lora(target.loras / f"{name}.safetensors", target.model, seed=seed)
+    sent = [
+        [{"name": "one", "scale": 0.5}],
+        [{"name": "one", "scale": 0.5}, {"path": "two.safetensors"}],
+        [{"name": "one"}, {"path": "two.safetensors"}],
+    ]
+    answers = [target.sync({"lora": json.dumps(lora)}) for lora in sent]
+    assert [answer.status_code for answer in answers] == [200] * 3, [answer.text[:200] for answer in answers]
+    assert len({first, *(answer.content for answer in answers)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("lora", "parts"),
+    [
+        ("[]", ("[input_count]", "0 LoRAs")),
+        (json.dumps([{"name": "any"}] * 9), ("[input_count]", "9 LoRAs; 1 to 8")),
+        ('["any"]', ("[input_type]", "lora is str")),
+        ('[[{"name": "any"}]]', ("[input_type]", "lora is list")),
+        ('[{"name": "any"}, {"name": "any", "weight": 1}]', ("[input_value]", "unknown key 'weight'", "scale")),
+        ('[{"name": "any"}, {"scale": 1}]', ("[input_missing]", "neither name nor path")),
+        ('[{"name": "any"}, {"name": "any", "scale": 11}]', ("[input_value]", "-10 to 10")),
+    ],
+)
+def test_lists_of_loras_are_exact(target: Target, lora: str, parts: tuple[str, ...]) -> None:
+    (target.loras / "any.safetensors").write_bytes(b"")
+    refused(target.sync({"lora": lora}), *parts)
+
+
+def test_a_file_that_is_no_lora_of_the_model_is_named(target: Target) -> None:
+    shape = torch.ones(2, 4)
+    files = {
+        "cut": (b"", "it is empty"),
+        "model": ({"blocks.0.q.weight": shape}, "it is a checkpoint, not a LoRA"),
+        "text": ({"lora_te1_layers_0_q.lora_down.weight": shape}, "adapts a text encoder only"),
+        "flux": ({"double_blocks.0.img_attn.qkv.lora_A.weight": shape}, "a LoRA of FLUX or HunyuanVideo"),
+        "peft": ({"base_model.model.blocks.0.self_attn.q.lora_A.weight": shape}, "its scale is unknown"),
+    }
+    for name, (content, problem) in files.items():
+        data = content if isinstance(content, bytes) else save(content)
+        (target.loras / f"{name}.safetensors").write_bytes(data)
+        for lora in ({"name": name}, [{"name": name}, {"name": name, "scale": 0.5}]):
+            message = refused(target.sync({"lora": json.dumps(lora)}), f"{name}.safetensors", problem, "hint: ")
+            assert message.startswith("[") and str(target.loras) not in message
 
 
 @pytest.mark.parametrize("scale", ["NaN", "Infinity", "1e308", "[1]", '"1"', "true", "9" * 400])

@@ -14,6 +14,7 @@ from PIL import Image
 
 from port_kit.pipeline.media import measure_mp4
 from port_kit.testing.server import free_port
+from tests.models.test_admission import write_lora
 from tests.serving import comfyui
 from tests.serving.helpers import EXAMPLES, run_client, serving
 from tests.serving.hostile import ALICE, Target
@@ -44,6 +45,8 @@ def test_a_first_frame_gives_the_videos_ratio(target: Target, tmp_path: Path) ->
 @pytest.mark.parametrize("words", client_commands("ovi"), ids=" ".join)
 def test_a_command_of_the_page_makes_a_video(target: Target, words: list[str], tmp_path: Path) -> None:
     Image.new("RGB", (40, 120), (200, 80, 40)).save(tmp_path / "first_frame.png")
+    for name in ("style", "motion"):
+        write_lora(target.loras / f"{name}.safetensors", target.model)
     jobs = target.alice.get("/v1/videos").json()["data"]
     done = run_written(words, "ovi", target.server, tmp_path, key=ALICE, small={"num_inference_steps": 1})
     assert done.returncode == 0, done.stderr
