@@ -16,6 +16,10 @@ TRITON := build/triton
 PORT ?= dreamid_omni
 EXAMPLE := examples/offline_inference/$(PORT)
 DEMO := build/demo$(addprefix /,$(filter-out dreamid_omni,$(PORT)))
+# Ovi's tiny model is trained; it knows the prompts of benchmarks/tiny_world.
+WEIGHTS_ovi := --trained
+REQUEST_ovi := --height 64 --width 96 --num-inference-steps 25 \
+  --prompt "A red ball bounces quickly to the right. Audio: a low tone at every bounce."
 
 # uv reads neither pip's certificates nor pip's wheel folders by itself.
 ifdef PIP_CERT
@@ -97,8 +101,9 @@ $(TRITON): $(STAMP)
 demo: export NO_PROXY := 127.0.0.1,localhost,$(NO_PROXY)
 demo: $(STAMP)
 	@mkdir -p $(DEMO)
-	$(RUN) $(EXAMPLE)/download_$(PORT).py --tiny --output-dir $(DEMO)/model
-	$(RUN) $(EXAMPLE)/generate_$(PORT).py --model $(DEMO)/model --tiny --enforce-eager --output $(DEMO)/demo.mp4 --contact-sheet $(DEMO)/demo.png
+	$(RUN) $(EXAMPLE)/download_$(PORT).py --tiny $(WEIGHTS_$(PORT)) --output-dir $(DEMO)/model
+	$(RUN) $(EXAMPLE)/generate_$(PORT).py --model $(DEMO)/model --tiny --enforce-eager $(REQUEST_$(PORT)) \
+	  --output $(DEMO)/demo.mp4 --contact-sheet $(DEMO)/demo.png
 
 # models/ is imported as port_kit.models through package_dir, which import-linter, mypy and griffe do not read: link a tree
 # of that form.

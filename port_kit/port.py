@@ -119,6 +119,7 @@ class Port:
         tiny: sampling parameters for the tiny model.
         tiny_model: ``"module:attribute"`` of the tiny model: a mapping from folders of the model directory to their
             tiny parts, or a function; see :mod:`port_kit.testing.tiny_port`. Default: ``"<package>.config:TINY"``.
+        trained_model: a tiny model with trained weights, in the form of :attr:`tiny_model`; empty if there is none.
         parallel: sampling parameters of ``verify parallel``, beside those of :attr:`tiny`.
         output_tolerance: largest absolute difference between outputs of the tiny model on N ranks and on one; decoders
             amplify rounding. Of integer outputs, beyond one count.
@@ -150,6 +151,7 @@ class Port:
     seed: int = 0
     tiny: Mapping[str, Any] = field(default_factory=dict)
     tiny_model: str = ""
+    trained_model: str = ""
     parallel: Mapping[str, Any] = field(default_factory=lambda: {"num_inference_steps": 1})
     output_tolerance: float = 5e-3
     card: str = ""

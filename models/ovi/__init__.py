@@ -39,5 +39,6 @@ PORT = Port(
     seed=103,
     tiny={"num_inference_steps": 4},
     tiny_model="port_kit.testing.tiny_fusion:tiny_fusion_model",
+    trained_model="port_kit.testing.tiny_trained:trained_model",
     card="docs/ports/ovi.md",
 )

@@ -35,6 +35,7 @@ from port_kit.testing.tiny_port import download_tiny
     "--variant", metavar="NAME", help="Another checkpoint of a port that has several; `port-kit show` names them."
 )
 @click.option("--tiny", is_flag=True, help="A tiny model with random weights, from a loopback Hub.")
+@click.option("--trained", is_flag=True, help="With --tiny: trained weights, of ports that have some.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--revision", multiple=True, metavar="[REPO=]COMMIT", help="Another revision than the recipe's.")
 @click.option("--update", is_flag=True, help="Resolve revisions that the recipe does not pin anew.")
@@ -54,6 +55,7 @@ def command(
     output_dir: Path | None,
     variant: str | None,
     tiny: bool,
+    trained: bool,
     dry_run: bool,
     revision: tuple[str, ...],
     update: bool,
@@ -72,9 +74,12 @@ def command(
 
     Run the command again after an interruption to resume. HF_TOKEN, HF_ENDPOINT and HF_HOME are respected.
     """
+    if trained and not tiny:
+        raise click.UsageError("--trained needs --tiny")
     recipe = load_recipe(port, variant)
     if tiny:
-        report = download_tiny(find_port(port), output_dir or Path(f"{port}_tiny"), recipe=recipe, dry_run=dry_run)
+        folder = output_dir or Path(f"{port}_tiny")
+        report = download_tiny(find_port(port), folder, recipe=recipe, dry_run=dry_run, trained=trained)
         emit("download", report.to_json(), as_json=as_json, text=_describe(report, verified=False))
         return
     report = download(

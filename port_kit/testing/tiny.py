@@ -96,13 +96,15 @@ class TinyTokenizer:
 
     Attributes:
         size: entries of the vocabulary.
+        words: that are one piece each.
     """
 
     size: int
+    words: tuple[str, ...] = ()
 
     def write(self, folder: Path, seed: int) -> None:
         """Write the tokenizer's files."""
-        write_tokenizer(folder, size=self.size, seed=seed)
+        write_tokenizer(folder, size=self.size, seed=seed, words=self.words)
 
 
 TinyPart = TinyComponent | TinyPretrained | TinyTokenizer

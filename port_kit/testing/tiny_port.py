@@ -20,13 +20,25 @@ from port_kit.testing.hub import Hub
 from port_kit.testing.tiny import TinyModel, tiny_repositories
 
 
-def tiny_model_of(port: Port, folder: Path, recipe: Recipe | None = None) -> TinyModel:
+def tiny_model_of(port: Port, folder: Path, recipe: Recipe | None = None, *, trained: bool = False) -> TinyModel:
     """Write the tiny model of a port into ``folder``, laid out as the recipe's Hub repositories.
 
+    Args:
+        port: the port.
+        folder: the files go to ``folder/<repository id>/<path>``.
+        recipe: of a variant; default: the port's.
+        trained: take :attr:`~port_kit.port.Port.trained_model` instead of random weights.
+
     Raises:
-        PortKitError: ``port_invalid``; the port has no tiny model.
+        PortKitError: ``port_invalid``; the port has no such model.
     """
-    declared: Any = lookup(port.tiny_model)
+    if trained and not port.trained_model:
+        raise PortKitError(
+            f"port {port.name} has no trained tiny model",
+            code="port_invalid",
+            hint=f"take random weights: port-kit download {port.name} --tiny",
+        )
+    declared: Any = lookup(port.trained_model if trained else port.tiny_model)
     if declared is None:
         raise PortKitError(
             f"port {port.name} has no tiny model: {port.tiny_model} does not exist",
@@ -38,7 +50,14 @@ def tiny_model_of(port: Port, folder: Path, recipe: Recipe | None = None) -> Tin
     return tiny
 
 
-def download_tiny(port: Port, output_dir: Path | str, *, recipe: Recipe | None = None, dry_run: bool = False) -> Report:
+def download_tiny(
+    port: Port,
+    output_dir: Path | str,
+    *,
+    recipe: Recipe | None = None,
+    dry_run: bool = False,
+    trained: bool = False,
+) -> Report:
     """Serve the tiny model of a port on the loopback interface, and download it as the real one.
 
     Args:
@@ -46,10 +65,11 @@ def download_tiny(port: Port, output_dir: Path | str, *, recipe: Recipe | None =
         output_dir: the model directory.
         recipe: of a variant; default: the port's.
         dry_run: only plan.
+        trained: trained weights instead of random ones.
     """
     recipe = recipe or cast(Recipe, resolve(port.recipe))
     with tempfile.TemporaryDirectory(prefix="port-kit-") as folder:
-        tiny = tiny_model_of(port, Path(folder), recipe)
+        tiny = tiny_model_of(port, Path(folder), recipe, trained=trained)
         unpinned = recipe.with_(revisions={repository.repo_id: None for repository in recipe.repositories})
         with Hub(tiny.repositories) as hub:
             return download(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 from port_kit.errors import OptionalDependencyError
@@ -15,7 +16,7 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 _CONSONANTS, _VOWELS = "bcdfghklmnprstvw", "aeiou"
 
 
-def write_tokenizer(folder: Path, *, size: int = 512, seed: int = 0) -> list[Path]:
+def write_tokenizer(folder: Path, *, size: int = 512, seed: int = 0, words: Sequence[str] = ()) -> list[Path]:
     """Write a Unigram tokenizer and return its files.
 
     Every printable ASCII character is a piece, so that no such text has unknown tokens; the rest are syllables.
@@ -24,6 +25,7 @@ def write_tokenizer(folder: Path, *, size: int = 512, seed: int = 0) -> list[Pat
         folder: must exist.
         size: entries of the vocabulary; the text encoder needs as many rows.
         seed: of the syllables and of all scores.
+        words: that are one piece each.
 
     Raises:
         OptionalDependencyError: the package ``tokenizers`` is not installed.
@@ -35,7 +37,7 @@ def write_tokenizer(folder: Path, *, size: int = 512, seed: int = 0) -> list[Pat
             "writing a tokenizer needs the package 'tokenizers', which is not installed",
             hint="install the runtime: pip install 'port-kit[omni]'",
         ) from error
-    tokenizer = Tokenizer(models.Unigram(_vocabulary(size, seed), unk_id=2, byte_fallback=False))
+    tokenizer = Tokenizer(models.Unigram(_vocabulary(size, seed, words), unk_id=2, byte_fallback=False))
     tokenizer.normalizer = normalizers.Replace("\n", " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -47,14 +49,17 @@ def write_tokenizer(folder: Path, *, size: int = 512, seed: int = 0) -> list[Pat
     return [path, *_write_settings(folder)]
 
 
-def _vocabulary(size: int, seed: int) -> list[tuple[str, float]]:
-    """Return (piece, log-probability): the special tokens, the characters, then syllables up to ``size``."""
+def _vocabulary(size: int, seed: int, words: Sequence[str]) -> list[tuple[str, float]]:
+    """Return (piece, log-probability): special tokens, characters, the words, then syllables up to ``size``."""
     rng = random.Random(seed)
     characters = ["▁", *(c for c in string.printable if not c.isspace())]
     syllables = [mark + c + v for mark in ("▁", "") for c in _CONSONANTS for v in _VOWELS]
     rng.shuffle(syllables)
-    room = size - len(SPECIAL_TOKENS) - len(characters)
     pieces = [(piece, -9 - rng.random()) for piece in characters]
+    pieces += [(mark + word, -3.0) for word in words if len(word) > 1 for mark in ("▁", "")]
+    taken = {piece for piece, _ in pieces}
+    room = size - len(SPECIAL_TOKENS) - len(pieces)
+    syllables = [piece for piece in syllables if piece not in taken]
     pieces += [(piece, -6 - rng.random()) for piece in syllables[: max(0, room)]]
     return [(token, 0.0) for token in SPECIAL_TOKENS] + pieces
 
