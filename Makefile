@@ -19,7 +19,7 @@ DEMO := build/demo$(addprefix /,$(filter-out dreamid_omni,$(PORT)))
 # Ovi's tiny model is trained; it knows the prompts of benchmarks/tiny_world.
 WEIGHTS_ovi := --trained
 REQUEST_ovi := --height 64 --width 96 --num-inference-steps 25 \
-  --prompt "A red ball bounces quickly to the right. Audio: a low tone at every bounce."
+  --prompt "A red ball bounces quickly to the right. Audio: a high tone at every bounce."
 
 # uv reads neither pip's certificates nor pip's wheel folders by itself.
 ifdef PIP_CERT
