@@ -38,7 +38,7 @@ def test_folders_must_exist(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("index", "problem"), [('{"_class_name": "Ovi', "cannot read"), ("{}", "lacks _class_name")])
 def test_a_damaged_index_is_named(tmp_path: Path, index: str, problem: str) -> None:
-    output = refused(tmp_path, "--port", free_port(), index=index)
+    output = refused(tmp_path, "--port", str(free_port()), index=index)
     assert all(part in output for part in ("model_incomplete", str(tmp_path / "model_index.json"), problem))
 
 
