@@ -226,6 +226,7 @@ async def run(url: str, requests: int, rounds: int, seed: int, memory: Callable[
         files = references()
         before = await http.post("/v1/videos/sync", data=GOOD, files=files)
         before.raise_for_status()
+        known = {job["id"] for job in (await http.get("/v1/videos")).json()["data"]}
         storm = Storm(http, files, before.content)
         resident = [memory()]
         health: list[float] = []
@@ -240,7 +241,7 @@ async def run(url: str, requests: int, rounds: int, seed: int, memory: Callable[
         ended.set()
         watch.join()
         after = await http.post("/v1/videos/sync", data=GOOD, files=files)
-        left = (await http.get("/v1/videos")).json()["data"]
+        left = {job["id"] for job in (await http.get("/v1/videos")).json()["data"]} - known
     return {
         "requests": len(storm.answers),
         "concurrent": requests,

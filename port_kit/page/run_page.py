@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from port_kit.errors import ConfigError, InputError
+from port_kit.escape import escape_control_chars
 from port_kit.page import check_page
 from port_kit.page.client import JobClient
 from port_kit.port import Port
@@ -83,7 +84,7 @@ def _server(model: str, options: Sequence[str], key: str, folder: Path) -> Itera
     try:
         server.__enter__()
     except RuntimeError as error:
-        raise _ended(str(error)) from error
+        raise _ended(escape_control_chars(error.args[0], keep="\n")) from error
     try:
         yield server
     finally:

@@ -106,7 +106,7 @@ def test_indexes_that_are_none(tmp_path: Path, what: str) -> None:
     assert done.exit_code == 1 and json.loads(done.stdout)["error"]["code"] == "manifest_invalid"
 
 
-@pytest.mark.parametrize("name", ["a--b/c..d", "owner/name", "owner/name@main:folder/x.pth", "a/\0"])
+@pytest.mark.parametrize("name", ["a--b/c..d", "owner/name", "owner/name@main:folder/x.pth"])
 def test_repositories_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     done = run("manifest", name)
