@@ -111,7 +111,13 @@ def test_a_waiting_job_is_cancelled_and_the_others_move_up(target: Target) -> No
 def _client(target: Target, steps: int, *options: str) -> subprocess.Popen[str]:
     line = [*CLIENT, "--server", target.server.url, "--num-inference-steps", str(steps), *options]
     environment = {**os.environ, "API_KEY": ALICE, "NO_PROXY": "127.0.0.1"}
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, env=environment, preexec_fn=_hear_interrupts, **pipes)
+
+
+def _hear_interrupts() -> None:
+    """Undo what a shell does for its background jobs, one of which may be this test: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_the_client_shows_the_steps_and_ctrl_c_cancels_the_job(target: Target, tmp_path: Any) -> None:
