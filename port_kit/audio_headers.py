@@ -29,7 +29,7 @@ _HEAD, _TAIL = 2**16, 2**17
 
 @dataclass(frozen=True)
 class AudioHeader:
-    """What a file states about one audio track.
+    """Properties of one audio track, as its file states them.
 
     Attributes:
         rate: Hz.

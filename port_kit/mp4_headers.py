@@ -30,7 +30,7 @@ _UNKNOWN = (0, 2**32 - 1, 2**64 - 1)
 
 @dataclass
 class _Track:
-    """What the tables of a track state.
+    """Contents of the tables of a track.
 
     Attributes:
         formats: rate in Hz and channels of each kind of samples.

@@ -31,7 +31,7 @@ _LOWEST_HZ, _HIGHEST_HZ = 180.0, 1800.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What one clip shows.
+    """Properties measured in one clip.
 
     Attributes:
         bounces: frames.

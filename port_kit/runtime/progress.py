@@ -26,7 +26,7 @@ MAX_REQUESTS = 64
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a request is; times are those of the monotonic clock, which all processes of a machine share.
+    """Progress of a request; times are those of the monotonic clock, which all processes of a machine share.
 
     Attributes:
         step: denoising steps that are done.
@@ -67,7 +67,7 @@ class Reporter:
 
     @classmethod
     def of_rank(cls, rank: int, ranks_per_request: int) -> Reporter:
-        """Return the reporter of a rank: the first of the ranks that compute a request together writes.
+        """Return the reporter of a rank; of the ranks that compute a request together, only the first writes.
 
         Args:
             rank: of the worker.

@@ -11,7 +11,7 @@ from port_kit.runtime.lora_sets import MAX_LORAS, write_set
 from port_kit.serving.asgi import Refusal
 from port_kit.serving.limits import Limits, option
 
-#: ``int_id`` is what clients of vLLM-Omni send; files are told apart by their content.
+#: ``int_id`` is what clients of vLLM-Omni send; files are identified by their content.
 KEYS = ("name", "path", "scale", "int_id")
 #: Largest magnitude of a scale; trainers publish scales up to 2.
 MAX_SCALE = 10.0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath import REPORT_ATTR, WanVaeFastPathReport
 
 from port_kit.models.wan.components.configs import VAE_CONFIG, vae_config
 from port_kit.models.wan.components.video_vae import VideoVAE, build_video_vae
@@ -69,6 +70,16 @@ def test_a_decoder_in_float16_is_close_and_encodes_as_before(goldens: Path) -> N
     assert video.dtype == torch.float32
     assert 0 < (video - exact).norm() / exact.norm() < 5e-3
     assert torch.equal(vae.encode(clip), latents)
+
+
+def test_the_fast_path_that_is_not_exact_decodes_in_float16(goldens: Path) -> None:
+    latents = torch.zeros(1, 48, 1, 2, 2)
+    for level, dtype in (("lossless", torch.float32), ("channels_last", torch.float16)):
+        vae = load_video_vae(goldens, torch.float32)
+        report = WanVaeFastPathReport(level=level, installed=True, channels_last=level == "channels_last")
+        setattr(vae, REPORT_ATTR, report)
+        vae.decode(latents)
+        assert {parameter.dtype for parameter in vae.decoder.parameters()} == {dtype}, level
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 32, 32), (1, 4, 1, 32, 32), (1, 3, 4, 32, 32), (1, 3, 1, 32, 24)])

@@ -53,7 +53,7 @@ def test_a_record_tells_the_steps_and_the_time_that_is_left() -> None:
     running = Progress(12, 50, 10.0, 34.0)
     assert _fields("in_progress", running, 34.0) == [0, 12, 50, 24, 76.0]
     assert _fields("in_progress", running, 35.5) == [0, 12, 50, 24, 74.5]
-    assert _fields("in_progress", running, 90.0) == [0, 12, 50, 24, 74.0], "a step that takes longer than the others"
+    assert _fields("in_progress", running, 90.0) == [0, 12, 50, 24, 74.0], "a step slower than the mean"
     assert _fields("in_progress", Progress(50, 50, 10.0, 34.0), 99.0) == [0, 50, 50, 99, 0.0], "its video is decoded"
 
 
