@@ -23,7 +23,6 @@ from torch import Tensor
 
 from benchmarks.tiny_world.clips import FRAMES, HEIGHT, RATE, SAMPLES, WIDTH
 from benchmarks.tiny_world.grammar import Description, held_back
-from benchmarks.tiny_world.lora import prompts as lora_prompts
 from benchmarks.tiny_world.scores import Measured, measure, share
 
 #: Seed of the first measured clip; that of clip i is larger by i. The warm-up clip has the one before.
@@ -58,7 +57,7 @@ class Job:
         rows: as :class:`Request`.
         prompts: clips per row.
         warm_up: clips before those of a row.
-        frames: folder for the frames of the row ``exact``, with which the other rows are compared.
+        frames: folder for kept frames: those of the row ``exact``, with which the other rows are compared.
     """
 
     engine: dict[str, Any]
@@ -171,6 +170,13 @@ def make_clip(omni: Any, request: Request, prompt: str, seed: int, lora: str) ->
     return result
 
 
+def new_colour(count: int) -> list[Description]:
+    """Return descriptions of the colour that a LoRA teaches, without those of its training."""
+    from benchmarks.tiny_world.lora import prompts  # it imports the model, which the start of the command need not
+
+    return prompts()[1][:count]
+
+
 class Rows:
     """Makes and scores the clips of rows with one engine."""
 
@@ -179,12 +185,25 @@ class Rows:
 
     def row(self, request: Request) -> dict[str, Any]:
         """Return the figures of a row; one with a LoRA is scored without it, too."""
-        given = lora_prompts()[1][: self.job.prompts] if request.lora else held_back(self.job.prompts)
-        before = {"scores_without_lora": self.clips(request, given, "")["scores"]} if request.lora else {}
-        return {"name": request.name, "prompts": len(given), **before, **self.clips(request, given, request.lora)}
+        given = new_colour(self.job.prompts) if request.lora else held_back(self.job.prompts)
+        found: dict[str, Any] = {"name": request.name, "prompts": len(given)}
+        if not request.lora:
+            return found | self.clips(request, given, "", keep=request.name == EXACT, kept=EXACT)
+        found["scores_without_lora"] = self.clips(request, given, "", keep=True, kept=request.name)["scores"]
+        return found | self.clips(request, given, request.lora, keep=False, kept=request.name)
 
-    def clips(self, request: Request, given: Sequence[Description], lora: str) -> dict[str, Any]:
-        """Make a clip of each description, and return the figures."""
+    def clips(
+        self, request: Request, given: Sequence[Description], lora: str, *, keep: bool, kept: str
+    ) -> dict[str, Any]:
+        """Make a clip of each description, and return the figures.
+
+        Args:
+            request: of all clips.
+            given: the descriptions.
+            lora: PEFT folder; empty for none.
+            keep: keep the frames instead of comparing them with those that were kept.
+            kept: name of the kept frames.
+        """
         for _ in range(self.job.warm_up):
             make_clip(self.omni, request, given[0].prompt(), SEED - 1, lora)
         self.watch.clear()
@@ -196,8 +215,8 @@ class Rows:
             peaks.append(result.peak_memory_mb)
             media = result.multimodal_output
             found += measure(*to_clip(result.images[0], media["audio"], media["audio_sample_rate"]))
-            if not request.lora:
-                differences += self._difference(request.name, index, np.asarray(result.images[0]))
+            path = Path(self.job.frames, f"{kept} {index}.npy")
+            differences += compare(np.asarray(result.images[0]), path, keep=keep)
         peak = {"peak_gib": round(max(peaks) / 1024, 3)} if max(peaks) else {}
         difference = {"difference": round(statistics.mean(differences), 3)} if differences else {}
         return {
@@ -209,14 +228,13 @@ class Rows:
             **difference,
         }
 
-    def _difference(self, name: str, index: int, frames: Any) -> list[float]:
-        """Return the mean difference from the frames of the exact row in grey levels, if there are any."""
-        path = Path(self.job.frames, f"{index}.npy")
-        if name == EXACT:
-            np.save(path, frames)
-        elif path.is_file():
-            return [float(np.abs(frames.astype(np.int16) - np.load(path)).mean())]
+
+def compare(frames: Any, path: Path, *, keep: bool) -> list[float]:
+    """Return the mean difference from kept frames in grey levels, if there are any; or keep these."""
+    if keep:
+        np.save(path, frames)
         return []
+    return [float(np.abs(frames.astype(np.int16) - np.load(path)).mean())] if path.is_file() else []
 
 
 def reason(error: BaseException) -> str:
