@@ -1,7 +1,7 @@
 """Offload of whole components: weights that wait in host memory are pinned when the engine starts.
 
 vLLM-Omni's own offload leaves weights as the loader made them, and pins a component's memory when it first leaves the
-device. With several transformers, that is during the first requests.
+device. For transformers, that is during the first requests.
 """
 
 from __future__ import annotations
