@@ -6,7 +6,8 @@ Each row is printed on stderr as soon as it is known; stdout gets one JSON objec
 ``failed`` with the reason. ``seconds`` and ``denoise_seconds`` are medians of a clip after a warm-up clip, ``reuse`` is
 the share of block calls that Cache-DiT skipped, ``peak_gib`` the memory that the device's allocator reserved in a
 request, ``difference`` the mean difference of the frames from those of the row ``exact`` in grey levels; with a LoRA,
-from those of the same prompts without it.
+from those of the same prompts without it. Cache-DiT, offload and LoRA run without CUDA graphs; ``--eager`` compares
+them with a row ``exact`` that has none either.
 
     python benchmarks/quality.py                                                    # all rows, on a GPU
     python benchmarks/quality.py --folder MODEL --row exact --row "cache_dit 0.12" --prompts 50
