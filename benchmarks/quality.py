@@ -75,9 +75,9 @@ ROWS = {
     "guidance x0.5": Row(guidance=0.5),
     "guidance x1.5": Row(guidance=1.5),
     "guidance gate": Row(gate=0.5),
-    "cache_dit": _cache(),
+    "cache_dit": _cache(),  # 0.24; larger ones skip no more blocks, since the number of steps in a row is limited
     "cache_dit 0.12": _cache(residual_diff_threshold=0.12),
-    "cache_dit 0.5": _cache(residual_diff_threshold=0.5),
+    "cache_dit 0.05": _cache(residual_diff_threshold=0.05),
     "fp8": Row({"quantization": "fp8"}),
     "layerwise offload": Row({"enable_layerwise_offload": True}),
     "tp2": Row({"tensor_parallel_size": 2}, ranks=2),
