@@ -217,7 +217,7 @@ class Rows:
             found += measure(*to_clip(result.images[0], media["audio"], media["audio_sample_rate"]))
             path = Path(self.job.frames, f"{kept} {index}.npy")
             differences += compare(np.asarray(result.images[0]), path, keep=keep)
-        peak = {"peak_gib": round(max(peaks) / 1024, 3)} if max(peaks) else {}
+        peak = {"peak_gib": round(max(peaks) / 1024, 3)} if torch.cuda.is_available() else {}
         difference = {"difference": round(statistics.mean(differences), 3)} if differences else {}
         return {
             "scores": {name: round(value, 4) for name, value in share(found, given).items()},
@@ -238,9 +238,10 @@ def compare(frames: Any, path: Path, *, keep: bool) -> list[float]:
 
 
 def reason(error: BaseException) -> str:
-    """Return the last line of an error."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"[:400]
+    """Return the last line of an error, and the hint after it if there is one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    count = 2 if lines[-1].startswith("hint:") else 1
+    return f"{type(error).__name__}: {'; '.join(lines[-count:])}"[:400]
 
 
 def check_devices(ranks: int) -> None:

@@ -109,6 +109,16 @@ def test_rows_of_a_process_that_died_have_failed(
     assert all("exit code 1" in row["failed"] for row in found)
 
 
+def test_a_reason_has_the_line_before_a_hint(quality: ModuleType) -> None:
+    from benchmarks.tiny_world.served import reason
+
+    assert (
+        reason(RuntimeError("engine died\nno fp8 here\nhint: remove it\n"))
+        == "RuntimeError: no fp8 here; hint: remove it"
+    )
+    assert reason(RuntimeError("engine died\nno GPU")) == "RuntimeError: no GPU"
+
+
 @pytest.mark.slow
 def test_clips_of_the_engine_are_scored(tmp_path: Path) -> None:
     options = ["--row", "exact", "--row", "cache_dit", "--row", "fp8", "--row", "random weights"]
