@@ -122,11 +122,20 @@ class World:
         rgb = scenes.rgb[:, :, None, None, None]
         return (BACKGROUND + (rgb - BACKGROUND) * cover) * 2 - 1, cover
 
-    def wave(self, scenes: Scenes, samples: int = SAMPLES, start: Tensor | None = None) -> Tensor:
-        """Return sound ``[B, S]`` from the times ``start`` in seconds, by default the first frame's."""
-        times = torch.arange(samples, device=self.device, dtype=torch.float32)[None] / RATE
-        if start is not None:
-            times = times + start[:, None]
+    def wave(
+        self, scenes: Scenes, samples: int = SAMPLES, start: Tensor | None = None, *, aligned: bool = False
+    ) -> Tensor:
+        """Return sound ``[B, S]``.
+
+        Args:
+            scenes: their clips.
+            samples: S.
+            start: times of the first samples in seconds; by default that of the first frame.
+            aligned: the phase of a tone is 0 at the first sample instead of at its touch. The spectrogram is the same
+                but for the start of the tone, and every one of its frames has the same phase.
+        """
+        clock = torch.arange(samples, device=self.device, dtype=torch.float32)[None] / RATE
+        times = clock if start is None else clock + start[:, None]
         period, first = scenes.period[:, None] / FPS, scenes.first[:, None] / FPS
         tone = torch.zeros_like(times)
         number = torch.floor((times - first) / period)  # of the last touch; the one before it still sounds
@@ -134,7 +143,7 @@ class World:
             since = times - first - (number - back) * period
             heard = (number - back >= 0).float()
             attack = 0.5 - 0.5 * torch.cos(math.pi * (since / _ATTACK).clamp(0, 1))
-            angle = 2 * math.pi * scenes.hertz[:, None] * since
+            angle = 2 * math.pi * scenes.hertz[:, None] * (clock if aligned else since)
             shape = torch.sin(angle) + _HARMONIC * torch.sin(2 * angle)
             tone = tone + heard * attack * torch.exp(-since / _DECAY) * shape
         return _LOUDNESS * tone / (1 + _HARMONIC)

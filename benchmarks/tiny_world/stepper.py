@@ -31,6 +31,7 @@ class Options:
         save_every: steps between saved states; 0 to save at the end only.
         results: folder of results to start from; None to start anew or from the states.
         until: seconds since the epoch at which steps end, whatever a stage was given.
+        batch: clips per step of the vocoder; 0 for the stage's own number, few on a CPU.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Options:
     save_every: int = 0
     results: Path | None = None
     until: float = math.inf
+    batch: int = 0
 
     def result(self, name: str) -> Path | None:
         """Return the file of a result to start from, None if there is none."""

@@ -54,6 +54,7 @@ def _options() -> argparse.ArgumentParser:
     made.add_argument("--from-results", type=Path, help="folder of results to start from")
     made.add_argument("--until", type=float, default=math.inf, metavar="EPOCH", help="time at which all steps end")
     made.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="save states between")
+    made.add_argument("--batch", type=int, default=0, help="clips per step of the vocoder, such as 8 on a CPU")
     made.add_argument("--no-graphs", action="store_true", help="do not capture CUDA graphs")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
@@ -72,6 +73,7 @@ def main() -> None:
         save_every=given.save_every,
         results=given.from_results,
         until=given.until,
+        batch=given.batch,
     )
     if options.results is not None:
         options.output.mkdir(parents=True, exist_ok=True)
