@@ -62,11 +62,29 @@ SHARED = {
 }
 
 
+#: Modules that fork engines from one process with vLLM-Omni (:func:`port_kit.testing.forkserver.run_forked`).
+FORKED = (
+    "autoparallel/test_hosted.py",
+    "engine/test_layouts.py",
+    "engine/test_omni.py",
+    "engine/test_refusals.py",
+    "examples/test_audio_port.py",
+    "models/test_careless.py",
+    "models/test_clips_engine.py",
+    "models/test_dreamid_engine.py",
+    "models/test_mova_example.py",
+    "models/test_options_engine.py",
+    "scaffold/test_found.py",
+)
+
+
 class Scheduler(LoadFileScheduling):
-    """One process runs a module, and all modules that share a server."""
+    """One process runs a module, and all modules that share a server or what engines are forked from."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = PurePosixPath(nodeid.partition("::")[0])
+        if "/".join(path.parts[-2:]) in FORKED:
+            return "forked"
         return str(path.parent if path.name in SHARED.get(path.parent.name, ()) else path)
 
 
