@@ -12,9 +12,10 @@ attentions alone would take at those rates. Prints one JSON object; its parts go
 
 ``--warm-up 0`` leaves one call of the first layers alone, which compiles kernels and fills tables.
 
-``--switch`` holds both video towers, one on the GPU and one on the host as the loader leaves it, under the hooks of
-vLLM-Omni's ``--enable-cpu-offload``, and calls them in turn for a clip of five frames. A row has the seconds of the
-first call of a tower, in which the other one goes to the host, beside those of its next call.
+``--switch`` sets up ``--enable-cpu-offload`` for both video towers as the engine does, and calls them in turn for a
+clip of five frames. ``start_up_s`` is the set-up, in which host memory is pinned. Here the towers come from the device;
+those of an engine come from host memory that is not pinned. A row has the seconds of the first call of a tower, in
+which the other one goes to the host, beside those of its next call. The peak of the device is that of the changes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from fusion_step import Clock, Sizes, difference, fill, rates
@@ -42,8 +43,8 @@ FRAMES, FPS, TEXT_TOKENS = 193, 24.0, 100
 PADDED_TEXT = 512
 #: Of the clip with which towers are changed.
 SMALL, SMALL_FRAMES = (64, 96), 5
-#: Calls in which towers are changed: the first of each one pins memory.
-CHANGES = 6
+#: Calls in which towers are changed, each tower twice.
+CHANGES = 4
 #: Layers that warm up a long branch.
 FIRST_LAYERS = 2
 _HEADS = {"num_heads": 4, "text_dim": 64}
@@ -232,14 +233,18 @@ def with_graph(model: Any, branch: Mapping[str, Any], clock: Clock, warm_up: int
 
 def switch(configs: Configs, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the seconds of the calls in which one video tower replaces the other on the device."""
-    from vllm_omni.diffusion.offloader.sequential_backend import apply_sequential_offload
+    from port_kit.pipeline.experts import HIGH_NOISE, LOW_NOISE
 
-    high, low = towers = build(configs, device, ("transformer", "transformer_2"))
-    weights = sum(parameter.nbytes for parameter in low.parameters())
-    low.to("cpu")
-    apply_sequential_offload([high, low], [], device)
+    towers = build(configs, device, (HIGH_NOISE, LOW_NOISE))
+    parameters = [list(tower.parameters()) for tower in towers]
+    result: dict[str, Any] = {"tower_bytes": sum(parameter.nbytes for parameter in parameters[1])}
+    result["start_up_s"] = round(seconds(partial(offload, towers, device), device), 3)
+    result["pinned_bytes"] = sum(p.nbytes for tower in parameters for p in tower if p.is_cpu and p.is_pinned())
+    report(result)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     branches = [inputs(configs, *SMALL, device, dtype, SMALL_FRAMES) for _ in towers]
-    seconds(partial(high, **branches[0]), device)
+    seconds(partial(towers[0], **branches[0]), device)
     rows = []
     for change in range(1, CHANGES + 1):
         call = partial(towers[change % 2], **branches[change % 2])
@@ -249,13 +254,35 @@ def switch(configs: Configs, device: torch.device, dtype: torch.dtype) -> dict[s
         report(rows[-1])
     on_device = [name for name, tower in zip(("high", "low"), towers, strict=True) if is_on(tower, device)]
     return {
-        "tower_bytes": weights,
+        **result,
         "towers_on_device": on_device,
         "longest_switch_s": max(row["switch_s"] for row in rows),
         "changes": rows,
         "peak_gib": peak_gib(device),
         "host_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     }
+
+
+def offload(towers: Sequence[DualTowerTransformer], device: torch.device) -> None:
+    """Set up the offload of video towers by vLLM-Omni, for a pipeline that has them and what they share."""
+    from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
+    from vllm_omni.diffusion.offloader import ModelLevelOffloadBackend, OffloadConfig, OffloadStrategy
+
+    from port_kit.pipeline.experts import HIGH_NOISE, LOW_NOISE
+    from port_kit.pipeline.offload import PinnedOffload
+
+    class Towers(PinnedOffload, SupportsComponentDiscovery):
+        _dit_modules: ClassVar[list[str]] = [HIGH_NOISE, LOW_NOISE]
+        _encoder_modules: ClassVar[list[str]] = []
+        _vae_modules: ClassVar[list[str]] = []
+        _resident_modules: ClassVar[list[str]] = ["audio_transformer", "bridge"]
+
+    partner, pipeline = towers[0].partner, Towers()
+    for name, module in zip(
+        (*Towers._dit_modules, *Towers._resident_modules), (*towers, partner.audio, partner.bridge), strict=True
+    ):
+        pipeline.add_module(name, module)
+    ModelLevelOffloadBackend(OffloadConfig(OffloadStrategy.MODEL_LEVEL), device).enable(pipeline)
 
 
 def is_on(module: torch.nn.Module, device: torch.device) -> bool:

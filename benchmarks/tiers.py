@@ -7,6 +7,7 @@ latents from the first tier's, relative L2; ``seconds_for_50_steps`` has the mea
     python benchmarks/tiers.py --folder MODEL                          # the table of tiers
     python benchmarks/tiers.py --folder MODEL --steps 10 --tier exact --tier fp8
     python benchmarks/tiers.py --folder MODEL --cards                  # cards of 24, 48, 80 and 141 GB
+    python benchmarks/tiers.py --folder MODEL --card "80 GB"
     python benchmarks/tiers.py --tiny --tier exact --tier fp8         # on a CPU, which has no attention in eight bits
 """
 
@@ -114,13 +115,12 @@ def measure(name: str, row: Row, folder: Path, given: argparse.Namespace) -> tup
 def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure the rows that the arguments ask for."""
     end_to_end.write_missing(folder, given)
-    rows = {name: row for name, row in CARDS.items() if given.cards} or {
-        name: TIERS[name] for name in given.tier or TIERS
-    }
+    cards = given.card or (CARDS if given.cards else ())
+    rows = {name: CARDS[name] for name in cards} or {name: TIERS[name] for name in given.tier or TIERS}
     found, exact = [], None
     for name, row in rows.items():
         figures, latents = measure(name, row, folder, given)
-        if not given.cards and latents is not None:
+        if not cards and latents is not None:
             exact = latents if exact is None else exact
             figures["relative_error"] = end_to_end.errors(latents, exact)
         print(json.dumps(figures), file=sys.stderr, flush=True)
@@ -134,6 +134,7 @@ def main() -> None:
     options.add_argument("--folder", type=Path, help="a model directory to keep; used as it is if it is there")
     options.add_argument("--tier", action="append", choices=[*TIERS], help="only this tier; may be given several times")
     options.add_argument("--cards", action="store_true", help="cards of less memory instead of tiers")
+    options.add_argument("--card", action="append", choices=[*CARDS], help="only this card; may be given several times")
     options.add_argument("--steps", type=int, help=f"default: {STEPS}, tiny: 4")
     options.add_argument("--size", metavar="HEIGHTxWIDTH", help="default: 704x1024, tiny: 64x64")
     options.add_argument("--tiny", action="store_true", help="the tiny model")

@@ -77,10 +77,18 @@ class World:
         free = torch.rand(3, len(given), generator=generator).to(self.device)
         return self._scenes(*torch.tensor(indices, device=self.device).unbind(1), free)
 
-    def anything(self, count: int) -> Scenes:
-        """Return random scenes of all words, the new colour included."""
+    def anything(self, count: int, pitches: Tensor | None = None) -> Scenes:
+        """Return random scenes of all words, the new colour included.
+
+        Args:
+            count: of scenes.
+            pitches: how often each pitch is drawn, relative to the others; equally often by default.
+        """
         sizes = (len(PALETTE), len(SHAPES), len(TEMPI), len(DIRECTIONS), len(PITCHES))
         indices = [torch.randint(size, (count,), device=self.device) for size in sizes]
+        if pitches is not None:  # torch.multinomial cannot be part of a CUDA graph
+            bounds = (pitches / pitches.sum()).cumsum(0)[:-1].contiguous()
+            indices[-1] = torch.searchsorted(bounds, torch.rand(count, device=self.device), right=True)
         return self._scenes(*indices, torch.rand(3, count, device=self.device))
 
     def _scenes(

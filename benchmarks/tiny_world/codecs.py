@@ -6,6 +6,7 @@ Shapes: B clips, F frames and f latent frames, H x W pixels, S samples, M mel fr
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 from benchmarks.tiny_world import parts
 from benchmarks.tiny_world.clips import FRAMES, RATE, SAMPLES, Scenes, World
-from benchmarks.tiny_world.grammar import held_back
-from benchmarks.tiny_world.scores import score
+from benchmarks.tiny_world.grammar import PITCHES, TEMPI, held_back
+from benchmarks.tiny_world.scores import measure, score
 from benchmarks.tiny_world.stepper import Losses, Options, Stepper
 from port_kit.models.wan.components.vocoder import Vocoder
 
@@ -28,6 +29,7 @@ _KL = 1e-3
 _FOREGROUND = 8.0  # weight of the shape and its surroundings, beside 1 of the background
 _LATENT_NOISE = 0.2  # of the audio VAE's latents, whose deviation is 1
 _SMALLEST_STD = 0.15  # of a video latent's channel; channels that hold nothing are not amplified
+_WRONG = 4.0  # a pitch that the vocoder makes wrong when a training begins is drawn this much more often
 _STFT = (256, 512, 1024, 2048)
 
 
@@ -103,9 +105,9 @@ def _video_statistics(vae: Any, world: World, options: Options) -> tuple[dict[st
     return config, {"psnr": round(psnr, 2), "channels": used, **{name: found[name] for name in kept}}
 
 
-def _part_of_clip(world: World, batch: int, samples: int) -> tuple[Scenes, Tensor]:
+def _part_of_clip(world: World, batch: int, samples: int, pitches: Tensor | None = None) -> tuple[Scenes, Tensor]:
     """Return scenes and the start of a piece of sound in seconds; some begin before the clip, in silence."""
-    scenes = world.anything(batch)
+    scenes = world.anything(batch, pitches)
     return scenes, torch.rand(batch, device=world.device) * ((SAMPLES - samples) / RATE + 0.2) - 0.2
 
 
@@ -194,9 +196,11 @@ def train_vocoder(options: Options, seconds: float) -> None:
     audio_vae: Any = parts.load(options.output, "audio_vae", options.device)[0]
     batch = small(options, VOCODER_BATCH)
     forward: Any = Vocoder.forward.__wrapped__  # type: ignore[attr-defined] # without torch.no_grad
+    pitches = _wrong_pitches(world, vocoder, audio_vae)
+    options.log(stage="vocoder", wrong=dict(zip(PITCHES, pitches.tolist(), strict=True)))
 
     def losses() -> Losses:
-        scenes, start = _part_of_clip(world, batch, VOCODER_SAMPLES)
+        scenes, start = _part_of_clip(world, batch, VOCODER_SAMPLES, 1 + _WRONG * pitches)
         true = world.wave(scenes, VOCODER_SAMPLES, start)
         with torch.no_grad():
             mel = audio_vae.mel(true)
@@ -218,6 +222,17 @@ def train_vocoder(options: Options, seconds: float) -> None:
     facts = {name: found[name] for name in ("pitch", "in_time")}
     parts.save(options.output, "vocoder", vocoder, {}, {"step": stepper.step, **facts})
     options.log(stage="vocoder", step=stepper.step, **facts)
+
+
+@torch.no_grad()
+def _wrong_pitches(world: World, vocoder: Any, audio_vae: Any) -> Tensor:
+    """Return the share of two clips of each pitch that the vocoder gives another pitch."""
+    given = [replace(held_back(1)[0], tempo=tempo, pitch=pitch) for pitch in PITCHES for tempo in TEMPI]
+    scenes = world.described(given, seed=1)
+    made = vocoder(audio_vae.mel(world.wave(scenes)))[:, 0].float()
+    found = measure(world.pixels(scenes)[0], made)
+    wrong = [one.pitch != description.pitch for one, description in zip(found, given, strict=True)]
+    return torch.tensor(wrong, device=world.device).float().view(len(PITCHES), -1).mean(1)
 
 
 def start(name: str, options: Options) -> nn.Module:

@@ -36,19 +36,23 @@ def build(name: str, device: torch.device, config: Mapping[str, Any] | None = No
         module: nn.Module = make({**RECIPE.configs[name], **changes})
         if name != "text_encoder":
             initialize(module)
-    if name == "text_encoder":
-        _fill_encoder(module)
+    if name == "text_encoder":  # seeded values; it is not trained
+        fill_with(module, name, fill(tiny_trained.manifest(COMPONENTS[name])))
     return module.requires_grad_(False)
 
 
-def _fill_encoder(module: nn.Module) -> None:
-    """Give the text encoder its seeded values; it is not trained."""
-    part = COMPONENTS["text_encoder"]
-    source = fill(tiny_trained.manifest(part))
-    rules: Any = resolve(PORT.component("text_encoder").rules)
+def fill_with(module: nn.Module, name: str, source: Mapping[str, Tensor]) -> None:
+    """Give a part the values of its published names.
+
+    Raises:
+        ValueError: a value of the module is left.
+    """
+    rules: Any = resolve(PORT.component(name).rules)
     plan = rules.compile(Manifest({n: (v.shape, str(v.dtype)[6:]) for n, v in source.items()}), _target(module))
-    missing, _ = module.load_state_dict(dict(convert(plan, source)), strict=False)
-    assert set(missing) <= {"encoder.embed_tokens.weight"}, missing
+    values = {key: value.float() for key, value in convert(plan, dict(source))}
+    missing, _ = module.load_state_dict(values, strict=False)
+    if lost := set(missing) & set(_target(module)):
+        raise ValueError(f"the published tensors of {name} do not give {sorted(lost)}")
 
 
 def initialize(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from port_kit.pipeline.caching import configure_caches
 from port_kit.pipeline.finite import check_weights
 from port_kit.pipeline.inputs import to_client_error
 from port_kit.pipeline.loading import build_components, load_component_weights, load_pretrained, weights_sources
+from port_kit.pipeline.offload import PinnedOffload
 from port_kit.port import KINDS, Component, Pretrained, resolve
 from port_kit.runtime.lora import AdaptedPart, read_adapters
 from port_kit.runtime.patches import size_lora_buffers_by_adapter
@@ -31,7 +32,7 @@ require("pipeline_declarations")
 require("lora_hook")
 
 
-class ComponentPipeline(nn.Module, SupportsComponentDiscovery):
+class ComponentPipeline(PinnedOffload, SupportsComponentDiscovery):
     """A pipeline as vLLM-Omni's registry builds it: without weights, which the standard loader then fills in.
 
     Attributes:

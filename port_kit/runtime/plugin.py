@@ -127,6 +127,7 @@ def register_pipelines() -> None:
 
     check_version()
     require("registration")
+    show_info_with_the_engines()
     install_client_error_handling()
     label_audio_results()
     register_metadata()
@@ -137,6 +138,20 @@ def register_pipelines() -> None:
         _register(port)
     for name in HOSTS:
         _register_host(name)
+
+
+def show_info_with_the_engines() -> None:
+    """Print the kit's INFO records where vLLM prints its own, if it does. Idempotent.
+
+    Without this, engine processes print the kit's warnings and errors only: they configure the loggers of vLLM alone.
+    A process that configured the root logger keeps what it chose.
+    """
+    kit, engine = logging.getLogger("port_kit"), logging.getLogger("vllm")
+    if logging.getLogger().handlers or kit.handlers or not engine.isEnabledFor(logging.INFO):
+        return
+    kit.setLevel(engine.level)
+    for handler in engine.handlers:
+        kit.addHandler(handler)
 
 
 def _register_host(name: str) -> None:

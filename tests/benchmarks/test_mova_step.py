@@ -72,4 +72,5 @@ def test_a_branch_and_the_change_of_the_tower_are_timed(script: Any) -> None:
     assert branch["share_of_limit"] == pytest.approx(branch["limit_ms"] / branch["branch_ms"], abs=1e-3)
     change = result["switch"]
     assert len(change["changes"]) == script.CHANGES and change["tower_bytes"] > 0
+    assert change["start_up_s"] > 0 and change["pinned_bytes"] == 0, "no memory of a CPU is pinned"
     assert all(row["first_call_s"] > 0 and row["next_call_s"] > 0 for row in change["changes"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +107,23 @@ def test_the_platform_implements_queries_of_profiling() -> None:
     assert current_omni_platform.mem_get_info()[1] == total
     assert current_omni_platform.max_memory_allocated() > 1 << 20
     assert current_omni_platform.get_torch_device(3).type == "cpu"
+
+
+@pytest.mark.parametrize(("level", "shown"), [(logging.INFO, 1), (logging.ERROR, 0)])
+def test_info_is_printed_where_the_engine_prints_its_own(
+    monkeypatch: pytest.MonkeyPatch, level: int, shown: int
+) -> None:
+    kit, engine, stream = logging.getLogger("port_kit"), logging.getLogger("vllm"), io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(engine, "handlers", [logging.StreamHandler(stream)])
+    monkeypatch.setattr(kit, "handlers", [])
+    before = kit.level, engine.level
+    try:
+        engine.setLevel(level)
+        plugin.show_info_with_the_engines()
+        plugin.show_info_with_the_engines()
+        logging.getLogger("port_kit.parallel").info("a graph")
+    finally:
+        kit.setLevel(before[0])
+        engine.setLevel(before[1])
+    assert stream.getvalue() == "a graph\n" * shown

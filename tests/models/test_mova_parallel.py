@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,30 +134,93 @@ def test_shared_modules_are_sharded_with_the_towers(case: ParallelTestCase) -> N
             assert sharded == total > 0, name
 
 
-def test_offload_keeps_one_video_tower_on_the_device(case: ParallelTestCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_omni.diffusion.offloader.module_collector import ModuleDiscovery
-    from vllm_omni.diffusion.offloader.sequential_backend import SequentialOffloadHook, apply_sequential_offload
+@dataclass
+class Moves:
+    """Calls of vLLM-Omni's hooks that move a component: which one, and to where.
+
+    Attributes:
+        names: of components, by identity.
+        log: (target, component) in order.
+        present: components on the device, of those that may leave it.
+    """
+
+    names: dict[int, str]
+    log: list[tuple[str, str]] = field(default_factory=list)
+    present: set[str] = field(default_factory=set)
+
+    def move(self, module: nn.Module, target: str) -> None:
+        name = self.names[id(module)]
+        self.log.append((target, name))
+        (self.present.add if target == "device" else self.present.discard)(name)
+        assert len(self.present) <= 1, "they exclude each other"
+
+
+@pytest.fixture
+def offloaded(case: ParallelTestCase, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Moves, Any]]:
+    """A pipeline, the moves of its components, and vLLM-Omni's backend, which is not yet enabled for it."""
+    from vllm_omni.diffusion.offloader import ModelLevelOffloadBackend, OffloadConfig, OffloadStrategy
+    from vllm_omni.diffusion.offloader.sequential_backend import SequentialOffloadHook
 
     with single_rank(torch.float32), torch.inference_mode():
         pipeline = load_pipeline(case.model)
-        found = ModuleDiscovery.discover(pipeline)
-        assert found.dit_names == ["transformer", "transformer_2"]
-        assert found.resident_names == ["audio_transformer", "bridge"]
-        names = {id(module): name for name, module in pipeline.named_children()}
-        moves: list[tuple[str, str]] = []
-        for target in ("_to_cpu", "_to_gpu"):
-            monkeypatch.setattr(
-                SequentialOffloadHook, target, lambda self, module, to=target: moves.append((to, names[id(module)]))
-            )
-        apply_sequential_offload(found.dits, found.encoders, torch.device("cpu"))
-        prompt, sampling = _request(case.requests[0])
-        (state,) = pipeline.begin(pipeline.prepare(prompt, sampling))
-        moves.clear()
-        while not state.is_done:
-            pipeline.scheduler_step(state, *pipeline.predict([state]))
-    high = [("_to_cpu", "text_encoder"), ("_to_cpu", "transformer_2"), ("_to_gpu", "transformer")]
-    low = [("_to_cpu", "text_encoder"), ("_to_cpu", "transformer"), ("_to_gpu", "transformer_2")]
-    assert moves == [*high, *high, *low, *low]
+        moves = Moves({id(module): name for name, module in pipeline.named_children()})
+        monkeypatch.setattr(SequentialOffloadHook, "_to_cpu", lambda self, module: moves.move(module, "host"))
+        monkeypatch.setattr(SequentialOffloadHook, "_to_gpu", lambda self, module: moves.move(module, "device"))
+        config = OffloadConfig(OffloadStrategy.MODEL_LEVEL)
+        yield pipeline, moves, ModelLevelOffloadBackend(config, torch.device("cpu"))
+
+
+def test_offload_keeps_one_video_tower_on_the_device(offloaded: tuple[Any, Moves, Any], case: ParallelTestCase) -> None:
+    pipeline, moves, backend = offloaded
+    backend.enable(pipeline)
+    prompt, sampling = _request(case.requests[0])
+    (state,) = pipeline.begin(pipeline.prepare(prompt, sampling))
+    assert moves.present == {"text_encoder"}
+    moves.log.clear()
+    while not state.is_done:
+        pipeline.scheduler_step(state, *pipeline.predict([state]))
+    high = [("host", "text_encoder"), ("host", "transformer_2"), ("device", "transformer")]
+    low = [("host", "text_encoder"), ("host", "transformer"), ("device", "transformer_2")]
+    assert moves.log == [*high, *high, *low, *low]
+    moves.log.clear()
+    backend.disable()
+    pipeline.predict(pipeline.begin(pipeline.prepare(prompt, sampling)))
+    assert moves.log == []
+
+
+def test_memory_of_each_component_that_waits_is_pinned_at_start_up(offloaded: tuple[Any, Moves, Any]) -> None:
+    """Each one visits the device alone, since the way back pins it."""
+    pipeline, moves, backend = offloaded
+    backend.enable(pipeline)
+    waiting = ["text_encoder", "transformer", "transformer_2"]
+    assert sorted(name for target, name in moves.log if target == "device") == waiting
+    assert all(("host", name) in moves.log[moves.log.index(("device", name)) :] for name in waiting)
+    assert moves.present == set()
+
+
+@pytest.mark.parametrize("options", [{"pin_cpu_memory": False}, {"use_hsdp": True}], ids=lambda value: [*value][0])
+def test_nothing_visits_the_device_if_nothing_is_pinned(
+    options: dict[str, bool], offloaded: tuple[Any, Moves, Any]
+) -> None:
+    pipeline, moves, backend = offloaded
+    backend.config = replace(backend.config, **options)
+    backend.enable(pipeline)
+    assert moves.log == []
+    pipeline.text_encoder(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
+    assert moves.present == {"text_encoder"}
+
+
+def test_components_that_are_not_selected_stay_on_the_device(
+    offloaded: tuple[Any, Moves, Any], case: ParallelTestCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, moves, backend = offloaded
+    placed: list[str] = []
+    for name, module in pipeline.named_children():
+        monkeypatch.setattr(module, "to", lambda device, name=name: placed.append(name))
+    backend.config = replace(backend.config, components=frozenset({"dit"}))
+    backend.enable(pipeline)
+    assert sorted(placed) == ["audio_transformer", "audio_vae", "bridge", "text_encoder", "vae"]
+    assert [name for target, name in moves.log if target == "device"] == ["transformer", "transformer_2"]
 
 
 def test_layerwise_offload_streams_the_blocks_of_the_towers(case: ParallelTestCase) -> None:

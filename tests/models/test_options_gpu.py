@@ -1,4 +1,4 @@
-"""Options on a GPU: eight-bit weights, blocks that are streamed from the host's memory, CUDA graphs."""
+"""Options on a GPU: eight-bit weights, weights that wait in host memory, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ def frames(model: Path, options: str, file: Path) -> Path:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("options", "levels"),
-    [('{"enable_layerwise_offload": true}', 0.5), ('{"quantization": "fp8"}', 16.0)],
-    ids=["layerwise_offload", "fp8"],
+    [
+        ('{"enable_cpu_offload": true}', 0.5),
+        ('{"enable_layerwise_offload": true}', 0.5),
+        ('{"quantization": "fp8"}', 16.0),
+    ],
+    ids=["cpu_offload", "layerwise_offload", "fp8"],
 )
 def test_a_video_with_less_memory_is_close_to_the_plain_one(
     ovi_model: Path, tmp_path: Path, options: str, levels: float
