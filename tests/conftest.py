@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +14,11 @@ from tests.golden_archive import unpack
 from tests.helpers import DATA
 
 BUILD = Path(__file__).parents[1] / "build"
+
+# With tensor parallelism, vLLM compiles the look-up of a token, even where execution is eager. On a CPU, Inductor and
+# a C++ compiler take longer for it than the tiny model for the whole request.
+if version("torch").endswith("+cpu"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 #: Folders and modules of integration tests, relative to this folder.
 INTEGRATION = (
@@ -55,11 +62,29 @@ SHARED = {
 }
 
 
+#: Modules that fork engines from one process with vLLM-Omni (:func:`port_kit.testing.forkserver.run_forked`).
+FORKED = (
+    "autoparallel/test_hosted.py",
+    "engine/test_layouts.py",
+    "engine/test_omni.py",
+    "engine/test_refusals.py",
+    "examples/test_audio_port.py",
+    "models/test_careless.py",
+    "models/test_clips_engine.py",
+    "models/test_dreamid_engine.py",
+    "models/test_mova_example.py",
+    "models/test_options_engine.py",
+    "scaffold/test_found.py",
+)
+
+
 class Scheduler(LoadFileScheduling):
-    """One process runs a module, and all modules that share a server."""
+    """One process runs a module, and all modules that share a server or what engines are forked from."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = PurePosixPath(nodeid.partition("::")[0])
+        if "/".join(path.parts[-2:]) in FORKED:
+            return "forked"
         return str(path.parent if path.name in SHARED.get(path.parent.name, ()) else path)
 
 

@@ -102,15 +102,18 @@ def command(model: str, serve_options: tuple[str, ...], serve: bool, verbose: in
 def _prepare(model: str, layout: Layout, given: dict[str, Any]) -> tuple[str, str, str, dict[str, str]]:
     """Return the directory, the class that hosts it, its modality, and ``additional_config``."""
     from port_kit.autoparallel.host.index import PipelineIndex
-    from port_kit.autoparallel.host.plans import PLAN_KEY, find_plan
     from port_kit.runtime.hosts import host_of
 
     folder = model if Path(model).is_dir() else _download(model)
     index = PipelineIndex.read(folder)
     cached = given["cache_backend"] is not None
-    needs_plan = bool(set(layout.degrees) - {"cfg"}) or cached
-    plan = find_plan(index, layout, given["plan"], report=_report, cached=cached) if needs_plan else None
-    additional = {} if plan is None else {PLAN_KEY: str(plan.resolve())}
+    additional = {}
+    if set(layout.degrees) - {"cfg"} or cached:
+        # imports vLLM, which a server does again in its own process
+        from port_kit.autoparallel.host.plans import PLAN_KEY, find_plan
+
+        plan = find_plan(index, layout, given["plan"], report=_report, cached=cached)
+        additional[PLAN_KEY] = str(plan.resolve())
     return folder, host_of(index.output_type), index.output_type, additional
 
 

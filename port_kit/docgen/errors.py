@@ -10,6 +10,7 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from port_kit import errors
@@ -62,6 +63,7 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*.py")) if file != Path(errors.__file__)]
 
 
+@cache
 def _exceptions() -> dict[str, type[PortKitError]]:
     """The exceptions in the order of their definition."""
     found = vars(errors).items()
@@ -70,15 +72,16 @@ def _exceptions() -> dict[str, type[PortKitError]]:
 
 def _scan(folder: Path) -> Iterator[Raised]:
     trees = [_with_texts(ast.parse(file.read_bytes())) for file in _files(folder)]
-    shared = {name: made for tree in trees for name, made in _makers(tree).items() if not name.startswith("_")}
-    for tree in trees:
-        makers = shared | _makers(tree)
+    own = [_makers(tree) for tree in trees]
+    shared = {name: made for makers in own for name, made in makers.items() if not name.startswith("_")}
+    for tree, makers in zip(trees, own, strict=True):
+        known = shared | makers
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id in _exceptions():
                     yield _built(node)
-                elif node.func.id in makers:
-                    yield _made(node, *makers[node.func.id])
+                elif node.func.id in known:
+                    yield _made(node, *known[node.func.id])
 
 
 def _with_texts(tree: ast.Module) -> ast.Module:

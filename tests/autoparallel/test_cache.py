@@ -25,6 +25,7 @@ from port_kit.autoparallel.tensor.blocks import observe_blocks
 from port_kit.errors import ParallelError
 from port_kit.parallel.cached_layout import split_cache, with_cache
 from port_kit.parallel.layout import Layout
+from tests.helpers import slow
 
 
 def cached_plan(subject: Subject) -> Plan:
@@ -210,7 +211,7 @@ def shipped(name: str) -> tuple[Subject, Plan]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", *slow("FluxTransformer2DModel")])
 def test_shipped_plans_are_proven_with_ulysses(name: str) -> None:
     alone, with_ulysses = prove_plan(
         *shipped(name), ["cache_dit", "cache_ditxulysses2"], {"deeper": ModelScale(depth=2)}

@@ -24,7 +24,10 @@ WAN, FLUX = "WanTransformer3DModel", "FluxTransformer2DModel"
         ),
     ],
 )
-def test_compiled_blocks_equal_the_unmodified_module(name: str, layout: str, tmp_path: Path) -> None:
+def test_compiled_blocks_equal_the_unmodified_module(
+    name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     warm_up()
     degrees = Layout.parse(layout)
     for output, expected, graphs in run_ranks(degrees.world, lambda rank: _run(name, degrees, rank, tmp_path)):

@@ -35,10 +35,16 @@ def truth(world: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     return given, drawn.pixels(scenes)[0], drawn.wave(scenes)
 
 
-def test_true_clips_have_all_points(world: Any, truth: Any) -> None:
+@pytest.fixture(scope="module")
+def measured(world: Any, truth: Any) -> Any:
+    """What the true clips show."""
+    return world.scores.measure(*truth[1:])
+
+
+def test_true_clips_have_all_points(world: Any, truth: Any, measured: Any) -> None:
     given, pixels, wave = truth
     assert pixels.shape[1:] == (3, 121, 64, 96) and wave.shape[1:] == (80_384,)
-    assert world.scores.score(pixels, wave, given) == dict.fromkeys(world.scores.SCORES, 1.0)
+    assert world.scores.share(measured, given) == dict.fromkeys(world.scores.SCORES, 1.0)
 
 
 def test_blurred_and_noisy_clips_keep_their_points(world: Any, truth: Any) -> None:
@@ -67,9 +73,8 @@ def test_sound_of_another_clip_is_not_in_time(world: Any, truth: Any) -> None:
     assert found["in_time"] < 0.4 and found["colour"] == found["direction"] == 1.0
 
 
-def test_a_wrong_word_costs_its_own_score(world: Any, truth: Any) -> None:
-    given, pixels, wave = truth
-    measured = world.scores.measure(pixels, wave)
+def test_a_wrong_word_costs_its_own_score(world: Any, truth: Any, measured: Any) -> None:
+    given = truth[0]
     wrong = [replace(each, shape="ball" if each.shape == "box" else "box") for each in given]
     found = world.scores.share(measured, wrong)
     assert found["shape"] < 0.01 and found["colour"] == found["pitch"] == found["in_time"] == 1.0

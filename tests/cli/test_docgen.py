@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ import pytest
 from port_kit.cli import COMMANDS
 from port_kit.docgen.__main__ import PAGES
 from port_kit.docgen.commands import cli_page
-from port_kit.docgen.errors import troubleshooting_page, used_codes
+from port_kit.docgen.errors import used_codes
 from port_kit.errors import CODES
 
+#: Each page is built once for all tests.
+BUILT = {name: cache(build) for name, build in PAGES.items()}
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize(("name", "build"), PAGES.items())
+@pytest.mark.parametrize(("name", "build"), BUILT.items())
 def test_committed_page_is_up_to_date(name: str, build: Callable[[], str]) -> None:
     committed = (DOCS / name).read_text(encoding="utf-8")
     assert committed == build(), f"docs/{name} is out of date: run python -m port_kit.docgen and commit it"
@@ -32,7 +35,7 @@ def test_every_command_has_its_section_and_two_examples() -> None:
 
 
 def test_every_code_has_its_place_and_its_meaning() -> None:
-    page = troubleshooting_page()
+    page = BUILT["troubleshooting.md"]()
     for code, meaning in CODES.items():
         assert f"### `{code}`" in page and meaning[1:] in page
 

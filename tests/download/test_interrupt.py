@@ -21,7 +21,7 @@ from port_kit.download.http import HttpClient
 from port_kit.testing.gitserver import GitRemote, GitServer
 from port_kit.testing.hub import Fault, Hub
 from tests.download.helpers import WEIGHTS, bring, noise
-from tests.helpers import wait_until
+from tests.helpers import slow, wait_until
 
 #: Seconds that an interrupted command may take to end; the servers here are silent for longer.
 DEADLINE = 15
@@ -125,7 +125,7 @@ def test_while_it_hashes_a_large_file(hub: Hub, recipe: Path, tmp_path: Path) ->
     assert (tmp_path / "m/model_index.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["download", "remove"])
+@pytest.mark.parametrize("name", ["download", *slow("remove")])
 def test_while_it_waits_for_another_process(hub: Hub, recipe: Path, tmp_path: Path, name: str) -> None:
     hub.bytes_per_second = None
     bring(Recipe.from_toml(recipe), tmp_path / "m", hub)

@@ -19,9 +19,9 @@ from port_kit.testing.forkserver import run_forked
 from tests.helpers import slow
 
 SCRIPT = Path(__file__).with_name("run_layouts.py")
-KINDS = ("tp2", "ulysses2", "cfg2")
-#: Their communication is tested without an engine, too.
-MORE_KINDS = ("ring2", "allgather2", "hsdp2")
+KINDS = ("tp2", "ulysses2")
+#: Their communication is tested without an engine, too; cfg2 and ring2 with the engine on other models.
+MORE_KINDS = ("cfg2", "ring2", "allgather2", "hsdp2")
 REFUSED = ("ulysses3", "tp3", "cfg5", "cfg3+cache_dit")
 #: Seconds for seven engines; machines are shared.
 DEADLINE = 1800

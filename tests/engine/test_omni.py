@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from port_kit.testing.forkserver import run_forked
 
 SCRIPT = Path(__file__).with_name("run_omni.py")
 LAYOUTS = ("single", "ring_degree=2")
@@ -19,13 +20,8 @@ LAYOUTS = ("single", "ring_degree=2")
 def reports(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The script's output for each layout; it runs once, in a separate process."""
     report = tmp_path_factory.mktemp("omni") / "report.jsonl"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(toy_model), str(report), *LAYOUTS],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    command = [sys.executable, str(SCRIPT), str(toy_model), str(report), *LAYOUTS]
+    done = run_forked(command, timeout=400, PORT_KIT_PATH=os.environ["PORT_KIT_PATH"])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = [json.loads(line) for line in report.read_text().splitlines()]
     return {row["layout"]: row for row in rows}

@@ -19,6 +19,7 @@ from port_kit.runtime.single_process import single_rank
 from port_kit.testing import download_tiny
 from port_kit.testing.workers import Request
 from tests.examples.worked_ports import PORTS, run_own_tests
+from tests.helpers import slow
 
 #: Latent positions of audio; the text has 64 tokens. Ranks with both, ranks with one of them, a padded end.
 LENGTHS = (101, 70, 33, 1)
@@ -68,12 +69,14 @@ def case(model: Path, lengths: tuple[int, ...]) -> ParallelTestCase:
     return ParallelTestCase(model, requests, output_tolerance=find_port("murmur").output_tolerance)
 
 
-def test_ranks_are_as_exact_as_one(port: Port, model: Path) -> None:
+@pytest.mark.parametrize(
+    "layouts", [("ring2", "tp2xulysses2"), *slow(("tp2", "ulysses2", "hsdp2", "ulysses2xring2"))], ids="-".join
+)
+def test_ranks_are_as_exact_as_one(layouts: tuple[str, ...], port: Port, model: Path) -> None:
     """The tolerance is the error of one rank, which a float64 run of the same module shows."""
     single, exact = flows(model).values()
     error = max(float((a - b).abs().max()) for a, b in zip(single, exact, strict=True))
     assert 0 < error < 1e-4
-    layouts = ("tp2", "ulysses2", "ring2", "hsdp2", "ulysses2xring2", "tp2xulysses2")
     for report in verify_parallel(case(model, LENGTHS), layouts, tolerance=MARGIN * error):
         assert report.ok, report.describe()
 

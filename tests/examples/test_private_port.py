@@ -95,13 +95,14 @@ def run(python: Path, folder: Path, tmp_path: Path) -> Run:
     return start
 
 
+@pytest.mark.slow
 def test_an_installed_port_runs_in_a_worker_process(run: Run, python: Path) -> None:
     assert run("driftwood")["origin"].startswith(str(python.parents[1]))
 
 
 @pytest.mark.slow
 def test_a_port_in_a_folder_runs_in_a_worker_process_and_computes_the_same(run: Run, folder: Path) -> None:
-    """The engine's tests run another port from a folder, on two workers, in the default suite."""
+    """The tests of the engine and of servers run other ports from folders, on two workers, in the default suite."""
     report = run("rockpool")
     assert report["origin"] == str(folder / "rockpool" / "pipeline.py")
     assert report["sum"] == run("driftwood")["sum"]

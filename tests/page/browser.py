@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,41 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
+@dataclass(frozen=True)
+class ServedPage:
+    """A page that a script serves.
+
+    Attributes:
+        url: its address.
+        log: what the script prints.
+        process: the script.
+    """
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def wait(self, seconds: float = START) -> str:
+        """Wait until it answers, and return its address."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(self.url, trust_env=False).status_code == 200:
+                    return self.url
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        raise AssertionError(f"the page did not start:\n{self.text()[-4000:]}")
+
+    def text(self) -> str:
+        """Return what the script has printed."""
+        return self.log.read_text(errors="replace")
+
+
 @contextmanager
 def served_page(
-    port: str, *options: str, folder: Path, key: str = "", script: str = "gradio_demo.py", start: float = START
-) -> Iterator[str]:
-    """Run a script of a port and yield the address of its page; the script is ended as a supervisor does it.
+    port: str, *options: str, folder: Path, key: str = "", script: str = "gradio_demo.py"
+) -> Iterator[ServedPage]:
+    """Start a script of a port, without waiting for its page, and end it as a supervisor does it.
 
     Args:
         port: the port.
@@ -48,30 +79,17 @@ def served_page(
         folder: working directory, and folder of the log.
         key: API key.
         script: in the port's folder of examples.
-        start: seconds until the page answers.
     """
     tcp_port = free_port()
-    url = f"http://127.0.0.1:{tcp_port}"
     program = [sys.executable] if script.endswith(".py") else ["sh"]
     line = [*program, str(EXAMPLES / port / script), *options, "--port", str(tcp_port)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "API_KEY": key, "PATH": path, "OMP_NUM_THREADS": "1"}
     with (folder / "page.log").open("wb") as log:
         process = subprocess.Popen(line, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    served = ServedPage(f"http://127.0.0.1:{tcp_port}", folder / "page.log", process)
     try:
-        _wait(url, process, folder / "page.log", start)
-        yield url
+        yield served
     finally:
         process.terminate()
-        assert process.wait(60) == 0, (folder / "page.log").read_text(errors="replace")[-4000:]
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path, start: float) -> None:
-    deadline = time.monotonic() + start
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(url, trust_env=False).status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.5)
-    raise AssertionError(f"the page did not start:\n{log.read_text(errors='replace')[-4000:]}")
+        assert process.wait(60) == 0, served.text()[-4000:]

@@ -14,10 +14,8 @@ from PIL import Image
 from port_kit.page.form import page_fields
 from port_kit.pipeline.media import measure_mp4
 from port_kit.registry import find_port
-from port_kit.testing.server import ApiServer, free_port
-from tests.page.browser import CLIP, served_page
-from tests.page.conftest import KEY
-from tests.serving.helpers import download_as_written
+from tests.page.browser import CLIP
+from tests.page.conftest import KEY, Pages
 
 pytestmark = pytest.mark.page
 
@@ -45,7 +43,7 @@ def wait_for_seed(page: Any, seed: int) -> None:
     setting.locator("dd", has_text=re.compile(f"^{seed}$")).wait_for(timeout=CLIP_MS)
 
 
-def test_the_page_has_the_fields_of_the_port(page: Any) -> None:
+def test_the_page_has_the_fields_of_the_port(page: Any, pages: Pages) -> None:
     page.locator("#pk-options button").first.click()
     for field in page_fields(find_port("ovi")):
         part = page.locator(f"#pk-{field.name}")
@@ -56,15 +54,15 @@ def test_the_page_has_the_fields_of_the_port(page: Any) -> None:
                 "" if field.default is None else f"{field.default:g}"
             )
     assert "<S>One more song" in page.locator("#pk-prompt textarea").input_value()
-    assert page.locator("#pk-server .pk-good").inner_text().endswith("serves tiny")
+    assert page.locator("#pk-server .pk-good").inner_text() == f"{pages.server} serves tiny"
 
 
 def test_a_clip_is_made_with_progress_and_shown_with_sound(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (40, 120), (200, 80, 40)).save(tmp_path / "first.png")
     page.locator("#pk-image-0 input[type=file]").set_input_files(str(tmp_path / "first.png"))
     page.locator("#pk-image-0 img").wait_for()
-    generate(page, 60, seed=11)
-    page.locator("#pk-progress", has_text=re.compile(r"Step \d+ of 60\b.*so far")).wait_for(timeout=CLIP_MS)
+    generate(page, 40, seed=11)
+    page.locator("#pk-progress", has_text=re.compile(r"Step \d+ of 40\b.*so far")).wait_for(timeout=CLIP_MS)
     page.locator("#pk-progress", has_text="Done in").wait_for(timeout=CLIP_MS)
     video = page.locator("#pk-video video")
     video.evaluate("v => v.play()")
@@ -76,7 +74,7 @@ def test_a_clip_is_made_with_progress_and_shown_with_sound(page: Any, tmp_path: 
     measured = measure_mp4(path)
     assert measured.frames == 121 and measured.sample_rate == 16_000 and measured.height > 2 * measured.width
     settings = page.locator("#pk-settings").inner_text()
-    assert re.search(r"seed\s+11\b", settings) and re.search(r"steps\s+60\b", settings)
+    assert re.search(r"seed\s+11\b", settings) and re.search(r"steps\s+40\b", settings)
     page.locator("#pk-gallery", has_text="seed 11").wait_for()
 
 
@@ -88,94 +86,72 @@ def test_the_gallery_shows_an_earlier_clip_again(page: Any) -> None:
     wait_for_seed(page, 1)
 
 
-def test_a_running_request_is_cancelled(page: Any, server: ApiServer) -> None:
+def test_a_running_request_is_cancelled(page: Any, pages: Pages) -> None:
     generate(page, 200)
     page.locator("#pk-progress", has_text=re.compile(r"Step \d+ of 200")).wait_for(timeout=CLIP_MS)
     page.locator("#pk-cancel").click()
     page.locator("#pk-progress", has_text="Cancelled.").wait_for(timeout=60_000)
     assert page.locator("#pk-generate").is_enabled() and page.locator("#pk-cancel").is_disabled()
-    assert [job["status"] for job in listed(server)] == ["cancelled"]  # the clips before it were fetched and deleted
+    assert [job["status"] for job in listed(pages)] == ["cancelled"]  # the clips before it were fetched and deleted
 
 
-def listed(server: ApiServer) -> list[dict[str, Any]]:
+def listed(pages: Pages) -> list[dict[str, Any]]:
     """Return the jobs of the server."""
-    answer = httpx.get(f"{server.url}/v1/videos", headers={"Authorization": f"Bearer {KEY}"}, trust_env=False)
+    answer = httpx.get(f"{pages.server}/v1/videos", headers={"Authorization": f"Bearer {KEY}"}, trust_env=False)
     found: list[dict[str, Any]] = answer.json()["data"]
     return found
 
 
-def test_a_page_that_is_closed_leaves_no_job(chromium: Any, address: str, server: ApiServer) -> None:
+def test_a_page_that_is_closed_leaves_no_job(chromium: Any, pages: Pages) -> None:
     page = chromium.new_page()
-    page.goto(address)
+    page.goto(pages.own.url)
     page.locator("#pk-generate").wait_for()
     generate(page, 200)
     page.locator("#pk-progress", has_text=re.compile(r"Step \d+ of 200")).wait_for(timeout=CLIP_MS)
     page.close()
     deadline = time.monotonic() + 60
-    while any(job["status"] in ("queued", "in_progress") for job in listed(server)):
+    while any(job["status"] in ("queued", "in_progress") for job in listed(pages)):
         assert time.monotonic() < deadline, "the job goes on"
         time.sleep(1)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("num_inference_steps", 300, "less than or equal to 200"),
-        ("shift", 200, "[input_value] shift is 200; 0.01 or more and at most 100 is required"),
-        ("prompt", " ", "[input_missing] prompt is missing or blank"),
-        ("slg_layer", 900, "slg_layer is 900"),
-    ],
-)
-def test_a_refusal_is_shown_at_its_field(page: Any, name: str, value: object, message: str) -> None:
+def test_a_refusal_is_shown_at_its_field(page: Any) -> None:
     page.locator("#pk-options button").first.click()
-    fill(page, name, value)
-    page.locator("#pk-options button").first.click()  # closed: an error opens it
-    page.locator("#pk-generate").click()
-    error = page.locator(f"#pk-error-{name} .pk-error")
-    error.wait_for(timeout=60_000)
-    assert message in error.inner_text()
-    assert page.locator(".pk-error").count() == 1
-    fill(page, name, {"prompt": "rain"}.get(name, 1))
-    fill(page, "num_inference_steps", 1)
+    for name, value, message, right in (
+        ("num_inference_steps", 300, "less than or equal to 200", 1),
+        ("shift", 200, "[input_value] shift is 200; 0.01 or more and at most 100 is required", 1),
+        ("prompt", " ", "[input_missing] prompt is missing or blank", "rain"),
+    ):
+        fill(page, name, value)
+        page.locator("#pk-options button").first.click()  # closed: an error opens it
+        page.locator("#pk-generate").click()
+        error = page.locator(f"#pk-error-{name} .pk-error")
+        error.wait_for(timeout=60_000)
+        assert message in error.inner_text()
+        assert page.locator(".pk-error").count() == 1
+        fill(page, name, right)
+        page.locator("#pk-options button").first.click()
     page.locator("#pk-generate").click()
     page.locator("#pk-progress", has_text="Done in").wait_for(timeout=CLIP_MS)
     assert page.locator(".pk-error").count() == 0
 
 
-def test_a_server_that_is_down_is_reported(chromium: Any, tmp_path: Path) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    with served_page("ovi", "--url", url, folder=tmp_path) as address:
-        page, hosts = chromium.new_page(), set()
-        page.on("request", lambda request: hosts.add(httpx.URL(request.url).host))
-        page.goto(address)
-        page.locator("#pk-server .pk-error", has_text=f"no server answers at {url}").wait_for()
-        page.locator("#pk-generate").click()
-        page.locator("#pk-error-general .pk-error", has_text="port-kit serve MODEL").wait_for()
-        page.close()
+def test_a_server_that_is_down_is_reported(chromium: Any, pages: Pages) -> None:
+    page, hosts = chromium.new_page(), set()
+    page.on("request", lambda request: hosts.add(httpx.URL(request.url).host))
+    page.goto(pages.lost.wait())
+    page.locator("#pk-server .pk-error", has_text=f"no server answers at {pages.nowhere}").wait_for()
+    page.locator("#pk-generate").click()
+    page.locator("#pk-error-general .pk-error", has_text="port-kit serve MODEL").wait_for()
+    page.close()
     assert hosts == {"127.0.0.1"}
 
 
-def test_a_wrong_key_is_reported(chromium: Any, server: ApiServer, tmp_path: Path) -> None:
-    with served_page("ovi", "--url", server.url, folder=tmp_path, key="another") as address:
-        page = chromium.new_page()
-        page.goto(address)
-        page.locator("#pk-server .pk-error", has_text="no valid API key").wait_for()
-        page.close()
-
-
-def test_the_script_serves_a_model_and_ends_its_server(chromium: Any, tmp_path: Path) -> None:
-    model, options = download_as_written("ovi", tmp_path)
-    line = (model.name, *options)  # as in the guide, a relative path
-    with served_page("ovi", *line, folder=tmp_path, script="run_gradio_demo.sh", start=400) as address:
-        page = chromium.new_page()
-        page.goto(address)
-        status = page.locator("#pk-server .pk-good")
-        status.wait_for()
-        url = status.inner_text().split()[0]
-        assert status.inner_text() == f"{url} serves tiny" and httpx.get(f"{url}/health", trust_env=False).is_success
-        page.close()
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health", trust_env=False)
+def test_a_wrong_key_is_reported(chromium: Any, pages: Pages) -> None:
+    page = chromium.new_page()
+    page.goto(pages.wrong_key.wait())
+    page.locator("#pk-server .pk-error", has_text="no valid API key").wait_for()
+    page.close()
 
 
 @pytest.mark.parametrize("name", ["dreamid_omni", "mova"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from port_kit.parallel.memory import local_bytes
 from port_kit.testing.workers import RankResult, run_workers
+from tests.helpers import slow
 
 #: Tokens of a prompt, ``</s>`` last.
 TOKENS = [5, 17, 60, 3, 99, 42, 8, 1]
@@ -61,7 +62,7 @@ def test_the_text_encoder_is_divided_and_its_states_are_the_same(dreamid_model: 
         assert held <= 0.53 * whole
 
 
-@pytest.mark.parametrize("mode", ["spatial_shard_height", "spatial_shard_width", "tile"])
+@pytest.mark.parametrize("mode", ["spatial_shard_height", "tile", *slow("spatial_shard_width")])
 def test_two_decoders_share_a_clip(mode: str, dreamid_model: Path, alone: Any) -> None:
     _, (encoded, decoded, tiled) = alone
     parallel = {"cfg_parallel_size": 2, "vae_patch_parallel_size": 2, "vae_parallel_mode": mode}

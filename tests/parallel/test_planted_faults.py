@@ -92,19 +92,24 @@ def condition_on_too_little() -> None:
 @pytest.mark.parametrize(
     ("plant", "layout", "fault", "where"),
     [
-        (missing_plan, "ulysses2", "not_sharded", "blocks.0.audio.self_attn.attn"),
         (misspelt_plan, "ulysses2", "not_sharded", "blocks.0.video.self_attn.attn"),
         (half_a_plan, "ulysses2", "not_sharded", "blocks.0.audio.self_attn.attn"),
         (half_a_plan, "ring2", "not_cut", "audio.shard, tensor 1"),
         (unmasked_pad, "ulysses2", "padding_attended", "blocks.0.video.self_attn.attn"),
-        (unmasked_pad, "allgather2", "padding_attended", "blocks.0.video.self_attn.attn"),
-        (unmasked_pad, "ring2", "padding_attended", "blocks.0.audio.self_attn.attn"),
         (exchanged_text, "ulysses2", "replicated_keys_exchanged", "blocks.0.video.cross_attn.text_attn"),
         (local_norm, "tp2", "outputs_differ", "self_attn.norm_q"),
         (wrong_guidance_rank, "cfg2", "wrong_branch", "rank 0"),
         (undivided_guidance, "cfg2", "branches_not_divided", "rank 0"),
-        (condition_without_match, "hsdp2", "weights_not_sharded", "transformer"),
         (condition_on_too_little, "hsdp2", "weights_not_sharded", "rank 0"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (missing_plan, "ulysses2", "not_sharded", "blocks.0.audio.self_attn.attn"),
+                (unmasked_pad, "allgather2", "padding_attended", "blocks.0.video.self_attn.attn"),
+                (unmasked_pad, "ring2", "padding_attended", "blocks.0.audio.self_attn.attn"),
+                (condition_without_match, "hsdp2", "weights_not_sharded", "transformer"),
+            )
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

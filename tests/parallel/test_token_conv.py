@@ -22,7 +22,7 @@ from port_kit.parallel.token_conv import TokenConv
 from port_kit.parallel.verify import ParallelTestCase, verify_parallel
 from port_kit.runtime.single_process import single_rank
 from port_kit.testing.workers import Request, run_workers
-from tests.helpers import raises
+from tests.helpers import raises, slow
 from tests.parallel import transformer_pipeline
 from tests.parallel.conv_pipeline import REFERENCE, GridTransformer, example, write_checkpoint
 
@@ -35,7 +35,10 @@ def _case(model: Path, pipeline: str, extras: Sequence[dict[str, object]]) -> Pa
     return ParallelTestCase(model, requests, setup=lambda _world: transformer_pipeline.register(pipeline, module))
 
 
-def test_the_example_of_the_guide_on_several_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layouts", [("ring2", "tp2xulysses2"), *slow(("tp2", "ulysses2", "ulysses2xring2", "hsdp2"))], ids="-".join
+)
+def test_the_example_of_the_guide_on_several_ranks(layouts: tuple[str, ...], tmp_path: Path) -> None:
     """Lengths: padded, divisible, and two that leave a rank of four with no token, or with fewer than a kernel."""
     with meta_init(torch.float32):
         model = example("Convolutions over tokens")["AudioTransformer"](**CONFIG)
@@ -45,7 +48,6 @@ def test_the_example_of_the_guide_on_several_ranks(tmp_path: Path) -> None:
     assert shape.split_bytes >= 4 * sum(conv.weight.numel() for conv in convs)
     folder = write_checkpoint(tmp_path / "m", "ConvPipeline", model, CONFIG)
     case = _case(folder, "ConvPipeline", [{"tokens": tokens} for tokens in (13, 16, 9, 2)])
-    layouts = ("tp2", "ulysses2", "ring2", "ulysses2xring2", "tp2xulysses2", "hsdp2")
     for report in verify_parallel(case, layouts):
         assert report.ok, report.describe()
 

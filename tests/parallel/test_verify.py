@@ -19,7 +19,7 @@ from port_kit.registry import find_port
 
 
 def test_the_shipped_port_on_two_ranks(capfd: pytest.CaptureFixture[str]) -> None:
-    layouts = ["ulysses2", "hsdp2xcfg2"]
+    layouts = ["ulysses2", "hsdp2"]
     options = [word for layout in layouts for word in ("--layout", layout)]
     main(["verify", "parallel", "dreamid_omni", *options, "--json"], standalone_mode=False)
     data = json.loads(capfd.readouterr().out)["data"]  # without other output: ranks write to stderr

@@ -194,7 +194,7 @@ FAILURES = {
         "--timeout",
     ),
 }
-SLOW = {"killed": [pytest.mark.slow]}
+SLOW = dict.fromkeys(("crash", "killed", "no CUDA"), [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("failure", [pytest.param(name, id=name, marks=SLOW.get(name, [])) for name in FAILURES])

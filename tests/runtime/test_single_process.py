@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-RUN = """
+import huggingface_hub.constants
 import torch
-from port_kit.runtime.single_process import single_rank
 
-with single_rank(torch.bfloat16) as config:
-    print(config.dtype, torch.get_default_dtype(), torch.distributed.get_world_size())
-print(torch.get_default_dtype(), torch.distributed.is_initialized())
-"""
+from port_kit.runtime.single_process import single_rank
+from port_kit.testing.workers import run_ranks, warm_up
+
+
+def _describe(_rank: int) -> list[object]:
+    """Return what a process group sets, within it and after it."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    with single_rank(torch.bfloat16) as config:
+        within = [config.dtype, torch.get_default_dtype(), torch.distributed.get_world_size()]
+    return [*within, torch.get_default_dtype(), torch.distributed.is_initialized()]
 
 
 def test_a_process_group_of_one_needs_no_hub() -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-2:] == ["torch.bfloat16 torch.bfloat16 1", "torch.float32 False"]
+    warm_up()
+    assert run_ranks(1, _describe) == [[torch.bfloat16, torch.bfloat16, 1, torch.float32, False]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,27 +18,25 @@ from port_kit.scaffold.render import write_files
 from port_kit.testing import GitRemote
 from port_kit.testing.hub import Hub
 from tests.inspect import fake_repositories
-from tests.scaffold.helpers import LTX, ROOT, environment, run_pytest
+from tests.scaffold.helpers import LTX, ROOT, environment, run_pytest, write_ltx
 
 GUIDE = ROOT / "docs" / "port_a_pipeline.md"
 OWN = ("custom", "external", "bypass", "hybrid")
-_BLOCK = re.compile(r"^```bash *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def script(*, long: bool) -> str:
+def script() -> str:
     """The guide's commands as one script that stops at the first failure."""
     lines = ["set -e", "TIMEFORMAT='# %R s, of the processors %U s and %S s'"]
-    for kind, block in _BLOCK.findall(GUIDE.read_text(encoding="utf-8")):
-        if kind and not long:
-            continue
+    for block in _BLOCK.findall(GUIDE.read_text(encoding="utf-8")):
         lines += [f"echo '$ {line}' >&2\ntime {{ {line}; }}" for line in block.strip().splitlines()]
     return "\n".join(lines)
 
 
-def follow(hub: Hub, folder: Path, *, long: bool) -> subprocess.CompletedProcess[str]:
+def follow(hub: Hub, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the commands of the guide in an empty folder."""
     done = subprocess.run(
-        ["bash", "-c", script(long=long)],
+        ["bash", "-c", script()],
         cwd=folder,
         env=environment(HF_ENDPOINT=hub.endpoint, HF_HOME=str(folder / "cache")),
         capture_output=True,
@@ -65,12 +62,13 @@ def check(done: subprocess.CompletedProcess[str], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ports(ltx_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of the guide, and a port of every other path."""
+def ports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A port of every path."""
     folder = tmp_path_factory.mktemp("ports")
-    check(follow(ltx_hub, folder, long=False), folder)
+    write_ltx(folder / "source")
     # With one pytest for all, a folder must not be called like the package in it.
-    shutil.copytree(folder / "ltx_video", folder / "of_diffusers")
+    hosted = NewPort("ltx_video", "diffusers", folder / "of_diffusers", source=str(folder / "source"))
+    new_port(hosted, report=lambda _line: None)
     for path in OWN:
         write_own(f"{path}_one", path, folder / f"of_{path}")
     return folder
@@ -121,7 +119,7 @@ def test_other_outputs_are_linted_and_formatted(output: str, path: str, tmp_path
 
 
 def test_generated_ports_are_linted_and_formatted(ports: Path) -> None:
-    lint(*(ports / name for name in ("ltx_video", *(f"of_{path}" for path in OWN))))
+    lint(*(ports / f"of_{path}" for path in ("diffusers", *OWN)))
 
 
 def lint(*folders: Path) -> None:
@@ -142,7 +140,7 @@ def test_every_path_passes_its_own_tests(ports: Path) -> None:
 
 @pytest.mark.slow
 def test_the_guide_with_every_check(ltx_hub: Hub, tmp_path: Path) -> None:
-    done = follow(ltx_hub, tmp_path, long=True)
+    done = follow(ltx_hub, tmp_path)
     check(done, tmp_path)
     plan = Plan.load(tmp_path / "ltx_video" / "ltx_video" / "plan.toml")
     layouts = {proof.layout for proof in plan.proofs if not split_cache(proof.layout)[0]}

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from port_kit.testing.server import ApiServer
 from tests.project.test_commands import commands
 
@@ -41,6 +43,14 @@ def serving(port: str, folder: Path, *options: str, **environment: str) -> Itera
     script = EXAMPLES / port / "run_server.sh"
     with ApiServer(model, *arguments, folder=folder, environment=variables, script=script) as running:
         yield running
+
+
+def find_workers(server: ApiServer) -> list[psutil.Process]:
+    """The two workers of a server's engine."""
+    children = psutil.Process(server.pid).children(recursive=True)
+    workers = [process for process in children if "DiffusionWorker" in " ".join(process.cmdline())]
+    assert len(workers) == 2
+    return workers
 
 
 def run_client(

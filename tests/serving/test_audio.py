@@ -1,9 +1,13 @@
-"""The audio endpoint of the real server, on a generated port: length, sample rate, guidance and seed."""
+"""The audio endpoint of the real server, on a generated port and two ranks, and the end of one of the ranks."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import threading
+import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +21,19 @@ from port_kit.registry import find_port, list_ports
 from port_kit.scaffold import NewPort, new_port
 from port_kit.testing.server import ApiServer
 from port_kit.testing.tiny_port import download_tiny
-from tests.serving.helpers import PATH, run_client
+from tests.helpers import wait_until
+from tests.serving.helpers import PATH, find_workers, run_client
 from tests.serving.hostile import refused
 
 LIMIT = 300.0
+#: Seconds within which the documentation promises the end of the server; a busy machine needs longer.
+PROMISED, BUSY = 30, 4
 REQUEST = {"input": "rain", "num_inference_steps": 1, "audio_length": 0.5, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ApiServer, Path]]:
-    """A server of a new port whose output is audio at 16 kHz, and the folder of the port."""
+    """A server of a new port whose output is audio at 16 kHz, on two ranks, and the folder of the port."""
     folder = tmp_path_factory.mktemp("audio")
     new_port(NewPort("rain_roof", "custom", folder / "port", output="audio"))
     with pytest.MonkeyPatch.context() as patch:
@@ -34,7 +41,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ApiServer
         list_ports.cache_clear()
         model = download_tiny(find_port("rain_roof"), folder / "model").directory
         environment = {"OMP_NUM_THREADS": "1", "PATH": PATH}
-        options = ("--dtype", "float32", "--enforce-eager", "--storage", str(folder / "storage"))
+        options = ["--dtype", "float32", "--enforce-eager", "--ulysses-degree", "2"]
+        options += ["--storage", str(folder / "storage")]
         script = folder / "port" / "run_server.sh"
         with ApiServer(model, *options, folder=folder, environment=environment, script=script) as server:
             yield server, folder / "port"
@@ -107,3 +115,23 @@ def test_an_invalid_length_is_the_fault_of_the_client(http: httpx.Client) -> Non
     answer = http.post("/v1/audio/generate", json={**REQUEST, "audio_length": 31.0})
     assert answer.status_code == 400
     assert "at most 30 s" in answer.text
+
+
+def test_a_dead_worker_ends_the_server(served: tuple[ApiServer, Path], http: httpx.Client) -> None:
+    """Runs last: the server does not survive it."""
+    server, _ = served
+    answers: list[httpx.Response] = []
+    long = {**REQUEST, "audio_length": 30.0, "num_inference_steps": 200}
+    work = threading.Thread(target=lambda: answers.append(http.post("/v1/audio/generate", json=long)))
+    work.start()
+    time.sleep(2)
+    os.kill(find_workers(server)[0].pid, signal.SIGKILL)
+    started = time.monotonic()
+    work.join(LIMIT)
+    refused(answers[0], "engine", status=answers[0].status_code)
+    assert answers[0].status_code in (500, 503)
+    print(f"answered {time.monotonic() - started:.1f} s after the death of a worker")
+    wait_until(lambda: not server.is_alive(), PROMISED * BUSY, pause=0.2)
+    print(f"ended {time.monotonic() - started:.1f} s after the death of a worker")
+    assert server.exit_code == 1
+    assert "a worker of the engine has died; the server ends" in server.tail()

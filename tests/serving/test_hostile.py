@@ -192,6 +192,7 @@ def test_a_pickle_is_never_executed(target: Target, name: str) -> None:
     assert not (target.loras / "executed").exists()
 
 
+@pytest.mark.slow
 def test_loras_with_one_number_give_their_own_results(target: Target, first: bytes) -> None:
     answers = []
     for seed, (name, rank) in enumerate({"a": 4, "b": 4, "wide": 48}.items()):
@@ -202,6 +203,7 @@ def test_loras_with_one_number_give_their_own_results(target: Target, first: byt
     assert target.sync().content == first, "a LoRA of larger rank left a trace"
 
 
+@pytest.mark.slow
 def test_several_loras_act_together(target: Target, first: bytes) -> None:
     for seed, name in enumerate(("one", "two")):
         write_lora(target.loras / f"{name}.safetensors", target.model, seed=seed)

@@ -168,5 +168,6 @@ def test_the_table_lists_every_patch_and_every_entry_with_its_threads() -> None:
         assert ("none found" in cells[4]) == (not threads)
 
 
+@pytest.mark.slow
 def test_the_fixed_fault_is_fixed_in_the_series_of_the_table(before: Outcomes) -> None:
     assert before[FIXED] == [FIXED_OUTCOME[installed_series()]]
