@@ -15,9 +15,9 @@ TRITON := build/triton
 APT := apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20
 NO_BROWSER := *** NOT TESTED: the web page. gradio, playwright or Chromium cannot be installed here, see above. ***
 # Port of the demonstration.
-PORT ?= dreamid_omni
+PORT ?= ovi
 EXAMPLE := examples/offline_inference/$(PORT)
-DEMO := build/demo$(addprefix /,$(filter-out dreamid_omni,$(PORT)))
+DEMO := build/demo$(addprefix /,$(filter-out ovi,$(PORT)))
 # Ovi's tiny model is trained; it knows the prompts of benchmarks/tiny_world.
 WEIGHTS_ovi := --trained
 REQUEST_ovi := --height 64 --width 96 --num-inference-steps 25 \
@@ -63,7 +63,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo    set up, assemble a tiny model from a loopback Hub, generate $(DEMO)/demo.mp4 and draw it: demo.png;"
-	@echo "             with PORT=mova or PORT=ovi, those of another port, in build/demo/PORT"
+	@echo "             with PORT=dreamid_omni or PORT=mova, another port with random weights, in build/demo/PORT"
 	@echo "make test    set up, check, and run the tests"
 	@echo "make test-fast  the tests of the inner loop"
 	@echo "make test-page  the tests of the web page, in a browser: installs gradio, playwright and, by apt-get, Chromium;"

@@ -194,9 +194,9 @@ def _loudness(wave: Tensor) -> Tensor:
 def train_vocoder(options: Options, seconds: float) -> None:
     """Train the vocoder on true spectrograms and on those that the audio VAE decodes.
 
-    Beside the spectra, the samples are compared: with the tones of the vocoder that the training began with, where
-    their pitch was right, else with true tones whose phase every frame can know. Spectra alone took a tone of 375 Hz
-    for one of 250 Hz with the same harmonic, and stayed there.
+    While a pitch is wrong, samples are compared beside the spectra: with the tones of the vocoder that the training
+    began with, where their pitch was right, else with true tones whose phase every frame can know. Spectra alone took
+    a tone of 375 Hz for one of 250 Hz with the same harmonic, and stayed there.
     """
     world, distance = World(options.device), SpectralLoss(options.device)
     vocoder: Any = start("vocoder", options)
@@ -205,6 +205,7 @@ def train_vocoder(options: Options, seconds: float) -> None:
     length = VOCODER_SAMPLES if options.on_gpu else VOCODER_SAMPLES // 4
     forward: Any = Vocoder.forward.__wrapped__  # type: ignore[attr-defined] # without torch.no_grad
     wrong = _wrong_pitches(world, vocoder, audio_vae)
+    any_wrong = bool(wrong.any())
     options.log(stage="vocoder", wrong=dict(zip(PITCHES, wrong.tolist(), strict=True)))
     earlier = copy.deepcopy(vocoder)
 
@@ -221,6 +222,8 @@ def train_vocoder(options: Options, seconds: float) -> None:
             target = torch.where(replaced, aligned, earlier(mel)[:, 0])
         made = forward(vocoder, mel)[:, 0].float()
         found = distance(made, true)
+        if not any_wrong:
+            return found
         samples = (made - target).square().mean() / target.square().mean().clamp(min=1e-4)
         return {**found, "loss": _SPECTRA * found["loss"] + samples, "samples": samples}
 

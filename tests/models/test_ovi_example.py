@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
+import torch
 from PIL import Image
 
 from port_kit.cli.clip_jobs import plan_jobs
@@ -44,6 +46,33 @@ def test_the_tiny_model_makes_a_video_with_audio_from_a_first_frame(tmp_path: Pa
     told = script("generate_ovi.py", "--model", str(model), *options, "--output", str(tmp_path / "out.mp4"))
     assert "out.mp4: 121 frames 128x64 at 24 fps (h264, 5.04 s), audio at 16000 Hz" in told
     assert f", seed {PORT.seed}, " in told
+
+
+@pytest.mark.slow
+def test_three_prompts_make_the_clips_that_they_describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE.parents[2])  # benchmarks are not part of the package
+    from benchmarks.tiny_world.scores import measure
+
+    model, prompts = tmp_path / "tiny", EXAMPLE / "tiny_prompts.jsonl"
+    script("download_ovi.py", "--tiny", "--trained", "--output-dir", str(model))
+    options = ["--tiny", "--enforce-eager", "--height", "64", "--width", "96", "--num-inference-steps", "25"]
+    options += ["--prompts", str(prompts), "--output-dir", str(tmp_path / "clips")]
+    script("generate_ovi.py", "--model", str(model), *options)
+    for number, line in enumerate(prompts.read_text(encoding="utf-8").splitlines(), start=1):
+        (found,) = measure(*read_clip(tmp_path / "clips" / f"{number:03}.mp4"))
+        prompt = json.loads(line)["prompt"]
+        words = (found.colour, found.shape, found.tempo, found.direction, found.pitch)
+        assert all(word in prompt for word in words), (prompt, words)
+
+
+def read_clip(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pixels ``[1, 3, F, H, W]`` in [-1, 1] and samples ``[1, S]``."""
+    with av.open(str(path)) as file:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in file.decode(video=0)]
+    with av.open(str(path)) as file:
+        sound = [torch.from_numpy(frame.to_ndarray()) for frame in file.decode(audio=0)]
+    pixels = torch.stack(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return pixels, torch.cat(sound, 1)[:1].float()
 
 
 def test_engine_options_keep_vllm_omnis_names() -> None:
