@@ -209,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--lora", type=Path, metavar="FOLDER", help="PEFT folder of the new colour, for the row lora")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
     options.add_argument("--eager", action="store_true", help="no CUDA graphs; always so on a CPU")
-    options.add_argument("--timeout", type=float, default=1800.0, help="seconds for the rows of one engine")
+    options.add_argument("--timeout", type=float, default=7200.0, help="seconds for the rows of one engine")
     return options
 
 
